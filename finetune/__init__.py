@@ -1,0 +1,56 @@
+"""Fine-tune a frozen LLM with an encoder for images, on one small GPU: recipe → train → evaluate → merge → chat.
+
+Every command of the command line is one function here; torch is imported when one that needs it is first called.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.assistant import load
+    from finetune.pipeline import recipes, run
+    from finetune.recipe import Recipe, load_recipe, schema
+    from finetune.stages.chat import chat
+    from finetune.stages.check import check
+    from finetune.stages.evaluate import evaluate
+    from finetune.stages.merge import merge
+    from finetune.stages.train import train
+
+_HOME = {
+    "Recipe": "recipe",
+    "chat": "stages.chat",
+    "check": "stages.check",
+    "evaluate": "stages.evaluate",
+    "load": "assistant",
+    "load_recipe": "recipe",
+    "merge": "stages.merge",
+    "recipes": "pipeline",
+    "run": "pipeline",
+    "schema": "recipe",
+    "train": "stages.train",
+}
+
+__all__ = [
+    "Recipe",
+    "chat",
+    "check",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "merge",
+    "recipes",
+    "run",
+    "schema",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"finetune.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,195 @@
+"""LoRA by PEFT on the LLM part, and the folder that is published: what was trained, and how to rebuild the rest."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finetune.errors import ArtifactError, ModelError, TrainingError
+from finetune.language_model import restore_gradients
+from finetune.model import MultimodalModel
+
+FORMAT = 1
+
+
+def attach(
+    model: MultimodalModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    rslora: bool = False,
+    dora: bool = False,
+    initialization: str = "default",
+) -> None:
+    """Wrap `model.language_model`, and nothing else, with LoRA.
+
+    `targets`: 'all-linear' (all but the output head), or names of the LLM's own modules. `initialization`: any name
+    that PEFT's `init_lora_weights` takes ('pissa', 'olora', 'gaussian', ...). Raises ModelError.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=rslora,
+        use_dora=dora,
+        init_lora_weights=True if initialization == "default" else initialization,  # type: ignore[arg-type]
+    )
+    try:
+        model.language_model = get_peft_model(model.language_model, config)
+    except (ValueError, ImportError, TypeError) as error:
+        raise ModelError(f"adapter: PEFT refuses it: {str(error).splitlines()[0]}") from error
+
+
+def options_of(lora: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `attach` from a saved adapter_config.json."""
+    initialization = lora["init_lora_weights"]
+    return {
+        "rank": lora["r"],
+        "alpha": lora["lora_alpha"],
+        "dropout": lora["lora_dropout"],
+        "targets": lora["target_modules"],
+        "rslora": lora["use_rslora"],
+        "dora": lora["use_dora"],
+        "initialization": initialization if isinstance(initialization, str) else "default",
+    }
+
+
+def trained_parts(model: MultimodalModel, trains: Sequence[str]) -> dict[str, list[nn.Parameter]]:
+    """{role: its parameters} for what a stage trains: 'adapter', 'projectors', 'projectors.image'."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for role in trains:
+        if role == "adapter":
+            adapters = [p for name, p in model.language_model.named_parameters() if _is_adapter(name)]
+            if not adapters:
+                raise ModelError("a stage trains the adapter, but no adapter is attached to the language model")
+            parts["adapter"] = adapters
+        else:
+            names = list(model.projectors) if role == "projectors" else [role.removeprefix("projectors.")]
+            for name in names:
+                parts[f"projectors.{name}"] = list(model.projectors[name].parameters())
+    return parts
+
+
+def set_trainable(model: MultimodalModel, trains: Sequence[str]) -> dict[str, int]:
+    """Make exactly the named parts trainable; {role: number of weights}.
+
+    Raises TrainingError, with names, where what trains isn't what the recipe says.
+    """
+    restore_gradients(model.language_model)
+    model.requires_grad_(False)
+    parts = trained_parts(model, trains)
+    for parameters in parts.values():
+        for parameter in parameters:
+            if not parameter.is_floating_point() or parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    wanted = {id(p) for parameters in parts.values() for p in parameters}
+    roles = {"adapter" if role == "adapter" else "projectors" for role in parts}
+    wrong = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad != (id(parameter) in wanted)
+        or (parameter.requires_grad and name.split(".")[0].replace("language_model", "adapter") not in roles)
+    ]
+    if wrong:
+        raise TrainingError(f"not the parts that the recipe trains ({', '.join(trains)}): {', '.join(wrong[:5])}")
+    return {role: sum(p.numel() for p in parameters) for role, parameters in parts.items()}
+
+
+def save_trained(model: MultimodalModel, folder: Path) -> None:
+    """Write `adapter_model.safetensors` (PEFT's own) and `projectors.safetensors`: all that can have been trained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model.language_model, PeftModel):
+        model.language_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        # PEFT's card names the base by its local path; ours is written where the adapter is published.
+        (folder / "README.md").unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.projectors.state_dict().items()}
+    save_file(tensors, folder / "projectors.safetensors")
+
+
+def load_trained(model: MultimodalModel, folder: Path) -> dict[str, int]:
+    """Load what `save_trained` wrote into a model of the same parts; {role: tensors matched}.
+
+    Raises ArtifactError where a part is missing, matches nothing, or has other names or shapes.
+    """
+    matched: dict[str, int] = {}
+    if isinstance(model.language_model, PeftModel):
+        path = folder / "adapter_model.safetensors"
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: the adapter can't be loaded")
+        saved = load_file(path)
+        own = {_plain(name): p for name, p in model.language_model.named_parameters() if _is_adapter(name)}
+        _compare(path, {k: v.shape for k, v in saved.items()}, {k: p.shape for k, p in own.items()})
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                own[name].copy_(tensor)
+        matched["adapter"] = len(saved)
+    path = folder / "projectors.safetensors"
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: the projectors can't be loaded")
+    saved = load_file(path)
+    state = model.projectors.state_dict()
+    _compare(path, {k: v.shape for k, v in saved.items()}, {k: v.shape for k, v in state.items()})
+    model.projectors.load_state_dict(saved)
+    for name in model.projectors:
+        matched[f"projectors.{name}"] = sum(key.startswith(f"{name}.") for key in saved)
+    return matched
+
+
+def save_adapter_folder(
+    model: MultimodalModel, tokenizer: Any, folder: Path, *, base: dict[str, Any], seed: int, labels: list[str]
+) -> None:
+    """Write the publishable folder. `base`: the LLM's and encoders' names and revisions; `labels`: where answers are a
+    set; `seed`: some initialisations of the adapter (PiSSA's fast one) draw from it.
+    """
+    save_trained(model, folder)
+    tokenizer.save_pretrained(folder)
+    parts = model.config.parts
+    content = {
+        "format": FORMAT,
+        "language_model": base["language_model"],
+        "encoders": base["encoders"],
+        "projectors": parts["projectors"],
+        "fusion": parts["fusion"],
+        "placeholders": parts["placeholders"],
+        "labels": labels,
+        "seed": seed,
+    }
+    (folder / "multimodal.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    config_path = folder / "adapter_config.json"
+    if config_path.is_file():  # a relative or local path of this machine is of no use elsewhere
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base["language_model"]["name"]
+        config["revision"] = base["language_model"].get("revision")
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def _plain(name: str) -> str:
+    """A parameter's name as PEFT writes it to file: without the adapter's own name."""
+    return name.replace(".default.", ".").removesuffix(".default")
+
+
+def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    if saved == own:
+        return
+    missing, foreign = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    other = [name for name in own.keys() & saved.keys() if own[name] != saved[name]]
+    raise ArtifactError(
+        f"{path} doesn't fit the model: {len(own.keys() & saved.keys()) - len(other)} of {len(own)} tensors match"
+        + (f"; only in the model: {missing[0]} ..." if missing else "")
+        + (f"; only in the file: {foreign[0]} ..." if foreign else "")
+        + (f"; other shape: {other[0]} {tuple(saved[other[0]])} instead of {tuple(own[other[0]])}" if other else "")
+    )

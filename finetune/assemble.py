@@ -1,0 +1,153 @@
+"""From the plain values of a recipe to the parts in memory: the same for training, evaluation and merging."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import adapter
+from finetune.data.features import FeatureStore, media_key
+from finetune.data.sample import Medium
+from finetune.data.tokenize import Placeholder, add_placeholders
+from finetune.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
+from finetune.media import decode
+from finetune.model import PLACEHOLDERS, MultimodalModel, compose, placeholder_count
+from finetune.parts import load_part
+
+
+@dataclass
+class Parts:
+    """What a composite is made of, before the LLM is loaded. `encoders`: {name: (kind, Encoder)}."""
+
+    tokenizer: Any
+    placeholders: dict[str, Placeholder]
+    encoders: dict[str, tuple[str, Any]]
+    projectors: dict[str, tuple[str, Any]]
+    fusion: tuple[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_parts(
+    *,
+    llm: Mapping[str, Any],
+    encoders: Mapping[str, tuple[str, Any]],
+    projectors: Mapping[str, tuple[str, Any]],
+    fusion: tuple[str, Any],
+    device: torch.device | None = None,
+) -> Parts:
+    """Load tokenizer and encoders. `llm`: the recipe's `model.llm` as keywords; the others {name: (kind, Options)}."""
+    device = device or default_device()
+    dtype = resolve_dtype(llm["dtype"], device)
+    tokenizer = load_tokenizer(
+        llm["name"],
+        revision=llm["revision"],
+        chat_template=llm["chat_template"],
+        trust_remote_code=llm["trust_remote_code"],
+    )
+    return Parts(
+        tokenizer,
+        add_placeholders(tokenizer, sorted(encoders), PLACEHOLDERS),
+        {
+            name: (kind, load_part("encoders", kind).build(options, dtype, device))
+            for name, (kind, options) in encoders.items()
+        },
+        dict(projectors),
+        fusion,
+        dtype,
+        device,
+    )
+
+
+def build_model(
+    parts: Parts, *, llm: Mapping[str, Any], adapter_options: Mapping[str, Any] | None, seed: int, with_encoders: bool
+) -> MultimodalModel:
+    """Load the LLM, quantized as `llm` says, and put everything together. The same seed gives the same new weights."""
+    from transformers import set_seed
+
+    language_model = load_language_model(
+        llm["name"],
+        revision=llm["revision"],
+        quantize=llm["quantize"],
+        double_quantize=llm["double_quantize"],
+        dtype=parts.dtype,
+        attention=llm["attention"],
+        device=parts.device,
+        trust_remote_code=llm["trust_remote_code"],
+    )
+    set_seed(seed)
+    model = compose(
+        language_model,
+        encoders=parts.encoders,
+        projectors=parts.projectors,
+        fusion=parts.fusion,
+        placeholder_ids={name: placeholder.id for name, placeholder in parts.placeholders.items()},
+        with_encoders=with_encoders,
+    )
+    if adapter_options is not None:
+        adapter.attach(model, **adapter_options)
+    return model.eval()
+
+
+def lengths_of(model_config: Any, encoders: Mapping[str, tuple[str, Any]]) -> Callable[[Medium], int]:
+    """Placeholder tokens of a medium, from its encoder, projector and fusion."""
+    return lambda medium: placeholder_count(model_config, medium.kind, encoders[medium.kind][1].length(medium))
+
+
+def encode_one(encoder: Any, prepared: Tensor) -> Tensor:
+    """One prepared medium -> its features (L, W)."""
+    with torch.no_grad():
+        return encoder.encode(prepared[None])[0]
+
+
+class Features:
+    """Media to features, through the cache where there is one. Keeps the seconds spent in decoding and encoding."""
+
+    def __init__(self, encoders: Mapping[str, tuple[str, Any]], cache_folder: Path | None) -> None:
+        self.encoders = {name: encoder for name, (_, encoder) in encoders.items()}
+        self.stores = (
+            {name: FeatureStore(cache_folder, encoder.fingerprint) for name, encoder in self.encoders.items()}
+            if cache_folder
+            else {}
+        )
+        self.paths: dict[str, Path] = {}
+        self.seconds = {"decode": 0.0, "encode": 0.0}
+
+    def key(self, medium: Medium) -> str:
+        key = media_key(medium) if self.stores else str(medium.path)
+        self.paths[key] = medium.path
+        return key
+
+    def prepared(self, kind: str, key: str) -> Tensor:
+        """Decoded and preprocessed, as the encoder takes it, without batch axis."""
+        from time import perf_counter
+
+        begin = perf_counter()
+        tensor = self.encoders[kind].prepare(decode(kind, self.paths[key]))
+        self.seconds["decode"] += perf_counter() - begin
+        return tensor
+
+    def features(self, kind: str, key: str) -> Tensor:
+        """(L, W): from the cache, or computed now."""
+        return self.stores[kind].read(key) if kind in self.stores else self.compute(kind, key)
+
+    def compute(self, kind: str, key: str) -> Tensor:
+        from time import perf_counter
+
+        prepared = self.prepared(kind, key)
+        begin = perf_counter()
+        features = encode_one(self.encoders[kind], prepared)
+        if features.is_cuda:
+            torch.cuda.synchronize(features.device)
+        self.seconds["encode"] += perf_counter() - begin
+        return features
+
+    def missing(self, media: Sequence[Medium]) -> dict[str, list[str]]:
+        """{kind: keys that the cache lacks}."""
+        keys: dict[str, list[str]] = {}
+        for medium in media:
+            keys.setdefault(medium.kind, []).append(self.key(medium))
+        return {kind: self.stores[kind].missing(found) for kind, found in keys.items() if kind in self.stores}

@@ -1,0 +1,131 @@
+"""The command line: parses, calls one function, prints. Each verb is a function of `finetune`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import finetune
+from finetune.errors import FinetuneError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune a frozen LLM with an encoder for images: recipe, train, evaluate, merge, chat.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)]
+Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key, by its full dotted name; may be repeated."),
+]
+RunDir = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; default: runs/NAME.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+
+
+@app.command()
+def check(recipe: RecipeFile, set_: Set = None) -> None:
+    """Read a recipe and its rows, and say what is wrong with them."""
+    counts = finetune.check(recipe, set_ or [])
+    print(f"{recipe}: {counts.pop('name')} is fine")
+    for split, found in counts.items():
+        if found["rows"]:
+            print(
+                f"  {split}: {found['rows']:,} rows, {found['media']:,} media, {found['different_answers']:,} answers"
+            )
+
+
+@app.command()
+def train(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
+    """Train the stages of a recipe; writes RUN/adapter."""
+    finetune.train(finetune.load_recipe(recipe, set_ or []), run, resume)
+
+
+@app.command()
+def evaluate(run: Run) -> None:
+    """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
+    print_scores(finetune.evaluate(run)["scores"])
+
+
+@app.command()
+def merge(run: Run) -> None:
+    """Merge the adapter into the LLM, prove it, and write RUN/merged and RUN/certificate.json."""
+    finetune.merge(run)
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run, merged or adapter folder.")],
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture that the question is about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.")] = 256,
+) -> None:
+    """Ask a trained model."""
+    answer = finetune.chat(folder, prompt, image, max_new_tokens)
+    if prompt is not None:
+        print(answer)
+
+
+@app.command()
+def run(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
+    """The whole way: check, train, evaluate, merge, and one question about a held-out row."""
+    result: dict[str, Any] = finetune.run(recipe, set_ or [], run, resume)
+    print_scores(result.pop("scores"))
+    print(f"asked about {result['image']}: {result['question']}")
+    print(f"  answer: {result['answer']}   (right: {result['target']})")
+    for name in ("adapter", "metrics", "predictions", "plots", "merged"):
+        print(f"{name:<12} {result[name]}")
+
+
+@app.command()
+def recipes(
+    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy this recipe.")] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Where to.")] = Path(),
+) -> None:
+    """List the recipes that come with the package, or copy one."""
+    for name, about in finetune.recipes(copy, to).items():
+        if copy in (None, name):
+            print(f"{name:<24} {about}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    print(json.dumps(finetune.schema(), indent=2, ensure_ascii=False))
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    conditions = ("tuned", "base", "blank", "shuffled", "probe")
+    for task, metrics in scores.items():
+        table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left")
+        table.add_column("")
+        for condition in conditions:
+            table.add_column(condition, justify="right")
+        for metric, values in metrics.items():
+            cells = (values.get(condition) for condition in conditions)
+            table.add_row(metric, *("" if value is None else f"{value:.3f}" for value in cells))
+        Console().print(table)
+
+
+def main() -> None:
+    try:
+        app()
+    except FinetuneError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Conversations to token ids and labels, by the chat template's own spans.
+
+A medium is one placeholder in the rendered text and `length` placeholder tokens in the ids. Only what the assistant
+writes is learnt, its end-of-turn token included; placeholders never are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.sample import Medium, Message, Sample
+from finetune.errors import DataError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    token: str
+    id: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`input_ids` and `labels` are equally long; `media` in the order of their placeholders."""
+
+    input_ids: list[int]
+    labels: list[int]
+    media: tuple[Medium, ...]
+
+
+def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, str]) -> dict[str, Placeholder]:
+    """Make each kind's placeholder a real, special token of the tokenizer."""
+    from transformers import AddedToken
+
+    new = [AddedToken(tokens[kind], special=True, normalized=False) for kind in kinds]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return {kind: Placeholder(tokens[kind], tokenizer.convert_tokens_to_ids(tokens[kind])) for kind in kinds}
+
+
+def tokenize(
+    sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], length: Callable[[Medium], int]
+) -> Tokens:
+    """A whole conversation, to learn from.
+
+    Raises DataError, with the row, where nothing would be learnt, the text holds a placeholder, or the chat template
+    doesn't render a conversation as a prefix of its continuation.
+    """
+    text = _render(tokenizer, sample.messages, placeholders, sample.where)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    learnt = _assistant_spans(tokenizer, sample, placeholders, text)
+    labels = [
+        token if any(begin <= left and right <= end for begin, end in learnt) and right > left else IGNORED
+        for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    input_ids, labels, media = _expand(sample, encoded["input_ids"], labels, placeholders, length)
+    if all(label == IGNORED for label in labels[1:]):
+        raise DataError(f"{sample.where}: no token would be learnt from this row: the answer is empty")
+    return Tokens(input_ids, labels, media)
+
+
+def tokenize_prompt(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    placeholders: Mapping[str, Placeholder],
+    length: Callable[[Medium], int],
+    where: str = "prompt",
+) -> Tokens:
+    """A conversation up to where the assistant's turn begins."""
+    text = _render(tokenizer, messages, placeholders, where, add_generation_prompt=True)
+    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    sample = Sample(tuple(messages), where)
+    return Tokens(*_expand(sample, input_ids, [IGNORED] * len(input_ids), placeholders, length))
+
+
+def _render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    placeholders: Mapping[str, Placeholder],
+    where: str,
+    add_generation_prompt: bool = False,
+) -> str:
+    turns = []
+    for message in messages:
+        text = ""
+        for part in message.content:
+            if isinstance(part, Medium):
+                if part.kind not in placeholders:
+                    raise DataError(f"{where}: holds {part.kind}, but the model has no encoder of that name")
+                text += placeholders[part.kind].token
+            else:
+                inside = [p.token for p in placeholders.values() if p.token in part]
+                if inside:
+                    raise DataError(f"{where}: the text holds {inside[0]!r}, which stands for media only")
+                text += part
+        turns.append({"role": message.role, "content": text})
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
+        raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
+
+
+def _assistant_spans(
+    tokenizer: Any, sample: Sample, placeholders: Mapping[str, Placeholder], text: str
+) -> list[tuple[int, int]]:
+    """Character spans of the assistant's turns: what each adds to the prompt that asks for it."""
+    spans = []
+    for number, message in enumerate(sample.messages):
+        if message.role != "assistant":
+            continue
+        before = _render(tokenizer, sample.messages[:number], placeholders, sample.where, add_generation_prompt=True)
+        after = _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
+        if not after.startswith(before) or not text.startswith(after):
+            raise DataError(
+                f"{sample.where}: the chat template renders turn {number} otherwise in a longer conversation, so the "
+                "answer's tokens can't be told; give a simpler `model.llm.chat_template`"
+            )
+        end = len(after)
+        stripped = after.rstrip()
+        # Templates end a turn with "<end>\n": the line break belongs to the next turn, generation stops before it.
+        if tokenizer.eos_token and stripped.endswith(tokenizer.eos_token):
+            end = len(stripped)
+        spans.append((len(before), end))
+    return spans
+
+
+def _expand(
+    sample: Sample,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    placeholders: Mapping[str, Placeholder],
+    length: Callable[[Medium], int],
+) -> tuple[list[int], list[int], tuple[Medium, ...]]:
+    ids = {placeholder.id for placeholder in placeholders.values()}
+    if sum(token in ids for token in input_ids) != len(sample.media):
+        raise DataError(f"{sample.where}: {len(sample.media)} media, but the chat template kept another number of them")
+    media = iter(sample.media)
+    out_ids: list[int] = []
+    out_labels: list[int] = []
+    for token, label in zip(input_ids, labels, strict=True):
+        count = length(next(media)) if token in ids else 1
+        out_ids += [token] * count
+        out_labels += [IGNORED if token in ids else label] * count
+    return out_ids, out_labels, sample.media

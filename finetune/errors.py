@@ -1,0 +1,50 @@
+"""Every error a user can cause, as one tree.
+
+FinetuneError                 exit status 1; its text is all that the command line prints
+├─ RecipeError           2    the recipe, an option of the command line, or a part's options
+├─ DataError             2    a row, a file of rows, a split
+│  └─ MediaError         2    a picture (later: sound, video) that can't be decoded or is out of bounds
+├─ ModelError            1    an LLM, an encoder or a projector that can't be built or don't fit together
+├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be continued
+│  └─ Interrupted      130    stopped by the user after a whole checkpoint; `--resume` continues
+└─ ArtifactError         1    a run folder, adapter or merged folder that is missing, broken or foreign
+   └─ MergeRefused       3    the merged model isn't what was trained, or is only the base
+
+A message says where (file, row, key), what was seen, and what to do next.
+"""
+
+
+class FinetuneError(Exception):
+    exit_status = 1
+
+
+class RecipeError(FinetuneError):
+    exit_status = 2
+
+
+class DataError(FinetuneError):
+    exit_status = 2
+
+
+class MediaError(DataError):
+    pass
+
+
+class ModelError(FinetuneError):
+    pass
+
+
+class TrainingError(FinetuneError):
+    pass
+
+
+class Interrupted(TrainingError):
+    exit_status = 130
+
+
+class ArtifactError(FinetuneError):
+    pass
+
+
+class MergeRefused(ArtifactError):
+    exit_status = 3

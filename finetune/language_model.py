@@ -1,0 +1,148 @@
+"""The LLM part: any causal language model of transformers, by hub id, folder or `.gguf` file, in 4, 8 or 16 bits."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from finetune.errors import ModelError
+from finetune.hub import loading
+
+Quantize = Literal["nf4", "int8", "none"]
+
+# For base models, whose tokenizers carry no chat template.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process (by LOCAL_RANK under accelerate), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 where the device computes it, float16 on older GPUs (T4), float32 on CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    # Turing answers yes to is_bf16_supported(), by emulation, many times slower than float16.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def load_language_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    quantize: Quantize = "none",
+    double_quantize: bool = True,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM, frozen, in evaluation mode.
+
+    `dtype` is that of the weights that aren't quantized and of the computation. A `.gguf` file is read to `dtype`
+    first and then quantized like any other. Raises ModelError.
+    """
+    device = device or default_device()
+    options: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "device_map": {"": device},
+        "trust_remote_code": trust_remote_code,
+    }
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    with loading(f"LLM {name!r}"):
+        if name.endswith(".gguf"):
+            model = _load_gguf(Path(name), options, quantize, double_quantize, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                use_safetensors=True,
+                quantization_config=_quantization(quantize, double_quantize, dtype),
+                **options,
+            )
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, chat_template: Path | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer, with a chat template (its own, the file's, or a plain one) and a padding token."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": name, "revision": revision}
+    if name.endswith(".gguf"):
+        source = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+    with loading(f"tokenizer of {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=trust_remote_code, **source)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.eos_token is None:
+        raise ModelError(f"tokenizer of {name!r} has no end-of-text token: an answer could never end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def restore_gradients(model: torch.nn.Module) -> None:
+    """Make 4-bit layers that have answered without gradients on a CPU trainable through again.
+
+    On CPUs with AVX-512 BF16, bitsandbytes (0.50) lays a layer's weights out for inference in its first forward that
+    needs no gradient, and from then on returns outputs without a graph: training would go on, and learn nothing through
+    that layer. Asking for a layer's state lays its weights out as they were.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, Linear4bit) and getattr(weight.quant_state, "packing_format_for_cpu", False):
+            module.state_dict()
+
+
+def _quantization(quantize: str, double_quantize: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantize == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quantize,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantize == "int8" else None
+
+
+def _load_gguf(
+    path: Path, options: dict[str, Any], quantize: Quantize, double_quantize: bool, dtype: torch.dtype
+) -> PreTrainedModel:
+    import tempfile
+
+    plain = {**options, "device_map": {"": "cpu"} if quantize != "none" else options["device_map"]}
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), **plain
+    )
+    if quantize == "none":
+        return model
+    # bitsandbytes quantizes while it loads, from safetensors: go through a folder of them.
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        return load_language_model(
+            folder, quantize=quantize, double_quantize=double_quantize, dtype=dtype, device=options["device_map"][""]
+        )

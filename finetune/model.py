@@ -1,0 +1,286 @@
+"""The composite: encoders and projectors around a causal LM, parts with roles.
+
+    media ──▶ encoders[name] ──▶ projectors[name] ─┐
+                                                   ├─▶ fusion ──▶ language_model (with its own output head)
+    text ───▶ token embeddings ────────────────────┘
+
+Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
+         N media             L rows of features per medium    W width of an encoder
+         M placeholder tokens of the batch = projected rows of all its media
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from finetune.errors import ModelError
+from finetune.parts import load_part
+
+PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """`text_config`: the LLM's. `parts`: {"encoders": {name: {kind, settings}}, "projectors": {name: {kind, options,
+    width_in}}, "fusion": {kind, options}, "placeholders": {name: token id}, "dtype": of the encoders}.
+    """
+
+    model_type = "finetune_multimodal"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    def __init__(self, text_config: Any = None, parts: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+        # Only now: the base class hands its own (unset) attention implementation down to every sub-config it finds.
+        self.text_config = text_config
+        self.parts = parts or {"encoders": {}, "projectors": {}, "fusion": {}, "placeholders": {}}
+
+
+class MultimodalModel(PreTrainedModel):
+    """Embed the text, put projected media at their placeholder tokens, run the LLM, apply its own head."""
+
+    config_class = MultimodalConfig
+    config: MultimodalConfig
+    language_model: Any
+    fusion: Any
+    base_model_prefix = "backbone"  # trl's fused LM head runs this to get hidden states, not logits
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: MultimodalConfig,
+        language_model: nn.Module | None = None,
+        encoders: Mapping[str, Any] | None = None,
+    ) -> None:
+        """From parts in memory (`compose`), or from the config alone, with weights still to be loaded."""
+        super().__init__(config)
+        parts = config.parts
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if encoders is None:
+            encoders = {
+                name: load_part("encoders", part["kind"]).restore(part["settings"], torch.get_default_dtype())
+                for name, part in parts["encoders"].items()
+            }
+        self.language_model = language_model
+        self.encoders = nn.ModuleDict({name: encoder.module for name, encoder in encoders.items()})
+        self.encoder_parts = dict(encoders)
+        width = config.text_config.hidden_size
+        self.projectors = nn.ModuleDict()
+        self._lengths: dict[str, Callable[[int], int]] = {}
+        for name, part in parts["projectors"].items():
+            module = load_part("projectors", part["kind"])
+            options = module.Options(**part["options"])
+            with torch.device(next(language_model.parameters()).device):
+                self.projectors[name] = module.build(part["width_in"], width, options).float()
+        fusion = load_part("fusion", parts["fusion"]["kind"])
+        self.fusion = fusion.build(config.text_config, fusion.Options(**parts["fusion"]["options"]))
+        self.encode_batch = 1
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Parts come with their weights, or are initialised by their own builders; only ties are made here."""
+        self.tie_weights(recompute_mapping=False)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The LLM itself, under PEFT's wrapper or without one."""
+        language_model = self.language_model
+        return language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
+
+    def get_input_embeddings(self) -> Any:
+        return self.causal_lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.causal_lm.get_output_embeddings()
+
+    def placeholders(self, name: str, medium: Any) -> int:
+        """Placeholder tokens that a medium takes in the text: known before the model runs."""
+        return placeholder_count(self.config, name, self.encoder_parts[name].length(medium))
+
+    @torch.no_grad()
+    def encode(self, name: str, media: Sequence[Tensor]) -> list[Tensor]:
+        """Prepared media -> features, each (L, W). One at a time unless `encode_batch` says otherwise: then a medium's
+        features don't depend on its neighbours, to the bit.
+        """
+        encoder = self.encoder_parts[name]
+        features: list[Tensor] = []
+        for start in range(0, len(media), self.encode_batch):
+            features.extend(encoder.encode(torch.stack(list(media[start : start + self.encode_batch]))))
+        return features
+
+    def project(self, name: str, features: Sequence[Tensor]) -> Tensor:
+        """Features, each (L, W) -> projected rows (M, D), float32, in the order of the media."""
+        projector = self.projectors[name]
+        first = next(projector.parameters())
+        if (
+            not features
+        ):  # an empty pass keeps the projector in the graph, so that all processes reduce the same weights
+            return first.new_zeros(0, self.config.text_config.hidden_size) + 0.0 * first.sum()
+        projected: list[Tensor] = [first] * len(features)
+        lengths = [len(rows) for rows in features]
+        with torch.autocast(first.device.type, enabled=False):
+            for length in sorted(set(lengths)):
+                places = [i for i, other in enumerate(lengths) if other == length]
+                batch = torch.stack([features[i] for i in places]).to(first.device, torch.float32)
+                for i, rows in zip(places, projector(batch), strict=True):
+                    projected[i] = rows
+        return torch.cat(projected)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, Sequence[Tensor]] | None = None,
+        media: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) with features, or with prepared media that are encoded here -> embeddings (B, T, D).
+
+        Raises ModelError where placeholders and projected rows differ in number.
+        """
+        placeholder_ids = self.config.parts["placeholders"]
+        is_medium = {name: input_ids == placeholder_ids[name] for name in self.projectors}
+        text = input_ids
+        for mask in is_medium.values():  # placeholder ids may lie behind the LLM's table: they're never looked up
+            text = text.masked_fill(mask, 0)
+        embeddings = self.get_input_embeddings()(text)
+        for name, mask in is_medium.items():
+            rows = list((features or {}).get(name, ()))
+            if not rows and media and media.get(name):
+                rows = self.encode(name, media[name])
+            projected = self.project(name, rows)
+            expected = int(mask.sum())
+            if expected != len(projected):
+                raise ModelError(f"{expected} {name} placeholders in the text, but {len(projected)} projected rows")
+            embeddings = self.fusion(embeddings, mask, projected)
+        return embeddings
+
+    def backbone(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, Sequence[Tensor]] | None = None,
+        media: Mapping[str, Sequence[Tensor]] | None = None,
+        label_rows: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D)."""
+        embeddings = self.embed(input_ids, features, media)
+        outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
+        if label_rows is not None:
+            outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[label_rows][None]
+        return outputs
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, Sequence[Tensor]] | None = None,
+        media: Mapping[str, Sequence[Tensor]] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids (B, T), features {name: N tensors (L, W)} or prepared media -> the LLM's own output.
+
+        Without `attention_mask`, restarting `position_ids` keep packed samples apart. `labels` (B, T), -100 where
+        nothing is learnt, give the mean next-token loss.
+        """
+        for name in ("label_rows", "shift_labels"):  # of the fused head's call, where only labelled rows are computed
+            kwargs.pop(name, None)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        embeddings = self.embed(input_ids, features, media)
+        return self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        features: Mapping[str, Sequence[Tensor]] | None = None,
+        media: Mapping[str, Sequence[Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Prompts (B, T), padded on the left -> new tokens only (B, T')."""
+        embeddings = self.embed(input_ids, features, media)
+        return self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+
+
+def placeholder_count(config: MultimodalConfig, name: str, rows: int) -> int:
+    """Placeholder tokens for `rows` rows of features of encoder `name`."""
+    projector, fusion = config.parts["projectors"][name], config.parts["fusion"]
+    projector_part, fusion_part = load_part("projectors", projector["kind"]), load_part("fusion", fusion["kind"])
+    rows = projector_part.length(rows, projector_part.Options(**projector["options"]))
+    return fusion_part.placeholders(rows, fusion_part.Options(**fusion["options"]))
+
+
+def compose(
+    language_model: PreTrainedModel,
+    *,
+    encoders: Mapping[str, tuple[str, Any]],
+    projectors: Mapping[str, tuple[str, Any]],
+    fusion: tuple[str, Any],
+    placeholder_ids: Mapping[str, int],
+    with_encoders: bool = True,
+) -> MultimodalModel:
+    """Put parts together. `encoders`: {name: (kind, Encoder)}; `projectors`, `fusion`: (kind, Options).
+
+    `with_encoders=False` leaves the encoders' weights out: then only features are taken.
+    Raises ModelError where a projector can't take what its encoder gives.
+    """
+    config = MultimodalConfig(
+        text_config=language_model.config,
+        parts={
+            "encoders": {name: {"kind": kind, "settings": e.settings()} for name, (kind, e) in encoders.items()},
+            "projectors": {
+                name: {"kind": kind, "options": options.model_dump(), "width_in": encoders[name][1].width}
+                for name, (kind, options) in projectors.items()
+            },
+            "fusion": {"kind": fusion[0], "options": fusion[1].model_dump()},
+            "placeholders": dict(placeholder_ids),
+        },
+    )
+    for name, (_, encoder) in encoders.items():
+        placeholder_count(config, name, getattr(encoder, "rows", 1))
+    kept = {name: encoder for name, (_, encoder) in encoders.items()} if with_encoders else {}
+    return MultimodalModel(config, language_model, kept)
+
+
+def packs_exactly(causal_lm: Any) -> bool:
+    """Whether restarting positions alone keep packed samples apart in this LLM.
+
+    Tried, not looked up: a sample behind another must not depend on it at all (no gradient flows to it, to the bit),
+    and must give the hidden states that it gives alone. Families without positions (MPT, BLOOM) or with a recurrent
+    state fail; they train on padded rows.
+    """
+    table = causal_lm.get_input_embeddings()
+    other, sample = torch.arange(20, 25), torch.arange(4, 11)
+
+    def states(*samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of the last sample; the largest gradient that they send to what stands before it."""
+        positions = torch.cat([torch.arange(len(ids)) for ids in samples])[None].to(table.weight.device)
+        embeddings = table(torch.cat(samples)[None].to(table.weight.device)).detach().requires_grad_()
+        outputs = causal_lm.base_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        last = outputs.last_hidden_state[0, -len(sample) :].float()
+        # Half of the features: the sum over all is a constant behind a layer norm.
+        (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
+        return last.detach(), gradient[0, : -len(sample)].abs().sum()
+
+    try:
+        with torch.enable_grad():
+            (packed, leak), (alone, _) = states(other, sample), states(sample)
+    except TypeError:  # takes no position_ids
+        return False
+    # Rows of another length round otherwise: in half precision and over 8-bit weights by up to 0.02 of the norm.
+    return leak.item() == 0 and bool((packed - alone).norm() < 0.05 * alone.norm())
+
+
+AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig)

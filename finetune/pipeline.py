@@ -1,0 +1,67 @@
+"""The whole way, and the recipes that come with the package."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RecipeError
+from finetune.recipe import load_recipe
+
+
+def run(
+    recipe: Path | str, overrides: Sequence[str] = (), run: Path | str | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """check → train → evaluate → merge → one question about one held-out row. Returns paths, scores and the answer."""
+    import json
+
+    from finetune.run_folder import RunFolder
+    from finetune.stages.chat import chat
+    from finetune.stages.check import check
+    from finetune.stages.evaluate import evaluate
+    from finetune.stages.merge import merge
+    from finetune.stages.train import train
+
+    check(recipe, overrides)
+    folder: RunFolder = train(load_recipe(recipe, overrides), run, resume)
+    metrics = evaluate(folder.path)
+    merge(folder.path)
+    first = json.loads(folder.predictions.read_text(encoding="utf-8").splitlines()[0])
+    image = first["media"][0] if first["media"] else None
+    answer = chat(folder.merged, first["question"], image=image)
+    return {
+        "scores": metrics["scores"],
+        "question": first["question"],
+        "image": image,
+        "answer": answer,
+        "target": first["target"],
+        "adapter": folder.adapter,
+        "metrics": folder.metrics,
+        "predictions": folder.predictions,
+        "plots": folder.plots,
+        "merged": folder.merged,
+    }
+
+
+def recipes_folder() -> Path:
+    """Beside the package in a checkout, inside it when installed."""
+    inside = Path(__file__).parent / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def recipes(copy: str | None = None, to: Path | str = ".") -> dict[str, str]:
+    """{name: its first comment line}; with `copy`, that recipe is copied into the folder `to`. Raises RecipeError."""
+    found = {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+    if copy is not None:
+        if copy not in found:
+            raise RecipeError(f"no recipe is called {copy!r}. There are: {', '.join(found)}")
+        target = Path(to) / found[copy].name
+        if target.exists():
+            raise RecipeError(f"{target} exists already; choose another folder with --to")
+        shutil.copyfile(found[copy], target)
+    return {name: _first_comment(path) for name, path in found.items()}
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()

@@ -1,0 +1,422 @@
+"""The recipe: its schema, the checks that need no model, and a strict reader. Imports no torch.
+
+A field's description is its documentation: `finetune schema` prints it. Fields marked with `json_schema_extra=PATH_...`
+(here and in any part's `Options`) hold paths: relative ones are relative to the recipe's folder and become absolute on
+reading. The marker is {"path": X}: True for a file or folder that exists, "file", "folder", "new" for one that needn't
+exist, "maybe" for a name that is a Hub id unless it looks local.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Strict,
+    ValidationError,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from finetune.errors import RecipeError
+from finetune.parts import PartOptions, load_part, part_names
+from finetune.strict_yaml import (
+    Location,
+    Problem,
+    dump_yaml,
+    explain,
+    near_file,
+    nearest,
+    override,
+    problem,
+    problem_at,
+    read_text,
+    read_yaml,
+    refusal,
+    seen,
+    shorten,
+)
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PATH_EXISTS: dict[str, Any] = {"path": True}
+PATH_FILE: dict[str, Any] = {"path": "file"}
+PATH_FOLDER: dict[str, Any] = {"path": "folder"}
+PATH_NEW: dict[str, Any] = {"path": "new"}
+PATH_OR_HUB_ID: dict[str, Any] = {"path": "maybe"}
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+MediumName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a folder of parts, with its validated options: `{kind: mlp, hidden: 2048}`, or just `mlp`."""
+
+    kind: str
+    options: PartOptions
+    folder: ClassVar[str]
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        if isinstance(value, cls):
+            return value
+        mapping = {"kind": value} if isinstance(value, str) else value
+        kinds = ", ".join(part_names(cls.folder))
+        if not isinstance(mapping, dict):
+            raise problem(f"got {seen(value)}; write one of {kinds}, or {{kind: ..., its options}}.")
+        kind = mapping.get("kind")
+        below: tuple[str, ...] = ("kind",) if "kind" in mapping and mapping is value else ()
+        if "kind" not in mapping:
+            raise problem(f"'kind' is missing: one of {kinds}.")
+        if not isinstance(kind, str) or not re.fullmatch("[A-Za-z0-9_-]{1,40}", kind):
+            raise problem_at(cls, below, f"got {seen(kind)}; write one of {kinds}.", kind)
+        try:
+            options = load_part(cls.folder, kind).Options
+        except RecipeError as error:
+            raise problem_at(cls, below, str(error), kind) from None
+        # By JSON: strict about numbers and text, yet a list may become a tuple and text a path.
+        given = json.dumps({key: option for key, option in mapping.items() if key != "kind"})
+        return cls(kind, options.model_validate_json(given, strict=True))
+
+    def dump(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.options.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(cls.dump)
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=written)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        kinds: list[dict[str, Any]] = []
+        short = []
+        for name in part_names(cls.folder):
+            part = load_part(cls.folder, name)
+            options = handler.resolve_ref_schema(handler(part.Options.__pydantic_core_schema__))
+            required = options.get("required", [])
+            if not required:
+                short.append(name)
+            properties = {"kind": {"const": name}, **options.get("properties", {})}
+            about = {"title": name, "description": (part.__doc__ or name).strip().partition("\n")[0]}
+            kinds.append({**options, **about, "properties": properties, "required": ["kind", *required]})
+        return {"anyOf": kinds + ([{"enum": short}] if short else [])}
+
+
+class Encoder(Part):
+    folder = "encoders"
+
+
+class Projector(Part):
+    folder = "projectors"
+
+
+class Fusion(Part):
+    folder = "fusion"
+
+
+class Task(Part):
+    folder = "tasks"
+
+
+def _not_empty(path: Any) -> Any:
+    if path == "":
+        raise problem("got ''; write a path.")
+    return path
+
+
+def _format_name(name: str) -> str:
+    names = part_names("data.formats")
+    if name not in names:
+        near = nearest(name, names)
+        advice = f" Did you mean {near!r}?" if near else ""
+        raise problem(f"got {seen(name)}; write one of {', '.join(names)}, or null to detect it.{advice}")
+    return name
+
+
+RecipePath = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
+
+
+class Llm(Section):
+    name: str = Field(
+        min_length=1, description="Hub id, folder, or path of a .gguf file.", json_schema_extra=PATH_OR_HUB_ID
+    )
+    revision: str | None = Field(None, description="Commit (40 hex digits), branch or tag of the Hub repository.")
+    quantize: Literal["nf4", "int8", "none"] = Field(
+        "nf4", description="How the frozen weights are kept: 4, 8, 16 bits."
+    )
+    double_quantize: bool = Field(True, description="Quantize the scales of nf4 too (saves 0.4 bits per weight).")
+    dtype: Dtype = Field("auto", description="Numbers computed with; auto: bfloat16 where the device has it.")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="Implementation; auto: the fastest that keeps packed samples apart."
+    )
+    chat_template: RecipePath | None = Field(
+        None, description="Jinja file used instead of the tokenizer's.", json_schema_extra=PATH_FILE
+    )
+    trust_remote_code: bool = Field(False, description="Run code of the Hub repository; needs a commit as revision.")
+
+
+class Model(Section):
+    llm: Llm = Field(description="The frozen language model.")
+    encoders: dict[MediumName, Encoder] = Field({}, description="Medium -> the frozen encoder that takes it.")
+    projectors: dict[MediumName, Projector] = Field({}, description="Medium -> the trained projector to the LLM.")
+    fusion: Fusion = Field("prefix", validate_default=True, description="How projected media meet the text.")
+
+
+class Adapter(Section):
+    rank: int = Field(16, ge=1, le=1024, description="Rank of the LoRA matrices.")
+    alpha: float = Field(32.0, gt=0, description="Scale: updates are multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of LoRA inputs dropped in training.")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Modules of the LLM that get LoRA; all-linear: all but its head."
+    )
+    rslora: bool = Field(False, description="Multiply by alpha / sqrt(rank) instead.")
+    dora: bool = Field(False, description="Train magnitude and direction apart (DoRA).")
+    initialization: str = Field("default", min_length=1, description="A name that peft's init_lora_weights takes.")
+
+
+class Source(Section):
+    path: RecipePath = Field(description="File or folder of rows.", json_schema_extra=PATH_EXISTS)
+    format: Annotated[str, AfterValidator(_format_name)] | None = Field(
+        None, description="A part of data/formats; null: detected."
+    )
+    task: Task = Field(description="What is asked of the model with these rows.")
+    split: Literal["train", "validation", "test"] = Field("train", description="What the rows are for.")
+    hold_out: float = Field(
+        0.0, ge=0, le=0.9, description="Share of the source's media held out as test rows, by seed and content hash."
+    )
+    weight: float = Field(1.0, gt=0, description="Times each row is seen per epoch.")
+    columns: dict[str, str] = Field({}, description="The task's column -> the file's.")
+    media_folder: RecipePath | None = Field(
+        None, description="Folder of the media named in the rows.", json_schema_extra=PATH_FOLDER
+    )
+
+
+class Stage(Section):
+    name: str = Field(pattern="^[a-z][a-z0-9_-]*$", description="Name of the stage, distinct.")
+    trains: list[str] = Field(min_length=1, description="What is trained: projectors, projectors.NAME, adapter.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate, per optimizer step.")
+    epochs: int = Field(1, ge=1, description="Passes over the training rows.")
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warmup.")
+    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the stage's steps with a rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, as a factor of the learning rate.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this L2 norm.")
+    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw_torch", description="The 8 bit ones need bitsandbytes."
+    )
+
+
+class Train(Section):
+    tokens_per_batch: int = Field(2048, ge=16, description="Tokens of one packed row.")
+    accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
+    cache: bool = Field(True, description="Run frozen encoders once and keep their features on disk.")
+    cache_folder: RecipePath | None = Field(
+        None, description="Folder of features; null: the user's cache.", json_schema_extra=PATH_NEW
+    )
+    encode_batch: int = Field(1, ge=1, description="Media encoded at once.")
+    workers: int = Field(0, ge=0, description="Data worker processes; 0: none beside the trainer.")
+    checkpoint_every_n_layers: int = Field(
+        0, ge=0, description="Layers per activation checkpoint: 0 none, 1 each layer."
+    )
+    save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
+    stages: list[Stage] = Field(min_length=1, description="Run in this order.")
+
+
+class Evaluate(Section):
+    split: Literal["validation", "test"] = Field("test", description="Rows that are scored.")
+    limit: int | None = Field(None, ge=1, description="Rows scored at most; null: all.")
+    max_new_tokens: int = Field(64, ge=1, description="Tokens generated at most for an answer.")
+    batch: int = Field(16, ge=1, description="Rows generated at once.")
+
+
+class Merge(Section):
+    rows: int = Field(64, ge=1, description="Held-out rows on which the merged model is compared.")
+    dtype: Dtype = Field("auto", description="Numbers of the merged weights.")
+    min_agreement: float = Field(
+        0.95, ge=0, le=1, description="Share of next tokens on which adapter and merged must agree."
+    )
+
+
+class Publish(Section):
+    repo: str | None = Field(None, description="Hub repository, owner/name; null: none.")
+    private: bool = Field(True, description="Create the repository as private.")
+
+
+class Recipe(Section):
+    name: str = Field(pattern="^[a-z0-9][a-z0-9._-]*$", description="Name of the run and of its folder.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of everything drawn by chance.")
+    model: Model = Field(description="The parts of the model.")
+    adapter: Adapter | None = Field({}, validate_default=True, description="LoRA on the LLM; null: none.")
+    data: list[Source] = Field(min_length=1, description="Sources of rows.")
+    train: Train = Field(description="How it is trained.")
+    evaluate: Evaluate = Field({}, validate_default=True, description="How it is scored.")
+    merge: Merge = Field({}, validate_default=True, description="How the merged model is made and checked.")
+    publish: Publish = Field({}, validate_default=True, description="Where it is published.")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, check and resolve a recipe; `overrides` are `full.dotted.key=value`, relative to the recipe's folder too.
+
+    Raises RecipeError, one line a problem: `recipes/x.yaml:9: model.llm.quantize: got 'nf5'; write one of ...`.
+    """
+    document = read_yaml(read_text(path), str(path))
+    if not isinstance(document.value, dict):
+        found = "empty" if document.value is None else seen(document.value)
+        raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
+    for assignment in overrides:
+        override(document, assignment, _schema())
+    try:
+        recipe: Recipe = Recipe.model_validate(document.value)
+    except ValidationError as error:
+        raise refusal(document, explain(document, error.errors(include_url=False), _schema())) from None
+    problems: list[Problem] = []
+    recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
+    problems += [*_model_conflicts(recipe.model), *_data_conflicts(recipe), *_stage_conflicts(recipe)]
+    if problems:
+        raise refusal(document, problems)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML with every default spelled out; `load_recipe` reads it back equal from any folder."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, with the options of every part there is: for editors, and for messages."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+_schema = cache(schema)
+
+
+_FOUND: dict[Any, tuple[Callable[[str], bool], str]] = {
+    True: (os.path.exists, "file or folder"),
+    "maybe": (os.path.exists, "file or folder"),
+    "file": (os.path.isfile, "file"),
+    "folder": (os.path.isdir, "folder"),
+    "new": (lambda path: True, ""),
+}
+
+
+def _with_paths(value: Any, folder: str, location: Location, problems: list[Problem]) -> Any:
+    """`value` with its marked paths made absolute; those that should exist and don't are added to `problems`."""
+    if isinstance(value, Part):
+        return replace(value, options=_with_paths(value.options, folder, location, problems))
+    if isinstance(value, dict):
+        return {key: _with_paths(inner, folder, (*location, key), problems) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_paths(inner, folder, (*location, index), problems) for index, inner in enumerate(value)]
+    if not isinstance(value, BaseModel):
+        return value
+    changed = {}
+    for key, field in type(value).model_fields.items():
+        old, here = getattr(value, key), (*location, key)
+        marker = field.json_schema_extra.get("path") if isinstance(field.json_schema_extra, dict) else None
+        new = _with_paths(old, folder, here, problems)
+        if marker and old is not None and (marker != "maybe" or _looks_local(str(old), folder)):
+            new = type(old)(os.path.abspath(os.path.join(folder, os.path.expanduser(old))))
+            found, what = _FOUND[marker]
+            if not found(str(new)):
+                seen_there = f"not a {what}" if os.path.exists(new) else f"no such {what}"
+                problems.append((here, f"{seen_there}: {shorten(new, 150)}.{near_file(str(new))}"))
+        if new != old:
+            changed[key] = new
+    return value.model_copy(update=changed) if changed else value
+
+
+def _looks_local(name: str, folder: str) -> bool:
+    local = name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or "\\" in name
+    return local or os.path.exists(os.path.join(folder, name))
+
+
+# What can't work together, though each value alone is right.
+
+
+def _model_conflicts(model: Model) -> Iterator[Problem]:
+    if model.llm.trust_remote_code and not COMMIT.fullmatch(model.llm.revision or ""):
+        message = f"needs model.llm.revision to be a commit of 40 hex digits; it is {seen(model.llm.revision)}."
+        yield ("model", "llm", "trust_remote_code"), message
+    taken = _media(model)
+    orphans = model.projectors.keys() - taken
+    for name, encoder in model.encoders.items():
+        medium = load_part("encoders", encoder.kind).MEDIUM
+        if medium != name:
+            yield ("model", "encoders", name), f"{encoder.kind!r} takes the medium {medium!r}: write encoders.{medium}."
+        elif name not in model.projectors and not nearest(name, orphans):
+            yield ("model", "encoders", name), f"has no projector: add model.projectors.{name}."
+    for name in sorted(orphans):
+        near = nearest(name, model.encoders)
+        advice = f"Did you mean {near!r}?" if near else f"Add model.encoders.{shorten(name, 40)}."
+        yield ("model", "projectors", name), f"no encoder has this name. {advice}"
+
+
+def _media(model: Model) -> set[str]:
+    """The media there are encoders for; one under a wrong name counts under both, so that it is one error."""
+    return {*model.encoders, *(load_part("encoders", encoder.kind).MEDIUM for encoder in model.encoders.values())}
+
+
+def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    media = _media(recipe.model)
+    firsts: dict[str, int] = {}
+    for index, source in enumerate(recipe.data):
+        for medium in load_part("tasks", source.task.kind).media(source.task.options):
+            if medium not in media:
+                there = ", ".join(recipe.model.encoders) or "none"
+                yield (
+                    ("data", index, "task"),
+                    f"{source.task.kind!r} needs an encoder for {medium!r}; encoders: {shorten(there)}.",
+                )
+        first = firsts.setdefault(os.path.realpath(source.path), index)
+        other = recipe.data[first]
+        if other.split != source.split:
+            message = f"also data.{first}, with split {other.split}; the same rows can't be in {source.split} too."
+            yield ("data", index, "path"), message
+        elif other.hold_out != source.hold_out:
+            message = f"also data.{first}, with hold_out {other.hold_out:g}: give both the same, or rows held out leak."
+            yield ("data", index, "path"), message
+    splits = {source.split for source in recipe.data}
+    held_out = any(source.hold_out for source in recipe.data)
+    if "train" not in splits:
+        yield ("data",), "no source has split train: there is nothing to train on."
+    split = recipe.evaluate.split
+    if split not in splits and not (split == "test" and held_out):
+        advice = f"a source with split: {split}" + (", or hold_out: 0.1 on one" if split == "test" else "")
+        written = "split" in recipe.evaluate.model_fields_set
+        yield ("evaluate", "split") if written else ("data",), f"no rows to evaluate on: add {advice}."
+
+
+def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    projectors = [f"projectors.{name}" for name in recipe.model.projectors]
+    there = ["projectors", *projectors] if projectors else []
+    there += ["adapter"] if recipe.adapter else []
+    names: dict[str, int] = {}
+    for index, stage in enumerate(recipe.train.stages):
+        here: Location = ("train", "stages", index)
+        if (first := names.setdefault(stage.name, index)) != index:
+            yield (*here, "name"), f"{seen(stage.name)} is train.stages.{first} already: give each its own name."
+        for number, target in enumerate(stage.trains):
+            where = (*here, "trains", number)
+            if target == "adapter" and recipe.adapter is None:
+                yield where, "'adapter' can't be trained: adapter is null."
+            elif target not in there:
+                near = nearest(target, there)
+                advice = f" Did you mean {near!r}?" if near else ""
+                yield where, f"got {seen(target)}; write one of {shorten(', '.join(there), 120)}.{advice}"
+            elif target in stage.trains[:number]:
+                yield where, f"{seen(target)} is written twice."
+            elif target in projectors and "projectors" in stage.trains:
+                yield where, f"{seen(target)} is one of projectors, which is written too: keep one."

@@ -1,0 +1,119 @@
+"""The run folder: names, and every read and write. Files appear whole or not at all.
+
+runs/NAME/
+  recipe.yaml        as resolved, with package versions below it in versions.json
+  data/              counts per split, tokenized rows
+  checkpoints/STAGE/checkpoint-N/    appears under this name only when it is whole; STAGE/final when done
+  adapter/           the publishable artefact
+  metrics.json, predictions.jsonl, plots/
+  merged/            a self-contained checkpoint; certificate.json beside it
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ArtifactError, TrainingError
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.data = path / "data"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.metrics = path / "metrics.json"
+        self.predictions = path / "predictions.jsonl"
+        self.plots = path / "plots"
+        self.merged = path / "merged"
+        self.certificate = path / "certificate.json"
+
+    @classmethod
+    def create(cls, path: Path, recipe_text: str, resume: bool) -> "RunFolder":
+        """A new folder, or the one to go on with. Raises TrainingError where the two are mixed up."""
+        run = cls(path)
+        if resume:
+            if not run.recipe.is_file():
+                raise TrainingError(f"{path}: nothing to resume: there is no run here; leave out --resume to begin one")
+            if run.recipe.read_text(encoding="utf-8") != recipe_text:
+                raise TrainingError(
+                    f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
+                    "resume with the same recipe and --set, or choose another --run"
+                )
+        elif run.recipe.exists() or (path.exists() and any(path.iterdir())):
+            raise TrainingError(
+                f"{path}: there is a run here already: --resume goes on with it, --run DIR makes another"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(run.recipe, recipe_text)
+        return run
+
+    @classmethod
+    def open(cls, path: Path, needs: str = "recipe") -> "RunFolder":
+        """An existing run that has got as far as `needs`. Raises ArtifactError."""
+        run = cls(path)
+        made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
+        for part in ("recipe", needs):
+            if not getattr(run, part).exists():
+                raise ArtifactError(
+                    f"{path}: no {getattr(run, part).name} here: not a run folder, or `finetune {made_by[part]}` "
+                    "hasn't finished"
+                )
+        return run
+
+    def read_metrics(self) -> dict[str, Any]:
+        return read_json(self.metrics) if self.metrics.is_file() else {}
+
+    def update_metrics(self, **sections: Any) -> None:
+        """Merge sections into metrics.json, one level deep."""
+        content = self.read_metrics()
+        for name, section in sections.items():
+            content[name] = {**content.get(name, {}), **section}
+        write_json(self.metrics, content)
+
+    def newest_checkpoint(self, stage: str) -> Path | None:
+        """The last whole checkpoint of a stage: its `final` if it is done. Torn ones are removed."""
+        folder = self.checkpoints / stage
+        for path in folder.glob("*.partial"):
+            shutil.rmtree(path)
+        if (folder / "final").is_dir():
+            return folder / "final"
+        numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        return numbered[-1] if numbered else None
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block has ended well."""
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ArtifactError where the file is missing or isn't JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

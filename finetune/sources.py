@@ -1,0 +1,33 @@
+"""The stage's door: a recipe's sections as the plain values that stages work with."""
+
+from typing import Any
+
+from finetune.data.rows import Source
+from finetune.recipe import Recipe
+
+
+def sources_of(recipe: Recipe) -> list[Source]:
+    return [
+        Source(
+            path=source.path,
+            task=(source.task.kind, source.task.options),
+            format=source.format,
+            split=source.split,
+            hold_out=source.hold_out,
+            weight=source.weight,
+            columns=source.columns,
+            media_folder=source.media_folder,
+        )
+        for source in recipe.data
+    ]
+
+
+def model_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Keywords of `assemble.load_parts`."""
+    model = recipe.model
+    return {
+        "llm": model.llm.model_dump(),
+        "encoders": {name: (part.kind, part.options) for name, part in model.encoders.items()},
+        "projectors": {name: (part.kind, part.options) for name, part in model.projectors.items()},
+        "fusion": (model.fusion.kind, model.fusion.options),
+    }

@@ -1,0 +1,270 @@
+"""Merge: LoRA into the LLM's weights, twice (into the 16-bit LLM, and into the 4-bit one made 16-bit again); the one
+closer to what was trained is kept, if it is close, and if it isn't just the base.
+"""
+
+import gc
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import adapter
+from finetune.assemble import Features, Parts, build_model, lengths_of, load_parts
+from finetune.data.collate import Collator
+from finetune.data.features import default_cache_folder
+from finetune.data.rows import Entry, Source, read_splits
+from finetune.data.tokenize import tokenize
+from finetune.errors import DataError, MergeRefused
+from finetune.language_model import resolve_dtype
+from finetune.model import MultimodalModel, compose
+from finetune.parts import load_part
+from finetune.progress import bar, console, quiet_libraries
+from finetune.recipe import load_recipe
+from finetune.run_folder import RunFolder, whole_folder, write_json
+from finetune.sources import model_arguments, sources_of
+
+POSITIONS = 1024  # next-token distributions kept for comparison, at most
+SAME = 1e-6  # nats: a merged model nearer than this to the untrained LLM has learnt nothing
+
+
+def merge(run: Path | str) -> dict[str, Any]:
+    """Merge a trained run; writes merged/ and certificate.json. Returns the certificate.
+
+    Raises MergeRefused where the merged model differs from what was trained, or not from the base.
+    """
+    quiet_libraries()
+    folder = RunFolder.open(Path(run), needs="adapter")
+    recipe = load_recipe(folder.recipe)
+    return merge_plain(
+        folder,
+        sources=sources_of(recipe),
+        model=model_arguments(recipe),
+        adapter_options=recipe.adapter.model_dump() if recipe.adapter else None,
+        seed=recipe.seed,
+        cache_folder=(recipe.train.cache_folder or default_cache_folder()) if recipe.train.cache else None,
+        split=recipe.evaluate.split,
+        **recipe.merge.model_dump(),
+    )
+
+
+def merge_plain(
+    folder: RunFolder,
+    *,
+    sources: Sequence[Source],
+    model: Mapping[str, Any],
+    adapter_options: Mapping[str, Any] | None,
+    seed: int,
+    cache_folder: Path | None,
+    split: str,
+    rows: int,
+    dtype: str,
+    min_agreement: float,
+) -> dict[str, Any]:
+    """The same from plain values. `rows` held-out rows are compared; `min_agreement` of next tokens must be equal."""
+    entries = read_splits(sources, seed)[split][:rows]
+    if not entries:
+        raise DataError(f"no rows in split {split!r} to compare the merged model on")
+    parts = load_parts(**model)
+    merged_dtype = resolve_dtype(dtype, parts.device) if dtype != "auto" else parts.dtype
+    features = Features(parts.encoders, cache_folder)
+
+    def trained(quantize: str) -> MultimodalModel:
+        llm = {**model["llm"], "quantize": quantize}
+        composite = build_model(parts, llm=llm, adapter_options=adapter_options, seed=seed, with_encoders=False)
+        adapter.load_trained(composite, folder.adapter)
+        return composite
+
+    quantized = model["llm"]["quantize"]
+    candidates = {"the 16-bit LLM": lambda: into_plain(trained("none"), merged_dtype)}
+    if quantized != "none":
+        candidates[f"the dequantized {quantized} LLM"] = lambda: into_dequantized(trained(quantized), merged_dtype)
+
+    with bar("merge", 1 + len(candidates) + 1) as step:
+        composite = trained(quantized)
+        batches = list(comparison_batches(composite, parts, features, entries))
+        reference = next_tokens(composite, batches)
+        base = next_tokens(composite, batches, without_adapter=True)
+        from_base = compare(base, reference)
+        del composite
+        step()
+        compared: dict[str, dict[str, float]] = {}
+        for name, build in candidates.items():
+            release()
+            candidate = build()
+            compared[name] = compare(next_tokens(candidate, batches), reference)
+            del candidate
+            step()
+        best = min(compared, key=lambda name: compared[name]["kl"])
+        release()
+        with whole_folder(folder.merged) as partial:
+            save_merged(candidates[best](), parts, partial)
+            release()
+            # What counts is what stands on disk: it is read back and compared again.
+            final = read_back(partial, parts)
+            logits = next_tokens(final, batches)
+            certificate: dict[str, Any] = {
+                "merged_into": best,
+                "why": "the smallest KL divergence from what was trained",
+                "dtype": str(merged_dtype).removeprefix("torch."),
+                "rows": len(entries),
+                "positions": sum(len(row) for row in reference),
+                "saved": compare(logits, reference),
+                "candidates": compared,
+                "base_from_trained": from_base,
+                "saved_from_base": compare(logits, base),
+                "bounds": {"min_agreement": min_agreement, "min_kl_from_base": SAME if adapter_options else None},
+                "sha256": {path.name: file_hash(path) for path in sorted(partial.glob("*.safetensors"))},
+            }
+            del final
+            refuse_unless_faithful(certificate, adapter_options is not None)
+        write_json(folder.certificate, certificate)
+        step()
+    saved = certificate["saved"]
+    console.print(
+        f"merged into {best}: {saved['agreement']:.1%} of {certificate['positions']} next tokens as trained, KL "
+        f"{saved['kl']:.2g} (" + ", ".join(f"{n}: {c['kl']:.2g}" for n, c in compared.items()) + f"); {folder.merged}"
+    )
+    return certificate
+
+
+def refuse_unless_faithful(certificate: Mapping[str, Any], has_adapter: bool) -> None:
+    saved, bounds = certificate["saved"], certificate["bounds"]
+    if saved["agreement"] < bounds["min_agreement"]:
+        raise MergeRefused(
+            f"the merged model gives another next token than what was trained on {1 - saved['agreement']:.1%} of "
+            f"{certificate['positions']} positions (KL {saved['kl']:.2g}); merge.min_agreement is "
+            f"{bounds['min_agreement']:g}. Nothing was kept: serve the adapter, or use a wider merge.dtype"
+        )
+    if has_adapter and certificate["saved_from_base"]["kl"] < SAME:
+        raise MergeRefused(
+            "the merged model equals the untrained LLM: the adapter has learnt nothing, or wasn't merged. "
+            "Nothing was kept. See whether a stage of the recipe trains 'adapter'"
+        )
+
+
+def into_plain(composite: MultimodalModel, dtype: torch.dtype) -> MultimodalModel:
+    """LoRA into an LLM that isn't quantized."""
+    if hasattr(composite.language_model, "peft_config"):
+        composite.language_model = composite.language_model.merge_and_unload(safe_merge=True)
+    composite.language_model = composite.language_model.to(dtype)
+    return composite
+
+
+def into_dequantized(composite: MultimodalModel, dtype: torch.dtype) -> MultimodalModel:
+    """LoRA into the LLM that it was trained over, its 4-bit (or 8-bit) weights written out.
+
+    The base under the adapter is dequantized first and wrapped anew with an adapter that starts from nothing, so that
+    initialisations that change the base (PiSSA, OLoRA) keep the base that they made.
+    """
+    wrapped = composite.language_model
+    if not hasattr(wrapped, "peft_config"):
+        composite.language_model = wrapped.dequantize(dtype=dtype)
+        return composite
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = get_peft_model_state_dict(wrapped)
+    config = wrapped.peft_config["default"]
+    plain = wrapped.unload().dequantize(dtype=torch.float32)
+    config.init_lora_weights = True
+    fresh = get_peft_model(plain, config)
+    report: Any = set_peft_model_state_dict(fresh, state)
+    if report.unexpected_keys:
+        raise MergeRefused(f"the adapter has tensors that the dequantized LLM lacks: {report.unexpected_keys[:3]}")
+    composite.language_model = fresh.merge_and_unload(safe_merge=True).to(dtype)
+    return composite
+
+
+def save_merged(composite: MultimodalModel, parts: Parts, folder: Path) -> None:
+    """One self-contained folder: weights of all parts, config with the encoders' preprocessing, tokenizer."""
+    language_model = composite.language_model
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(language_model.config, attribute):
+            delattr(language_model.config, attribute)
+    whole = compose(
+        language_model,
+        encoders=parts.encoders,
+        projectors={
+            name: (part["kind"], load_part("projectors", part["kind"]).Options(**part["options"]))
+            for name, part in composite.config.parts["projectors"].items()
+        },
+        fusion=parts.fusion,
+        placeholder_ids=composite.config.parts["placeholders"],
+    )
+    whole.projectors.load_state_dict(composite.projectors.state_dict())
+    whole.config.dtype = language_model.dtype
+    whole.save_pretrained(folder)
+    if language_model.can_generate():
+        language_model.generation_config.save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder)
+
+
+def read_back(folder: Path, parts: Parts) -> MultimodalModel:
+    model: Any = MultimodalModel.from_pretrained(folder, dtype="auto")
+    return model.to(parts.device).eval()
+
+
+def comparison_batches(
+    composite: MultimodalModel, parts: Parts, features: Features, entries: Sequence[Entry]
+) -> Iterator[dict[str, Any]]:
+    """Held-out rows as they are trained, one by one, with the positions that predict the answer."""
+    length = lengths_of(composite.config, parts.encoders)
+    for entry in entries:
+        tokens = tokenize(entry.sample, parts.tokenizer, parts.placeholders, length)
+        sample = {
+            "input_ids": tokens.input_ids,
+            "labels": tokens.labels,
+            "media_kinds": [medium.kind for medium in tokens.media],
+            "media_keys": [features.key(medium) for medium in tokens.media],
+        }
+        batch = Collator([sample], features.features, field="features", packed=False)([{"samples": [0]}])
+        batch["label_rows"] = batch["label_rows"][: max(1, POSITIONS // len(entries))]
+        yield batch
+
+
+@torch.no_grad()
+def next_tokens(
+    composite: MultimodalModel, batches: Sequence[Mapping[str, Any]], without_adapter: bool = False
+) -> list[Tensor]:
+    """Log-probabilities of the next token where the answer stands, a row (positions, vocabulary) in float32 each."""
+    device = composite.get_input_embeddings().weight.device
+    wrapped = composite.language_model
+    found = []
+    with wrapped.disable_adapter() if without_adapter and hasattr(wrapped, "peft_config") else nullcontext():
+        for batch in batches:
+            logits = composite(
+                batch["input_ids"].to(device),
+                features=batch["features"],
+                attention_mask=batch["attention_mask"].to(device),
+            ).logits[0, batch["label_rows"].to(device)]
+            found.append(logits.float().log_softmax(-1).cpu())
+    return found
+
+
+def compare(got: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:
+    """KL(reference || got) in nats per token, share of equal most likely tokens, and the largest difference of a
+    log-probability, among tokens that the reference gives at least one in ten thousand.
+    """
+    ours, theirs = torch.cat(list(got)), torch.cat(list(reference))
+    width = min(ours.shape[1], theirs.shape[1])
+    ours, theirs = ours[:, :width], theirs[:, :width]
+    likely = theirs > torch.log(torch.tensor(1e-4))
+    return {
+        "kl": float((theirs.exp() * (theirs - ours)).sum(-1).mean().clamp(min=0)),
+        "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        "largest_logit_difference": float((ours - theirs)[likely].abs().max()),
+    }
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,56 @@
+"""One of a set of labels, from media and text. The set is what the training rows hold."""
+
+from pydantic import Field
+
+from finetune.data.sample import Message, Row, Sample
+from finetune.parts import PartOptions
+
+PRIMARY = "accuracy"
+
+
+class Options(PartOptions):
+    prompt: str = Field("What is this?", description="The question put after the media.")
+    image: str = Field("image", description="Column that names the picture; '' for rows of text only.")
+    text: str = Field("", description="Column of text put before the question; '' for none.")
+    label: str = Field("label", description="Column that holds the label.")
+
+
+def media(options: Options) -> tuple[str, ...]:
+    return ("image",) if options.image else ()
+
+
+def sample(row: Row, options: Options) -> Sample:
+    content = [row.medium("image", row.text(options.image))] if options.image else []
+    question = f"{row.text(options.text)}\n{options.prompt}" if options.text else options.prompt
+    return Sample(
+        (Message("user", (*content, question)), Message("assistant", (row.text(options.label),))), row.where, "classify"
+    )
+
+
+def read(answer: str, options: Options) -> str:
+    return answer.strip()
+
+
+def score(predictions: list[str], targets: list[str], options: Options) -> dict[str, float]:
+    """Accuracy, balanced accuracy, and precision, recall and F1 averaged over the labels that occur (macro).
+
+    An answer that is none of the labels counts as wrong, and as no label's false positive.
+    """
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
+
+    labels = sorted(set(targets))
+    known = [prediction if prediction in labels else "" for prediction in predictions]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        targets, known, labels=labels, average="macro", zero_division=0.0
+    )
+    return {
+        "accuracy": float(accuracy_score(targets, known)),
+        "balanced_accuracy": float(
+            balanced_accuracy_score([labels.index(t) for t in targets], [labels.index(k) if k else -1 for k in known])
+        )
+        if labels
+        else 0.0,
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+    }

@@ -1,0 +1,185 @@
+"""trl's SFTTrainer, subclassed once: only what was trained is saved, checkpoints are whole or absent, and nothing that
+isn't finite reaches the weights.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from finetune.adapter import load_trained, save_trained
+from finetune.errors import Interrupted, TrainingError
+from finetune.model import MultimodalModel
+from finetune.run_folder import whole_folder
+
+
+class StageTrainer(SFTTrainer):
+    model: Any
+    args: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """One checkpoint in place of the last, under its name only once all of it is on disk."""
+        folder = Path(self.args.output_dir)
+        with whole_folder(folder / f"checkpoint-{self.state.global_step}") as partial:
+            self._staging = partial
+            super()._save_checkpoint(model, trial)
+            for path in (partial / f"checkpoint-{self.state.global_step}").iterdir():
+                path.rename(partial / path.name)
+        for older in folder.glob("checkpoint-*"):
+            if older.name != f"checkpoint-{self.state.global_step}":
+                import shutil
+
+                shutil.rmtree(older)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card is written once, where the adapter is published."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_trained(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.model, Path(resume_from_checkpoint))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the weights are those of the step "
+                "before. Lower the learning rate, or train in bfloat16; --resume goes on from the last checkpoint"
+            )
+        return loss
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before an optimizer step whose gradients aren't finite. Under fp16 the scaler skips single such steps."""
+
+    def __init__(self, parts: dict[str, list[torch.nn.Parameter]]) -> None:
+        self.parts = parts
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.fp16:
+            return
+        for role, parameters in self.parts.items():
+            norms = torch.stack([p.grad.norm() for p in parameters if p.grad is not None] or [torch.zeros(())])
+            if not torch.isfinite(norms).all():
+                raise TrainingError(
+                    f"a gradient of {role} isn't finite at step {state.global_step + 1}; the weights are those of the "
+                    "step before. Lower the learning rate; --resume goes on from the last checkpoint"
+                )
+
+
+class StopBetweenSteps(TrainerCallback):
+    """Ctrl-C ends the step, writes a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not in the main thread: there's no Ctrl-C to catch
+            self._before = None
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def train_stage(
+    model: MultimodalModel,
+    tokenizer: Any,
+    *,
+    rows: Sequence[Sequence[int]],
+    collator: Callable[..., dict[str, Any]],
+    parts: dict[str, list[torch.nn.Parameter]],
+    folder: Path,
+    resume_from: Path | None,
+    learning_rate: float,
+    scheduler: str,
+    warmup: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    optimizer: str,
+    accumulate: int,
+    save_every_n_steps: int,
+    workers: int,
+    seed: int,
+    dtype: torch.dtype,
+    callbacks: Sequence[TrainerCallback],
+) -> list[dict[str, float]]:
+    """Train what has requires_grad on `rows` (sample numbers), in their order; the log, an entry a step.
+
+    Raises Interrupted after Ctrl-C, with a whole checkpoint on disk, and TrainingError on a value that isn't finite.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulate,
+        num_train_epochs=1,  # the rows of all epochs are laid out in `rows`
+        train_sampling_strategy="sequential",
+        learning_rate=learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        optim=optimizer,
+        bf16=on_gpu and dtype == torch.bfloat16,
+        fp16=on_gpu and dtype == torch.float16,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,  # switched on in the LLM, where it belongs
+        save_strategy="steps",
+        save_steps=save_every_n_steps,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        data_seed=seed,
+        dataloader_num_workers=workers,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        label_names=["labels"],
+        report_to=[],
+        disable_tqdm=True,
+    )
+    stop = StopBetweenSteps()
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"samples": [list(row) for row in rows]}),
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[FiniteGradients(parts), stop, *callbacks],
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        model.__dict__.pop("forward", None)  # trl's fused head and accelerate's autocast live on the instance
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
+    return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
