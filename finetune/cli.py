@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints. Each verb is a function of `finetune`."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,6 +118,7 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     try:
         app()
     except FinetuneError as error:

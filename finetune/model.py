@@ -265,7 +265,7 @@ def packs_exactly(causal_lm: Any) -> bool:
     other, sample = torch.arange(20, 25), torch.arange(4, 11)
 
     def states(*samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of the last sample; the largest gradient that they send to what stands before it."""
+        """Hidden states of the last sample; the gradient that they send to what stands before it, summed."""
         positions = torch.cat([torch.arange(len(ids)) for ids in samples])[None].to(table.weight.device)
         embeddings = table(torch.cat(samples)[None].to(table.weight.device)).detach().requires_grad_()
         outputs = causal_lm.base_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)

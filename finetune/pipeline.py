@@ -1,11 +1,13 @@
 """The whole way, and the recipes that come with the package."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import RecipeError
+from finetune.errors import ArtifactError, RecipeError
 from finetune.recipe import load_recipe
 
 
@@ -16,7 +18,6 @@ def run(
     import json
 
     from finetune.run_folder import RunFolder
-    from finetune.stages.chat import chat
     from finetune.stages.check import check
     from finetune.stages.evaluate import evaluate
     from finetune.stages.merge import merge
@@ -28,7 +29,12 @@ def run(
     merge(folder.path)
     first = json.loads(folder.predictions.read_text(encoding="utf-8").splitlines()[0])
     image = first["media"][0] if first["media"] else None
-    answer = chat(folder.merged, first["question"], image=image)
+    # In a process of its own: the folder must do for anyone who is given nothing else.
+    command = [sys.executable, "-m", "finetune.cli", "chat", str(folder.merged), first["question"]]
+    asked = subprocess.run([*command, "--image", image] if image else command, capture_output=True, text=True)
+    if asked.returncode:
+        raise ArtifactError(f"{folder.merged} doesn't answer: {asked.stderr.strip()}")
+    answer = asked.stdout.strip()
     return {
         "scores": metrics["scores"],
         "question": first["question"],

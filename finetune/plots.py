@@ -34,23 +34,22 @@ def losses(stages: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def scores(
-    table: Mapping[str, Mapping[str, Mapping[str, float | None]]], primary: Mapping[str, str], path: Path
-) -> None:
-    """`table` is metrics.json's `scores`. One group of bars a task: its primary metric under each condition."""
-    figure, axes = _figure(7.5, 3.6)
-    width = 0.8 / len(COLOURS)
-    for place, (task, metrics) in enumerate(table.items()):
-        values = metrics[primary[task]]
-        for number, (kind, colour) in enumerate(COLOURS.items()):
-            value = values.get(kind)
+def scores(table: Mapping[str, Any], path: Path) -> None:
+    """`table` is metrics.json's `scores`: a group of bars for each task's metric, one bar a condition."""
+    groups = [(task, metric, values) for task, metrics in table.items() for metric, values in metrics.items()]
+    figure, axes = _figure(max(4.5, 1.9 * len(groups)), 3.6)
+    width = 0.84 / len(COLOURS)
+    for place, (_, _, values) in enumerate(groups):
+        for number, (condition, colour) in enumerate(COLOURS.items()):
+            value = values.get(condition)
             if value is None:
                 continue
             x = place + (number - (len(COLOURS) - 1) / 2) * width
-            axes.bar(x, value, width * 0.92, color=colour, label=kind if not place else None)
-            axes.text(x, value + 0.01, f"{value:.2f}", ha="center", fontsize=8)
-    axes.set_xticks(range(len(table)), [f"{task} ({primary[task]})" for task in table])
-    axes.set_xlim(-0.7, len(table) - 0.3)
+            axes.bar(x, value, width * 0.92, color=colour, label=None if place else condition)
+            axes.text(x, value + 0.01, f"{value:.2f}", ha="center", fontsize=7)
+    several = len(table) > 1
+    axes.set_xticks(range(len(groups)), [f"{task}\n{metric}" if several else metric for task, metric, _ in groups])
+    axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylim(0, 1.05)
     axes.legend(frameon=False, fontsize=8, ncols=len(COLOURS), loc="upper center", bbox_to_anchor=(0.5, 1.13))
     _save(figure, path)

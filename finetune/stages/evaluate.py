@@ -50,7 +50,7 @@ def evaluate(run: Path | str) -> dict[str, Any]:
         peak_memory_bytes={f"evaluate_{device}": value for device, value in peak_memory_bytes().items()},
     )
     write_text(folder.predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["predictions"]))
-    plots.scores(result["scores"], result["primary"], folder.plots / "scores.png")
+    plots.scores(result["scores"], folder.plots / "scores.png")
     return folder.read_metrics()
 
 
@@ -104,7 +104,6 @@ def evaluate_plain(
         given |= {condition: answers(look) for condition, look in conditions.items()}
 
     scores: dict[str, Any] = {}
-    primary: dict[str, str] = {}
     rows: list[dict[str, Any]] = [{} for _ in entries]
     for name, numbers in by_task(entries, sources).items():
         kind, options = sources[entries[numbers[0]].source].task
@@ -121,7 +120,7 @@ def evaluate_plain(
         scored = task.score(probed, targets, options) if probed is not None else {}
         for metric in table:
             table[metric]["probe"] = round(scored[metric], 4) if metric in scored else None
-        scores[name], primary[name] = table, task.PRIMARY
+        scores[name] = table
         for i in numbers:
             sample = entries[i].sample
             rows[i] = {
@@ -132,7 +131,7 @@ def evaluate_plain(
                 "target": sample.answer,
                 **rows[i],
             }
-    return {"scores": scores, "primary": primary, "predictions": rows}
+    return {"scores": scores, "predictions": rows}
 
 
 def by_task(entries: Sequence[Entry], sources: Sequence[Source]) -> dict[str, list[int]]:

@@ -32,24 +32,18 @@ def read(answer: str, options: Options) -> str:
 
 
 def score(predictions: list[str], targets: list[str], options: Options) -> dict[str, float]:
-    """Accuracy, balanced accuracy, and precision, recall and F1 averaged over the labels that occur (macro).
+    """Accuracy, and precision, recall (balanced accuracy) and F1 averaged over the labels that occur (macro).
 
     An answer that is none of the labels counts as wrong, and as no label's false positive.
     """
-    from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
     labels = sorted(set(targets))
-    known = [prediction if prediction in labels else "" for prediction in predictions]
     precision, recall, f1, _ = precision_recall_fscore_support(
-        targets, known, labels=labels, average="macro", zero_division=0.0
+        targets, predictions, labels=labels, average="macro", zero_division=0.0
     )
     return {
-        "accuracy": float(accuracy_score(targets, known)),
-        "balanced_accuracy": float(
-            balanced_accuracy_score([labels.index(t) for t in targets], [labels.index(k) if k else -1 for k in known])
-        )
-        if labels
-        else 0.0,
+        "accuracy": float(accuracy_score(targets, predictions)),
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),
