@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from finetune import adapter
 from finetune.assemble import build_model, encode_one, load_parts
@@ -72,10 +73,16 @@ class Assistant:
             features=media,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            repetition_penalty=1.0,
             pad_token_id=pad,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self._ends(),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's, and the LLM's own (Gemma ends its turns with another)."""
+        own = self.model.causal_lm.generation_config.eos_token_id
+        return sorted({self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
     def _length(self, medium: Medium) -> int:
         return placeholder_count(self.model.config, medium.kind, self.encoders[medium.kind].length(medium))
@@ -113,6 +120,8 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     if wrong:
         raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
     model = model.to(device).eval()
+    if (folder / "generation_config.json").is_file():
+        model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = load_tokenizer(str(folder))
     ids = model.config.parts["placeholders"]
     placeholders = {name: Placeholder(PLACEHOLDERS[name], ids[name]) for name in ids}

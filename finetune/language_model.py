@@ -19,11 +19,12 @@ from finetune.hub import loading
 
 Quantize = Literal["nf4", "int8", "none"]
 
-# For base models, whose tokenizers carry no chat template.
+# For base models, whose tokenizers carry no chat template. An answer begins on a new line: a space before it would melt
+# into its first token.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 
 

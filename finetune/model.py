@@ -9,7 +9,8 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
          M placeholder tokens of the batch = projected rows of all its media
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
@@ -76,7 +77,6 @@ class MultimodalModel(PreTrainedModel):
         self.encoder_parts = dict(encoders)
         width = config.text_config.hidden_size
         self.projectors = nn.ModuleDict()
-        self._lengths: dict[str, Callable[[int], int]] = {}
         for name, part in parts["projectors"].items():
             module = load_part("projectors", part["kind"])
             options = module.Options(**part["options"])
@@ -85,6 +85,7 @@ class MultimodalModel(PreTrainedModel):
         fusion = load_part("fusion", parts["fusion"]["kind"])
         self.fusion = fusion.build(config.text_config, fusion.Options(**parts["fusion"]["options"]))
         self.encode_batch = 1
+        self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
 
     def init_weights(self) -> None:
@@ -114,8 +115,12 @@ class MultimodalModel(PreTrainedModel):
         """
         encoder = self.encoder_parts[name]
         features: list[Tensor] = []
+        begin = perf_counter()
         for start in range(0, len(media), self.encode_batch):
             features.extend(encoder.encode(torch.stack(list(media[start : start + self.encode_batch]))))
+        if features and features[0].is_cuda:
+            torch.cuda.synchronize(features[0].device)
+        self.encode_seconds += perf_counter() - begin
         return features
 
     def project(self, name: str, features: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@ isn't finite reaches the weights.
 """
 
 import math
+import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,6 +133,10 @@ def train_stage(
     Raises Interrupted after Ctrl-C, with a whole checkpoint on disk, and TrainingError on a value that isn't finite.
     """
     on_gpu = next(model.parameters()).is_cuda
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise TrainingError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process; choose one: CUDA_VISIBLE_DEVICES=0"
+        )
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -178,6 +183,12 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "out of GPU memory. In this order: train.checkpoint_every_n_layers: 1, a smaller train.tokens_per_batch "
+            "(with more train.accumulate), optimizer: paged_adamw_8bit, model.llm.quantize: nf4. "
+            "--resume needs the same recipe: begin anew with --run"
+        ) from error
     finally:
         model.__dict__.pop("forward", None)  # trl's fused head and accelerate's autocast live on the instance
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:

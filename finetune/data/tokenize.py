@@ -55,7 +55,7 @@ def tokenize(
     ]
     input_ids, labels, media = _expand(sample, encoded["input_ids"], labels, placeholders, length)
     if all(label == IGNORED for label in labels[1:]):
-        raise DataError(f"{sample.where}: no token would be learnt from this row: the answer is empty")
+        raise DataError(f"{sample.where}: no token would be learnt from this row: the chat template drops the answer")
     return Tokens(input_ids, labels, media)
 
 
@@ -108,6 +108,10 @@ def _assistant_spans(
     for number, message in enumerate(sample.messages):
         if message.role != "assistant":
             continue
+        if not "".join(part for part in message.content if isinstance(part, str)).strip():
+            raise DataError(
+                f"{sample.where}: turn {number}, the assistant's, is empty: there is nothing to learn from it"
+            )
         before = _render(tokenizer, sample.messages[:number], placeholders, sample.where, add_generation_prompt=True)
         after = _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
         if not after.startswith(before) or not text.startswith(after):
@@ -118,7 +122,7 @@ def _assistant_spans(
         end = len(after)
         stripped = after.rstrip()
         # Templates end a turn with "<end>\n": the line break belongs to the next turn, generation stops before it.
-        if tokenizer.eos_token and stripped.endswith(tokenizer.eos_token):
+        if stripped.endswith(tuple(tokenizer.get_added_vocab())):
             end = len(stripped)
         spans.append((len(before), end))
     return spans

@@ -130,8 +130,9 @@ def train_plain(
             seed=seed,
             labels=labels if len(labels) <= 1000 else [],
         )
-    seconds = dict(features.seconds)
-    seconds["llm"] = trained_seconds - (0.0 if cache_folder else features.seconds["decode"])
+    # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
+    seconds = {**features.seconds, "encode": features.seconds["encode"] + composite.encode_seconds}
+    seconds["llm"] = trained_seconds - (0.0 if cache_folder else seconds["decode"] + seconds["encode"])
     return {
         "stages": {stage["name"]: result for stage, result in zip(stages, results, strict=True)},
         "rows": len(lengths),

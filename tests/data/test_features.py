@@ -1,0 +1,116 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_composite, tiny_dataset, tiny_encoder
+
+from finetune.assemble import Features
+from finetune.data import features as module
+from finetune.data.features import FeatureStore, media_key
+from finetune.data.sample import Medium
+from finetune.encoders import vision
+from finetune.errors import ArtifactError
+from finetune.media import decode
+
+
+@pytest.fixture
+def media(tmp_path):
+    return [Medium("image", path) for path in sorted((tiny_dataset(tmp_path / "data") / "images").iterdir())[:6]]
+
+
+def fill(encoder, media, folder) -> Features:
+    features = Features({"image": ("vision", encoder)}, folder)
+    missing = features.missing(media)["image"]
+    features.stores["image"].fill(missing, lambda key: features.compute("image", key), lambda: None)
+    return features
+
+
+def test_cached_features_are_those_computed_to_the_bit_in_any_order(media, tmp_path):
+    encoder = tiny_encoder()
+    model = tiny_composite(encoder=encoder)
+    fill(encoder, media[:2], tmp_path / "cache")
+    cached = fill(encoder, [*media[2:][::-1], *media[:2]], tmp_path / "cache")  # goes on with what is there
+    fresh = Features({"image": ("vision", encoder)}, None)
+    through_model = model.encode("image", [encoder.prepare(decode("image", medium.path)) for medium in media])
+    for medium, expected in zip(media, through_model, strict=True):
+        assert torch.equal(cached.features("image", cached.key(medium)), expected)
+        assert torch.equal(fresh.features("image", fresh.key(medium)), expected)
+    assert not torch.equal(through_model[0], through_model[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_comes_back(dtype, tmp_path):
+    rows = torch.randn(4, 8).to(dtype)
+    FeatureStore(tmp_path, "f").fill(["a"], lambda key: rows, lambda: None)
+    read = FeatureStore(tmp_path, "f").read("a")
+    assert read.dtype == dtype and torch.equal(read, rows)
+
+
+def test_a_medium_is_known_by_its_content(tmp_path):
+    for name, content in (("a.png", b"one"), ("b.png", b"one"), ("c.png", b"two")):
+        (tmp_path / name).write_bytes(content)
+    first, copied, changed = (media_key(Medium("image", tmp_path / name)) for name in ("a.png", "b.png", "c.png"))
+    assert first == copied != changed
+
+
+def test_each_medium_is_computed_once(tmp_path):
+    store = FeatureStore(tmp_path, "f")
+    assert store.missing(["a", "b", "a"]) == ["a", "b"]
+    store.fill(["a", "b"], lambda key: torch.ones(1), lambda: None)
+    assert store.missing(["a", "b", "c"]) == ["c"]
+    assert FeatureStore(tmp_path, "f").missing(["a", "b", "c"]) == ["c"]
+    assert FeatureStore(tmp_path, "g").missing(["a"]) == ["a"]  # another encoder's
+
+
+def test_what_changes_features_changes_the_fingerprint():
+    encoder = tiny_encoder()
+    same = vision._finish(copy.deepcopy(encoder.module), encoder.processor, vision.Options(name="elsewhere"))
+    assert same.fingerprint == encoder.fingerprint
+    module = copy.deepcopy(encoder.module)
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[0] += 1e-3
+    processor = copy.deepcopy(encoder.processor)
+    processor.image_mean = [0.4, 0.5, 0.5]
+    others = [
+        vision._finish(module, encoder.processor, encoder.options),
+        vision._finish(encoder.module, processor, encoder.options),
+        vision._finish(encoder.module, encoder.processor, vision.Options(name="tiny", layer=-2)),
+        vision._finish(encoder.module, encoder.processor, vision.Options(name="tiny", tokens="all")),
+        vision._finish(copy.deepcopy(encoder.module).to(torch.bfloat16), encoder.processor, encoder.options),
+    ]
+    assert len({encoder.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    store = FeatureStore(tmp_path, "f")
+    store.fill(["a"], lambda key: torch.ones(64), lambda: None)
+    (path,) = store.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ArtifactError, match=f"{path} is damaged"):
+        FeatureStore(tmp_path, "f")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_fill_leaves_whole_files_and_goes_on(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 2 * 16 * 4)  # two media a file
+    calls: list[str] = []
+
+    def compute(key: str) -> torch.Tensor:
+        if key == "3" and "3" not in calls:
+            calls.append(key)
+            raise error
+        calls.append(key)
+        return torch.full((16,), float(key))
+
+    keys = [str(number) for number in range(6)]
+    with pytest.raises(error):
+        FeatureStore(tmp_path, "f").fill(keys, compute, lambda: None)
+    folder: Path = FeatureStore(tmp_path, "f").folder
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
+    assert sorted(key for path in folder.iterdir() for key in load_file(path)) == ["0", "1", "2"]
+    store = FeatureStore(tmp_path, "f")
+    store.fill(store.missing(keys), compute, lambda: None)
+    assert sorted(calls) == sorted([*keys, "3"])  # none computed twice but the one that failed
+    assert [store.read(key)[0].item() for key in keys] == [0, 1, 2, 3, 4, 5]

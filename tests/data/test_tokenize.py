@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import pytest
+from tiny import CHATML, fresh_tokenizer
+
+from finetune.data.sample import Medium, Message, Sample
+from finetune.data.tokenize import add_placeholders, tokenize, tokenize_prompt
+from finetune.errors import DataError
+from finetune.language_model import PLAIN_TEMPLATE
+
+PICTURE, OTHER = Medium("image", Path("a.png")), Medium("image", Path("b.png"))
+LENGTHS = {PICTURE: 4, OTHER: 7}
+CONVERSATIONS = {
+    "one turn": (("user", PICTURE, "What is this?"), ("assistant", "a red square")),
+    "text only": (("user", "What?"), ("assistant", "red")),
+    "system": (("system", "Be short."), ("user", PICTURE, "What?"), ("assistant", "red")),
+    "two turns": (
+        ("user", PICTURE, "What?"),
+        ("assistant", "a red square"),
+        ("user", "And ", OTHER, " this?"),
+        ("assistant", "blue\nand  two lines é ☃"),
+    ),
+    "answer with spaces": (("user", "What?"), ("assistant", "  red ")),
+}
+
+
+@pytest.fixture
+def tokenizer():
+    return fresh_tokenizer()
+
+
+@pytest.fixture
+def placeholders(tokenizer):
+    return add_placeholders(tokenizer, ["image"], {"image": "<|image|>"})
+
+
+def sample_of(*turns) -> Sample:
+    return Sample(tuple(Message(role, tuple(content)) for role, *content in turns), "rows.csv:3")
+
+
+def turns_of(sample: Sample) -> list[dict]:
+    text = {PICTURE: "<|image|>", OTHER: "<|image|>"}
+    return [{"role": m.role, "content": "".join(text.get(p, p) for p in m.content)} for m in sample.messages]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_what_is_learnt_is_what_the_template_marks_as_generated(name, tokenizer, placeholders):
+    sample = sample_of(*CONVERSATIONS[name])
+    tokens = tokenize(sample, tokenizer, placeholders, LENGTHS.__getitem__)
+    oracle = tokenizer.apply_chat_template(
+        turns_of(sample), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    # The oracle has one placeholder a medium: ours are folded back.
+    media, folded = iter(sample.media), []
+    position = 0
+    while position < len(tokens.input_ids):
+        token, label = tokens.input_ids[position], tokens.labels[position]
+        count = LENGTHS[next(media)] if token == placeholders["image"].id else 1
+        assert tokens.input_ids[position : position + count] == [token] * count
+        assert count == 1 or tokens.labels[position : position + count] == [-100] * count
+        folded.append((token, label))
+        position += count
+    assert [token for token, _ in folded] == oracle["input_ids"]
+    marked = zip(oracle["input_ids"], oracle["assistant_masks"], strict=True)
+    assert [label for _, label in folded] == [token if learnt else -100 for token, learnt in marked]
+    assert tokens.media == sample.media
+    assert len(tokens.input_ids) == len(oracle["input_ids"]) + sum(LENGTHS[medium] - 1 for medium in sample.media)
+
+
+def test_the_answer_and_its_end_are_learnt_and_nothing_else(tokenizer, placeholders):
+    tokens = tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, placeholders, LENGTHS.__getitem__)
+    assert tokenizer.decode([label for label in tokens.labels if label != -100]) == "a red square<|im_end|>"
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_prompt_is_the_beginning_of_the_whole(name, tokenizer, placeholders):
+    sample = sample_of(*CONVERSATIONS[name])
+    whole = tokenize(sample, tokenizer, placeholders, LENGTHS.__getitem__)
+    prompt = tokenize_prompt(sample.question, tokenizer, placeholders, LENGTHS.__getitem__)
+    assert whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert whole.labels[len(prompt.input_ids)] != -100
+
+
+def test_a_tokenizer_without_template_learns_the_same_way(tokenizer, placeholders):
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokens = tokenize(sample_of(*CONVERSATIONS["two turns"]), tokenizer, placeholders, LENGTHS.__getitem__)
+    learnt = tokenizer.decode([label for label in tokens.labels if label != -100])
+    assert learnt == "a red square<|im_end|>blue\nand  two lines é ☃<|im_end|>"
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_answer_is_refused_by_its_row_although_its_turn_ends(empty, tokenizer, placeholders):
+    with pytest.raises(DataError, match="rows.csv:3: turn 1, the assistant's, is empty"):
+        tokenize(sample_of(("user", "What?"), ("assistant", empty)), tokenizer, placeholders, LENGTHS.__getitem__)
+
+
+def test_a_template_that_drops_the_answer_is_refused(tokenizer, placeholders):
+    tokenizer.chat_template = "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="rows.csv:3: no token would be learnt"):
+        tokenize(sample_of(("user", "What?"), ("assistant", "red")), tokenizer, placeholders, LENGTHS.__getitem__)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_text_that_holds_a_placeholder_is_refused(role, tokenizer, placeholders):
+    turns = [("user", PICTURE, "What?"), ("assistant", "red")]
+    turns.insert(0 if role == "system" else 1, (role, "see <|image|>"))
+    with pytest.raises(DataError, match=r"rows.csv:3: the text holds '<\|image\|>'"):
+        tokenize(sample_of(*turns, ("assistant", "x")), tokenizer, placeholders, LENGTHS.__getitem__)
+
+
+def test_a_template_that_rewrites_history_is_refused(tokenizer, placeholders):
+    tokenizer.chat_template = CHATML.replace(
+        "{% generation %}{{ message['content'] +",
+        "{% generation %}{{ (message['content'] if loop.last else message['content'][2:]) +",
+    )
+    tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, placeholders, LENGTHS.__getitem__)
+    with pytest.raises(DataError, match="rows.csv:3: the chat template renders turn 1 otherwise"):
+        tokenize(sample_of(*CONVERSATIONS["two turns"]), tokenizer, placeholders, LENGTHS.__getitem__)
+
+
+def test_a_template_that_drops_media_is_refused(tokenizer, placeholders):
+    tokenizer.chat_template = CHATML.replace("message['content'] +", "message['content'].replace('<|image|>', '') +")
+    with pytest.raises(DataError, match="rows.csv:3: 1 media, but the chat template kept another number"):
+        tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, placeholders, LENGTHS.__getitem__)
+
+
+def test_a_template_that_raises_is_a_data_error(tokenizer, placeholders):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"rows.csv:3: .*roles must alternate"):
+        tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, placeholders, LENGTHS.__getitem__)
+
+
+def test_media_without_an_encoder_are_refused(tokenizer):
+    with pytest.raises(DataError, match="rows.csv:3: holds image"):
+        tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, {}, LENGTHS.__getitem__)
+
+
+def test_a_placeholder_is_one_special_token(tokenizer, placeholders):
+    assert tokenizer("a<|image|>b", add_special_tokens=False)["input_ids"].count(placeholders["image"].id) == 1
+    assert tokenizer.decode([placeholders["image"].id], skip_special_tokens=True) == ""
+    assert add_placeholders(tokenizer, ["image"], {"image": "<|image|>"}) == placeholders  # once, not twice
