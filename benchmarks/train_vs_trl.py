@@ -1,20 +1,20 @@
 """Train the same model both ways and compare speed, memory and losses.
 
-    python benchmarks/train_vs_trl.py                          # CPU: MiniMind2-Small, MobileNetV2, emoji, nf4
-    python benchmarks/train_vs_trl.py --device cuda            # 7B-shaped LLM, SigLIP-so400m-shaped tower, random weights
-    python benchmarks/train_vs_trl.py --rows 48 --epochs 1     # a quick try
+    python benchmarks/train_vs_trl.py                        # CPU: MiniMind2-Small, MobileNetV2, emoji, nf4
+    python benchmarks/train_vs_trl.py --device cuda          # shapes of a 7B LLM and SigLIP-so400m, random weights
+    python benchmarks/train_vs_trl.py --rows 48 --epochs 1   # a quick try
 
-peer  trl's SFTTrainer on transformers' LlavaForConditionalGeneration: a LlavaProcessor, conversational prompt-completion
-      rows with an `images` column, and so trl's own vision collator, fused head and padding. PEFT by `peft_config`,
-      the projector by `modules_to_save`. Its defaults but for what is listed in `peer_arguments`.
+peer  trl's SFTTrainer on transformers' LlavaForConditionalGeneration: a LlavaProcessor, conversational
+      prompt-completion rows with an `images` column, and so trl's own vision collator, fused head and padding. PEFT by
+      `peft_config`, the projector by `modules_to_save`. Its defaults but for what is listed in `peer_arguments`.
 ours  what `finetune train` does: tokenize, encode each picture once, packed rows, `trainer.train_stage`. Its seconds
       include tokenizing and encoding; loading weights is in neither side's.
 
 The same on both sides: LLM weights and quantization (one loader), encoder weights, first projector and LoRA weights
-(written once by a preparing process, read by both), chat template, samples, their order, the samples of each optimizer
-step, learning rates, precision, seeds, no dropout. Every run is a fresh process of this file. A peer's process checks,
-before it trains, that token ids, labels and the encoder's features of some samples equal ours; both sides check that the
-projector and the LoRA get gradients that aren't zero, and that the loss falls.
+(written once by a preparing process, read by both), chat template, samples, their order, the samples of each
+optimizer step, learning rates, precision, seeds, no dropout. Every run is a fresh process of this file. A peer's
+process checks, before it trains, that token ids, labels and the encoder's features of some samples equal ours; both
+sides check that the projector and the LoRA get gradients that aren't zero, and that the loss falls.
 
 Names of runs: `peer`, `ours` without activation checkpoints; `peer-checkpointed` (trl's default), `ours-checkpointed`.
 """
@@ -95,9 +95,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
     options.model = options.model or ("real" if on_cpu else "random")
-    options.runs = options.runs or (
-        ["peer", "ours", "peer", "ours", "peer-checkpointed"] if on_cpu else ["peer-checkpointed", "ours-checkpointed"] * 2
-    )
+    on_cuda = ["peer-checkpointed", "ours-checkpointed", "peer-checkpointed", "ours-checkpointed"]
+    options.runs = options.runs or (["peer", "ours", "peer", "ours", "peer-checkpointed"] if on_cpu else on_cuda)
     if options.model == "random":
         options.rows = options.rows or 256
     return options
@@ -174,6 +173,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     encoder = parts.encoders["image"][1]
     lengths = [len(ids) for ids in samples["input_ids"]]
     learnt = [sum(label != -100 for label in labels) for labels in samples["labels"]]
+    assert options.model == "real" or min(learnt) > options.text_low, "words of the random texts got lost"
     config = model.causal_lm.config.get_text_config()
     seen = [number for row in rows for number in row]
     projector = [module.weight.numel() for module in model.projectors["image"] if isinstance(module, torch.nn.Linear)]
@@ -213,7 +213,8 @@ def model_flops(facts: dict[str, Any]) -> dict[str, float]:
         * facts["layers"]
         * facts["pairs"],
         "LoRA: forward, inputs, weights": 6.0 * facts["lora"] * facts["tokens"],
-        "projector: the same, no inputs' gradient in its first layer": (4.0 * first + 6.0 * second) * facts["image_rows"],
+        "projector: the same, less the inputs' gradient of its first layer": facts["image_rows"]
+        * (4.0 * first + 6.0 * second),
         "encoder: forward, once a picture": float(facts["encoder_flops"]) * facts["pictures"],
     }
 
@@ -265,7 +266,8 @@ def make_random_weights(options: argparse.Namespace) -> None:
         pad_token="<|pad|>",
         additional_special_tokens=["<|im_start|>"],
     )
-    tokenizer.save_pretrained(options.folder / "llm")
+    # Not in the LLM's folder: AutoTokenizer would take Qwen's byte-level class there, to which all words are unknown.
+    tokenizer.save_pretrained(options.folder / "tokenizer")
     config = Qwen2Config(
         hidden_size=options.hidden,
         num_hidden_layers=options.layers,
@@ -356,7 +358,7 @@ def load_our_parts(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         layer=-2 if random else -1,  # LLaVA's choice for ViTs; a convolutional backbone has the last one only
     )
     parts = load_parts(
-        llm=llm,
+        llm={**llm, "name": str(options.folder / "tokenizer")} if random else llm,
         encoders={"image": ("vision", encoder)},
         projectors={"image": ("mlp", load_part("projectors", "mlp").Options())},
         fusion=("prefix", load_part("fusion", "prefix").Options()),
@@ -519,7 +521,10 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
             pad_token_id=parts.tokenizer.pad_token_id,
         )
         watcher = make_watcher(
-            {"projector": trained["projectors.image"][0], "lora_B": [p for p in trained["adapter"] if p.shape[1] == options.rank][0]}
+            {
+                "projector": trained["projectors.image"][0],
+                "lora_B": next(p for p in trained["adapter"] if p.shape[1] == options.rank),
+            }
         )
         log = train_stage(
             model,
@@ -581,9 +586,7 @@ def train_peer(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     rows = json.loads((options.folder / "rows.json").read_text(encoding="utf-8"))
     parts, llm = load_our_parts(options)  # the peer takes its tokenizer, and the very weights of its encoder
     entries, samples, _ = our_samples(options, parts, cache_folder=None)  # to compare with, before the clock runs
-    language_model = load_language_model(
-        llm["name"], quantize=llm["quantize"], dtype=parts.dtype, device=parts.device
-    )
+    language_model = load_language_model(llm["name"], quantize=llm["quantize"], dtype=parts.dtype, device=parts.device)
     image_id = parts.placeholders["image"].id
     llava, processor = make_llava(language_model, parts, image_id)
     dataset = peer_dataset([entries[number] for row in rows for number in row])
@@ -720,6 +723,10 @@ def make_tower(backbone: Any) -> Any:
             super().__init__(backbone.config)
             self.backbone = backbone
 
+        def train(self, mode: bool = True) -> Any:
+            """Always in evaluation mode: else batch norms, though frozen, would follow each batch."""
+            return super().train(False)
+
         def get_input_embeddings(self) -> None:
             return None
 
@@ -827,9 +834,10 @@ def report(options: argparse.Namespace, facts: dict[str, Any], results: list[dic
         f"{1 - facts['tokens'] / facts['padded_tokens']:.0%} are padding, of ours none"
     )
     peak = max(result["matmul_peak"] for result in results)
-    table = Table(title=None)
-    for heading in ("run", "samples/s", "seconds", "median step", "peak above loaded", "peak of process", "last loss", "of peak"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+    table = Table()
+    table.add_column("run")
+    for heading in ("samples/s", "seconds", "median step", "peak above loaded", "peak of process", "loss", "of peak"):
+        table.add_column(heading, justify="right")
 
     def add(name: str, group: list[dict[str, Any]]) -> None:
         seconds = statistics.mean(total_seconds(result) for result in group)
@@ -860,8 +868,8 @@ def report(options: argparse.Namespace, facts: dict[str, Any], results: list[dic
         spent = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items())
         console.print(f"seconds of {result['kind']}: {spent}")
     console.print(
-        f"of peak: model FLOPs / seconds, over {peak / 1e9:,.0f} GFLOP/s, the best {facts['dtype']} matrix product in these "
-        f"runs. Model FLOPs {facts['flops'] / 1e12:.2f} T, real tokens only, N weights, t tokens:"
+        f"of peak: model FLOPs / seconds, over {peak / 1e9:,.0f} GFLOP/s, the best {facts['dtype']} matrix product in "
+        f"these runs. Model FLOPs {facts['flops'] / 1e12:.2f} T, real tokens only, N weights, t tokens:"
     )
     for what, value in model_flops(facts).items():
         console.print(f"  {value / facts['flops']:6.1%}  {what}")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune.errors import ArtifactError, ModelError, TrainingError
-from finetune.language_model import restore_gradients
 from finetune.model import MultimodalModel
 
 FORMAT = 1
@@ -84,7 +83,6 @@ def set_trainable(model: MultimodalModel, trains: Sequence[str]) -> dict[str, in
 
     Raises TrainingError, with names, where what trains isn't what the recipe says.
     """
-    restore_gradients(model.language_model)
     model.requires_grad_(False)
     parts = trained_parts(model, trains)
     for parameters in parts.values():
@@ -179,7 +177,8 @@ def _is_adapter(name: str) -> bool:
 
 def _plain(name: str) -> str:
     """A parameter's name as PEFT writes it to file: without the adapter's own name."""
-    return name.replace(".default.", ".").removesuffix(".default")
+    name = name.replace(".default.", ".").removesuffix(".default")
+    return name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
 
 
 def _compare(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -132,18 +132,34 @@ class Features:
 
     def features(self, kind: str, key: str) -> Tensor:
         """(L, W): from the cache, or computed now."""
-        return self.stores[kind].read(key) if kind in self.stores else self.compute(kind, key)
+        store = self.stores.get(kind)
+        return self.compute(kind, key)[0] if store is None or store.missing([key]) else store.read(key)
 
-    def compute(self, kind: str, key: str) -> Tensor:
+    def compute(self, kind: str, *keys: str) -> list[Tensor]:
+        """Features of one or several media, encoded at once."""
         from time import perf_counter
 
-        prepared = self.prepared(kind, key)
+        prepared = [self.prepared(kind, key) for key in keys]
         begin = perf_counter()
-        features = encode_one(self.encoders[kind], prepared)
-        if features.is_cuda:
-            torch.cuda.synchronize(features.device)
+        with torch.no_grad():
+            features = list(self.encoders[kind].encode(torch.stack(prepared)))
+        if features[0].is_cuda:
+            torch.cuda.synchronize(features[0].device)
         self.seconds["encode"] += perf_counter() - begin
         return features
+
+    def fill(self, kind: str, keys: Sequence[str], done: Callable[[], None], batch: int = 1) -> None:
+        """Compute what the cache lacks, `batch` media at once."""
+        place = {key: number for number, key in enumerate(keys)}
+        ready: dict[str, Tensor] = {}
+
+        def one(key: str) -> Tensor:
+            if key not in ready:
+                chunk = keys[place[key] : place[key] + batch]
+                ready.update(zip(chunk, self.compute(kind, *chunk), strict=True))
+            return ready.pop(key)
+
+        self.stores[kind].fill(keys, one, done)
 
     def missing(self, media: Sequence[Medium]) -> dict[str, list[str]]:
         """{kind: keys that the cache lacks}."""

@@ -80,6 +80,7 @@ def load_language_model(
                 quantization_config=_quantization(quantize, double_quantize, dtype),
                 **options,
             )
+    keep_layout(model)
     return model.eval().requires_grad_(False)
 
 
@@ -103,19 +104,18 @@ def load_tokenizer(
     return tokenizer
 
 
-def restore_gradients(model: torch.nn.Module) -> None:
-    """Make 4-bit layers that have answered without gradients on a CPU trainable through again.
+def keep_layout(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers on a CPU as they were loaded, and so trainable through.
 
-    On CPUs with AVX-512 BF16, bitsandbytes (0.50) lays a layer's weights out for inference in its first forward that
-    needs no gradient, and from then on returns outputs without a graph: training would go on, and learn nothing through
-    that layer. Asking for a layer's state lays its weights out as they were.
+    On CPUs with AVX-512 BF16, bitsandbytes (0.50) lays a layer's weights out anew for inference, scales rounded to
+    bfloat16, in its first forward in evaluation mode that needs no gradient. From then on the layer's outputs carry no
+    graph, in training mode too: training goes on, and learns nothing through that layer.
     """
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if isinstance(module, Linear4bit) and getattr(weight.quant_state, "packing_format_for_cpu", False):
-            module.state_dict()
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(quantize: str, double_quantize: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:

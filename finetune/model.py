@@ -88,6 +88,12 @@ class MultimodalModel(PreTrainedModel):
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
 
+    def train(self, mode: bool = True) -> "MultimodalModel":
+        """Frozen encoders stay in evaluation mode: their batch norms and dropout must not see that others train."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
+
     def init_weights(self) -> None:
         """Parts come with their weights, or are initialised by their own builders; only ties are made here."""
         self.tie_weights(recompute_mapping=False)

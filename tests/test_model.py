@@ -180,7 +180,12 @@ def test_generation_is_the_most_likely_token_step_by_step(family):
     batch = batch_of(samples_of([6]), [0], packed=False)
     ids, features = batch["input_ids"], batch["features"]
     got = model.generate(
-        ids, attention_mask=torch.ones_like(ids), features=features, max_new_tokens=6, do_sample=False, eos_token_id=None
+        ids,
+        attention_mask=torch.ones_like(ids),
+        features=features,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
     )
     for _ in range(6):
         ids = torch.cat([ids, model(ids, features=features, use_cache=False).logits[:, -1:].argmax(-1)], 1)

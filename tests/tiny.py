@@ -77,7 +77,10 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     text = ["What is this? Describe the picture.", "user assistant system", " ".join(COLOURS), "a red square"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(text * 4, trainer)
     return transformers.PreTrainedTokenizerFast(
@@ -170,7 +173,7 @@ def tiny_picture(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, 
 
 
 def tiny_dataset(folder: Path, train: int = 12, test: int = 8) -> Path:
-    """train.csv and test.csv with 'image,label': squares of a colour, each of its own shade; the label is the colour."""
+    """train.csv and test.csv with 'image,label': squares of a colour, each its own shade; the label is the colour."""
     (folder / "images").mkdir(parents=True)
     for split, count in (("train", train), ("test", test)):
         with (folder / f"{split}.csv").open("w", newline="") as file:
@@ -179,7 +182,7 @@ def tiny_dataset(folder: Path, train: int = 12, test: int = 8) -> Path:
             for number in range(count):
                 label, (red, green, blue) = list(COLOURS.items())[number % len(COLOURS)]
                 name = f"images/{split}{number}.png"
-                tiny_picture((red, green, blue + number + 20 * (split == "test"))).save(folder / name)
+                tiny_picture((red, green + 10 * (split == "test"), min(blue + number, 255))).save(folder / name)
                 writer.writerow([name, label])
     return folder
 

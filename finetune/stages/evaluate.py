@@ -79,7 +79,7 @@ def evaluate_plain(
     )
     for kind, keys in features.missing([medium for entry in entries for medium in entry.sample.media]).items():
         with bar(f"encode {kind}", len(keys)) as step:
-            features.stores[kind].fill(keys, lambda key, kind=kind: features.compute(kind, key), step)  # type: ignore[misc]
+            features.fill(kind, keys, step)
     true = features_of(features)
     conditions: dict[str, Callable[[Medium], Tensor]] = {
         "tuned": true,

@@ -83,7 +83,8 @@ def train_plain(
     )
     if cache_folder:
         epochs = sum(stage["epochs"] for stage in stages)
-        fill_cache([medium for entry in entries["train"] for medium in entry.sample.media], features, epochs)
+        media = [medium for entry in entries["train"] for medium in entry.sample.media]
+        fill_cache(media, features, epochs, encode_batch)
         for _, encoder in parts.encoders.values():
             encoder.module.to("cpu")  # not needed while the LLM trains
     composite = build_model(
@@ -236,7 +237,7 @@ def tokenized(entries: Sequence[Entry], parts: Parts, features: Features, limit:
     return Dataset.from_dict(columns)
 
 
-def fill_cache(media: Sequence[Any], features: Features, epochs: int) -> None:
+def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_batch: int) -> None:
     """Encode what the cache lacks. Says first how large it gets and from which epoch on it pays."""
     for kind, keys in features.missing(media).items():
         if not keys:
@@ -244,8 +245,9 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int) -> None:
                 f"features of {kind}: all {len(features.paths):,} in the cache ({features.stores[kind].folder})"
             )
             continue
+        first = features.compute(kind, keys[0])[0]  # warms up
         begin = perf_counter()
-        first = features.compute(kind, keys[0])
+        features.compute(kind, keys[-1])
         each = perf_counter() - begin
         size = first.nbytes * len(keys)
         free = shutil.disk_usage(existing_parent(features.stores[kind].folder)).free
@@ -260,7 +262,7 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int) -> None:
                 f"{features.stores[kind].folder}: set train.cache: false or train.cache_folder"
             )
         with bar(f"encode {kind}", len(keys)) as step:
-            features.stores[kind].fill(keys, lambda key, kind=kind: features.compute(kind, key), step)  # type: ignore[misc]
+            features.fill(kind, keys, step, encode_batch)
 
 
 def existing_parent(path: Path) -> Path:

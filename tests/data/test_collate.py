@@ -53,4 +53,6 @@ def test_label_rows_are_the_places_before_each_learnt_token():
 
 def test_several_rows_become_one():
     batch = Collator(SAMPLES, name, field="features")([{"samples": [0]}, {"samples": [1]}])
-    assert torch.equal(batch["input_ids"], Collator(SAMPLES, name, field="features")([{"samples": [0, 1]}])["input_ids"])
+    assert torch.equal(
+        batch["input_ids"], Collator(SAMPLES, name, field="features")([{"samples": [0, 1]}])["input_ids"]
+    )

@@ -23,7 +23,7 @@ def media(tmp_path):
 def fill(encoder, media, folder) -> Features:
     features = Features({"image": ("vision", encoder)}, folder)
     missing = features.missing(media)["image"]
-    features.stores["image"].fill(missing, lambda key: features.compute("image", key), lambda: None)
+    features.fill("image", missing, lambda: None)
     return features
 
 

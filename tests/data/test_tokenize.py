@@ -90,13 +90,15 @@ def test_a_tokenizer_without_template_learns_the_same_way(tokenizer, placeholder
 
 @pytest.mark.parametrize("empty", ["", " \n"])
 def test_an_empty_answer_is_refused_by_its_row_although_its_turn_ends(empty, tokenizer, placeholders):
-    with pytest.raises(DataError, match="rows.csv:3: turn 1, the assistant's, is empty"):
+    with pytest.raises(DataError, match=r"rows.csv:3: turn 1, the assistant's, is empty"):
         tokenize(sample_of(("user", "What?"), ("assistant", empty)), tokenizer, placeholders, LENGTHS.__getitem__)
 
 
 def test_a_template_that_drops_the_answer_is_refused(tokenizer, placeholders):
-    tokenizer.chat_template = "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
-    with pytest.raises(DataError, match="rows.csv:3: no token would be learnt"):
+    tokenizer.chat_template = (
+        "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"rows.csv:3: no token would be learnt"):
         tokenize(sample_of(("user", "What?"), ("assistant", "red")), tokenizer, placeholders, LENGTHS.__getitem__)
 
 
@@ -114,13 +116,13 @@ def test_a_template_that_rewrites_history_is_refused(tokenizer, placeholders):
         "{% generation %}{{ (message['content'] if loop.last else message['content'][2:]) +",
     )
     tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, placeholders, LENGTHS.__getitem__)
-    with pytest.raises(DataError, match="rows.csv:3: the chat template renders turn 1 otherwise"):
+    with pytest.raises(DataError, match=r"rows.csv:3: the chat template renders turn 1 otherwise"):
         tokenize(sample_of(*CONVERSATIONS["two turns"]), tokenizer, placeholders, LENGTHS.__getitem__)
 
 
 def test_a_template_that_drops_media_is_refused(tokenizer, placeholders):
     tokenizer.chat_template = CHATML.replace("message['content'] +", "message['content'].replace('<|image|>', '') +")
-    with pytest.raises(DataError, match="rows.csv:3: 1 media, but the chat template kept another number"):
+    with pytest.raises(DataError, match=r"rows.csv:3: 1 media, but the chat template kept another number"):
         tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, placeholders, LENGTHS.__getitem__)
 
 
@@ -131,7 +133,7 @@ def test_a_template_that_raises_is_a_data_error(tokenizer, placeholders):
 
 
 def test_media_without_an_encoder_are_refused(tokenizer):
-    with pytest.raises(DataError, match="rows.csv:3: holds image"):
+    with pytest.raises(DataError, match=r"rows.csv:3: holds image"):
         tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, {}, LENGTHS.__getitem__)
 
 

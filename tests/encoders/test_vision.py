@@ -89,7 +89,13 @@ def test_the_vision_tower_of_a_pair_is_taken(tmp_path):
     import transformers
     from tiny import SQUARE, VIT
 
-    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     pair = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VIT)).eval()
     pair.save_pretrained(tmp_path)
     transformers.SiglipImageProcessor(size=SQUARE).save_pretrained(tmp_path)

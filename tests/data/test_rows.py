@@ -1,0 +1,99 @@
+import csv
+from pathlib import Path
+
+import pytest
+from tiny import part, tiny_dataset, tiny_picture
+
+from finetune.data.rows import Source, read_splits, summary
+from finetune.errors import DataError
+
+
+def source(path: Path, task: str = "classify", **changes) -> Source:
+    return Source(path=path, task=part("tasks", task), **changes)
+
+
+def write(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "label"], *rows])
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tiny_dataset(tmp_path / "data", train=40)
+
+
+def test_rows_keep_their_order_and_weight(data):
+    splits = read_splits([source(data / "train.csv", weight=2.5), source(data / "test.csv", split="test")], 0)
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [40, 0, 8]
+    assert {entry.weight for entry in splits["train"]} == {2.5}
+    assert [entry.sample.where for entry in splits["train"][:2]] == ["train.csv:2", "train.csv:3"]
+    assert summary(splits)["test"]["answers"] == {"red": 2, "green": 2, "blue": 2, "yellow": 2}
+
+
+def test_a_row_held_out_is_lost_to_training_and_depends_on_the_seed_alone(data):
+    def test_rows(seed):
+        splits = read_splits([source(data / "train.csv", hold_out=0.4)], seed)
+        assert len(splits["train"]) + len(splits["test"]) == 40
+        held_out = {entry.sample.where for entry in splits["test"]}
+        assert not held_out & {entry.sample.where for entry in splits["train"]}
+        return held_out
+
+    assert test_rows(0) == test_rows(0) != test_rows(1)
+    assert 6 <= len(test_rows(0)) <= 26  # three standard deviations of 40 draws at 0.4
+
+
+def test_rows_of_one_picture_stay_on_one_side(tmp_path):
+    rows = []
+    for number in range(30):
+        tiny_picture((number, 10, 10)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"copy{number}.png").write_bytes((tmp_path / f"{number}.png").read_bytes())
+        rows += [[f"{number}.png", "red"], [f"copy{number}.png", "blue"]]
+    splits = read_splits([source(write(tmp_path / "rows.csv", rows), hold_out=0.5)], 0)
+    pictures = {name: {e.sample.media[0].path.read_bytes() for e in splits[name]} for name in ("train", "test")}
+    assert pictures["train"] and pictures["test"] and not pictures["train"] & pictures["test"]
+
+
+def test_a_row_of_training_under_another_name_in_the_test_is_refused(data):
+    picture = data / "images" / "renamed.png"
+    picture.write_bytes((data / "images" / "train0.png").read_bytes())
+    test = write(data / "other.csv", [["images/test1.png", "green"], ["images/renamed.png", "red"]])
+    with pytest.raises(
+        DataError, match=r"1 rows stand both in training and in test:\n  train.csv:2 is also other.csv:3"
+    ):
+        read_splits([source(data / "train.csv"), source(test, split="test")], 0)
+
+
+def test_all_wrong_rows_are_counted_and_ten_are_shown(tmp_path):
+    tiny_picture().save(tmp_path / "a.png")
+    rows = [["a.png", "red"], *[["missing.png", "red"]] * 11, ["a.png", ""], ["../a.png", "red"]]
+    with pytest.raises(DataError) as caught:
+        read_splits([source(write(tmp_path / "rows.csv", rows))], 0)
+    lines = str(caught.value).splitlines()
+    assert "13 of 14 rows can't be used" in lines[0] and lines[-1].strip() == "... and 3 more"
+    assert "rows.csv:3: no such image" in lines[1] and len(lines) == 12
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [(["a.png", " "], "column 'label' holds ' '"), (["../a.png", "red"], "outside"), (["", "red"], "'image'")],
+)
+def test_a_wrong_row_says_what_and_where(row, message, tmp_path):
+    (tmp_path / "data").mkdir()
+    for folder in (tmp_path, tmp_path / "data"):
+        tiny_picture().save(folder / "a.png")
+    with pytest.raises(DataError, match=f"rows.csv:2: .*{message}"):
+        read_splits([source(write(tmp_path / "data" / "rows.csv", [row]))], 0)
+
+
+def test_columns_are_renamed(tmp_path):
+    tiny_picture().save(tmp_path / "a.png")
+    (tmp_path / "rows.tsv").write_text("file\tcolour\na.png\tred\n")
+    rows = source(tmp_path / "rows.tsv", columns={"image": "file", "label": "colour"})
+    assert read_splits([rows], 0)["train"][0].sample.answer == "red"
+
+
+def test_a_file_of_no_known_format_is_named(tmp_path):
+    (tmp_path / "rows.xyz").write_text("a")
+    with pytest.raises(DataError, match=r"rows.xyz: no format recognises it; .*messages, table"):
+        read_splits([source(tmp_path / "rows.xyz")], 0)
