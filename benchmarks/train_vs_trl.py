@@ -497,7 +497,7 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
         begin = perf_counter()
         entries, samples, features = our_samples(options, parts, Path(run_folder) / "features")
         tokenized_at = perf_counter()
-        fill_cache([medium for entry in entries for medium in entry.sample.media], features, options.epochs)
+        fill_cache([medium for entry in entries for medium in entry.sample.media], features, options.epochs, 1)
         parts.encoders["image"][1].module.to("cpu")
         encoded_at = perf_counter()
 
