@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -46,6 +47,10 @@ def attach(
         model.language_model = get_peft_model(model.language_model, config)
     except (ValueError, ImportError, TypeError) as error:
         raise ModelError(f"adapter: PEFT refuses it: {str(error).splitlines()[0]}") from error
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ModelError(
+            "adapter.targets: the output head can't be one: the loss reads its weights directly; leave it out"
+        )
 
 
 def options_of(lora: dict[str, Any]) -> dict[str, Any]:

@@ -114,11 +114,15 @@ class Features:
             else {}
         )
         self.paths: dict[str, Path] = {}
+        self.where: dict[str, str] = {}
         self.seconds = {"decode": 0.0, "encode": 0.0}
 
-    def key(self, medium: Medium) -> str:
+    def key(self, medium: Medium, where: str = "") -> str:
+        """The medium's name in cache and batches; `where` (file and row) is told if it can't be decoded."""
         key = media_key(medium) if self.stores else str(medium.path)
         self.paths[key] = medium.path
+        if where:
+            self.where.setdefault(key, f"{where}: {medium.path}")
         return key
 
     def prepared(self, kind: str, key: str) -> Tensor:
@@ -126,7 +130,7 @@ class Features:
         from time import perf_counter
 
         begin = perf_counter()
-        tensor = self.encoders[kind].prepare(decode(kind, self.paths[key]))
+        tensor = self.encoders[kind].prepare(decode(kind, self.paths[key], self.where.get(key, "")))
         self.seconds["decode"] += perf_counter() - begin
         return tensor
 

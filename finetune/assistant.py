@@ -1,5 +1,6 @@
 """A model with all that answering needs: `finetune.load(folder)` gives one, `.answer("What is this?", image=...)`."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from transformers import GenerationConfig
 from finetune import adapter
 from finetune.assemble import build_model, encode_one, load_parts
 from finetune.data.sample import Medium, Message
-from finetune.data.tokenize import Placeholder, tokenize_prompt
+from finetune.data.tokenize import Placeholder, answer_ends, tokenize_prompt
 from finetune.errors import ArtifactError, DataError
 from finetune.language_model import default_device, load_tokenizer
 from finetune.media import decode
 from finetune.model import PLACEHOLDERS, MultimodalModel, placeholder_count
-from finetune.parts import load_part
+from finetune.parts import part_from
 from finetune.run_folder import read_json
 
 
@@ -75,14 +76,9 @@ class Assistant:
             do_sample=False,
             repetition_penalty=1.0,
             pad_token_id=pad,
-            eos_token_id=self._ends(),
+            eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-    def _ends(self) -> list[int]:
-        """Tokens that end an answer: the tokenizer's, and the LLM's own (Gemma ends its turns with another)."""
-        own = self.model.causal_lm.generation_config.eos_token_id
-        return sorted({self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
     def _length(self, medium: Medium) -> int:
         return placeholder_count(self.model.config, medium.kind, self.encoders[medium.kind].length(medium))
@@ -94,16 +90,17 @@ class Assistant:
         return encode_one(encoder, encoder.prepare(decode(medium.kind, medium.path)))
 
 
-def load(folder: Path | str, device: torch.device | None = None) -> Assistant:
+def load(folder: Path | str, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
     """Rebuild a model from a merged folder, an adapter folder, or a run (its merged model if there is one).
 
-    Raises ArtifactError for a folder that is none of these, or whose files don't fit.
+    `trust_remote_code` lets an adapter's LLM run code of its Hub repository: the adapter can't ask for it by itself,
+    and must name a commit. Raises ArtifactError for a folder that is none of these, or whose files don't fit.
     """
     path = Path(folder)
     candidates = [path / "merged", path / "adapter", path]
     for candidate in candidates:
         if (candidate / "multimodal.json").is_file():
-            return load_adapter(candidate, device)
+            return load_adapter(candidate, device, trust_remote_code)
         if (candidate / "config.json").is_file():
             return load_merged(candidate, device)
     raise ArtifactError(f"{path}: no merged model, no adapter and no run that has got that far")
@@ -128,22 +125,26 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     return Assistant(model, tokenizer, placeholders, model.encoder_parts)
 
 
-def load_adapter(folder: Path, device: torch.device | None = None) -> Assistant:
+def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
     """An adapter folder: the LLM and the encoders are fetched by the names in it."""
     content = read_json(folder / "multimodal.json")
     if content.get("format") != adapter.FORMAT:
         raise ArtifactError(f"{folder}: format {content.get('format')} of another version of finetune; this reads 1")
     device = device or default_device()
-    llm = {**content["language_model"], "attention": "auto", "chat_template": None}
-
-    def options(folder_name: str, part: dict[str, Any]) -> tuple[str, Any]:
-        return part["kind"], load_part(folder_name, part["kind"]).Options(**part["options"])
+    llm = {
+        **content["language_model"],
+        "attention": "auto",
+        "chat_template": None,
+        "trust_remote_code": trust_remote_code,
+    }
+    if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", llm["revision"] or ""):
+        raise ArtifactError(f"{folder}: names no commit of {llm['name']!r}, so its code isn't run")
 
     parts = load_parts(
         llm=llm,
-        encoders={name: options("encoders", part) for name, part in content["encoders"].items()},
-        projectors={name: options("projectors", part) for name, part in content["projectors"].items()},
-        fusion=options("fusion", content["fusion"]),
+        encoders={name: part_from("encoders", part) for name, part in content["encoders"].items()},
+        projectors={name: part_from("projectors", part) for name, part in content["projectors"].items()},
+        fusion=part_from("fusion", content["fusion"]),
         device=device,
     )
     parts.tokenizer = load_tokenizer(str(folder))

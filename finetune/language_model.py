@@ -22,7 +22,7 @@ Quantize = Literal["nf4", "int8", "none"]
 # For base models, whose tokenizers carry no chat template. An answer begins on a new line: a space before it would melt
 # into its first token.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
@@ -80,6 +80,8 @@ def load_language_model(
                 quantization_config=_quantization(quantize, double_quantize, dtype),
                 **options,
             )
+    if model.config.get_text_config() is not model.config:
+        raise ModelError(f"LLM {name!r} is a {type(model).__name__}, with encoders of its own; take a text-only model")
     keep_layout(model)
     return model.eval().requires_grad_(False)
 
@@ -145,5 +147,10 @@ def _load_gguf(
         model.save_pretrained(folder)
         del model
         return load_language_model(
-            folder, quantize=quantize, double_quantize=double_quantize, dtype=dtype, device=options["device_map"][""]
+            folder,
+            quantize=quantize,
+            double_quantize=double_quantize,
+            dtype=dtype,
+            attention=options.get("attn_implementation", "auto"),
+            device=options["device_map"][""],
         )

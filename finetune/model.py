@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finetune.errors import ModelError
-from finetune.parts import load_part
+from finetune.parts import load_part, part_from
 
 PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
 
@@ -78,12 +78,11 @@ class MultimodalModel(PreTrainedModel):
         width = config.text_config.hidden_size
         self.projectors = nn.ModuleDict()
         for name, part in parts["projectors"].items():
-            module = load_part("projectors", part["kind"])
-            options = module.Options(**part["options"])
+            kind, options = part_from("projectors", part)
             with torch.device(next(language_model.parameters()).device):
-                self.projectors[name] = module.build(part["width_in"], width, options).float()
-        fusion = load_part("fusion", parts["fusion"]["kind"])
-        self.fusion = fusion.build(config.text_config, fusion.Options(**parts["fusion"]["options"]))
+                self.projectors[name] = load_part("projectors", kind).build(part["width_in"], width, options).float()
+        kind, options = part_from("fusion", parts["fusion"])
+        self.fusion = load_part("fusion", kind).build(config.text_config, options)
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
@@ -122,8 +121,10 @@ class MultimodalModel(PreTrainedModel):
         encoder = self.encoder_parts[name]
         features: list[Tensor] = []
         begin = perf_counter()
-        for start in range(0, len(media), self.encode_batch):
-            features.extend(encoder.encode(torch.stack(list(media[start : start + self.encode_batch]))))
+        # Outside autocast, as for the cache, evaluation and serving: the same medium gives the same features.
+        with torch.autocast(next(self.encoders[name].parameters()).device.type, enabled=False):
+            for start in range(0, len(media), self.encode_batch):
+                features.extend(encoder.encode(torch.stack(list(media[start : start + self.encode_batch]))))
         if features and features[0].is_cuda:
             torch.cuda.synchronize(features[0].device)
         self.encode_seconds += perf_counter() - begin
@@ -227,10 +228,10 @@ class MultimodalModel(PreTrainedModel):
 
 def placeholder_count(config: MultimodalConfig, name: str, rows: int) -> int:
     """Placeholder tokens for `rows` rows of features of encoder `name`."""
-    projector, fusion = config.parts["projectors"][name], config.parts["fusion"]
-    projector_part, fusion_part = load_part("projectors", projector["kind"]), load_part("fusion", fusion["kind"])
-    rows = projector_part.length(rows, projector_part.Options(**projector["options"]))
-    return fusion_part.placeholders(rows, fusion_part.Options(**fusion["options"]))
+    projector, projector_options = part_from("projectors", config.parts["projectors"][name])
+    fusion, fusion_options = part_from("fusion", config.parts["fusion"])
+    rows = load_part("projectors", projector).length(rows, projector_options)
+    return load_part("fusion", fusion).placeholders(rows, fusion_options)
 
 
 def compose(

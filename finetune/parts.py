@@ -11,6 +11,7 @@ import pkgutil
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,6 +32,11 @@ def folder_of(folder: str) -> Path:
 def part_names(folder: str) -> tuple[str, ...]:
     """The parts there are: `part_names("projectors")` is `("linear", "mlp", ...)`. Dots go down: `"data.formats"`."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules([str(folder_of(folder))]) if not m.name.startswith("_")))
+
+
+def part_from(folder: str, saved: dict[str, Any]) -> tuple[str, Any]:
+    """(kind, Options) from what a config keeps: {"kind": ..., "options": {...}}."""
+    return saved["kind"], load_part(folder, saved["kind"]).Options(**saved["options"])
 
 
 def load_part(folder: str, name: str) -> ModuleType:

@@ -1,5 +1,6 @@
 """What is seen while it works: progress bars and plain lines, by rich."""
 
+import gc
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,14 @@ def peak_memory_bytes() -> dict[str, int]:
     if torch.cuda.is_available():
         peaks["cuda"] = torch.cuda.max_memory_allocated()
     return peaks
+
+
+def fresh_memory() -> None:
+    """Let go of what an earlier stage has left, and count the accelerator's peak anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextmanager
@@ -54,6 +63,7 @@ class TrainingBar(TrainerCallback):
         self.total = total
         self.begin = perf_counter()
         self.first: tuple[int, float] | None = None
+        self._context: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._context = bar(self.stage, self.total)
@@ -74,7 +84,13 @@ class TrainingBar(TrainerCallback):
             console.print(f"  {self.stage}: step {state.global_step}/{self.total}  {note}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._context.__exit__(None, None, None)
+        self.close()
+
+    def close(self) -> None:
+        """Also called where training ends by an error. Does nothing the second time."""
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+            self._context = None
 
 
 def quiet_libraries() -> None:

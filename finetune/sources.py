@@ -1,7 +1,9 @@
 """The stage's door: a recipe's sections as the plain values that stages work with."""
 
+from pathlib import Path
 from typing import Any
 
+from finetune.data.features import default_cache_folder
 from finetune.data.rows import Source
 from finetune.recipe import Recipe
 
@@ -20,6 +22,16 @@ def sources_of(recipe: Recipe) -> list[Source]:
         )
         for source in recipe.data
     ]
+
+
+def adapter_options(recipe: Recipe) -> dict[str, Any] | None:
+    """Keywords of `adapter.attach`; None where the recipe has no adapter."""
+    return recipe.adapter.model_dump() if recipe.adapter else None
+
+
+def cache_folder(recipe: Recipe) -> Path | None:
+    """Where features are kept; None where they aren't."""
+    return (recipe.train.cache_folder or default_cache_folder()) if recipe.train.cache else None
 
 
 def model_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -62,11 +62,25 @@ class StageTrainer(SFTTrainer):
         return loss
 
 
+SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
+
+
 class FiniteGradients(TrainerCallback):
-    """Stops before an optimizer step whose gradients aren't finite. Under fp16 the scaler skips single such steps."""
+    """Stops before an optimizer step whose gradients aren't finite. Under fp16 the scaler skips single such steps, and
+    only many in a row stop the run.
+    """
 
     def __init__(self, parts: dict[str, list[torch.nn.Parameter]]) -> None:
         self.parts = parts
+        self.skipped = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.skipped = self.skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
+        if self.skipped >= SKIPPED:
+            raise TrainingError(
+                f"the last {SKIPPED} steps up to {state.global_step} were skipped: their gradients weren't finite in "
+                "float16. Lower the learning rate, or train where there is bfloat16"
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:
@@ -85,6 +99,7 @@ class StopBetweenSteps(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self._before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         try:
@@ -102,8 +117,18 @@ class StopBetweenSteps(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Also called where training ends by an error."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+
+
+def refuse_several_gpus() -> None:
+    """Raises TrainingError where one process sees several GPUs: the Trainer would spread the model over all of them."""
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise TrainingError(f"{torch.cuda.device_count()} GPUs are visible: choose one, CUDA_VISIBLE_DEVICES=0")
 
 
 def train_stage(
@@ -133,10 +158,6 @@ def train_stage(
     Raises Interrupted after Ctrl-C, with a whole checkpoint on disk, and TrainingError on a value that isn't finite.
     """
     on_gpu = next(model.parameters()).is_cuda
-    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-        raise TrainingError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process; choose one: CUDA_VISIBLE_DEVICES=0"
-        )
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=1,
@@ -190,7 +211,10 @@ def train_stage(
             "--resume needs the same recipe: begin anew with --run"
         ) from error
     finally:
-        model.__dict__.pop("forward", None)  # trl's fused head and accelerate's autocast live on the instance
+        for watching in (stop, *callbacks):
+            getattr(watching, "close", lambda: None)()
+        for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
+            model.__dict__.pop(patched, None)
     if stop.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
     return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]

@@ -152,7 +152,7 @@ def test_batch_norms_of_a_frozen_encoder_stay_as_they_were():
 
 
 def test_names_that_lead_nowhere_are_one_message(tmp_path):
-    with pytest.raises(ModelError, match="LLM .*nowhere.* can't be loaded"):
+    with pytest.raises(ModelError, match=r"LLM .*nowhere.* can't be loaded"):
         load_language_model(str(tmp_path / "nowhere"), device=CPU)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 50)
     with pytest.raises(ModelError, match="can't be loaded"):

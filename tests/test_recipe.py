@@ -73,7 +73,7 @@ def odd_parts(monkeypatch):
     probe.MEDIUM, probe.Options = "image", Options
     listen.media, listen.Options = lambda options: ("audio",), PartOptions
     odd = {("encoders", "probe"): probe, ("tasks", "listen"): listen}
-    extra = {folder: name for folder, name in odd}
+    extra = dict(odd.keys())
     monkeypatch.setattr(recipe_module, "load_part", lambda *where: odd.get(where) or load_part(*where))
     monkeypatch.setattr(recipe_module, "part_names", lambda f: (*part_names(f), *([extra[f]] if f in extra else [])))
     recipe_module._schema.cache_clear()

@@ -5,6 +5,7 @@ and runs. A folder per encoder fingerprint; in it, safetensors files whose names
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,14 @@ def default_cache_folder() -> Path:
 
 def media_key(medium: Medium) -> str:
     """sha256 of the file: renamed or copied media keep their features, changed ones don't."""
-    return hashlib.sha256(medium.path.read_bytes()).hexdigest()
+    seen = medium.path.stat()
+    return _file_hash(medium.path, seen.st_size, seen.st_mtime_ns)
+
+
+@cache
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FeatureStore:

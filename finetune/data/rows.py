@@ -1,6 +1,7 @@
 """Sources of a recipe to samples, split into training, validation and test rows."""
 
 import hashlib
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,13 @@ def read_splits(sources: Sequence[Source], seed: int) -> dict[str, list[Entry]]:
         if twice:
             raise DataError(listed(twice, f"{len(twice)} rows stand both in training and in {split}"))
     return splits
+
+
+def some(entries: Sequence[Entry], limit: int | None, seed: int) -> list[Entry]:
+    """At most `limit` rows, drawn by chance: files are often sorted. In the file's order."""
+    if limit is None or limit >= len(entries):
+        return list(entries)
+    return [entries[i] for i in sorted(random.Random(seed).sample(range(len(entries)), limit))]
 
 
 def listed(lines: Sequence[str], headline: str) -> str:

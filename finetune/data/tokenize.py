@@ -50,7 +50,7 @@ def tokenize(
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     learnt = _assistant_spans(tokenizer, sample, placeholders, text)
     labels = [
-        token if any(begin <= left and right <= end for begin, end in learnt) and right > left else IGNORED
+        token if any(begin <= left and right <= end and right > begin for begin, end in learnt) else IGNORED
         for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     input_ids, labels, media = _expand(sample, encoded["input_ids"], labels, placeholders, length)
@@ -71,6 +71,20 @@ def tokenize_prompt(
     input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     sample = Sample(tuple(messages), where)
     return Tokens(*_expand(sample, input_ids, [IGNORED] * len(input_ids), placeholders, length))
+
+
+def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens that end an answer: the one that the chat template ends a turn with, which is what is learnt, the
+    tokenizer's, and those that the LLM came with.
+    """
+    turn = Sample((Message("user", ("a",)), Message("assistant", ("b",))), "chat template")
+    learnt = [label for label in tokenize(turn, tokenizer, {}, len).labels if label != IGNORED]  # type: ignore[arg-type]
+    ends = {tokenizer.eos_token_id}
+    if learnt[-1] in tokenizer.get_added_vocab().values():
+        ends.add(learnt[-1])
+    own = generation_config.eos_token_id
+    ends.update(own if isinstance(own, list) else [own])
+    return sorted(ends - {None})
 
 
 def _render(
@@ -95,7 +109,12 @@ def _render(
                 text += part
         turns.append({"role": message.role, "content": text})
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=False,  # Qwen3's question and answer only fit together without; other templates ignore it
+        )
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
 
@@ -114,6 +133,8 @@ def _assistant_spans(
             )
         before = _render(tokenizer, sample.messages[:number], placeholders, sample.where, add_generation_prompt=True)
         after = _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
+        if not text.startswith(after):  # Phi-3 closes a whole conversation with one more token
+            after = after.removesuffix(tokenizer.eos_token)
         if not after.startswith(before) or not text.startswith(after):
             raise DataError(
                 f"{sample.where}: the chat template renders turn {number} otherwise in a longer conversation, so the "

@@ -14,16 +14,15 @@ from torch import Tensor
 from finetune import adapter, plots
 from finetune.assemble import Features, build_model, load_parts
 from finetune.assistant import Assistant
-from finetune.data.features import default_cache_folder
-from finetune.data.rows import Entry, Source, read_splits
+from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.sample import Medium
 from finetune.errors import DataError
 from finetune.media import BLANKS, decode
 from finetune.parts import load_part
-from finetune.progress import bar, console, peak_memory_bytes, quiet_libraries
+from finetune.progress import bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, write_text
-from finetune.sources import model_arguments, sources_of
+from finetune.sources import adapter_options, cache_folder, model_arguments, sources_of
 
 CONDITIONS = ("tuned", "base", "blank", "shuffled")
 PROBED_LABELS = 200  # with more different answers than this, they aren't labels
@@ -32,6 +31,7 @@ PROBED_LABELS = 200  # with more different answers than this, they aren't labels
 def evaluate(run: Path | str) -> dict[str, Any]:
     """Score a trained run on the rows its recipe names; writes metrics.json, predictions.jsonl and plots/scores.png."""
     quiet_libraries()
+    fresh_memory()
     folder = RunFolder.open(Path(run), needs="adapter")
     recipe = load_recipe(folder.recipe)
     begin = perf_counter()
@@ -39,9 +39,9 @@ def evaluate(run: Path | str) -> dict[str, Any]:
         folder,
         sources=sources_of(recipe),
         model=model_arguments(recipe),
-        adapter_options=recipe.adapter.model_dump() if recipe.adapter else None,
+        adapter_options=adapter_options(recipe),
         seed=recipe.seed,
-        cache_folder=(recipe.train.cache_folder or default_cache_folder()) if recipe.train.cache else None,
+        cache_folder=cache_folder(recipe),
         **recipe.evaluate.model_dump(),
     )
     folder.update_metrics(
@@ -68,7 +68,7 @@ def evaluate_plain(
     batch: int,
 ) -> dict[str, Any]:
     splits = read_splits(sources, seed)
-    entries = splits[split][:limit]
+    entries = some(splits[split], limit, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to evaluate on")
     parts = load_parts(**model)

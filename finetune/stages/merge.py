@@ -2,10 +2,10 @@
 closer to what was trained is kept, if it is close, and if it isn't just the base.
 """
 
-import gc
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,16 @@ from torch import Tensor
 from finetune import adapter
 from finetune.assemble import Features, Parts, build_model, lengths_of, load_parts
 from finetune.data.collate import Collator
-from finetune.data.features import default_cache_folder
-from finetune.data.rows import Entry, Source, read_splits
-from finetune.data.tokenize import tokenize
+from finetune.data.rows import Entry, Source, read_splits, some
+from finetune.data.tokenize import answer_ends, tokenize
 from finetune.errors import DataError, MergeRefused
 from finetune.language_model import resolve_dtype
 from finetune.model import MultimodalModel, compose
-from finetune.parts import load_part
-from finetune.progress import bar, console, quiet_libraries
+from finetune.parts import part_from
+from finetune.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, whole_folder, write_json
-from finetune.sources import model_arguments, sources_of
+from finetune.sources import adapter_options, cache_folder, model_arguments, sources_of
 
 POSITIONS = 1024  # next-token distributions kept for comparison, at most
 SAME = 1e-6  # nats: a merged model nearer than this to the untrained LLM has learnt nothing
@@ -37,15 +36,16 @@ def merge(run: Path | str) -> dict[str, Any]:
     Raises MergeRefused where the merged model differs from what was trained, or not from the base.
     """
     quiet_libraries()
+    fresh_memory()
     folder = RunFolder.open(Path(run), needs="adapter")
     recipe = load_recipe(folder.recipe)
     return merge_plain(
         folder,
         sources=sources_of(recipe),
         model=model_arguments(recipe),
-        adapter_options=recipe.adapter.model_dump() if recipe.adapter else None,
+        adapter_options=adapter_options(recipe),
         seed=recipe.seed,
-        cache_folder=(recipe.train.cache_folder or default_cache_folder()) if recipe.train.cache else None,
+        cache_folder=cache_folder(recipe),
         split=recipe.evaluate.split,
         **recipe.merge.model_dump(),
     )
@@ -65,14 +65,16 @@ def merge_plain(
     min_agreement: float,
 ) -> dict[str, Any]:
     """The same from plain values. `rows` held-out rows are compared; `min_agreement` of next tokens must be equal."""
-    entries = read_splits(sources, seed)[split][:rows]
+    entries = some(read_splits(sources, seed)[split], rows, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to compare the merged model on")
     parts = load_parts(**model)
     merged_dtype = resolve_dtype(dtype, parts.device) if dtype != "auto" else parts.dtype
     features = Features(parts.encoders, cache_folder)
 
-    def trained(quantize: str) -> MultimodalModel:
+    on_cpu = replace(parts, device=torch.device("cpu"))  # 16-bit weights needn't fit where 4-bit ones do
+
+    def trained(quantize: str, parts: Parts = on_cpu) -> MultimodalModel:
         llm = {**model["llm"], "quantize": quantize}
         composite = build_model(parts, llm=llm, adapter_options=adapter_options, seed=seed, with_encoders=False)
         adapter.load_trained(composite, folder.adapter)
@@ -84,7 +86,7 @@ def merge_plain(
         candidates[f"the dequantized {quantized} LLM"] = lambda: into_dequantized(trained(quantized), merged_dtype)
 
     with bar("merge", 1 + len(candidates) + 1) as step:
-        composite = trained(quantized)
+        composite = trained(quantized, parts)
         batches = list(comparison_batches(composite, parts, features, entries))
         reference = next_tokens(composite, batches)
         base = next_tokens(composite, batches, without_adapter=True)
@@ -93,19 +95,19 @@ def merge_plain(
         step()
         compared: dict[str, dict[str, float]] = {}
         for name, build in candidates.items():
-            release()
+            fresh_memory()
             candidate = build()
-            compared[name] = compare(next_tokens(candidate, batches), reference)
+            compared[name] = compare(next_tokens(fitting(candidate, parts.device), batches), reference)
             del candidate
             step()
         best = min(compared, key=lambda name: compared[name]["kl"])
-        release()
+        fresh_memory()
         with whole_folder(folder.merged) as partial:
             save_merged(candidates[best](), parts, partial)
-            release()
+            fresh_memory()
             # What counts is what stands on disk: it is read back and compared again.
-            final = read_back(partial, parts)
-            logits = next_tokens(final, batches)
+            final = read_back(partial)
+            logits = next_tokens(fitting(final, parts.device), batches)
             certificate: dict[str, Any] = {
                 "merged_into": best,
                 "why": "the smallest KL divergence from what was trained",
@@ -162,13 +164,13 @@ def into_dequantized(composite: MultimodalModel, dtype: torch.dtype) -> Multimod
     """
     wrapped = composite.language_model
     if not hasattr(wrapped, "peft_config"):
-        composite.language_model = wrapped.dequantize(dtype=dtype)
+        composite.language_model = wrapped.dequantize(dtype=dtype).to(dtype)
         return composite
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     state = get_peft_model_state_dict(wrapped)
     config = wrapped.peft_config["default"]
-    plain = wrapped.unload().dequantize(dtype=torch.float32)
+    plain = wrapped.unload().dequantize(dtype=dtype)
     config.init_lora_weights = True
     fresh = get_peft_model(plain, config)
     report: Any = set_peft_model_state_dict(fresh, state)
@@ -187,24 +189,33 @@ def save_merged(composite: MultimodalModel, parts: Parts, folder: Path) -> None:
     whole = compose(
         language_model,
         encoders=parts.encoders,
-        projectors={
-            name: (part["kind"], load_part("projectors", part["kind"]).Options(**part["options"]))
-            for name, part in composite.config.parts["projectors"].items()
-        },
+        projectors={name: part_from("projectors", part) for name, part in composite.config.parts["projectors"].items()},
         fusion=parts.fusion,
         placeholder_ids=composite.config.parts["placeholders"],
     )
     whole.projectors.load_state_dict(composite.projectors.state_dict())
     whole.config.dtype = language_model.dtype
     whole.save_pretrained(folder)
-    if language_model.can_generate():
-        language_model.generation_config.save_pretrained(folder)
+    generation = language_model.generation_config
+    generation.eos_token_id = answer_ends(parts.tokenizer, generation)
+    generation.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
 
 
-def read_back(folder: Path, parts: Parts) -> MultimodalModel:
+def read_back(folder: Path) -> MultimodalModel:
     model: Any = MultimodalModel.from_pretrained(folder, dtype="auto")
-    return model.to(parts.device).eval()
+    return model.eval()
+
+
+def fitting(composite: MultimodalModel, device: torch.device) -> MultimodalModel:
+    """The model on the accelerator if it fits there, else on the CPU, where comparing takes longer."""
+    try:
+        return composite.to(device)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:
+        console.print("the 16-bit model doesn't fit the GPU: compared on the CPU")
+        moved = composite.to("cpu")  # type: ignore[arg-type]
+        fresh_memory()
+        return moved
 
 
 def comparison_batches(
@@ -262,9 +273,3 @@ def compare(got: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, flo
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

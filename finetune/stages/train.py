@@ -1,5 +1,7 @@
 """Train: recipe -> rows -> tokens -> features -> packed rows -> the stages, on one loaded LLM -> adapter folder."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,17 +14,16 @@ from datasets import Dataset
 from finetune import adapter, plots
 from finetune.assemble import Features, Parts, build_model, lengths_of, load_parts
 from finetune.data.collate import Collator
-from finetune.data.features import default_cache_folder
 from finetune.data.pack import plan_rows
 from finetune.data.rows import Entry, Source, listed, read_splits, summary
 from finetune.data.tokenize import tokenize
-from finetune.errors import DataError, Interrupted
+from finetune.errors import DataError, Interrupted, TrainingError
 from finetune.model import MultimodalConfig, MultimodalModel, packs_exactly
-from finetune.progress import TrainingBar, bar, console, peak_memory_bytes, quiet_libraries
+from finetune.progress import TrainingBar, bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import Recipe, dump_recipe
-from finetune.run_folder import RunFolder, read_json, whole_folder, write_json
-from finetune.sources import model_arguments, sources_of
-from finetune.trainer import train_stage
+from finetune.run_folder import RunFolder, read_json, whole_folder, write_json, write_text
+from finetune.sources import adapter_options, cache_folder, model_arguments, sources_of
+from finetune.trainer import refuse_several_gpus, train_stage
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
@@ -30,17 +31,18 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"
 def train(recipe: Recipe, run: Path | str | None = None, resume: bool = False) -> RunFolder:
     """Train a recipe's stages and write the adapter folder. Ctrl-C leaves a whole checkpoint; `resume` goes on."""
     quiet_libraries()
+    fresh_memory()
     folder = RunFolder.create(Path(run or Path("runs") / recipe.name), dump_recipe(recipe), resume)
-    write_json(folder.path / "versions.json", {name: version(name) for name in PACKAGES})
+    tell_versions(folder.path / "versions.json")
     begin = perf_counter()
     result = train_plain(
         folder,
         sources=sources_of(recipe),
         model=model_arguments(recipe),
-        adapter_options=recipe.adapter.model_dump() if recipe.adapter else None,
+        adapter_options=adapter_options(recipe),
         stages=[stage.model_dump() for stage in recipe.train.stages],
         seed=recipe.seed,
-        cache_folder=(recipe.train.cache_folder or default_cache_folder()) if recipe.train.cache else None,
+        cache_folder=cache_folder(recipe),
         **recipe.train.model_dump(exclude={"stages", "cache", "cache_folder"}),
     )
     seconds = result.pop("seconds")
@@ -71,11 +73,13 @@ def train_plain(
     save_every_n_steps: int,
 ) -> dict[str, Any]:
     """The same from plain values. Returns losses and tokens per stage, and seconds per part."""
+    refuse_several_gpus()
     entries = read_splits(sources, seed)
     write_json(folder.data / "summary.json", summary(entries))
     parts = load_parts(**model)
     features = Features(parts.encoders, cache_folder)
     samples = tokenized(entries["train"], parts, features, tokens_per_batch)
+    refuse_other_rows(folder, samples)
     lengths = [len(ids) for ids in samples["input_ids"]]
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {tokens_per_batch:,} "
@@ -112,6 +116,7 @@ def train_plain(
             parts,
             collator,
             plan_rows(lengths, weights, capacity=tokens_per_batch, epochs=stage["epochs"], seed=seed + 1000 * number),
+            lengths,
             stage,
             accumulate=accumulate,
             save_every_n_steps=save_every_n_steps,
@@ -127,7 +132,7 @@ def train_plain(
             composite,
             parts.tokenizer,
             partial,
-            base=base_names(model),
+            base=base_names(model, composite, parts),
             seed=seed,
             labels=labels if len(labels) <= 1000 else [],
         )
@@ -149,6 +154,7 @@ def run_stage(
     parts: Parts,
     collator: Collator,
     rows: Sequence[Sequence[int]],
+    lengths: Sequence[int],
     stage: Mapping[str, Any],
     *,
     accumulate: int,
@@ -190,7 +196,7 @@ def run_stage(
         "token_accuracy": [round(entry["mean_token_accuracy"], 4) for entry in log],
         "steps": steps,
         "samples": sum(len(row) for row in rows),
-        "tokens": int(log[-1]["num_tokens"]) if log else 0,
+        "tokens": sum(lengths[number] for row in rows for number in row),
         "seconds": perf_counter() - begin,
         "trained_weights": trained,
     }
@@ -231,7 +237,7 @@ def tokenized(entries: Sequence[Entry], parts: Parts, features: Features, limit:
         columns["input_ids"].append(tokens.input_ids)
         columns["labels"].append(tokens.labels)
         columns["media_kinds"].append([medium.kind for medium in tokens.media])
-        columns["media_keys"].append([features.key(medium) for medium in tokens.media])
+        columns["media_keys"].append([features.key(medium, entry.sample.where) for medium in tokens.media])
     if wrong:
         raise DataError(listed(wrong, f"{len(wrong)} of {len(entries)} training rows can't be used"))
     return Dataset.from_dict(columns)
@@ -265,17 +271,48 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_bat
             features.fill(kind, keys, step, encode_batch)
 
 
+def tell_versions(path: Path) -> None:
+    """Keep the versions that a run began with; say which have changed where it is resumed."""
+    now = {name: version(name) for name in PACKAGES}
+    before = read_json(path) if path.is_file() else now
+    for name in PACKAGES:
+        if before.get(name) != now[name]:
+            console.print(f"this run began with {name} {before.get(name)}, and goes on with {now[name]}")
+    write_json(path, before)
+
+
+def refuse_other_rows(folder: RunFolder, samples: Dataset) -> None:
+    """Keep a digest of the training rows; raises TrainingError where a resumed run has others."""
+    digest = hashlib.sha256(json.dumps([samples["input_ids"][:], samples["media_keys"][:]]).encode()).hexdigest()
+    path = folder.data / "rows.sha256"
+    if path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
+        raise TrainingError(
+            f"{folder.path}: the training rows or their media have changed since this run began; begin anew with --run"
+        )
+    write_text(path, digest + "\n")
+
+
 def existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def base_names(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the adapter folder must name to be rebuilt: the LLM and the encoders, with their revisions."""
-    llm = model["llm"]
-    keys = ("name", "revision", "quantize", "double_quantize", "dtype", "trust_remote_code")
+def base_names(model: Mapping[str, Any], composite: MultimodalModel, parts: Parts) -> dict[str, Any]:
+    """What the adapter folder must name to be rebuilt: the LLM and the encoders, by the commits that were loaded."""
+    llm = {**model["llm"], "revision": commit_of(composite.causal_lm, model["llm"]["revision"])}
+    keys = ("name", "revision", "quantize", "double_quantize", "dtype")
     return {
         "language_model": {key: llm[key] for key in keys},
         "encoders": {
-            name: {"kind": kind, "options": options.model_dump()} for name, (kind, options) in model["encoders"].items()
+            name: {
+                "kind": kind,
+                "options": options.model_dump()
+                | {"revision": commit_of(parts.encoders[name][1].module, options.revision)},
+            }
+            for name, (kind, options) in model["encoders"].items()
         },
     }
+
+
+def commit_of(module: Any, asked: str | None) -> str | None:
+    """The commit that transformers resolved a Hub name to; None for a folder."""
+    return getattr(module.config, "_commit_hash", None) or asked

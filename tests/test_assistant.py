@@ -1,0 +1,88 @@
+import json
+
+import pytest
+from tiny import CHATML, fresh_tokenizer, tiny_llm, tiny_recipe
+
+import finetune
+from finetune.data.tokenize import answer_ends
+from finetune.errors import ArtifactError, ModelError, TrainingError
+from finetune.language_model import PLAIN_TEMPLATE
+from finetune.trainer import SKIPPED, FiniteGradients
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return finetune.train(finetune.load_recipe(tiny_recipe(folder)), folder / "run").path
+
+
+def test_an_answer_ends_on_the_token_that_was_learnt_to_end_it():
+    tokenizer = fresh_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"  # as base models with ChatML have it
+    tokenizer.chat_template = CHATML
+    generation = tiny_llm().generation_config
+    generation.eos_token_id = [5, 7]
+    ends = answer_ends(tokenizer, generation)
+    assert set(ends) == {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")} | {5, 7}
+
+
+def test_an_answer_under_the_plain_template_ends_on_the_end_of_text():
+    tokenizer = fresh_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    generation = tiny_llm().generation_config
+    generation.eos_token_id = None
+    assert answer_ends(tokenizer, generation) == [tokenizer.eos_token_id]
+
+
+def test_an_adapter_cannot_ask_for_foreign_code(run, tmp_path):
+    content = json.loads((run / "adapter" / "multimodal.json").read_text())
+    assert "trust_remote_code" not in content["language_model"]
+    content["language_model"]["trust_remote_code"] = True
+    seen = {}
+
+    def load_parts(*, llm, **others):
+        seen.update(llm)
+        raise ArtifactError("far enough")
+
+    (tmp_path / "multimodal.json").write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.assistant.load_parts", load_parts)
+        with pytest.raises(ArtifactError, match="far enough"):
+            finetune.load(tmp_path)
+    assert seen["trust_remote_code"] is False
+    with pytest.raises(ArtifactError, match="names no commit"):
+        finetune.load(tmp_path, trust_remote_code=True)
+
+
+def test_an_adapter_folder_answers(run):
+    picture = next((run.parent / "data" / "images").iterdir())
+    assert isinstance(finetune.load(run / "adapter").answer("What is this?", image=picture, max_new_tokens=3), str)
+
+
+def test_the_head_cannot_be_a_target(tmp_path):
+    recipe = tiny_recipe(tmp_path, adapter={"rank": 2, "targets": ["q_proj", "lm_head"]})
+    with pytest.raises(ModelError, match="the output head can't be one"):
+        finetune.train(finetune.load_recipe(recipe), tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_over_other_rows(tmp_path):
+    recipe = finetune.load_recipe(tiny_recipe(tmp_path))
+    finetune.train(recipe, tmp_path / "run")
+    with (tmp_path / "data" / "train.csv").open("a") as file:
+        file.write("images/train0.png,blue\n")
+    with pytest.raises(TrainingError, match="rows or their media have changed"):
+        finetune.train(recipe, tmp_path / "run", resume=True)
+
+
+def test_float16_that_never_takes_a_step_is_stopped():
+    class Optimizer:
+        step_was_skipped = True
+
+    class State:
+        global_step = 20
+
+    guard = FiniteGradients({})
+    for _ in range(SKIPPED - 1):
+        guard.on_step_end(None, State(), None, optimizer=Optimizer())
+    with pytest.raises(TrainingError, match="were skipped"):
+        guard.on_step_end(None, State(), None, optimizer=Optimizer())
