@@ -75,7 +75,10 @@ def test_metrics_have_their_form(finished):
 def test_predictions_stand_beside_their_targets(finished):
     rows = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 4
-    assert [row["target"] for row in rows] == ["red", "green", "blue", "yellow"]
+    lines = (finished.parent / "data" / "test.csv").read_text().splitlines()
+    for row in rows:  # a sample of the file, in its order
+        assert lines[int(row["row"].split(":")[1]) - 1].endswith(f",{row['target']}")
+    assert [row["row"] for row in rows] == sorted({row["row"] for row in rows})
     scores = json.loads((finished / "metrics.json").read_text())["scores"]["classify"]["accuracy"]
     for condition in ("tuned", "base", "blank", "shuffled"):
         assert scores[condition] == sum(row[condition] == row["target"] for row in rows) / 4
