@@ -63,7 +63,8 @@ def read_yaml(text: str, name: str, numbered: bool = True) -> Document:
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         if "'\\t'" in reason:
             reason = "a tab can't indent: use spaces"
-        raise builder.refusal(mark.line if mark else 0, f"not YAML: {shorten(reason, 200)}.") from None
+        advice = " Inside { } or [ ], put text with ? : , or # in quotes." if "flow" in reason else ""
+        raise builder.refusal(mark.line if mark else 0, f"not YAML: {shorten(reason, 200)}.{advice}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
         raise builder.refusal(line, f"a control character, {text[error.position]!r}: remove it.") from None

@@ -93,6 +93,7 @@ def test_every_key_and_entry_has_its_line():
         ("--- !mine\na: 1\n", 1, "tags"),
         ("a: 1\n---\nb: 2\n", 2, "a second document"),
         ("a: [1\nb: 2\n", 2, "not YAML"),
+        ("a: {b: Which?}\n", 1, "in quotes"),
         ("a: 'open\n", 2, "not YAML"),
         ("a: 1\n\tb: 2\n", 2, "a tab can't indent"),
         ("a: b: c\n", 1, "mapping values are not allowed here"),
