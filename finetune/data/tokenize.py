@@ -113,10 +113,27 @@ def _render(
             turns,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,  # Qwen3's question and answer only fit together without; other templates ignore it
+            **_template_options(tokenizer),
         )
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
+
+
+_OPTIONS: dict[str, dict[str, bool]] = {}
+
+
+def _template_options(tokenizer: Any) -> dict[str, bool]:
+    """Thinking off where prompt and answer then fit together: Qwen3's answers begin with an empty thought that only
+    then is part of the prompt; other templates don't know the option, or put the thought into the prompt alone.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _OPTIONS:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        off = {"enable_thinking": False}
+        before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, **off)
+        after = tokenizer.apply_chat_template(turns, tokenize=False, **off)
+        _OPTIONS[template] = off if after.startswith(before) else {}
+    return _OPTIONS[template]
 
 
 def _assistant_spans(

@@ -25,6 +25,7 @@ from finetune.run_folder import RunFolder, read_json, whole_folder, write_json, 
 from finetune.sources import adapter_options, cache_folder, model_arguments, sources_of
 from finetune.trainer import refuse_several_gpus, train_stage
 
+FEW_STEPS = 50
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -171,6 +172,11 @@ def run_stage(
         console.print(f"{stage['name']}: done before")
         return read_json(checkpoint / "result.json")
     console.print(f"{stage['name']}: trains " + ", ".join(f"{role} ({count:,})" for role, count in trained.items()))
+    if steps < FEW_STEPS:
+        console.print(
+            f"{stage['name']}: only {steps} optimizer steps, hardly enough to learn from: lower train.tokens_per_batch "
+            f"or raise train.stages.N.epochs (now {stage['epochs']})"
+        )
     begin = perf_counter()
     try:
         log = train_stage(

@@ -4,7 +4,7 @@ import pytest
 from tiny import CHATML, fresh_tokenizer
 
 from finetune.data.sample import Medium, Message, Sample
-from finetune.data.tokenize import add_placeholders, tokenize, tokenize_prompt
+from finetune.data.tokenize import IGNORED, add_placeholders, tokenize, tokenize_prompt
 from finetune.errors import DataError
 from finetune.language_model import PLAIN_TEMPLATE
 
@@ -141,3 +141,24 @@ def test_a_placeholder_is_one_special_token(tokenizer, placeholders):
     assert tokenizer("a<|image|>b", add_special_tokens=False)["input_ids"].count(placeholders["image"].id) == 1
     assert tokenizer.decode([placeholders["image"].id], skip_special_tokens=True) == ""
     assert add_placeholders(tokenizer, ["image"], {"image": "<|image|>"}) == placeholders  # once, not twice
+
+
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' and ANSWERS %}{{ '<think></think>' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answers", ["true", "false"], ids=["as Qwen3", "in the prompt alone"])
+def test_an_empty_thought_is_never_learnt(answers):
+    tokenizer = fresh_tokenizer()
+    tokenizer.chat_template = THINKING.replace("ANSWERS", answers)
+    turns = (Message("user", ("What is this?",)), Message("assistant", ("blue",)))
+    tokens = tokenize(Sample(turns, "rows.csv:2"), tokenizer, {}, len)
+    learnt = tokenizer.decode([label for label in tokens.labels if label != IGNORED])
+    assert learnt == "blue<|im_end|>"
+    prompt = tokenize_prompt(turns[:1], tokenizer, {}, len)
+    assert tokens.input_ids[: len(prompt.input_ids)] == prompt.input_ids
