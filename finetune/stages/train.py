@@ -100,7 +100,7 @@ def train_plain(
         composite.causal_lm.activation_checkpointing_enable(every_n_layers=checkpoint_every_n_layers)
     packed = packs_exactly(composite.causal_lm)
     if not packed:
-        console.print("this LLM takes no positions: samples stand in padded rows instead of packed ones")
+        console.print("in this LLM packed samples would see each other: they stand in padded rows instead")
     collator = Collator(
         samples,
         features.features if cache_folder else features.prepared,
