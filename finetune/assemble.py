@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -127,8 +128,6 @@ class Features:
 
     def prepared(self, kind: str, key: str) -> Tensor:
         """Decoded and preprocessed, as the encoder takes it, without batch axis."""
-        from time import perf_counter
-
         begin = perf_counter()
         tensor = self.encoders[kind].prepare(decode(kind, self.paths[key], self.where.get(key, "")))
         self.seconds["decode"] += perf_counter() - begin
@@ -141,8 +140,6 @@ class Features:
 
     def compute(self, kind: str, *keys: str) -> list[Tensor]:
         """Features of one or several media, encoded at once."""
-        from time import perf_counter
-
         prepared = [self.prepared(kind, key) for key in keys]
         begin = perf_counter()
         with torch.no_grad():

@@ -4,6 +4,7 @@ isn't finite reaches the weights.
 
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from finetune.adapter import load_trained, save_trained
@@ -36,8 +37,6 @@ class StageTrainer(SFTTrainer):
                 path.rename(partial / path.name)
         for older in folder.glob("checkpoint-*"):
             if older.name != f"checkpoint-{self.state.global_step}":
-                import shutil
-
                 shutil.rmtree(older)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -199,8 +198,6 @@ def train_stage(
         processing_class=tokenizer,
         callbacks=[FiniteGradients(parts), stop, *callbacks],
     )
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from finetune import adapter, plots
-from finetune.assemble import Features, build_model, load_parts
+from finetune.assemble import Features, build_model, encode_one, load_parts
 from finetune.assistant import Assistant
 from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.sample import Medium
@@ -102,7 +102,20 @@ def evaluate_plain(
         given = {"base": answers(true)}  # as composed: new projectors, an adapter that changes nothing yet
         adapter.load_trained(composite, folder.adapter)
         given |= {condition: answers(look) for condition, look in conditions.items()}
+    return score_answers(given, entries, splits["train"], sources, true)
 
+
+def score_answers(
+    given: Mapping[str, Sequence[str]],
+    entries: Sequence[Entry],
+    train: Sequence[Entry],
+    sources: Sequence[Source],
+    look: Callable[[Medium], Tensor],
+) -> dict[str, Any]:
+    """{"scores": as in metrics.json, "predictions": a row per entry}, from {condition: an answer per entry}.
+
+    `train` and `look` are for the probe: the training rows, and the features of their media.
+    """
     scores: dict[str, Any] = {}
     rows: list[dict[str, Any]] = [{} for _ in entries]
     for name, numbers in by_task(entries, sources).items():
@@ -116,7 +129,7 @@ def evaluate_plain(
                 table.setdefault(metric, {})[condition] = round(value, 4)
             for i, prediction in zip(numbers, read, strict=True):
                 rows[i][condition] = prediction
-        probed = probe(splits["train"], [entries[i] for i in numbers], sources, name, true)
+        probed = probe(train, [entries[i] for i in numbers], sources, name, look)
         scored = task.score(probed, targets, options) if probed is not None else {}
         for metric in table:
             table[metric]["probe"] = round(scored[metric], 4) if metric in scored else None
@@ -158,8 +171,6 @@ def blank_features(features: Features) -> Callable[[Medium], Tensor]:
     seen: dict[Any, Tensor] = {}
 
     def look(medium: Medium) -> Tensor:
-        from finetune.assemble import encode_one
-
         blank = BLANKS[medium.kind](decode(medium.kind, medium.path))
         if blank.size not in seen:
             encoder = features.encoders[medium.kind]
