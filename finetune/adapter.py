@@ -1,7 +1,8 @@
 """LoRA by PEFT on the LLM part, and the folder that is published: what was trained, and how to rebuild the rest."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.errors import ArtifactError, ModelError, TrainingError
 from finetune.model import MultimodalModel
 
-FORMAT = 1
+FORMAT = 2
 
 
 def attach(
@@ -67,19 +68,61 @@ def options_of(lora: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass
+class TunedEncoder:
+    """An encoder that trains: names of the parameters that do, and PEFT's wrapper where these are LoRA."""
+
+    names: list[str]
+    lora: PeftModel | None = None
+
+
+def tune_encoder(
+    module: nn.Module,
+    *,
+    last_layers: int | None = None,
+    rank: int | None = None,
+    alpha: float = 32.0,
+    targets: str | Sequence[str] = "all-linear",
+) -> TunedEncoder:
+    """Make an encoder's module tunable, in place: its last n layers, or LoRA of a rank. Raises ModelError."""
+    if last_layers is not None:
+        layers = max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=len, default=())
+        if last_layers > len(layers):
+            raise ModelError(f"last_layers is {last_layers}, but the {type(module).__name__} has {len(layers)} layers")
+        chosen = {id(p) for layer in list(layers)[-last_layers:] for p in layer.parameters()}
+        return TunedEncoder([name for name, p in module.named_parameters() if id(p) in chosen])
+    config = LoraConfig(
+        r=rank,  # type: ignore[arg-type]
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    try:
+        lora: Any = get_peft_model(module, config)  # type: ignore[arg-type]
+    except (ValueError, ImportError, TypeError) as error:
+        raise ModelError(f"tune_encoders: PEFT refuses it: {str(error).splitlines()[0]}") from error
+    return TunedEncoder([name for name, _ in module.named_parameters() if _is_adapter(name)], lora)
+
+
 def trained_parts(model: MultimodalModel, trains: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """{role: its parameters} for what a stage trains: 'adapter', 'projectors', 'projectors.image'."""
+    """{role: its parameters} for what a stage trains: 'adapter', 'fusion', 'projectors' or 'projectors.image',
+    'encoders' or 'encoders.image'.
+    """
     parts: dict[str, list[nn.Parameter]] = {}
     for role in trains:
-        if role == "adapter":
-            adapters = [p for name, p in model.language_model.named_parameters() if _is_adapter(name)]
-            if not adapters:
+        group, _, name = role.partition(".")
+        if group == "adapter":
+            parts[role] = [p for name, p in model.language_model.named_parameters() if _is_adapter(name)]
+            if not parts[role]:
                 raise ModelError("a stage trains the adapter, but no adapter is attached to the language model")
-            parts["adapter"] = adapters
+        elif group == "fusion":
+            parts[role] = list(model.fusion.parameters())
+        elif group == "encoders":
+            for medium in [name] if name else model.tuned:
+                own = dict(model.encoders[medium].named_parameters())
+                parts[f"encoders.{medium}"] = [own[inside] for inside in model.tuned[medium]]
         else:
-            names = list(model.projectors) if role == "projectors" else [role.removeprefix("projectors.")]
-            for name in names:
-                parts[f"projectors.{name}"] = list(model.projectors[name].parameters())
+            for medium in [name] if name else model.projectors:
+                parts[f"projectors.{medium}"] = list(model.projectors[medium].parameters())
     return parts
 
 
@@ -96,16 +139,29 @@ def set_trainable(model: MultimodalModel, trains: Sequence[str]) -> dict[str, in
                 parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     wanted = {id(p) for parameters in parts.values() for p in parameters}
-    roles = {"adapter" if role == "adapter" else "projectors" for role in parts}
+    homes = tuple("language_model." if role == "adapter" else f"{role}." for role in parts)
     wrong = [
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad != (id(parameter) in wanted)
-        or (parameter.requires_grad and name.split(".")[0].replace("language_model", "adapter") not in roles)
+        or (parameter.requires_grad and not name.startswith(homes))
     ]
     if wrong:
         raise TrainingError(f"not the parts that the recipe trains ({', '.join(trains)}): {', '.join(wrong[:5])}")
     return {role: sum(p.numel() for p in parameters) for role, parameters in parts.items()}
+
+
+def _own_tensors(model: MultimodalModel) -> dict[str, Tensor]:
+    """What `projectors.safetensors` holds, by role: projectors, fusion blocks, and what trains of encoders."""
+    return {
+        **{f"projectors.{name}": tensor for name, tensor in model.projectors.state_dict().items()},
+        **{f"fusion.{name}": tensor for name, tensor in model.fusion.state_dict().items()},
+        **{
+            f"encoders.{name}.{inside}": model.encoders[name].get_parameter(inside)
+            for name, names in model.tuned.items()
+            for inside in names
+        },
+    }
 
 
 def save_trained(model: MultimodalModel, folder: Path) -> None:
@@ -115,12 +171,13 @@ def save_trained(model: MultimodalModel, folder: Path) -> None:
         model.language_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
         # PEFT's card names the base by its local path; ours is written where the adapter is published.
         (folder / "README.md").unlink(missing_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.projectors.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _own_tensors(model).items()}
     save_file(tensors, folder / "projectors.safetensors")
 
 
 def load_trained(model: MultimodalModel, folder: Path) -> dict[str, int]:
-    """Load what `save_trained` wrote into a model of the same parts; {role: tensors matched}.
+    """Load what `save_trained` wrote into a model of the same parts; {role: tensors matched}. Encoders that the model
+    doesn't hold, because it is given features, are left out.
 
     Raises ArtifactError where a part is missing, matches nothing, or has other names or shapes.
     """
@@ -129,23 +186,29 @@ def load_trained(model: MultimodalModel, folder: Path) -> dict[str, int]:
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
             raise ArtifactError(f"{path} is missing: the adapter can't be loaded")
-        saved = load_file(path)
         own = {_plain(name): p for name, p in model.language_model.named_parameters() if _is_adapter(name)}
-        _compare(path, {k: v.shape for k, v in saved.items()}, {k: p.shape for k, p in own.items()})
-        with torch.no_grad():
-            for name, tensor in saved.items():
-                own[name].copy_(tensor)
-        matched["adapter"] = len(saved)
+        matched["adapter"] = _copy(path, load_file(path), own)
     path = folder / "projectors.safetensors"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: the projectors can't be loaded")
     saved = load_file(path)
-    state = model.projectors.state_dict()
-    _compare(path, {k: v.shape for k, v in saved.items()}, {k: v.shape for k, v in state.items()})
-    model.projectors.load_state_dict(saved)
-    for name in model.projectors:
-        matched[f"projectors.{name}"] = sum(key.startswith(f"{name}.") for key in saved)
+    if not model.tuned:
+        saved = {name: tensor for name, tensor in saved.items() if not name.startswith("encoders.")}
+    _copy(path, saved, _own_tensors(model))
+    for name in saved:
+        group, inside = name.split(".")[:2]
+        role = group if group == "fusion" else f"{group}.{inside}"
+        matched[role] = matched.get(role, 0) + 1
     return matched
+
+
+@torch.no_grad()
+def _copy(path: Path, saved: dict[str, Tensor], own: Mapping[str, Tensor]) -> int:
+    """Copy saved tensors over those of the same names. Raises ArtifactError where names or shapes differ."""
+    _compare(path, {k: v.shape for k, v in saved.items()}, {k: v.shape for k, v in own.items()})
+    for name, tensor in saved.items():
+        own[name].copy_(tensor)
+    return len(saved)
 
 
 def save_adapter_folder(
@@ -163,6 +226,7 @@ def save_adapter_folder(
         "encoders": base["encoders"],
         "projectors": parts["projectors"],
         "fusion": parts["fusion"],
+        "tune_encoders": base["tune_encoders"],
         "placeholders": parts["placeholders"],
         "labels": labels,
         "seed": seed,

@@ -1,6 +1,6 @@
 """From the plain values of a recipe to the parts in memory: the same for training, evaluation and merging."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from finetune import adapter
 from finetune.data.features import FeatureStore, media_key
-from finetune.data.sample import Medium
-from finetune.data.tokenize import Placeholder, add_placeholders
+from finetune.data.rows import listed
+from finetune.data.sample import Layout, Medium, Prepared
+from finetune.data.tokenize import Placeholder, Segments, add_placeholders
+from finetune.errors import DataError
 from finetune.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
-from finetune.media import decode
-from finetune.model import PLACEHOLDERS, MultimodalModel, compose, placeholder_count
+from finetune.media import Limits, decode
+from finetune.model import PLACEHOLDERS, MultimodalConfig, MultimodalModel, compose, encode_all, segments_of
 from finetune.parts import load_part
 
 
@@ -30,6 +33,7 @@ class Parts:
     fusion: tuple[str, Any]
     dtype: torch.dtype
     device: torch.device
+    tuned: dict[str, adapter.TunedEncoder]
 
 
 def load_parts(
@@ -38,9 +42,12 @@ def load_parts(
     encoders: Mapping[str, tuple[str, Any]],
     projectors: Mapping[str, tuple[str, Any]],
     fusion: tuple[str, Any],
+    tune_encoders: Mapping[str, Mapping[str, Any]],
     device: torch.device | None = None,
 ) -> Parts:
-    """Load tokenizer and encoders. `llm`: the recipe's `model.llm` as keywords; the others {name: (kind, Options)}."""
+    """Load tokenizer and encoders. `llm`: the recipe's `model.llm` as keywords; `tune_encoders`: {name: keywords of
+    `adapter.tune_encoder`}; the others {name: (kind, Options)}.
+    """
     device = device or default_device()
     dtype = resolve_dtype(llm["dtype"], device)
     tokenizer = load_tokenizer(
@@ -49,17 +56,19 @@ def load_parts(
         chat_template=llm["chat_template"],
         trust_remote_code=llm["trust_remote_code"],
     )
+    built = {
+        name: (kind, load_part("encoders", kind).build(options, dtype, device))
+        for name, (kind, options) in encoders.items()
+    }
     return Parts(
         tokenizer,
         add_placeholders(tokenizer, sorted(encoders), PLACEHOLDERS),
-        {
-            name: (kind, load_part("encoders", kind).build(options, dtype, device))
-            for name, (kind, options) in encoders.items()
-        },
+        built,
         dict(projectors),
         fusion,
         dtype,
         device,
+        {name: adapter.tune_encoder(built[name][1].module, **how) for name, how in tune_encoders.items()},
     )
 
 
@@ -88,35 +97,60 @@ def build_model(
         placeholder_ids={name: placeholder.id for name, placeholder in parts.placeholders.items()},
         with_encoders=with_encoders,
     )
+    if with_encoders:
+        model.tuned = {name: tuned.names for name, tuned in parts.tuned.items()}
     if adapter_options is not None:
         adapter.attach(model, **adapter_options)
     return model.eval()
 
 
-def lengths_of(model_config: Any, encoders: Mapping[str, tuple[str, Any]]) -> Callable[[Medium], int]:
-    """Placeholder tokens of a medium, from its encoder, projector and fusion."""
-    return lambda medium: placeholder_count(model_config, medium.kind, encoders[medium.kind][1].length(medium))
+def composite_config(parts: Parts) -> MultimodalConfig:
+    """What tells the number of placeholders before there is an LLM."""
+    projectors = {
+        name: {"kind": kind, "options": options.model_dump()} for name, (kind, options) in parts.projectors.items()
+    }
+    kind, options = parts.fusion
+    return MultimodalConfig(parts={"projectors": projectors, "fusion": {"kind": kind, "options": options.model_dump()}})
 
 
-def encode_one(encoder: Any, prepared: Tensor) -> Tensor:
-    """One prepared medium -> its features (L, W)."""
+def segments_by(model_config: Any, layout: Callable[[Medium], Layout]) -> Segments:
+    """(mark, placeholder tokens) of a medium's segments, from its layout, projector and fusion."""
+    return lambda medium: segments_of(model_config, medium.kind, layout(medium))
+
+
+def encode_one(encoder: Any, prepared: Prepared) -> Tensor:
+    """One prepared medium -> its features (S, L, W)."""
     with torch.no_grad():
-        return encoder.encode(prepared[None])[0]
+        return encoder.encode(prepared.values[None])[0]
+
+
+def read_medium(encoder: Any, kind: str, path: Path, limits: Limits, where: str = "") -> Prepared:
+    """A file, decoded within limits and as its encoder takes it. Raises MediaError."""
+    return encoder.prepare(decode(kind, path, where=where, limits=limits, **encoder.sampling))
 
 
 class Features:
     """Media to features, through the cache where there is one. Keeps the seconds spent in decoding and encoding."""
 
-    def __init__(self, encoders: Mapping[str, tuple[str, Any]], cache_folder: Path | None) -> None:
+    def __init__(
+        self, encoders: Mapping[str, tuple[str, Any]], cache_folder: Path | None, limits: Limits | None = None
+    ) -> None:
         self.encoders = {name: encoder for name, (_, encoder) in encoders.items()}
         self.stores = (
             {name: FeatureStore(cache_folder, encoder.fingerprint) for name, encoder in self.encoders.items()}
             if cache_folder
             else {}
         )
+        self.limits = limits or Limits()
         self.paths: dict[str, Path] = {}
         self.where: dict[str, str] = {}
+        self.layouts: dict[tuple[str, str], Layout] = {}
         self.seconds = {"decode": 0.0, "encode": 0.0}
+
+    def refresh(self) -> None:
+        """See what another process has put into the cache."""
+        for store in self.stores.values():
+            store.refresh()
 
     def key(self, medium: Medium, where: str = "") -> str:
         """The medium's name in cache and batches; `where` (file and row) is told if it can't be decoded."""
@@ -126,41 +160,67 @@ class Features:
             self.where.setdefault(key, f"{where}: {medium.path}")
         return key
 
-    def prepared(self, kind: str, key: str) -> Tensor:
+    def prepared(self, kind: str, key: str) -> Prepared:
         """Decoded and preprocessed, as the encoder takes it, without batch axis."""
         begin = perf_counter()
-        tensor = self.encoders[kind].prepare(decode(kind, self.paths[key], self.where.get(key, "")))
+        prepared = read_medium(self.encoders[kind], kind, self.paths[key], self.limits, self.where.get(key, ""))
         self.seconds["decode"] += perf_counter() - begin
-        return tensor
+        return prepared
+
+    def layout(self, medium: Medium) -> Layout:
+        """Known without decoding where it is the same for all media, or in the cache."""
+        if (always := self.encoders[medium.kind].layout) is not None:
+            return always
+        key = self.key(medium)
+        store = self.stores.get(medium.kind)
+        if store is not None and not store.missing([key]):
+            return store.layout(key)
+        if (medium.kind, key) not in self.layouts:
+            self.layouts[medium.kind, key] = self.prepared(medium.kind, key).layout
+        return self.layouts[medium.kind, key]
 
     def features(self, kind: str, key: str) -> Tensor:
-        """(L, W): from the cache, or computed now."""
+        """(S, L, W): from the cache, or computed now."""
         store = self.stores.get(kind)
-        return self.compute(kind, key)[0] if store is None or store.missing([key]) else store.read(key)
+        if store is None or store.missing([key]):
+            return self.compute(kind, [self.prepared(kind, key)])[0]
+        return store.read(key)
 
-    def compute(self, kind: str, *keys: str) -> list[Tensor]:
-        """Features of one or several media, encoded at once."""
-        prepared = [self.prepared(kind, key) for key in keys]
+    def compute(self, kind: str, prepared: Sequence[Prepared], batch: int = 1) -> list[Tensor]:
+        """Features of prepared media, up to `batch` of the same shape at once."""
         begin = perf_counter()
         with torch.no_grad():
-            features = list(self.encoders[kind].encode(torch.stack(prepared)))
+            features = encode_all(self.encoders[kind], [one.values for one in prepared], batch)
         if features[0].is_cuda:
             torch.cuda.synchronize(features[0].device)
         self.seconds["encode"] += perf_counter() - begin
         return features
 
-    def fill(self, kind: str, keys: Sequence[str], done: Callable[[], None], batch: int = 1) -> None:
-        """Compute what the cache lacks, `batch` media at once."""
-        place = {key: number for number, key in enumerate(keys)}
-        ready: dict[str, Tensor] = {}
+    def fill(self, kind: str, keys: Sequence[str], done: Callable[[], None], batch: int = 1, workers: int = 0) -> None:
+        """Compute what the cache lacks, `batch` media at once, decoded in `workers` processes.
 
-        def one(key: str) -> Tensor:
-            if key not in ready:
-                chunk = keys[place[key] : place[key] + batch]
-                ready.update(zip(chunk, self.compute(kind, *chunk), strict=True))
-            return ready.pop(key)
+        Raises DataError with all media that can't be used; what the others gave is kept.
+        """
+        wrong: list[str] = []
 
-        self.stores[kind].fill(keys, one, done)
+        def computed() -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+            ready: list[tuple[str, Prepared]] = []
+            decoding: Any = _Decoding(self, kind, keys)
+            loader: Any = DataLoader(decoding, batch_size=None, num_workers=workers)
+            for number, (key, prepared, error) in enumerate(loader):
+                if error:
+                    wrong.append(error)
+                else:
+                    ready.append((key, prepared))
+                if ready and (len(ready) == batch or number == len(keys) - 1):
+                    features = self.compute(kind, [one for _, one in ready], batch)
+                    for (key, one), found in zip(ready, features, strict=True):
+                        yield key, found, one.layout.marks
+                    ready.clear()
+
+        self.stores[kind].fill(computed(), done)
+        if wrong:
+            raise DataError(listed(wrong, f"{len(wrong)} of {len(keys)} media can't be used"))
 
     def missing(self, media: Sequence[Medium]) -> dict[str, list[str]]:
         """{kind: keys that the cache lacks}."""
@@ -168,3 +228,20 @@ class Features:
         for medium in media:
             keys.setdefault(medium.kind, []).append(self.key(medium))
         return {kind: self.stores[kind].missing(found) for kind, found in keys.items() if kind in self.stores}
+
+
+class _Decoding:
+    """What a data worker does: (key, prepared medium, what is wrong with it)."""
+
+    def __init__(self, features: Features, kind: str, keys: Sequence[str]) -> None:
+        self.features, self.kind, self.keys = features, kind, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, number: int) -> tuple[str, Prepared | None, str]:
+        key = self.keys[number]
+        try:
+            return key, self.features.prepared(self.kind, key), ""
+        except DataError as error:  # as text: across processes an exception would arrive with a traceback in it
+            return key, None, str(error)

@@ -1,7 +1,9 @@
 """A model with all that answering needs: `finetune.load(folder)` gives one, `.answer("What is this?", image=...)`."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,29 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from finetune import adapter
-from finetune.assemble import build_model, encode_one, load_parts
-from finetune.data.sample import Medium, Message
+from finetune.assemble import build_model, encode_one, load_parts, read_medium, segments_by
+from finetune.data.sample import Layout, Medium, Message, Prepared
 from finetune.data.tokenize import Placeholder, answer_ends, tokenize_prompt
 from finetune.errors import ArtifactError, DataError
 from finetune.language_model import default_device, load_tokenizer
-from finetune.media import decode
-from finetune.model import PLACEHOLDERS, MultimodalModel, placeholder_count
+from finetune.media import Limits
+from finetune.model import PLACEHOLDERS, MultimodalModel
 from finetune.parts import part_from
 from finetune.run_folder import read_json
 
+Media = Path | str | Sequence[Path | str] | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """How media are seen: the layout of one, and its features (S, L, W)."""
+
+    layout: Callable[[Medium], Layout]
+    features: Callable[[Medium], Tensor]
+
 
 class Assistant:
-    """`encoders`: {name: Encoder}. `features(medium)` gives (L, W); by default it is computed now."""
+    """`encoders`: {name: Encoder}. `limits` bound what is decoded."""
 
     def __init__(
         self,
@@ -30,32 +42,47 @@ class Assistant:
         tokenizer: Any,
         placeholders: Mapping[str, Placeholder],
         encoders: Mapping[str, Any],
-        features: Callable[[Medium], Tensor] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.placeholders = placeholders
         self.encoders = encoders
-        self.features = features or self._encode
+        self.limits = limits or Limits()
 
-    def answer(self, prompt: str, *, image: Path | str | None = None, max_new_tokens: int = 64) -> str:
-        """One question, about one picture or none, answered greedily."""
-        content: tuple[str | Medium, ...] = (prompt,)
-        if image is not None:
-            content = (Medium("image", Path(image)), prompt)
-        return self.answers([(Message("user", content),)], max_new_tokens=max_new_tokens)[0]
+    def answer(
+        self,
+        prompt: str,
+        *,
+        image: Media = None,
+        audio: Media = None,
+        video: Media = None,
+        strength: float | Mapping[str, float] | None = None,
+        max_new_tokens: int = 64,
+    ) -> str:
+        """One question, after any number of pictures, recordings and videos, answered greedily.
+
+        `strength`: factor of what media add to the text (cross-attention only), or one per medium.
+        Raises DataError for media that the model doesn't take or that can't be read.
+        """
+        media = media_of(image=image, audio=audio, video=video)
+        return self.answers([(Message("user", (*media, prompt)),)], max_new_tokens=max_new_tokens, strength=strength)[0]
 
     def answers(
         self,
         conversations: Sequence[Sequence[Message]],
         *,
         max_new_tokens: int,
-        features: Callable[[Medium], Tensor] | None = None,
+        look: Look | None = None,
+        strength: float | Mapping[str, float] | None = None,
     ) -> list[str]:
-        """Conversations that end on the user's turn -> the assistant's next turns, greedily, as one batch."""
-        prompts = [
-            tokenize_prompt(messages, self.tokenizer, self.placeholders, self._length) for messages in conversations
-        ]
+        """Conversations that end on the user's turn -> the assistant's next turns, greedily, as one batch.
+
+        `look` gives media otherwise than by reading and encoding their files.
+        """
+        look = look or self._reading()
+        segments = segments_by(self.model.config, look.layout)
+        prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
         longest = max(len(prompt.input_ids) for prompt in prompts)
         device = self.model.get_input_embeddings().weight.device
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
@@ -67,27 +94,64 @@ class Assistant:
         media: dict[str, list[Tensor]] = {}
         for prompt in prompts:
             for medium in prompt.media:
-                media.setdefault(medium.kind, []).append((features or self.features)(medium))
-        tokens = self.model.generate(
-            input_ids,
-            attention_mask=mask,
-            features=media,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=pad,
-            eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
-        )
+                media.setdefault(medium.kind, []).append(look.features(medium))
+        with self._at(strength):
+            tokens = self.model.generate(
+                input_ids,
+                attention_mask=mask,
+                features=media,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                pad_token_id=pad,
+                eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
+            )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    def _length(self, medium: Medium) -> int:
-        return placeholder_count(self.model.config, medium.kind, self.encoders[medium.kind].length(medium))
+    @contextmanager
+    def _at(self, strength: float | Mapping[str, float] | None) -> Iterator[None]:
+        """Media weigh this much for the time being."""
+        fusion = self.model.fusion
+        if strength is None:
+            yield
+            return
+        if fusion.strength is None:
+            kind = self.model.config.parts["fusion"]["kind"]
+            raise DataError(f"strength is for models with cross-attention; this one's fusion is {kind!r}")
+        given = dict.fromkeys(fusion.strength, strength) if isinstance(strength, float | int) else strength
+        if unknown := sorted(given.keys() - fusion.strength.keys()):
+            raise DataError(f"strength of {unknown[0]!r}: this model takes {', '.join(fusion.strength)}")
+        before = dict(fusion.strength)
+        fusion.strength.update(given)
+        try:
+            yield
+        finally:
+            fusion.strength.update(before)
 
-    def _encode(self, medium: Medium) -> Tensor:
-        if medium.kind not in self.encoders:
-            raise DataError(f"this model takes {', '.join(self.encoders) or 'text only'}, not {medium.kind}")
-        encoder = self.encoders[medium.kind]
-        return encode_one(encoder, encoder.prepare(decode(medium.kind, medium.path)))
+    def _reading(self) -> Look:
+        """Each file is read once, for its length and for its features."""
+        ready: dict[Medium, Prepared] = {}
+
+        def prepared(medium: Medium) -> Prepared:
+            if medium.kind not in self.encoders:
+                raise DataError(f"this model takes {', '.join(self.encoders) or 'text only'}, not {medium.kind}")
+            if medium not in ready:
+                ready[medium] = read_medium(self.encoders[medium.kind], medium.kind, medium.path, self.limits)
+            return ready[medium]
+
+        return Look(
+            lambda medium: prepared(medium).layout,
+            lambda medium: encode_one(self.encoders[medium.kind], prepared(medium)),
+        )
+
+
+def media_of(**given: Media) -> tuple[Medium, ...]:
+    """Media by kind, each a path or several, in the order of the kinds."""
+    found: list[Medium] = []
+    for kind, paths in given.items():
+        several = [paths] if isinstance(paths, str | Path) else paths or []
+        found += [Medium(kind, Path(path)) for path in several]
+    return tuple(found)
 
 
 def load(folder: Path | str, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
@@ -129,7 +193,9 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
     """An adapter folder: the LLM and the encoders are fetched by the names in it."""
     content = read_json(folder / "multimodal.json")
     if content.get("format") != adapter.FORMAT:
-        raise ArtifactError(f"{folder}: format {content.get('format')} of another version of finetune; this reads 1")
+        raise ArtifactError(
+            f"{folder}: format {content.get('format')} of another version of finetune; this reads {adapter.FORMAT}"
+        )
     device = device or default_device()
     llm = {
         **content["language_model"],
@@ -145,6 +211,7 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
         encoders={name: part_from("encoders", part) for name, part in content["encoders"].items()},
         projectors={name: part_from("projectors", part) for name, part in content["projectors"].items()},
         fusion=part_from("fusion", content["fusion"]),
+        tune_encoders=content["tune_encoders"],
         device=device,
     )
     parts.tokenizer = load_tokenizer(str(folder))
@@ -154,7 +221,7 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
         llm=llm,
         adapter_options=adapter.options_of(lora) if lora else None,
         seed=content["seed"],
-        with_encoders=False,
+        with_encoders=bool(content["tune_encoders"]),
     )
     adapter.load_trained(model, folder)
     return Assistant(model, parts.tokenizer, parts.placeholders, {name: e for name, (_, e) in parts.encoders.items()})

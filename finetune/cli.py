@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 
 import finetune
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, RecipeError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Fine-tune a frozen LLM with an encoder for images: recipe, train, evaluate, merge, chat.",
+    help="Fine-tune a frozen LLM with encoders for images, sound and video: recipe, train, evaluate, merge, chat.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)]
@@ -63,11 +63,20 @@ def merge(run: Run) -> None:
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run, merged or adapter folder.")],
     prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture that the question is about.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture that the question is about; may be repeated.")
+    ] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A recording; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video; may be repeated.")] = None,
+    strength: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X|MEDIUM=X", help="How much media weigh (cross-attention only); 0: the text-only LLM."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.")] = 256,
 ) -> None:
     """Ask a trained model."""
-    answer = finetune.chat(folder, prompt, image, max_new_tokens)
+    weigh = strength_of(strength or [])
+    answer = finetune.chat(folder, prompt, image, audio, video, strength=weigh, max_new_tokens=max_new_tokens)
     if prompt is not None:
         print(answer)
 
@@ -77,7 +86,7 @@ def run(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume
     """The whole way: check, train, evaluate, merge, and one question about a held-out row."""
     result: dict[str, Any] = finetune.run(recipe, set_ or [], run, resume)
     print_scores(result.pop("scores"))
-    print(f"asked about {result['image']}: {result['question']}")
+    print(f"asked about {', '.join(result['media']) or 'nothing shown'}: {result['question']}")
     print(f"  answer: {result['answer']}   (right: {result['target']})")
     for name in ("adapter", "metrics", "predictions", "plots", "merged"):
         print(f"{name:<12} {result[name]}")
@@ -100,13 +109,23 @@ def schema() -> None:
     print(json.dumps(finetune.schema(), indent=2, ensure_ascii=False))
 
 
+def strength_of(given: list[str]) -> float | dict[str, float] | None:
+    """'0.5', or 'image=0.5' any number of times."""
+    try:
+        if len(given) == 1 and "=" not in given[0]:
+            return float(given[0])
+        return {name: float(value) for name, value in (one.split("=") for one in given)} or None
+    except ValueError:
+        raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
+
+
 def print_scores(scores: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    conditions = ("tuned", "base", "blank", "shuffled", "probe")
     for task, metrics in scores.items():
+        conditions = list(next(iter(metrics.values())))
         table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left")
         table.add_column("")
         for condition in conditions:

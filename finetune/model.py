@@ -5,19 +5,24 @@
     text ───▶ token embeddings ────────────────────┘
 
 Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
-         N media             L rows of features per medium    W width of an encoder
-         M placeholder tokens of the batch = projected rows of all its media
+         N media   S segments of a medium (tiles, frames, windows)   L rows of features of a segment   W their width
+         M projected rows of all media of a kind in the batch
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from inspect import signature
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from finetune.data.sample import Layout
 from finetune.errors import ModelError
+from finetune.fusion import Projected
 from finetune.parts import load_part, part_from
 
 PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
@@ -82,7 +87,12 @@ class MultimodalModel(PreTrainedModel):
             with torch.device(next(language_model.parameters()).device):
                 self.projectors[name] = load_part("projectors", kind).build(part["width_in"], width, options).float()
         kind, options = part_from("fusion", parts["fusion"])
-        self.fusion = load_part("fusion", kind).build(config.text_config, options)
+        with torch.device(next(language_model.parameters()).device):
+            self.fusion = (
+                load_part("fusion", kind).build(config.text_config, tuple(parts["projectors"]), options).float()
+            )
+        self.fusion.attach(decoder_layers(self.causal_lm))
+        self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
@@ -109,71 +119,76 @@ class MultimodalModel(PreTrainedModel):
     def get_output_embeddings(self) -> Any:
         return self.causal_lm.get_output_embeddings()
 
-    def placeholders(self, name: str, medium: Any) -> int:
-        """Placeholder tokens that a medium takes in the text: known before the model runs."""
-        return placeholder_count(self.config, name, self.encoder_parts[name].length(medium))
-
-    @torch.no_grad()
     def encode(self, name: str, media: Sequence[Tensor]) -> list[Tensor]:
-        """Prepared media -> features, each (L, W). One at a time unless `encode_batch` says otherwise: then a medium's
-        features don't depend on its neighbours, to the bit.
+        """Prepared media -> features, each (S, L, W). One at a time unless `encode_batch` says otherwise: then a
+        medium's features don't depend on its neighbours, to the bit.
         """
-        encoder = self.encoder_parts[name]
-        features: list[Tensor] = []
         begin = perf_counter()
-        # Outside autocast, as for the cache, evaluation and serving: the same medium gives the same features.
-        with torch.autocast(next(self.encoders[name].parameters()).device.type, enabled=False):
-            for start in range(0, len(media), self.encode_batch):
-                features.extend(encoder.encode(torch.stack(list(media[start : start + self.encode_batch]))))
+        trained = name in self.tuned
+        # Frozen ones outside autocast, as for the cache, evaluation and serving: a medium gives the same features.
+        device = next(self.encoders[name].parameters()).device.type
+        frozen = nullcontext() if trained else torch.autocast(device, enabled=False)
+        with frozen, torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = encode_all(self.encoder_parts[name], media, self.encode_batch)
         if features and features[0].is_cuda:
             torch.cuda.synchronize(features[0].device)
         self.encode_seconds += perf_counter() - begin
         return features
 
-    def project(self, name: str, features: Sequence[Tensor]) -> Tensor:
-        """Features, each (L, W) -> projected rows (M, D), float32, in the order of the media."""
+    def project(self, name: str, features: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Features, each (S, L, W) -> projected rows (M, D), float32, and the rows of each segment, in order."""
         projector = self.projectors[name]
         first = next(projector.parameters())
-        if (
-            not features
-        ):  # an empty pass keeps the projector in the graph, so that all processes reduce the same weights
-            return first.new_zeros(0, self.config.text_config.hidden_size) + 0.0 * first.sum()
+        if not features:  # an empty pass keeps the weights in the graph, so that all processes reduce the same ones
+            trained = [*projector.parameters(), *(self.encoders[name].parameters() if name in self.tuned else ())]
+            idle = sum(0.0 * p.sum() for p in trained if p.requires_grad)
+            return first.new_zeros(0, self.config.text_config.hidden_size) + idle, []
         projected: list[Tensor] = [first] * len(features)
-        lengths = [len(rows) for rows in features]
+        lengths = [rows.shape[1] for rows in features]
         with torch.autocast(first.device.type, enabled=False):
             for length in sorted(set(lengths)):
                 places = [i for i, other in enumerate(lengths) if other == length]
-                batch = torch.stack([features[i] for i in places]).to(first.device, torch.float32)
-                for i, rows in zip(places, projector(batch), strict=True):
-                    projected[i] = rows
-        return torch.cat(projected)
+                segments = torch.cat([features[i] for i in places]).to(first.device, torch.float32)
+                rows = projector(segments).split([len(features[i]) for i in places])
+                for i, found in zip(places, rows, strict=True):
+                    projected[i] = found
+        return torch.cat([rows.flatten(0, 1) for rows in projected]), [
+            rows.shape[1] for rows in projected for _ in range(len(rows))
+        ]
 
     def embed(
         self,
         input_ids: Tensor,
         features: Mapping[str, Sequence[Tensor]] | None = None,
         media: Mapping[str, Sequence[Tensor]] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) with features, or with prepared media that are encoded here -> embeddings (B, T, D).
 
-        Raises ModelError where placeholders and projected rows differ in number.
+        Where `position_ids` restart, another sample begins. Raises ModelError where placeholders and projected rows
+        differ in number.
         """
         placeholder_ids = self.config.parts["placeholders"]
         is_medium = {name: input_ids == placeholder_ids[name] for name in self.projectors}
         text = input_ids
         for mask in is_medium.values():  # placeholder ids may lie behind the LLM's table: they're never looked up
             text = text.masked_fill(mask, 0)
-        embeddings = self.get_input_embeddings()(text)
+        kind, options = part_from("fusion", self.config.parts["fusion"])
+        projected: dict[str, Projected] = {}
         for name, mask in is_medium.items():
-            rows = list((features or {}).get(name, ()))
-            if not rows and media and media.get(name):
-                rows = self.encode(name, media[name])
-            projected = self.project(name, rows)
-            expected = int(mask.sum())
-            if expected != len(projected):
-                raise ModelError(f"{expected} {name} placeholders in the text, but {len(projected)} projected rows")
-            embeddings = self.fusion(embeddings, mask, projected)
-        return embeddings
+            found = list((features or {}).get(name, ()))
+            if not found and media and media.get(name):
+                found = self.encode(name, media[name])
+            rows, lengths = self.project(name, found)
+            expected = sum(load_part("fusion", kind).placeholders(length, options) for length in lengths)
+            if expected != int(mask.sum()):
+                raise ModelError(
+                    f"{int(mask.sum())} {name} placeholders in the text, but the media take {expected} "
+                    f"({len(rows)} projected rows)"
+                )
+            projected[name] = Projected(mask, rows, lengths)
+        samples = torch.zeros_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(-1)
+        return self.fusion(self.get_input_embeddings()(text), projected, samples)
 
     def backbone(
         self,
@@ -184,8 +199,9 @@ class MultimodalModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D)."""
-        embeddings = self.embed(input_ids, features, media)
+        embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
         outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
+        self._forget()
         if label_rows is not None:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[label_rows][None]
         return outputs
@@ -198,19 +214,54 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        teacher: Mapping[str, Tensor] | None = None,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> Any:
-        """Token ids (B, T), features {name: N tensors (L, W)} or prepared media -> the LLM's own output.
+        """Token ids (B, T), features {name: N tensors (S, L, W)} or prepared media -> the LLM's own output.
 
         Without `attention_mask`, restarting `position_ids` keep packed samples apart. `labels` (B, T), -100 where
-        nothing is learnt, give the mean next-token loss.
+        nothing is learnt, give the mean next-token loss; with a `teacher`, see `imitate`.
         """
+        if teacher is not None:
+            student = {"input_ids": input_ids, "features": features, "media": media, "attention_mask": attention_mask}
+            kept = {"position_ids": position_ids, "label_rows": kwargs["label_rows"]}
+            return self.imitate(student | kept, teacher, temperature)
         for name in ("label_rows", "shift_labels"):  # of the fused head's call, where only labelled rows are computed
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        embeddings = self.embed(input_ids, features, media)
-        return self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
+        embeddings = self.embed(input_ids, features, media, position_ids)
+        outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
+        self._forget()
+        return outputs
+
+    def imitate(self, student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> dict[str, Tensor]:
+        """How far the LLM that is given media is from the LLM that is given their text, where the answers stand.
+
+        `student`, `teacher`: keywords of `forward`, with as many `label_rows` (K,) each; the teacher without adapter.
+        Returns `loss`, the KL divergence of next-token distributions softened by `temperature`, summed over K
+        (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens are
+        equal.
+        """
+        training, wrapped = self.training, self.language_model
+        with torch.no_grad(), wrapped.disable_adapter() if hasattr(wrapped, "peft_config") else nullcontext():
+            wanted = self.eval()._label_logits(**teacher)
+        given = self.train(training)._label_logits(**student)
+        loss = functional.kl_div(
+            (given / temperature).log_softmax(-1),
+            (wanted / temperature).log_softmax(-1),
+            log_target=True,
+            reduction="sum",
+        )
+        return {"loss": loss, "agreement": (given.argmax(-1) == wanted.argmax(-1)).sum()}
+
+    def _label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
+        """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learnt token."""
+        keep = "logits_to_keep" in signature(self.causal_lm.forward).parameters and len(batch["input_ids"]) == 1
+        only: dict[str, Any] = {"logits_to_keep": label_rows} if keep else {}
+        logits = self.forward(**batch, use_cache=False, **only).logits
+        return (logits[0] if keep else logits.flatten(0, 1)[label_rows]).float()
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -223,11 +274,46 @@ class MultimodalModel(PreTrainedModel):
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T')."""
         embeddings = self.embed(input_ids, features, media)
-        return self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+        tokens = self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+        self._forget()
+        return tokens
+
+    def _forget(self) -> None:
+        # In the backward pass activation checkpoints ask for this batch's media once more.
+        if not (torch.is_grad_enabled() and self.causal_lm.is_activation_checkpointing):
+            self.fusion.forget()
+
+
+def encode_all(encoder: Any, media: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once."""
+    features: list[Tensor] = []
+    start = 0
+    while start < len(media):
+        end = start + 1
+        while end < min(start + batch, len(media)) and media[end].shape == media[start].shape:
+            end += 1
+        features.extend(encoder.encode(torch.stack(list(media[start:end]))))
+        start = end
+    return features
+
+
+def decoder_layers(causal_lm: Any) -> nn.ModuleList:
+    """The LLM's layers: the outermost list of as many modules as its config has layers. Raises ModelError."""
+    count = causal_lm.config.get_text_config().num_hidden_layers
+    for module in causal_lm.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(causal_lm).__name__} has no list of {count} decoder layers")
+
+
+def segments_of(config: MultimodalConfig, name: str, layout: Layout) -> list[tuple[str, int]]:
+    """(mark, placeholder tokens) of each segment of a medium: known before the model runs."""
+    count = placeholder_count(config, name, layout.rows)
+    return [(mark, count) for mark in layout.marks]
 
 
 def placeholder_count(config: MultimodalConfig, name: str, rows: int) -> int:
-    """Placeholder tokens for `rows` rows of features of encoder `name`."""
+    """Placeholder tokens for a segment of `rows` rows of features of encoder `name`."""
     projector, projector_options = part_from("projectors", config.parts["projectors"][name])
     fusion, fusion_options = part_from("fusion", config.parts["fusion"])
     rows = load_part("projectors", projector).length(rows, projector_options)
@@ -261,7 +347,8 @@ def compose(
         },
     )
     for name, (_, encoder) in encoders.items():
-        placeholder_count(config, name, getattr(encoder, "rows", 1))
+        if encoder.layout is not None:
+            placeholder_count(config, name, encoder.layout.rows)
     kept = {name: encoder for name, (_, encoder) in encoders.items()} if with_encoders else {}
     return MultimodalModel(config, language_model, kept)
 

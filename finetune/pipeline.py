@@ -28,17 +28,17 @@ def run(
     metrics = evaluate(folder.path)
     merge(folder.path)
     first = json.loads(folder.predictions.read_text(encoding="utf-8").splitlines()[0])
-    image = first["media"][0] if first["media"] else None
+    media = [part for kind, path in zip(first["kinds"], first["media"], strict=True) for part in (f"--{kind}", path)]
     # In a process of its own: the folder must do for anyone who is given nothing else.
-    command = [sys.executable, "-m", "finetune.cli", "chat", str(folder.merged), first["question"]]
-    asked = subprocess.run([*command, "--image", image] if image else command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "finetune.cli", "chat", str(folder.merged), first["question"], *media]
+    asked = subprocess.run(command, capture_output=True, text=True)
     if asked.returncode:
         raise ArtifactError(f"{folder.merged} doesn't answer: {asked.stderr.strip()}")
     answer = asked.stdout.strip()
     return {
         "scores": metrics["scores"],
         "question": first["question"],
-        "image": image,
+        "media": first["media"],
         "answer": answer,
         "target": first["target"],
         "adapter": folder.adapter,

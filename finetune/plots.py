@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = {"tuned": "#1b6ca8", "base": "#9a9a9a", "blank": "#c9b458", "shuffled": "#c07f4f", "probe": "#5a9367"}
+SPARE = ("#8a6fb0", "#b0708a", "#6fa8a8")  # of further conditions
 
 
 def losses(stages: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -38,20 +39,21 @@ def scores(table: Mapping[str, Any], path: Path) -> None:
     """`table` is metrics.json's `scores`: a group of bars for each task's metric, one bar a condition."""
     groups = [(task, metric, values) for task, metrics in table.items() for metric, values in metrics.items()]
     figure, axes = _figure(max(4.5, 1.9 * len(groups)), 3.6)
-    width = 0.84 / len(COLOURS)
+    conditions = {name: COLOURS.get(name, SPARE[i % len(SPARE)]) for i, name in enumerate(groups[0][2])}
+    width = 0.84 / len(conditions)
     for place, (_, _, values) in enumerate(groups):
-        for number, (condition, colour) in enumerate(COLOURS.items()):
+        for number, (condition, colour) in enumerate(conditions.items()):
             value = values.get(condition)
             if value is None:
                 continue
-            x = place + (number - (len(COLOURS) - 1) / 2) * width
-            axes.bar(x, value, width * 0.92, color=colour, label=None if place else condition)
-            axes.text(x, value + 0.01, f"{value:.2f}", ha="center", fontsize=7)
+            x = place + (number - (len(conditions) - 1) / 2) * width
+            axes.bar(x, min(value, 1.0), width * 0.92, color=colour, label=None if place else condition)
+            axes.text(x, min(value, 1.0) + 0.01, f"{value:.2f}", ha="center", fontsize=7)
     several = len(table) > 1
     axes.set_xticks(range(len(groups)), [f"{task}\n{metric}" if several else metric for task, metric, _ in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylim(0, 1.05)
-    axes.legend(frameon=False, fontsize=8, ncols=len(COLOURS), loc="upper center", bbox_to_anchor=(0.5, 1.13))
+    axes.legend(frameon=False, fontsize=8, ncols=len(conditions), loc="upper center", bbox_to_anchor=(0.5, 1.13))
     _save(figure, path)
 
 

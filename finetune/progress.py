@@ -1,6 +1,7 @@
 """What is seen while it works: progress bars and plain lines, by rich."""
 
 import gc
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-console = Console(stderr=True, highlight=False)
+# Of several processes one speaks.
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def peak_memory_bytes() -> dict[str, int]:

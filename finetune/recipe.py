@@ -176,6 +176,15 @@ class Model(Section):
     fusion: Fusion = Field("prefix", validate_default=True, description="How projected media meet the text.")
 
 
+class EncoderTuning(Section):
+    last_layers: int | None = Field(None, ge=1, description="Unfreeze the encoder's last n layers.")
+    rank: int | None = Field(None, ge=1, le=1024, description="LoRA of this rank on the encoder instead.")
+    alpha: float = Field(32.0, gt=0, description="Scale of the LoRA: updates are multiplied by alpha / rank.")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Modules of the encoder that get LoRA; all-linear: all."
+    )
+
+
 class Adapter(Section):
     rank: int = Field(16, ge=1, le=1024, description="Rank of the LoRA matrices.")
     alpha: float = Field(32.0, gt=0, description="Scale: updates are multiplied by alpha / rank.")
@@ -205,10 +214,33 @@ class Source(Section):
     )
 
 
+class Media(Section):
+    max_bytes: int = Field(256 * 2**20, ge=1, description="Bytes of a media file.")
+    max_pixels: int = Field(64 * 10**6, ge=1, description="Pixels of a picture, or of a frame.")
+    max_seconds: float = Field(1800.0, gt=0, description="Seconds of a recording or a video.")
+    max_frames: int = Field(256, ge=1, description="Frames kept of a video.")
+
+
+class Distill(Section):
+    answers: Literal["own", "given"] = Field(
+        "own", description="Answers imitated: what the LLM says to the text itself, or those of the rows."
+    )
+    temperature: float = Field(2.0, gt=0, description="Both distributions are softened by it.")
+    max_new_tokens: int = Field(32, ge=1, description="Tokens of an own answer, at most.")
+
+
 class Stage(Section):
     name: str = Field(pattern="^[a-z][a-z0-9_-]*$", description="Name of the stage, distinct.")
-    trains: list[str] = Field(min_length=1, description="What is trained: projectors, projectors.NAME, adapter.")
+    trains: list[str] = Field(
+        min_length=1, description="What is trained: projectors, projectors.NAME, fusion, adapter, encoders.NAME."
+    )
     learning_rate: float = Field(gt=0, description="Peak learning rate, per optimizer step.")
+    learning_rates: dict[str, float] = Field({}, description="Of single parts: what `trains` names -> its own peak.")
+    sources: list[int] | None = Field(None, min_length=1, description="Numbers of the sources seen; null: all of them.")
+    distill: Distill | None = Field(
+        None,
+        description="Imitate what the LLM says to the media's captions or transcripts, instead of the rows' answers.",
+    )
     epochs: int = Field(1, ge=1, description="Passes over the training rows.")
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warmup.")
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of the stage's steps with a rising learning rate.")
@@ -260,6 +292,8 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of everything drawn by chance.")
     model: Model = Field(description="The parts of the model.")
     adapter: Adapter | None = Field({}, validate_default=True, description="LoRA on the LLM; null: none.")
+    tune_encoders: dict[MediumName, EncoderTuning] = Field({}, description="Encoders that don't stay frozen, and how.")
+    media: Media = Field({}, validate_default=True, description="Bounds of what is decoded.")
     data: list[Source] = Field(min_length=1, description="Sources of rows.")
     train: Train = Field(description="How it is trained.")
     evaluate: Evaluate = Field({}, validate_default=True, description="How it is scored.")
@@ -284,7 +318,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise refusal(document, explain(document, error.errors(include_url=False), _schema())) from None
     problems: list[Problem] = []
     recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
-    problems += [*_model_conflicts(recipe.model), *_data_conflicts(recipe), *_stage_conflicts(recipe)]
+    problems += _model_conflicts(recipe.model)
+    for conflicts in (_data_conflicts, _tuning_conflicts, _stage_conflicts):
+        problems += conflicts(recipe)
     if problems:
         raise refusal(document, problems)
     return recipe
@@ -399,10 +435,21 @@ def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
         yield ("evaluate", "split") if written else ("data",), f"no rows to evaluate on: add {advice}."
 
 
+def _tuning_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    for name, how in recipe.tune_encoders.items():
+        if name not in recipe.model.encoders:
+            yield ("tune_encoders", name), "no encoder has this name."
+        elif (how.last_layers is None) == (how.rank is None):
+            yield ("tune_encoders", name), "write last_layers, or rank for LoRA: one of them."
+    if recipe.tune_encoders and recipe.train.cache:
+        yield (
+            ("train", "cache"),
+            "keeps what frozen encoders say, but tune_encoders lets one change: set train.cache: false.",
+        )
+
+
 def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    projectors = [f"projectors.{name}" for name in recipe.model.projectors]
-    there = ["projectors", *projectors] if projectors else []
-    there += ["adapter"] if recipe.adapter else []
+    there = _trainable(recipe)
     names: dict[str, int] = {}
     for index, stage in enumerate(recipe.train.stages):
         here: Location = ("train", "stages", index)
@@ -415,8 +462,37 @@ def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
             elif target not in there:
                 near = nearest(target, there)
                 advice = f" Did you mean {near!r}?" if near else ""
+                if target.partition(".")[0] == "encoders":
+                    advice = " An encoder that trains stands in tune_encoders."
                 yield where, f"got {seen(target)}; write one of {shorten(', '.join(there), 120)}.{advice}"
             elif target in stage.trains[:number]:
                 yield where, f"{seen(target)} is written twice."
-            elif target in projectors and "projectors" in stage.trains:
-                yield where, f"{seen(target)} is one of projectors, which is written too: keep one."
+            elif target.partition(".")[0] in stage.trains and "." in target:
+                group = target.partition(".")[0]
+                yield where, f"{seen(target)} is one of {group}, which is written too: keep one."
+        for target, rate in stage.learning_rates.items():
+            where = (*here, "learning_rates", target)
+            if target not in there or not (target in stage.trains or target.partition(".")[0] in stage.trains):
+                yield where, f"this stage doesn't train it; it trains {', '.join(stage.trains)}."
+            elif rate <= 0:
+                yield where, f"got {rate:g}; write a number above 0."
+        training = [i for i, source in enumerate(recipe.data) if source.split == "train"]
+        for number, source in enumerate(stage.sources or []):
+            if source not in training:
+                there_are = ", ".join(map(str, training))
+                yield (*here, "sources", number), f"got {source}; write numbers of training sources: {there_are}."
+    fusion = recipe.model.fusion.kind
+    if load_part("fusion", fusion).TRAINED and not any("fusion" in stage.trains for stage in recipe.train.stages):
+        yield ("train", "stages"), f"the fusion {fusion!r} begins as if it weren't there: let a stage train 'fusion'."
+
+
+def _trainable(recipe: Recipe) -> list[str]:
+    """What a stage of this recipe may train."""
+    projectors = [f"projectors.{name}" for name in recipe.model.projectors]
+    encoders = [f"encoders.{name}" for name in recipe.tune_encoders]
+    return [
+        *(["projectors", *projectors] if projectors else []),
+        *(["fusion"] if load_part("fusion", recipe.model.fusion.kind).TRAINED else []),
+        *(["adapter"] if recipe.adapter else []),
+        *(["encoders", *encoders] if encoders else []),
+    ]

@@ -76,14 +76,20 @@ class RunFolder:
             content[name] = {**content.get(name, {}), **section}
         write_json(self.metrics, content)
 
-    def newest_checkpoint(self, stage: str) -> Path | None:
-        """The last whole checkpoint of a stage: its `final` if it is done. Torn ones are removed."""
-        folder = self.checkpoints / stage
-        for path in folder.glob("*.partial"):
+    def remove_torn(self, stage: str) -> None:
+        """Remove what an interrupted writer left of a stage's checkpoints."""
+        for path in (self.checkpoints / stage).glob("*.partial"):
             shutil.rmtree(path)
+
+    def newest_checkpoint(self, stage: str) -> Path | None:
+        """The last whole checkpoint of a stage: its `final` if it is done."""
+        folder = self.checkpoints / stage
         if (folder / "final").is_dir():
             return folder / "final"
-        numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        numbered = sorted(
+            (path for path in folder.glob("checkpoint-*") if path.suffix != ".partial"),
+            key=lambda path: int(path.name.rpartition("-")[2]),
+        )
         return numbered[-1] if numbered else None
 
 

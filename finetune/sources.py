@@ -5,6 +5,7 @@ from typing import Any
 
 from finetune.data.features import default_cache_folder
 from finetune.data.rows import Source
+from finetune.media import Limits
 from finetune.recipe import Recipe
 
 
@@ -42,4 +43,9 @@ def model_arguments(recipe: Recipe) -> dict[str, Any]:
         "encoders": {name: (part.kind, part.options) for name, part in model.encoders.items()},
         "projectors": {name: (part.kind, part.options) for name, part in model.projectors.items()},
         "fusion": (model.fusion.kind, model.fusion.options),
+        "tune_encoders": {name: how.model_dump(exclude_none=True) for name, how in recipe.tune_encoders.items()},
     }
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    return Limits(**recipe.media.model_dump())

@@ -6,12 +6,14 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
@@ -26,18 +28,62 @@ from finetune.run_folder import whole_folder
 class StageTrainer(SFTTrainer):
     model: Any
     args: Any
+    accelerator: Any
+    temperature: float = 1.0
+    learning_rates: Mapping[str, float] = {}
+    parts: Mapping[str, list[torch.nn.Parameter]] = {}
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' own; where parts have their own learning rates, a group per part."""
+        if not self.learning_rates or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        groups = []
+        for role, parameters in self.parts.items():
+            for decays in (True, False):
+                chosen = [p for p in parameters if (names[id(p)] in decayed) == decays]
+                rate = rate_of(role, self.learning_rates, self.args.learning_rate)
+                groups.append({"params": chosen, "lr": rate, "weight_decay": self.args.weight_decay * decays})
+        self.optimizer = kind([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """trl's, on logits of learnt tokens only; where there is a teacher, the KL divergence from it."""
+        if "teacher" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, temperature=self.temperature)
+        count = max(inputs["label_rows"].numel(), 1)
+        self._metrics["train"]["mean_token_accuracy"].append(outputs["agreement"].item() / count)
+        # As in trl: items are counted over all processes, and gradients are averaged over them.
+        loss = outputs["loss"] / (num_items_in_batch or count)
+        loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """One checkpoint in place of the last, under its name only once all of it is on disk."""
+        """One checkpoint in place of the last, under its name only once all of it is on disk. Every process adds its
+        own random state.
+        """
+        name = f"checkpoint-{self.state.global_step}"
         folder = Path(self.args.output_dir)
-        with whole_folder(folder / f"checkpoint-{self.state.global_step}") as partial:
+        first = self.is_world_process_zero()
+        with whole_folder(folder / name) if first else nullcontext(folder / f"{name}.partial") as partial:
             self._staging = partial
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            for path in (partial / f"checkpoint-{self.state.global_step}").iterdir():
-                path.rename(partial / path.name)
-        for older in folder.glob("checkpoint-*"):
-            if older.name != f"checkpoint-{self.state.global_step}":
-                shutil.rmtree(older)
+            self.accelerator.wait_for_everyone()
+            if first:
+                for path in (partial / name).iterdir():
+                    path.rename(partial / path.name)
+                (partial / name).rmdir()
+        if first:
+            for older in folder.glob("checkpoint-*"):
+                if older.name != name:
+                    shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging)
@@ -59,6 +105,11 @@ class StageTrainer(SFTTrainer):
                 "before. Lower the learning rate, or train in bfloat16; --resume goes on from the last checkpoint"
             )
         return loss
+
+
+def rate_of(role: str, rates: Mapping[str, float], default: float) -> float:
+    """The learning rate of a part: its own ('projectors.image'), that of its kind ('projectors'), or the stage's."""
+    return rates.get(role, rates.get(role.partition(".")[0], default))
 
 
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
@@ -112,6 +163,9 @@ class StopBetweenSteps(TrainerCallback):
             signal.signal(signal.SIGINT, self._before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # all stop after the same step, whichever was told first
+            flag = torch.tensor(float(self.asked), device=args.device)
+            self.asked = bool(reduce(flag, "sum"))
         if self.asked:
             control.should_save = control.should_training_stop = True
 
@@ -140,6 +194,8 @@ def train_stage(
     folder: Path,
     resume_from: Path | None,
     learning_rate: float,
+    learning_rates: Mapping[str, float],
+    distill_temperature: float | None,
     scheduler: str,
     warmup: float,
     weight_decay: float,
@@ -190,14 +246,22 @@ def train_stage(
         disable_tqdm=True,
     )
     stop = StopBetweenSteps()
+    filler = -len(rows) % arguments.world_size
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_dict({"samples": [list(row) for row in rows]}),
+        train_dataset=Dataset.from_dict(
+            {
+                "samples": [list(row) for row in (*rows, *rows[:filler])],
+                "filler": [False] * len(rows) + [True] * filler,
+            }
+        ),
         data_collator=collator,
         processing_class=tokenizer,
         callbacks=[FiniteGradients(parts), stop, *callbacks],
     )
+    trainer.learning_rates, trainer.parts = learning_rates, parts
+    trainer.temperature = distill_temperature or 1.0
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

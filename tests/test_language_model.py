@@ -144,7 +144,7 @@ def test_batch_norms_of_a_frozen_encoder_stay_as_they_were():
 
     model = tiny_composite(projector="mlp", encoder=tiny_encoder("mobilenet_v2"))
     before = {name: tensor.clone() for name, tensor in model.encoders.state_dict().items()}
-    picture = torch.randn(3, 32, 32)
+    picture = torch.randn(1, 3, 32, 32)
     evaluated = model.eval().encode("image", [picture])[0]
     trained = model.train().encode("image", [picture])[0]
     assert model.language_model.training and torch.equal(trained, evaluated)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FAMILIES, PLACEHOLDER, VOCABULARY, tiny_composite, tiny_encoder, tiny_llm
+from tiny import FAMILIES, FUSIONS, PLACEHOLDER, VOCABULARY, tiny_composite, tiny_encoder, tiny_llm
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.adapter import attach, load_trained, save_trained, set_trainable
@@ -15,6 +15,8 @@ from finetune.model import MultimodalModel, packs_exactly
 # No mask is made from positions in these: they train on padded rows.
 PADDED = {"bloom", "falcon", "mpt", "opt"}
 families = pytest.mark.parametrize("family", FAMILIES)
+fusions = pytest.mark.parametrize("fusion", FUSIONS)
+PICTURE = {"prefix": 4, "cross_attention": 1}  # placeholder tokens
 
 
 def samples_of(lengths: list[int], placeholders: int = 4) -> list[dict]:
@@ -30,7 +32,7 @@ def samples_of(lengths: list[int], placeholders: int = 4) -> list[dict]:
 
 
 def features_of(kind: str, key: str) -> torch.Tensor:
-    return torch.randn(16, 16, generator=torch.Generator().manual_seed(int(key)))
+    return torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(int(key)))
 
 
 def batch_of(samples: list[dict], numbers: list[int], packed: bool) -> dict:
@@ -58,26 +60,28 @@ def shake(model: MultimodalModel) -> None:
                 parameter.normal_(std=0.1)
 
 
+@fusions
 @families
-def test_text_alone_gives_the_bare_llms_logits(family):
-    model = tiny_composite(family)
+def test_text_alone_gives_the_bare_llms_logits(family, fusion):
+    model = tiny_composite(family, fusion=fusion)
     ids = torch.randint(3, VOCABULARY, (2, 9))
     expected = copy.deepcopy(model.causal_lm)(ids).logits
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=0)
 
 
+@fusions
 @families
-def test_gradients_reach_the_projector_and_lora_and_nothing_else(family):
-    model = tiny_composite(family)
+def test_gradients_reach_the_projector_and_lora_and_nothing_else(family, fusion):
+    model = tiny_composite(family, fusion=fusion)
     attach(model, rank=2, alpha=4)
     shake(model)
-    set_trainable(model, ["projectors", "adapter"])
-    batch = batch_of(samples_of([8]), [0], packed=False)
+    set_trainable(model, ["projectors", "fusion", "adapter"])
+    batch = batch_of(samples_of([8], PICTURE[fusion]), [0], packed=False)
     loss = model(batch["input_ids"], features=batch["features"], labels=batch["labels"]).loss
     assert math.isfinite(loss.item())
     loss.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert reached == {n for n, _ in model.named_parameters() if n.startswith("projectors.") or ".lora_" in n}
+    assert reached == {n for n, _ in model.named_parameters() if n.startswith(("projectors.", "fusion.")) or ".lora_" in n}
 
 
 @families
@@ -88,10 +92,11 @@ def test_the_layout_of_each_family(family):
     assert packs_exactly(model) == (family not in PADDED)
 
 
+@fusions
 @families
-def test_a_samples_loss_is_the_one_that_it_has_alone(family):
-    model = tiny_composite(family)
-    samples, packed = samples_of([9, 6, 12]), family not in PADDED
+def test_a_samples_loss_is_the_one_that_it_has_alone(family, fusion):
+    model = tiny_composite(family, fusion=fusion)
+    samples, packed = samples_of([9, 6, 12], PICTURE[fusion]), family not in PADDED
     with torch.no_grad():
         together = sample_losses(model, batch_of(samples, [0, 1, 2], packed))
         alone = [sample_losses(model, batch_of(samples, [number], packed=False))[0] for number in range(3)]
@@ -122,10 +127,11 @@ def test_no_gradient_flows_from_one_sample_to_another(family):
         assert gradient[~own].abs().max() == 0
 
 
+@fusions
 @families
-def test_the_fused_loss_is_the_ordinary_loss(family):
-    model = tiny_composite(family)
-    batch = batch_of(samples_of([9, 6, 12]), [0, 2, 1], packed=family not in PADDED)
+def test_the_fused_loss_is_the_ordinary_loss(family, fusion):
+    model = tiny_composite(family, fusion=fusion)
+    batch = batch_of(samples_of([9, 6, 12], PICTURE[fusion]), [0, 2, 1], packed=family not in PADDED)
     plain = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}
     expected = model(**plain, use_cache=False).loss
     add_fused_lm_head(model)
@@ -133,10 +139,11 @@ def test_the_fused_loss_is_the_ordinary_loss(family):
     torch.testing.assert_close(model(**batch, fused_lm_head=True).loss, expected, atol=1e-5, rtol=0)
 
 
+@fusions
 @families
-def test_what_was_trained_comes_back_from_its_folder(family, tmp_path):
+def test_what_was_trained_comes_back_from_its_folder(family, fusion, tmp_path):
     torch.manual_seed(1)
-    model = tiny_composite(family)
+    model = tiny_composite(family, fusion=fusion)
     other = copy.deepcopy(model)
     for composite in (model, other):
         attach(composite, rank=2, alpha=4)
@@ -145,26 +152,27 @@ def test_what_was_trained_comes_back_from_its_folder(family, tmp_path):
         for parameter in model.projectors.parameters():
             parameter.add_(torch.randn_like(parameter))
     save_trained(model, tmp_path)
-    batch = batch_of(samples_of([8]), [0], packed=False)
+    batch = batch_of(samples_of([8], PICTURE[fusion]), [0], packed=False)
     call = {"input_ids": batch["input_ids"], "features": batch["features"]}
     expected = model(**call).logits
     assert (other(**call).logits - expected).abs().max() > 1e-3
     matched = load_trained(other, tmp_path)
     assert torch.equal(other(**call).logits, expected)
-    assert all(count > 0 for count in matched.values()) and set(matched) == {"adapter", "projectors.image"}
+    assert all(count > 0 for count in matched.values()) and set(matched) - {"fusion"} == {"adapter", "projectors.image"}
     # The folder is an ordinary PEFT adapter of the bare LLM.
     plain = PeftModel.from_pretrained(copy.deepcopy(model.language_model).unload(), tmp_path)
     ids = torch.randint(3, VOCABULARY, (1, 6))
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-6, rtol=0)
 
 
+@fusions
 @families
-def test_a_merged_model_is_read_back_from_its_folder_alone(family, tmp_path):
-    model = tiny_composite(family)
+def test_a_merged_model_is_read_back_from_its_folder_alone(family, fusion, tmp_path):
+    model = tiny_composite(family, fusion=fusion)
     attach(model, rank=2, alpha=4)
     shake(model)
-    pictures = {"image": [torch.randn(3, 32, 32)]}
-    ids = batch_of(samples_of([8]), [0], packed=False)["input_ids"]
+    pictures = {"image": [torch.randn(1, 3, 32, 32)]}
+    ids = batch_of(samples_of([8], PICTURE[fusion]), [0], packed=False)["input_ids"]
     trained = model(ids, media=pictures).logits
     model.language_model = model.language_model.merge_and_unload()
     torch.testing.assert_close(model(ids, media=pictures).logits, trained, atol=1e-3, rtol=1e-3)
@@ -174,10 +182,11 @@ def test_a_merged_model_is_read_back_from_its_folder_alone(family, tmp_path):
     assert torch.equal(again.eval()(ids, media=pictures).logits, model(ids, media=pictures).logits)
 
 
+@fusions
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2", "mpt", "cohere"])
-def test_generation_is_the_most_likely_token_step_by_step(family):
-    model = tiny_composite(family)
-    batch = batch_of(samples_of([6]), [0], packed=False)
+def test_generation_is_the_most_likely_token_step_by_step(family, fusion):
+    model = tiny_composite(family, fusion=fusion)
+    batch = batch_of(samples_of([6], PICTURE[fusion]), [0], packed=False)
     ids, features = batch["input_ids"], batch["features"]
     got = model.generate(
         ids,
@@ -194,7 +203,7 @@ def test_generation_is_the_most_likely_token_step_by_step(family):
 
 def test_a_picture_is_worth_its_features():
     model = tiny_composite()
-    pictures = [torch.randn(3, 32, 32), torch.randn(3, 32, 32)]
+    pictures = [torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)]
     ids = torch.cat([batch_of(samples_of([5]), [0], packed=False)["input_ids"]] * 2, 1)
     features = [model.encoder_parts["image"].encode(picture[None])[0] for picture in pictures]
     expected = model(ids, features={"image": features}).logits
@@ -204,19 +213,19 @@ def test_a_picture_is_worth_its_features():
 
 def test_projected_rows_stand_at_their_placeholders_in_order():
     model = tiny_composite()
-    features = [torch.randn(16, 16), torch.randn(16, 16)]
+    features = [torch.randn(1, 16, 16), torch.randn(1, 16, 16)]
     ids = torch.tensor([[5, *[PLACEHOLDER] * 4, 6], [*[PLACEHOLDER] * 4, 7, 8]])
     embeddings = model.embed(ids, {"image": features})
     for row, (start, rows) in enumerate(zip((1, 0), features, strict=True)):
-        torch.testing.assert_close(embeddings[row, start : start + 4], model.projectors["image"](rows[None])[0])
+        torch.testing.assert_close(embeddings[row, start : start + 4], model.projectors["image"](rows)[0])
     assert torch.equal(embeddings[1, 4:], model.get_input_embeddings()(torch.tensor([7, 8])))
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_another_number_of_pictures_than_placeholders_is_an_error(count):
     ids = torch.tensor([[5, *[PLACEHOLDER] * 4, 6]])
-    with pytest.raises(ModelError, match=f"4 image placeholders in the text, but {4 * count} projected rows"):
-        tiny_composite()(ids, features={"image": [torch.randn(16, 16)] * count})
+    with pytest.raises(ModelError, match=f"4 image placeholders in the text, but the media take {4 * count}"):
+        tiny_composite()(ids, features={"image": [torch.randn(1, 16, 16)] * count})
 
 
 def test_a_projector_that_cannot_take_the_encoders_rows_is_refused_when_composed():

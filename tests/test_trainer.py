@@ -30,6 +30,8 @@ def train(
 ):
     options = {
         "learning_rate": 1e-2,
+        "learning_rates": {},
+        "distill_temperature": None,
         "scheduler": "cosine",
         "warmup": 0.1,
         "weight_decay": 0.01,

@@ -157,13 +157,21 @@ def part(folder: str, name: str, **options: Any) -> tuple[str, Any]:
     return name, load_part(folder, name).Options(**options)
 
 
-def tiny_composite(family: str = "llama", projector: str = "pixel_shuffle", encoder: Any = None) -> MultimodalModel:
-    """A composite of 16 patches, 4 placeholder tokens a picture with pixel_shuffle."""
+FUSIONS: dict[str, dict[str, Any]] = {  # with gates that are open, so that something is to be seen
+    "prefix": {},
+    "cross_attention": {"every": 1, "heads": 2, "head_width": 8, "gate": 0.7},
+}
+
+
+def tiny_composite(
+    family: str = "llama", projector: str = "pixel_shuffle", encoder: Any = None, fusion: str = "prefix"
+) -> MultimodalModel:
+    """A composite of 16 patches: with pixel_shuffle a picture is 4 placeholder tokens, or 1 for cross-attention."""
     return compose(
         tiny_llm(family),
         encoders={"image": ("vision", encoder or tiny_encoder())},
         projectors={"image": part("projectors", projector)},
-        fusion=part("fusion", "prefix"),
+        fusion=part("fusion", fusion, **FUSIONS[fusion]),
         placeholder_ids={"image": PLACEHOLDER},
     )
 

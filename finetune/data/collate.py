@@ -13,7 +13,8 @@ class Collator:
     """Packed samples stand one after the other in one row, positions restarting (1, T). For LLMs that can't be packed
     (`packed=False`) each sample is a row, padded on the right (B, T).
 
-    `media(key)` gives a medium's features (L, W), or its prepared tensor where nothing is cached; `field` says which.
+    `media(kind, key)` gives a medium's features (S, L, W), or its prepared tensor where nothing is cached; `field` says
+    which. Samples with a teacher's tokens are laid out a second time, as `teacher`.
     """
 
     def __init__(
@@ -33,12 +34,30 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         chosen = [self.samples[number] for row in rows for number in row["samples"]]
-        batch = self._packed(chosen) if self.packed else self._padded(chosen)
+        batch = self._lay_out([(sample["input_ids"], sample["labels"]) for sample in chosen])
         media: dict[str, list[Tensor]] = {}
         for sample in chosen:
             for kind, key in zip(sample["media_kinds"], sample["media_keys"], strict=True):
                 media.setdefault(kind, []).append(self.media(kind, key))
         batch[self.field] = media
+        if "teacher_input_ids" in chosen[0]:
+            batch["teacher"] = self._lay_out([(s["teacher_input_ids"], s["teacher_labels"]) for s in chosen])
+        if any(row.get("filler") for row in rows):
+            self._unlearn(batch)
+        return batch
+
+    def _unlearn(self, batch: dict[str, Any]) -> None:
+        """Nothing is learnt from a row that only keeps a process busy while others have the last ones."""
+        batch["labels"].fill_(IGNORED)
+        batch["shift_labels"].fill_(IGNORED)
+        if "teacher" in batch:
+            batch["label_rows"] = batch["label_rows"][:0]
+            batch["teacher"]["label_rows"] = batch["teacher"]["label_rows"][:0]
+
+    def _lay_out(self, samples: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        # The first token of a sample follows another sample's last: it is no one's continuation.
+        samples = [(ids, [IGNORED, *labels[1:]]) for ids, labels in samples]
+        batch = self._packed(samples) if self.packed else self._padded(samples)
         # The fused head shifts whole rows: only the hidden states before a learnt token go through it.
         labels = batch["labels"]
         batch["label_rows"] = torch.nonzero(labels[:, 1:].flatten() != IGNORED).flatten()
@@ -47,23 +66,21 @@ class Collator:
         batch["shift_labels"] = labels.flatten()[batch["label_rows"] + 1][None]
         return batch
 
-    def _packed(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        # The first token of a sample follows another sample's last: it is no one's continuation.
-        labels = [[IGNORED, *sample["labels"][1:]] for sample in samples]
+    def _packed(self, samples: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
         return {
-            "input_ids": torch.tensor([[token for sample in samples for token in sample["input_ids"]]]),
-            "labels": torch.tensor([[label for sample in labels for label in sample]]),
-            "position_ids": torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])[None],
+            "input_ids": torch.tensor([[token for ids, _ in samples for token in ids]]),
+            "labels": torch.tensor([[label for _, labels in samples for label in labels]]),
+            "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in samples])[None],
         }
 
-    def _padded(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(sample["input_ids"]) for sample in samples)
+    def _padded(self, samples: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        longest = max(len(ids) for ids, _ in samples)
 
         def pad(values: Sequence[int], filler: int) -> list[int]:
             return [*values, *[filler] * (longest - len(values))]
 
         return {
-            "input_ids": torch.tensor([pad(s["input_ids"], self.pad_token_id) for s in samples]),
-            "labels": torch.tensor([pad([IGNORED, *s["labels"][1:]], IGNORED) for s in samples]),
-            "attention_mask": torch.tensor([pad([1] * len(s["input_ids"]), 0) for s in samples]),
+            "input_ids": torch.tensor([pad(ids, self.pad_token_id) for ids, _ in samples]),
+            "labels": torch.tensor([pad(labels, IGNORED) for _, labels in samples]),
+            "attention_mask": torch.tensor([pad([1] * len(ids), 0) for ids, _ in samples]),
         }

@@ -3,13 +3,14 @@ and runs. A folder per encoder fingerprint; in it, safetensors files whose names
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.sample import Medium
+from finetune.data.sample import Layout, Medium
 from finetune.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -35,12 +36,15 @@ def _file_hash(path: Path, size: int, modified: int) -> str:
 
 
 class FeatureStore:
-    """Features on disk, each (L, W), in the dtype that the encoder gave: read back, equal to the bit."""
+    """Features on disk, each (S, L, W), in the dtype that the encoder gave: read back, equal to the bit. The marks of
+    their segments stand in the files' metadata.
+    """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder / fingerprint[:32]
         self._files: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}
+        self._marks: dict[str, tuple[str, ...]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -50,6 +54,8 @@ class FeatureStore:
             try:
                 with safe_open(path, "pt") as file:
                     self._files.update(dict.fromkeys(file.keys(), path))
+                    marks = json.loads((file.metadata() or {}).get("marks", "{}"))
+                    self._marks.update({key: tuple(found) for key, found in marks.items()})
             except SafetensorError as error:
                 raise ArtifactError(f"{path} is damaged ({error}); delete it, it will be computed anew") from None
 
@@ -57,32 +63,43 @@ class FeatureStore:
         return [key for key in dict.fromkeys(keys) if key not in self._files]
 
     def read(self, key: str) -> "Tensor":
+        return self._open(key).get_tensor(key)
+
+    def layout(self, key: str) -> Layout:
+        segments, rows, _ = self._open(key).get_slice(key).get_shape()
+        return Layout(rows, self._marks.get(key, ("",) * segments))
+
+    def _open(self, key: str) -> Any:
         from safetensors import safe_open
 
         path = self._files[key]
         if path not in self._handles:
             self._handles[path] = safe_open(path, "pt")
-        return self._handles[path].get_tensor(key)
+        return self._handles[path]
 
-    def fill(self, keys: Sequence[str], compute: Callable[[str], "Tensor"], done: Callable[[], None]) -> None:
-        """Compute what is missing, in files of about 256 MB, each written whole or not at all."""
+    def fill(self, computed: Iterable[tuple[str, "Tensor", tuple[str, ...]]], done: Callable[[], None]) -> None:
+        """Keep (key, features (S, L, W), marks) as they come, in files of about 256 MB, each whole or absent."""
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
         shard: dict[str, Tensor] = {}
+        marks: dict[str, tuple[str, ...]] = {}
 
         def write() -> None:
             if not shard:
                 return
             name = hashlib.sha256("".join(shard).encode()).hexdigest()[:24]
             temporary = self.folder / f"{name}.{os.getpid()}.tmp"
-            save_file(shard, temporary)
+            save_file(shard, temporary, metadata={"marks": json.dumps(marks)})
             temporary.replace(self.folder / f"{name}.safetensors")
             shard.clear()
+            marks.clear()
 
         try:
-            for key in keys:
-                shard[key] = compute(key).detach().cpu().contiguous()
+            for key, features, found in computed:
+                shard[key] = features.detach().cpu().contiguous()
+                if any(found):
+                    marks[key] = found
                 done()
                 if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
                     write()

@@ -1,8 +1,14 @@
 """What a row of a file becomes: one conversation with its media in place."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,8 +26,6 @@ class Row:
 
     def text(self, column: str) -> str:
         """A column that must hold text. Raises DataError with row and column."""
-        from finetune.errors import DataError
-
         value = self.columns.get(column)
         if not isinstance(value, str) or not value.strip():
             have = ", ".join(repr(name) for name in self.columns)
@@ -29,10 +33,22 @@ class Row:
             raise DataError(f"{self.where}: column {column!r} {seen}; name another with `columns: {{{column}: ...}}`")
         return value.strip()
 
-    def medium(self, kind: str, name: str) -> "Medium":
-        """A medium named relative to the media folder, which it may not leave. Raises DataError."""
-        from finetune.errors import DataError
+    def media(self, kinds: Sequence[str], text: str = "") -> tuple["Medium", ...]:
+        """The media of these kinds, each from the column of its name: a path, or a list of them. Raises DataError."""
+        found: list[Medium] = []
+        for kind in kinds:
+            value = self.columns.get(kind)
+            names = value if isinstance(value, list) else [self.text(kind)]
+            for name in names:
+                if not isinstance(name, str):
+                    raise DataError(f"{self.where}: column {kind!r} holds {str(name)[:40]!r}; write a path")
+                found.append(self.medium(kind, name, text))
+        return tuple(found)
 
+    def medium(self, kind: str, name: str, text: str = "") -> "Medium":
+        """A medium named relative to the media folder, which it may not leave. `text`: what it shows or says, where
+        the row tells. Raises DataError.
+        """
         path = (self.media_folder / name).resolve()
         if not path.is_relative_to(self.media_folder.resolve()):
             raise DataError(
@@ -40,15 +56,36 @@ class Row:
             )
         if not path.is_file():
             raise DataError(f"{self.where}: no such {kind}: {path}")
-        return Medium(kind, path)
+        return Medium(kind, path, text)
 
 
 @dataclass(frozen=True)
 class Medium:
-    """`kind` is also the name of the encoder that reads it."""
+    """`kind` is also the name of the encoder that reads it. `text`: its caption or transcript, where it is known; what
+    `distill` puts in its place.
+    """
 
     kind: str
     path: Path
+    text: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a medium becomes before projection: `len(marks)` segments (tiles of a picture, frames of a clip, windows of
+    a recording) of `rows` rows of features each. `marks`: the text put before each segment, '' for none.
+    """
+
+    rows: int
+    marks: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A decoded medium as its encoder reads it: float32 `values` of any shape, without batch axis."""
+
+    values: "Tensor"
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -75,6 +112,17 @@ class Sample:
     @property
     def answer(self) -> str:
         return "".join(part for part in self.messages[-1].content if isinstance(part, str))
+
+    def answered(self, answer: str) -> "Sample":
+        """The same with another answer."""
+        return replace(self, messages=(*self.question, Message(self.messages[-1].role, (answer,))))
+
+    def in_words(self) -> "Sample":
+        """The same with each medium's text in its place."""
+        turns = (
+            Message(m.role, tuple(p.text if isinstance(p, Medium) else p for p in m.content)) for m in self.messages
+        )
+        return replace(self, messages=tuple(turns))
 
     @property
     def question(self) -> tuple[Message, ...]:

@@ -1,7 +1,8 @@
 """Conversations to token ids and labels, by the chat template's own spans.
 
-A medium is one placeholder in the rendered text and `length` placeholder tokens in the ids. Only what the assistant
-writes is learnt, its end-of-turn token included; placeholders never are.
+A medium is one placeholder in the rendered text; in the ids it is its segments, each a mark ("0.5s ", or nothing) and
+as many placeholder tokens as `segments` says. Only what the assistant writes is learnt, its end-of-turn token included;
+media never are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from finetune.data.sample import Medium, Message, Sample
 from finetune.errors import DataError
 
 IGNORED = -100
+Segments = Callable[[Medium], Sequence[tuple[str, int]]]  # of a medium: (mark, placeholder tokens) of each
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,7 @@ def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, 
     return {kind: Placeholder(tokens[kind], tokenizer.convert_tokens_to_ids(tokens[kind])) for kind in kinds}
 
 
-def tokenize(
-    sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], length: Callable[[Medium], int]
-) -> Tokens:
+def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], segments: Segments) -> Tokens:
     """A whole conversation, to learn from.
 
     Raises DataError, with the row, where nothing would be learnt, the text holds a placeholder, or the chat template
@@ -53,7 +53,7 @@ def tokenize(
         token if any(begin <= left and right <= end and right > begin for begin, end in learnt) else IGNORED
         for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
-    input_ids, labels, media = _expand(sample, encoded["input_ids"], labels, placeholders, length)
+    input_ids, labels, media = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
     if all(label == IGNORED for label in labels[1:]):
         raise DataError(f"{sample.where}: no token would be learnt from this row: the chat template drops the answer")
     return Tokens(input_ids, labels, media)
@@ -63,14 +63,14 @@ def tokenize_prompt(
     messages: Sequence[Message],
     tokenizer: Any,
     placeholders: Mapping[str, Placeholder],
-    length: Callable[[Medium], int],
+    segments: Segments,
     where: str = "prompt",
 ) -> Tokens:
     """A conversation up to where the assistant's turn begins."""
     text = _render(tokenizer, messages, placeholders, where, add_generation_prompt=True)
     input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     sample = Sample(tuple(messages), where)
-    return Tokens(*_expand(sample, input_ids, [IGNORED] * len(input_ids), placeholders, length))
+    return Tokens(*_expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments))
 
 
 def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
@@ -78,7 +78,7 @@ def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
     tokenizer's, and those that the LLM came with.
     """
     turn = Sample((Message("user", ("a",)), Message("assistant", ("b",))), "chat template")
-    learnt = [label for label in tokenize(turn, tokenizer, {}, len).labels if label != IGNORED]  # type: ignore[arg-type]
+    learnt = [label for label in tokenize(turn, tokenizer, {}, lambda medium: ()).labels if label != IGNORED]
     ends = {tokenizer.eos_token_id}
     if learnt[-1] in tokenizer.get_added_vocab().values():
         ends.add(learnt[-1])
@@ -168,10 +168,11 @@ def _assistant_spans(
 
 def _expand(
     sample: Sample,
+    tokenizer: Any,
     input_ids: Sequence[int],
     labels: Sequence[int],
     placeholders: Mapping[str, Placeholder],
-    length: Callable[[Medium], int],
+    segments: Segments,
 ) -> tuple[list[int], list[int], tuple[Medium, ...]]:
     ids = {placeholder.id for placeholder in placeholders.values()}
     if sum(token in ids for token in input_ids) != len(sample.media):
@@ -180,7 +181,11 @@ def _expand(
     out_ids: list[int] = []
     out_labels: list[int] = []
     for token, label in zip(input_ids, labels, strict=True):
-        count = length(next(media)) if token in ids else 1
-        out_ids += [token] * count
-        out_labels += [IGNORED if token in ids else label] * count
+        if token not in ids:
+            out_ids.append(token)
+            out_labels.append(label)
+            continue
+        for mark, count in segments(next(media)):
+            out_ids += (tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []) + [token] * count
+        out_labels += [IGNORED] * (len(out_ids) - len(out_labels))
     return out_ids, out_labels, sample.media

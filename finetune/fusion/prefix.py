@@ -1,12 +1,17 @@
-"""Media stand in the sequence where their placeholder tokens are, as embeddings among embeddings (LLaVA)."""
+"""Media stand in the sequence where their placeholder tokens are, as embeddings among embeddings (LLaVA, Liu et al.
+2023, https://arxiv.org/abs/2304.08485).
+"""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetune.fusion import Projected
 from finetune.parts import PartOptions
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+TRAINED = False
 
 
 class Options(PartOptions):
@@ -17,13 +22,21 @@ def placeholders(rows: int, options: Options) -> int:
     return rows
 
 
-def build(language_model_config: Any, options: Options) -> "nn.Module":
+def build(language_model_config: Any, names: Sequence[str], options: Options) -> "nn.Module":
     from torch import nn
 
     class Prefix(nn.Module):
-        def forward(
-            self, embeddings: "torch.Tensor", is_placeholder: "torch.Tensor", media: "torch.Tensor"
-        ) -> "torch.Tensor":
-            return embeddings.masked_scatter(is_placeholder[..., None], media.to(embeddings.dtype))
+        strength = None
+
+        def forward(self, embeddings: "Tensor", media: Mapping[str, Projected], samples: "Tensor") -> "Tensor":
+            for found in media.values():
+                embeddings = embeddings.masked_scatter(found.placeholder[..., None], found.rows.to(embeddings.dtype))
+            return embeddings
+
+        def attach(self, decoder_layers: "nn.ModuleList") -> None:
+            """Nothing happens between the layers."""
+
+        def forget(self) -> None:
+            """Nothing is kept."""
 
     return Prefix()

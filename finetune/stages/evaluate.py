@@ -2,6 +2,7 @@
 media, and a linear probe on the same features beside them.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,18 +14,17 @@ from torch import Tensor
 
 from finetune import adapter, plots
 from finetune.assemble import Features, build_model, encode_one, load_parts
-from finetune.assistant import Assistant
+from finetune.assistant import Assistant, Look
 from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.sample import Medium
 from finetune.errors import DataError
-from finetune.media import BLANKS, decode
+from finetune.media import Limits, blank, decode
 from finetune.parts import load_part
 from finetune.progress import bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, write_text
-from finetune.sources import adapter_options, cache_folder, model_arguments, sources_of
+from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
-CONDITIONS = ("tuned", "base", "blank", "shuffled")
 PROBED_LABELS = 200  # with more different answers than this, they aren't labels
 
 
@@ -42,6 +42,7 @@ def evaluate(run: Path | str) -> dict[str, Any]:
         adapter_options=adapter_options(recipe),
         seed=recipe.seed,
         cache_folder=cache_folder(recipe),
+        limits=limits_of(recipe),
         **recipe.evaluate.model_dump(),
     )
     folder.update_metrics(
@@ -62,6 +63,7 @@ def evaluate_plain(
     adapter_options: Mapping[str, Any] | None,
     seed: int,
     cache_folder: Path | None,
+    limits: Limits,
     split: str,
     limit: int | None,
     max_new_tokens: int,
@@ -72,37 +74,44 @@ def evaluate_plain(
     if not entries:
         raise DataError(f"no rows in split {split!r} to evaluate on")
     parts = load_parts(**model)
-    features = Features(parts.encoders, cache_folder)
-    composite = build_model(parts, llm=model["llm"], adapter_options=adapter_options, seed=seed, with_encoders=False)
-    assistant = Assistant(
-        composite, parts.tokenizer, parts.placeholders, {name: encoder for name, (_, encoder) in parts.encoders.items()}
+    features = Features(parts.encoders, cache_folder, limits)
+    composite = build_model(
+        parts,
+        llm=model["llm"],
+        adapter_options=adapter_options,
+        seed=seed,
+        with_encoders=bool(parts.tuned),
     )
-    for kind, keys in features.missing([medium for entry in entries for medium in entry.sample.media]).items():
+    assistant = Assistant(composite, parts.tokenizer, parts.placeholders, features.encoders, limits)
+    media = [medium for entry in entries for medium in entry.sample.media]
+    for entry in entries:
+        for medium in entry.sample.media:
+            features.key(medium, entry.sample.where)
+    for kind, keys in features.missing(media).items():
         with bar(f"encode {kind}", len(keys)) as step:
             features.fill(kind, keys, step)
-    true = features_of(features)
-    conditions: dict[str, Callable[[Medium], Tensor]] = {
-        "tuned": true,
-        "blank": blank_features(features),
-        "shuffled": shuffled_features(features, entries, seed),
-    }
-    with bar("answers", len(entries) * len(CONDITIONS)) as step:
+    true = look_of(features)
+    looks = {"tuned": true, "blank": blank_look(features), "shuffled": shuffled_look(true, media, seed)}
+    kinds = list(dict.fromkeys(medium.kind for medium in media))
+    if len(kinds) > 1:  # what does each contribute?
+        looks |= {f"blank_{kind}": blank_look(features, kind) for kind in kinds}
+    with bar("answers", len(entries) * (1 + len(looks))) as step:
 
-        def answers(look: Callable[[Medium], Tensor]) -> list[str]:
+        def answers(look: Look) -> list[str]:
             found: list[str] = []
             for start in range(0, len(entries), batch):
                 chunk = entries[start : start + batch]
-                found += assistant.answers(
-                    [entry.sample.question for entry in chunk], max_new_tokens=max_new_tokens, features=look
-                )
+                questions = [entry.sample.question for entry in chunk]
+                found += assistant.answers(questions, max_new_tokens=max_new_tokens, look=look)
                 for _ in chunk:
                     step()
             return found
 
         given = {"base": answers(true)}  # as composed: new projectors, an adapter that changes nothing yet
         adapter.load_trained(composite, folder.adapter)
-        given |= {condition: answers(look) for condition, look in conditions.items()}
-    return score_answers(given, entries, splits["train"], sources, true)
+        given |= {condition: answers(look) for condition, look in looks.items()}
+    given = {condition: given[condition] for condition in ("tuned", "base", *list(looks)[1:])}
+    return score_answers(given, entries, splits["train"], sources, true.features)
 
 
 def score_answers(
@@ -123,7 +132,7 @@ def score_answers(
         task = load_part("tasks", kind)
         targets = [entries[i].sample.answer for i in numbers]
         table: dict[str, dict[str, float | None]] = {}
-        for condition in CONDITIONS:
+        for condition in given:
             read = [task.read(given[condition][i], options) for i in numbers]
             for metric, value in task.score(read, targets, options).items():
                 table.setdefault(metric, {})[condition] = round(value, 4)
@@ -140,6 +149,7 @@ def score_answers(
                 "task": name,
                 "row": sample.where,
                 "media": [str(medium.path) for medium in sample.media],
+                "kinds": [medium.kind for medium in sample.media],
                 "question": " ".join(p for m in sample.question for p in m.content if isinstance(p, str)),
                 "target": sample.answer,
                 **rows[i],
@@ -162,36 +172,42 @@ def task_name(source: Source, names: dict[tuple[str, str], str]) -> str:
     return names.setdefault((kind, options.model_dump_json()), kind if not same else f"{kind}_{same + 1}")
 
 
-def features_of(features: Features) -> Callable[[Medium], Tensor]:
-    return lambda medium: features.features(medium.kind, features.key(medium))
+def look_of(features: Features) -> Look:
+    return Look(features.layout, lambda medium: features.features(medium.kind, features.key(medium)))
 
 
-def blank_features(features: Features) -> Callable[[Medium], Tensor]:
-    """The encoder's view of an empty medium of the same size."""
-    seen: dict[Any, Tensor] = {}
+def blank_look(features: Features, only: str | None = None) -> Look:
+    """The encoder's view of empty media of the same size or length; `only` those of a kind."""
+    true = look_of(features)
+    seen: dict[str, Tensor] = {}
 
     def look(medium: Medium) -> Tensor:
-        blank = BLANKS[medium.kind](decode(medium.kind, medium.path))
-        if blank.size not in seen:
-            encoder = features.encoders[medium.kind]
-            seen[blank.size] = encode_one(encoder, encoder.prepare(blank))
-        return seen[blank.size]
+        if only not in (None, medium.kind):
+            return true.features(medium)
+        encoder = features.encoders[medium.kind]
+        decoded = decode(medium.kind, medium.path, limits=features.limits, **encoder.sampling)
+        prepared = encoder.prepare(blank(medium.kind, decoded))
+        # Most blanks are alike: the same grey, the same silence.
+        alike = hashlib.sha256(f"{medium.kind}{prepared.values.shape}".encode())
+        alike.update(prepared.values.contiguous().numpy().data)
+        if alike.hexdigest() not in seen:
+            seen[alike.hexdigest()] = encode_one(encoder, prepared)
+        return seen[alike.hexdigest()]
 
-    return look
+    return Look(features.layout, look)
 
 
-def shuffled_features(features: Features, entries: Sequence[Entry], seed: int) -> Callable[[Medium], Tensor]:
+def shuffled_look(true: Look, media: Sequence[Medium], seed: int) -> Look:
     """Another row's medium in place of each: the media of a kind, moved around a shuffled circle."""
     other: dict[Medium, Medium] = {}
-    media: dict[str, list[Medium]] = {}
-    for medium in dict.fromkeys(medium for entry in entries for medium in entry.sample.media):
-        media.setdefault(medium.kind, []).append(medium)
-    for found in media.values():
+    kinds: dict[str, list[Medium]] = {}
+    for medium in dict.fromkeys(media):
+        kinds.setdefault(medium.kind, []).append(medium)
+    for found in kinds.values():
         order = np.random.default_rng(seed).permutation(len(found))
         for left, right in zip(order, np.roll(order, 1), strict=True):
             other[found[left]] = found[right]
-    look = features_of(features)
-    return lambda medium: look(other[medium])
+    return Look(lambda medium: true.layout(other[medium]), lambda medium: true.features(other[medium]))
 
 
 def probe(
@@ -204,7 +220,7 @@ def probe(
     """What logistic regression on mean-pooled features makes of the same rows: the mark to reach.
 
     Regularisation is chosen by cross-validation on the training rows. None where answers aren't a set of labels, or
-    rows don't have exactly one medium.
+    rows don't have media of the same kinds in the same order.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
@@ -217,12 +233,14 @@ def probe(
     if (
         not 2 <= len(set(labels)) <= PROBED_LABELS
         or len(labels) < 4 * len(set(labels))
-        or any(len(entry.sample.media) != 1 for entry in [*rows, *test])
+        or len({tuple(medium.kind for medium in entry.sample.media) for entry in [*rows, *test]}) != 1
+        or not test[0].sample.media
     ):
         return None
 
     def pooled(entries: Sequence[Entry]) -> np.ndarray:
-        return np.stack([look(entry.sample.media[0]).float().mean(0).cpu().numpy() for entry in entries])
+        means = [[look(m).float().mean((0, 1)).cpu().numpy() for m in entry.sample.media] for entry in entries]
+        return np.stack([np.concatenate(row) for row in means])
 
     console.print(f"linear probe: {len(rows):,} rows, {len(set(labels))} labels")
     search = GridSearchCV(

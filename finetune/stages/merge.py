@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from finetune import adapter
-from finetune.assemble import Features, Parts, build_model, lengths_of, load_parts
+from finetune.assemble import Features, Parts, build_model, load_parts, segments_by
 from finetune.data.collate import Collator
 from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.tokenize import answer_ends, tokenize
 from finetune.errors import DataError, MergeRefused
 from finetune.language_model import resolve_dtype
+from finetune.media import Limits
 from finetune.model import MultimodalModel, compose
 from finetune.parts import part_from
 from finetune.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, whole_folder, write_json
-from finetune.sources import adapter_options, cache_folder, model_arguments, sources_of
+from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
 POSITIONS = 1024  # next-token distributions kept for comparison, at most
 SAME = 1e-6  # nats: a merged model nearer than this to the untrained LLM has learnt nothing
@@ -46,6 +47,7 @@ def merge(run: Path | str) -> dict[str, Any]:
         adapter_options=adapter_options(recipe),
         seed=recipe.seed,
         cache_folder=cache_folder(recipe),
+        limits=limits_of(recipe),
         split=recipe.evaluate.split,
         **recipe.merge.model_dump(),
     )
@@ -59,6 +61,7 @@ def merge_plain(
     adapter_options: Mapping[str, Any] | None,
     seed: int,
     cache_folder: Path | None,
+    limits: Limits,
     split: str,
     rows: int,
     dtype: str,
@@ -70,13 +73,13 @@ def merge_plain(
         raise DataError(f"no rows in split {split!r} to compare the merged model on")
     parts = load_parts(**model)
     merged_dtype = resolve_dtype(dtype, parts.device) if dtype != "auto" else parts.dtype
-    features = Features(parts.encoders, cache_folder)
+    features = Features(parts.encoders, cache_folder, limits)
 
     on_cpu = replace(parts, device=torch.device("cpu"))  # 16-bit weights needn't fit where 4-bit ones do
 
-    def trained(quantize: str, parts: Parts = on_cpu) -> MultimodalModel:
+    def trained(quantize: str, parts: Parts = on_cpu, with_encoders: bool = False) -> MultimodalModel:
         llm = {**model["llm"], "quantize": quantize}
-        composite = build_model(parts, llm=llm, adapter_options=adapter_options, seed=seed, with_encoders=False)
+        composite = build_model(parts, llm=llm, adapter_options=adapter_options, seed=seed, with_encoders=with_encoders)
         adapter.load_trained(composite, folder.adapter)
         return composite
 
@@ -86,7 +89,10 @@ def merge_plain(
         candidates[f"the dequantized {quantized} LLM"] = lambda: into_dequantized(trained(quantized), merged_dtype)
 
     with bar("merge", 1 + len(candidates) + 1) as step:
-        composite = trained(quantized, parts)
+        composite = trained(quantized, parts, with_encoders=bool(parts.tuned))
+        for tuned in parts.tuned.values():
+            if tuned.lora is not None:  # in place: `parts` holds the encoders as they will be saved
+                tuned.lora.merge_and_unload()
         batches = list(comparison_batches(composite, parts, features, entries))
         reference = next_tokens(composite, batches)
         base = next_tokens(composite, batches, without_adapter=True)
@@ -194,6 +200,7 @@ def save_merged(composite: MultimodalModel, parts: Parts, folder: Path) -> None:
         placeholder_ids=composite.config.parts["placeholders"],
     )
     whole.projectors.load_state_dict(composite.projectors.state_dict())
+    whole.fusion.load_state_dict(composite.fusion.state_dict())
     whole.config.dtype = language_model.dtype
     whole.save_pretrained(folder)
     generation = language_model.generation_config
@@ -222,9 +229,9 @@ def comparison_batches(
     composite: MultimodalModel, parts: Parts, features: Features, entries: Sequence[Entry]
 ) -> Iterator[dict[str, Any]]:
     """Held-out rows as they are trained, one by one, with the positions that predict the answer."""
-    length = lengths_of(composite.config, parts.encoders)
+    segments = segments_by(composite.config, features.layout)
     for entry in entries:
-        tokens = tokenize(entry.sample, parts.tokenizer, parts.placeholders, length)
+        tokens = tokenize(entry.sample, parts.tokenizer, parts.placeholders, segments)
         sample = {
             "input_ids": tokens.input_ids,
             "labels": tokens.labels,

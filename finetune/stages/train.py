@@ -4,25 +4,32 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from finetune import adapter, plots
-from finetune.assemble import Features, Parts, build_model, lengths_of, load_parts
+from finetune.assemble import Features, Parts, build_model, composite_config, load_parts, segments_by
+from finetune.assistant import Assistant
 from finetune.data.collate import Collator
 from finetune.data.pack import plan_rows
-from finetune.data.rows import Entry, Source, listed, read_splits, summary
+from finetune.data.rows import Source, listed, read_splits, summary
+from finetune.data.sample import Sample
 from finetune.data.tokenize import tokenize
 from finetune.errors import DataError, Interrupted, TrainingError
-from finetune.model import MultimodalConfig, MultimodalModel, packs_exactly
+from finetune.language_model import default_device
+from finetune.media import Limits
+from finetune.model import MultimodalModel, packs_exactly
 from finetune.progress import TrainingBar, bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import Recipe, dump_recipe
 from finetune.run_folder import RunFolder, read_json, whole_folder, write_json, write_text
-from finetune.sources import adapter_options, cache_folder, model_arguments, sources_of
+from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 from finetune.trainer import refuse_several_gpus, train_stage
 
 FEW_STEPS = 50
@@ -33,8 +40,14 @@ def train(recipe: Recipe, run: Path | str | None = None, resume: bool = False) -
     """Train a recipe's stages and write the adapter folder. Ctrl-C leaves a whole checkpoint; `resume` goes on."""
     quiet_libraries()
     fresh_memory()
-    folder = RunFolder.create(Path(run or Path("runs") / recipe.name), dump_recipe(recipe), resume)
-    tell_versions(folder.path / "versions.json")
+    refuse_several_gpus()
+    # Encoding may keep the others waiting for hours.
+    processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
+    folder = RunFolder(Path(run or Path("runs") / recipe.name))
+    if processes.is_main_process:
+        folder = RunFolder.create(folder.path, dump_recipe(recipe), resume)
+        tell_versions(folder.path / "versions.json")
+    processes.wait_for_everyone()
     begin = perf_counter()
     result = train_plain(
         folder,
@@ -44,8 +57,11 @@ def train(recipe: Recipe, run: Path | str | None = None, resume: bool = False) -
         stages=[stage.model_dump() for stage in recipe.train.stages],
         seed=recipe.seed,
         cache_folder=cache_folder(recipe),
+        limits=limits_of(recipe),
         **recipe.train.model_dump(exclude={"stages", "cache", "cache_folder"}),
     )
+    if not processes.is_main_process:
+        return folder
     seconds = result.pop("seconds")
     folder.update_metrics(
         train=result,
@@ -66,6 +82,7 @@ def train_plain(
     stages: Sequence[Mapping[str, Any]],
     seed: int,
     cache_folder: Path | None,
+    limits: Limits,
     tokens_per_batch: int,
     accumulate: int,
     encode_batch: int,
@@ -74,22 +91,31 @@ def train_plain(
     save_every_n_steps: int,
 ) -> dict[str, Any]:
     """The same from plain values. Returns losses and tokens per stage, and seconds per part."""
-    refuse_several_gpus()
+    first = PartialState().is_main_process
     entries = read_splits(sources, seed)
-    write_json(folder.data / "summary.json", summary(entries))
     parts = load_parts(**model)
-    features = Features(parts.encoders, cache_folder)
-    samples = tokenized(entries["train"], parts, features, tokens_per_batch)
-    refuse_other_rows(folder, samples)
+    features = Features(parts.encoders, cache_folder, limits)
+    training = entries["train"]
+    for entry in training:
+        for medium in entry.sample.media:
+            features.key(medium, entry.sample.where)
+    if first:
+        write_json(folder.data / "summary.json", summary(entries))
+        if cache_folder:
+            epochs = sum(stage["epochs"] for stage in stages)
+            media = [medium for entry in training for medium in entry.sample.media]
+            fill_cache(media, features, epochs, encode_batch, workers)
+    PartialState().wait_for_everyone()
+    features.refresh()
+    samples = tokenized([entry.sample for entry in training], parts, features, tokens_per_batch)
+    if first:
+        refuse_other_rows(folder, samples)
     lengths = [len(ids) for ids in samples["input_ids"]]
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {tokens_per_batch:,} "
         f"(one sample: {min(lengths)} to {max(lengths)})"
     )
     if cache_folder:
-        epochs = sum(stage["epochs"] for stage in stages)
-        media = [medium for entry in entries["train"] for medium in entry.sample.media]
-        fill_cache(media, features, epochs, encode_batch)
         for _, encoder in parts.encoders.values():
             encoder.module.to("cpu")  # not needed while the LLM trains
     composite = build_model(
@@ -101,21 +127,27 @@ def train_plain(
     packed = packs_exactly(composite.causal_lm)
     if not packed:
         console.print("in this LLM packed samples would see each other: they stand in padded rows instead")
-    collator = Collator(
-        samples,
-        features.features if cache_folder else features.prepared,
-        field="features" if cache_folder else "media",
-        packed=packed,
-        pad_token_id=parts.tokenizer.pad_token_id,
-    )
-    weights = [entry.weight for entry in entries["train"]]
     begin = perf_counter()
-    results = [
-        run_stage(
+    results: dict[str, Any] = {}
+    for number, stage in enumerate(stages):
+        chosen = [i for i, entry in enumerate(training) if not stage["sources"] or entry.source in stage["sources"]]
+        seen = samples.select(chosen)
+        if stage["distill"]:
+            here = [training[i].sample for i in chosen]
+            seen = distilled(folder, here, stage, composite, parts, features, tokens_per_batch)
+        lengths = [len(ids) for ids in seen["input_ids"]]
+        weights = [training[i].weight for i in chosen]
+        results[stage["name"]] = run_stage(
             folder,
             composite,
             parts,
-            collator,
+            Collator(
+                seen,
+                features.features if cache_folder else lambda kind, key: features.prepared(kind, key).values,
+                field="features" if cache_folder else "media",
+                packed=packed,
+                pad_token_id=parts.tokenizer.pad_token_id,
+            ),
             plan_rows(lengths, weights, capacity=tokens_per_batch, epochs=stage["epochs"], seed=seed + 1000 * number),
             lengths,
             stage,
@@ -124,26 +156,26 @@ def train_plain(
             workers=workers,
             seed=seed,
         )
-        for number, stage in enumerate(stages)
-    ]
     trained_seconds = perf_counter() - begin
-    labels = sorted({entry.sample.answer for entry in entries["train"]})
-    with whole_folder(folder.adapter) as partial:
-        adapter.save_adapter_folder(
-            composite,
-            parts.tokenizer,
-            partial,
-            base=base_names(model, composite, parts),
-            seed=seed,
-            labels=labels if len(labels) <= 1000 else [],
-        )
+    if first:
+        labels = sorted({entry.sample.answer for entry in training})
+        with whole_folder(folder.adapter) as partial:
+            adapter.save_adapter_folder(
+                composite,
+                parts.tokenizer,
+                partial,
+                base=base_names(model, composite, parts),
+                seed=seed,
+                labels=labels if len(labels) <= 1000 else [],
+            )
+    PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
     seconds = {**features.seconds, "encode": features.seconds["encode"] + composite.encode_seconds}
     seconds["llm"] = trained_seconds - (0.0 if cache_folder else seconds["decode"] + seconds["encode"])
     return {
-        "stages": {stage["name"]: result for stage, result in zip(stages, results, strict=True)},
-        "rows": len(lengths),
-        "tokens_per_epoch": sum(lengths),
+        "stages": results,
+        "rows": len(training),
+        "tokens_per_epoch": sum(len(ids) for ids in samples["input_ids"]),
         "packed": packed,
         "seconds": seconds,
     }
@@ -165,7 +197,11 @@ def run_stage(
 ) -> dict[str, Any]:
     """One stage, or what is left of it. Returns its losses (one a step), steps, tokens and seconds."""
     trained = adapter.set_trainable(model, stage["trains"])
-    steps = -(-len(rows) // accumulate)
+    processes = PartialState()
+    steps = -(-len(rows) // (accumulate * processes.num_processes))
+    if processes.is_main_process:
+        folder.remove_torn(stage["name"])
+    processes.wait_for_everyone()
     checkpoint = folder.newest_checkpoint(stage["name"])
     if checkpoint is not None and checkpoint.name == "final":
         adapter.load_trained(model, checkpoint)
@@ -193,7 +229,12 @@ def run_stage(
             seed=seed,
             dtype=parts.dtype,
             callbacks=[TrainingBar(stage["name"], steps)],
-            **{key: value for key, value in stage.items() if key not in {"name", "trains", "epochs"}},
+            distill_temperature=stage["distill"]["temperature"] if stage["distill"] else None,
+            **{
+                key: value
+                for key, value in stage.items()
+                if key not in {"name", "trains", "epochs", "sources", "distill"}
+            },
         )
     except Interrupted as error:
         raise Interrupted(f"{stage['name']}: {error}; go on with --resume --run {folder.path}") from None
@@ -207,34 +248,27 @@ def run_stage(
         "trained_weights": trained,
     }
     final = folder.checkpoints / stage["name"] / "final"
-    with whole_folder(final) as partial:
-        adapter.save_trained(model, partial)
-        write_json(partial / "result.json", result)
-    for old in final.parent.glob("checkpoint-*"):
-        shutil.rmtree(old)
+    if processes.is_main_process:
+        with whole_folder(final) as partial:
+            adapter.save_trained(model, partial)
+            write_json(partial / "result.json", result)
+        for old in final.parent.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    processes.wait_for_everyone()
     return result
 
 
-def tokenized(entries: Sequence[Entry], parts: Parts, features: Features, limit: int) -> Dataset:
+def tokenized(samples: Sequence[Sample], parts: Parts, features: Features, limit: int) -> Dataset:
     """Training rows as token ids, labels and keys of their media. Raises DataError with all rows that can't be used."""
-    config = MultimodalConfig(
-        parts={
-            "projectors": {
-                name: {"kind": kind, "options": options.model_dump()}
-                for name, (kind, options) in parts.projectors.items()
-            },
-            "fusion": {"kind": parts.fusion[0], "options": parts.fusion[1].model_dump()},
-        }
-    )
-    length = lengths_of(config, parts.encoders)
+    segments = segments_by(composite_config(parts), features.layout)
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "media_kinds": [], "media_keys": []}
     wrong: list[str] = []
-    for entry in entries:
+    for sample in samples:
         try:
-            tokens = tokenize(entry.sample, parts.tokenizer, parts.placeholders, length)
+            tokens = tokenize(sample, parts.tokenizer, parts.placeholders, segments)
             if len(tokens.input_ids) > limit:
                 raise DataError(
-                    f"{entry.sample.where}: {len(tokens.input_ids)} tokens, more than a row holds: raise "
+                    f"{sample.where}: {len(tokens.input_ids)} tokens, more than a row holds: raise "
                     f"train.tokens_per_batch (now {limit}) or shorten it; a medium is never cut"
                 )
         except DataError as error:
@@ -243,13 +277,62 @@ def tokenized(entries: Sequence[Entry], parts: Parts, features: Features, limit:
         columns["input_ids"].append(tokens.input_ids)
         columns["labels"].append(tokens.labels)
         columns["media_kinds"].append([medium.kind for medium in tokens.media])
-        columns["media_keys"].append([features.key(medium, entry.sample.where) for medium in tokens.media])
+        columns["media_keys"].append([features.key(medium, sample.where) for medium in tokens.media])
     if wrong:
-        raise DataError(listed(wrong, f"{len(wrong)} of {len(entries)} training rows can't be used"))
+        raise DataError(listed(wrong, f"{len(wrong)} of {len(samples)} training rows can't be used"))
     return Dataset.from_dict(columns)
 
 
-def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_batch: int) -> None:
+def distilled(
+    folder: RunFolder,
+    samples: Sequence[Sample],
+    stage: Mapping[str, Any],
+    model: MultimodalModel,
+    parts: Parts,
+    features: Features,
+    limit: int,
+) -> Dataset:
+    """Training rows with the answers to imitate, and beside them the same with each medium's text in its place.
+
+    The LLM's own answers are written down once per run. Raises DataError where a medium has no text.
+    """
+    wrong = [
+        f"{sample.where}: {medium.path.name} has no caption or transcript"
+        for sample in samples
+        for medium in sample.media
+        if not medium.text
+    ]
+    if wrong:
+        raise DataError(listed(wrong, f"stage {stage['name']!r} distills, which needs the media's text"))
+    if stage["distill"]["answers"] == "own":
+        path = folder.data / f"answers-{stage['name']}.json"
+        if PartialState().is_main_process and not path.is_file():
+            write_json(path, {"answers": own_answers(samples, model, parts, stage["distill"]["max_new_tokens"])})
+        PartialState().wait_for_everyone()
+        answers = read_json(path)["answers"]
+        # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
+        samples = [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
+    seen = tokenized(samples, parts, features, limit)
+    read = tokenized([sample.in_words() for sample in samples], parts, features, limit)
+    return seen.add_column("teacher_input_ids", read["input_ids"][:]).add_column("teacher_labels", read["labels"][:])
+
+
+def own_answers(samples: Sequence[Sample], model: MultimodalModel, parts: Parts, max_new_tokens: int) -> list[str]:
+    """What the LLM as it came answers to each row whose media are put into words."""
+    assistant = Assistant(model.eval(), parts.tokenizer, parts.placeholders, {})
+    wrapped = model.language_model
+    answers: list[str] = []
+    untrained = wrapped.disable_adapter() if hasattr(wrapped, "peft_config") else nullcontext()
+    with untrained, bar("answers to imitate", len(samples)) as step:
+        for start in range(0, len(samples), 16):
+            chunk = [sample.in_words().question for sample in samples[start : start + 16]]
+            answers += assistant.answers(chunk, max_new_tokens=max_new_tokens)
+            for _ in chunk:
+                step()
+    return answers
+
+
+def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_batch: int, workers: int) -> None:
     """Encode what the cache lacks. Says first how large it gets and from which epoch on it pays."""
     for kind, keys in features.missing(media).items():
         if not keys:
@@ -257,10 +340,7 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_bat
                 f"features of {kind}: all {len(features.paths):,} in the cache ({features.stores[kind].folder})"
             )
             continue
-        first = features.compute(kind, keys[0])[0]  # warms up
-        begin = perf_counter()
-        features.compute(kind, keys[-1])
-        each = perf_counter() - begin
+        first, each = trial(features, kind, keys)
         size = first.nbytes * len(keys)
         free = shutil.disk_usage(existing_parent(features.stores[kind].folder)).free
         console.print(
@@ -274,7 +354,20 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_bat
                 f"{features.stores[kind].folder}: set train.cache: false or train.cache_folder"
             )
         with bar(f"encode {kind}", len(keys)) as step:
-            features.fill(kind, keys, step, encode_batch)
+            features.fill(kind, keys, step, encode_batch, workers)
+
+
+def trial(features: Features, kind: str, keys: Sequence[str]) -> tuple[Any, float]:
+    """Features of the first medium that can be read, and the seconds that the encoder takes for one."""
+    for key in keys:
+        try:
+            prepared = features.prepared(kind, key)
+        except DataError:  # reported with all others when the cache is filled
+            continue
+        features.compute(kind, [prepared])  # warms up
+        begin = perf_counter()
+        return features.compute(kind, [prepared])[0], perf_counter() - begin
+    raise DataError(f"none of the {len(keys)} media of kind {kind} can be read: {features.where.get(keys[0], keys[0])}")
 
 
 def tell_versions(path: Path) -> None:
@@ -308,6 +401,7 @@ def base_names(model: Mapping[str, Any], composite: MultimodalModel, parts: Part
     keys = ("name", "revision", "quantize", "double_quantize", "dtype")
     return {
         "language_model": {key: llm[key] for key in keys},
+        "tune_encoders": dict(model["tune_encoders"]),
         "encoders": {
             name: {
                 "kind": kind,

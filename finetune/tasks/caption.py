@@ -1,4 +1,4 @@
-"""Say in words what a picture shows."""
+"""Say in words what a picture, a recording or a video shows."""
 
 from pydantic import Field
 
@@ -10,22 +10,19 @@ PRIMARY = "token_f1"
 
 
 class Options(PartOptions):
-    prompt: str = Field("Describe the picture.", description="The question put after the picture.")
-    image: str = Field("image", description="Column that names the picture.")
+    prompt: str = Field("Describe the picture.", description="The question put after the media.")
+    media: tuple[str, ...] = Field(("image",), description="Kinds of media, each in the column of its name.")
     caption: str = Field("caption", description="Column that holds the caption.")
 
 
 def media(options: Options) -> tuple[str, ...]:
-    return ("image",)
+    return options.media
 
 
 def sample(row: Row, options: Options) -> Sample:
-    picture = row.medium("image", row.text(options.image))
-    return Sample(
-        (Message("user", (picture, options.prompt)), Message("assistant", (row.text(options.caption),))),
-        row.where,
-        "caption",
-    )
+    caption = row.text(options.caption)
+    content = row.media(options.media, caption)
+    return Sample((Message("user", (*content, options.prompt)), Message("assistant", (caption,))), row.where, "caption")
 
 
 def read(answer: str, options: Options) -> str:

@@ -10,17 +10,20 @@ PRIMARY = "accuracy"
 
 class Options(PartOptions):
     prompt: str = Field("What is this?", description="The question put after the media.")
-    image: str = Field("image", description="Column that names the picture; '' for rows of text only.")
+    media: tuple[str, ...] = Field(
+        ("image",), description="Kinds of media, each in the column of its name; [] for none."
+    )
     text: str = Field("", description="Column of text put before the question; '' for none.")
     label: str = Field("label", description="Column that holds the label.")
+    transcript: str = Field("", description="Column that says in words what the media show or say, for distill.")
 
 
 def media(options: Options) -> tuple[str, ...]:
-    return ("image",) if options.image else ()
+    return options.media
 
 
 def sample(row: Row, options: Options) -> Sample:
-    content = [row.medium("image", row.text(options.image))] if options.image else []
+    content = row.media(options.media, row.text(options.transcript) if options.transcript else "")
     question = f"{row.text(options.text)}\n{options.prompt}" if options.text else options.prompt
     return Sample(
         (Message("user", (*content, question)), Message("assistant", (row.text(options.label),))), row.where, "classify"

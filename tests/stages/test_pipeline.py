@@ -104,14 +104,14 @@ def test_merged_and_adapter_folder_answer_alike(finished, tmp_path):
     picture = finished.parent / "data" / "images" / "test0.png"
     moved = shutil.copytree(finished / "merged", tmp_path / "elsewhere")
     merged, adapter = finetune.load(moved), finetune.load(finished / "adapter")
-    assert finetune.chat(finished / "merged", "What is this?", picture, 8) == merged.answer(
+    assert finetune.chat(finished / "merged", "What is this?", picture, max_new_tokens=8) == merged.answer(
         "What is this?", image=picture, max_new_tokens=8
     )
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     with torch.no_grad():
         difference = merged.model(ids).logits.log_softmax(-1) - adapter.model(ids).logits.log_softmax(-1)
         assert difference.exp().sub(1).abs().mean() < 0.05
-        rows = torch.randn(16, 16)
+        rows = torch.randn(1, 16, 16)
         torch.testing.assert_close(merged.model.project("image", [rows]), adapter.model.project("image", [rows]))
 
 
@@ -119,7 +119,7 @@ def test_the_frozen_llm_is_what_it_was(finished):
     """An adapter of zero over the base in the folder gives the base: nothing else was saved or changed."""
     names = set(load_file(finished / "adapter" / "adapter_model.safetensors"))
     assert names and all("lora_" in name for name in names)
-    assert {name.partition(".")[0] for name in load_file(finished / "adapter" / "projectors.safetensors")} == {"image"}
+    assert {name.partition(".")[0] for name in load_file(finished / "adapter" / "projectors.safetensors")} == {"projectors"}
 
 
 def test_the_base_condition_is_the_untrained_model(plain, tmp_path):
