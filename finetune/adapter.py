@@ -77,20 +77,28 @@ class TunedEncoder:
 
 
 def tune_encoder(
-    module: nn.Module,
+    encoder: Any,
+    decoded: Any,
     *,
     last_layers: int | None = None,
     rank: int | None = None,
     alpha: float = 32.0,
     targets: str | Sequence[str] = "all-linear",
 ) -> TunedEncoder:
-    """Make an encoder's module tunable, in place: its last n layers, or LoRA of a rank. Raises ModelError."""
+    """Make an encoder tunable, in place: the last n of the layers that its features come through, or LoRA of a rank.
+
+    `decoded`, any medium that it takes, shows what its features come through: poolers, heads and layers behind the one
+    that is read have no part in it, and would never learn. Raises ModelError.
+    """
+    module = encoder.module
     if last_layers is not None:
-        layers = max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=len, default=())
+        reached = _reached(encoder, decoded)
+        layers = [kept for layer in _layers(module, reached) if (kept := [n for n in layer if n in reached])]
         if last_layers > len(layers):
-            raise ModelError(f"last_layers is {last_layers}, but the {type(module).__name__} has {len(layers)} layers")
-        chosen = {id(p) for layer in list(layers)[-last_layers:] for p in layer.parameters()}
-        return TunedEncoder([name for name, p in module.named_parameters() if id(p) in chosen])
+            raise ModelError(
+                f"last_layers is {last_layers}, but features of this {type(module).__name__} come through {len(layers)}"
+            )
+        return TunedEncoder([name for layer in layers[-last_layers:] for name in layer])
     config = LoraConfig(
         r=rank,  # type: ignore[arg-type]
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -100,7 +108,29 @@ def tune_encoder(
         lora: Any = get_peft_model(module, config)  # type: ignore[arg-type]
     except (ValueError, ImportError, TypeError) as error:
         raise ModelError(f"tune_encoders: PEFT refuses it: {str(error).splitlines()[0]}") from error
-    return TunedEncoder([name for name, _ in module.named_parameters() if _is_adapter(name)], lora)
+    reached = _reached(encoder, decoded)
+    return TunedEncoder([name for name, _ in module.named_parameters() if _is_adapter(name) and name in reached], lora)
+
+
+def _reached(encoder: Any, decoded: Any) -> set[str]:
+    """Names of the parameters that an encoder's features depend on."""
+    own = {name: p for name, p in encoder.module.named_parameters() if p.is_floating_point()}
+    encoder.module.requires_grad_(True)
+    with torch.enable_grad():
+        features = encoder.encode(encoder.prepare(decoded).values[None])
+        gradients = torch.autograd.grad(features.float().sum(), list(own.values()), allow_unused=True)
+    encoder.module.requires_grad_(False)
+    return {name for name, gradient in zip(own, gradients, strict=True) if gradient is not None}
+
+
+def _layers(module: Any, reached: set[str]) -> list[list[str]]:
+    """Parameter names of each layer: of the first list as long as the config says, or of the longest."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in lists if any(names[id(p)] in reached for p in m.parameters())]
+    told = [m for m in lists if len(m) == getattr(module.config, "num_hidden_layers", None)]
+    chosen = told[0] if told else max(lists, key=len, default=nn.ModuleList())
+    return [[names[id(p)] for p in layer.parameters()] for layer in chosen]
 
 
 def trained_parts(model: MultimodalModel, trains: Sequence[str]) -> dict[str, list[nn.Parameter]]:

@@ -17,7 +17,7 @@ from finetune.data.sample import Layout, Medium, Prepared
 from finetune.data.tokenize import Placeholder, Segments, add_placeholders
 from finetune.errors import DataError
 from finetune.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
-from finetune.media import Limits, decode
+from finetune.media import Limits, decode, example
 from finetune.model import PLACEHOLDERS, MultimodalConfig, MultimodalModel, compose, encode_all, segments_of
 from finetune.parts import load_part
 
@@ -68,7 +68,7 @@ def load_parts(
         fusion,
         dtype,
         device,
-        {name: adapter.tune_encoder(built[name][1].module, **how) for name, how in tune_encoders.items()},
+        {name: adapter.tune_encoder(built[name][1], example(name), **how) for name, how in tune_encoders.items()},
     )
 
 

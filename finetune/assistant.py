@@ -16,7 +16,7 @@ from finetune.assemble import build_model, encode_one, load_parts, read_medium, 
 from finetune.data.sample import Layout, Medium, Message, Prepared
 from finetune.data.tokenize import Placeholder, answer_ends, tokenize_prompt
 from finetune.errors import ArtifactError, DataError
-from finetune.language_model import default_device, load_tokenizer
+from finetune.language_model import context_length, default_device, load_tokenizer
 from finetune.media import Limits
 from finetune.model import PLACEHOLDERS, MultimodalModel
 from finetune.parts import part_from
@@ -84,6 +84,9 @@ class Assistant:
         segments = segments_by(self.model.config, look.layout)
         prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
         longest = max(len(prompt.input_ids) for prompt in prompts)
+        context = context_length(self.model.causal_lm)
+        if context and longest >= context:
+            raise DataError(f"a prompt of {longest} tokens, but the LLM reads {context}: fewer media, or shorter text")
         device = self.model.get_input_embeddings().weight.device
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
         pad = self.tokenizer.pad_token_id
@@ -100,7 +103,7 @@ class Assistant:
                 input_ids,
                 attention_mask=mask,
                 features=media,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
                 do_sample=False,
                 repetition_penalty=1.0,
                 pad_token_id=pad,

@@ -106,6 +106,12 @@ def load_tokenizer(
     return tokenizer
 
 
+def context_length(model: torch.nn.Module) -> int | None:
+    """Tokens that a prompt and its answer may have together; None where the config names no end."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
 def keep_layout(model: torch.nn.Module) -> None:
     """Keep 4-bit layers on a CPU as they were loaded, and so trainable through.
 

@@ -198,6 +198,9 @@ class Adapter(Section):
 
 
 class Source(Section):
+    name: str | None = Field(
+        None, pattern="^[a-z][a-z0-9_-]*$", description="What its scores are called; null: as its task."
+    )
     path: RecipePath = Field(description="File or folder of rows.", json_schema_extra=PATH_EXISTS)
     format: Annotated[str, AfterValidator(_format_name)] | None = Field(
         None, description="A part of data/formats; null: detected."

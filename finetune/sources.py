@@ -20,6 +20,7 @@ def sources_of(recipe: Recipe) -> list[Source]:
             weight=source.weight,
             columns=source.columns,
             media_folder=source.media_folder,
+            name=source.name,
         )
         for source in recipe.data
     ]

@@ -60,7 +60,8 @@ def test_two_processes_end_on_the_weights_of_one(changes, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("adapter: ") == 1  # one of them speaks
     metrics = [
-        json.loads((tmp_path / run / "metrics.json").read_text())["train"]["stages"]["tune"] for run in ("one", "runs/tiny")
+        json.loads((tmp_path / run / "metrics.json").read_text())["train"]["stages"]["tune"]
+        for run in ("one", "runs/tiny")
     ]
     assert metrics[0]["steps"] == metrics[1]["steps"] > 1
     assert metrics[1]["losses"] == pytest.approx(metrics[0]["losses"], rel=1e-3)

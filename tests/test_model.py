@@ -81,7 +81,9 @@ def test_gradients_reach_the_projector_and_lora_and_nothing_else(family, fusion)
     assert math.isfinite(loss.item())
     loss.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert reached == {n for n, _ in model.named_parameters() if n.startswith(("projectors.", "fusion.")) or ".lora_" in n}
+    assert reached == {
+        n for n, _ in model.named_parameters() if n.startswith(("projectors.", "fusion.")) or ".lora_" in n
+    }
 
 
 @families

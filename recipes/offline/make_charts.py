@@ -97,7 +97,10 @@ def receipt(number: int, draw: random.Random) -> Drawing:
     pen.text((20, below + 14), "Total", "black", font(20), anchor="lm")
     pen.text((204, below + 14), str(sum(prices)), "black", font(20), anchor="rm")
     asked = draw.randrange(len(goods))
-    return picture, [("What is the total?", str(sum(prices))), (f"What is the price of {goods[asked]}?", str(prices[asked]))]
+    return picture, [
+        ("What is the total?", str(sum(prices))),
+        (f"What is the price of {goods[asked]}?", str(prices[asked])),
+    ]
 
 
 KINDS: dict[str, Callable[[int, random.Random], Drawing]] = {"days": days, "colours": colours, "receipt": receipt}

@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 from finetune.errors import MediaError
@@ -44,6 +45,75 @@ def test_exif_orientation_turns_the_picture_upright():
     exif = picture.getexif()
     exif[0x0112] = 6
     assert decode_image(saved(picture, "JPEG", exif=exif)).size == (20, 40)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_what_pillow_makes_of_it(form, orientation):
+    picture = PIL.Image.linear_gradient("L").resize((40, 24)).convert("RGB")
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    content = saved(picture, form, exif=exif)
+    expected = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(content))).convert("RGB")
+    found = decode_image(content)
+    assert found.size == ((40, 24) if orientation < 5 else (24, 40))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_exif_that_is_broken_turns_nothing():
+    assert decode_image(saved(PIL.Image.new("RGB", (40, 20)), "JPEG", exif=b"Exif\0\0II*\0abcdefgh")).size == (40, 20)
+
+
+def test_half_transparency_is_half_white():
+    colours = decode_image(saved(PIL.Image.new("RGBA", (4, 4), (100, 0, 200, 51)))).getpixel((1, 1))
+    np.testing.assert_allclose(colours, [0.2 * value + 0.8 * 255 for value in (100, 0, 200)], atol=1)
+    grey = decode_image(saved(PIL.Image.new("LA", (4, 4), (100, 51)))).getpixel((1, 1))
+    np.testing.assert_allclose(grey, [0.2 * 100 + 0.8 * 255] * 3, atol=1)
+
+
+def test_a_palette_gives_its_colours_and_its_transparency():
+    picture = PIL.Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 0])
+    picture.putpixel((1, 0), 1)
+    for form in ("PNG", "GIF"):
+        found = decode_image(saved(picture, form, transparency=0))
+        assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 100, 0)]
+    assert decode_image(saved(picture, "PNG")).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_cmyk_is_turned_into_light():
+    for form in ("TIFF", "JPEG"):
+        found = decode_image(saved(PIL.Image.new("CMYK", (16, 16), (255, 0, 0, 0)), form)).getpixel((8, 8))
+        np.testing.assert_allclose(found, (0, 255, 255), atol=4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        (np.float32, [0, 0.5, 1], [0, 128, 255]),
+        (np.float32, [0, 100, 200], [0, 100, 200]),
+        (np.float32, [-1000, 0, 1000], [0, 128, 255]),
+        (np.int32, [0, 257 * 100, 65535], [0, 100, 255]),
+        (np.int32, [-100_000, 0, 100_000], [0, 128, 255]),
+        (np.uint16, [0, 257 * 100, 65535], [0, 100, 255]),
+    ],
+)
+def test_deep_grey_is_scaled(dtype, values, expected):
+    found = np.asarray(decode_image(saved(PIL.Image.fromarray(np.array([values], dtype)), "TIFF")))
+    np.testing.assert_array_equal(found, np.repeat(np.array(expected, np.uint8)[None, :, None], 3, 2))
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_taken(form):
+    frames = [PIL.Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    assert decode_image(saved(frames[0], form, save_all=True, append_images=frames[1:])).getpixel((1, 1))[0] > 200
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(1, 1), (8, 400), (400, 8)])
+def test_odd_shapes_are_kept(form, size):
+    assert decode_image(saved(PIL.Image.new("RGB", size, "red"), form)).size == size
 
 
 def bomb() -> bytes:

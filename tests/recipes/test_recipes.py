@@ -1,45 +1,91 @@
-"""Every recipe that ships runs from check to chat with nothing replaced but its weights and its rows."""
+"""Every recipe that ships runs from check to chat with nothing replaced but its weights and its rows: these are its
+tiny offline twin.
+"""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import transformers
 from tiny import COLOURS, VIT, tiny_llm_folder, tiny_picture
+from tiny_encoders import tiny_audio_folder, tiny_sound
 
 import finetune
 from finetune.pipeline import recipes_folder
 from finetune.recipe import load_recipe
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))
+LLMS = {"mpt": "mpt"}  # recipe: family; the others are Llamas
+every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def write_video(path: Path, colour: tuple[int, int, int], frames: int = 5) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4, options={"crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_image(tiny_picture(colour, (48, 48)))))
+        container.mux(stream.encode())
 
 
 @pytest.fixture(scope="module")
 def tiny_parts(tmp_path_factory) -> Path:
-    """An LLM, an encoder of 6×6 patches (which 2 and 3 divide), and rows with every column that the recipes read."""
+    """LLMs; encoders, of 6×6 patches where 2 and 3 must divide; rows with every column that the recipes read."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_llm_folder(folder / "llm")
+    for family in {"llama", *LLMS.values()}:
+        tiny_llm_folder(folder / family, family)
     torch.manual_seed(1)
     config = transformers.SiglipVisionConfig(**(VIT | {"image_size": 48}))
-    transformers.SiglipVisionModel(config).save_pretrained(folder / "encoder")
-    transformers.SiglipImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder / "encoder")
+    for medium in ("image", "video"):
+        transformers.SiglipVisionModel(config).save_pretrained(folder / medium)
+        transformers.SiglipImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder / medium)
+    tiny_audio_folder(folder / "audio")
     for split in ("train", "test"):
+        rows = []
+        for number in range(8):
+            word, (red, green, blue) = list(COLOURS.items())[number % len(COLOURS)]
+            colour = (red, green, blue + number + 10 * (split == "test"))
+            name = f"{split}{number}"
+            tiny_picture(colour).save(folder / f"{name}.png")
+            soundfile.write(folder / f"{name}.wav", tiny_sound(0.6, seed=number + 10 * (split == "test")), 16_000)
+            write_video(folder / f"{name}.mp4", colour)
+            media = {"image": f"{name}.png", "audio": f"{name}.wav", "video": f"{name}.mp4"}
+            words = ("label", "name_en", "name_zh", "answer", "intent", "thing", "text", "reply")
+            rows.append(media | {"question": "What is this?"} | dict.fromkeys(words, word))
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "label", "name_en", "name_zh"])
-            for number in range(8):
-                label, (red, green, blue) = list(COLOURS.items())[number % len(COLOURS)]
-                tiny_picture((red, green, blue + number + 10 * (split == "test"))).save(folder / f"{split}{number}.png")
-                writer.writerow([f"{split}{number}.png", label, label, "颜色"])
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     return folder
 
 
-def test_there_is_one_for_each_promised_machine():
-    assert {"quickstart", "gpu-8gb", "gpu-16gb", "colab-t4"} <= {path.stem for path in RECIPES}
+def replaced(path: Path, parts: Path, work: Path) -> list[str]:
+    """What `--set` gives a recipe instead of its weights and its rows. Every source has its own copy of the rows."""
+    recipe = load_recipe(path)
+    weights = {"llm": f"model.llm.name={parts / LLMS.get(path.stem, 'llama')}"}
+    weights |= {name: f"model.encoders.{name}.name={parts / name}" for name in recipe.model.encoders}
+    changes = [*weights.values(), "model.llm.revision=null"]
+    changes += [f"model.encoders.{name}.revision=null" for name in recipe.model.encoders]
+    for number, source in enumerate(recipe.data):
+        rows = work / f"{number}-{source.split}.csv"
+        rows.write_text((parts / f"{source.split}.csv").read_text(encoding="utf-8"), encoding="utf-8")
+        changes += [f"data.{number}.path={rows}", f"data.{number}.media_folder={parts}"]
+    return [*changes, f"train.cache_folder={work / 'cache'}", "evaluate.limit=6", "merge.rows=4"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_there_is_one_for_each_promised_machine_and_each_medium():
+    names = {path.stem for path in RECIPES}
+    assert {"quickstart", "gpu-8gb", "gpu-16gb", "colab-t4"} <= names
+    assert {"read-documents", "transcribe-speech", "speech-reply", "video-questions", "image-and-speech"} <= names
+    assert {"cross-attention", "mpt"} <= names
+
+
+@every
 def test_names_of_the_hub_come_with_a_commit(path):
     recipe = load_recipe(path)
     parts = [recipe.model.llm, *(encoder.options for encoder in recipe.model.encoders.values())]
@@ -47,19 +93,17 @@ def test_names_of_the_hub_come_with_a_commit(path):
         assert Path(part.name).is_absolute() or len(part.revision) == 40
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@every
 def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path):
-    tiny = [
-        f"model.llm.name={tiny_parts / 'llm'}",
-        "model.llm.revision=null",
-        f"model.encoders.image.name={tiny_parts / 'encoder'}",
-        "model.encoders.image.revision=null",
-        f"data.0.path={tiny_parts / 'train.csv'}",
-        f"data.1.path={tiny_parts / 'test.csv'}",
-        f"train.cache_folder={tmp_path / 'cache'}",
-    ]
-    result = finetune.run(path, tiny, tmp_path / "run")
-    scores = next(iter(result["scores"].values()))
-    assert all(set(values) == {"tuned", "base", "blank", "shuffled", "probe"} for values in scores.values())
+    recipe = load_recipe(path)
+    result = finetune.run(path, replaced(path, tiny_parts, tmp_path), tmp_path / "run")
+    conditions = {"tuned", "base", "blank", "shuffled", "probe"}
+    if len(recipe.model.encoders) > 1:
+        conditions |= {f"blank_{name}" for name in recipe.model.encoders}
+    assert all(set(values) == conditions for scores in result["scores"].values() for values in scores.values())
     assert (result["merged"] / "model.safetensors").is_file()
     assert isinstance(result["answer"], str)
+    trained = json.loads(result["metrics"].read_text())["train"]["stages"]
+    for stage in recipe.train.stages:
+        wanted = {name.partition(".")[0] for name in stage.trains}
+        assert {name.partition(".")[0] for name in trained[stage.name]["trained_weights"]} == wanted

@@ -119,7 +119,9 @@ def test_the_frozen_llm_is_what_it_was(finished):
     """An adapter of zero over the base in the folder gives the base: nothing else was saved or changed."""
     names = set(load_file(finished / "adapter" / "adapter_model.safetensors"))
     assert names and all("lora_" in name for name in names)
-    assert {name.partition(".")[0] for name in load_file(finished / "adapter" / "projectors.safetensors")} == {"projectors"}
+    assert {name.partition(".")[0] for name in load_file(finished / "adapter" / "projectors.safetensors")} == {
+        "projectors"
+    }
 
 
 def test_the_base_condition_is_the_untrained_model(plain, tmp_path):
