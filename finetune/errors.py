@@ -3,7 +3,7 @@
 FinetuneError                 exit status 1; its text is all that the command line prints
 ├─ RecipeError           2    the recipe, an option of the command line, or a part's options
 ├─ DataError             2    a row, a file of rows, a split
-│  └─ MediaError         2    a picture (later: sound, video) that can't be decoded or is out of bounds
+│  └─ MediaError         2    a picture, recording or video that can't be decoded or is out of bounds
 ├─ ModelError            1    an LLM, an encoder or a projector that can't be built or don't fit together
 ├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be continued
 │  └─ Interrupted      130    stopped by the user after a whole checkpoint; `--resume` continues

@@ -221,7 +221,7 @@ class Media(Section):
     max_bytes: int = Field(256 * 2**20, ge=1, description="Bytes of a media file.")
     max_pixels: int = Field(64 * 10**6, ge=1, description="Pixels of a picture, or of a frame.")
     max_seconds: float = Field(1800.0, gt=0, description="Seconds of a recording or a video.")
-    max_frames: int = Field(256, ge=1, description="Frames kept of a video.")
+    max_frames: int = Field(256, ge=1, description="Frames kept of a video; an encoder that asks for more is refused.")
 
 
 class Distill(Section):

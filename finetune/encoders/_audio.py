@@ -3,10 +3,10 @@
 from math import ceil
 from typing import TYPE_CHECKING
 
+from finetune.media.audio import RATE
+
 if TYPE_CHECKING:
     import numpy as np
-
-RATE = 16_000  # samples a second, of decoded audio
 
 
 def cut_windows(audio: "np.ndarray", longest: int, unit: int = 1, shortest: int = 1) -> "np.ndarray":

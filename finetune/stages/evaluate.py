@@ -192,7 +192,8 @@ def blank_look(features: Features, only: str | None = None) -> Look:
         if only not in (None, medium.kind):
             return true.features(medium)
         encoder = features.encoders[medium.kind]
-        decoded = decode(medium.kind, medium.path, limits=features.limits, **encoder.sampling)
+        where = features.where.get(features.key(medium), "")
+        decoded = decode(medium.kind, medium.path, where=where, limits=features.limits, **encoder.sampling)
         prepared = encoder.prepare(blank(medium.kind, decoded))
         # Most blanks are alike: the same grey, the same silence.
         alike = hashlib.sha256(f"{medium.kind}{prepared.values.shape}".encode())
