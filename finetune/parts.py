@@ -2,7 +2,7 @@
 
 A part's file imports no torch at module level (`finetune check` reads its `Options` without it) and is found by its
 exact name. What each folder's files must define is written in that folder's `__init__.py` and checked by
-`tests/test_parts.py` over every file there is.
+`tests/test_parts_contract.py` over every file there is.
 """
 
 import difflib

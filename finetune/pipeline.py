@@ -17,12 +17,13 @@ def run(
     """check → train → evaluate → merge → one question about one held-out row. Returns paths, scores and the answer."""
     import json
 
-    from finetune.run_folder import RunFolder
+    from finetune.run_folder import RunFolder, refuse_several_processes
     from finetune.stages.check import check
     from finetune.stages.evaluate import evaluate
     from finetune.stages.merge import merge
     from finetune.stages.train import train
 
+    refuse_several_processes("`finetune run`")
     check(recipe, overrides)
     folder: RunFolder = train(load_recipe(recipe, overrides), run, resume)
     metrics = evaluate(folder.path)

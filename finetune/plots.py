@@ -37,9 +37,12 @@ def losses(stages: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def scores(table: Mapping[str, Any], path: Path) -> None:
     """`table` is metrics.json's `scores`: a group of bars for each task's metric, one bar a condition."""
+    from matplotlib.patches import Patch
+
     groups = [(task, metric, values) for task, metrics in table.items() for metric, values in metrics.items()]
     figure, axes = _figure(max(4.5, 1.9 * len(groups)), 3.6)
-    conditions = {name: COLOURS.get(name, SPARE[i % len(SPARE)]) for i, name in enumerate(groups[0][2])}
+    seen = dict.fromkeys(name for _, _, values in groups for name, value in values.items() if value is not None)
+    conditions = {name: COLOURS.get(name, SPARE[i % len(SPARE)]) for i, name in enumerate(seen)}
     width = 0.84 / len(conditions)
     for place, (_, _, values) in enumerate(groups):
         for number, (condition, colour) in enumerate(conditions.items()):
@@ -47,13 +50,20 @@ def scores(table: Mapping[str, Any], path: Path) -> None:
             if value is None:
                 continue
             x = place + (number - (len(conditions) - 1) / 2) * width
-            axes.bar(x, min(value, 1.0), width * 0.92, color=colour, label=None if place else condition)
+            axes.bar(x, min(value, 1.0), width * 0.92, color=colour)
             axes.text(x, min(value, 1.0) + 0.01, f"{value:.2f}", ha="center", fontsize=7)
     several = len(table) > 1
-    axes.set_xticks(range(len(groups)), [f"{task}\n{metric}" if several else metric for task, metric, _ in groups])
+    named = [metric.replace("_error_rate", " error rate\n(less is better)") for _, metric, _ in groups]
+    axes.set_xticks(
+        range(len(groups)),
+        [f"{task}\n{name}" if several else name for (task, _, _), name in zip(groups, named, strict=True)],
+    )
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylim(0, 1.05)
-    axes.legend(frameon=False, fontsize=8, ncols=len(conditions), loc="upper center", bbox_to_anchor=(0.5, 1.13))
+    keys = [Patch(color=colour, label=name.replace("_", " ")) for name, colour in conditions.items()]
+    axes.legend(
+        handles=keys, frameon=False, fontsize=8, ncols=len(keys), loc="upper center", bbox_to_anchor=(0.5, 1.13)
+    )
     _save(figure, path)
 
 

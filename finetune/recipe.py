@@ -485,8 +485,11 @@ def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
                 there_are = ", ".join(map(str, training))
                 yield (*here, "sources", number), f"got {source}; write numbers of training sources: {there_are}."
     fusion = recipe.model.fusion.kind
-    if load_part("fusion", fusion).TRAINED and not any("fusion" in stage.trains for stage in recipe.train.stages):
-        yield ("train", "stages"), f"the fusion {fusion!r} begins as if it weren't there: let a stage train 'fusion'."
+    if load_part("fusion", fusion).TRAINED and "fusion" not in recipe.train.stages[0].trains:
+        yield (
+            ("train", "stages", 0, "trains"),
+            f"the fusion {fusion!r} begins as if it weren't there, so that nothing else is reached: add 'fusion'.",
+        )
 
 
 def _trainable(recipe: Recipe) -> list[str]:

@@ -20,6 +20,13 @@ from typing import Any
 from finetune.errors import ArtifactError, TrainingError
 
 
+def refuse_several_processes(command: str) -> None:
+    """Raises TrainingError under accelerate launch or torchrun, for what only training does with several processes."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise TrainingError(f"{command} is for one process, not {count}: launch `finetune train`, then {command} alone")
+
+
 class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -55,6 +55,9 @@ class StageTrainer(SFTTrainer):
         """trl's, on logits of learnt tokens only; where there is a teacher, the KL divergence from it."""
         if "teacher" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+        self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         outputs = model(**inputs, temperature=self.temperature)
         count = max(inputs["label_rows"].numel(), 1)
         self._metrics["train"]["mean_token_accuracy"].append(outputs["agreement"].item() / count)
@@ -135,13 +138,12 @@ class FiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:
             return
-        for role, parameters in self.parts.items():
-            norms = torch.stack([p.grad.norm() for p in parameters if p.grad is not None] or [torch.zeros(())])
-            if not torch.isfinite(norms).all():
-                raise TrainingError(
-                    f"a gradient of {role} isn't finite at step {state.global_step + 1}; the weights are those of the "
-                    "step before. Lower the learning rate; --resume goes on from the last checkpoint"
-                )
+        norms = [p.grad.norm() for parameters in self.parts.values() for p in parameters if p.grad is not None]
+        if not all(torch.isfinite(norm) for norm in norms):  # of which part can't be told: they were clipped together
+            raise TrainingError(
+                f"a gradient isn't finite at step {state.global_step + 1}; the weights are those of the step before. "
+                "Lower the learning rate; --resume goes on from the last checkpoint"
+            )
 
 
 class StopBetweenSteps(TrainerCallback):
@@ -252,7 +254,7 @@ def train_stage(
         args=arguments,
         train_dataset=Dataset.from_dict(
             {
-                "samples": [list(row) for row in (*rows, *rows[:filler])],
+                "samples": [list(rows[number % len(rows)]) for number in range(len(rows) + filler)],
                 "filler": [False] * len(rows) + [True] * filler,
             }
         ),

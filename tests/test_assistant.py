@@ -1,11 +1,11 @@
 import json
 
 import pytest
-from tiny import CHATML, fresh_tokenizer, tiny_llm, tiny_recipe
+from tiny import CHATML, fresh_tokenizer, tiny_llm, tiny_picture, tiny_recipe
 
 import finetune
 from finetune.data.tokenize import answer_ends
-from finetune.errors import ArtifactError, ModelError, TrainingError
+from finetune.errors import ArtifactError, DataError, MediaError, ModelError, TrainingError
 from finetune.language_model import PLAIN_TEMPLATE
 from finetune.trainer import SKIPPED, FiniteGradients
 
@@ -86,3 +86,38 @@ def test_float16_that_never_takes_a_step_is_stopped():
         guard.on_step_end(None, State(), None, optimizer=Optimizer())
     with pytest.raises(TrainingError, match="were skipped"):
         guard.on_step_end(None, State(), None, optimizer=Optimizer())
+
+
+def test_a_run_is_not_resumed_by_another_number_of_processes(run):
+    versions = run / "versions.json"
+    content = json.loads(versions.read_text())
+    assert content["processes"] == 1
+    versions.write_text(json.dumps(content | {"processes": 2}))
+    with pytest.raises(TrainingError, match="began with 2 processes and can't go on with 1"):
+        finetune.train(finetune.load_recipe(run.parent / "recipe.yaml"), run, resume=True)
+    versions.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("command", [finetune.evaluate, finetune.merge, finetune.run])
+def test_what_is_for_one_process_says_so(command, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="is for one process, not 2"):
+        command(run)
+
+
+def test_the_recipe_s_bounds_of_media_go_with_the_model(tmp_path):
+    recipe = finetune.load_recipe(tiny_recipe(tmp_path, media={"max_pixels": 2_000}))
+    run = finetune.train(recipe, tmp_path / "run").path
+    finetune.merge(run)
+    large = tmp_path / "large.png"
+    tiny_picture(size=(50, 50)).save(large)
+    for folder in ("adapter", "merged"):
+        with pytest.raises(MediaError, match="50x50 pixels; at most 2,000 are decoded"):
+            finetune.load(run / folder).answer("What is this?", image=large)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_and_an_answer_ends_with_it(run):
+    assistant = finetune.load(run / "adapter")
+    assert isinstance(assistant.answer("What is this?", max_new_tokens=10_000), str)
+    with pytest.raises(DataError, match="but the LLM reads 256"):
+        assistant.answer("What is this? " * 100)

@@ -1,5 +1,6 @@
 """Every kind of encoder with every projector and every fusion: what is planned is what comes, whatever the medium."""
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -62,6 +63,30 @@ def test_placeholders_are_the_rows_that_come(label, projector, fusion):
         cached = model(ids, features={medium: features}).logits
         raw = model(ids, media={medium: [one.values for one in prepared]}).logits
     assert torch.isfinite(cached).all() and torch.equal(cached, raw)
+
+
+@pytest.mark.parametrize("fusion", part_names("fusion"))
+@pytest.mark.parametrize("label", ["whisper", "wav2vec2", "ast", "clap"])
+def test_ten_minutes_of_sound_take_the_placeholders_that_were_planned(label, fusion):
+    kind = KINDS[label][0]
+    encoder = tiny_encoder_of(label)
+    model = compose(
+        tiny_llm(),
+        encoders={"audio": (kind, encoder)},
+        projectors={"audio": part("projectors", "stack", factor=8)},
+        fusion=part("fusion", fusion, **FUSIONS[fusion]),
+        placeholder_ids={"audio": 130},
+    )
+    prepared = encoder.prepare(np.tile(tiny_sound(10), 60))
+    features = encode_one(encoder, prepared)
+    windows, rows, _ = features.shape
+    assert (windows, rows) == (len(prepared.layout.marks), prepared.layout.rows)
+    if label in ("whisper", "wav2vec2"):  # rows of 20 ms
+        assert 599 < 0.02 * windows * rows < 602
+    planned = segments_of(model.config, "audio", prepared.layout)
+    projected, lengths = model.project("audio", [features])
+    assert len(projected) == sum(lengths) == windows * -(-rows // 8)
+    assert [load_part("fusion", fusion).placeholders(n, None) for n in lengths] == [n for _, n in planned]
 
 
 class _Number:

@@ -254,6 +254,48 @@ def test_an_encoder_without_projector_is_refused(folder):
     assert "x.yaml:8: model.encoders.image: has no projector: add model.projectors.image." in refused(text)
 
 
+LORA = "tune_encoders={image: {rank: 4}}"
+
+
+@pytest.mark.parametrize(
+    "overrides, key, text",
+    [
+        (["model.fusion=cross_attention"], "train.stages.0.trains", "begins as if it weren't there, so that nothing"),
+        ([LORA], "train.cache", "keeps what frozen encoders say, but tune_encoders lets one change"),
+        (["tune_encoders={audio: {rank: 4}}", "train.cache=false"], "tune_encoders.audio", "no encoder has this name"),
+        (["tune_encoders={image: {}}", "train.cache=false"], "tune_encoders.image", "write last_layers, or rank"),
+        (
+            ["tune_encoders={image: {rank: 4, last_layers: 1}}", "train.cache=false"],
+            "tune_encoders.image",
+            "one of them",
+        ),
+        (["train.stages.1.trains=[encoders.image]"], "train.stages.1.trains.0", "stands in tune_encoders"),
+        (["train.stages.1.trains=[fusion]"], "train.stages.1.trains.0", "got 'fusion'; write one of projectors"),
+        (
+            ["train.stages.0.learning_rates={adapter: 0.1}"],
+            "train.stages.0.learning_rates.adapter",
+            "this stage doesn't train it; it trains projectors",
+        ),
+        (
+            ["train.stages.0.learning_rates={projectors: 0}"],
+            "train.stages.0.learning_rates.projectors",
+            "got 0; write a number above 0",
+        ),
+        (["train.stages.0.sources=[1]"], "train.stages.0.sources.0", "got 1; write numbers of training sources: 0"),
+        (["data.0.name=Two words"], "data.0.name", "got 'Two words'"),
+        (["media.max_seconds=0"], "media.max_seconds", "above 0"),
+        (
+            ["model.encoders.image={kind: whisper, name: some/whisper}"],
+            "model.encoders.image",
+            "'whisper' takes the medium 'audio': write encoders.audio",
+        ),
+    ],
+)
+def test_what_cannot_work_together_is_refused_by_its_key(folder, overrides, key, text):
+    lines = [line for line in refused(overrides=overrides).splitlines() if f"{key}: " in line or f" {key}:" in line]
+    assert lines and text in lines[0], refused(overrides=overrides)
+
+
 def test_an_adapter_that_is_null_cannot_be_trained(folder):
     message = refused(change("adapter:\n  rank: 16\n  alpha: 32\n", "adapter: null\n"))
     assert message == "x.yaml:25: train.stages.1.trains.1: 'adapter' can't be trained: adapter is null."

@@ -174,7 +174,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
     keep = Keep(model)
     parameter = next(model.projectors.parameters())
     spoil = At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("inf")))
-    with pytest.raises(TrainingError, match=r"a gradient of projectors\.image isn't finite at step 3"):
+    with pytest.raises(TrainingError, match="a gradient isn't finite at step 3"):
         train(model, tmp_path, callbacks=[keep, spoil])
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, keep.steps[-1][name]), name

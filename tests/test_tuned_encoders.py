@@ -13,7 +13,10 @@ from tiny_encoders import KINDS, tiny_audio_folder, tiny_encoder_of, tiny_medium
 
 import finetune
 from finetune.adapter import set_trainable, tune_encoder
+from finetune.assemble import load_parts
 from finetune.errors import ModelError, RecipeError
+from finetune.sources import model_arguments
+from finetune.stages import merge as merge_stage
 
 LAYERED = [label for label in KINDS if label not in ("mobilenet_v2", "mobilenet_v2_frames", "clap", "clap_fused")]
 TUNED = {"lora": {"rank": 2, "alpha": 4}, "last": {"last_layers": 1}}
@@ -109,6 +112,45 @@ def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
     )
     with torch.no_grad():
         assert not torch.allclose(untouched.encode(values), seen[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("how", TUNED)
+def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(how, tmp_path, monkeypatch):
+    run = finetune.train(
+        finetune.load_recipe(tuning(tmp_path, how, merge={"rows": 4, "min_agreement": 0.0})), tmp_path / "run"
+    )
+    honest = finetune.merge(run.path)["saved"]
+    save = merge_stage.save_merged
+
+    def lose_the_encoder(composite, parts, limits, folder):
+        for _, encoder in parts.encoders.values():
+            for parameter in encoder.module.parameters():
+                parameter.data.zero_()
+        save(composite, parts, limits, folder)
+
+    monkeypatch.setattr(merge_stage, "save_merged", lose_the_encoder)
+    assert honest["kl"] < 1e-6 < 1e-3 < finetune.merge(run.path)["saved"]["kl"]
+
+
+def test_the_same_seed_gives_the_same_lora_on_an_encoder(tmp_path):
+    model = model_arguments(finetune.load_recipe(tuning(tmp_path, "lora")))
+    first, same, other = (load_parts(**model, seed=seed).encoders["image"][1].module for seed in (5, 5, 6))
+    named = [dict(module.named_parameters()) for module in (first, same, other)]
+    new = [name for name in named[0] if "lora_A" in name]
+    assert new and all(torch.equal(named[0][name], named[1][name]) for name in new)
+    assert not any(torch.equal(named[0][name], named[2][name]) for name in new)
+
+
+@pytest.mark.parametrize("label", ["dinov2_registers", "convnext", "resnet", "whisper"])
+def test_unfrozen_layers_of_a_half_precision_encoder_learn_in_full(label):
+    encoder = tiny_encoder_of(label)
+    encoder.module.to(torch.bfloat16)
+    names = tune_encoder(encoder, tiny_medium(label), last_layers=1).names
+    for name in names:
+        encoder.module.get_parameter(name).requires_grad_(True)
+    features = encoder.encode(encoder.prepare(tiny_medium(label)).values[None])
+    features.float().pow(2).sum().backward()
+    assert all(encoder.module.get_parameter(name).grad.dtype == torch.float32 for name in names)
 
 
 @pytest.mark.parametrize("how", TUNED)

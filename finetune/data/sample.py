@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+KINDS = ("image", "audio", "video")
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a file. `number` is the line that an editor shows; `columns` as the file has them."""
@@ -33,19 +36,21 @@ class Row:
             raise DataError(f"{self.where}: column {column!r} {seen}; name another with `columns: {{{column}: ...}}`")
         return value.strip()
 
-    def media(self, kinds: Sequence[str], text: str = "") -> tuple["Medium", ...]:
-        """The media of these kinds, each from the column of its name: a path, or a list of them. Raises DataError."""
+    def media(self, kinds: Sequence[str], text: str | None = None) -> tuple["Medium", ...]:
+        """The media of these kinds, each from the column of its name: a path, or a list of them. Pictures come first,
+        then sound, then video, as where a model is asked. `text`: what they show or say together. Raises DataError.
+        """
         found: list[Medium] = []
-        for kind in kinds:
+        for kind in sorted(kinds, key=KINDS.index):
             value = self.columns.get(kind)
             names = value if isinstance(value, list) else [self.text(kind)]
             for name in names:
                 if not isinstance(name, str):
                     raise DataError(f"{self.where}: column {kind!r} holds {str(name)[:40]!r}; write a path")
-                found.append(self.medium(kind, name, text))
+                found.append(self.medium(kind, name, "" if found and text is not None else text))
         return tuple(found)
 
-    def medium(self, kind: str, name: str, text: str = "") -> "Medium":
+    def medium(self, kind: str, name: str, text: str | None = None) -> "Medium":
         """A medium named relative to the media folder, which it may not leave. `text`: what it shows or says, where
         the row tells. Raises DataError.
         """
@@ -62,12 +67,12 @@ class Row:
 @dataclass(frozen=True)
 class Medium:
     """`kind` is also the name of the encoder that reads it. `text`: its caption or transcript, where it is known; what
-    `distill` puts in its place.
+    `distill` puts in its place, '' where another medium's text tells of this one too.
     """
 
     kind: str
     path: Path
-    text: str = field(default="", compare=False)
+    text: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,21 @@ class Sample:
         return replace(self, messages=(*self.question, Message(self.messages[-1].role, (answer,))))
 
     def in_words(self) -> "Sample":
-        """The same with each medium's text in its place."""
-        turns = (
-            Message(m.role, tuple(p.text if isinstance(p, Medium) else p for p in m.content)) for m in self.messages
-        )
-        return replace(self, messages=tuple(turns))
+        """The same with each medium's text in its place, on lines of its own."""
+        return replace(self, messages=tuple(Message(m.role, (_in_words(m.content),)) for m in self.messages))
 
     @property
     def question(self) -> tuple[Message, ...]:
         return self.messages[:-1]
+
+
+def _in_words(content: Sequence[str | Medium]) -> str:
+    text, own_line = "", False
+    for part in content:
+        piece = (part.text or "") if isinstance(part, Medium) else part
+        if text and piece and (own_line or isinstance(part, Medium)):
+            text = text.rstrip() + "\n"
+            piece = piece.lstrip()
+        text += piece
+        own_line = isinstance(part, Medium) if piece else own_line
+    return text

@@ -6,6 +6,7 @@ media of its own sample that stand before it. At strength 0, and before training
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,14 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
             self.out = nn.Linear(inner, width, bias=False)
             self.gate = nn.Parameter(torch.tensor(options.gate))
 
-        def forward(self, hidden: "Tensor", rows: "Tensor", visible: "Tensor") -> "Tensor":
-            """Hidden states (B, T, D), media (M, D), which of them a token sees (B, T, M) -> (B, T, D), float32."""
+        def forward(self, tokens: "Tensor", rows: "Tensor", own: "Tensor", visible: "Tensor") -> "Tensor":
+            """Tokens (K, T, D), media (M, D), which of them each of K samples has (K, L), and which of these a token
+            sees (K, T, L) -> (K, T, D), float32.
+            """
             heads = (options.heads, options.head_width)
-            query = self.query(self.norm(hidden)).unflatten(-1, heads).transpose(1, 2)
-            key, value = self.key_value(rows)[None].chunk(2, dim=-1)
-            key, value = (x.unflatten(-1, heads).transpose(1, 2).expand(len(hidden), -1, -1, -1) for x in (key, value))
+            query = self.query(self.norm(tokens)).unflatten(-1, heads).transpose(1, 2)
+            key, value = self.key_value(rows)[own].chunk(2, dim=-1)
+            key, value = (x.unflatten(-1, heads).transpose(1, 2) for x in (key, value))
             sees_any = visible.any(-1, keepdim=True)
             # A token that sees nothing attends to everything, and is then multiplied by zero: no softmax over nothing.
             mask = (visible | ~sees_any)[:, None]
@@ -78,7 +81,7 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
                     f"fusion.strength: {', '.join(unknown)}: no such medium; there are: {', '.join(names)}"
                 )
             self.strength = dict.fromkeys(names, 1.0) | given
-            self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+            self.seen: dict[str, _Seen] = {}
 
         def attach(self, decoder_layers: "nn.ModuleList") -> None:
             first = min(options.every, len(decoder_layers)) - 1
@@ -95,16 +98,9 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
                     idle = sum((0.0 * p.sum() for p in used), found.rows.sum() + 0.0 * self.order)
                     embeddings = embeddings + idle.to(embeddings.dtype)
                     continue
-                places = found.placeholder.nonzero()  # (segments, 2): row, column
-                lengths = torch.tensor(found.lengths, device=places.device)
-                row, column = places.repeat_interleave(lengths, 0).unbind(1)
-                sample = samples[places[:, 0], places[:, 1]]
-                tokens = torch.arange(samples.shape[1], device=places.device)
-                visible = (samples[..., None] == samples[row, column]) & (tokens[None, :, None] >= column)
-                visible &= torch.arange(len(samples), device=places.device)[:, None, None] == row
-                number = _number_in_run(places[:, 0] * (samples.max() + 1) + sample)
-                order = self.order * _sinusoid(number, width).repeat_interleave(lengths, 0)
-                self.seen[name] = functional.rms_norm(found.rows, (width,)) + order, visible
+                seen = _lay_out(found, samples)
+                order = self.order * _sinusoid(seen.numbers, width)
+                self.seen[name] = replace(seen, rows=functional.rms_norm(found.rows, (width,)) + order)
             return embeddings
 
         def forget(self) -> None:
@@ -119,27 +115,77 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
 
         def _add(self, block: Any, hidden: "Tensor") -> "Tensor":
             # Activation checkpoints run this again in the backward pass: `seen` must then still be that of the batch.
-            for name, (rows, visible) in self.seen.items():
-                if self.strength[name] == 0:
+            for name, seen in self.seen.items():
+                if self.strength[name] == 0 and not torch.is_grad_enabled():  # in training all processes reach all
                     continue
-                if hidden.shape[1] != visible.shape[1]:  # new tokens see what the prompt's last one sees
-                    visible = visible[:, -1:].expand(-1, hidden.shape[1], -1)
-                visible = visible.repeat_interleave(len(hidden) // len(visible), 0)  # several beams
+                row, columns, own, visible = seen.of(hidden)
                 with torch.autocast(hidden.device.type, enabled=False):
-                    added = block[name](hidden.float(), rows, visible)
-                hidden = hidden + (self.strength[name] * added).to(hidden.dtype)
+                    added = block[name](hidden[row, columns].float(), seen.rows, own, visible)
+                added = (self.strength[name] * added).to(hidden.dtype)
+                hidden = hidden.index_put((row, columns), added, accumulate=True)
             return hidden
 
     return CrossAttention()
 
 
-def _number_in_run(keys: "Tensor") -> "Tensor":
-    """0, 1, 2, ... over equal neighbours: the number of a segment in its sample."""
+@dataclass(frozen=True)
+class _Seen:
+    """Media of one kind, sample by sample: K samples of a batch have some, with at most T tokens and L rows of media,
+    so that none is compared with another's. What is short is filled up, and sees and is seen by nothing.
+    """
+
+    rows: "Tensor"  # (M, D): all samples' media
+    numbers: "Tensor"  # (M,): of the segment that a row belongs to, in its sample
+    batch: int  # rows of the batch
+    width: int  # tokens of each
+    row: "Tensor"  # (K, 1): where a sample stands in the batch
+    columns: "Tensor"  # (K, T): its tokens
+    own: "Tensor"  # (K, L): its media, into `rows`
+    visible: "Tensor"  # (K, T, L)
+
+    def of(self, hidden: "Tensor") -> tuple["Tensor", "Tensor", "Tensor", "Tensor"]:
+        """row, columns, own, visible: for hidden states of the batch, or of new tokens behind it; of several beams."""
+        import torch
+
+        row, columns, own, visible = self.row, self.columns, self.own, self.visible
+        if hidden.shape[1] != self.width:  # new tokens see what the prompt's last one sees
+            columns = torch.arange(hidden.shape[1], device=row.device).expand(len(row), -1)
+            visible = visible[:, -1:].expand(-1, hidden.shape[1], -1)
+        if (beams := len(hidden) // self.batch) > 1:
+            columns, own, visible = (x.repeat_interleave(beams, 0) for x in (columns, own, visible))
+            row = (row * beams + torch.arange(beams, device=row.device)).reshape(-1, 1)
+        return row, columns, own, visible
+
+
+def _lay_out(found: Projected, samples: "Tensor") -> _Seen:
+    """`samples` (B, T): of which packed sample a token is. Placeholders stand row by row, sample by sample."""
     import torch
 
-    places = torch.arange(len(keys), device=keys.device)
-    begins = torch.cat([keys.new_ones(1, dtype=torch.bool), keys[1:] != keys[:-1]])
-    return places - torch.where(begins, places, 0).cummax(0).values
+    device, width = samples.device, samples.shape[1]
+    places = found.placeholder.nonzero()  # (segments, 2): row, column
+    owner_of_segment = places[:, 0] * (width + 1) + samples[places[:, 0], places[:, 1]]
+    _, owner, segments = torch.unique_consecutive(owner_of_segment, return_inverse=True, return_counts=True)
+    lengths = torch.tensor(found.lengths, device=device)
+    number = torch.arange(len(places), device=device) - (segments.cumsum(0) - segments)[owner]
+    # Of each sample: the row that it stands in, its tokens, its media.
+    first = places[segments.cumsum(0) - segments]
+    row = first[:, :1]
+    inside = samples[row[:, 0]] == samples[first[:, 0], first[:, 1]][:, None]
+    columns, is_token = _filled(inside.int().argmax(1), inside.sum(1), width)
+    media = torch.zeros(len(segments), dtype=torch.long, device=device).index_add(0, owner, lengths)
+    own, is_medium = _filled(media.cumsum(0) - media, media, len(found.rows))
+    column_of_row = places[:, 1].repeat_interleave(lengths)
+    visible = columns[:, :, None] >= column_of_row[own][:, None, :]
+    visible = visible & is_token[:, :, None] & is_medium[:, None, :]
+    return _Seen(found.rows, number.repeat_interleave(lengths), len(samples), width, row, columns, own, visible)
+
+
+def _filled(starts: "Tensor", lengths: "Tensor", end: int) -> tuple["Tensor", "Tensor"]:
+    """(K, longest): start, start + 1, ... of each, and which of these belong to it."""
+    import torch
+
+    steps = torch.arange(int(lengths.max()), device=starts.device)
+    return (starts[:, None] + steps).clamp(max=end - 1), steps < lengths[:, None]
 
 
 def _sinusoid(numbers: "Tensor", width: int) -> "Tensor":

@@ -19,6 +19,11 @@ BOUNDS = {
 }
 
 
+# Whoever changes what a decoder gives for the same file raises this: features computed before are then computed anew.
+DECODING = 1
+DECODED_BY = {"image": ("pillow", "pydicom"), "audio": ("soundfile", "soxr", "av"), "video": ("av", "pillow")}
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of one file: bytes, pixels of a picture or frame, seconds of a recording or video, frames kept of a video."""
@@ -37,6 +42,19 @@ def decode(kind: str, source: Path | bytes, *, where: str = "", limits: Limits =
     """
     bounds = {name: getattr(limits, name) for name in BOUNDS[kind]}
     return DECODERS[kind](source, where=where, **bounds, **sampling)
+
+
+def decoding(kind: str) -> str:
+    """What a file's decoded form depends on besides the file: our own decoder and the libraries' versions."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    used = [f"{DECODING}"]
+    for package in DECODED_BY[kind]:
+        try:
+            used.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # pydicom is optional
+            continue
+    return ", ".join(used)
 
 
 def blank(kind: str, decoded: Any) -> Any:

@@ -22,15 +22,17 @@ from finetune.media import Limits, blank, decode
 from finetune.parts import load_part
 from finetune.progress import bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import load_recipe
-from finetune.run_folder import RunFolder, write_text
+from finetune.run_folder import RunFolder, refuse_several_processes, write_text
 from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
+BLANKS_KEPT = 64
 PROBED_LABELS = 200  # with more different answers than this, they aren't labels
 
 
 def evaluate(run: Path | str) -> dict[str, Any]:
     """Score a trained run on the rows its recipe names; writes metrics.json, predictions.jsonl and plots/scores.png."""
     quiet_libraries()
+    refuse_several_processes("`finetune evaluate`")
     fresh_memory()
     folder = RunFolder.open(Path(run), needs="adapter")
     recipe = load_recipe(folder.recipe)
@@ -73,7 +75,7 @@ def evaluate_plain(
     entries = some(splits[split], limit, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to evaluate on")
-    parts = load_parts(**model)
+    parts = load_parts(**model, seed=seed)
     features = Features(parts.encoders, cache_folder, limits)
     composite = build_model(
         parts,
@@ -199,7 +201,9 @@ def blank_look(features: Features, only: str | None = None) -> Look:
         alike = hashlib.sha256(f"{medium.kind}{prepared.values.shape}".encode())
         alike.update(prepared.values.contiguous().numpy().data)
         if alike.hexdigest() not in seen:
-            seen[alike.hexdigest()] = encode_one(encoder, prepared)
+            if len(seen) >= BLANKS_KEPT:  # recordings of many lengths
+                seen.clear()
+            seen[alike.hexdigest()] = encode_one(encoder, prepared).cpu()
         return seen[alike.hexdigest()]
 
     return Look(features.layout, look)

@@ -3,9 +3,9 @@ closer to what was trained is kept, if it is close, and if it isn't just the bas
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from finetune.data.tokenize import answer_ends, tokenize
 from finetune.errors import DataError, MergeRefused
 from finetune.language_model import resolve_dtype
 from finetune.media import Limits
-from finetune.model import MultimodalModel, compose
+from finetune.model import MultimodalModel, compose, without_adapter
 from finetune.parts import part_from
 from finetune.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.recipe import load_recipe
-from finetune.run_folder import RunFolder, whole_folder, write_json
+from finetune.run_folder import RunFolder, refuse_several_processes, whole_folder, write_json
 from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
 POSITIONS = 1024  # next-token distributions kept for comparison, at most
@@ -37,6 +37,7 @@ def merge(run: Path | str) -> dict[str, Any]:
     Raises MergeRefused where the merged model differs from what was trained, or not from the base.
     """
     quiet_libraries()
+    refuse_several_processes("`finetune merge`")
     fresh_memory()
     folder = RunFolder.open(Path(run), needs="adapter")
     recipe = load_recipe(folder.recipe)
@@ -71,7 +72,7 @@ def merge_plain(
     entries = some(read_splits(sources, seed)[split], rows, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to compare the merged model on")
-    parts = load_parts(**model)
+    parts = load_parts(**model, seed=seed)
     merged_dtype = resolve_dtype(dtype, parts.device) if dtype != "auto" else parts.dtype
     features = Features(parts.encoders, cache_folder, limits)
 
@@ -90,12 +91,12 @@ def merge_plain(
 
     with bar("merge", 1 + len(candidates) + 1) as step:
         composite = trained(quantized, parts, with_encoders=bool(parts.tuned))
-        for tuned in parts.tuned.values():
-            if tuned.lora is not None:  # in place: `parts` holds the encoders as they will be saved
-                tuned.lora.merge_and_unload()
         batches = list(comparison_batches(composite, parts, features, entries))
+        for tuned in parts.tuned.values():  # in place: `parts` holds the encoders as they will be saved
+            if tuned.lora is not None:
+                tuned.lora.merge_and_unload()
         reference = next_tokens(composite, batches)
-        base = next_tokens(composite, batches, without_adapter=True)
+        base = next_tokens(composite, batches, bare=True)
         from_base = compare(base, reference)
         del composite
         step()
@@ -109,11 +110,12 @@ def merge_plain(
         best = min(compared, key=lambda name: compared[name]["kl"])
         fresh_memory()
         with whole_folder(folder.merged) as partial:
-            save_merged(candidates[best](), parts, partial)
+            save_merged(candidates[best](), parts, limits, partial)
             fresh_memory()
-            # What counts is what stands on disk: it is read back and compared again.
-            final = read_back(partial)
-            logits = next_tokens(fitting(final, parts.device), batches)
+            # What counts is what stands on disk: it is read back, sees with its own encoders, and is compared again.
+            final = fitting(read_back(partial), parts.device)
+            own = Features(final_encoders(final), None, limits)
+            logits = next_tokens(final, comparison_batches(final, parts, own, entries))
             certificate: dict[str, Any] = {
                 "merged_into": best,
                 "why": "the smallest KL divergence from what was trained",
@@ -186,7 +188,7 @@ def into_dequantized(composite: MultimodalModel, dtype: torch.dtype) -> Multimod
     return composite
 
 
-def save_merged(composite: MultimodalModel, parts: Parts, folder: Path) -> None:
+def save_merged(composite: MultimodalModel, parts: Parts, limits: Limits, folder: Path) -> None:
     """One self-contained folder: weights of all parts, config with the encoders' preprocessing, tokenizer."""
     language_model = composite.language_model
     for attribute in ("quantization_config", "_pre_quantization_dtype"):
@@ -202,6 +204,7 @@ def save_merged(composite: MultimodalModel, parts: Parts, folder: Path) -> None:
     whole.projectors.load_state_dict(composite.projectors.state_dict())
     whole.fusion.load_state_dict(composite.fusion.state_dict())
     whole.config.dtype = language_model.dtype
+    whole.config.parts["media"] = asdict(limits)
     whole.save_pretrained(folder)
     generation = language_model.generation_config
     generation.eos_token_id = answer_ends(parts.tokenizer, generation)
@@ -212,6 +215,11 @@ def save_merged(composite: MultimodalModel, parts: Parts, folder: Path) -> None:
 def read_back(folder: Path) -> MultimodalModel:
     model: Any = MultimodalModel.from_pretrained(folder, dtype="auto")
     return model.eval()
+
+
+def final_encoders(final: MultimodalModel) -> dict[str, tuple[str, Any]]:
+    """{name: (kind, Encoder)} of a model that was read back."""
+    return {name: (final.config.parts["encoders"][name]["kind"], e) for name, e in final.encoder_parts.items()}
 
 
 def fitting(composite: MultimodalModel, device: torch.device) -> MultimodalModel:
@@ -244,14 +252,13 @@ def comparison_batches(
 
 
 @torch.no_grad()
-def next_tokens(
-    composite: MultimodalModel, batches: Sequence[Mapping[str, Any]], without_adapter: bool = False
-) -> list[Tensor]:
-    """Log-probabilities of the next token where the answer stands, a row (positions, vocabulary) in float32 each."""
+def next_tokens(composite: MultimodalModel, batches: Iterable[Mapping[str, Any]], bare: bool = False) -> list[Tensor]:
+    """Log-probabilities of the next token where the answer stands, a row (positions, vocabulary) in float32 each.
+    `bare`: without the adapter.
+    """
     device = composite.get_input_embeddings().weight.device
-    wrapped = composite.language_model
     found = []
-    with wrapped.disable_adapter() if without_adapter and hasattr(wrapped, "peft_config") else nullcontext():
+    with without_adapter(composite.language_model) if bare else nullcontext():
         for batch in batches:
             logits = composite(
                 batch["input_ids"].to(device),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from finetune.data.tokenize import tokenize
 from finetune.errors import DataError, Interrupted, TrainingError
 from finetune.language_model import default_device
 from finetune.media import Limits
-from finetune.model import MultimodalModel, packs_exactly
+from finetune.model import MultimodalModel, packs_exactly, without_adapter
 from finetune.progress import TrainingBar, bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import Recipe, dump_recipe
 from finetune.run_folder import RunFolder, read_json, whole_folder, write_json, write_text
@@ -33,6 +33,7 @@ from finetune.sources import adapter_options, cache_folder, limits_of, model_arg
 from finetune.trainer import refuse_several_gpus, train_stage
 
 FEW_STEPS = 50
+TRIED = 8  # media encoded to tell how large the cache gets
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -46,7 +47,7 @@ def train(recipe: Recipe, run: Path | str | None = None, resume: bool = False) -
     folder = RunFolder(Path(run or Path("runs") / recipe.name))
     if processes.is_main_process:
         folder = RunFolder.create(folder.path, dump_recipe(recipe), resume)
-        tell_versions(folder.path / "versions.json")
+        tell_versions(folder.path / "versions.json", processes.num_processes)
     processes.wait_for_everyone()
     begin = perf_counter()
     result = train_plain(
@@ -93,7 +94,7 @@ def train_plain(
     """The same from plain values. Returns losses and tokens per stage, and seconds per part."""
     first = PartialState().is_main_process
     entries = read_splits(sources, seed)
-    parts = load_parts(**model)
+    parts = load_parts(**model, seed=seed)
     features = Features(parts.encoders, cache_folder, limits)
     training = entries["train"]
     for entry in training:
@@ -136,6 +137,9 @@ def train_plain(
             here = [training[i].sample for i in chosen]
             seen = distilled(folder, here, stage, composite, parts, features, tokens_per_batch)
         lengths = [len(ids) for ids in seen["input_ids"]]
+        longest = lengths  # with a teacher, both must fit
+        if stage["distill"]:
+            longest = [max(pair) for pair in zip(lengths, map(len, seen["teacher_input_ids"]), strict=True)]
         weights = [training[i].weight for i in chosen]
         results[stage["name"]] = run_stage(
             folder,
@@ -148,7 +152,7 @@ def train_plain(
                 packed=packed,
                 pad_token_id=parts.tokenizer.pad_token_id,
             ),
-            plan_rows(lengths, weights, capacity=tokens_per_batch, epochs=stage["epochs"], seed=seed + 1000 * number),
+            plan_rows(longest, weights, capacity=tokens_per_batch, epochs=stage["epochs"], seed=seed + 1000 * number),
             lengths,
             stage,
             accumulate=accumulate,
@@ -167,6 +171,7 @@ def train_plain(
                 base=base_names(model, composite, parts),
                 seed=seed,
                 labels=labels if len(labels) <= 1000 else [],
+                media=asdict(limits),
             )
     PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
@@ -300,7 +305,7 @@ def distilled(
         f"{sample.where}: {medium.path.name} has no caption or transcript"
         for sample in samples
         for medium in sample.media
-        if not medium.text
+        if medium.text is None
     ]
     if wrong:
         raise DataError(listed(wrong, f"stage {stage['name']!r} distills, which needs the media's text"))
@@ -320,10 +325,8 @@ def distilled(
 def own_answers(samples: Sequence[Sample], model: MultimodalModel, parts: Parts, max_new_tokens: int) -> list[str]:
     """What the LLM as it came answers to each row whose media are put into words."""
     assistant = Assistant(model.eval(), parts.tokenizer, parts.placeholders, {})
-    wrapped = model.language_model
     answers: list[str] = []
-    untrained = wrapped.disable_adapter() if hasattr(wrapped, "peft_config") else nullcontext()
-    with untrained, bar("answers to imitate", len(samples)) as step:
+    with without_adapter(model.language_model), bar("answers to imitate", len(samples)) as step:
         for start in range(0, len(samples), 16):
             chunk = [sample.in_words().question for sample in samples[start : start + 16]]
             answers += assistant.answers(chunk, max_new_tokens=max_new_tokens)
@@ -336,16 +339,14 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_bat
     """Encode what the cache lacks. Says first how large it gets and from which epoch on it pays."""
     for kind, keys in features.missing(media).items():
         if not keys:
-            console.print(
-                f"features of {kind}: all {len(features.paths):,} in the cache ({features.stores[kind].folder})"
-            )
+            console.print(f"features of {kind}: all in the cache ({features.stores[kind].folder})")
             continue
-        first, each = trial(features, kind, keys)
-        size = first.nbytes * len(keys)
+        tried, each = trial(features, kind, keys)
+        size = sum(one.nbytes for one in tried) * len(keys) // len(tried)
         free = shutil.disk_usage(existing_parent(features.stores[kind].folder)).free
         console.print(
-            f"features of {kind}: {len(keys):,} × {tuple(first.shape)} {str(first.dtype).removeprefix('torch.')} = "
-            f"{size / 2**20:,.0f} MiB on disk; encoded once in about {each * len(keys):.0f} s, "
+            f"features of {kind}: {len(keys):,} × {tuple(tried[0].shape)} {str(tried[0].dtype).removeprefix('torch.')} "
+            f"or so = {size / 2**20:,.0f} MiB on disk; encoded once in about {each * len(keys):.0f} s, "
             f"without cache {each * len(keys) * epochs:.0f} s in {epochs} epochs: pays from the second epoch on"
         )
         if size > 0.9 * free:
@@ -357,23 +358,39 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_bat
             features.fill(kind, keys, step, encode_batch, workers)
 
 
-def trial(features: Features, kind: str, keys: Sequence[str]) -> tuple[Any, float]:
-    """Features of the first medium that can be read, and the seconds that the encoder takes for one."""
-    for key in keys:
+def trial(features: Features, kind: str, keys: Sequence[str]) -> tuple[list[Any], float]:
+    """Features of a few media that can be read, of one where all are alike, and the seconds that the encoder takes for
+    one. Raises DataError where none can be read.
+    """
+    wanted = 1 if features.encoders[kind].layout is not None else TRIED
+    prepared: list[Any] = []
+    # Taken from all over the rows: files often lie sorted, by length too.
+    for key in [*keys[:: max(1, len(keys) // wanted)], *keys]:
+        if len(prepared) == wanted:
+            break
         try:
-            prepared = features.prepared(kind, key)
+            prepared.append(features.prepared(kind, key))
         except DataError:  # reported with all others when the cache is filled
             continue
-        features.compute(kind, [prepared])  # warms up
-        begin = perf_counter()
-        return features.compute(kind, [prepared])[0], perf_counter() - begin
-    raise DataError(f"none of the {len(keys)} media of kind {kind} can be read: {features.where.get(keys[0], keys[0])}")
+    if not prepared:
+        where = features.where.get(keys[0], keys[0])
+        raise DataError(f"none of the {len(keys)} media of kind {kind} can be read: {where}")
+    features.compute(kind, prepared[:1])  # warms up
+    begin = perf_counter()
+    return features.compute(kind, prepared), (perf_counter() - begin) / len(prepared)
 
 
-def tell_versions(path: Path) -> None:
-    """Keep the versions that a run began with; say which have changed where it is resumed."""
-    now = {name: version(name) for name in PACKAGES}
+def tell_versions(path: Path, processes: int) -> None:
+    """Keep what a run began with; say which versions have changed where it is resumed.
+
+    Raises TrainingError for another number of processes: each would go on in the middle of another's rows.
+    """
+    now = {name: version(name) for name in PACKAGES} | {"processes": processes}
     before = read_json(path) if path.is_file() else now
+    if before["processes"] != processes:
+        raise TrainingError(
+            f"{path.parent}: this run began with {before['processes']} processes and can't go on with {processes}"
+        )
     for name in PACKAGES:
         if before.get(name) != now[name]:
             console.print(f"this run began with {name} {before.get(name)}, and goes on with {now[name]}")

@@ -21,7 +21,7 @@ def media(options: Options) -> tuple[str, ...]:
 
 
 def sample(row: Row, options: Options) -> Sample:
-    content = row.media(options.media, row.text(options.transcript) if options.transcript else "")
+    content = row.media(options.media, row.text(options.transcript) if options.transcript else None)
     question = (row.text(options.question),) if options.question else ()
     return Sample(
         (Message("user", (*content, *question)), Message("assistant", (row.text(options.answer),))), row.where, "answer"

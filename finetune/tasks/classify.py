@@ -23,7 +23,7 @@ def media(options: Options) -> tuple[str, ...]:
 
 
 def sample(row: Row, options: Options) -> Sample:
-    content = row.media(options.media, row.text(options.transcript) if options.transcript else "")
+    content = row.media(options.media, row.text(options.transcript) if options.transcript else None)
     question = f"{row.text(options.text)}\n{options.prompt}" if options.text else options.prompt
     return Sample(
         (Message("user", (*content, question)), Message("assistant", (row.text(options.label),))), row.where, "classify"

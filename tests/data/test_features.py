@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_composite, tiny_dataset, tiny_encoder
 
-from finetune.assemble import Features
+from finetune.assemble import Features, features_key
 from finetune.data import features as module
 from finetune.data.features import FeatureStore, media_key
 from finetune.data.sample import Layout, Medium
@@ -131,3 +131,11 @@ def test_an_interrupted_fill_leaves_whole_files_and_goes_on(error, tmp_path, mon
     assert sorted(calls) == sorted([*keys, "3"])  # none computed twice but the one that failed
     assert [store.read(key)[0, 0, 0].item() for key in keys] == [0, 1, 2, 3, 4, 5]
     assert [store.layout(key) for key in keys] == [Layout(1, (f"{key}s ",)) for key in keys]
+
+
+def test_features_are_computed_anew_where_files_are_decoded_otherwise(monkeypatch):
+    encoder = tiny_encoder()
+    before = features_key("image", encoder)
+    assert before == features_key("image", encoder) != features_key("audio", encoder)
+    monkeypatch.setattr("finetune.media.DECODING", 2)
+    assert features_key("image", encoder) != before
