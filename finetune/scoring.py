@@ -4,6 +4,11 @@ import re
 from collections import Counter
 
 
+def free_text(predictions: list[str], targets: list[str]) -> dict[str, float]:
+    """What answers in one's own words are scored by."""
+    return {"exact_match": exact_match(predictions, targets), "token_f1": token_f1(predictions, targets)}
+
+
 def exact_match(predictions: list[str], targets: list[str]) -> float:
     """Share of answers that are the target, letter for letter."""
     return sum(p == t for p, t in zip(predictions, targets, strict=True)) / max(len(targets), 1)

@@ -37,13 +37,13 @@ def test_placeholders_are_the_rows_that_come(label, projector, fusion):
             llm,
             encoders={medium: (kind, encoder)},
             projectors={medium: part("projectors", projector, **SMALL.get(projector, {}))},
-            fusion=part("fusion", fusion, **FUSIONS[fusion]),
+            fusion=part("fusion", fusion, **FUSIONS.get(fusion, {})),
             placeholder_ids={medium: placeholders[medium].id},
         ).eval()
         prepared = [encoder.prepare(decoded) for decoded in ODD[medium]]
         planned = [segments_of(model.config, medium, one.layout) for one in prepared]
-    except ModelError as error:  # before anything runs
-        assert projector == "pixel_shuffle" and "aren't a square grid" in str(error)
+    except ModelError as error:  # a projector may refuse rows, by name and before anything runs
+        assert projector in str(error) and "rows" in str(error)
         return
     features = [encode_one(encoder, one) for one in prepared]
     for one, rows, segments in zip(prepared, features, planned, strict=True):
@@ -74,7 +74,7 @@ def test_ten_minutes_of_sound_take_the_placeholders_that_were_planned(label, fus
         tiny_llm(),
         encoders={"audio": (kind, encoder)},
         projectors={"audio": part("projectors", "stack", factor=8)},
-        fusion=part("fusion", fusion, **FUSIONS[fusion]),
+        fusion=part("fusion", fusion, **FUSIONS.get(fusion, {})),
         placeholder_ids={"audio": 130},
     )
     prepared = encoder.prepare(np.tile(tiny_sound(10), 60))

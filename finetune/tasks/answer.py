@@ -4,7 +4,7 @@ from pydantic import Field
 
 from finetune.data.sample import Message, Row, Sample
 from finetune.parts import PartOptions
-from finetune.scoring import exact_match, token_f1
+from finetune.scoring import free_text
 
 PRIMARY = "exact_match"
 
@@ -33,4 +33,4 @@ def read(answer: str, options: Options) -> str:
 
 
 def score(predictions: list[str], targets: list[str], options: Options) -> dict[str, float]:
-    return {"exact_match": exact_match(predictions, targets), "token_f1": token_f1(predictions, targets)}
+    return free_text(predictions, targets)

@@ -7,7 +7,7 @@ from pydantic import Field
 from finetune.data.sample import Medium, Message, Row, Sample
 from finetune.errors import DataError
 from finetune.parts import PartOptions
-from finetune.scoring import exact_match, token_f1
+from finetune.scoring import free_text
 
 PRIMARY = "token_f1"
 ROLES = ("system", "user", "assistant")
@@ -36,7 +36,7 @@ def read(answer: str, options: Options) -> str:
 
 
 def score(predictions: list[str], targets: list[str], options: Options) -> dict[str, float]:
-    return {"exact_match": exact_match(predictions, targets), "token_f1": token_f1(predictions, targets)}
+    return free_text(predictions, targets)
 
 
 def _message(row: Row, number: int, message: Any, options: Options) -> Message:
