@@ -9,7 +9,7 @@ exist, "maybe" for a name that is a Hub id unless it looks local.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from finetune.conflicts import data_conflicts, model_conflicts, stage_conflicts, tuning_conflicts
 from finetune.errors import RecipeError
 from finetune.parts import PartOptions, load_part, part_names
 from finetune.strict_yaml import (
@@ -47,7 +48,6 @@ from finetune.strict_yaml import (
     shorten,
 )
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 PATH_EXISTS: dict[str, Any] = {"path": True}
 PATH_FILE: dict[str, Any] = {"path": "file"}
 PATH_FOLDER: dict[str, Any] = {"path": "folder"}
@@ -321,8 +321,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise refusal(document, explain(document, error.errors(include_url=False), _schema())) from None
     problems: list[Problem] = []
     recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
-    problems += _model_conflicts(recipe.model)
-    for conflicts in (_data_conflicts, _tuning_conflicts, _stage_conflicts):
+    problems += model_conflicts(recipe.model)
+    for conflicts in (data_conflicts, tuning_conflicts, stage_conflicts):
         problems += conflicts(recipe)
     if problems:
         raise refusal(document, problems)
@@ -380,125 +380,3 @@ def _with_paths(value: Any, folder: str, location: Location, problems: list[Prob
 def _looks_local(name: str, folder: str) -> bool:
     local = name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or "\\" in name
     return local or os.path.exists(os.path.join(folder, name))
-
-
-# What can't work together, though each value alone is right.
-
-
-def _model_conflicts(model: Model) -> Iterator[Problem]:
-    if model.llm.trust_remote_code and not COMMIT.fullmatch(model.llm.revision or ""):
-        message = f"needs model.llm.revision to be a commit of 40 hex digits; it is {seen(model.llm.revision)}."
-        yield ("model", "llm", "trust_remote_code"), message
-    taken = _media(model)
-    orphans = model.projectors.keys() - taken
-    for name, encoder in model.encoders.items():
-        medium = load_part("encoders", encoder.kind).MEDIUM
-        if medium != name:
-            yield ("model", "encoders", name), f"{encoder.kind!r} takes the medium {medium!r}: write encoders.{medium}."
-        elif name not in model.projectors and not nearest(name, orphans):
-            yield ("model", "encoders", name), f"has no projector: add model.projectors.{name}."
-    for name in sorted(orphans):
-        near = nearest(name, model.encoders)
-        advice = f"Did you mean {near!r}?" if near else f"Add model.encoders.{shorten(name, 40)}."
-        yield ("model", "projectors", name), f"no encoder has this name. {advice}"
-
-
-def _media(model: Model) -> set[str]:
-    """The media there are encoders for; one under a wrong name counts under both, so that it is one error."""
-    return {*model.encoders, *(load_part("encoders", encoder.kind).MEDIUM for encoder in model.encoders.values())}
-
-
-def _data_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    media = _media(recipe.model)
-    firsts: dict[str, int] = {}
-    for index, source in enumerate(recipe.data):
-        for medium in load_part("tasks", source.task.kind).media(source.task.options):
-            if medium not in media:
-                there = ", ".join(recipe.model.encoders) or "none"
-                yield (
-                    ("data", index, "task"),
-                    f"{source.task.kind!r} needs an encoder for {medium!r}; encoders: {shorten(there)}.",
-                )
-        first = firsts.setdefault(os.path.realpath(source.path), index)
-        other = recipe.data[first]
-        if other.split != source.split:
-            message = f"also data.{first}, with split {other.split}; the same rows can't be in {source.split} too."
-            yield ("data", index, "path"), message
-        elif other.hold_out != source.hold_out:
-            message = f"also data.{first}, with hold_out {other.hold_out:g}: give both the same, or rows held out leak."
-            yield ("data", index, "path"), message
-    splits = {source.split for source in recipe.data}
-    held_out = any(source.hold_out for source in recipe.data)
-    if "train" not in splits:
-        yield ("data",), "no source has split train: there is nothing to train on."
-    split = recipe.evaluate.split
-    if split not in splits and not (split == "test" and held_out):
-        advice = f"a source with split: {split}" + (", or hold_out: 0.1 on one" if split == "test" else "")
-        written = "split" in recipe.evaluate.model_fields_set
-        yield ("evaluate", "split") if written else ("data",), f"no rows to evaluate on: add {advice}."
-
-
-def _tuning_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    for name, how in recipe.tune_encoders.items():
-        if name not in recipe.model.encoders:
-            yield ("tune_encoders", name), "no encoder has this name."
-        elif (how.last_layers is None) == (how.rank is None):
-            yield ("tune_encoders", name), "write last_layers, or rank for LoRA: one of them."
-    if recipe.tune_encoders and recipe.train.cache:
-        yield (
-            ("train", "cache"),
-            "keeps what frozen encoders say, but tune_encoders lets one change: set train.cache: false.",
-        )
-
-
-def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    there = _trainable(recipe)
-    names: dict[str, int] = {}
-    for index, stage in enumerate(recipe.train.stages):
-        here: Location = ("train", "stages", index)
-        if (first := names.setdefault(stage.name, index)) != index:
-            yield (*here, "name"), f"{seen(stage.name)} is train.stages.{first} already: give each its own name."
-        for number, target in enumerate(stage.trains):
-            where = (*here, "trains", number)
-            if target == "adapter" and recipe.adapter is None:
-                yield where, "'adapter' can't be trained: adapter is null."
-            elif target not in there:
-                near = nearest(target, there)
-                advice = f" Did you mean {near!r}?" if near else ""
-                if target.partition(".")[0] == "encoders":
-                    advice = " An encoder that trains stands in tune_encoders."
-                yield where, f"got {seen(target)}; write one of {shorten(', '.join(there), 120)}.{advice}"
-            elif target in stage.trains[:number]:
-                yield where, f"{seen(target)} is written twice."
-            elif target.partition(".")[0] in stage.trains and "." in target:
-                group = target.partition(".")[0]
-                yield where, f"{seen(target)} is one of {group}, which is written too: keep one."
-        for target, rate in stage.learning_rates.items():
-            where = (*here, "learning_rates", target)
-            if target not in there or not (target in stage.trains or target.partition(".")[0] in stage.trains):
-                yield where, f"this stage doesn't train it; it trains {', '.join(stage.trains)}."
-            elif rate <= 0:
-                yield where, f"got {rate:g}; write a number above 0."
-        training = [i for i, source in enumerate(recipe.data) if source.split == "train"]
-        for number, source in enumerate(stage.sources or []):
-            if source not in training:
-                there_are = ", ".join(map(str, training))
-                yield (*here, "sources", number), f"got {source}; write numbers of training sources: {there_are}."
-    fusion = recipe.model.fusion.kind
-    if load_part("fusion", fusion).TRAINED and "fusion" not in recipe.train.stages[0].trains:
-        yield (
-            ("train", "stages", 0, "trains"),
-            f"the fusion {fusion!r} begins as if it weren't there, so that nothing else is reached: add 'fusion'.",
-        )
-
-
-def _trainable(recipe: Recipe) -> list[str]:
-    """What a stage of this recipe may train."""
-    projectors = [f"projectors.{name}" for name in recipe.model.projectors]
-    encoders = [f"encoders.{name}" for name in recipe.tune_encoders]
-    return [
-        *(["projectors", *projectors] if projectors else []),
-        *(["fusion"] if load_part("fusion", recipe.model.fusion.kind).TRAINED else []),
-        *(["adapter"] if recipe.adapter else []),
-        *(["encoders", *encoders] if encoders else []),
-    ]

@@ -14,11 +14,11 @@ PACKAGE = Path(finetune.__file__).parent
 PART_FOLDERS = ("encoders", "projectors", "fusion", "tasks", "data.formats")
 LEVELS = (
     ("errors",),
-    ("parts", "run_folder", "hub", "strict_yaml", "scoring", "plots", "progress", "recipe"),
+    ("parts", "run_folder", "hub", "strict_yaml", "scoring", "plots", "progress", "conflicts", "recipe"),
     ("media",),
     ("data", "encoders", "projectors", "fusion", "tasks", "sources"),
     ("model", "adapter", "language_model"),
-    ("assemble", "trainer", "assistant"),
+    ("assemble", "trainer", "assistant", "prepare"),
     ("stages",),
     ("pipeline", "cli"),
 )

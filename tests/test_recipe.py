@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 from pydantic import Field
 
+from finetune import conflicts
 from finetune import recipe as recipe_module
 from finetune.errors import RecipeError
 from finetune.parts import PartOptions, load_part, part_names
@@ -74,7 +75,8 @@ def odd_parts(monkeypatch):
     listen.media, listen.Options = lambda options: ("audio",), PartOptions
     odd = {("encoders", "probe"): probe, ("tasks", "listen"): listen}
     extra = dict(odd.keys())
-    monkeypatch.setattr(recipe_module, "load_part", lambda *where: odd.get(where) or load_part(*where))
+    for module in (recipe_module, conflicts):
+        monkeypatch.setattr(module, "load_part", lambda *where: odd.get(where) or load_part(*where))
     monkeypatch.setattr(recipe_module, "part_names", lambda f: (*part_names(f), *([extra[f]] if f in extra else [])))
     recipe_module._schema.cache_clear()
     yield

@@ -1,0 +1,169 @@
+"""What a stage of training reads: rows as token ids, with a teacher's beside them where it distills; features of their
+media, computed once.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+
+from finetune.assemble import Features, Parts, composite_config, segments_by
+from finetune.assistant import Assistant
+from finetune.data.rows import Entry, listed
+from finetune.data.sample import Sample
+from finetune.data.tokenize import tokenize
+from finetune.errors import DataError
+from finetune.model import MultimodalModel, without_adapter
+from finetune.progress import bar, console
+from finetune.run_folder import RunFolder, read_json, write_json
+
+TRIED = 8  # media encoded to tell how large the cache gets
+
+
+def tokenized(samples: Sequence[Sample], parts: Parts, features: Features, limit: int) -> Dataset:
+    """Training rows as token ids, labels and keys of their media. Raises DataError with all rows that can't be used."""
+    segments = segments_by(composite_config(parts), features.layout)
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "media_kinds": [], "media_keys": []}
+    wrong: list[str] = []
+    for sample in samples:
+        try:
+            tokens = tokenize(sample, parts.tokenizer, parts.placeholders, segments)
+            if len(tokens.input_ids) > limit:
+                raise DataError(
+                    f"{sample.where}: {len(tokens.input_ids)} tokens, more than a row holds: raise "
+                    f"train.tokens_per_batch (now {limit}) or shorten it; a medium is never cut"
+                )
+        except DataError as error:
+            wrong.append(str(error))
+            continue
+        columns["input_ids"].append(tokens.input_ids)
+        columns["labels"].append(tokens.labels)
+        columns["media_kinds"].append([medium.kind for medium in tokens.media])
+        columns["media_keys"].append([features.key(medium, sample.where) for medium in tokens.media])
+    if wrong:
+        raise DataError(listed(wrong, f"{len(wrong)} of {len(samples)} training rows can't be used"))
+    return Dataset.from_dict(columns)
+
+
+def stage_rows(
+    folder: RunFolder,
+    training: Sequence[Entry],
+    samples: Dataset,
+    stage: Mapping[str, Any],
+    model: MultimodalModel,
+    parts: Parts,
+    features: Features,
+    limit: int,
+) -> tuple[Dataset, list[float], list[int], list[int]]:
+    """The rows that a stage sees, their weights, their tokens, and the tokens that a packed row must hold for each:
+    with a teacher, as many as the longer of the two has.
+    """
+    chosen = [i for i, entry in enumerate(training) if not stage["sources"] or entry.source in stage["sources"]]
+    weights = [training[i].weight for i in chosen]
+    if not stage["distill"]:
+        lengths = [len(ids) for ids in samples.select(chosen)["input_ids"]]
+        return samples.select(chosen), weights, lengths, lengths
+    seen = distilled(folder, [training[i].sample for i in chosen], stage, model, parts, features, limit)
+    lengths = [len(ids) for ids in seen["input_ids"]]
+    taught = [len(ids) for ids in seen["teacher_input_ids"]]
+    return seen, weights, lengths, [max(pair) for pair in zip(lengths, taught, strict=True)]
+
+
+def distilled(
+    folder: RunFolder,
+    samples: Sequence[Sample],
+    stage: Mapping[str, Any],
+    model: MultimodalModel,
+    parts: Parts,
+    features: Features,
+    limit: int,
+) -> Dataset:
+    """Training rows with the answers to imitate, and beside them the same with each medium's text in its place.
+
+    The LLM's own answers are written down once per run. Raises DataError where a medium has no text.
+    """
+    wrong = [
+        f"{sample.where}: {medium.path.name} has no caption or transcript"
+        for sample in samples
+        for medium in sample.media
+        if medium.text is None
+    ]
+    if wrong:
+        raise DataError(listed(wrong, f"stage {stage['name']!r} distills, which needs the media's text"))
+    if stage["distill"]["answers"] == "own":
+        path = folder.data / f"answers-{stage['name']}.json"
+        if PartialState().is_main_process and not path.is_file():
+            write_json(path, {"answers": own_answers(samples, model, parts, stage["distill"]["max_new_tokens"])})
+        PartialState().wait_for_everyone()
+        answers = read_json(path)["answers"]
+        # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
+        samples = [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
+    seen = tokenized(samples, parts, features, limit)
+    read = tokenized([sample.in_words() for sample in samples], parts, features, limit)
+    return seen.add_column("teacher_input_ids", read["input_ids"][:]).add_column("teacher_labels", read["labels"][:])
+
+
+def own_answers(samples: Sequence[Sample], model: MultimodalModel, parts: Parts, max_new_tokens: int) -> list[str]:
+    """What the LLM as it came answers to each row whose media are put into words."""
+    assistant = Assistant(model.eval(), parts.tokenizer, parts.placeholders, {})
+    answers: list[str] = []
+    with without_adapter(model.language_model), bar("answers to imitate", len(samples)) as step:
+        for start in range(0, len(samples), 16):
+            chunk = [sample.in_words().question for sample in samples[start : start + 16]]
+            answers += assistant.answers(chunk, max_new_tokens=max_new_tokens)
+            for _ in chunk:
+                step()
+    return answers
+
+
+def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_batch: int, workers: int) -> None:
+    """Encode what the cache lacks. Says first how large it gets and from which epoch on it pays."""
+    for kind, keys in features.missing(media).items():
+        if not keys:
+            console.print(f"features of {kind}: all in the cache ({features.stores[kind].folder})")
+            continue
+        tried, each = trial(features, kind, keys)
+        size = sum(one.nbytes for one in tried) * len(keys) // len(tried)
+        free = shutil.disk_usage(existing_parent(features.stores[kind].folder)).free
+        console.print(
+            f"features of {kind}: {len(keys):,} × {tuple(tried[0].shape)} {str(tried[0].dtype).removeprefix('torch.')} "
+            f"or so = {size / 2**20:,.0f} MiB on disk; encoded once in about {each * len(keys):.0f} s, "
+            f"without cache {each * len(keys) * epochs:.0f} s in {epochs} epochs: pays from the second epoch on"
+        )
+        if size > 0.9 * free:
+            raise DataError(
+                f"the features need {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free in "
+                f"{features.stores[kind].folder}: set train.cache: false or train.cache_folder"
+            )
+        with bar(f"encode {kind}", len(keys)) as step:
+            features.fill(kind, keys, step, encode_batch, workers)
+
+
+def trial(features: Features, kind: str, keys: Sequence[str]) -> tuple[list[Any], float]:
+    """Features of a few media that can be read, of one where all are alike, and the seconds that the encoder takes for
+    one. Raises DataError where none can be read.
+    """
+    wanted = 1 if features.encoders[kind].layout is not None else TRIED
+    prepared: list[Any] = []
+    # Taken from all over the rows: files often lie sorted, by length too.
+    for key in [*keys[:: max(1, len(keys) // wanted)], *keys]:
+        if len(prepared) == wanted:
+            break
+        try:
+            prepared.append(features.prepared(kind, key))
+        except DataError:  # reported with all others when the cache is filled
+            continue
+    if not prepared:
+        where = features.where.get(keys[0], keys[0])
+        raise DataError(f"none of the {len(keys)} media of kind {kind} can be read: {where}")
+    features.compute(kind, prepared[:1])  # warms up
+    begin = perf_counter()
+    return features.compute(kind, prepared), (perf_counter() - begin) / len(prepared)
+
+
+def existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
