@@ -97,7 +97,8 @@ def tune_encoder(
         layers = [kept for layer in _layers(module, reached) if (kept := [n for n in layer if n in reached])]
         if last_layers > len(layers):
             raise ModelError(
-                f"last_layers is {last_layers}, but features of this {type(module).__name__} come through {len(layers)}"
+                f"tune_encoders: last_layers is {last_layers}, but features of this {type(module).__name__} come "
+                f"through {len(layers)}"
             )
         return TunedEncoder([name for layer in layers[-last_layers:] for name in layer])
     config = LoraConfig(
@@ -108,7 +109,12 @@ def tune_encoder(
     try:
         lora: Any = get_peft_model(module, config)  # type: ignore[arg-type]
     except (ValueError, ImportError, TypeError) as error:
-        raise ModelError(f"tune_encoders: PEFT refuses it: {str(error).splitlines()[0]}") from error
+        if targets == "all-linear" and not any(isinstance(m, nn.Linear) for m in module.modules()):
+            message = (
+                f"tune_encoders: {type(module).__name__} has no linear layers for LoRA: write last_layers, not rank"
+            )
+            raise ModelError(message) from None
+        raise ModelError(f"tune_encoders: PEFT refuses it: {' '.join(str(error).split())[:300]}") from error
     reached = _reached(encoder, decoded)
     return TunedEncoder([name for name, _ in module.named_parameters() if _is_adapter(name) and name in reached], lora)
 

@@ -20,6 +20,7 @@ from finetune.language_model import context_length, default_device, load_tokeniz
 from finetune.media import Limits
 from finetune.model import PLACEHOLDERS, MultimodalModel
 from finetune.parts import part_from
+from finetune.progress import quiet_libraries
 from finetune.run_folder import read_json
 
 Media = Path | str | Sequence[Path | str] | None
@@ -52,7 +53,7 @@ class Assistant:
 
     def answer(
         self,
-        prompt: str,
+        prompt: str = "",
         *,
         image: Media = None,
         audio: Media = None,
@@ -62,7 +63,8 @@ class Assistant:
     ) -> str:
         """One question, after any number of pictures, recordings and videos, answered greedily.
 
-        `strength`: factor of what media add to the text (cross-attention only), or one per medium.
+        `strength`: factor of what media add to the text (cross-attention only), or one per medium; at 0 a medium isn't
+        even mentioned, and the answer is that of the LLM (with its adapter) to the text alone.
         Raises DataError for media that the model doesn't take or that can't be read.
         """
         media = media_of(image=image, audio=audio, video=video)
@@ -80,6 +82,12 @@ class Assistant:
 
         `look` gives media otherwise than by reading and encoding their files.
         """
+        if max_new_tokens < 1:
+            raise DataError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
+        weights = self._strengths(strength)
+        conversations = [
+            _without(messages, [kind for kind in weights if weights[kind] == 0]) for messages in conversations
+        ]
         look = look or self._reading()
         segments = segments_by(self.model.config, look.layout)
         prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
@@ -98,7 +106,7 @@ class Assistant:
         for prompt in prompts:
             for medium in prompt.media:
                 media.setdefault(medium.kind, []).append(look.features(medium))
-        with self._at(strength):
+        with self._at(weights):
             tokens = self.model.generate(
                 input_ids,
                 attention_mask=mask,
@@ -111,25 +119,33 @@ class Assistant:
             )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    @contextmanager
-    def _at(self, strength: float | Mapping[str, float] | None) -> Iterator[None]:
-        """Media weigh this much for the time being."""
-        fusion = self.model.fusion
+    def _strengths(self, strength: float | Mapping[str, float] | None) -> dict[str, float]:
+        """What each medium is to weigh: as asked, else as the model has it; {} where the fusion knows none."""
+        own = self.model.fusion.strength
         if strength is None:
-            yield
-            return
-        if fusion.strength is None:
+            return dict(own or {})
+        if own is None:
             kind = self.model.config.parts["fusion"]["kind"]
             raise DataError(f"strength is for models with cross-attention; this one's fusion is {kind!r}")
-        given = dict.fromkeys(fusion.strength, strength) if isinstance(strength, float | int) else strength
-        if unknown := sorted(given.keys() - fusion.strength.keys()):
-            raise DataError(f"strength of {unknown[0]!r}: this model takes {', '.join(fusion.strength)}")
-        before = dict(fusion.strength)
-        fusion.strength.update(given)
+        given = dict.fromkeys(own, strength) if isinstance(strength, float | int) else strength
+        if unknown := sorted(given.keys() - own.keys()):
+            raise DataError(f"strength of {unknown[0]!r}: this model takes {', '.join(own)}")
+        if wrong := [f"{value:g}" for value in given.values() if not 0 <= value < float("inf")]:
+            raise DataError(f"strength is {wrong[0]}; write 0 or more, 1 as trained")
+        return {**own, **given}
+
+    @contextmanager
+    def _at(self, strengths: Mapping[str, float]) -> Iterator[None]:
+        """Media weigh this much for the time being."""
+        fusion = self.model.fusion
+        before = dict(fusion.strength or {})
+        if strengths:
+            fusion.strength.update(strengths)
         try:
             yield
         finally:
-            fusion.strength.update(before)
+            if strengths:
+                fusion.strength.update(before)
 
     def _reading(self) -> Look:
         """Each file is read once, for its length and for its features."""
@@ -148,11 +164,21 @@ class Assistant:
         )
 
 
+def _without(messages: Sequence[Message], kinds: Sequence[str]) -> list[Message]:
+    """The conversation without media of these kinds."""
+    return [
+        Message(m.role, tuple(p for p in m.content if not (isinstance(p, Medium) and p.kind in kinds)))
+        for m in messages
+    ]
+
+
 def media_of(**given: Media) -> tuple[Medium, ...]:
-    """Media by kind, each a path or several, in the order of the kinds."""
+    """Media by kind, each a path or several, in the order of the kinds. Raises DataError for anything else."""
     found: list[Medium] = []
     for kind, paths in given.items():
-        several = [paths] if isinstance(paths, str | Path) else paths or []
+        several = [paths] if isinstance(paths, str | Path) else [] if paths is None else paths
+        if not isinstance(several, list | tuple) or not all(isinstance(path, str | Path) for path in several):
+            raise DataError(f"{kind}: give a file's path or a list of them, not a {type(paths).__name__}")
         found += [Medium(kind, Path(path)) for path in several]
     return tuple(found)
 
@@ -163,6 +189,7 @@ def load(folder: Path | str, device: torch.device | None = None, trust_remote_co
     `trust_remote_code` lets an adapter's LLM run code of its Hub repository: the adapter can't ask for it by itself,
     and must name a commit. Raises ArtifactError for a folder that is none of these, or whose files don't fit.
     """
+    quiet_libraries()
     path = Path(folder)
     candidates = [path / "merged", path / "adapter", path]
     for candidate in candidates:

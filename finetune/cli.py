@@ -72,7 +72,7 @@ def chat(
         list[str] | None,
         typer.Option(metavar="X|MEDIUM=X", help="How much media weigh (cross-attention only); 0: the text-only LLM."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 256,
 ) -> None:
     """Ask a trained model."""
     weigh = strength_of(strength or [])
@@ -98,9 +98,12 @@ def recipes(
     to: Annotated[Path, typer.Option(metavar="DIR", help="Where to.")] = Path(),
 ) -> None:
     """List the recipes that come with the package, or copy one."""
-    for name, about in finetune.recipes(copy, to).items():
-        if copy in (None, name):
-            print(f"{name:<24} {about}")
+    found = finetune.recipes(copy, to)
+    if copy is not None:
+        print(f"{to / copy}.yaml: write your own data and weights into it, its paths are relative to its new place")
+        return
+    for name, about in found.items():
+        print(f"{name:<24} {about}")
 
 
 @app.command()
@@ -126,10 +129,10 @@ def print_scores(scores: dict[str, Any]) -> None:
 
     for task, metrics in scores.items():
         conditions = list(next(iter(metrics.values())))
-        table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left")
-        table.add_column("")
+        table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
         for condition in conditions:
-            table.add_column(condition, justify="right")
+            table.add_column(condition.replace("_", "\n"), justify="right")
         for metric, values in metrics.items():
             cells = (values.get(condition) for condition in conditions)
             table.add_row(metric, *("" if value is None else f"{value:.3f}" for value in cells))

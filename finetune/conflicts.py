@@ -73,6 +73,8 @@ def tuning_conflicts(recipe: "Recipe") -> Iterator[Problem]:
             yield ("tune_encoders", name), "no encoder has this name."
         elif (how.last_layers is None) == (how.rank is None):
             yield ("tune_encoders", name), "write last_layers, or rank for LoRA: one of them."
+        elif not any({"encoders", f"encoders.{name}"} & {*stage.trains} for stage in recipe.train.stages):
+            yield ("tune_encoders", name), f"no stage trains it: add 'encoders.{name}' to the trains of one."
     if recipe.tune_encoders and recipe.train.cache:
         yield (
             ("train", "cache"),
@@ -113,6 +115,11 @@ def stage_conflicts(recipe: "Recipe") -> Iterator[Problem]:
             if source not in training:
                 there_are = ", ".join(map(str, training))
                 yield (*here, "sources", number), f"got {source}; write numbers of training sources: {there_are}."
+        if stage.distill:
+            for number in stage.sources or training:
+                if number in training and getattr(recipe.data[number].task.options, "transcript", None) == "":
+                    message = f"stage {stage.name!r} distills: name the column of what the media show or say."
+                    yield ("data", number, "task", "transcript"), message
     fusion = recipe.model.fusion.kind
     if load_part("fusion", fusion).TRAINED and "fusion" not in recipe.train.stages[0].trains:
         yield (

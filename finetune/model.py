@@ -330,7 +330,10 @@ def placeholder_count(config: MultimodalConfig, name: str, rows: int) -> int:
     """Placeholder tokens for a segment of `rows` rows of features of encoder `name`."""
     projector, projector_options = part_from("projectors", config.parts["projectors"][name])
     fusion, fusion_options = part_from("fusion", config.parts["fusion"])
-    rows = load_part("projectors", projector).length(rows, projector_options)
+    try:
+        rows = load_part("projectors", projector).length(rows, projector_options)
+    except ModelError as error:
+        raise ModelError(f"model.projectors.{name}: {error}") from None
     return load_part("fusion", fusion).placeholders(rows, fusion_options)
 
 

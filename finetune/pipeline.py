@@ -65,6 +65,7 @@ def recipes(copy: str | None = None, to: Path | str = ".") -> dict[str, str]:
         target = Path(to) / found[copy].name
         if target.exists():
             raise RecipeError(f"{target} exists already; choose another folder with --to")
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(found[copy], target)
     return {name: _first_comment(path) for name, path in found.items()}
 

@@ -12,7 +12,7 @@ def losses(stages: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Loss per optimizer step, stage after stage, with its running mean over a tenth of the stage."""
     import numpy as np
 
-    figure, axes = _figure(7.5, 3.6)
+    figure, (axes,) = _figure(7.5, 3.6)
     begin, highest = 0, 0.0
     for number, (name, stage) in enumerate(stages.items()):
         values = np.array(stage["losses"], dtype=float)
@@ -36,46 +36,47 @@ def losses(stages: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def scores(table: Mapping[str, Any], path: Path) -> None:
-    """`table` is metrics.json's `scores`: a group of bars for each task's metric, one bar a condition."""
+    """`table` is metrics.json's `scores`: a panel a task, in it a group of bars a metric, one bar a condition."""
     from matplotlib.patches import Patch
 
-    groups = [(task, metric, values) for task, metrics in table.items() for metric, values in metrics.items()]
-    figure, axes = _figure(max(4.5, 1.9 * len(groups)), 3.6)
-    seen = dict.fromkeys(name for _, _, values in groups for name, value in values.items() if value is not None)
-    conditions = {name: COLOURS.get(name, SPARE[i % len(SPARE)]) for i, name in enumerate(seen)}
-    width = 0.84 / len(conditions)
-    for place, (_, _, values) in enumerate(groups):
-        for number, (condition, colour) in enumerate(conditions.items()):
-            value = values.get(condition)
-            if value is None:
-                continue
-            x = place + (number - (len(conditions) - 1) / 2) * width
-            axes.bar(x, min(value, 1.0), width * 0.92, color=colour)
-            axes.text(x, min(value, 1.0) + 0.01, f"{value:.2f}", ha="center", fontsize=7)
-    several = len(table) > 1
-    named = [metric.replace("_error_rate", " error rate\n(less is better)") for _, metric, _ in groups]
-    axes.set_xticks(
-        range(len(groups)),
-        [f"{task}\n{name}" if several else name for (task, _, _), name in zip(groups, named, strict=True)],
-    )
-    axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylim(0, 1.05)
-    keys = [Patch(color=colour, label=name.replace("_", " ")) for name, colour in conditions.items()]
-    axes.legend(
-        handles=keys, frameon=False, fontsize=8, ncols=len(keys), loc="upper center", bbox_to_anchor=(0.5, 1.13)
-    )
+    rows = [values for metrics in table.values() for values in metrics.values()]
+    seen = dict.fromkeys(name for values in rows for name, value in values.items() if value is not None)
+    colours = {name: COLOURS.get(name, SPARE[i % len(SPARE)]) for i, name in enumerate(seen)}
+    most = max(len(metrics) for metrics in table.values())
+    figure, panels = _figure(max(4.5, 2.1 * most), 0.4 + 3.0 * len(table), len(table))
+    for axes, (task, metrics) in zip(panels, table.items(), strict=True):
+        there = [name for name in colours if any(values.get(name) is not None for values in metrics.values())]
+        width = 0.84 / len(there)
+        for place, values in enumerate(metrics.values()):
+            for number, condition in enumerate(there):
+                value = values.get(condition)
+                if value is None:
+                    continue
+                x = place + (number - (len(there) - 1) / 2) * width
+                axes.bar(x, min(value, 1.0), width * 0.92, color=colours[condition])
+                axes.text(x, min(value, 1.0) + 0.01, f"{value:.2f}", ha="center", fontsize=6.5)
+        named = [metric.replace("_error_rate", " error rate\n(less is better)") for metric in metrics]
+        axes.set_xticks(range(len(metrics)), named)
+        axes.set_xlim(-0.6, most - 0.4)
+        axes.set_ylim(0, 1.08)
+        if len(table) > 1:
+            axes.set_title(task, loc="left", fontsize=10)
+    keys = [Patch(color=colour, label=name.replace("_", " ")) for name, colour in colours.items()]
+    figure.legend(handles=keys, frameon=False, fontsize=8, ncols=min(len(keys), 2 * most), loc="outside upper center")
     _save(figure, path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    """Panels one below the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+    found = list(figure.subplots(panels, 1, squeeze=False)[:, 0])
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, found
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -93,7 +93,8 @@ def distilled(
         if medium.text is None
     ]
     if wrong:
-        raise DataError(listed(wrong, f"stage {stage['name']!r} distills, which needs the media's text"))
+        told = f"stage {stage['name']!r} distills: the task's `transcript` names the column of what media show or say"
+        raise DataError(listed(wrong, told))
     if stage["distill"]["answers"] == "own":
         path = folder.data / f"answers-{stage['name']}.json"
         if PartialState().is_main_process and not path.is_file():
@@ -130,8 +131,9 @@ def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_bat
         size = sum(one.nbytes for one in tried) * len(keys) // len(tried)
         free = shutil.disk_usage(existing_parent(features.stores[kind].folder)).free
         console.print(
-            f"features of {kind}: {len(keys):,} × {tuple(tried[0].shape)} {str(tried[0].dtype).removeprefix('torch.')} "
-            f"or so = {size / 2**20:,.0f} MiB on disk; encoded once in about {each * len(keys):.0f} s, "
+            f"features of {kind}: {len(keys):,} × about {tuple(tried[0].shape)} "
+            f"{str(tried[0].dtype).removeprefix('torch.')} = {size / 2**20:,.0f} MiB on disk; encoded once in about "
+            f"{each * len(keys):.0f} s, "
             f"without cache {each * len(keys) * epochs:.0f} s in {epochs} epochs: pays from the second epoch on"
         )
         if size > 0.9 * free:
@@ -149,17 +151,17 @@ def trial(features: Features, kind: str, keys: Sequence[str]) -> tuple[list[Any]
     """
     wanted = 1 if features.encoders[kind].layout is not None else TRIED
     prepared: list[Any] = []
+    wrong: list[str] = []
     # Taken from all over the rows: files often lie sorted, by length too.
     for key in [*keys[:: max(1, len(keys) // wanted)], *keys]:
         if len(prepared) == wanted:
             break
         try:
             prepared.append(features.prepared(kind, key))
-        except DataError:  # reported with all others when the cache is filled
-            continue
+        except DataError as error:  # reported with all others when the cache is filled
+            wrong.append(str(error))
     if not prepared:
-        where = features.where.get(keys[0], keys[0])
-        raise DataError(f"none of the {len(keys)} media of kind {kind} can be read: {where}")
+        raise DataError(listed(list(dict.fromkeys(wrong)), f"none of {len(keys)} media of kind {kind} can be used"))
     features.compute(kind, prepared[:1])  # warms up
     begin = perf_counter()
     return features.compute(kind, prepared), (perf_counter() - begin) / len(prepared)

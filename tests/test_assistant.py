@@ -121,3 +121,21 @@ def test_a_prompt_longer_than_the_context_is_refused_and_an_answer_ends_with_it(
     assert isinstance(assistant.answer("What is this?", max_new_tokens=10_000), str)
     with pytest.raises(DataError, match="but the LLM reads 256"):
         assistant.answer("What is this? " * 100)
+
+
+def test_what_cannot_be_asked_is_a_data_error(run):
+    assistant = finetune.load(run / "adapter")
+    with pytest.raises(DataError, match="image: give a file's path or a list of them, not a Image"):
+        assistant.answer("What?", image=tiny_picture())
+    with pytest.raises(DataError, match="max_new_tokens is 0; write 1 or more"):
+        assistant.answer("What?", max_new_tokens=0)
+    with pytest.raises(DataError, match="prompt: holds audio, but this model takes image"):
+        assistant.answer("What?", audio="sound.wav")
+    assert assistant.answer(image=run.parent / "data" / "images" / "test0.png", max_new_tokens=3) is not None
+
+
+def test_an_empty_prompt_is_a_question(run):
+    picture = run.parent / "data" / "images" / "test0.png"
+    assert finetune.chat(run, "", picture, max_new_tokens=3) == finetune.load(run).answer(
+        "", image=picture, max_new_tokens=3
+    )

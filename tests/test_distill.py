@@ -13,7 +13,7 @@ import finetune
 from finetune.adapter import attach, set_trainable
 from finetune.data.collate import Collator
 from finetune.data.sample import Medium, Message, Row, Sample
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError
 from finetune.model import MultimodalModel
 from finetune.tasks import classify
 
@@ -158,7 +158,15 @@ def test_a_stage_that_distills_comes_nearer_to_the_llm_that_reads(answers, tmp_p
 
 
 def test_media_without_text_cannot_be_imitated(tmp_path):
-    recipe = finetune.load_recipe(distilling(tmp_path, "own", transcript=""))
-    expected = r"(?s)'listen' distills, which needs the media's text.*train.csv:2: train0.png has no"
+    with pytest.raises(RecipeError, match=r"data\.0\.task\.transcript: stage 'listen' distills: name the column"):
+        finetune.load_recipe(distilling(tmp_path, "own", transcript=""))
+    chat = tmp_path / "data" / "chat.jsonl"
+    content = [{"type": "image", "image": "images/train0.png"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    chat.write_text(json.dumps({"messages": turns}) + "\n")
+    data = [{"path": str(chat), "task": "chat"}]
+    data.append({"path": str(tmp_path / "data" / "test.csv"), "task": "classify", "split": "test"})
+    recipe = finetune.load_recipe(distilling(tmp_path, "own", data=data))
+    expected = r"(?s)'listen' distills: the task's `transcript` names.*chat.jsonl:1: train0.png has no"
     with pytest.raises(DataError, match=expected):
         finetune.train(recipe, tmp_path / "run")

@@ -271,6 +271,7 @@ LORA = "tune_encoders={image: {rank: 4}}"
             "tune_encoders.image",
             "one of them",
         ),
+        ([LORA, "train.cache=false"], "tune_encoders.image", "no stage trains it: add 'encoders.image'"),
         (["train.stages.1.trains=[encoders.image]"], "train.stages.1.trains.0", "stands in tune_encoders"),
         (["train.stages.1.trains=[fusion]"], "train.stages.1.trains.0", "got 'fusion'; write one of projectors"),
         (

@@ -65,6 +65,11 @@ def test_lora_on_an_encoder_begins_as_the_encoder_was(label):
     assert not any(p.requires_grad for p in encoder.module.parameters())
 
 
+def test_lora_needs_linear_layers():
+    with pytest.raises(ModelError, match="ResNetModel has no linear layers for LoRA: write last_layers, not rank"):
+        tune_encoder(tiny_encoder_of("resnet"), tiny_medium("resnet"), rank=2)
+
+
 def test_targets_that_are_not_there_are_a_model_error():
     with pytest.raises(ModelError, match=r"PEFT refuses it: .*no_such"):
         tune_encoder(tiny_encoder_of("siglip"), tiny_medium("siglip"), rank=2, targets=["no_such"])

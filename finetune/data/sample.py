@@ -54,10 +54,13 @@ class Row:
         """A medium named relative to the media folder, which it may not leave. `text`: what it shows or says, where
         the row tells. Raises DataError.
         """
+        if "://" in name:
+            raise DataError(f"{self.where}: {name!r} is an address; media are read from files")
         path = (self.media_folder / name).resolve()
         if not path.is_relative_to(self.media_folder.resolve()):
             raise DataError(
-                f"{self.where}: {name!r} lies outside {self.media_folder}; set `media_folder` to a folder above"
+                f"{self.where}: {name!r} leads to {path}, outside {self.media_folder}; set `media_folder` to a folder "
+                "above"
             )
         if not path.is_file():
             raise DataError(f"{self.where}: no such {kind}: {path}")

@@ -100,7 +100,8 @@ def _render(
         for part in message.content:
             if isinstance(part, Medium):
                 if part.kind not in placeholders:
-                    raise DataError(f"{where}: holds {part.kind}, but the model has no encoder of that name")
+                    takes = ", ".join(placeholders) or "text only"
+                    raise DataError(f"{where}: holds {part.kind}, but this model takes {takes}")
                 text += placeholders[part.kind].token
             else:
                 inside = [p.token for p in placeholders.values() if p.token in part]

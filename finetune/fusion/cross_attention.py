@@ -8,7 +8,7 @@ media of its own sample that stand before it. At strength 0, and before training
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TRAINED = True
+Strength = Annotated[float, Field(ge=0)]
 
 
 class Options(PartOptions):
@@ -27,7 +28,7 @@ class Options(PartOptions):
     heads: int = Field(8, ge=1, description="Attention heads of a block.")
     head_width: int = Field(64, ge=1, description="Numbers per head.")
     gate: float = Field(0.0, description="Every gate before training; blocks add tanh(gate) times what they find.")
-    strength: float | dict[str, float] = Field(
+    strength: Strength | dict[str, Strength] = Field(
         1.0, description="Factor of what media add, or one per medium; 0: the text-only LLM. May be set anew later."
     )
 

@@ -37,7 +37,8 @@ def length(rows: int, options: Options) -> int:
     side = isqrt(rows)
     if side * side != rows or side % options.factor:
         raise ModelError(
-            f"pixel_shuffle: {rows} rows aren't a square grid that {options.factor} divides; choose another `factor`"
+            f"pixel_shuffle: {rows} rows aren't a square grid that {options.factor} divides; choose another "
+            "`factor`, or another projector"
         )
     return rows // options.factor**2
 

@@ -32,7 +32,7 @@ def chat(
     assistant = load(folder)
     turns: list[Message] = []
     answer = ""
-    while question := prompt or _ask():
+    while (question := _ask() if prompt is None else prompt) or prompt is not None:
         turns.append(Message("user", (*first, question)))
         answer = assistant.answers([turns], max_new_tokens=max_new_tokens, strength=strength)[0]
         if prompt is not None:

@@ -90,6 +90,8 @@ def evaluate_plain(
         for medium in entry.sample.media:
             features.key(medium, entry.sample.where)
     for kind, keys in features.missing(media).items():
+        if not keys:
+            continue
         with bar(f"encode {kind}", len(keys)) as step:
             features.fill(kind, keys, step)
     true = look_of(features)

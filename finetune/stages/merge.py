@@ -152,7 +152,7 @@ def refuse_unless_faithful(certificate: Mapping[str, Any], has_adapter: bool) ->
     if has_adapter and certificate["saved_from_base"]["kl"] < SAME:
         raise MergeRefused(
             "the merged model equals the untrained LLM: the adapter has learnt nothing, or wasn't merged. "
-            "Nothing was kept. See whether a stage of the recipe trains 'adapter'"
+            "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
         )
 
 

@@ -110,7 +110,7 @@ def train_plain(
         refuse_other_rows(folder, samples)
     lengths = [len(ids) for ids in samples["input_ids"]]
     console.print(
-        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {tokens_per_batch:,} "
+        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {tokens_per_batch:,} tokens "
         f"(one sample: {min(lengths)} to {max(lengths)})"
     )
     if cache_folder:
@@ -205,8 +205,8 @@ def run_stage(
     console.print(f"{stage['name']}: trains " + ", ".join(f"{role} ({count:,})" for role, count in trained.items()))
     if steps < FEW_STEPS:
         console.print(
-            f"{stage['name']}: only {steps} optimizer steps, hardly enough to learn from: lower train.tokens_per_batch "
-            f"or raise train.stages.N.epochs (now {stage['epochs']})"
+            f"{stage['name']}: only {steps} optimizer step{'s' * (steps > 1)}, hardly enough to learn from: lower "
+            f"train.tokens_per_batch or raise the stage's epochs (now {stage['epochs']})"
         )
     begin = perf_counter()
     try:
@@ -225,14 +225,18 @@ def run_stage(
             dtype=parts.dtype,
             callbacks=[TrainingBar(stage["name"], steps)],
             distill_temperature=stage["distill"]["temperature"] if stage["distill"] else None,
+            # The first of the warmup's steps has a rate of zero: too much where the whole stage is a few steps.
+            warmup=stage["warmup"] if stage["warmup"] * steps >= 1 else 0.0,
             **{
                 key: value
                 for key, value in stage.items()
-                if key not in {"name", "trains", "epochs", "sources", "distill"}
+                if key not in {"name", "trains", "epochs", "sources", "distill", "warmup"}
             },
         )
     except Interrupted as error:
-        raise Interrupted(f"{stage['name']}: {error}; go on with --resume --run {folder.path}") from None
+        raise Interrupted(
+            f"{stage['name']}: {error}; go on with --resume --run {folder.path}, and the same --set"
+        ) from None
     result = {
         "losses": [round(entry["loss"], 6) for entry in log],
         "token_accuracy": [round(entry["mean_token_accuracy"], 4) for entry in log],

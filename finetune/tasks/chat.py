@@ -61,4 +61,7 @@ def _part(row: Row, place: str, part: Any, role: str, options: Options) -> str |
             raise DataError(f"{place}: the assistant can't answer with media")
         return row.medium(kind, part[kind])
     known = ", ".join(("text", *options.media))
-    raise DataError(f"{place}: a part is {{'type': T, T: ...}} with T one of {known}; got {str(part)[:80]}")
+    raise DataError(
+        f"{place}: a part is {{'type': T, T: ...}} with T one of {known} (the task's `media` names them); got "
+        f"{str(part)[:80]}"
+    )

@@ -97,3 +97,18 @@ def test_a_file_of_no_known_format_is_named(tmp_path):
     (tmp_path / "rows.xyz").write_text("a")
     with pytest.raises(DataError, match=r"rows.xyz: no format recognises it; .*messages, table"):
         read_splits([source(tmp_path / "rows.xyz")], 0)
+
+
+def test_addresses_links_and_semicolons_are_told(tmp_path):
+    (tmp_path / "outside").mkdir()
+    tiny_picture().save(tmp_path / "outside" / "a.png")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match=r"'https://example\.com/a\.png' is an address; media are read from files"):
+        read_splits([source(write(folder / "one.csv", [["https://example.com/a.png", "red"]]))], 0)
+    with pytest.raises(DataError, match=r"'link/a.png' leads to .*outside/a.png, outside "):
+        read_splits([source(write(folder / "two.csv", [["link/a.png", "red"]]))], 0)
+    (folder / "three.csv").write_text("image;label\na.png;red\n")
+    with pytest.raises(DataError, match=r"three\.csv:1: fields stand between semicolons"):
+        read_splits([source(folder / "three.csv")], 0)

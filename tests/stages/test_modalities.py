@@ -133,12 +133,15 @@ def test_media_weigh_as_much_as_is_asked(run):
             answers(0.5)
         return
     assert answers(1.0) == full == answers({"image": 1.0})
-    assert len(set(answers(0.0).values())) == 1
+    # At 0 it is the LLM that was asked the same without media.
+    assert set(answers(0.0).values()) == {assistant.answer("both?", max_new_tokens=8)}
     deaf = answers({"audio": 0.0})
     assert [len({deaf[see, hear] for hear in range(4)}) for see in range(2)] == [1, 1] and deaf[0, 0] != deaf[1, 0]
     assert assistant.model.fusion.strength == {"image": 1.0, "audio": 1.0}  # as before
     with pytest.raises(DataError, match="strength of 'video': this model takes "):
         answers({"video": 1.0})
+    with pytest.raises(DataError, match="strength is -1; write 0 or more"):
+        answers(-1.0)
 
 
 def test_the_command_line_takes_media_and_strength(run):

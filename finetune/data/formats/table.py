@@ -16,6 +16,9 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            header = list(reader.fieldnames or ())
+            if len(header) == 1 and ";" in header[0]:
+                raise DataError(f"{path.name}:1: fields stand between semicolons; save it with commas, or as .tsv")
             for columns in reader:
                 if None in columns:
                     raise DataError(f"{path.name}:{reader.line_num}: more fields than the header's {len(columns) - 1}")
