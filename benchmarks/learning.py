@@ -15,6 +15,7 @@ cross-validation: what the encoder gives away without an LLM. ±: standard error
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -93,30 +94,28 @@ def show(rows: list[dict[str, Any]]) -> None:
     libraries = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")
     )
-    console.print(f"{date.today()}, {platform.machine()}, Python {platform.python_version()}, {libraries}")
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    console.print(
+        f"{date.today()}, {platform.machine()}, {threads} threads, Python {platform.python_version()}, {libraries}"
+    )
     used = [name for name in COLUMNS if any(name in row["scores"] for row in rows)]
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("recipe", "task", "metric"):
-        table.add_column(heading)
-    for heading in ("rows", *(COLUMNS[name] for name in used), "train", "memory"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, no_wrap=True)
+    for heading in ("rows", "tuned", "±", *(COLUMNS[name].replace(" ", "\n") for name in used[1:]), "train", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for row in rows:
         new = row["recipe"] != before
         before = row["recipe"]
-        cells = [shown(row, name) for name in used]
+        values = [row["scores"].get(name) for name in used]
+        share = values[0] if "error" not in row["metric"] else None
+        spread = "" if share is None else f"{sqrt(share * (1 - share) / row['rows']):.3f}"
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
         cost = (f"{row['minutes']:.1f} min", f"{row['memory']:.1f} GiB") if new else ("", "")
-        table.add_row(row["recipe"] if new else "", row["task"], row["metric"], str(row["rows"]), *cells, *cost)
+        name = row["recipe"] if new else ""
+        table.add_row(name, row["task"], row["metric"], str(row["rows"]), cells[0], spread, *cells[1:], *cost)
     console.print(table)
-
-
-def shown(row: dict[str, Any], condition: str) -> str:
-    value = row["scores"].get(condition)
-    if value is None:
-        return ""
-    if condition != "tuned" or "error" in row["metric"]:
-        return f"{value:.3f}"
-    return f"{value:.3f} ±{sqrt(value * (1 - value) / row['rows']):.3f}"
 
 
 if __name__ == "__main__":
