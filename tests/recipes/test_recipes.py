@@ -14,6 +14,7 @@ from tiny import COLOURS, VIT, tiny_llm_folder, tiny_picture
 from tiny_encoders import tiny_audio_folder, tiny_sound
 
 import finetune
+from finetune.errors import RecipeError
 from finetune.pipeline import recipes_folder
 from finetune.recipe import load_recipe
 
@@ -107,3 +108,13 @@ def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path):
     for stage in recipe.train.stages:
         wanted = {name.partition(".")[0] for name in stage.trains}
         assert {name.partition(".")[0] for name in trained[stage.name]["trained_weights"]} == wanted
+
+
+def test_a_recipe_is_copied_once_into_a_folder_that_may_be_new(tmp_path):
+    finetune.recipes("quickstart", tmp_path / "new")
+    copied = tmp_path / "new" / "quickstart.yaml"
+    assert copied.read_text(encoding="utf-8") == (recipes_folder() / "quickstart.yaml").read_text(encoding="utf-8")
+    with pytest.raises(RecipeError, match="exists already"):
+        finetune.recipes("quickstart", tmp_path / "new")
+    with pytest.raises(RecipeError, match="no recipe is called 'quick'"):
+        finetune.recipes("quick", tmp_path)
