@@ -1,4 +1,4 @@
-"""Make recipes/data/charts: wide bar charts, tall receipts and square ones of coloured bars, with questions and answers.
+"""Make recipes/data/charts: wide bar charts, tall receipts, square ones of coloured bars, with questions and answers.
 
     python recipes/offline/make_charts.py [--into recipes/data/charts]
 
