@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,11 @@ import typer
 
 import finetune
 from finetune.errors import FinetuneError, RecipeError
+
+OUT_OF_MEMORY = (
+    "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
+    "train.tokens_per_batch, train.encode_batch or evaluate.batch"
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -146,6 +152,12 @@ def main() -> None:
     except FinetuneError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        # By torch's allocators as a RuntimeError; where training itself runs out, the trainer says more.
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
+        print(OUT_OF_MEMORY, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

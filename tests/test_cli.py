@@ -1,0 +1,40 @@
+import sys
+
+import pytest
+import torch
+
+import finetune
+from finetune import cli
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Cannot allocate memory (os error 12)"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=["python", "torch on a CPU", "torch on a GPU"],
+)
+def test_too_little_memory_is_said_in_one_line(error, monkeypatch, capsys):
+    def schema():
+        raise error
+
+    monkeypatch.setattr(finetune, "schema", schema)
+    monkeypatch.setattr(sys, "argv", ["finetune", "schema"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and said.startswith("out of memory: ") and said.count("\n") == 1
+
+
+def test_other_errors_of_the_program_keep_their_traceback(monkeypatch):
+    def schema():
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(finetune, "schema", schema)
+    monkeypatch.setattr(sys, "argv", ["finetune", "schema"])
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        cli.main()
