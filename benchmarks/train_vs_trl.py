@@ -486,7 +486,7 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     from finetune import adapter
     from finetune.assemble import build_model
     from finetune.data.collate import Collator
-    from finetune.model import packs_exactly
+    from finetune.language_model import packs_exactly
     from finetune.stages.train import fill_cache
     from finetune.trainer import train_stage
 

@@ -9,8 +9,8 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
          M projected rows of all media of a kind in the batch
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from time import perf_counter
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from finetune.data.sample import Layout
 from finetune.errors import ModelError
 from finetune.fusion import Projected
+from finetune.language_model import decoder_layers, without_adapter
 from finetune.parts import load_part, part_from
 
 PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
@@ -285,19 +286,6 @@ class MultimodalModel(PreTrainedModel):
             self.fusion.forget()
 
 
-@contextmanager
-def without_adapter(language_model: Any) -> Iterator[None]:
-    """The LLM as it came. What trains stays as it was: PEFT's own switch, turned back, makes all of LoRA trainable."""
-    if not hasattr(language_model, "peft_config"):
-        yield
-        return
-    before = [(parameter, parameter.requires_grad) for parameter in language_model.parameters()]
-    with language_model.disable_adapter():
-        yield
-    for parameter, trained in before:
-        parameter.requires_grad_(trained)
-
-
 def encode_all(encoder: Any, media: Sequence[Tensor], batch: int) -> list[Tensor]:
     """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once."""
     features: list[Tensor] = []
@@ -309,15 +297,6 @@ def encode_all(encoder: Any, media: Sequence[Tensor], batch: int) -> list[Tensor
         features.extend(encoder.encode(torch.stack(list(media[start:end]))))
         start = end
     return features
-
-
-def decoder_layers(causal_lm: Any) -> nn.ModuleList:
-    """The LLM's layers: the outermost list of as many modules as its config has layers. Raises ModelError."""
-    count = causal_lm.config.get_text_config().num_hidden_layers
-    for module in causal_lm.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"{type(causal_lm).__name__} has no list of {count} decoder layers")
 
 
 def segments_of(config: MultimodalConfig, name: str, layout: Layout) -> list[tuple[str, int]]:
@@ -368,35 +347,6 @@ def compose(
             placeholder_count(config, name, encoder.layout.rows)
     kept = {name: encoder for name, (_, encoder) in encoders.items()} if with_encoders else {}
     return MultimodalModel(config, language_model, kept)
-
-
-def packs_exactly(causal_lm: Any) -> bool:
-    """Whether restarting positions alone keep packed samples apart in this LLM.
-
-    Tried, not looked up: a sample behind another must not depend on it at all (no gradient flows to it, to the bit),
-    and must give the hidden states that it gives alone. Families without positions (MPT, BLOOM) or with a recurrent
-    state fail; they train on padded rows.
-    """
-    table = causal_lm.get_input_embeddings()
-    other, sample = torch.arange(20, 25), torch.arange(4, 11)
-
-    def states(*samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of the last sample; the gradient that they send to what stands before it, summed."""
-        positions = torch.cat([torch.arange(len(ids)) for ids in samples])[None].to(table.weight.device)
-        embeddings = table(torch.cat(samples)[None].to(table.weight.device)).detach().requires_grad_()
-        outputs = causal_lm.base_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        last = outputs.last_hidden_state[0, -len(sample) :].float()
-        # Half of the features: the sum over all is a constant behind a layer norm.
-        (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
-        return last.detach(), gradient[0, : -len(sample)].abs().sum()
-
-    try:
-        with torch.enable_grad():
-            (packed, leak), (alone, _) = states(other, sample), states(sample)
-    except TypeError:  # takes no position_ids
-        return False
-    # Rows of another length round otherwise: in half precision and over 8-bit weights by up to 0.02 of the norm.
-    return leak.item() == 0 and bool((packed - alone).norm() < 0.05 * alone.norm())
 
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig)

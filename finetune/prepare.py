@@ -17,7 +17,8 @@ from finetune.data.rows import Entry, listed
 from finetune.data.sample import Sample
 from finetune.data.tokenize import tokenize
 from finetune.errors import DataError
-from finetune.model import MultimodalModel, without_adapter
+from finetune.language_model import without_adapter
+from finetune.model import MultimodalModel
 from finetune.progress import bar, console
 from finetune.run_folder import RunFolder, read_json, write_json
 

@@ -10,7 +10,8 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune.adapter import attach, load_trained, save_trained, set_trainable
 from finetune.data.collate import Collator
 from finetune.errors import ModelError
-from finetune.model import MultimodalModel, packs_exactly
+from finetune.language_model import packs_exactly
+from finetune.model import MultimodalModel
 
 # No mask is made from positions in these: they train on padded rows.
 PADDED = {"bloom", "falcon", "mpt", "opt"}

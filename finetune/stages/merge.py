@@ -18,9 +18,9 @@ from finetune.data.collate import Collator
 from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.tokenize import answer_ends, tokenize
 from finetune.errors import DataError, MergeRefused
-from finetune.language_model import resolve_dtype
+from finetune.language_model import resolve_dtype, without_adapter
 from finetune.media import Limits
-from finetune.model import MultimodalModel, compose, without_adapter
+from finetune.model import MultimodalModel, compose
 from finetune.parts import part_from
 from finetune.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.recipe import load_recipe

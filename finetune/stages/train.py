@@ -20,9 +20,9 @@ from finetune.data.collate import Collator
 from finetune.data.pack import plan_rows
 from finetune.data.rows import Source, read_splits, summary
 from finetune.errors import Interrupted, TrainingError
-from finetune.language_model import default_device
+from finetune.language_model import default_device, packs_exactly
 from finetune.media import Limits
-from finetune.model import MultimodalModel, packs_exactly
+from finetune.model import MultimodalModel
 from finetune.prepare import fill_cache, stage_rows, tokenized
 from finetune.progress import TrainingBar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import Recipe, dump_recipe
