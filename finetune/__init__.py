@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from finetune.recipe import Recipe, load_recipe, schema
     from finetune.stages.chat import chat
     from finetune.stages.check import check
+    from finetune.stages.data_check import data_check
     from finetune.stages.evaluate import evaluate
     from finetune.stages.merge import merge
     from finetune.stages.train import train
@@ -19,6 +20,7 @@ _HOME = {
     "Recipe": "recipe",
     "chat": "stages.chat",
     "check": "stages.check",
+    "data_check": "stages.data_check",
     "evaluate": "stages.evaluate",
     "load": "assistant",
     "load_recipe": "recipe",
@@ -33,6 +35,7 @@ __all__ = [
     "Recipe",
     "chat",
     "check",
+    "data_check",
     "evaluate",
     "load",
     "load_recipe",

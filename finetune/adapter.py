@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune.errors import ArtifactError, ModelError, TrainingError
 from finetune.model import MultimodalModel
 
-FORMAT = 2
+FORMAT = 3
 
 
 def attach(
@@ -141,8 +141,8 @@ def _layers(module: Any, reached: set[str]) -> list[list[str]]:
 
 
 def trained_parts(model: MultimodalModel, trains: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """{role: its parameters} for what a stage trains: 'adapter', 'fusion', 'projectors' or 'projectors.image',
-    'encoders' or 'encoders.image'.
+    """{role: its parameters} for what a stage trains: 'adapter', 'fusion', 'heads', 'projectors' or
+    'projectors.image', 'encoders' or 'encoders.image'.
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for role in trains:
@@ -153,6 +153,8 @@ def trained_parts(model: MultimodalModel, trains: Sequence[str]) -> dict[str, li
                 raise ModelError("a stage trains the adapter, but no adapter is attached to the language model")
         elif group == "fusion":
             parts[role] = list(model.fusion.parameters())
+        elif group == "heads":
+            parts |= {f"heads.{name}": list(head.parameters()) for name, head in model.heads.items()}
         elif group == "encoders":
             for medium in [name] if name else model.tuned:
                 own = dict(model.encoders[medium].named_parameters())
@@ -189,10 +191,11 @@ def set_trainable(model: MultimodalModel, trains: Sequence[str]) -> dict[str, in
 
 
 def _own_tensors(model: MultimodalModel) -> dict[str, Tensor]:
-    """What `projectors.safetensors` holds, by role: projectors, fusion blocks, and what trains of encoders."""
+    """What `projectors.safetensors` holds, by role: projectors, fusion blocks, heads, and what trains of encoders."""
     return {
         **{f"projectors.{name}": tensor for name, tensor in model.projectors.state_dict().items()},
         **{f"fusion.{name}": tensor for name, tensor in model.fusion.state_dict().items()},
+        **{f"heads.{name}": tensor for name, tensor in model.heads.state_dict().items()},
         **{
             f"encoders.{name}.{inside}": model.encoders[name].get_parameter(inside)
             for name, names in model.tuned.items()
@@ -255,11 +258,10 @@ def save_adapter_folder(
     *,
     base: dict[str, Any],
     seed: int,
-    labels: list[str],
     media: dict[str, Any],
 ) -> None:
-    """Write the publishable folder. `base`: the LLM's and encoders' names and revisions; `labels`: where answers are a
-    set; `media`: bounds of what is decoded; `seed`: new weights of tuned encoders and of some adapters draw from it.
+    """Write the publishable folder. `base`: the LLM's and encoders' names and revisions; `media`: bounds of what is
+    decoded; `seed`: new weights of tuned encoders and of some adapters draw from it.
     """
     save_trained(model, folder)
     tokenizer.save_pretrained(folder)
@@ -272,7 +274,7 @@ def save_adapter_folder(
         "fusion": parts["fusion"],
         "tune_encoders": base["tune_encoders"],
         "placeholders": parts["placeholders"],
-        "labels": labels,
+        "asks": parts["asks"],
         "media": media,
         "seed": seed,
     }

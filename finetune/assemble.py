@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetune import adapter
+from finetune.data.asks import Ask
 from finetune.data.features import FeatureStore, media_key
 from finetune.data.rows import listed
 from finetune.data.sample import Layout, Medium, Prepared
@@ -79,12 +80,21 @@ def load_parts(
 
 
 def build_model(
-    parts: Parts, *, llm: Mapping[str, Any], adapter_options: Mapping[str, Any] | None, seed: int, with_encoders: bool
+    parts: Parts,
+    *,
+    llm: Mapping[str, Any],
+    adapter_options: Mapping[str, Any] | None,
+    seed: int,
+    with_encoders: bool,
+    asks: Mapping[str, Ask],
+    language_model: Any = None,
 ) -> MultimodalModel:
-    """Load the LLM, quantized as `llm` says, and put everything together. The same seed gives the same new weights."""
+    """Load the LLM, quantized as `llm` says, or take the one that is there, and put everything together. The same seed
+    gives the same new weights.
+    """
     from transformers import set_seed
 
-    language_model = load_language_model(
+    language_model = language_model or load_language_model(
         llm["name"],
         revision=llm["revision"],
         quantize=llm["quantize"],
@@ -101,6 +111,7 @@ def build_model(
         projectors=parts.projectors,
         fusion=parts.fusion,
         placeholder_ids={name: placeholder.id for name, placeholder in parts.placeholders.items()},
+        asks=asks,
         with_encoders=with_encoders,
     )
     if with_encoders:

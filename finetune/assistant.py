@@ -13,17 +13,19 @@ from transformers import GenerationConfig
 
 from finetune import adapter
 from finetune.assemble import build_model, encode_one, load_parts, read_medium, segments_by
-from finetune.data.sample import Layout, Medium, Message, Prepared
-from finetune.data.tokenize import Placeholder, answer_ends, tokenize_prompt
+from finetune.data.asks import Ask
+from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
+from finetune.data.tokenize import Placeholder, answer_ends, answer_tokens, tokenize_prompt
 from finetune.errors import ArtifactError, DataError
 from finetune.language_model import context_length, default_device, load_tokenizer
 from finetune.media import Limits
 from finetune.model import PLACEHOLDERS, MultimodalModel
-from finetune.parts import part_from
+from finetune.parts import load_part, part_from
 from finetune.progress import quiet_libraries
 from finetune.run_folder import read_json
 
 Media = Path | str | Sequence[Path | str] | None
+ANSWERS_AT_ONCE = 512  # times the question's keys and values
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,88 @@ class Assistant:
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
         weights = self._strengths(strength)
+        batch = self._batch(conversations, weights, look)
+        longest, context = batch["input_ids"].shape[1], context_length(self.model.causal_lm)
+        with self._at(weights):
+            tokens = self.model.generate(
+                **batch,
+                max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def probabilities(
+        self, prompt: str = "", *, task: str | None = None, image: Media = None, audio: Media = None, video: Media = None
+    ) -> dict[str, float]:
+        """The probability of each label that `task`, the name of what was trained, knows; it needn't be named where
+        only one task has labels. Raises DataError.
+        """
+        said = self._ask_one(prompt, task, "labels", media_of(image=image, audio=audio, video=video))
+        return dict(said.probabilities or {})
+
+    def number(
+        self, prompt: str = "", *, task: str | None = None, image: Media = None, audio: Media = None, video: Media = None
+    ) -> float:
+        """The number that `task`'s score head gives. As `probabilities`."""
+        said = self._ask_one(prompt, task, "deviation", media_of(image=image, audio=audio, video=video))
+        return float("nan") if said.number is None else said.number
+
+    def _ask_one(self, prompt: str, task: str | None, has: str, media: tuple[Medium, ...]) -> Answer:
+        names = [name for name, ask in self.model.asks.items() if has in ask.settings]
+        if task is None and len(names) != 1:
+            raise DataError(f"name one with task=: {', '.join(names)}" if names else "no task was trained with such a head")
+        if task is not None and task not in names:
+            raise DataError(f"no {task!r} with such a head; there are: {', '.join(names) or 'none'}")
+        return self.ask(task or names[0], [(Message("user", (*media, prompt)),)])[0]
+
+    def names_without_text(self) -> list[str]:
+        """What was trained to be answered otherwise than by free text."""
+        return [name for name, ask in self.model.asks.items() if ask.settings]
+
+    def ask(
+        self,
+        name: str,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int = 64,
+        look: Look | None = None,
+        strength: float | Mapping[str, float] | None = None,
+    ) -> list[Answer]:
+        """What the head that was trained for `name` says to conversations that end on the user's turn, as one batch:
+        text, the labels' probabilities, or a number. Raises DataError for a name that this model doesn't know.
+        """
+        if (found := self.model.asks.get(name)) is None:
+            there = ", ".join(self.model.asks)
+            raise DataError(f"this model knows no {name!r}; it was trained for {there}")
+        if not found.trained and "labels" not in found.settings:
+            written = self.answers(conversations, max_new_tokens=max_new_tokens, look=look, strength=strength)
+            return [Answer(text) for text in written]
+        weights = self._strengths(strength)
+        if found.trained:
+            with self._at(weights):
+                outputs = self.model.head_outputs(name, **self._batch(conversations, weights, look))
+            part = load_part("heads", found.head[0])
+            return [part.answer(row, found.settings, found.head[1]) for row in outputs.tolist()]
+        labels = found.settings["labels"]
+        answers = [answer_tokens(label, self.tokenizer) for label in labels]
+        several = max(1, ANSWERS_AT_ONCE // len(labels))
+        said: list[Answer] = []
+        for start in range(0, len(conversations), several):
+            batch = self._batch(conversations[start : start + several], weights, look)
+            with self._at(weights):
+                chances = self.model.answer_log_probabilities(answers=answers, **batch).softmax(-1)
+            for row in chances.tolist():
+                probabilities = dict(zip(labels, row, strict=True))
+                said.append(Answer(max(probabilities, key=lambda label: probabilities[label]), probabilities))
+        return said
+
+    def _batch(
+        self, conversations: Sequence[Sequence[Message]], weights: Mapping[str, float], look: Look | None
+    ) -> dict[str, Any]:
+        """Conversations as a batch padded on the left: `input_ids`, `attention_mask`, `features`."""
         conversations = [
             _without(messages, [kind for kind in weights if weights[kind] == 0]) for messages in conversations
         ]
@@ -106,18 +190,7 @@ class Assistant:
         for prompt in prompts:
             for medium in prompt.media:
                 media.setdefault(medium.kind, []).append(look.features(medium))
-        with self._at(weights):
-            tokens = self.model.generate(
-                input_ids,
-                attention_mask=mask,
-                features=media,
-                max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,
-                pad_token_id=pad,
-                eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
-            )
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return {"input_ids": input_ids, "attention_mask": mask, "features": media}
 
     def _strengths(self, strength: float | Mapping[str, float] | None) -> dict[str, float]:
         """What each medium is to weigh: as asked, else as the model has it; {} where the fusion knows none."""
@@ -253,6 +326,7 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
         adapter_options=adapter.options_of(lora) if lora else None,
         seed=content["seed"],
         with_encoders=bool(content["tune_encoders"]),
+        asks={name: Ask.restore(ask) for name, ask in content["asks"].items()},
     )
     adapter.load_trained(model, folder)
     encoders = {name: encoder for name, (_, encoder) in parts.encoders.items()}

@@ -25,6 +25,9 @@ app = typer.Typer(
     help="Fine-tune a frozen LLM with encoders for images, sound and video: recipe, train, evaluate, merge, chat.",
 )
 
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at rows, split them, label them.")
+app.add_typer(data_app, name="data")
+
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)]
 Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 Set = Annotated[
@@ -74,6 +77,10 @@ def chat(
     ] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="A recording; may be repeated.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A video; may be repeated.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Answer as trained under this name: by its labels, or a number."),
+    ] = None,
     strength: Annotated[
         list[str] | None,
         typer.Option(metavar="X|MEDIUM=X", help="How much media weigh (cross-attention only); 0: the text-only LLM."),
@@ -82,7 +89,9 @@ def chat(
 ) -> None:
     """Ask a trained model."""
     weigh = strength_of(strength or [])
-    answer = finetune.chat(folder, prompt, image, audio, video, strength=weigh, max_new_tokens=max_new_tokens)
+    answer = finetune.chat(
+        folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens
+    )
     if prompt is not None:
         print(answer)
 
@@ -118,6 +127,22 @@ def schema() -> None:
     print(json.dumps(finetune.schema(), indent=2, ensure_ascii=False))
 
 
+@data_app.command("check")
+def data_check(
+    recipe: RecipeFile,
+    set_: Set = None,
+    fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a cleaned copy and a recipe for it.")] = None,
+    copy_media: Annotated[bool, typer.Option(help="Copy media there too.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: one a core.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the report; default: runs/NAME-check.")] = None,
+) -> None:
+    """Examine every row and medium before training. Exit status 2 where there are errors."""
+    result = finetune.data_check(recipe, set_ or [], fix=fix, copy_media=copy_media, workers=workers, out=out)
+    print_findings(result)
+    if result["errors"]:
+        raise typer.Exit(2)
+
+
 def strength_of(given: list[str]) -> float | dict[str, float] | None:
     """'0.5', or 'image=0.5' any number of times."""
     try:
@@ -143,6 +168,32 @@ def print_scores(scores: dict[str, Any]) -> None:
             cells = (values.get(condition) for condition in conditions)
             table.add_row(metric, *("" if value is None else f"{value:.3f}" for value in cells))
         Console().print(table)
+
+
+def print_findings(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from finetune.data.ledger import CODES
+
+    splits = ", ".join(f"{found['rows']:,} {split}" for split, found in result["splits"].items()) or "none can be used"
+    print(f"{result['name']}: {result['rows']:,} rows read ({splits})")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    table.add_column("found", justify="right")
+    table.add_column("what")
+    table.add_column("for instance", style="dim", overflow="fold")
+    for code, count in result["findings"].items():
+        severity, title = CODES[code]
+        colour = "red" if severity == "error" else "yellow"
+        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(result["examples"][code]))
+    if result["findings"]:
+        Console().print(table)
+    print(f"{result['errors']:,} errors, {result['warnings']:,} warnings: {result['html']}, {result['json']}")
+    if fixed := result.get("fixed"):
+        print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from finetune.parts import load_part
@@ -39,7 +39,7 @@ def _media(model: "Model") -> set[str]:
 
 def data_conflicts(recipe: "Recipe") -> Iterator[Problem]:
     media = _media(recipe.model)
-    firsts: dict[str, int] = {}
+    firsts: dict[tuple[str, str], int] = {}
     for index, source in enumerate(recipe.data):
         for medium in load_part("tasks", source.task.kind).media(source.task.options):
             if medium not in media:
@@ -48,23 +48,72 @@ def data_conflicts(recipe: "Recipe") -> Iterator[Problem]:
                     ("data", index, "task"),
                     f"{source.task.kind!r} needs an encoder for {medium!r}; encoders: {shorten(there)}.",
                 )
-        first = firsts.setdefault(os.path.realpath(source.path), index)
+        # Another sheet of the file, or split of the dataset, is other rows.
+        chosen = source.format.options.model_dump_json(exclude_defaults=True) if source.format else "{}"
+        first = firsts.setdefault((os.path.realpath(source.path), chosen), index)
         other = recipe.data[first]
         if other.split != source.split:
             message = f"also data.{first}, with split {other.split}; the same rows can't be in {source.split} too."
             yield ("data", index, "path"), message
-        elif other.hold_out != source.hold_out:
-            message = f"also data.{first}, with hold_out {other.hold_out:g}: give both the same, or rows held out leak."
-            yield ("data", index, "path"), message
+        for key in ("hold_out", "hold_out_validation", "group"):
+            if (there := getattr(other, key)) != getattr(source, key) and other.split == source.split:
+                message = f"also data.{first}, with {key} {there}: give both the same, or rows held out leak."
+                yield ("data", index, "path"), message
     splits = {source.split for source in recipe.data}
-    held_out = any(source.hold_out for source in recipe.data)
+    held_out = {"test": "hold_out", "validation": "hold_out_validation"}
     if "train" not in splits:
         yield ("data",), "no source has split train: there is nothing to train on."
-    split = recipe.evaluate.split
-    if split not in splits and not (split == "test" and held_out):
-        advice = f"a source with split: {split}" + (", or hold_out: 0.1 on one" if split == "test" else "")
+    seen_in = splits | {split for split, key in held_out.items() if any(getattr(s, key) for s in recipe.data)}
+    if (split := recipe.evaluate.split) not in seen_in:
+        advice = f"a source with split: {split}, or {held_out[split]}: 0.1 on one"
         written = "split" in recipe.evaluate.model_fields_set
         yield ("evaluate", "split") if written else ("data",), f"no rows to evaluate on: add {advice}."
+    if recipe.train.validation and "validation" not in seen_in:
+        advice = "add a source with split: validation, or hold_out_validation: 0.1 on one."
+        yield ("train", "validation"), f"no rows to look at: {advice}"
+
+
+def head_conflicts(recipe: "Recipe") -> Iterator[Problem]:
+    """Rows that ask the same are answered by the same head, and a head with weights learns from some of them."""
+    asked = [(source.name, source.task.kind, source.task.options.model_dump_json()) for source in recipe.data]
+    names = source_names(asked)
+    learnt = {names[i]: i for i, source in reversed([*enumerate(recipe.data)]) if source.split == "train"}
+    for index, source in enumerate(recipe.data):
+        where: Location = ("data", index, "head")
+        trained = load_part("heads", source.head.kind).TRAINED
+        heads = load_part("tasks", source.task.kind).HEADS
+        if source.head.kind not in heads:
+            yield where, f"{source.head.kind!r} can't answer the task {source.task.kind!r}: write {' or '.join(heads)}."
+        elif (first := learnt.get(names[index])) is None:
+            if trained or getattr(source.head.options, "answers", "") == "labels":
+                yield where, "no training rows ask the same: there is nothing to learn its answers from."
+        elif recipe.data[first].head != source.head:
+            kind = recipe.data[first].head.kind
+            yield where, f"rows that ask the same have another head in data.{first} ({kind!r}): write the same."
+        elif trained and source.split == "train":
+            if not any("heads" in stage.trains for stage in recipe.train.stages):
+                yield where, f"{source.head.kind!r} has weights that no stage trains: add 'heads' to the trains of one."
+            for stage in recipe.train.stages:
+                if stage.distill and (stage.sources is None or index in stage.sources):
+                    yield where, f"stage {stage.name!r} distills, which is for what the LLM writes: leave it out there."
+    metric = recipe.train.validation.metric if recipe.train.validation else "mean"
+    if metric != "mean" and metric.partition(".")[0] not in names:
+        here: Location = ("train", "validation", "metric")
+        yield here, f"got {seen(metric)}; its first part is one of {', '.join(dict.fromkeys(names))}."
+
+
+def source_names(asked: Sequence[tuple[str | None, str, str]]) -> list[str]:
+    """(name or None, kind of task, its options as text) of each source -> what its scores are called. Sources that ask
+    the same have one name: one that a source gives, or that of their task, with a number where there are several of
+    that kind.
+    """
+    given = {(kind, options): name for name, kind, options in asked if name}
+    names: dict[tuple[str, str], str] = {}
+    for _, kind, options in asked:
+        if (kind, options) not in names:
+            same = sum(other == kind for other, _ in names.keys() - given.keys())
+            names[kind, options] = given.get((kind, options)) or (f"{kind}_{same + 1}" if same else kind)
+    return [names[kind, options] for _, kind, options in asked]
 
 
 def tuning_conflicts(recipe: "Recipe") -> Iterator[Problem]:
@@ -136,5 +185,6 @@ def _trainable(recipe: "Recipe") -> list[str]:
         *(["projectors", *projectors] if projectors else []),
         *(["fusion"] if load_part("fusion", recipe.model.fusion.kind).TRAINED else []),
         *(["adapter"] if recipe.adapter else []),
+        *(["heads"] if any(load_part("heads", source.head.kind).TRAINED for source in recipe.data) else []),
         *(["encoders", *encoders] if encoders else []),
     ]

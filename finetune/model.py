@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from finetune.data.asks import Ask
 from finetune.data.sample import Layout
 from finetune.errors import ModelError
 from finetune.fusion import Projected
@@ -31,8 +32,8 @@ PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"
 
 class MultimodalConfig(PreTrainedConfig):
     """`text_config`: the LLM's. `parts`: {"encoders": {name: {kind, settings}}, "projectors": {name: {kind, options,
-    width_in}}, "fusion": {kind, options}, "placeholders": {name: token id}}, and in merged folders "media": the bounds
-    of what is decoded.
+    width_in}}, "fusion": {kind, options}, "placeholders": {name: token id}, "asks": {name: an `Ask`, saved}}, and in
+    merged folders "media": the bounds of what is decoded.
     """
 
     model_type = "finetune_multimodal"
@@ -45,11 +46,13 @@ class MultimodalConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         # Only now: the base class hands its own (unset) attention implementation down to every sub-config it finds.
         self.text_config = text_config
-        self.parts = parts or {"encoders": {}, "projectors": {}, "fusion": {}, "placeholders": {}}
+        self.parts = parts or {"encoders": {}, "projectors": {}, "fusion": {}, "placeholders": {}, "asks": {}}
 
 
 class MultimodalModel(PreTrainedModel):
-    """Embed the text, put projected media at their placeholder tokens, run the LLM, apply its own head."""
+    """Embed the text, put projected media at their placeholder tokens, run the LLM, apply its own head, or one of
+    `heads` to the last state of a question.
+    """
 
     config_class = MultimodalConfig
     config: MultimodalConfig
@@ -94,6 +97,14 @@ class MultimodalModel(PreTrainedModel):
                 load_part("fusion", kind).build(config.text_config, tuple(parts["projectors"]), options).float()
             )
         self.fusion.attach(decoder_layers(self.causal_lm))
+        self.asks = {name: Ask.restore(saved) for name, saved in parts["asks"].items()}
+        self.heads = nn.ModuleDict()
+        for name, ask in self.asks.items():
+            if ask.trained:
+                with torch.device(next(language_model.parameters()).device):
+                    head = load_part("heads", ask.head[0]).build(width, ask.settings, ask.head[1])
+                self.heads[name] = head.float()
+        self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
@@ -198,12 +209,19 @@ class MultimodalModel(PreTrainedModel):
         features: Mapping[str, Sequence[Tensor]] | None = None,
         media: Mapping[str, Sequence[Tensor]] | None = None,
         label_rows: Tensor | None = None,
+        head_rows: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D)."""
+        """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D). With `head_rows`
+        {name: (K,)} the heads' scores of these, each (K, outputs), float32, are kept in `head_scores`.
+        """
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
         outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
         self._forget()
+        if head_rows is not None:
+            states = outputs.last_hidden_state.flatten(0, 1)
+            with torch.autocast(states.device.type, enabled=False):
+                self.head_scores = {name: head(states[head_rows[name]].float()) for name, head in self.heads.items()}
         if label_rows is not None:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[label_rows][None]
         return outputs
@@ -229,7 +247,7 @@ class MultimodalModel(PreTrainedModel):
             student = {"input_ids": input_ids, "features": features, "media": media, "attention_mask": attention_mask}
             kept = {"position_ids": position_ids, "label_rows": kwargs["label_rows"]}
             return self.imitate(student | kept, teacher, temperature)
-        for name in ("label_rows", "shift_labels"):  # of the fused head's call, where only labelled rows are computed
+        for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learnt
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
@@ -264,6 +282,63 @@ class MultimodalModel(PreTrainedModel):
         only: dict[str, Any] = {"logits_to_keep": label_rows} if keep else {}
         logits = self.forward(**batch, use_cache=False, **only).logits
         return (logits[0] if keep else logits.flatten(0, 1)[label_rows]).float()
+
+    @torch.no_grad()
+    def head_outputs(self, name: str, input_ids: Tensor, attention_mask: Tensor, features: Any = None) -> Tensor:
+        """Questions (B, T), padded on the left -> what head `name` makes of their last states (B, outputs)."""
+        last = torch.arange(1, len(input_ids) + 1, device=input_ids.device) * input_ids.shape[1] - 1
+        rows = {other: last if other == name else last[:0] for other in self.heads}
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        self.backbone(
+            input_ids,
+            features,
+            None,
+            attention_mask=attention_mask,
+            head_rows=rows,
+            use_cache=False,
+            **self._at(positions),
+        )
+        return self.head_scores[name]
+
+    @torch.no_grad()
+    def answer_log_probabilities(
+        self, input_ids: Tensor, attention_mask: Tensor, answers: Sequence[Sequence[int]], features: Any = None
+    ) -> Tensor:
+        """How likely each of A answers, as token ids, follows each question (B, T), padded on the left: (B, A), nats.
+
+        The question is read once; its keys and values are shared by all answers.
+        """
+        device, count, batch = input_ids.device, len(answers), len(input_ids)
+        longest = max(len(answer) for answer in answers)
+        longest += longest == input_ids.shape[1]  # fusions tell new tokens from the question by their number
+        ids = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers], device=device)
+        real = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=device)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
+        first = self.causal_lm(
+            inputs_embeds=self.embed(input_ids, features),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            **self._at(positions),
+        ).logits[:, -1:]
+        cache.batch_repeat_interleave(count)
+        following = positions[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(longest, device=device)
+        logits = self.causal_lm(
+            inputs_embeds=self.get_input_embeddings()(ids).repeat(batch, 1, 1),
+            attention_mask=torch.cat([attention_mask.repeat_interleave(count, 0), real.repeat(batch, 1)], 1),
+            past_key_values=cache,
+            use_cache=True,
+            **self._at(following),
+        ).logits
+        self._forget()
+        logits = torch.cat([first.repeat_interleave(count, 0), logits[:, :-1]], 1).float()
+        told = logits.log_softmax(-1).gather(-1, ids.repeat(batch, 1)[..., None])[..., 0]
+        return (told * real.repeat(batch, 1)).sum(-1).view(batch, count)
+
+    def _at(self, position_ids: Tensor) -> dict[str, Any]:
+        """Position ids for LLMs that take them: others (ALiBi) tell positions from the mask."""
+        return {"position_ids": position_ids} if "position_ids" in signature(self.causal_lm.forward).parameters else {}
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -323,6 +398,7 @@ def compose(
     projectors: Mapping[str, tuple[str, Any]],
     fusion: tuple[str, Any],
     placeholder_ids: Mapping[str, int],
+    asks: Mapping[str, Ask] | None = None,
     with_encoders: bool = True,
 ) -> MultimodalModel:
     """Put parts together. `encoders`: {name: (kind, Encoder)}; `projectors`, `fusion`: (kind, Options).
@@ -340,6 +416,7 @@ def compose(
             },
             "fusion": {"kind": fusion[0], "options": fusion[1].model_dump()},
             "placeholders": dict(placeholder_ids),
+            "asks": {name: ask.save() for name, ask in (asks or {}).items()},
         },
     )
     for name, (_, encoder) in encoders.items():

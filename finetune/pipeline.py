@@ -32,6 +32,7 @@ def run(
     media = [part for kind, path in zip(first["kinds"], first["media"], strict=True) for part in (f"--{kind}", path)]
     # In a process of its own: the folder must do for anyone who is given nothing else.
     command = [sys.executable, "-m", "finetune.cli", "chat", str(folder.merged), first["question"], *media]
+    command += ["--task", first["task"]]
     asked = subprocess.run(command, capture_output=True, text=True)
     if asked.returncode:
         raise ArtifactError(f"{folder.merged} doesn't answer: {asked.stderr.strip()}")

@@ -4,6 +4,7 @@ media, computed once.
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,26 +14,41 @@ from datasets import Dataset
 
 from finetune.assemble import Features, Parts, composite_config, segments_by
 from finetune.assistant import Assistant
-from finetune.data.rows import Entry, listed
+from finetune.data.asks import Ask
+from finetune.data.rows import Entry, listed, mixed
 from finetune.data.sample import Sample
-from finetune.data.tokenize import tokenize
+from finetune.data.tokenize import tokenize, tokenize_prompt
 from finetune.errors import DataError
 from finetune.language_model import without_adapter
 from finetune.model import MultimodalModel
 from finetune.progress import bar, console
 from finetune.run_folder import RunFolder, read_json, write_json
 
+COLUMNS = ("input_ids", "labels", "media_kinds", "media_keys", "head", "target", "group")
 TRIED = 8  # media encoded to tell how large the cache gets
 
 
-def tokenized(samples: Sequence[Sample], parts: Parts, features: Features, limit: int) -> Dataset:
-    """Training rows as token ids, labels and keys of their media. Raises DataError with all rows that can't be used."""
+def tokenized(
+    samples: Sequence[Sample],
+    parts: Parts,
+    features: Features,
+    limit: int,
+    heads: Sequence[tuple[str, Ask] | None] | None = None,
+) -> Dataset:
+    """Training rows as token ids, labels and keys of their media. `heads`: (name, what is asked) of those that a head
+    with weights answers: they are questions alone, `head` names the head, `target` is what it learns, and samples of
+    an equal `group` are compared. Raises DataError with all rows that can't be used.
+    """
     segments = segments_by(composite_config(parts), features.layout)
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "media_kinds": [], "media_keys": []}
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     wrong: list[str] = []
-    for sample in samples:
+    for sample, head in zip(samples, heads or [None] * len(samples), strict=True):
         try:
-            tokens = tokenize(sample, parts.tokenizer, parts.placeholders, segments)
+            if head is None:
+                tokens, target = tokenize(sample, parts.tokenizer, parts.placeholders, segments), []
+            else:
+                tokens = tokenize_prompt(sample.question, parts.tokenizer, parts.placeholders, segments, sample.where)
+                target = head[1].encode(sample)
             if len(tokens.input_ids) > limit:
                 raise DataError(
                     f"{sample.where}: {len(tokens.input_ids)} tokens, more than a row holds: raise "
@@ -45,9 +61,41 @@ def tokenized(samples: Sequence[Sample], parts: Parts, features: Features, limit
         columns["labels"].append(tokens.labels)
         columns["media_kinds"].append([medium.kind for medium in tokens.media])
         columns["media_keys"].append([features.key(medium, sample.where) for medium in tokens.media])
+        columns["head"].append(head[0] if head else "")
+        columns["target"].append(target)
+        columns["group"].append(sample.group)
     if wrong:
         raise DataError(listed(wrong, f"{len(wrong)} of {len(samples)} training rows can't be used"))
     return Dataset.from_dict(columns)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What several trainings have in common: encoders, features, and the LLM as it came, quantized."""
+
+    parts: Parts
+    features: Features
+    language_model: Any
+
+    def give_back(self, model: MultimodalModel) -> None:
+        """Take a training's adapter off the LLM."""
+        if hasattr(model.language_model, "peft_config"):
+            model.language_model.unload()
+        self.language_model.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """The rows that a stage sees: `weights`, times an epoch; `lengths` in tokens; `longest`, the tokens that a packed
+    row must hold for each: with a teacher, as many as the longer of the two has; `groups`: numbers of the rows that
+    stay in one packed row.
+    """
+
+    samples: Dataset
+    weights: list[float]
+    lengths: list[int]
+    longest: list[int]
+    groups: list[list[int]]
 
 
 def stage_rows(
@@ -59,19 +107,23 @@ def stage_rows(
     parts: Parts,
     features: Features,
     limit: int,
-) -> tuple[Dataset, list[float], list[int], list[int]]:
-    """The rows that a stage sees, their weights, their tokens, and the tokens that a packed row must hold for each:
-    with a teacher, as many as the longer of the two has.
-    """
+    mixing_temperature: float,
+) -> StageRows:
     chosen = [i for i, entry in enumerate(training) if not stage["sources"] or entry.source in stage["sources"]]
-    weights = [training[i].weight for i in chosen]
+    weights = mixed([training[i] for i in chosen], mixing_temperature)
     if not stage["distill"]:
-        lengths = [len(ids) for ids in samples.select(chosen)["input_ids"]]
-        return samples.select(chosen), weights, lengths, lengths
+        seen = samples.select(chosen)
+        lengths = [len(ids) for ids in seen["input_ids"]]
+        together: dict[Any, list[int]] = {}
+        for number, (head, group) in enumerate(zip(seen["head"], seen["group"], strict=True)):
+            key = (training[chosen[number]].source, group) if head and group else number
+            together.setdefault(key, []).append(number)
+        return StageRows(seen, weights, lengths, lengths, list(together.values()))
     seen = distilled(folder, [training[i].sample for i in chosen], stage, model, parts, features, limit)
     lengths = [len(ids) for ids in seen["input_ids"]]
     taught = [len(ids) for ids in seen["teacher_input_ids"]]
-    return seen, weights, lengths, [max(pair) for pair in zip(lengths, taught, strict=True)]
+    longest = [max(pair) for pair in zip(lengths, taught, strict=True)]
+    return StageRows(seen, weights, lengths, longest, [[number] for number in range(len(lengths))])
 
 
 def distilled(

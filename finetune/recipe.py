@@ -2,8 +2,8 @@
 
 A field's description is its documentation: `finetune schema` prints it. Fields marked with `json_schema_extra=PATH_...`
 (here and in any part's `Options`) hold paths: relative ones are relative to the recipe's folder and become absolute on
-reading. The marker is {"path": X}: True for a file or folder that exists, "file", "folder", "new" for one that needn't
-exist, "maybe" for a name that is a Hub id unless it looks local.
+reading. The marker is {"path": X}: "file", "folder", "new" for one that needn't exist, "maybe" for a name that is a Hub
+id unless it looks local; where the section has a `may_be_remote` that is false, it is a file or folder that exists.
 """
 
 import json
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from finetune.conflicts import data_conflicts, model_conflicts, stage_conflicts, tuning_conflicts
+from finetune.conflicts import data_conflicts, head_conflicts, model_conflicts, stage_conflicts, tuning_conflicts
 from finetune.errors import RecipeError
 from finetune.parts import PartOptions, load_part, part_names
 from finetune.strict_yaml import (
@@ -37,7 +36,6 @@ from finetune.strict_yaml import (
     dump_yaml,
     explain,
     near_file,
-    nearest,
     override,
     problem,
     problem_at,
@@ -48,7 +46,6 @@ from finetune.strict_yaml import (
     shorten,
 )
 
-PATH_EXISTS: dict[str, Any] = {"path": True}
 PATH_FILE: dict[str, Any] = {"path": "file"}
 PATH_FOLDER: dict[str, Any] = {"path": "folder"}
 PATH_NEW: dict[str, Any] = {"path": "new"}
@@ -56,6 +53,7 @@ PATH_OR_HUB_ID: dict[str, Any] = {"path": "maybe"}
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 MediumName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+HostName = Annotated[str, Field(pattern=r"^(\*\.)?[^\s/*@]+$")]
 
 
 class Section(BaseModel):
@@ -132,19 +130,18 @@ class Task(Part):
     folder = "tasks"
 
 
+class Head(Part):
+    folder = "heads"
+
+
+class Format(Part):
+    folder = "data.formats"
+
+
 def _not_empty(path: Any) -> Any:
     if path == "":
         raise problem("got ''; write a path.")
     return path
-
-
-def _format_name(name: str) -> str:
-    names = part_names("data.formats")
-    if name not in names:
-        near = nearest(name, names)
-        advice = f" Did you mean {near!r}?" if near else ""
-        raise problem(f"got {seen(name)}; write one of {', '.join(names)}, or null to detect it.{advice}")
-    return name
 
 
 RecipePath = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
@@ -201,20 +198,43 @@ class Source(Section):
     name: str | None = Field(
         None, pattern="^[a-z][a-z0-9_-]*$", description="What its scores are called; null: as its task."
     )
-    path: RecipePath = Field(description="File or folder of rows.", json_schema_extra=PATH_EXISTS)
-    format: Annotated[str, AfterValidator(_format_name)] | None = Field(
-        None, description="A part of data/formats; null: detected."
+    path: RecipePath = Field(
+        description="File or folder of rows; with the format hub also the Hub id of a dataset.",
+        json_schema_extra=PATH_OR_HUB_ID,
     )
+    format: Format | None = Field(None, description="How the rows are written down; null: detected.")
     task: Task = Field(description="What is asked of the model with these rows.")
+    head: Head = Field("language", validate_default=True, description="What its answer is read off.")
     split: Literal["train", "validation", "test"] = Field("train", description="What the rows are for.")
     hold_out: float = Field(
         0.0, ge=0, le=0.9, description="Share of the source's media held out as test rows, by seed and content hash."
     )
+    hold_out_validation: float = Field(
+        0.0, ge=0, le=0.9, description="Share held out likewise as validation rows, which train.validation looks at."
+    )
+    group: str | None = Field(
+        None, description="Column whose equal rows are held out together (one patient's, one customer's)."
+    )
     weight: float = Field(1.0, gt=0, description="Times each row is seen per epoch.")
+    loss_weight: float = Field(1.0, gt=0, description="Factor of these rows' loss.")
     columns: dict[str, str] = Field({}, description="The task's column -> the file's.")
     media_folder: RecipePath | None = Field(
-        None, description="Folder of the media named in the rows.", json_schema_extra=PATH_FOLDER
+        None,
+        description="Folder of the media named in the rows; null: the path, or the folder that it lies in.",
+        json_schema_extra=PATH_FOLDER,
     )
+    outside_media_folder: bool = Field(
+        False, description="Whether rows may name media that lie elsewhere on this machine; else they are refused."
+    )
+    hosts: list[HostName] = Field(
+        [],
+        description="Hosts from which media are fetched that rows name by http or https; *.example.com: any below it, "
+        "but none of a private network. Another is refused.",
+    )
+
+    @property
+    def may_be_remote(self) -> bool:
+        return self.format is not None and getattr(load_part(Format.folder, self.format.kind), "REMOTE", False)
 
 
 class Media(Section):
@@ -235,7 +255,7 @@ class Distill(Section):
 class Stage(Section):
     name: str = Field(pattern="^[a-z][a-z0-9_-]*$", description="Name of the stage, distinct.")
     trains: list[str] = Field(
-        min_length=1, description="What is trained: projectors, projectors.NAME, fusion, adapter, encoders.NAME."
+        min_length=1, description="What is trained: projectors, projectors.NAME, fusion, adapter, heads, encoders.NAME."
     )
     learning_rate: float = Field(gt=0, description="Peak learning rate, per optimizer step.")
     learning_rates: dict[str, float] = Field({}, description="Of single parts: what `trains` names -> its own peak.")
@@ -254,6 +274,19 @@ class Stage(Section):
     )
 
 
+class Validation(Section):
+    every_n_steps: int = Field(100, ge=1, description="Optimizer steps between two looks at the validation rows.")
+    limit: int | None = Field(128, ge=1, description="Validation rows of each task looked at, at most; null: all.")
+    metric: str = Field(
+        "mean",
+        pattern="^(mean|[a-z][a-z0-9_-]*[.][a-z0-9_@.-]+)$",
+        description="What is to get better: NAME.METRIC, or mean: of each task's main metric.",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="A stage ends early after this many looks in a row that were no better; null: never."
+    )
+
+
 class Train(Section):
     tokens_per_batch: int = Field(2048, ge=16, description="Tokens of one packed row.")
     accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
@@ -267,6 +300,12 @@ class Train(Section):
         0, ge=0, description="Layers per activation checkpoint: 0 none, 1 each layer."
     )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
+    mixing_temperature: float = Field(
+        1.0, ge=1, description="1: sources are seen as often as they have rows; higher: more alike, by rows^(1 / this)."
+    )
+    validation: Validation | None = Field(
+        None, description="Score validation rows while training, and keep each stage's best weights; null: don't."
+    )
     stages: list[Stage] = Field(min_length=1, description="Run in this order.")
 
 
@@ -322,7 +361,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems: list[Problem] = []
     recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
     problems += model_conflicts(recipe.model)
-    for conflicts in (data_conflicts, tuning_conflicts, stage_conflicts):
+    for conflicts in (data_conflicts, head_conflicts, tuning_conflicts, stage_conflicts):
         problems += conflicts(recipe)
     if problems:
         raise refusal(document, problems)
@@ -343,7 +382,7 @@ _schema = cache(schema)
 
 
 _FOUND: dict[Any, tuple[Callable[[str], bool], str]] = {
-    True: (os.path.exists, "file or folder"),
+    "local": (os.path.exists, "file or folder"),
     "maybe": (os.path.exists, "file or folder"),
     "file": (os.path.isfile, "file"),
     "folder": (os.path.isdir, "folder"),
@@ -366,6 +405,8 @@ def _with_paths(value: Any, folder: str, location: Location, problems: list[Prob
         old, here = getattr(value, key), (*location, key)
         marker = field.json_schema_extra.get("path") if isinstance(field.json_schema_extra, dict) else None
         new = _with_paths(old, folder, here, problems)
+        if marker == "maybe" and not getattr(value, "may_be_remote", True):
+            marker = "local"
         if marker and old is not None and (marker != "maybe" or _looks_local(str(old), folder)):
             new = type(old)(os.path.abspath(os.path.join(folder, os.path.expanduser(old))))
             found, what = _FOUND[marker]

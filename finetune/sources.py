@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from finetune.conflicts import source_names
 from finetune.data.features import default_cache_folder
 from finetune.data.rows import Source
 from finetune.media import Limits
@@ -10,19 +11,28 @@ from finetune.recipe import Recipe
 
 
 def sources_of(recipe: Recipe) -> list[Source]:
+    """The recipe's sources, each under the name that its scores have."""
+    names = source_names([(s.name, s.task.kind, s.task.options.model_dump_json()) for s in recipe.data])
     return [
         Source(
             path=source.path,
             task=(source.task.kind, source.task.options),
-            format=source.format,
+            format=(source.format.kind, source.format.options) if source.format else None,
             split=source.split,
             hold_out=source.hold_out,
             weight=source.weight,
             columns=source.columns,
             media_folder=source.media_folder,
-            name=source.name,
+            outside_media_folder=source.outside_media_folder,
+            hosts=tuple(source.hosts),
+            max_bytes=recipe.media.max_bytes,
+            name=name,
+            head=(source.head.kind, source.head.options),
+            loss_weight=source.loss_weight,
+            hold_out_validation=source.hold_out_validation,
+            group=source.group,
         )
-        for source in recipe.data
+        for source, name in zip(recipe.data, names, strict=True)
     ]
 
 

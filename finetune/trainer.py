@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.adapter import load_trained, save_trained
 from finetune.errors import Interrupted, TrainingError
 from finetune.model import MultimodalModel
+from finetune.parts import load_part
 from finetune.run_folder import whole_folder
 
 
@@ -30,6 +31,7 @@ class StageTrainer(SFTTrainer):
     args: Any
     accelerator: Any
     temperature: float = 1.0
+    _staging: Path | None = None  # where a checkpoint is being written
     learning_rates: Mapping[str, float] = {}
     parts: Mapping[str, list[torch.nn.Parameter]] = {}
 
@@ -52,19 +54,51 @@ class StageTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """trl's, on logits of learnt tokens only; where there is a teacher, the KL divergence from it."""
-        if "teacher" not in inputs:
+        """trl's, on logits of learnt tokens only; where there is a teacher, the KL divergence from it; where there are
+        heads with weights or weighed losses, the sum of all.
+        """
+        if "teacher" not in inputs and "heads" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tokens = torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
         self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item()
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        outputs = model(**inputs, temperature=self.temperature)
-        count = max(inputs["label_rows"].numel(), 1)
-        self._metrics["train"]["mean_token_accuracy"].append(outputs["agreement"].item() / count)
+        if "teacher" in inputs:
+            outputs = model(**inputs, temperature=self.temperature)
+            total, right, count = outputs["loss"], outputs["agreement"], inputs["label_rows"].numel()
+        else:
+            total, right, count = self._mixed_loss(model, inputs)
+        self._metrics["train"]["mean_token_accuracy"].append(float(right) / max(count, 1))
         # As in trl: items are counted over all processes, and gradients are averaged over them.
-        loss = outputs["loss"] / (num_items_in_batch or count)
+        loss = total / (num_items_in_batch if num_items_in_batch else max(count, 1))
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _mixed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, float, int]:
+        """The sum over learnt tokens and samples of their weighed losses, how many of them are right, and how many
+        there are. A number is neither right nor wrong: it isn't counted as right.
+        """
+        batch = {key: value for key, value in inputs.items() if key not in ("heads", "loss_weights", "items")}
+        heads = inputs["heads"]
+        rows = {name: head["rows"] for name, head in heads.items()}
+        outputs = model(**batch, head_rows=rows, use_cache=False, fused_lm_head=True)
+        total = -(outputs.log_probs * inputs["loss_weights"]).sum()
+        right = float(outputs.is_top1.sum())
+        own = self.accelerator.unwrap_model(model)
+        for name, head in heads.items():
+            scores, ask = own.head_scores[name], own.asks[name]
+            part = load_part("heads", ask.head[0])
+            losses = part.loss(scores, head["targets"], head["groups"], ask.settings, ask.head[1])
+            total = total + (losses * head["weights"]).sum()
+            if scores.shape[1] > 1 and len(scores):
+                right += float((scores.argmax(1) == head["targets"].argmax(1)).sum())
+        return total, right, inputs["items"]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """transformers' count of learnt tokens; with heads, of samples that these answer too."""
+        if not batch_samples or "items" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.tensor(sum(batch["items"] for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """One checkpoint in place of the last, under its name only once all of it is on disk. Every process adds its
@@ -89,7 +123,7 @@ class StageTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging)
+        return str(self._staging or self.args.output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written once, where the adapter is published."""

@@ -1,6 +1,7 @@
 """What the `__init__` of each folder of parts promises, over every file there is."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,16 @@ import torch
 from pydantic import BaseModel
 from tiny import tiny_llm, tiny_picture
 from tiny_encoders import KINDS, tiny_encoder_of, tiny_medium
+from tiny_formats import EXAMPLES
 
-from finetune.data.sample import Medium, Row, Sample
+from finetune.data.sample import Answer, Medium, Row, Sample
 from finetune.errors import DataError, ModelError
 from finetune.fusion import Projected
 from finetune.media import DECODERS
 from finetune.parts import PartOptions, load_part, part_names
 
+# What the right answers of the rows below reach, where it isn't 1.
+BEST = {"vqa_accuracy": (2 / 3 + 1) / 2}
 OPTIONS = {"encoders": {"name": "some/name"}}
 
 
@@ -23,7 +27,8 @@ def every(folder: str):
 
 
 @pytest.mark.parametrize(
-    "folder, name", [(f, n) for f in ("encoders", "projectors", "fusion", "tasks") for n in part_names(f)]
+    "folder, name",
+    [(f, n) for f in ("encoders", "projectors", "fusion", "heads", "tasks", "data.formats") for n in part_names(f)],
 )
 def test_options_are_strict_and_survive_json(folder, name):
     part = load_part(folder, name)
@@ -81,47 +86,103 @@ def test_a_fusion_takes_the_placeholders_that_it_asks_for(name):
     module.forget()
 
 
-@every("tasks")
-def test_a_task_reads_rows_and_scores_right_answers_best(name, tmp_path):
+TASK_ROWS: dict[str, tuple[dict, list[dict]]] = {  # options, and what the columns of two rows hold besides the media
+    "answer": ({}, [{"question": "What?", "answer": "a red ball"}, {"question": "哪里？", "answer": "桌子上"}]),
+    "caption": ({}, [{"caption": "a red ball on grass"}, {"caption": ["一只猫坐在桌子上", "桌上有一只猫"]}]),
+    "chat": ({}, [{"answer": "a red ball"}, {"answer": "桌子上"}]),
+    "classify": ({}, [{"label": "red"}, {"label": "红"}]),
+    "extract": ({}, [{"json": '{"total": 3.5, "items": ["a", "b"]}'}, {"json": '{"total": null, "名称": "猫"}'}]),
+    "ground": (
+        {},
+        [{"phrase": "ball", "boxes": "[2, 4, 9, 12]"}, {"phrase": "猫", "boxes": [[1, 1, 3, 4], [2, 5, 9, 9]]}],
+    ),
+    "rank": ({}, [{"group": "u", "history": "h", "item": "猫", "relevance": r} for r in ("1", "0")]),
+    "score": ({}, [{"score": "4.5"}, {"score": 2}]),
+    "transcribe": ({}, [{"text": "red balls, please"}, {"text": "一只猫。"}]),
+    "vqa": (
+        {},
+        [{"question": "What?", "answers": "red; red; blue"}, {"question": "几只？", "answers": ["两只", "两只"]}],
+    ),
+}
+
+
+def task_samples(name: str, folder: Path) -> tuple:
+    """(task, options, a sample of each row, the rows)."""
     task = load_part("tasks", name)
-    options = task.Options()
-    tiny_picture().save(tmp_path / "a.png")
-    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
-    columns = {
-        "image": "a.png",
-        "audio": "a.png",
-        "question": "What?",
-        "answer": "red",
-        "text": "red",
-        "label": "red",
-        "caption": "red",
-        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}],
-    }
-    sample = task.sample(Row(tmp_path / "rows.csv", 2, columns, tmp_path), options)
-    assert isinstance(sample, Sample)
-    (kind,) = task.media(options)
-    assert sample.media == (Medium(kind, tmp_path / "a.png"),) and sample.answer == "red"
-    assert {medium.kind for medium in sample.media} <= set(task.media(options))
-    assert sample.messages[-1].role == "assistant" and sample.where == "rows.csv:2" and sample.task == name
-    targets = ["red", "blue", "red", "green"]
-    right = task.score([task.read(f" {target}\n", options) for target in targets], targets, options)
-    wrong = task.score(["no"] * 4, targets, options)
-    assert right[task.PRIMARY] == 1.0 and wrong[task.PRIMARY] == 0.0 and right.keys() == wrong.keys()
-    assert all(isinstance(value, float) and value >= 0 for value in (right | wrong).values())
-    for metric in right:
-        assert right[metric] == (0.0 if "error" in metric else 1.0), metric
+    options, columns = task.Options(**TASK_ROWS[name][0]), TASK_ROWS[name][1]
+    tiny_picture().save(folder / "a.png")
+    rows = []
+    for number, row in enumerate(columns, 2):
+        content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": row.get("answer", "")}]
+        media = dict.fromkeys(task.media(options), "a.png")
+        rows.append(Row(folder / "rows.csv", number, {**media, "messages": turns, **row}, folder))
+    return task, options, [task.sample(row, options) for row in rows], rows
+
+
+def measured(task, options, samples, answers) -> list[dict]:
+    """As evaluation does it, with what JSON makes of predictions and targets."""
+    read = lambda answer: json.loads(json.dumps(task.read(Answer(answer), options), allow_nan=False))  # noqa: E731
+    targets = [read(s.answer) if s.target is None else json.loads(json.dumps(s.target)) for s in samples]
+    return [task.measure(read(answer), target, options) for answer, target in zip(answers, targets, strict=True)]
+
+
+@every("tasks")
+def test_a_task_reads_rows(name, tmp_path):
+    task, options, samples, rows = task_samples(name, tmp_path)
+    for sample, row in zip(samples, rows, strict=True):
+        assert isinstance(sample, Sample) and sample.answer
+        assert sample.media == tuple(Medium(kind, tmp_path / "a.png") for kind in task.media(options))
+        assert sample.messages[-1].role == "assistant" and sample.where == row.where and sample.task == name
+    assert task.HEADS and {*task.HEADS} <= {*part_names("heads")}
     with pytest.raises(DataError, match=r"rows.csv:2"):
         task.sample(Row(tmp_path / "rows.csv", 2, {}, tmp_path), options)
 
 
+@every("tasks")
+def test_right_answers_score_best_and_garbage_worst(name, tmp_path):
+    task, options, samples, _ = task_samples(name, tmp_path)
+    right = task.score(measured(task, options, samples, [f" {sample.answer}\n" for sample in samples]), options)
+    assert right[task.PRIMARY] == pytest.approx(0.0 if "error" in task.PRIMARY else BEST.get(task.PRIMARY, 1.0))
+    for answers in (["", ""], ["zzz", "{[((,;"], ["[1, 2", '{"a": NaN}'], [samples[1].answer, samples[0].answer]):
+        rows = measured(task, options, samples, answers)
+        wrong = task.score(rows, options)
+        assert wrong.keys() == right.keys()
+        for metric in right:
+            sign = -1 if "error" in metric else 1
+            assert math.isfinite(wrong[metric]) and isinstance(wrong[metric], float)
+            assert sign * wrong[metric] <= sign * right[metric], metric
+        assert (right[task.PRIMARY] > wrong[task.PRIMARY]) != ("error" in task.PRIMARY)
+        assert all(isinstance(row["good"], float) for row in rows)
+
+
+@every("tasks")
+def test_scores_of_a_single_row_and_of_the_same_twice(name, tmp_path):
+    task, options, samples, _ = task_samples(name, tmp_path)
+    for rows in (measured(task, options, samples[:1], [samples[0].answer]), measured(task, options, samples[:1], [""])):
+        for drawn in (rows, rows * 3):
+            scores = task.score(drawn, options)
+            assert task.PRIMARY in scores and all(math.isfinite(value) for value in scores.values())
+            json.dumps(getattr(task, "tables", lambda *_: {})(drawn, options), allow_nan=False)
+
+
+@every("tasks")
+def test_what_heads_say_is_read(name, tmp_path):
+    task, options, samples, _ = task_samples(name, tmp_path)
+    target = task.read(Answer(samples[0].answer), options) if samples[0].target is None else samples[0].target
+    said = {"score": Answer("0.7", number=0.7), "label": Answer("b", probabilities={"a": 0.2, "b": 0.8})}
+    for head in {*task.HEADS} - {"language"}:
+        row = task.measure(json.loads(json.dumps(task.read(said[head], options))), target, options)
+        assert math.isfinite(row["good"]) and task.score([row], options)
+
+
 @every("data.formats")
-def test_a_format_detects_paths_without_opening_them(name):
+def test_a_format_has_an_example_and_recognises_nothing_that_isnt_there(name, tmp_path):
     part = load_part("data.formats", name)
-    suffixes = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", "")
-    mine = [suffix for suffix in suffixes if part.detects(Path(f"/no/such/rows{suffix}"))]
-    assert mine
-    others = [load_part("data.formats", other) for other in part_names("data.formats") if other != name]
-    assert not any(other.detects(Path(f"rows{suffix}")) for other in others for suffix in mine)
+    assert name in {kind for kind, _ in EXAMPLES.values()}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("red")
+    assert not part.detects(tmp_path / "empty") and not part.detects(tmp_path / "notes.txt")
 
 
 @every("encoders")

@@ -26,7 +26,7 @@ def test_the_nearest_name_is_offered():
         load_part("projectors", "mpl")
 
 
-@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "data.formats"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_no_option_is_called_kind_and_each_is_described(folder):
     for name in part_names(folder):
         for key, field in load_part(folder, name).Options.model_fields.items():

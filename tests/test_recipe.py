@@ -209,7 +209,16 @@ MALFORMED = [
     ("task: caption", "task: {kind: caption, promt: x}", 18, "data.0.task.promt", "Did you mean 'prompt'?"),
     ("hold_out: 0.1", "hold_out: 0.95", 19, "data.0.hold_out", "write a number from 0 to 0.9"),
     ("hold_out: 0.1", "weight: 1", 30, "evaluate.split", "no rows to evaluate on: add a source with split: test, or"),
-    ("hold_out: 0.1", "format: tabel", 19, "data.0.format", "Did you mean 'table'?"),
+    ("hold_out: 0.1", "format: tabel", 19, "data.0.format", "did you mean 'table'?"),
+    ("hold_out: 0.1", "format: {kind: table, delimitr: x}", 19, "data.0.format.delimitr", "Did you mean 'delimiter'?"),
+    ("hold_out: 0.1", "format: {kind: table, encoding: latin-99}", 19, "data.0.format.encoding", "got 'latin-99'"),
+    (
+        "products.csv",
+        "products.csv\n    hosts: ['https://example.com']",
+        18,
+        "data.0.hosts.0",
+        "text of the form",
+    ),
     ("hold_out: 0.1", "hold_out: 0.1\n    media_folder: nowhere", 20, "data.0.media_folder", "no such folder: "),
     ("hold_out: 0.1", "columns: {image: 3}", 19, "data.0.columns.image", "got 3; write text."),
     ("hold_out: 0.1", "split: test", 16, "data", "nothing to train on"),
@@ -330,6 +339,32 @@ def test_the_same_rows_with_another_share_held_out_are_refused(folder):
     text = change("train:\n", "  - {path: data/products.csv, task: chat, hold_out: 0.1}\ntrain:\n")
     Path("x.yaml").write_text(text)
     load_recipe("x.yaml")
+
+
+def test_a_hub_id_needs_the_format_hub(folder):
+    text = change("path: data/products.csv", "path: some/products")
+    message = refused(text)
+    assert message == f"x.yaml:17: data.0.path: no such file or folder: {folder / 'some/products'}."
+    Path("x.yaml").write_text(text.replace("task: caption", "task: caption\n    format: hub"))
+    source = load_recipe("x.yaml").data[0]
+    assert source.path == Path("some/products") and source.format.options.split is None
+    assert load_recipe("x.yaml", ["data.0.path=data/products.csv"]).data[0].path == folder / "data/products.csv"
+    assert "no such file or folder" in refused(overrides=["data.0.path=../products"])
+    written = dump_recipe(load_recipe("x.yaml", ["data.0.format={kind: hub, split: train, streaming: true}"]))
+    Path("y.yaml").write_text(written)
+    assert dump_recipe(load_recipe("y.yaml")) == written and "path: some/products" in written
+
+
+def test_other_splits_of_a_dataset_are_other_rows(folder):
+    other = "  - {path: me/mine, format: {kind: hub, split: %s}, task: caption, split: test}\ntrain:\n"
+    text = change("path: data/products.csv", "path: me/mine\n    format: {kind: hub, split: train}")
+    Path("x.yaml").write_text(text.replace("train:\n", other % "validation", 1))
+    assert len(load_recipe("x.yaml").data) == 2
+    assert "also data.0, with split train" in refused(text.replace("train:\n", other % "train", 1))
+    message = refused(
+        change("train:\n", "  - {path: data/products.csv, task: caption, format: table, split: test}\ntrain:\n")
+    )
+    assert "also data.0, with split train" in message
 
 
 def test_a_test_source_is_enough_to_evaluate(folder):
@@ -482,7 +517,7 @@ def test_overrides_set_values_by_the_rules_of_the_file(folder):
     assert recipe.data[0].task.kind == "caption"
     assert recipe.data[0].task.options.prompt == "What = this?"
     assert recipe.data[0].path == folder / "data/more.csv"
-    assert recipe.data[0].format == "table"
+    assert recipe.data[0].format.kind == "table"
 
 
 def test_an_error_elsewhere_keeps_the_line_of_the_file_beside_overrides(folder):

@@ -42,11 +42,39 @@ def epoch_order(weights: Sequence[float], seed: int, epoch: int) -> list[int]:
     return order
 
 
+def units(groups: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
+    """Groups that fit a row each: a larger one is dealt, shuffled, into several."""
+    found: list[list[int]] = []
+    for number, group in enumerate(groups):
+        dealt = list(group)
+        if sum(lengths[sample] for sample in group) > capacity:
+            random.Random(f"{seed}/{number}").shuffle(dealt)
+        free = -1
+        for sample in dealt:
+            if free < lengths[sample]:
+                found.append([])
+                free = capacity
+            found[-1].append(sample)
+            free -= lengths[sample]
+    return found
+
+
 def plan_rows(
-    lengths: Sequence[int], weights: Sequence[float], *, capacity: int, epochs: int, seed: int
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    *,
+    capacity: int,
+    epochs: int,
+    seed: int,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
-    """The rows of all epochs of a stage, in the order in which they're trained."""
+    """The rows of all epochs of a stage, in the order in which they're trained. Samples of a group share a row, and
+    the first one's weight.
+    """
+    whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, seed)
+    tokens = [sum(lengths[sample] for sample in unit) for unit in whole]
     rows: list[list[int]] = []
     for epoch in range(epochs):
-        rows += pack(lengths, capacity, epoch_order(weights, seed, epoch))
+        packed = pack(tokens, capacity, epoch_order([weights[unit[0]] for unit in whole], seed, epoch))
+        rows += [[sample for unit in row for sample in whole[unit]] for row in packed]
     return rows

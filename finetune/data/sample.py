@@ -1,11 +1,15 @@
 """What a row of a file becomes: one conversation with its media in place."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import DataError
+from finetune.data.fetch import fetched
+from finetune.data.media_store import data_uri_content, kept
+from finetune.errors import DataError, MediaError
+from finetune.media import Limits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,20 +20,28 @@ KINDS = ("image", "audio", "video")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file. `number` is the line that an editor shows; `columns` as the file has them."""
+    """One row of a file. `number` is the line that an editor shows; `columns` as the file has them. What media it may
+    name besides files of `media_folder`: any file where `outside_media_folder`, and addresses of `hosts`; `max_bytes`:
+    of a medium that it holds itself or that is fetched.
+    """
 
     path: Path
     number: int
     columns: dict[str, Any]
     media_folder: Path
+    outside_media_folder: bool = False
+    hosts: tuple[str, ...] = ()
+    max_bytes: int = Limits.max_bytes
 
     @property
     def where(self) -> str:
         return f"{self.path.name}:{self.number}"
 
     def text(self, column: str) -> str:
-        """A column that must hold text. Raises DataError with row and column."""
+        """A column that must hold text, or a number, which is written out. Raises DataError with row and column."""
         value = self.columns.get(column)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            value = str(value)
         if not isinstance(value, str) or not value.strip():
             have = ", ".join(repr(name) for name in self.columns)
             seen = f"holds {value!r}" if column in self.columns else f"is missing (columns: {have})"
@@ -37,34 +49,52 @@ class Row:
         return value.strip()
 
     def media(self, kinds: Sequence[str], text: str | None = None) -> tuple["Medium", ...]:
-        """The media of these kinds, each from the column of its name: a path, or a list of them. Pictures come first,
-        then sound, then video, as where a model is asked. `text`: what they show or say together. Raises DataError.
+        """The media of these kinds, each from the column of its name: a value that `medium` takes, or a list of them.
+        Pictures come first, then sound, then video, as where a model is asked. `text`: what they show or say together.
+        Raises DataError.
         """
         found: list[Medium] = []
         for kind in sorted(kinds, key=KINDS.index):
             value = self.columns.get(kind)
-            names = value if isinstance(value, list) else [self.text(kind)]
-            for name in names:
-                if not isinstance(name, str):
-                    raise DataError(f"{self.where}: column {kind!r} holds {str(name)[:40]!r}; write a path")
-                found.append(self.medium(kind, name, "" if found and text is not None else text))
+            if isinstance(value, str) or value is None:
+                value = self.text(kind)
+            for one in value if isinstance(value, list) else [value]:
+                found.append(self.medium(kind, one, "" if found and text is not None else text))
         return tuple(found)
 
-    def medium(self, kind: str, name: str, text: str | None = None) -> "Medium":
-        """A medium named relative to the media folder, which it may not leave. `text`: what it shows or says, where
-        the row tells. Raises DataError.
+    def medium(self, kind: str, value: Any, text: str | None = None) -> "Medium":
+        """A medium that a row names or holds: a path relative to the media folder, which it may not leave; an address;
+        a data URI; bytes; or {"bytes": ..., "path": ...}. A `Path` is one that a format vouches for. `text`: what it
+        shows or says, where the row tells. Raises DataError.
         """
-        if "://" in name:
-            raise DataError(f"{self.where}: {name!r} is an address; media are read from files")
-        path = (self.media_folder / name).resolve()
-        if not path.is_relative_to(self.media_folder.resolve()):
-            raise DataError(
-                f"{self.where}: {name!r} leads to {path}, outside {self.media_folder}; set `media_folder` to a folder "
-                "above"
-            )
-        if not path.is_file():
-            raise DataError(f"{self.where}: no such {kind}: {path}")
-        return Medium(kind, path, text)
+        seen = value
+        if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if isinstance(value, str) and value.startswith("data:"):
+            value = data_uri_content(value, self.where)
+        if isinstance(value, bytes | bytearray):
+            return Medium(kind, kept(bytes(value), self.where, self.max_bytes), text)
+        if isinstance(value, str) and "://" in value:
+            return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text)
+        if not isinstance(value, str | Path):
+            raise DataError(f"{self.where}: column {kind!r} holds {str(seen)[:40]!r}; write a path")
+        return Medium(kind, self._file(kind, value), text)
+
+    def _file(self, kind: str, name: str | Path) -> Path:
+        try:
+            path = (self.media_folder / name).resolve()
+            free = self.outside_media_folder or isinstance(name, Path)
+            if not free and not path.is_relative_to(self.media_folder.resolve()):
+                raise DataError(
+                    f"{self.where}: {name!r} leads to {path}, outside {self.media_folder}; set `media_folder` to a "
+                    "folder above, or `outside_media_folder: true`"
+                )
+            if path.is_file():
+                return path
+        except (OSError, ValueError) as error:  # too long for a name, or a character that no name may have
+            raise DataError(f"{self.where}: column {kind!r} holds {str(name)[:40]!r}, no path ({error})") from None
+        advice = "; write / between folders" if "\\" in str(name) else ""
+        raise MediaError(f"{self.where}: no such {kind}: {path}{advice}")
 
 
 @dataclass(frozen=True)
@@ -105,12 +135,27 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a head says to a question: `text` where it writes, the `probabilities` of the labels where it chooses, a
+    `number` where it rates.
+    """
+
+    text: str = ""
+    probabilities: Mapping[str, float] | None = None
+    number: float | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A conversation whose last turn is the assistant's: the answer that is asked for."""
+    """A conversation whose last turn is the assistant's: the answer that is asked for. `target`: what predictions are
+    scored against, where that is more than the answer read as one. Samples of a `group` are compared with each other.
+    """
 
     messages: tuple[Message, ...]
     where: str
     task: str = ""
+    target: Any = None
+    group: str = ""
     media: tuple[Medium, ...] = field(init=False)
 
     def __post_init__(self) -> None:

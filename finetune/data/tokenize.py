@@ -77,14 +77,19 @@ def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
     """Tokens that end an answer: the one that the chat template ends a turn with, which is what is learnt, the
     tokenizer's, and those that the LLM came with.
     """
-    turn = Sample((Message("user", ("a",)), Message("assistant", ("b",))), "chat template")
-    learnt = [label for label in tokenize(turn, tokenizer, {}, lambda medium: ()).labels if label != IGNORED]
+    last = answer_tokens("b", tokenizer)[-1]
     ends = {tokenizer.eos_token_id}
-    if learnt[-1] in tokenizer.get_added_vocab().values():
-        ends.add(learnt[-1])
+    if last in tokenizer.get_added_vocab().values():
+        ends.add(last)
     own = generation_config.eos_token_id
     ends.update(own if isinstance(own, list) else [own])
     return sorted(ends - {None})
+
+
+def answer_tokens(text: str, tokenizer: Any) -> list[int]:
+    """What is learnt of an answer: its tokens, and the one that ends the turn."""
+    turn = Sample((Message("user", ("a",)), Message("assistant", (text,))), "answer")
+    return [label for label in tokenize(turn, tokenizer, {}, lambda medium: ()).labels if label != IGNORED]
 
 
 def _render(

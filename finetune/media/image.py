@@ -3,6 +3,8 @@
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# What Pillow raises for bad files.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error),
+    *(EOFError, MemoryError, OverflowError, RuntimeError, AttributeError),
+)
 ORIENTATION = 0x0112  # the EXIF tag
+SIDEWAYS = (5, 6, 7, 8)  # of them, those that swap width and height
 DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # grey in more than 8 bits
 
 
@@ -33,11 +41,24 @@ def decode_image(
     name = _source.named(source, where, "picture")
     with _source.opened(source, name, max_bytes) as file:
         content = file.read(max_bytes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what matters comes as an error
+    with _quiet():
         if is_dicom(content, source):
             return decode_dicom(content, name=name, max_bytes=max_bytes, max_pixels=max_pixels)
         return _decode(content, name, max_pixels)
+
+
+def image_size(source: Path | bytes, *, where: str = "") -> tuple[int, int]:
+    """(width, height) in pixels of what `decode_image` gives, by the header where that tells. Raises MediaError."""
+    import PIL.Image
+
+    with _source.opened(source, _source.named(source, where, "picture"), _source.MAX_BYTES) as file:
+        try:
+            with _quiet(), PIL.Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
+        except (*UNREADABLE, PIL.Image.DecompressionBombError):
+            pass
+    return decode_image(source, where=where).size  # DICOM; or says what is wrong
 
 
 def blank_like(image: "Image") -> "Image":
@@ -55,6 +76,13 @@ def over_white(image: "Image") -> "Image":
     white = PIL.Image.new("RGB", layer.size, "white")
     white.paste(layer, mask=layer.getchannel("A"))
     return white
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters comes as an error
+        yield
 
 
 def _decode(content: bytes, name: str, max_pixels: int) -> "Image":
@@ -76,10 +104,7 @@ def _decode(content: bytes, name: str, max_pixels: int) -> "Image":
         raise MediaError(f"{name}: {_source.reason(error)} (Pillow's bound, above `media.max_pixels`)") from None
     except PIL.UnidentifiedImageError:
         raise MediaError(f"{name}: not a picture that is read here ({', '.join(FORMATS)}, DICOM)") from None
-    except (
-        *(OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error),  # what Pillow raises for bad files
-        *(EOFError, MemoryError, OverflowError, RuntimeError, AttributeError),
-    ) as error:
+    except UNREADABLE as error:
         raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
 
 
@@ -88,10 +113,7 @@ def _upright(image: "Image") -> "Image":
     import PIL.Image
 
     turn = PIL.Image.Transpose
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError, OverflowError):
-        return image
+    orientation = _orientation(image)
     turns: dict[Any, PIL.Image.Transpose] = {
         2: turn.FLIP_LEFT_RIGHT,
         3: turn.ROTATE_180,
@@ -102,6 +124,13 @@ def _upright(image: "Image") -> "Image":
         8: turn.ROTATE_90,
     }
     return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _orientation(image: "Image") -> Any:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError, OverflowError):
+        return None
 
 
 def _eight_bits(image: "Image", name: str) -> "Image":

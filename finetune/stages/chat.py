@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from finetune.assistant import Media, load, media_of
+from finetune.assistant import Assistant, Media, load, media_of
 from finetune.data.sample import Medium, Message
 from finetune.errors import DataError
 from finetune.progress import quiet_libraries
+
+SHOWN = 5  # labels
 
 
 def chat(
@@ -16,13 +19,15 @@ def chat(
     audio: Media = None,
     video: Media = None,
     *,
+    task: str | None = None,
     strength: float | Mapping[str, float] | None = None,
     max_new_tokens: int = 256,
 ) -> str:
     """Answer one prompt; without one, talk at the terminal until an empty line. Returns the last answer.
 
-    `image`, `audio`, `video`: a file or several, which the (first) question is about. `strength`: as in
-    `Assistant.answer`.
+    `image`, `audio`, `video`: a file or several, which the (first) question is about. `task`: answer as what was
+    trained under this name: by its labels with their probabilities, or a number; where nothing else was trained it
+    needn't be named. `strength`: as in `Assistant.answer`.
     """
     quiet_libraries()
     first: tuple[Medium, ...] = media_of(image=image, audio=audio, video=video)
@@ -34,13 +39,24 @@ def chat(
     answer = ""
     while (question := _ask() if prompt is None else prompt) or prompt is not None:
         turns.append(Message("user", (*first, question)))
-        answer = assistant.answers([turns], max_new_tokens=max_new_tokens, strength=strength)[0]
+        answer = _answer(assistant, turns, task, {"max_new_tokens": max_new_tokens, "strength": strength})
         if prompt is not None:
             break
         print(answer)
         turns.append(Message("assistant", (answer,)))
         first = ()
     return answer
+
+
+def _answer(assistant: Assistant, turns: list[Message], task: str | None, how: dict[str, Any]) -> str:
+    names = assistant.names_without_text()
+    if task is None and len(names) == len(assistant.model.asks) == 1:
+        task = names[0]
+    if task is None:
+        return assistant.answers([turns], **how)[0]
+    said = assistant.ask(task, [turns], **how)[0]
+    likely = sorted((said.probabilities or {}).items(), key=lambda one: -one[1])[:SHOWN]
+    return "  ".join(filter(None, [said.text, ", ".join(f"{label}: {chance:.3f}" for label, chance in likely)]))
 
 
 def _ask() -> str:

@@ -5,6 +5,7 @@ media, and a linear probe on the same features beside them.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +16,17 @@ from torch import Tensor
 from finetune import adapter, plots
 from finetune.assemble import Features, build_model, encode_one, load_parts
 from finetune.assistant import Assistant, Look
+from finetune.data.asks import Ask, asks_of, name_of
 from finetune.data.rows import Entry, Source, read_splits, some
-from finetune.data.sample import Medium
+from finetune.data.sample import Answer, Medium
 from finetune.errors import DataError
 from finetune.media import Limits, blank, decode
+from finetune.metrics.bootstrap import intervals
 from finetune.parts import load_part
 from finetune.progress import bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, refuse_several_processes, write_text
+from finetune.scores import answers_to, by_name, look_of, measured
 from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
 BLANKS_KEPT = 64
@@ -49,6 +53,8 @@ def evaluate(run: Path | str) -> dict[str, Any]:
     )
     folder.update_metrics(
         scores=result["scores"],
+        intervals=result["intervals"],
+        tables=result["tables"],
         seconds={"evaluate": perf_counter() - begin},
         peak_memory_bytes={f"evaluate_{device}": value for device, value in peak_memory_bytes().items()},
     )
@@ -75,6 +81,7 @@ def evaluate_plain(
     entries = some(splits[split], limit, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to evaluate on")
+    asks = asks_of(sources, splits["train"])
     parts = load_parts(**model, seed=seed)
     features = Features(parts.encoders, cache_folder, limits)
     composite = build_model(
@@ -83,6 +90,7 @@ def evaluate_plain(
         adapter_options=adapter_options,
         seed=seed,
         with_encoders=bool(parts.tuned),
+        asks=asks,
     )
     assistant = Assistant(composite, parts.tokenizer, parts.placeholders, features.encoders, limits)
     media = [medium for entry in entries for medium in entry.sample.media]
@@ -99,92 +107,100 @@ def evaluate_plain(
     kinds = list(dict.fromkeys(medium.kind for medium in media))
     if len(kinds) > 1:  # what does each contribute?
         looks |= {f"blank_{kind}": blank_look(features, kind) for kind in kinds}
+    given: dict[str, list[Answer]] = {}
     with bar("answers", len(entries) * (1 + len(looks))) as step:
 
-        def answers(look: Look) -> list[str]:
-            found: list[str] = []
-            for start in range(0, len(entries), batch):
-                chunk = entries[start : start + batch]
-                questions = [entry.sample.question for entry in chunk]
-                found += assistant.answers(questions, max_new_tokens=max_new_tokens, look=look)
-                for _ in chunk:
-                    step()
-            return found
+        def answer(condition: str, look: Look) -> None:
+            copied = {i: given[other][i] for i, entry in enumerate(entries) if (other := same_as(condition, entry))}
+            asked = [i for i in range(len(entries)) if i not in copied]
+            for _ in copied:
+                step()
+            some = [entries[i] for i in asked]
+            how = {"max_new_tokens": max_new_tokens, "batch": batch}
+            said = answers_to(assistant, some, sources, look=look, step=step, **how)
+            given[condition] = [(copied | dict(zip(asked, said, strict=True)))[i] for i in range(len(entries))]
 
-        given = {"base": answers(true)}  # as composed: new projectors, an adapter that changes nothing yet
+        answer("base", true)  # as composed: new parts, an adapter that changes nothing yet
         adapter.load_trained(composite, folder.adapter)
-        given |= {condition: answers(look) for condition, look in looks.items()}
+        for condition, look in looks.items():
+            answer(condition, look)
     given = {condition: given[condition] for condition in ("tuned", "base", *list(looks)[1:])}
-    return score_answers(given, entries, splits["train"], sources, true.features)
+    return score_answers(given, entries, splits["train"], sources, asks, true.features, seed)
+
+
+def same_as(condition: str, entry: Entry) -> str | None:
+    """The condition in which the entry looks the same and was asked before; None where there is none."""
+    kinds = {medium.kind for medium in entry.sample.media}
+    if condition in ("base", "tuned"):
+        return None
+    if not kinds:
+        return "tuned"
+    blanked = condition.removeprefix("blank_")
+    if blanked == condition:
+        return None
+    return "tuned" if blanked not in kinds else "blank" if kinds == {blanked} else None
 
 
 def score_answers(
-    given: Mapping[str, Sequence[str]],
+    given: Mapping[str, Sequence[Answer]],
     entries: Sequence[Entry],
     train: Sequence[Entry],
     sources: Sequence[Source],
+    asks: Mapping[str, Ask],
     look: Callable[[Medium], Tensor],
+    seed: int,
 ) -> dict[str, Any]:
-    """{"scores": as in metrics.json, "predictions": a row per entry}, from {condition: an answer per entry}.
+    """{"scores", "intervals" and "tables" as in metrics.json, "predictions": a row per entry}, from {condition: an
+    answer per entry}.
 
     `train` and `look` are for the probe: the training rows, and the features of their media.
     """
-    scores: dict[str, Any] = {}
+    result: dict[str, Any] = {"scores": {}, "intervals": {}, "tables": {}}
     rows: list[dict[str, Any]] = [{} for _ in entries]
-    for name, numbers in by_task(entries, sources).items():
-        kind, options = sources[entries[numbers[0]].source].task
+    for name, numbers in by_name(entries, sources).items():
+        kind, options = asks[name].task
         task = load_part("tasks", kind)
-        targets = [entries[i].sample.answer for i in numbers]
+        own = [entries[i] for i in numbers]
+        conditions = {condition: [said[i] for i in numbers] for condition, said in given.items()}
+        if not any(entry.sample.media for entry in own):  # there is nothing to blank or to shuffle
+            conditions = {condition: conditions[condition] for condition in ("tuned", "base")}
+        elif (probed := probe([e for e in train if name_of(sources[e.source]) == name], own, look)) is not None:
+            conditions["probe"] = [Answer(answer) for answer in probed]
         table: dict[str, dict[str, float | None]] = {}
-        for condition in given:
-            read = [task.read(given[condition][i], options) for i in numbers]
-            for metric, value in task.score(read, targets, options).items():
+        margins: dict[str, dict[str, list[float]]] = {}
+        for condition, answers in conditions.items():
+            predictions, measures = measured(asks[name], own, answers)
+            score = partial(task.score, options=options)
+            for metric, value in score(measures).items():
                 table.setdefault(metric, {})[condition] = round(value, 4)
-            for i, prediction in zip(numbers, read, strict=True):
-                rows[i][condition] = prediction
-        probed = probe(train, [entries[i] for i in numbers], sources, name, look)
-        scored = task.score(probed, targets, options) if probed is not None else {}
-        for metric in table:
-            table[metric]["probe"] = round(scored[metric], 4) if metric in scored else None
-        scores[name] = table
-        for i in numbers:
-            sample = entries[i].sample
-            rows[i] = {
-                "task": name,
-                "row": sample.where,
-                "media": [str(medium.path) for medium in sample.media],
-                "kinds": [medium.kind for medium in sample.media],
-                "question": " ".join(p for m in sample.question for p in m.content if isinstance(p, str)),
-                "target": sample.answer,
-                **rows[i],
-            }
-    return {"scores": scores, "predictions": rows}
+            for metric, ends in intervals(measures, score, seed).items():
+                margins.setdefault(metric, {})[condition] = [round(end, 4) for end in ends]
+            if condition == "tuned" and hasattr(task, "tables"):
+                result["tables"][name] = task.tables(measures, options)
+            for i, prediction, measure in zip(numbers, predictions, measures, strict=True):
+                if condition != "probe":
+                    rows[i][condition] = prediction
+                if condition == "tuned":
+                    rows[i]["good"] = round(float(measure["good"]), 4)
+        shown = [*given, "probe"] if "shuffled" in conditions else ["tuned", "base"]
+        result["scores"][name] = {m: {c: values.get(c) for c in shown} for m, values in table.items()}
+        result["intervals"][name] = margins
+        for i, entry in zip(numbers, own, strict=True):
+            rows[i] = {**told(name, asks[name], entry), **rows[i]}
+    return {**result, "predictions": rows}
 
 
-def by_task(entries: Sequence[Entry], sources: Sequence[Source]) -> dict[str, list[int]]:
-    """{name of the scores: numbers of the entries}. Sources that ask the same have their scores together, under the
-    name that one of them gives, or that of their task, with a number where there are several of that kind.
-    """
-    given = {task_key(source): source.name for source in sources if source.name}
-    names: dict[tuple[str, str], str] = {}
-    result: dict[str, list[int]] = {}
-    for number, entry in enumerate(entries):
-        key = task_key(sources[entry.source])
-        if key not in names:
-            same = sum(kind == key[0] for kind, _ in names.keys() - given.keys())
-            names[key] = given.get(key) or (f"{key[0]}_{same + 1}" if same else key[0])
-        result.setdefault(names[key], []).append(number)
-    return result
-
-
-def task_key(source: Source) -> tuple[str, str]:
-    """Equal where the same is asked."""
-    kind, options = source.task
-    return kind, options.model_dump_json()
-
-
-def look_of(features: Features) -> Look:
-    return Look(features.layout, lambda medium: features.features(medium.kind, features.key(medium)))
+def told(name: str, ask: Ask, entry: Entry) -> dict[str, Any]:
+    """What predictions.jsonl says of a row, beside its predictions."""
+    sample = entry.sample
+    return {
+        "task": name,
+        "row": sample.where,
+        "media": [str(medium.path) for medium in sample.media],
+        "kinds": [medium.kind for medium in sample.media],
+        "question": " ".join(p for m in sample.question for p in m.content if isinstance(p, str)),
+        "target": ask.target(sample),
+    }
 
 
 def blank_look(features: Features, only: str | None = None) -> Look:
@@ -224,14 +240,8 @@ def shuffled_look(true: Look, media: Sequence[Medium], seed: int) -> Look:
     return Look(lambda medium: true.layout(other[medium]), lambda medium: true.features(other[medium]))
 
 
-def probe(
-    train: Sequence[Entry],
-    test: Sequence[Entry],
-    sources: Sequence[Source],
-    name: str,
-    look: Callable[[Medium], Tensor],
-) -> list[str] | None:
-    """What logistic regression on mean-pooled features makes of the same rows: the mark to reach.
+def probe(rows: Sequence[Entry], test: Sequence[Entry], look: Callable[[Medium], Tensor]) -> list[str] | None:
+    """What logistic regression on mean-pooled features, learnt from `rows`, makes of the test rows: the mark to reach.
 
     Regularisation is chosen by cross-validation on the training rows. None where answers aren't a set of labels, or
     rows don't have media of the same kinds in the same order.
@@ -241,8 +251,6 @@ def probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    same = by_task([*test, *train], sources)[name]
-    rows = [train[i - len(test)] for i in same if i >= len(test)]
     labels = [entry.sample.answer for entry in rows]
     if (
         not 2 <= len(set(labels)) <= PROBED_LABELS

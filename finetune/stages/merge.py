@@ -14,9 +14,10 @@ from torch import Tensor
 
 from finetune import adapter
 from finetune.assemble import Features, Parts, build_model, load_parts, segments_by
+from finetune.data.asks import asks_of, names_of
 from finetune.data.collate import Collator
 from finetune.data.rows import Entry, Source, read_splits, some
-from finetune.data.tokenize import answer_ends, tokenize
+from finetune.data.tokenize import answer_ends, tokenize, tokenize_prompt
 from finetune.errors import DataError, MergeRefused
 from finetune.language_model import resolve_dtype, without_adapter
 from finetune.media import Limits
@@ -69,9 +70,11 @@ def merge_plain(
     min_agreement: float,
 ) -> dict[str, Any]:
     """The same from plain values. `rows` held-out rows are compared; `min_agreement` of next tokens must be equal."""
-    entries = some(read_splits(sources, seed)[split], rows, seed)
+    splits = read_splits(sources, seed)
+    entries = some(splits[split], rows, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to compare the merged model on")
+    asks, names = asks_of(sources, splits["train"]), names_of(entries, sources)
     parts = load_parts(**model, seed=seed)
     merged_dtype = resolve_dtype(dtype, parts.device) if dtype != "auto" else parts.dtype
     features = Features(parts.encoders, cache_folder, limits)
@@ -80,7 +83,9 @@ def merge_plain(
 
     def trained(quantize: str, parts: Parts = on_cpu, with_encoders: bool = False) -> MultimodalModel:
         llm = {**model["llm"], "quantize": quantize}
-        composite = build_model(parts, llm=llm, adapter_options=adapter_options, seed=seed, with_encoders=with_encoders)
+        composite = build_model(
+            parts, llm=llm, adapter_options=adapter_options, seed=seed, with_encoders=with_encoders, asks=asks
+        )
         adapter.load_trained(composite, folder.adapter)
         return composite
 
@@ -91,7 +96,7 @@ def merge_plain(
 
     with bar("merge", 1 + len(candidates) + 1) as step:
         composite = trained(quantized, parts, with_encoders=bool(parts.tuned))
-        batches = list(comparison_batches(composite, parts, features, entries))
+        batches = list(comparison_batches(composite, parts, features, entries, names))
         for tuned in parts.tuned.values():  # in place: `parts` holds the encoders as they will be saved
             if tuned.lora is not None:
                 tuned.lora.merge_and_unload()
@@ -115,7 +120,7 @@ def merge_plain(
             # What counts is what stands on disk: it is read back, sees with its own encoders, and is compared again.
             final = fitting(read_back(partial), parts.device)
             own = Features(final_encoders(final), None, limits)
-            logits = next_tokens(final, comparison_batches(final, parts, own, entries))
+            logits = next_tokens(final, comparison_batches(final, parts, own, entries, names))
             certificate: dict[str, Any] = {
                 "merged_into": best,
                 "why": "the smallest KL divergence from what was trained",
@@ -200,9 +205,11 @@ def save_merged(composite: MultimodalModel, parts: Parts, limits: Limits, folder
         projectors={name: part_from("projectors", part) for name, part in composite.config.parts["projectors"].items()},
         fusion=parts.fusion,
         placeholder_ids=composite.config.parts["placeholders"],
+        asks=composite.asks,
     )
     whole.projectors.load_state_dict(composite.projectors.state_dict())
     whole.fusion.load_state_dict(composite.fusion.state_dict())
+    whole.heads.load_state_dict(composite.heads.state_dict())
     whole.config.dtype = language_model.dtype
     whole.config.parts["media"] = asdict(limits)
     whole.save_pretrained(folder)
@@ -234,12 +241,23 @@ def fitting(composite: MultimodalModel, device: torch.device) -> MultimodalModel
 
 
 def comparison_batches(
-    composite: MultimodalModel, parts: Parts, features: Features, entries: Sequence[Entry]
+    composite: MultimodalModel,
+    parts: Parts,
+    features: Features,
+    entries: Sequence[Entry],
+    names: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Held-out rows as they are trained, one by one, with the positions that predict the answer."""
+    """Held-out rows as they are trained, one by one, with the positions that predict the answer. `names`: of the scores
+    of each; where a head with weights answers, it is the batch's `head`.
+    """
     segments = segments_by(composite.config, features.layout)
-    for entry in entries:
-        tokens = tokenize(entry.sample, parts.tokenizer, parts.placeholders, segments)
+    for entry, name in zip(entries, names, strict=True):
+        head = name in composite.heads
+        tokens = (
+            tokenize_prompt(entry.sample.question, parts.tokenizer, parts.placeholders, segments, entry.sample.where)
+            if head
+            else tokenize(entry.sample, parts.tokenizer, parts.placeholders, segments)
+        )
         sample = {
             "input_ids": tokens.input_ids,
             "labels": tokens.labels,
@@ -248,23 +266,28 @@ def comparison_batches(
         }
         batch = Collator([sample], features.features, field="features", packed=False)([{"samples": [0]}])
         batch["label_rows"] = batch["label_rows"][: max(1, POSITIONS // len(entries))]
+        batch["head"] = name if head else None
         yield batch
 
 
 @torch.no_grad()
 def next_tokens(composite: MultimodalModel, batches: Iterable[Mapping[str, Any]], bare: bool = False) -> list[Tensor]:
-    """Log-probabilities of the next token where the answer stands, a row (positions, vocabulary) in float32 each.
+    """Log-probabilities of the next token where the answer stands, a row (positions, vocabulary) in float32 each; of a
+    head with weights those of its labels (1, labels), or of each score to be above zero or not (scores, 2).
     `bare`: without the adapter.
     """
     device = composite.get_input_embeddings().weight.device
     found = []
     with without_adapter(composite.language_model) if bare else nullcontext():
         for batch in batches:
-            logits = composite(
-                batch["input_ids"].to(device),
-                features=batch["features"],
-                attention_mask=batch["attention_mask"].to(device),
-            ).logits[0, batch["label_rows"].to(device)]
+            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            if batch["head"]:
+                scores = composite.head_outputs(batch["head"], ids, mask, batch["features"])
+                chosen = scores.shape[1] > 1 and not composite.asks[batch["head"]].settings["several"]
+                logits = scores if chosen else torch.stack([scores[0], torch.zeros_like(scores[0])], 1)
+            else:
+                logits = composite(ids, features=batch["features"], attention_mask=mask).logits
+                logits = logits[0, batch["label_rows"].to(device)]
             found.append(logits.float().log_softmax(-1).cpu())
     return found
 
@@ -273,14 +296,18 @@ def compare(got: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, flo
     """KL(reference || got) in nats per token, share of equal most likely tokens, and the largest difference of a
     log-probability, among tokens that the reference gives at least one in ten thousand.
     """
-    ours, theirs = torch.cat(list(got)), torch.cat(list(reference))
-    width = min(ours.shape[1], theirs.shape[1])
-    ours, theirs = ours[:, :width], theirs[:, :width]
-    likely = theirs > torch.log(torch.tensor(1e-4))
+    divergences, agreements, largest = [], [], 0.0
+    for ours, theirs in zip(got, reference, strict=True):
+        width = min(ours.shape[1], theirs.shape[1])
+        ours, theirs = ours[:, :width], theirs[:, :width]
+        divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
+        agreements.append((ours.argmax(-1) == theirs.argmax(-1)).float())
+        likely = theirs > torch.log(torch.tensor(1e-4))
+        largest = max(largest, float((ours - theirs)[likely].abs().max()))
     return {
-        "kl": float((theirs.exp() * (theirs - ours)).sum(-1).mean().clamp(min=0)),
-        "agreement": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        "largest_logit_difference": float((ours - theirs)[likely].abs().max()),
+        "kl": float(torch.cat(divergences).mean().clamp(min=0)),
+        "agreement": float(torch.cat(agreements).mean()),
+        "largest_logit_difference": largest,
     }
 
 

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -16,26 +17,41 @@ from datasets import Dataset
 
 from finetune import adapter, plots
 from finetune.assemble import Features, Parts, build_model, load_parts
+from finetune.assistant import Assistant
+from finetune.data.asks import asks_of, names_of
 from finetune.data.collate import Collator
 from finetune.data.pack import plan_rows
-from finetune.data.rows import Source, read_splits, summary
+from finetune.data.rows import Entry, Source, read_splits, some, summary
 from finetune.errors import Interrupted, TrainingError
 from finetune.language_model import default_device, packs_exactly
 from finetune.media import Limits
 from finetune.model import MultimodalModel
-from finetune.prepare import fill_cache, stage_rows, tokenized
+from finetune.prepare import Shared, fill_cache, stage_rows, tokenized
 from finetune.progress import TrainingBar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import Recipe, dump_recipe
 from finetune.run_folder import RunFolder, read_json, whole_folder, write_json, write_text
+from finetune.scores import answers_to, by_name, look_of, merit, scored
 from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 from finetune.trainer import refuse_several_gpus, train_stage
+from finetune.validation import Validation
 
 FEW_STEPS = 50
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
-def train(recipe: Recipe, run: Path | str | None = None, resume: bool = False) -> RunFolder:
-    """Train a recipe's stages and write the adapter folder. Ctrl-C leaves a whole checkpoint; `resume` goes on."""
+def train(
+    recipe: Recipe,
+    run: Path | str | None = None,
+    resume: bool = False,
+    *,
+    shared: Shared | None = None,
+    told: Callable[[float], bool] | None = None,
+) -> RunFolder:
+    """Train a recipe's stages and write the adapter folder. Ctrl-C leaves a whole checkpoint; `resume` goes on.
+
+    `shared`: parts that are loaded already; `told(merit)` hears of every look at the validation rows, and may end the
+    stage by True.
+    """
     quiet_libraries()
     fresh_memory()
     refuse_several_gpus()
@@ -56,6 +72,9 @@ def train(recipe: Recipe, run: Path | str | None = None, resume: bool = False) -
         seed=recipe.seed,
         cache_folder=cache_folder(recipe),
         limits=limits_of(recipe),
+        answers={"max_new_tokens": recipe.evaluate.max_new_tokens, "batch": recipe.evaluate.batch},
+        shared=shared,
+        told=told,
         **recipe.train.model_dump(exclude={"stages", "cache", "cache_folder"}),
     )
     if not processes.is_main_process:
@@ -81,31 +100,40 @@ def train_plain(
     seed: int,
     cache_folder: Path | None,
     limits: Limits,
+    answers: Mapping[str, Any],
+    shared: Shared | None,
+    told: Callable[[float], bool] | None,
     tokens_per_batch: int,
     accumulate: int,
     encode_batch: int,
     workers: int,
     checkpoint_every_n_layers: int,
     save_every_n_steps: int,
+    mixing_temperature: float,
+    validation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The same from plain values. Returns losses and tokens per stage, and seconds per part."""
     first = PartialState().is_main_process
     entries = read_splits(sources, seed)
-    parts = load_parts(**model, seed=seed)
-    features = Features(parts.encoders, cache_folder, limits)
     training = entries["train"]
-    for entry in training:
+    looked_at = validation_rows(entries["validation"], sources, validation["limit"], seed) if validation else []
+    asks = asks_of(sources, training)
+    parts = shared.parts if shared else load_parts(**model, seed=seed)
+    features = shared.features if shared else Features(parts.encoders, cache_folder, limits)
+    for entry in [*training, *looked_at]:
         for medium in entry.sample.media:
             features.key(medium, entry.sample.where)
     if first:
         write_json(folder.data / "summary.json", summary(entries))
         if cache_folder:
             epochs = sum(stage["epochs"] for stage in stages)
-            media = [medium for entry in training for medium in entry.sample.media]
+            media = [medium for entry in [*training, *looked_at] for medium in entry.sample.media]
             fill_cache(media, features, epochs, encode_batch, workers)
     PartialState().wait_for_everyone()
     features.refresh()
-    samples = tokenized([entry.sample for entry in training], parts, features, tokens_per_batch)
+    heads = [(name, asks[name]) if asks[name].trained else None for name in names_of(training, sources)]
+    samples = tokenized([entry.sample for entry in training], parts, features, tokens_per_batch, heads)
+    samples = samples.add_column("loss_weight", [sources[entry.source].loss_weight for entry in training])
     if first:
         refuse_other_rows(folder, samples)
     lengths = [len(ids) for ids in samples["input_ids"]]
@@ -117,7 +145,13 @@ def train_plain(
         for _, encoder in parts.encoders.values():
             encoder.module.to("cpu")  # not needed while the LLM trains
     composite = build_model(
-        parts, llm=model["llm"], adapter_options=adapter_options, seed=seed, with_encoders=not cache_folder
+        parts,
+        llm=model["llm"],
+        adapter_options=adapter_options,
+        seed=seed,
+        with_encoders=not cache_folder,
+        asks=asks,
+        language_model=shared.language_model if shared else None,
     )
     composite.encode_batch = encode_batch
     if checkpoint_every_n_layers:
@@ -125,26 +159,54 @@ def train_plain(
     packed = packs_exactly(composite.causal_lm)
     if not packed:
         console.print("in this LLM packed samples would see each other: they stand in padded rows instead")
+    assistant = Assistant(composite, parts.tokenizer, parts.placeholders, features.encoders, limits)
+
+    def look() -> dict[str, dict[str, float]]:
+        said = answers_to(assistant, looked_at, sources, look=look_of(features), **answers)
+        return scored(asks, looked_at, sources, said)
+
+    weighed = bool(composite.heads) or any(source.loss_weight != 1 for source in sources)
+    head_outputs = {name: len(samples["target"][samples["head"].index(name)]) for name in composite.heads}
     begin = perf_counter()
     results: dict[str, Any] = {}
     for number, stage in enumerate(stages):
-        seen, weights, lengths, longest = stage_rows(
-            folder, training, samples, stage, composite, parts, features, tokens_per_batch
+        seen = stage_rows(
+            folder, training, samples, stage, composite, parts, features, tokens_per_batch, mixing_temperature
         )
+        watching = None
+        if validation:
+            watching = Validation(
+                composite,
+                folder.checkpoints / stage["name"],
+                look=look,
+                merit=partial(merit, asks=asks, metric=validation["metric"]),
+                every_n_steps=validation["every_n_steps"],
+                patience=validation["patience"],
+                told=told,
+            )
         results[stage["name"]] = run_stage(
             folder,
             composite,
             parts,
             Collator(
-                seen,
+                seen.samples,
                 features.features if cache_folder else lambda kind, key: features.prepared(kind, key).values,
                 field="features" if cache_folder else "media",
                 packed=packed,
                 pad_token_id=parts.tokenizer.pad_token_id,
+                heads=head_outputs if weighed and not stage["distill"] else None,
             ),
-            plan_rows(longest, weights, capacity=tokens_per_batch, epochs=stage["epochs"], seed=seed + 1000 * number),
-            lengths,
+            plan_rows(
+                seen.longest,
+                seen.weights,
+                capacity=tokens_per_batch,
+                epochs=stage["epochs"],
+                seed=seed + 1000 * number,
+                groups=seen.groups,
+            ),
+            seen.lengths,
             stage,
+            watching,
             accumulate=accumulate,
             save_every_n_steps=save_every_n_steps,
             workers=workers,
@@ -152,17 +214,17 @@ def train_plain(
         )
     trained_seconds = perf_counter() - begin
     if first:
-        labels = sorted({entry.sample.answer for entry in training})
-        with whole_folder(folder.adapter) as partial:
+        with whole_folder(folder.adapter) as writing:
             adapter.save_adapter_folder(
                 composite,
                 parts.tokenizer,
-                partial,
+                writing,
                 base=base_names(model, composite, parts),
                 seed=seed,
-                labels=labels if len(labels) <= 1000 else [],
                 media=asdict(limits),
             )
+    if shared:
+        shared.give_back(composite)
     PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
     seconds = {**features.seconds, "encode": features.seconds["encode"] + composite.encode_seconds}
@@ -184,13 +246,16 @@ def run_stage(
     rows: Sequence[Sequence[int]],
     lengths: Sequence[int],
     stage: Mapping[str, Any],
+    validation: Validation | None,
     *,
     accumulate: int,
     save_every_n_steps: int,
     workers: int,
     seed: int,
 ) -> dict[str, Any]:
-    """One stage, or what is left of it. Returns its losses (one a step), steps, tokens and seconds."""
+    """One stage, or what is left of it, ending on its best weights where it is validated. Returns its losses (one a
+    step), steps, tokens and seconds.
+    """
     trained = adapter.set_trainable(model, stage["trains"])
     processes = PartialState()
     steps = -(-len(rows) // (accumulate * processes.num_processes))
@@ -223,7 +288,7 @@ def run_stage(
             workers=workers,
             seed=seed,
             dtype=parts.dtype,
-            callbacks=[TrainingBar(stage["name"], steps)],
+            callbacks=[TrainingBar(stage["name"], steps), *([validation] if validation else [])],
             distill_temperature=stage["distill"]["temperature"] if stage["distill"] else None,
             # The first of the warmup's steps has a rate of zero: too much where the whole stage is a few steps.
             warmup=stage["warmup"] if stage["warmup"] * steps >= 1 else 0.0,
@@ -237,24 +302,38 @@ def run_stage(
         raise Interrupted(
             f"{stage['name']}: {error}; go on with --resume --run {folder.path}, and the same --set"
         ) from None
+    best_step = validation.restore_best() if validation else None
+    done = validation.history[-1]["step"] if validation else steps  # fewer where it ended early
+    trained_rows = rows[: done * accumulate * processes.num_processes]
     result = {
         "losses": [round(entry["loss"], 6) for entry in log],
         "token_accuracy": [round(entry["mean_token_accuracy"], 4) for entry in log],
-        "steps": steps,
-        "samples": sum(len(row) for row in rows),
-        "tokens": sum(lengths[number] for row in rows for number in row),
+        "steps": done,
+        "samples": sum(len(row) for row in trained_rows),
+        "tokens": sum(lengths[number] for row in trained_rows for number in row),
         "seconds": perf_counter() - begin,
         "trained_weights": trained,
+        "validation": validation.history if validation else [],
+        "best_step": best_step,
     }
     final = folder.checkpoints / stage["name"] / "final"
     if processes.is_main_process:
         with whole_folder(final) as partial:
             adapter.save_trained(model, partial)
             write_json(partial / "result.json", result)
-        for old in final.parent.glob("checkpoint-*"):
+        for old in [*final.parent.glob("checkpoint-*"), *final.parent.glob("best")]:
             shutil.rmtree(old)
     processes.wait_for_everyone()
     return result
+
+
+def validation_rows(entries: Sequence[Entry], sources: Sequence[Source], limit: int | None, seed: int) -> list[Entry]:
+    """At most `limit` rows of each task."""
+    return [
+        entry
+        for numbers in by_name(entries, sources).values()
+        for entry in some([entries[i] for i in numbers], limit, seed)
+    ]
 
 
 def tell_versions(path: Path, processes: int) -> None:

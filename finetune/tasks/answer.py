@@ -1,16 +1,25 @@
 """Answer each row's own question about its media."""
 
+from typing import Any
+
 from pydantic import Field
 
-from finetune.data.sample import Message, Row, Sample
+from finetune.data.sample import Answer, Message, Row, Sample
+from finetune.metrics import means
+from finetune.metrics.text import FREE_TEXT, free_text
 from finetune.parts import PartOptions
-from finetune.scoring import free_text
+from finetune.tasks._columns import ask, text_of, transcript_of
 
+HEADS = ("language",)
 PRIMARY = "exact_match"
 
 
 class Options(PartOptions):
-    media: tuple[str, ...] = Field(("image",), description="Kinds of media, each in the column of its name.")
+    prompt: str = Field("", description="Put after the row's question; '' for nothing.")
+    media: tuple[str, ...] = Field(
+        ("image",), description="Kinds of media, each in the column of its name; [] for none."
+    )
+    text: str = Field("", description="Column of text put before the question; '' for none.")
     question: str = Field("question", description="Column of the question, put after the media; '' for none.")
     answer: str = Field("answer", description="Column that holds the answer.")
     transcript: str = Field("", description="Column that says in words what the media show or say, for distill.")
@@ -21,16 +30,19 @@ def media(options: Options) -> tuple[str, ...]:
 
 
 def sample(row: Row, options: Options) -> Sample:
-    content = row.media(options.media, row.text(options.transcript) if options.transcript else None)
-    question = (row.text(options.question),) if options.question else ()
-    return Sample(
-        (Message("user", (*content, *question)), Message("assistant", (row.text(options.answer),))), row.where, "answer"
-    )
+    transcript = transcript_of(row, options.transcript)
+    question = ask(row, options.prompt, options.media, (options.text, options.question), transcript)
+    return Sample((question, Message("assistant", (text_of(row, options.answer),))), row.where, "answer")
 
 
-def read(answer: str, options: Options) -> str:
-    return answer.strip()
+def read(answer: Answer, options: Options) -> str:
+    return answer.text.strip()
 
 
-def score(predictions: list[str], targets: list[str], options: Options) -> dict[str, float]:
-    return free_text(predictions, targets)
+def measure(prediction: str, target: str, options: Options) -> dict[str, Any]:
+    return free_text(prediction, [target])
+
+
+def score(rows: list[dict[str, Any]], options: Options) -> dict[str, float]:
+    """Means over rows: the answer letter for letter, F1 of its words, F1 of its longest common subsequence."""
+    return means(rows, FREE_TEXT)

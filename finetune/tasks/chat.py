@@ -4,11 +4,13 @@ from typing import Any
 
 from pydantic import Field
 
-from finetune.data.sample import Medium, Message, Row, Sample
+from finetune.data.sample import Answer, Medium, Message, Row, Sample
 from finetune.errors import DataError
+from finetune.metrics import means
+from finetune.metrics.text import FREE_TEXT, free_text
 from finetune.parts import PartOptions
-from finetune.scoring import free_text
 
+HEADS = ("language",)
 PRIMARY = "token_f1"
 ROLES = ("system", "user", "assistant")
 
@@ -31,12 +33,17 @@ def sample(row: Row, options: Options) -> Sample:
     return Sample(turns, row.where, "chat")
 
 
-def read(answer: str, options: Options) -> str:
-    return answer.strip()
+def read(answer: Answer, options: Options) -> str:
+    return answer.text.strip()
 
 
-def score(predictions: list[str], targets: list[str], options: Options) -> dict[str, float]:
-    return free_text(predictions, targets)
+def measure(prediction: str, target: str, options: Options) -> dict[str, Any]:
+    return free_text(prediction, [target])
+
+
+def score(rows: list[dict[str, Any]], options: Options) -> dict[str, float]:
+    """Means over rows: the answer letter for letter, F1 of its words, F1 of its longest common subsequence."""
+    return means(rows, FREE_TEXT)
 
 
 def _message(row: Row, number: int, message: Any, options: Options) -> Message:
@@ -56,7 +63,7 @@ def _part(row: Row, place: str, part: Any, role: str, options: Options) -> str |
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind in options.media and isinstance(part.get(kind), str):
+    if kind in options.media and part.get(kind) is not None:
         if role == "assistant":
             raise DataError(f"{place}: the assistant can't answer with media")
         return row.medium(kind, part[kind])

@@ -2,12 +2,17 @@
 perfect, above 1 is possible.
 """
 
+from typing import Any
+
 from pydantic import Field
 
-from finetune.data.sample import Message, Row, Sample
+from finetune.data.sample import Answer, Message, Row, Sample
+from finetune.metrics import means
+from finetune.metrics.text import edits, words
 from finetune.parts import PartOptions
-from finetune.scoring import exact_match, words
+from finetune.tasks._columns import ask
 
+HEADS = ("language",)
 PRIMARY = "exact_match"
 
 
@@ -23,23 +28,26 @@ def media(options: Options) -> tuple[str, ...]:
 
 def sample(row: Row, options: Options) -> Sample:
     text = row.text(options.text)
-    content = row.media(options.media, text)
-    return Sample((Message("user", (*content, options.prompt)), Message("assistant", (text,))), row.where, "transcribe")
+    question = ask(row, options.prompt, options.media, transcript=text)
+    return Sample((question, Message("assistant", (text,))), row.where, "transcribe")
 
 
-def read(answer: str, options: Options) -> str:
-    return answer.strip()
+def read(answer: Answer, options: Options) -> str:
+    return answer.text.strip()
 
 
-def score(predictions: list[str], targets: list[str], options: Options) -> dict[str, float]:
-    """Case and punctuation don't count; each Chinese, Japanese or Korean character is a word."""
-    import jiwer
+def measure(prediction: str, target: str, options: Options) -> dict[str, Any]:
+    counts = edits(prediction, target)
+    good = 1.0 - min(counts["character_edits"] / max(counts["characters"], 1), 1.0)
+    return {"good": good, "exact_match": float(words(prediction) == words(target)), **counts}
 
-    said, right = [words(text) for text in predictions], [words(text) for text in targets]
-    spaced, spaced_right = ([" ".join(row) for row in rows] for rows in (said, right))
-    joined, joined_right = (["".join(row) for row in rows] for rows in (said, right))
-    return {
-        "exact_match": exact_match(spaced, spaced_right),
-        "word_error_rate": float(jiwer.wer(spaced_right, spaced)),
-        "character_error_rate": float(jiwer.cer(joined_right, joined)),
-    }
+
+def score(rows: list[dict[str, Any]], options: Options) -> dict[str, float]:
+    """Case and punctuation don't count; each Chinese, Japanese or Korean character is a word. Rates are of all rows
+    together; they are left out where no transcript has a word.
+    """
+    rates = {}
+    for name in ("word", "character"):
+        if count := sum(row[f"{name}s"] for row in rows):
+            rates[f"{name}_error_rate"] = sum(row[f"{name}_edits"] for row in rows) / count
+    return means(rows, ("exact_match",)) | rates

@@ -88,14 +88,14 @@ def plan(split: str) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def speak(text: str, voice: str, draw: random.Random) -> numpy.ndarray:
+def speak(text: str, voice: str, draw: random.Random, language: str = LANGUAGE) -> numpy.ndarray:
     """Samples at RATE, in a pitch and speed of the day, without the silence around them."""
     from scipy.signal import resample_poly
 
     for word, syllables in READ_AS.items():
         text = text.replace(word, f" {syllables} ")
     manner = ["-p", str(draw.randint(30, 70)), "-s", str(draw.randint(150, 230))]
-    command = ["espeak-ng", "-v", f"{LANGUAGE}+{voice}", *manner, "--stdout", text]
+    command = ["espeak-ng", "-v", f"{language}+{voice}", *manner, "--stdout", text]
     spoken = subprocess.run(command, capture_output=True, check=True)
     with wave.open(BytesIO(spoken.stdout)) as file:
         rate = file.getframerate()

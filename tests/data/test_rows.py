@@ -1,10 +1,14 @@
+import base64
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import part, tiny_dataset, tiny_picture
+from tiny_formats import EXAMPLES, picture, put
 
 from finetune.data.rows import Source, read_splits, summary
+from finetune.data.sample import Row
 from finetune.errors import DataError
 
 
@@ -95,7 +99,7 @@ def test_columns_are_renamed(tmp_path):
 
 def test_a_file_of_no_known_format_is_named(tmp_path):
     (tmp_path / "rows.xyz").write_text("a")
-    with pytest.raises(DataError, match=r"rows.xyz: no format recognises it; .*messages, table"):
+    with pytest.raises(DataError, match=r"rows.xyz: no format recognises it; .*messages, sharegpt, table"):
         read_splits([source(tmp_path / "rows.xyz")], 0)
 
 
@@ -105,10 +109,106 @@ def test_addresses_links_and_semicolons_are_told(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path / "outside")
-    with pytest.raises(DataError, match=r"'https://example\.com/a\.png' is an address; media are read from files"):
+    with pytest.raises(DataError, match=r"'https://example\.com/a\.png' is an address of a host that `hosts`"):
         read_splits([source(write(folder / "one.csv", [["https://example.com/a.png", "red"]]))], 0)
     with pytest.raises(DataError, match=r"'link/a.png' leads to .*outside/a.png, outside "):
         read_splits([source(write(folder / "two.csv", [["link/a.png", "red"]]))], 0)
     (folder / "three.csv").write_text("image;label\na.png;red\n")
     with pytest.raises(DataError, match=r"three\.csv:1: fields stand between semicolons"):
         read_splits([source(folder / "three.csv")], 0)
+
+
+def row(folder: Path, value: Any, **access) -> Row:
+    return Row(folder / "rows.csv", 2, {"image": value}, folder, **access)
+
+
+def test_a_medium_is_named_or_held_in_many_ways(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = picture()
+    file = put(tmp_path / "data" / "a.png", content)
+    uri = "data:image/png;base64," + base64.b64encode(content).decode()
+    values = ["a.png", content, {"bytes": content, "path": "x.png"}, {"bytes": None, "path": "a.png"}, uri, Path(file)]
+    for value in values:
+        (found,) = row(tmp_path / "data", value).media(("image",))
+        assert found.kind == "image" and found.path.read_bytes() == content and found.path.is_file()
+    assert len(row(tmp_path / "data", values).media(("image",))) == len(values)
+    with pytest.raises(DataError, match=r"rows.csv:2: holds a medium of .* bytes; 1 to 10 "):
+        row(tmp_path / "data", content, max_bytes=10).media(("image",))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "column 'image' holds None"),
+        ({"url": "a.png"}, "column 'image' holds .*; write a path"),
+        ({"bytes": None, "path": None}, "column 'image' holds"),
+        ([["a.png"]], "column 'image' holds"),
+        (["a.png", None], "column 'image' holds 'None'"),
+        ("a" * 5000, "column 'image' holds 'aaa.*no path"),
+        ("a\0.png", "column 'image' holds .*no path"),
+        ("images\\a.png", "no such image: .*; write / between folders"),
+        ("", "column 'image' holds ''"),
+        (".", "no such image"),
+    ],
+)
+def test_what_names_no_medium_is_a_data_error(value, message, tmp_path):
+    put(tmp_path / "a.png", picture())
+    with pytest.raises(DataError, match=f"rows.csv:2: {message}"):
+        row(tmp_path, value).media(("image",))
+
+
+def test_media_outside_their_folder_are_read_where_the_recipe_says_so(tmp_path):
+    (tmp_path / "data").mkdir()
+    file = put(tmp_path / "a.png", picture())
+    for name in ("../a.png", str(file)):
+        with pytest.raises(DataError, match=r"outside_media_folder: true"):
+            row(tmp_path / "data", name).media(("image",))
+        assert row(tmp_path / "data", name, outside_media_folder=True).media(("image",))[0].path == file
+
+
+def test_media_are_fetched_from_the_hosts_of_a_source_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("finetune.data.sample.fetched", lambda *given: asked.append(given) or tmp_path)
+    found = row(tmp_path, "https://example.com/a.png", hosts=("example.com",), max_bytes=7).media(("image",))
+    assert found[0].path == tmp_path
+    assert asked == [("https://example.com/a.png", ("example.com",), "rows.csv:2", 7)]
+
+
+@pytest.mark.parametrize(("value", "text"), [(3, "3"), (2.5, "2.5"), (" a ", "a")])
+def test_numbers_are_text(value, text, tmp_path):
+    assert Row(tmp_path, 1, {"label": value}, tmp_path).text("label") == text
+    for wrong in (True, float("nan"), None, ["a"], ""):
+        with pytest.raises(DataError, match="column 'label' holds"):
+            Row(tmp_path, 1, {"label": wrong}, tmp_path).text("label")
+
+
+@pytest.mark.parametrize(
+    ("example", "task", "renamed", "answers"),
+    [
+        ("table", "classify", {}, ["red", "rot, 红"]),
+        ("sheet", "classify", {"label": "price"}, ["3", "2.5"]),
+        ("folders", "classify", {}, ["cats", "cats", "dogs"]),
+        ("messages", "chat", {}, ["red"]),
+        ("llava", "chat", {}, ["red"]),
+        ("sharegpt", "chat", {}, ["That."]),
+        ("coco", "caption", {}, ["A cat.", "One cat."]),
+        ("saved", "classify", {"label": "text"}, ["x", "y"]),
+        ("parquet", "classify", {}, ["blue", "red"]),
+        ("common_voice", "transcribe", {"text": "age"}, ["twenties"]),
+        ("ljspeech", "transcribe", {"text": "normalized"}, ["Doctor No, three"]),
+        ("kaldi", "transcribe", {}, ["你好 world"]),
+    ],
+)
+def test_every_format_becomes_samples(example, task, renamed, answers, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = EXAMPLES[example][1](tmp_path / "data")
+    entries = read_splits([source(path, task, columns=renamed)], 0)["train"]
+    assert [entry.sample.answer for entry in entries] == answers
+    assert all(len(entry.sample.media) == (example != "sharegpt") for entry in entries)
+
+
+def test_rows_of_a_tar_become_samples(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = EXAMPLES["webdataset"][1](tmp_path / "data")
+    found = read_splits([source(path / "0.tar")], 0)["train"][0].sample
+    assert found.answer == "3" and found.media[0].path.read_bytes() == picture() and found.where == "0.tar:1"

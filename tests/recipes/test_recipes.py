@@ -56,8 +56,12 @@ def tiny_parts(tmp_path_factory) -> Path:
             soundfile.write(folder / f"{name}.wav", tiny_sound(0.6, seed=number + 10 * (split == "test")), 16_000)
             write_video(folder / f"{name}.mp4", colour)
             media = {"image": f"{name}.png", "audio": f"{name}.wav", "video": f"{name}.mp4"}
-            words = ("label", "name_en", "name_zh", "answer", "intent", "thing", "text", "reply")
-            rows.append(media | {"question": "What is this?"} | dict.fromkeys(words, word))
+            words = ("label", "name_en", "name_zh", "answer", "intent", "thing", "reply")
+            words += ("shelf", "finding", "report", "caption", "match", "end")
+            own = ("text", "history", "offer", "record", "beginning")  # sources of text alone must not repeat a row
+            ranked = {"user": f"{split}{number // 4}", "clicked": str(number % 2)}
+            said = dict.fromkeys(words, word) | dict.fromkeys(own, f"{word} {name}")
+            rows.append(media | {"question": "What is this?"} | said | ranked)
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -1,30 +1,29 @@
-"""JSON lines, one conversation each, as chat APIs write them:
+"""JSON lines or one JSON array, a conversation each, as chat APIs write them:
 
 {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]},
               {"role": "assistant", "content": "A cat."}]}
+
+Parts of the OpenAI API are read too: image_url, input_audio, and audio_url and video_url as servers know them. A part
+that is just {"type": "image"}, and `<image>` in a user's text, stand for the next of the media beside the messages, in
+`image` or `images`; so for audio and video. A row without messages has its keys as columns.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DataError
+from finetune.data.formats import _conversations, _json
+from finetune.parts import PartOptions
+
+
+class Options(PartOptions):
+    pass
 
 
 def detects(path: Path) -> bool:
-    return path.suffix.lower() in {".jsonl", ".ndjson"}
+    return _json.outline(path)[0] == "rows"
 
 
-def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                columns = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                raise DataError(f"{path.name}:{number}: not JSON ({error})") from None
-            if not isinstance(columns, dict):
-                raise DataError(f"{path.name}:{number}: a {type(columns).__name__}, not an object with 'messages'")
-            yield number, columns
+def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, columns in _json.objects(path):
+        yield number, _conversations.with_parts(f"{path.name}:{number}", columns)

@@ -1,0 +1,56 @@
+"""Captions as COCO writes them, in one object:
+
+{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat."}]}
+
+A row per caption, or with `join` per picture. Columns: image, caption, image_id; with `join` also references, the list
+of all captions of the picture, of which `caption` is the first.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from finetune.data.formats import _json
+from finetune.errors import DataError
+from finetune.parts import PartOptions
+
+
+class Options(PartOptions):
+    join: bool = Field(False, description="One row per picture, with all of its captions in the column references.")
+
+
+def detects(path: Path) -> bool:
+    return _json.outline(path)[0] == "captions"
+
+
+def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+    files: dict[Any, str] = {}
+    for number, image in _elements(path, "images"):
+        if "id" not in image or not isinstance(image.get("file_name"), str):
+            raise DataError(f"{path.name}: images.{number - 1}: without 'id' and 'file_name': {str(image)[:80]}")
+        files[image["id"]] = image["file_name"]
+    if not files:
+        raise DataError(f"{path}: no 'images'; captions of COCO have 'images' and 'annotations'")
+    joined: dict[Any, list[str]] = {}
+    for number, note in _elements(path, "annotations"):
+        caption, of = note.get("caption"), note.get("image_id")
+        if not isinstance(caption, str):
+            told = "no 'caption'; boxes and keypoints aren't read here"
+            raise DataError(f"{path.name}:{number}: annotations.{number - 1}: {told}: {str(note)[:80]}")
+        if of not in files:
+            raise DataError(f"{path.name}:{number}: annotations.{number - 1}: no image has the id {of!r}")
+        if options.join:
+            joined.setdefault(of, []).append(caption.strip())
+        else:
+            yield number, {"image": files[of], "caption": caption, "image_id": str(of)}
+    for number, (of, captions) in enumerate(joined.items(), 1):
+        yield number, {"image": files[of], "caption": captions[0], "references": captions, "image_id": str(of)}
+
+
+def _elements(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, found in _json.array_of(path, key):
+        if not isinstance(found, dict):
+            raise DataError(f"{path.name}: {key}.{number - 1}: a {type(found).__name__}, not an object")
+        yield number, found

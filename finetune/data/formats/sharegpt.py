@@ -1,0 +1,28 @@
+"""ShareGPT's JSON: one array, or an object a line, of
+
+{"system": "Be brief.", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
+
+`images`, `audios` and `videos` beside them stand where `<image>`, `<audio>` and `<video>` do in the human's turns. They
+become the column `messages`, for the task `chat`; other keys are columns too.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.data.formats import _conversations, _json
+from finetune.parts import PartOptions
+
+
+class Options(PartOptions):
+    pass
+
+
+def detects(path: Path) -> bool:
+    kind, keys = _json.outline(path)
+    return kind == "conversations" and keys.isdisjoint(_conversations.KINDS)
+
+
+def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, item in _json.objects(path):
+        yield number, _conversations.with_messages(f"{path.name}:{number}", item, strict=False)

@@ -1,0 +1,124 @@
+"""A folder of recordings with their transcripts, as corpora of speech are laid out. Columns: audio, text, and what else
+is told of them.
+
+- Common Voice: `validated.tsv` (or another `file`) with `path` and `sentence`, recordings in `clips/`. All its columns
+  stay; `speaker` is its client_id.
+- LJSpeech: `metadata.csv` of `id|text|normalized text` without a header, recordings in `wavs/`. Columns: id,
+  normalized.
+- Kaldi: `wav.scp`, `text`, and perhaps `utt2spk`. Columns: id, speaker. No command is ever run for a recording.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from finetune.data.formats import _media
+from finetune.errors import DataError
+from finetune.parts import PartOptions
+
+COMMON_VOICE, LJSPEECH, KALDI = "validated.tsv", "metadata.csv", "wav.scp"
+
+
+class Options(PartOptions):
+    file: str | None = Field(
+        None, description="Name of the file of transcripts; null: validated.tsv, metadata.csv or wav.scp."
+    )
+
+
+def detects(path: Path) -> bool:
+    return path.is_dir() and _found(path) is not None
+
+
+def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+    name = options.file or _found(path)
+    if name is None:
+        raise DataError(f"{path}: none of {COMMON_VOICE} with clips/, {LJSPEECH} with wavs/, {KALDI} with text in it")
+    if not (path / name).is_file():
+        raise DataError(f"{path}: no file {name!r} in it; write another as `format: {{kind: transcripts, file: ...}}`")
+    try:
+        if name.endswith(".tsv"):
+            yield from _common_voice(path / name)
+        elif name.endswith(".scp"):
+            yield from _kaldi(path, name)
+        else:
+            yield from _ljspeech(path / name)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path / name}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def _found(path: Path) -> str | None:
+    beside = {COMMON_VOICE: "clips", LJSPEECH: "wavs", KALDI: "text"}
+    return next((n for n, other in beside.items() if (path / n).is_file() and (path / other).exists()), None)
+
+
+def _common_voice(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        # Its sentences hold quotes that quote nothing.
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        missing = {"path", "sentence"} - set(reader.fieldnames or ())
+        if missing:
+            raise DataError(
+                f"{table.name}:1: no column {min(missing)!r}; a table of Common Voice has path and sentence"
+            )
+        for columns in reader:
+            if None in columns or not columns["path"]:
+                raise DataError(f"{table.name}:{reader.line_num}: fields don't match the header's, or an empty path")
+            told = {"audio": f"clips/{columns['path']}", "text": columns["sentence"]}
+            speaker = {"speaker": columns["client_id"]} if columns.get("client_id") else {}
+            yield reader.line_num, columns | told | speaker
+
+
+def _ljspeech(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.rstrip("\r\n").split("|")
+            if fields == [""]:
+                continue
+            if len(fields) not in (2, 3):
+                raise DataError(f"{table.name}:{number}: {len(fields)} fields; a line is id|text or id|text|normalized")
+            name = fields[0] if _media.kind_of(fields[0]) == "audio" else f"{fields[0]}.wav"
+            yield (
+                number,
+                {"audio": f"wavs/{name}", "text": fields[1], "id": fields[0], "normalized": fields[-1]},
+            )
+
+
+def _kaldi(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    if (path / "segments").is_file():
+        raise DataError(f"{path}: 'segments' cuts recordings to pieces; cut the files themselves and take it away")
+    if not (path / "text").is_file():
+        raise DataError(f"{path}: no file 'text' beside {name}")
+    texts = dict(fields for _, fields in _pairs(path / "text"))
+    speakers = dict(fields for _, fields in _pairs(path / "utt2spk")) if (path / "utt2spk").is_file() else {}
+    for number, (utterance, place) in _pairs(path / name):
+        if place.endswith("|") or place.startswith("|"):
+            raise DataError(
+                f"{name}:{number}: a command, which is never run: {place[:80]!r}; write its output to a file"
+            )
+        if place.rpartition(":")[2].isdigit():
+            raise DataError(f"{name}:{number}: a place in an archive: {place[:80]!r}; write recordings as files")
+        columns = {"audio": place, "id": utterance}
+        if utterance in texts:
+            columns["text"] = texts.pop(utterance)
+        if utterance in speakers:
+            columns["speaker"] = speakers[utterance]
+        yield number, columns
+    if texts:
+        raise DataError(f"{path / 'text'}: {len(texts)} utterances aren't in {name}, the first: {next(iter(texts))!r}")
+
+
+def _pairs(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(line, (id, rest)) of a file of Kaldi's. Raises DataError for an id written twice."""
+    seen: set[str] = set()
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            key, *rest = line.strip().split(maxsplit=1)
+            if key in seen:
+                raise DataError(f"{path.name}:{number}: {key!r} is written twice")
+            seen.add(key)
+            yield number, (key, rest[0] if rest else "")

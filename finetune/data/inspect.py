@@ -1,0 +1,140 @@
+"""What can be wrong with a medium or a text that can be read: nothing to see or hear in it, clipped, wrongly decoded.
+And what near duplicates are found by.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+Remark = tuple[str, str]  # what kind of finding, and what was seen
+
+SILENT = 10 ** (-60 / 20)  # peak below -60 dB of full scale
+CLIPPED = 0.001  # share of samples at full scale, in runs of at least three
+SHORT_SECONDS = 0.3
+BLANK = 2.0  # grey levels: standard deviation of a picture, each channel
+SIDE = 8  # a picture's hash has SIDE x SIDE bits for its rows, and as many for its columns
+MARGIN = 2  # grey levels: less isn't an edge but noise
+RATE = 16_000  # of decoded audio
+
+
+@dataclass(frozen=True)
+class View:
+    """`digest`: sha256 of the file. `hash`: 16 bytes, alike where pictures are; `thumbnail`: 16 x 16 RGB, 768 bytes.
+    Both empty for what isn't a picture, or has nothing to see.
+    """
+
+    digest: bytes
+    hash: bytes = b""
+    thumbnail: bytes = b""
+    remarks: tuple[Remark, ...] = ()
+
+
+def digest_of(path: Path) -> bytes:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def view(kind: str, path: Path, decoded: Any) -> View:
+    """What is kept of a decoded medium."""
+    digest = digest_of(path)
+    if kind == "audio":
+        return View(digest, remarks=_sound(decoded))
+    if kind == "video":
+        blank = all(_deviation(frame) < BLANK for frame in decoded.frames)
+        return View(digest, remarks=(("blank", "every frame is of one colour"),) if blank else ())
+    if _deviation(decoded) < BLANK:
+        return View(digest, remarks=(("blank", "the picture is of one colour"),))
+    return View(digest, *picture_hash(decoded))
+
+
+def picture_hash(picture: "Image") -> tuple[bytes, bytes]:
+    """(hash, thumbnail) of a picture. A bit of the hash says whether a region is darker than its right (lower)
+    neighbour: the difference hash, in both directions (http://www.hackerfactor.com/blog/?/archives/529).
+    """
+    import numpy as np
+    import PIL.Image
+
+    box = PIL.Image.Resampling.BOX
+    small = picture.convert("L").resize((SIDE + 1, SIDE + 1), box)
+    grey = np.asarray(small, np.int16)
+    rows = grey[:SIDE, 1:] > grey[:SIDE, :-1] + MARGIN
+    columns = grey[1:, :SIDE] > grey[:-1, :SIDE] + MARGIN
+    # Shuffled, so that each part of the hash tells of the whole picture: margins are alike in many.
+    bits = np.concatenate([rows.ravel(), columns.ravel()])[np.random.default_rng(0).permutation(2 * SIDE * SIDE)]
+    return np.packbits(bits).tobytes(), picture.resize((16, 16), box).tobytes()
+
+
+def text_remarks(text: str) -> tuple[Remark, ...]:
+    """Signs that a text was decoded in the wrong encoding."""
+    if "\ufffd" in text:
+        return (("encoding", f"holds U+FFFD, where a character was lost: {_near(text, chr(0xFFFD))!r}"),)
+    if text.isascii():
+        return ()
+    control = re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f]", text)
+    if control:
+        return (("encoding", f"holds a control character: {_near(text, control[0])!r}"),)
+    meant = _read_as_gb(text) or _read_as_latin(text)
+    if meant:
+        return (("encoding", f"{text[:40]!r} reads like {meant[:40]!r} in the wrong encoding"),)
+    return ()
+
+
+def _read_as_gb(text: str) -> str:
+    """The text in UTF-8 that was read as GB 18030, or ''."""
+    try:
+        meant = text.encode("gb18030").decode("utf-8")
+    except UnicodeError:
+        return ""
+    # By chance real Chinese is UTF-8 of Greek and the like, never of Chinese.
+    strange = sum(not character.isascii() for character in meant)
+    return meant if sum("\u2e80" <= character <= "\uffef" for character in meant) > strange / 2 else ""
+
+
+def _read_as_latin(text: str) -> str:
+    """The text that was read in a Western encoding, or ''."""
+    from ftfy import fix_encoding
+    from ftfy.badness import is_bad
+
+    if not is_bad(text):
+        return ""
+    meant = fix_encoding(text)
+    return meant if meant != text else ""
+
+
+def _near(text: str, sign: str) -> str:
+    at = text.index(sign)
+    return text[max(0, at - 15) : at + 15]
+
+
+def _sound(audio: "np.ndarray") -> tuple[Remark, ...]:
+    import numpy as np
+
+    found: list[Remark] = []
+    seconds = len(audio) / RATE
+    if seconds < SHORT_SECONDS:
+        found.append(("short", f"{seconds:.2f} s"))
+    level = np.abs(audio)
+    peak = float(level.max(initial=0.0))
+    if peak < SILENT:
+        found.append(("silent", f"nothing louder than {20 * np.log10(max(peak, 1e-9)):.0f} dB"))
+    else:
+        # Resampling and the mean of channels round clipped tops a little: near the top is at the top.
+        full = level >= 0.99 * max(peak, 0.9)
+        runs = full[2:] & full[1:-1] & full[:-2]
+        if runs.mean() > CLIPPED:
+            found.append(("clipped", f"{runs.mean():.1%} of the samples stand at full scale"))
+    return tuple(found)
+
+
+def _deviation(picture: "Image") -> float:
+    """Standard deviation in grey levels, of the channel where it is largest."""
+    import PIL.ImageStat
+
+    return max(PIL.ImageStat.Stat(picture).stddev)

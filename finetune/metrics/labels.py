@@ -1,0 +1,143 @@
+"""One or several labels a row against the right ones."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+BINS = 15
+
+
+def fold(label: str) -> str:
+    """What labels are compared by: spaces around them, case and a full stop at the end don't count."""
+    plain = label.strip().casefold()
+    return plain.rstrip(".。．").rstrip() or plain
+
+
+def labelled(said: Iterable[str], right: Iterable[str]) -> dict[str, Any]:
+    """A row of label metrics: "said", "right" and "hits" hold labels as `fold` has them, "names" as they are written.
+    "good" is the share of labels in common among all of both: 1 or 0 where a row has one label.
+    """
+    names = {fold(label): label for label in right}
+    keys = dict.fromkeys(map(fold, said))
+    hits = tuple(key for key in keys if key in names)
+    every = len(keys.keys() | names.keys())
+    return {
+        "said": tuple(keys),
+        "right": tuple(names),
+        "hits": hits,
+        "names": tuple(names.values()),
+        "good": len(hits) / every if every else 1.0,
+        "exact_match": float(keys.keys() == names.keys()),
+    }
+
+
+def with_probabilities(row: dict[str, Any], probabilities: Mapping[str, float]) -> dict[str, Any]:
+    """The same row with what `probability_scores` reads: "labels" in the order of "probabilities" and of "truth"."""
+    import numpy as np
+
+    right = set(row["right"])
+    return row | {
+        "labels": tuple(probabilities),
+        "probabilities": np.array(list(probabilities.values()), dtype=np.float64),
+        "truth": np.array([fold(label) in right for label in probabilities]),
+    }
+
+
+def counted(rows: Rows) -> dict[str, tuple[int, int, int]]:
+    """{label that is right somewhere: (rows where it is right and said, where it is said, where it is right)}."""
+    hits, said, right = (Counter(chain.from_iterable(row[key] for row in rows)) for key in ("hits", "said", "right"))
+    return {label: (hits[label], said[label], right[label]) for label in sorted(right)}
+
+
+def precision_recall_f1(hits: int, said: int, right: int) -> tuple[float, float, float]:
+    """0 where nothing was said or is right."""
+    return hits / said if said else 0.0, hits / right if right else 0.0, 2 * hits / (said + right) if hits else 0.0
+
+
+def label_scores(rows: Rows) -> dict[str, float]:
+    """precision, recall and f1 averaged over the labels that are right somewhere (macro), and f1 of all decisions on
+    them (f1_micro). An answer that is none of these labels is no label's false positive.
+    """
+    counts = list(counted(rows).values())
+    if not counts:
+        return {}
+    each = [precision_recall_f1(*count) for count in counts]
+    precision, recall, f1 = (sum(values) / len(counts) for values in zip(*each, strict=True))
+    hits, said, right = (sum(numbers) for numbers in zip(*counts, strict=True))
+    f1_micro = precision_recall_f1(hits, said, right)[2]
+    return {"precision": precision, "recall": recall, "f1": f1, "f1_micro": f1_micro}
+
+
+def probability_scores(rows: Rows, several: bool) -> dict[str, float]:
+    """auroc: of each label against the rest, averaged over labels that some rows have and some don't; left out where
+    there is none. calibration_error: ECE in 15 equal bins (Guo et al. 2017, https://arxiv.org/abs/1706.04599), of the
+    likeliest label, or of each label's own probability where rows may have `several`.
+
+    Nothing where not all rows hold probabilities of the same labels.
+    """
+    import numpy as np
+
+    if any(row.get("labels") != rows[0].get("labels") or "labels" not in row for row in rows):
+        return {}
+    probabilities, truth = (np.stack([row[key] for row in rows]) for key in ("probabilities", "truth"))
+    if several:
+        confidence, right = probabilities.ravel(), truth.ravel()
+    else:
+        best = probabilities.argmax(1)[:, None]
+        confidence, right = (np.take_along_axis(values, best, 1)[:, 0] for values in (probabilities, truth))
+    scores = {"calibration_error": calibration_error(confidence, right)}
+    area = auroc(probabilities, truth)
+    return scores if area is None else {"auroc": area, **scores}
+
+
+def calibration_error(confidence: Any, right: Any) -> float:
+    """Expected calibration error of N confidences (0 to 1) and whether each was right. Bins hold their upper end."""
+    import numpy as np
+
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def auroc(scores: Any, truth: Any) -> float | None:
+    """Mean area under the ROC curve over columns of (N, C) scores and truth; None where no column holds both."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    positives = truth.sum(0)
+    both = (positives > 0) & (positives < len(truth))
+    if not both.any():
+        return None
+    positives = positives[both]
+    ranks = rankdata(np.ascontiguousarray(scores[:, both].T), axis=1)  # a label's scores side by side: twice as fast
+    above = (ranks * truth[:, both].T).sum(1) - positives * (positives + 1) / 2
+    return float(np.mean(above / (positives * (len(truth) - positives))))
+
+
+def label_tables(rows: Rows, labels: Sequence[str], several: bool) -> dict[str, Any]:
+    """ "per_label": precision, recall, f1 and support of each label; and, where a row has one, "confusion": rows of
+    "counts" are the right labels, columns what was said, in the order of "labels", and in a last column all that is
+    none of them. `labels`: those there are; others that are right somewhere are added.
+    """
+    names: dict[str, str] = {fold(label): label for label in labels}
+    for row in rows:
+        for key, name in zip(row["right"], row["names"], strict=True):
+            names.setdefault(key, name)
+    names = dict(sorted(names.items(), key=lambda item: item[1]))
+    counts = counted(rows)
+    said = Counter(chain.from_iterable(row["said"] for row in rows))
+    per_label = {}
+    for key, name in names.items():
+        precision, recall, f1 = precision_recall_f1(*counts.get(key, (0, said[key], 0)))
+        support = counts[key][2] if key in counts else 0
+        per_label[name] = {"precision": precision, "recall": recall, "f1": f1, "support": support}
+    if several:
+        return {"per_label": per_label}
+    place = {key: number for number, key in enumerate(names)}
+    table = [[0] * (len(place) + 1) for _ in place]
+    for row in rows:
+        table[place[row["right"][0]]][place.get(next(iter(row["said"]), ""), len(place))] += 1
+    return {"confusion": {"labels": list(names.values()), "counts": table}, "per_label": per_label}

