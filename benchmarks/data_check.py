@@ -22,7 +22,30 @@ import PIL.Image
 import psutil
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-WORDS = "the red small a house tree river of in near under 猫 狗 在 红色 房子 is not what where how many".split()
+WORDS = [
+    "the",
+    "red",
+    "small",
+    "a",
+    "house",
+    "tree",
+    "river",
+    "of",
+    "in",
+    "near",
+    "under",
+    "猫",
+    "狗",
+    "在",
+    "红色",
+    "房子",
+    "is",
+    "not",
+    "what",
+    "where",
+    "how",
+    "many",
+]
 
 
 def make(folder: Path, kind: str, rows: int) -> Path:
@@ -105,7 +128,9 @@ def main() -> None:
                 recipe = make(Path(folder), kind, rows)
                 seconds, peak, result = measure(recipe, given.workers)
             read = result["rows"]
-            print(f"{kind:<8}{read:>9,}{seconds:>10.1f}{read / seconds:>9,.0f}{peak / 2**20:>8,.0f}  {result['findings']}")
+            print(
+                f"{kind:<8}{read:>9,}{seconds:>10.1f}{read / seconds:>9,.0f}{peak / 2**20:>8,.0f}  {result['findings']}"
+            )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.assistant import load
-    from finetune.pipeline import recipes, run
+    from finetune.pipeline import recipes, run, sweep
     from finetune.recipe import Recipe, load_recipe, schema
     from finetune.stages.chat import chat
     from finetune.stages.check import check
     from finetune.stages.data_check import data_check
+    from finetune.stages.data_label import data_label
+    from finetune.stages.data_preview import data_preview
+    from finetune.stages.data_split import data_split
     from finetune.stages.evaluate import evaluate
     from finetune.stages.merge import merge
     from finetune.stages.train import train
@@ -21,6 +24,9 @@ _HOME = {
     "chat": "stages.chat",
     "check": "stages.check",
     "data_check": "stages.data_check",
+    "data_label": "stages.data_label",
+    "data_preview": "stages.data_preview",
+    "data_split": "stages.data_split",
     "evaluate": "stages.evaluate",
     "load": "assistant",
     "load_recipe": "recipe",
@@ -28,6 +34,7 @@ _HOME = {
     "recipes": "pipeline",
     "run": "pipeline",
     "schema": "recipe",
+    "sweep": "pipeline",
     "train": "stages.train",
 }
 
@@ -36,6 +43,9 @@ __all__ = [
     "chat",
     "check",
     "data_check",
+    "data_label",
+    "data_preview",
+    "data_split",
     "evaluate",
     "load",
     "load_recipe",
@@ -43,6 +53,7 @@ __all__ = [
     "recipes",
     "run",
     "schema",
+    "sweep",
     "train",
 ]
 

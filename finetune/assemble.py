@@ -79,6 +79,20 @@ def load_parts(
     )
 
 
+def load_llm(parts: Parts, llm: Mapping[str, Any]) -> Any:
+    """The LLM, quantized as `llm`, the recipe's `model.llm`, says."""
+    return load_language_model(
+        llm["name"],
+        revision=llm["revision"],
+        quantize=llm["quantize"],
+        double_quantize=llm["double_quantize"],
+        dtype=parts.dtype,
+        attention=llm["attention"],
+        device=parts.device,
+        trust_remote_code=llm["trust_remote_code"],
+    )
+
+
 def build_model(
     parts: Parts,
     *,
@@ -94,16 +108,7 @@ def build_model(
     """
     from transformers import set_seed
 
-    language_model = language_model or load_language_model(
-        llm["name"],
-        revision=llm["revision"],
-        quantize=llm["quantize"],
-        double_quantize=llm["double_quantize"],
-        dtype=parts.dtype,
-        attention=llm["attention"],
-        device=parts.device,
-        trust_remote_code=llm["trust_remote_code"],
-    )
+    language_model = language_model or load_llm(parts, llm)
     set_seed(seed)
     model = compose(
         language_model,

@@ -101,7 +101,13 @@ class Assistant:
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def probabilities(
-        self, prompt: str = "", *, task: str | None = None, image: Media = None, audio: Media = None, video: Media = None
+        self,
+        prompt: str = "",
+        *,
+        task: str | None = None,
+        image: Media = None,
+        audio: Media = None,
+        video: Media = None,
     ) -> dict[str, float]:
         """The probability of each label that `task`, the name of what was trained, knows; it needn't be named where
         only one task has labels. Raises DataError.
@@ -110,7 +116,13 @@ class Assistant:
         return dict(said.probabilities or {})
 
     def number(
-        self, prompt: str = "", *, task: str | None = None, image: Media = None, audio: Media = None, video: Media = None
+        self,
+        prompt: str = "",
+        *,
+        task: str | None = None,
+        image: Media = None,
+        audio: Media = None,
+        video: Media = None,
     ) -> float:
         """The number that `task`'s score head gives. As `probabilities`."""
         said = self._ask_one(prompt, task, "deviation", media_of(image=image, audio=audio, video=video))
@@ -119,7 +131,7 @@ class Assistant:
     def _ask_one(self, prompt: str, task: str | None, has: str, media: tuple[Medium, ...]) -> Answer:
         names = [name for name, ask in self.model.asks.items() if has in ask.settings]
         if task is None and len(names) != 1:
-            raise DataError(f"name one with task=: {', '.join(names)}" if names else "no task was trained with such a head")
+            raise DataError(f"name one with task=: {', '.join(names) or 'no task was trained with such a head'}")
         if task is not None and task not in names:
             raise DataError(f"no {task!r} with such a head; there are: {', '.join(names) or 'none'}")
         return self.ask(task or names[0], [(Message("user", (*media, prompt)),)])[0]

@@ -108,6 +108,26 @@ def run(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume
 
 
 @app.command()
+def sweep(
+    recipe: RecipeFile,
+    over: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=V1,V2", help="Values of a key, or with --trials a range LOW..HIGH; may be repeated."),
+    ],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials that optuna chooses; without it, every combination.")
+    ] = None,
+    set_: Set = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Its folder; default: runs/NAME-sweep.")
+    ] = None,
+) -> None:
+    """Train a recipe with other values of some keys, and compare on its validation rows; called again, it goes on."""
+    result = finetune.sweep(recipe, over, trials, set_ or [], run)
+    print_trials(result)
+
+
+@app.command()
 def recipes(
     copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy this recipe.")] = None,
     to: Annotated[Path, typer.Option(metavar="DIR", help="Where to.")] = Path(),
@@ -143,6 +163,59 @@ def data_check(
         raise typer.Exit(2)
 
 
+@data_app.command("preview")
+def data_preview(
+    recipe: RecipeFile,
+    set_: Set = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with thumbnails too.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show where each token ends.")] = False,
+) -> None:
+    """Show rows as the model will see them: what it learns to write, and each medium as its tokens."""
+    print_previews(finetune.data_preview(recipe, set_ or [], rows=rows, split=split, html=html, boundaries=ids))
+
+
+@data_app.command("split")
+def data_split(
+    path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="Rows.", show_default=False)],
+    into: Annotated[Path, typer.Option(metavar="DIR", help="Where the files are written.")],
+    train: Annotated[float, typer.Option(help="Share of the rows.")] = 0.8,
+    validation: Annotated[float, typer.Option(help="Share of the rows.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Share of the rows.")] = 0.1,
+    group: Annotated[str | None, typer.Option(metavar="COLUMN", help="Rows of a value stay together.")] = None,
+    stratify: Annotated[str | None, typer.Option(metavar="COLUMN", help="Spread its values evenly.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 7,
+) -> None:
+    """Split rows into training, validation and test; no medium, and no group, ends up on two sides."""
+    shares = {"train": train, "validation": validation, "test": test}
+    result = finetune.data_split(path, into, **shares, group=group, stratify=stratify, seed=seed)
+    print("data:")
+    for split, file in result["files"].items():
+        print(f"  # {result['rows'][split]:,} rows")
+        print(f"  - {{path: {file}, media_folder: {result['media_folder']}, split: {split}, task: ...}}")
+
+
+@data_app.command("label")
+def data_label(
+    rows: Annotated[Path, typer.Argument(metavar="RECIPE|FILE", help="Rows to label.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A run, merged or adapter folder: it proposes.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="CSV of the labels; gone on with if it is there.")] = Path(
+        "labels.csv"
+    ),
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,
+    labels: Annotated[str, typer.Option(metavar="A,B,...", help="The labels there are.")] = "",
+    page: Annotated[bool, typer.Option("--page", help="Decide on a page, on this machine only.")] = False,
+    port: Annotated[int, typer.Option(help="Of the page.")] = 7860,
+) -> None:
+    """Label rows: a trained run proposes, you decide, in a CSV or on a page."""
+    given = [label.strip() for label in labels.split(",") if label.strip()]
+    result = finetune.data_label(rows, run, out=out, task=task, labels=given, page=page, port=port)
+    print(f"{result['out']}: {result['rows']:,} rows, {result['proposed']:,} proposals, {result['labelled']:,} labels")
+
+
 def strength_of(given: list[str]) -> float | dict[str, float] | None:
     """'0.5', or 'image=0.5' any number of times."""
     try:
@@ -151,6 +224,23 @@ def strength_of(given: list[str]) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in (one.split("=") for one in given)} or None
     except ValueError:
         raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
+
+
+def print_trials(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    found = sorted(result["trials"], key=lambda row: (row["merit"] is None, -(row["merit"] or 0)))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("trial", *found[0]["values"], result["metric"], "looks", "seconds"):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in found:
+        merit = row["state"] if row["merit"] is None else f"{row['merit']:.4f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row["values"].values())
+        table.add_row(str(row["trial"]), *values, merit, str(len(row["looks"])), seconds)
+    Console().print(table)
 
 
 def print_scores(scores: dict[str, Any]) -> None:
@@ -194,6 +284,31 @@ def print_findings(result: dict[str, Any]) -> None:
     print(f"{result['errors']:,} errors, {result['warnings']:,} warnings: {result['html']}, {result['json']}")
     if fixed := result.get("fixed"):
         print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
+
+
+def print_previews(previews: list[Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for preview in previews:
+        told = f"{preview.tokens:,} tokens, {preview.learnt:,} learnt" if preview.pieces else "can't be used"
+        console.print(Text(f"{preview.where}  {told}", "bold"))
+        text = Text(preview.wrong, "red")
+        for piece in preview.pieces:
+            shown = piece.text
+            if piece.medium:
+                shown = f"[{piece.medium.kind} {piece.text} × {piece.tokens}]"
+            elif piece.ends:
+                shown = (
+                    "|".join(shown[begin:end] for begin, end in zip((0, *piece.ends), piece.ends, strict=False)) + "|"
+                )
+            text.append(shown, "cyan" if piece.medium else "bold green" if piece.learnt else "")
+        console.print(text)
+        if preview.answer:
+            console.print(Text(f"to be answered: {preview.answer}", "dim"))
+        console.print()
+    console.print(Text.assemble(("green", "bold green"), ": learnt; all else is read"))
 
 
 def main() -> None:

@@ -51,6 +51,20 @@ def run(
     }
 
 
+def sweep(
+    recipe: Path | str,
+    over: Sequence[str],
+    trials: int | None = None,
+    overrides: Sequence[str] = (),
+    run: Path | str | None = None,
+) -> dict[str, Any]:
+    """Train a recipe with other values of some keys, and compare on its validation rows: see `stages.sweep`."""
+    from finetune.stages import sweep as stage
+    from finetune.stages.train import train
+
+    return stage.sweep(recipe, over, trials, overrides, run, train=train)
+
+
 def recipes_folder() -> Path:
     """Beside the package in a checkout, inside it when installed."""
     inside = Path(__file__).parent / "_recipes"

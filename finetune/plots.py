@@ -132,6 +132,35 @@ def calibration_figure(bins: Sequence[tuple[float, float, int]], width: float = 
     return figure
 
 
+def sweep(trials: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`trials`: complete ones of sweep.json. A panel a key: the merit over its values, the best trial ringed."""
+    keys = list(trials[0]["values"])
+    figure, panels = _figure(6.0, 2.6 * len(keys), len(keys))
+    best = max(trials, key=lambda trial: trial["merit"])
+    for axes, key in zip(panels, keys, strict=True):
+        values = [trial["values"][key] for trial in trials]
+        numbers = [number for value in values if (number := _number(value)) is not None]
+        numeric = len(numbers) == len(values)
+        names = sorted({str(value) for value in values})
+        places = numbers if numeric else [float(names.index(str(value))) for value in values]
+        axes.scatter(places, [trial["merit"] for trial in trials], color="#1b6ca8", alpha=0.7, s=28)
+        axes.scatter(places[trials.index(best)], best["merit"], s=110, facecolors="none", edgecolors="#c07f4f")
+        if not numeric:
+            axes.set_xticks(range(len(names)), names)
+        elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+            axes.set_xscale("log")
+        axes.set_xlabel(key)
+        axes.set_ylabel("merit")
+    _save(figure, path)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def svg(figure: Any, name: str, label: str) -> str:
     """An <svg> element as wide as its place, in the page's own colours: --ink, --line, --muted and --accent. `name`
     begins its ids; `label` says what it shows to those who don't see it.

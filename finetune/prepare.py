@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 
-from finetune.assemble import Features, Parts, composite_config, segments_by
+from finetune.assemble import Features, Parts, composite_config, load_llm, load_parts, segments_by
 from finetune.assistant import Assistant
 from finetune.data.asks import Ask
 from finetune.data.rows import Entry, listed, mixed
@@ -20,6 +20,7 @@ from finetune.data.sample import Sample
 from finetune.data.tokenize import tokenize, tokenize_prompt
 from finetune.errors import DataError
 from finetune.language_model import without_adapter
+from finetune.media import Limits
 from finetune.model import MultimodalModel
 from finetune.progress import bar, console
 from finetune.run_folder import RunFolder, read_json, write_json
@@ -69,19 +70,29 @@ def tokenized(
     return Dataset.from_dict(columns)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shared:
-    """What several trainings have in common: encoders, features, and the LLM as it came, quantized."""
+    """What several trainings have in common: encoders, features, and the LLM as it came, quantized. `composite`: that
+    of the training that has them now.
+    """
 
     parts: Parts
     features: Features
     language_model: Any
+    composite: MultimodalModel | None = None
 
-    def give_back(self, model: MultimodalModel) -> None:
+    def give_back(self) -> None:
         """Take a training's adapter off the LLM."""
-        if hasattr(model.language_model, "peft_config"):
-            model.language_model.unload()
+        if self.composite is not None and hasattr(self.composite.language_model, "peft_config"):
+            self.composite.language_model.unload()
+        self.composite = None
         self.language_model.requires_grad_(False)
+
+
+def load_shared(model: Mapping[str, Any], *, cache_folder: Path | None, limits: Limits, seed: int) -> Shared:
+    """`model`: as for `load_parts`."""
+    parts = load_parts(**model, seed=seed)
+    return Shared(parts, Features(parts.encoders, cache_folder, limits), load_llm(parts, model["llm"]))
 
 
 @dataclass(frozen=True)

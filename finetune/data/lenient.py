@@ -133,13 +133,15 @@ def _rest_of_lines(source: Source, copy: Path, last: int, encoding: str, wrong: 
                 number += done
 
 
+def is_array(path: Path) -> bool:
+    """Whether a JSON file is one array."""
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
 def _elements(file: TextIO, path: Path, wrong: Wrong) -> Iterator[str]:
     """The lines of a file, or of one JSON array each element as a line."""
-    first = file.read(1)
-    while first.isspace():
-        first = file.read(1)
-    file.seek(0)
-    if first != "[":
+    if not is_array(path):
         yield from (line.rstrip("\r\n") for line in file)
         return
     try:

@@ -96,21 +96,21 @@ class Shows:
         return f'<img loading="lazy" alt="{name}" src="{picture_uri(picture)}">'
 
 
-def picture_uri(picture: Any) -> str:
-    """A PIL image as a small JPEG in a data URI."""
+def picture_uri(picture: Any, side: int = SIDE) -> str:
+    """A PIL image as a JPEG of at most `side` pixels in a data URI."""
     small = picture.copy()
-    small.thumbnail((SIDE, SIDE))
+    small.thumbnail((side, side))
     content = io.BytesIO()
     small.save(content, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def sound_uri(audio: Any) -> str:
+def sound_uri(audio: Any, seconds: int = SECONDS) -> str:
     """The beginning of a decoded recording as Ogg Vorbis in a data URI."""
     import soundfile
 
     content = io.BytesIO()
-    soundfile.write(content, audio[: SECONDS * RATE], RATE, format="OGG", subtype="VORBIS")
+    soundfile.write(content, audio[: seconds * RATE], RATE, format="OGG", subtype="VORBIS")
     return f"data:audio/ogg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

@@ -71,9 +71,11 @@ def said(prediction: Any) -> str:
     if isinstance(prediction, dict) and "label" in prediction:
         label = said(prediction["label"])
         sure = confidence(prediction)
-        return f"{label} ({sure:.0%} sure)" if sure is not None and isinstance(prediction["label"], str) else label
+        return f"{label} ({sure:.0%})" if sure is not None and isinstance(prediction["label"], str) else label
     if isinstance(prediction, int | float):
         return number(prediction)
+    if isinstance(prediction, dict) and all(isinstance(value, str | int | float) for value in prediction.values()):
+        return ", ".join(f"{key}: {said(value)}" for key, value in prediction.items())
     return json.dumps(prediction, ensure_ascii=False)
 
 

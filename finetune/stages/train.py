@@ -153,6 +153,8 @@ def train_plain(
         asks=asks,
         language_model=shared.language_model if shared else None,
     )
+    if shared:
+        shared.composite = composite
     composite.encode_batch = encode_batch
     if checkpoint_every_n_layers:
         composite.causal_lm.activation_checkpointing_enable(every_n_layers=checkpoint_every_n_layers)
@@ -223,8 +225,6 @@ def train_plain(
                 seed=seed,
                 media=asdict(limits),
             )
-    if shared:
-        shared.give_back(composite)
     PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
     seconds = {**features.seconds, "encode": features.seconds["encode"] + composite.encode_seconds}

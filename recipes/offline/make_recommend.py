@@ -15,31 +15,23 @@ import sys
 from pathlib import Path
 
 SEED = 32
-USERS = {"train": 64, "test": 18}
-SHOWN = 8  # products to each user
-CLICKS = 3  # of them
-SHELVES = {  # subgroups of the emoji, the words for them, and how many of ten shoppers shop there most
-    "food": ("food-.*|drink", "食品", 3),
-    "clothing": ("clothing", "服饰", 2),
+USERS = {"train": 96, "test": 24}
+OWN = 2  # products of a user's own shelf among those shown
+SHOWN = 6  # to each user
+CLICKS = 2  # of them
+SHELVES = {  # subgroups of the emoji, the words for them, and how many of ten shoppers shop there
+    "food": ("food-.*|drink", "食品", 4),
+    "clothing": ("clothing", "服饰", 3),
     "animal": ("animal-.*", "玩偶", 2),
     "vehicle": ("transport-(ground|air|water)", "车船", 1),
-    "plant": ("plant-.*", "花草", 1),
-    "games": ("sport|game", "文体", 1),
 }
 NO_PRODUCT = re.compile(
     "stop|light|construct|track|station|motorway|oil|fuel|seat|prints|wilted|fallen|leaf|goal|suit|chair"
 )
-LEVELS = {"zh": ("低", "高"), "en": ("low", "high")}
-WORTH = {
-    "bought": 2.4,
-    "viewed": 1.2,
-    "price": 1.0,
-    "sales": 0.7,
-    "mood": 0.4,
-}  # added to the appeal of a product
+WORTH = {"own": 2.0, "sells": 1.4, "cheap": 0.9, "mood": 0.3}  # added to the appeal of a product
 SENTENCES = {
-    "zh": ("买过{}和{}（{}），看过{}（{}）。预算{}。", "价格{}，销量{}。"),
-    "en": ("Bought {} and {} ({}), viewed {} ({}). Budget {}.", "Price {}, sales {}."),
+    "zh": ("买过{}（{}）。", ("滞销", "热卖"), ("原价", "打折"), "{}，{}。"),
+    "en": ("Bought {} ({}).", ("few sold", "bestseller"), ("full price", "sale"), "{}, {}."),
 }
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -57,38 +49,22 @@ def products(pictures: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def history(known: dict[str, list[dict[str, str]]], user: dict[str, str], draw: random.Random) -> str:
-    """A sentence on what a user bought and viewed; the names are those of pictures to train on."""
-    language = user["language"]
-    name = f"name_{language}"
-    words = {shelf: chinese if language == "zh" else shelf for shelf, (_, chinese, _) in SHELVES.items()}
-    one, other = draw.sample(known[user["bought"]], 2)
-    seen = draw.choice(known[user["viewed"]])
-    budget = LEVELS[language][int(user["budget"])]
-    said = (one[name], other[name], words[user["bought"]], seen[name], words[user["viewed"]], budget)
-    return SENTENCES[language][0].format(*said)
-
-
 def offers(shop: dict[str, list[dict[str, str]]], user: dict[str, str], draw: random.Random) -> list[dict[str, str]]:
-    """What one user is shown: two products of the shelf bought from, two of the one viewed, the others of the rest."""
-    rest = [shelf for shelf in SHELVES if shelf not in (user["bought"], user["viewed"])]
-    shelves = [user["bought"]] * 2 + [user["viewed"]] * 2 + draw.sample(rest * 2, SHOWN - 4)
-    taken: list[str] = []
+    """What one user is shown: OWN products of their shelf, the others of other shelves, in a drawn order."""
+    others = [shelf for shelf in SHELVES if shelf != user["own"]]
+    shelves = [user["own"]] * OWN + draw.sample(others * 2, SHOWN - OWN)
+    _, sales, prices, sentence = SENTENCES[user["language"]]
+    taken = [user["bought"]]
     rows, appeals = [], []
     for shelf in shelves:
         product = draw.choice([one for one in shop[shelf] if one["image"] not in taken])
         taken.append(product["image"])
-        price, sales = draw.randrange(2), draw.randrange(2)
-        matches = {
-            "bought": shelf == user["bought"], "viewed": shelf == user["viewed"],
-            "price": price == int(user["budget"]), "sales": sales,
-        }  # fmt: skip
-        appeals.append(sum(WORTH[what] * matches[what] for what in matches) + draw.gauss(0, WORTH["mood"]))
-        levels = LEVELS[user["language"]]
-        offer = SENTENCES[user["language"]][1].format(levels[price], levels[sales])
+        sells, cheap = draw.randrange(2), draw.randrange(2)
+        appeal = WORTH["own"] * (shelf == user["own"]) + WORTH["sells"] * sells + WORTH["cheap"] * cheap
+        appeals.append(appeal + draw.gauss(0, WORTH["mood"]))
         rows.append({
-            "image": f"emoji/{product['image']}", "offer": offer, "shelf": SHELVES[shelf][1],
-            "product": product[f"name_{user['language']}"],
+            "image": f"emoji/{product['image']}", "offer": sentence.format(sales[sells], prices[cheap]),
+            "shelf": SHELVES[shelf][1], "product": product[f"name_{user['language']}"],
         })  # fmt: skip
     least = sorted(appeals)[-CLICKS]
     rows = [row | {"clicked": str(int(appeal >= least))} for row, appeal in zip(rows, appeals, strict=True)]
@@ -97,19 +73,18 @@ def offers(shop: dict[str, list[dict[str, str]]], user: dict[str, str], draw: ra
 
 
 def plan(pictures: dict[str, list[dict[str, str]]], split: str) -> list[dict[str, str]]:
-    """The rows of a table: a user's offers follow each other."""
+    """The rows of a table: a user's offers follow each other. What they bought isn't shown again."""
     draw = random.Random(f"{SEED}/{split}")
-    known, shop = products(pictures["train"]), products(pictures[split])
+    shop = products(pictures[split])
     favourites = [shelf for shelf, (_, _, share) in SHELVES.items() for _ in range(share)]
     rows = []
     for number in range(USERS[split]):
-        bought = draw.choice(favourites)
-        viewed = draw.choice([shelf for shelf in SHELVES if shelf != bought])
-        user = {
-            "user": f"{split}-{number:02}", "language": ("zh", "en")[number % 3 == 2],
-            "bought": bought, "viewed": viewed, "budget": str(draw.randrange(2)),
-        }  # fmt: skip
-        told = {"user": user["user"], "language": user["language"], "history": history(known, user, draw)}
+        own, language = favourites[number % len(favourites)], ("zh", "en")[number % 3 == 2]
+        bought = draw.choice(shop[own])
+        words = bought[f"name_{language}"], SHELVES[own][1] if language == "zh" else own
+        history = SENTENCES[language][0].format(*words)
+        user = {"user": f"{split}-{number:02}", "language": language, "own": own, "bought": bought["image"]}
+        told = {"user": user["user"], "language": language, "history": history}
         rows += [told | row for row in offers(shop, user, draw)]
     return rows
 

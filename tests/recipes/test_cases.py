@@ -131,17 +131,16 @@ def test_clicks_follow_history_and_offer():
         chosen = [row["clicked"] == "1" for row in rows if kept(row)]
         return sum(chosen) / len(chosen)
 
-    def mine(row) -> bool:
+    def own(row) -> bool:
         return any(f"（{word}）" in row["history"] or f"({word})" in row["history"] for word in words[row["shelf"]])
 
-    def fits(row) -> bool:
-        (budget,) = re.findall(r"(?:预算|Budget )(低|高|low|high)", row["history"])
-        (price,) = re.findall(r"(?:价格|Price )(低|高|low|high)", row["offer"])
-        return budget == price
+    def sells(row) -> bool:
+        return "热卖" in row["offer"] or "bestseller" in row["offer"]
 
-    assert share(mine) > 0.5 > 0.25 > share(lambda row: not mine(row))
-    assert share(fits) > share(lambda row: not fits(row)) + 0.1
-    assert share(lambda row: mine(row) and fits(row)) > 0.7
+    assert share(own) > 0.5 > 0.3 > share(lambda row: not own(row))
+    assert share(sells) > share(lambda row: not sells(row)) + 0.1
+    assert share(lambda row: own(row) and sells(row)) > 0.7
+    assert share(lambda row: not own(row) and not sells(row)) < 0.15
 
 
 def test_scans_are_those_that_their_script_draws():

@@ -40,19 +40,14 @@ def detects(path: Path) -> bool:
 
 
 def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
-    from datasets import IterableDataset
     from datasets.exceptions import DatasetsError
 
     try:
         dataset = _chosen(path, _loaded(path, options), options.split)
         features = dataset.features
-        if isinstance(dataset, IterableDataset):
-            columns = iter(dataset.decode(False) if features else dataset)
-        else:
-            # As arrow holds it, nothing is decoded, and lists of media need no copy of the dataset.
-            tables = dataset.with_format("arrow").iter(AT_ONCE)
-            columns = (row for table in tables for row in table.to_pylist())
-        for number, row in enumerate(columns, 1):
+        # As arrow holds it: nothing is decoded, and media in lists need no copy of the dataset.
+        tables = dataset.with_format("arrow").iter(AT_ONCE)
+        for number, row in enumerate((row for table in tables for row in table.to_pylist()), 1):
             plain = _plain(features, row, path) if features else row
             yield number, _conversations.read_turns(f"{path.name}:{number}", plain)
     except (DatasetsError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -68,7 +63,12 @@ def _loaded(path: Path, options: Options) -> Any:
         return load_from_disk(str(path))
     local = path.exists()
     sliced = "[" in (options.split or "")
-    how = {"split": options.split, "streaming": options.streaming or (local and not sliced)}
+    how: dict[str, Any] = {"split": options.split, "streaming": options.streaming or (local and not sliced)}
+    if path.suffix.lower() == ".parquet" or (path.is_dir() and next(path.rglob("*.parquet"), None)):
+        from pyarrow.dataset import ParquetFragmentScanOptions
+
+        # Else what was read stays in memory to the end of the file.
+        how["fragment_scan_options"] = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
     if path.is_file():
         kind = FILES.get(path.suffix.lower())
         if kind is None:
