@@ -22,30 +22,7 @@ import PIL.Image
 import psutil
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
-WORDS = [
-    "the",
-    "red",
-    "small",
-    "a",
-    "house",
-    "tree",
-    "river",
-    "of",
-    "in",
-    "near",
-    "under",
-    "猫",
-    "狗",
-    "在",
-    "红色",
-    "房子",
-    "is",
-    "not",
-    "what",
-    "where",
-    "how",
-    "many",
-]
+WORDS = ("the", "red", "small", "house", "tree", "river", "猫", "狗", "在", "红色", "房子", "is", "not", "what", "how")
 
 
 def make(folder: Path, kind: str, rows: int) -> Path:

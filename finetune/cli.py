@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -300,9 +301,7 @@ def print_previews(previews: list[Any]) -> None:
             if piece.medium:
                 shown = f"[{piece.medium.kind} {piece.text} × {piece.tokens}]"
             elif piece.ends:
-                shown = (
-                    "|".join(shown[begin:end] for begin, end in zip((0, *piece.ends), piece.ends, strict=False)) + "|"
-                )
+                shown = "".join(f"{shown[begin:end]}|" for begin, end in pairwise((0, *piece.ends)))
             text.append(shown, "cyan" if piece.medium else "bold green" if piece.learnt else "")
         console.print(text)
         if preview.answer:

@@ -165,6 +165,8 @@ def stage_conflicts(recipe: "Recipe") -> Iterator[Problem]:
                 there_are = ", ".join(map(str, training))
                 yield (*here, "sources", number), f"got {source}; write numbers of training sources: {there_are}."
         if stage.distill:
+            if "heads" in stage.trains:
+                yield (*here, "trains"), "this stage distills, which is for what the LLM writes: heads learn nothing."
             for number in stage.sources or training:
                 if number in training and getattr(recipe.data[number].task.options, "transcript", None) == "":
                     message = f"stage {stage.name!r} distills: name the column of what the media show or say."

@@ -278,6 +278,7 @@ def train_stage(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         label_names=["labels"],
+        ddp_find_unused_parameters=False,  # all that trains is used in every step, be it times zero
         report_to=[],
         disable_tqdm=True,
     )

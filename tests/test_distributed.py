@@ -17,7 +17,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parents[1
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def recipe_of(folder: Path, distill: bool = False, **changes) -> Path:
+def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **changes) -> Path:
     """Rows of 0 to 3 pictures, anywhere in the question; some packed rows hold no picture at all."""
     path = tiny_recipe(folder)
     pictures = [f"images/train{number}.png" for number in range(4)]
@@ -39,11 +39,27 @@ def recipe_of(folder: Path, distill: bool = False, **changes) -> Path:
         data.append({"path": str(folder / "data" / "train.csv"), "task": task})
         first = {"name": "listen", "trains": ["projectors"], "learning_rate": 5e-3, "max_grad_norm": 0.05}
         stages.insert(0, first | {"sources": [2], "distill": {"answers": "given"}, "epochs": 3})
+    if heads:  # some rows have nothing for the LLM to learn, others nothing for the head
+        data[1] |= {"split": "validation", "head": "label"}
+        test = {"path": str(folder / "data" / "train.csv"), "task": "classify", "head": "label", "loss_weight": 2.0}
+        data += [test, data[0] | {"split": "test"}]
+        (folder / "data" / "other.jsonl").write_text(
+            (folder / "data" / "chat.jsonl").read_text(encoding="utf-8").replace("red", "blue"), encoding="utf-8"
+        )
+        data[-1]["path"] = str(folder / "data" / "other.jsonl")
+        stages[0]["trains"] = ["projectors", "adapter", "heads"]
+        changes["train__validation"] = {"every_n_steps": 2}
     return tiny_recipe(folder, data=data, train__stages=stages, adapter={"rank": 2}, **changes) or path
 
 
 @pytest.mark.parametrize(
-    "changes", [{"distill": True}, {"train__cache": False, "train__checkpoint_every_n_layers": 1}, {"fusion": True}]
+    "changes",
+    [
+        {"distill": True},
+        {"heads": True},
+        {"train__cache": False, "train__checkpoint_every_n_layers": 1},
+        {"fusion": True},
+    ],
 )
 def test_two_processes_end_on_the_weights_of_one(changes, tmp_path):
     fusion = changes.pop("fusion", False)

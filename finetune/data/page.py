@@ -41,8 +41,8 @@ details { margin: .7rem 0; padding: .6rem .8rem; } summary { cursor: pointer; }
 .media { display: flex; flex-direction: column; gap: .3rem; flex: none; max-width: 8.5rem; }
 .media img { max-width: 8rem; max-height: 8rem; border-radius: .3rem; background: var(--line); }
 .media audio { width: 8.5rem; height: 2.2rem; }
-.bars { display: flex; align-items: flex-end; gap: 2px; height: 5rem; } .bars i { flex: 1; max-width: 3rem; background: var(--accent);
-  border-radius: 2px 2px 0 0; min-height: 1px; }
+.bars { display: flex; align-items: flex-end; gap: 2px; height: 5rem; }
+.bars i { flex: 1; max-width: 3rem; background: var(--accent); border-radius: 2px 2px 0 0; min-height: 1px; }
 .ends { display: flex; justify-content: space-between; color: var(--faint); font-size: .85rem; }
 input { width: 100%; padding: .5rem .7rem; font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: .6rem; }

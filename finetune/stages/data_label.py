@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.data.asks import name_of
 from finetune.data.page import picture_uri, sound_uri
-from finetune.data.rows import Source, detected, read_rows
+from finetune.data.rows import Source, detected, listed, read_rows
 from finetune.data.sample import KINDS, Medium, Message, Row
 from finetune.errors import DataError, RecipeError
 from finetune.media import Limits, decode
 from finetune.parts import load_part
 from finetune.recipe import load_recipe
-from finetune.sources import sources_of
+from finetune.sources import limits_of, sources_of
 
 COLUMNS = ("row", "media", "text", "proposed", "confidence", "label")
 ASKED = ("label", "answer", "caption", "text")  # options of tasks that name the column of what is to be found
@@ -97,7 +98,7 @@ def data_label(
 
         assistant = load(run)
     name, asked = _asked(assistant, task)
-    items, known, limits = _items(Path(rows), asked)
+    items, known, limits = _items(Path(rows), name, asked)
     found = dict.fromkeys([*labels, *known, *(i.saved["label"] for i in items if i.saved["label"] and not labels)])
     labelling = Labelling(Path(out), items, list(found))
     _resume(labelling)
@@ -123,9 +124,8 @@ def propose(labelling: Labelling, assistant: Any, name: str | None, batch: int, 
             some = left[start : start + batch]
             questions = [item.question for item in some]
             if name is not None:
-                for item, answer in zip(
-                    some, assistant.ask(name, questions, max_new_tokens=max_new_tokens), strict=True
-                ):
+                answers = assistant.ask(name, questions, max_new_tokens=max_new_tokens)
+                for item, answer in zip(some, answers, strict=True):
                     chances = answer.probabilities or {}
                     best = max(chances, key=chances.__getitem__) if chances else answer.text
                     item.saved["proposed"] = best if answer.number is None else f"{answer.number:g}"
@@ -149,19 +149,22 @@ def _asked(assistant: Any, task: str | None) -> tuple[str | None, tuple[str, Any
     return name, asks[name].task if name else None
 
 
-def _items(path: Path, asked: tuple[str, Any] | None) -> tuple[list[Item], list[str], Limits]:
-    """Rows of a recipe, each asked as its source says, or of a file, asked as the model was trained. And the labels that
+def _items(path: Path, name: str | None, asked: tuple[str, Any] | None) -> tuple[list[Item], list[str], Limits]:
+    """Rows of a recipe, asked as their sources say, or of a file, asked as the model was trained. And the labels that
     tasks name, and the bounds of media.
     """
     limits = Limits()
     if path.suffix.lower() in (".yaml", ".yml"):
         recipe = load_recipe(path)
-        sources, limits = sources_of(recipe), Limits(**recipe.media.model_dump())
+        sources, limits = sources_of(recipe), limits_of(recipe)
+        sources = [source for source in sources if name_of(source) == name] or sources
     elif path.exists():
         sources = [Source(path=path, task=asked or ("", None), format=detected(path))]
     else:
         raise RecipeError(f"{path}: no such file; name a recipe or a file of rows")
-    items, wrong, known = [], [], []
+    items: list[Item] = []
+    wrong: list[str] = []
+    known: list[str] = []
     for source in sources:
         known += [label for label in getattr(source.task[1], "labels", ()) if label not in known]
         for row in read_rows(source):
@@ -170,8 +173,6 @@ def _items(path: Path, asked: tuple[str, Any] | None) -> tuple[list[Item], list[
             except DataError as error:
                 wrong.append(str(error))
     if wrong or not items:
-        from finetune.data.rows import listed
-
         raise DataError(listed(wrong, f"{len(wrong)} rows can't be shown") if wrong else f"{path}: no rows")
     return items, known, limits
 
@@ -188,13 +189,10 @@ def _item(row: Row, task: tuple[str, Any]) -> Item:
     else:
         media = row.media([kind for kind in KINDS if row.columns.get(kind)])
         question = (Message("user", media),)
-    shown = [
-        column for column in row.columns if column not in (*KINDS, column) and isinstance(row.columns[column], str)
-    ]
-    if any(isinstance(part, str) for message in question for part in message.content):
-        text = "\n".join(p for message in question for p in message.content if isinstance(p, str))
-    else:
-        text = "\n".join(row.columns[column] for column in shown)
+    text = "\n".join(part for message in question for part in message.content if isinstance(part, str))
+    if not text:
+        others = (value for name, value in row.columns.items() if name not in (*KINDS, column))
+        text = "\n".join(value for value in others if isinstance(value, str))
     saved = dict.fromkeys(COLUMNS, "") | {
         "row": row.where,
         "media": " | ".join(str(medium.path) for medium in media),

@@ -59,8 +59,9 @@ def data_preview(
     html: Path | str | None = None,
     boundaries: bool = False,
 ) -> list[Preview]:
-    """The first `rows` rows of a split ("train", "validation", "test"), of each source the same number; with `html` also
-    as a page with thumbnails; with `boundaries` pieces tell where each token ends. Rows that can't be used are among them, with the reason.
+    """The first `rows` rows of a split ("train", "validation", "test"), of each source as many; those that can't be
+    used are among them, with the reason. With `html` also as a page with thumbnails; with `boundaries` pieces tell
+    where each token ends.
 
     Raises RecipeError, ModelError; DataError where the split has no rows.
     """
@@ -151,9 +152,7 @@ def _html(title: str, previews: Sequence[Preview], shows: Shows) -> str:
             told += f"; to be answered: {preview.answer}"
         if preview.wrong:
             body, told = f'<span class="error">{escape(preview.wrong)}</span>', "can't be used"
-        cards.append(
-            f'<details open><summary><h2>{escape(preview.where)}</h2> <span class="faint">{escape(told)}</span>'
-            f'</summary><div class="turns">{body}</div></details>'
-        )
+        head = f'<h2>{escape(preview.where)}</h2> <span class="faint">{escape(told)}</span>'
+        cards.append(f'<details open><summary>{head}</summary><div class="turns">{body}</div></details>')
     told = '<p class="faint">Marked: what the model learns to write. All else is what it reads.</p>'
     return page(title, f"<h1>{escape(title)}</h1>\n{told}\n" + "\n".join(cards))

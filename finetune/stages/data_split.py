@@ -35,9 +35,10 @@ def data_split(
     they are, anything else that names its media as JSON lines; and split.json, with the counts.
 
     Rows with the same medium (its bytes, whatever its name), the same value of column `group`, or, without media, the
-    same content stay together. What goes where depends on contents and `seed` alone, not on the order of the rows. Each
-    split holds its share of all rows, and with `stratify` of those with each value of that column, to within a row, or
-    to within the largest set of rows that stay together (which counts for its most frequent value).
+    same content stay together. What goes where depends on contents and `seed` alone, not on the order of the rows.
+    Validation and test each hold their share of all rows, and with `stratify` of those with each value of that column,
+    to within a row, or to within the largest set of rows that stay together (a set counts for its most frequent value);
+    training has the rest.
 
     Returns {"files": {split: path}, "rows": {split: n}, "media_folder": Path}. Raises DataError.
     """
@@ -72,25 +73,18 @@ def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mappi
         strata[min(counts, key=lambda label: (-counts[label], label))].append(rows)
     result = [""] * len(keys)
     owed = dict.fromkeys(shares, 0.0)  # rows by which earlier values fell short: small ones would else all round down
+    rest, *filling = [split for split in SPLITS if shares[split]]
     for label in sorted(strata):
         within = sorted(strata[label], key=lambda rows: _chance(min(key for row in rows for key in keys[row]), seed))
         total = sum(map(len, within))
         wanted = {split: shares[split] * total + owed[split] for split in shares}
-        taken, waiting = dict.fromkeys(shares, 0), iter(within)
-        rows = next(waiting, None)
-        for split in ("test", "validation"):
+        taken = dict.fromkeys(shares, 0)
+        for rows in within:
             # As long as it comes nearer to what is wanted.
-            while rows is not None and shares[split] and taken[split] + len(rows) / 2 <= wanted[split]:
-                taken[split] += len(rows)
-                for row in rows:
-                    result[row] = split
-                rows = next(waiting, None)
-        rest = "train" if shares["train"] else "validation" if shares["validation"] else "test"
-        while rows is not None:
-            taken[rest] += len(rows)
+            split = next((s for s in filling if taken[s] + len(rows) / 2 <= wanted[s]), rest)
+            taken[split] += len(rows)
             for row in rows:
-                result[row] = rest
-            rows = next(waiting, None)
+                result[row] = split
         owed = {split: wanted[split] - taken[split] for split in shares}
     return result
 
@@ -183,8 +177,8 @@ def _write(source: Source, into: Path, chosen: Sequence[str]) -> dict[str, Path]
         (into / f"{split}{suffix}").unlink(missing_ok=True)
     opened = {split: path.open("w", encoding="utf-8", newline="") for split, path in files.items()}
     try:
-        write = _table(opened, TABLES[suffix]) if table else _lines(opened, suffix)
-        content = read_rows(source) if table else _raw(source)
+        write: Callable[[str, Any], None] = _table(opened, TABLES[suffix]) if table else _lines(opened, suffix)
+        content: Iterator[Any] = read_rows(source) if table else _raw(source)
         for split, one in zip(chosen, content, strict=True):
             write(split, one)
         if suffix == ".json":

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 SEED = 32
-USERS = {"train": 96, "test": 24}
-OWN = 2  # products of a user's own shelf among those shown
-SHOWN = 6  # to each user
-CLICKS = 2  # of them
+USERS = {"train": 144, "test": 36}
+OWN = (1, 2)  # products of the own shelf among those shown, at least and at most
+SHOWN = 4  # to each user
+CLICKS = 1  # of them
 SHELVES = {  # subgroups of the emoji, the words for them, and how many of ten shoppers shop there
     "food": ("food-.*|drink", "食品", 4),
     "clothing": ("clothing", "服饰", 3),
@@ -50,9 +50,10 @@ def products(pictures: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
 
 
 def offers(shop: dict[str, list[dict[str, str]]], user: dict[str, str], draw: random.Random) -> list[dict[str, str]]:
-    """What one user is shown: OWN products of their shelf, the others of other shelves, in a drawn order."""
+    """What one user is shown: some products of their shelf, the others one of each other shelf, in a drawn order."""
     others = [shelf for shelf in SHELVES if shelf != user["own"]]
-    shelves = [user["own"]] * OWN + draw.sample(others * 2, SHOWN - OWN)
+    own = draw.randint(*OWN)
+    shelves = [user["own"]] * own + draw.sample(others, SHOWN - own)
     _, sales, prices, sentence = SENTENCES[user["language"]]
     taken = [user["bought"]]
     rows, appeals = [], []

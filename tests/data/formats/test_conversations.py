@@ -191,5 +191,12 @@ def test_a_large_array_is_never_held_whole(tmp_path):
     assert llava.detects(tmp_path / "x.json")
     assert sum(1 for _ in llava.rows(tmp_path / "x.json", llava.Options())) == 8000
     peak = tracemalloc.get_traced_memory()[1]
+    text = (tmp_path / "x.json").read_text()
+    put(tmp_path / "wrong.json", text[:5] + "!" + text[5:])
+    del text
+    tracemalloc.reset_peak()
+    with pytest.raises(DataError, match=r"wrong.json:1: not JSON"):
+        read("llava", tmp_path / "wrong.json")
+    peak = max(peak, tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
     assert peak < 4 * 2**20 < (tmp_path / "x.json").stat().st_size
