@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finetune.stages.data_split import data_split
     from finetune.stages.evaluate import evaluate
     from finetune.stages.merge import merge
+    from finetune.stages.report import report
     from finetune.stages.train import train
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "load_recipe": "recipe",
     "merge": "stages.merge",
     "recipes": "pipeline",
+    "report": "stages.report",
     "run": "pipeline",
     "schema": "recipe",
     "sweep": "pipeline",
@@ -51,6 +53,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "recipes",
+    "report",
     "run",
     "schema",
     "sweep",

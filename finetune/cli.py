@@ -64,6 +64,15 @@ def evaluate(run: Run) -> None:
 
 
 @app.command()
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; default: RUN/report.html.")] = None,
+) -> None:
+    """Write what a run was, learnt and cost to one HTML page that needs no network."""
+    print(finetune.report(run, out))
+
+
+@app.command()
 def merge(run: Run) -> None:
     """Merge the adapter into the LLM, prove it, and write RUN/merged and RUN/certificate.json."""
     finetune.merge(run)

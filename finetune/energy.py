@@ -50,7 +50,7 @@ class EnergyMeter:
         self._add()
 
     def _watch(self) -> None:
-        while self._last and self._stopped.wait(self._every):
+        while self._last and not self._stopped.wait(self._every):
             self._add()
 
     def _add(self) -> None:

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from finetune.assemble import Features
 from finetune.assistant import Assistant, Look
 from finetune.data.asks import Ask, name_of
 from finetune.data.rows import Entry, Source
 from finetune.data.sample import Answer
+from finetune.data.tokenize import IGNORED, tokenize
 from finetune.errors import TrainingError
 from finetune.parts import load_part
 
@@ -45,6 +48,21 @@ def answers_to(
                 said[i] = answer
                 step()
     return [said[i] for i in range(len(entries))]
+
+
+@torch.no_grad()
+def told(assistant: Assistant, entries: Sequence[Entry]) -> list[dict[str, float]]:
+    """Of rows without media: how surprised the model is by their right answers, in nats, and of how many tokens these
+    are. Before and after training: what of its language the LLM has kept.
+    """
+    found = []
+    for entry in entries:
+        tokens = tokenize(entry.sample, assistant.tokenizer, assistant.placeholders, lambda medium: ())
+        device = assistant.model.get_input_embeddings().weight.device
+        ids, labels = (torch.tensor([values], device=device) for values in (tokens.input_ids, tokens.labels))
+        count = int((labels[:, 1:] != IGNORED).sum())
+        found.append({"nats": float(assistant.model(ids, labels=labels).loss) * count, "tokens": count})
+    return found
 
 
 def measured(ask: Ask, entries: Sequence[Entry], answers: Sequence[Answer]) -> tuple[list[Any], list[dict[str, Any]]]:

@@ -161,6 +161,11 @@ class Sample:
     def __post_init__(self) -> None:
         found = tuple(part for message in self.messages for part in message.content if isinstance(part, Medium))
         object.__setattr__(self, "media", found)
+        try:
+            "".join(part for message in self.messages for part in message.content if isinstance(part, str)).encode()
+        except UnicodeEncodeError as error:  # as JSON may escape it; no tokenizer takes it
+            half = ascii(error.object[error.start])
+            raise DataError(f"{self.where}: the text holds half a character, {half}; write the whole of it") from None
 
     @property
     def answer(self) -> str:

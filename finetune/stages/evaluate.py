@@ -19,6 +19,7 @@ from finetune.assistant import Assistant, Look
 from finetune.data.asks import Ask, asks_of, name_of
 from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.sample import Answer, Medium
+from finetune.energy import EnergyMeter
 from finetune.errors import DataError
 from finetune.media import Limits, blank, decode
 from finetune.metrics.bootstrap import intervals
@@ -26,7 +27,7 @@ from finetune.parts import load_part
 from finetune.progress import bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, refuse_several_processes, write_text
-from finetune.scores import answers_to, by_name, look_of, measured
+from finetune.scores import answers_to, by_name, look_of, measured, told
 from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
 BLANKS_KEPT = 64
@@ -41,21 +42,23 @@ def evaluate(run: Path | str) -> dict[str, Any]:
     folder = RunFolder.open(Path(run), needs="adapter")
     recipe = load_recipe(folder.recipe)
     begin = perf_counter()
-    result = evaluate_plain(
-        folder,
-        sources=sources_of(recipe),
-        model=model_arguments(recipe),
-        adapter_options=adapter_options(recipe),
-        seed=recipe.seed,
-        cache_folder=cache_folder(recipe),
-        limits=limits_of(recipe),
-        **recipe.evaluate.model_dump(),
-    )
+    with EnergyMeter() as meter:
+        result = evaluate_plain(
+            folder,
+            sources=sources_of(recipe),
+            model=model_arguments(recipe),
+            adapter_options=adapter_options(recipe),
+            seed=recipe.seed,
+            cache_folder=cache_folder(recipe),
+            limits=limits_of(recipe),
+            **recipe.evaluate.model_dump(),
+        )
     folder.update_metrics(
         scores=result["scores"],
         intervals=result["intervals"],
         tables=result["tables"],
         seconds={"evaluate": perf_counter() - begin},
+        energy_joules={f"evaluate_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"evaluate_{device}": value for device, value in peak_memory_bytes().items()},
     )
     write_text(folder.predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result["predictions"]))
@@ -121,11 +124,14 @@ def evaluate_plain(
             given[condition] = [(copied | dict(zip(asked, said, strict=True)))[i] for i in range(len(entries))]
 
         answer("base", true)  # as composed: new parts, an adapter that changes nothing yet
+        text = {i: entry for i, entry in enumerate(entries) if writes(asks[name_of(sources[entry.source])], entry)}
+        surprise = {"base": dict(zip(text, told(assistant, list(text.values())), strict=True))}
         adapter.load_trained(composite, folder.adapter)
+        surprise["tuned"] = dict(zip(text, told(assistant, list(text.values())), strict=True))
         for condition, look in looks.items():
             answer(condition, look)
     given = {condition: given[condition] for condition in ("tuned", "base", *list(looks)[1:])}
-    return score_answers(given, entries, splits["train"], sources, asks, true.features, seed)
+    return score_answers(given, surprise, entries, splits["train"], sources, asks, true.features, seed)
 
 
 def same_as(condition: str, entry: Entry) -> str | None:
@@ -143,6 +149,7 @@ def same_as(condition: str, entry: Entry) -> str | None:
 
 def score_answers(
     given: Mapping[str, Sequence[Answer]],
+    surprise: Mapping[str, Mapping[int, Mapping[str, float]]],
     entries: Sequence[Entry],
     train: Sequence[Entry],
     sources: Sequence[Source],
@@ -151,7 +158,7 @@ def score_answers(
     seed: int,
 ) -> dict[str, Any]:
     """{"scores", "intervals" and "tables" as in metrics.json, "predictions": a row per entry}, from {condition: an
-    answer per entry}.
+    answer per entry}, and of some conditions and entries what `told` gives.
 
     `train` and `look` are for the probe: the training rows, and the features of their media.
     """
@@ -170,7 +177,9 @@ def score_answers(
         margins: dict[str, dict[str, list[float]]] = {}
         for condition, answers in conditions.items():
             predictions, measures = measured(asks[name], own, answers)
-            score = partial(task.score, options=options)
+            for i, measure in zip(numbers, measures, strict=True):
+                measure |= surprise.get(condition, {}).get(i, {})
+            score = partial(scores_of, task.score, options)
             for metric, value in score(measures).items():
                 table.setdefault(metric, {})[condition] = round(value, 4)
             for metric, ends in intervals(measures, score, seed).items():
@@ -186,11 +195,24 @@ def score_answers(
         result["scores"][name] = {m: {c: values.get(c) for c in shown} for m, values in table.items()}
         result["intervals"][name] = margins
         for i, entry in zip(numbers, own, strict=True):
-            rows[i] = {**told(name, asks[name], entry), **rows[i]}
+            rows[i] = {**described(name, asks[name], entry), **rows[i]}
     return {**result, "predictions": rows}
 
 
-def told(name: str, ask: Ask, entry: Entry) -> dict[str, Any]:
+def writes(ask: Ask, entry: Entry) -> bool:
+    """Whether it is text alone, answered in words."""
+    return not entry.sample.media and not ask.trained
+
+
+def scores_of(score: Callable[..., dict[str, float]], options: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The task's own, and where rows are told how surprising their right answer is, that per token."""
+    found = score(rows, options)
+    if rows and all("nats" in row for row in rows):
+        found["error_nats_per_token"] = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
+    return found
+
+
+def described(name: str, ask: Ask, entry: Entry) -> dict[str, Any]:
     """What predictions.jsonl says of a row, beside its predictions."""
     sample = entry.sample
     return {

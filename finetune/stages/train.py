@@ -22,6 +22,7 @@ from finetune.data.asks import asks_of, names_of
 from finetune.data.collate import Collator
 from finetune.data.pack import plan_rows
 from finetune.data.rows import Entry, Source, read_splits, some, summary
+from finetune.energy import EnergyMeter
 from finetune.errors import Interrupted, TrainingError
 from finetune.language_model import default_device, packs_exactly
 from finetune.media import Limits
@@ -63,26 +64,28 @@ def train(
         tell_versions(folder.path / "versions.json", processes.num_processes)
     processes.wait_for_everyone()
     begin = perf_counter()
-    result = train_plain(
-        folder,
-        sources=sources_of(recipe),
-        model=model_arguments(recipe),
-        adapter_options=adapter_options(recipe),
-        stages=[stage.model_dump() for stage in recipe.train.stages],
-        seed=recipe.seed,
-        cache_folder=cache_folder(recipe),
-        limits=limits_of(recipe),
-        answers={"max_new_tokens": recipe.evaluate.max_new_tokens, "batch": recipe.evaluate.batch},
-        shared=shared,
-        told=told,
-        **recipe.train.model_dump(exclude={"stages", "cache", "cache_folder"}),
-    )
+    with EnergyMeter() as meter:
+        result = train_plain(
+            folder,
+            sources=sources_of(recipe),
+            model=model_arguments(recipe),
+            adapter_options=adapter_options(recipe),
+            stages=[stage.model_dump() for stage in recipe.train.stages],
+            seed=recipe.seed,
+            cache_folder=cache_folder(recipe),
+            limits=limits_of(recipe),
+            answers={"max_new_tokens": recipe.evaluate.max_new_tokens, "batch": recipe.evaluate.batch},
+            shared=shared,
+            told=told,
+            **recipe.train.model_dump(exclude={"stages", "cache", "cache_folder"}),
+        )
     if not processes.is_main_process:
         return folder
     seconds = result.pop("seconds")
     folder.update_metrics(
         train=result,
         seconds={**seconds, "train": perf_counter() - begin},
+        energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
     )
     plots.losses(result["stages"], folder.plots / "loss.png")

@@ -97,6 +97,8 @@ def test_every_head_is_scored_by_its_task(finished):
     assert {"accuracy", "auroc"} <= set(scores["likely"]) and "mean_absolute_error" in scores["mark"]
     assert "mrr" in scores["order"] and "auroc" not in scores["words"]
     assert set(scores["words"]["accuracy"]) == {"tuned", "base"}  # there is no picture to blank
+    surprise = scores["words"]["error_nats_per_token"]
+    assert 0 < surprise["tuned"] < surprise["base"] and "error_nats_per_token" not in scores["likely"]
     assert set(scores["colour"]["accuracy"]) == {"tuned", "base", "blank", "shuffled", "probe"}
     for name, table in scores.items():
         for metric, values in table.items():

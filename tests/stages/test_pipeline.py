@@ -54,7 +54,9 @@ def copy_of(run: Path, to: Path) -> Path:
 
 def test_metrics_have_their_form(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
-    assert set(metrics) == {"train", "seconds", "peak_memory_bytes", "scores", "intervals", "tables"}
+    assert set(metrics) == {
+        *("train", "seconds", "peak_memory_bytes", "energy_joules", "scores", "intervals", "tables")
+    }
     conditions = {"tuned", "base", "blank", "shuffled", "probe"}
     assert set(metrics["scores"]) == {"classify"}
     for metric, table in metrics["scores"]["classify"].items():

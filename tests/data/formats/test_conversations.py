@@ -192,7 +192,7 @@ def test_a_large_array_is_never_held_whole(tmp_path):
     assert sum(1 for _ in llava.rows(tmp_path / "x.json", llava.Options())) == 8000
     peak = tracemalloc.get_traced_memory()[1]
     text = (tmp_path / "x.json").read_text()
-    put(tmp_path / "wrong.json", text[:5] + "!" + text[5:])
+    put(tmp_path / "wrong.json", text[:1] + "!" + text[1:])
     del text
     tracemalloc.reset_peak()
     with pytest.raises(DataError, match=r"wrong.json:1: not JSON"):
