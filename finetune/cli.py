@@ -60,7 +60,8 @@ def train(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resu
 @app.command()
 def evaluate(run: Run) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
-    print_scores(finetune.evaluate(run)["scores"])
+    metrics = finetune.evaluate(run)
+    print_scores(metrics["scores"], metrics["intervals"])
 
 
 @app.command()
@@ -108,12 +109,12 @@ def chat(
 
 @app.command()
 def run(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
-    """The whole way: check, train, evaluate, merge, and one question about a held-out row."""
+    """The whole way: check, train, evaluate, merge, one question about a held-out row, and the report."""
     result: dict[str, Any] = finetune.run(recipe, set_ or [], run, resume)
-    print_scores(result.pop("scores"))
+    print_scores(result.pop("scores"), result.pop("intervals"))
     print(f"asked about {', '.join(result['media']) or 'nothing shown'}: {result['question']}")
     print(f"  answer: {result['answer']}   (right: {result['target']})")
-    for name in ("adapter", "metrics", "predictions", "plots", "merged"):
+    for name in ("adapter", "metrics", "predictions", "plots", "merged", "report"):
         print(f"{name:<12} {result[name]}")
 
 
@@ -253,7 +254,7 @@ def print_trials(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def print_scores(scores: dict[str, Any]) -> None:
+def print_scores(scores: dict[str, Any], intervals: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -264,9 +265,17 @@ def print_scores(scores: dict[str, Any]) -> None:
         table.add_column("", no_wrap=True)
         for condition in conditions:
             table.add_column(condition.replace("_", "\n"), justify="right")
+            if condition == "tuned":
+                table.add_column("95% of rows\ndrawn anew", justify="right")
         for metric, values in metrics.items():
-            cells = (values.get(condition) for condition in conditions)
-            table.add_row(metric, *("" if value is None else f"{value:.3f}" for value in cells))
+            cells = []
+            for condition in conditions:
+                value = values.get(condition)
+                cells.append("" if value is None else f"{value:.3f}")
+                if condition == "tuned":
+                    ends = intervals.get(task, {}).get(metric, {}).get("tuned")
+                    cells.append(f"{ends[0]:.3f}–{ends[1]:.3f}" if ends else "")
+            table.add_row(metric, *cells)
         Console().print(table)
 
 

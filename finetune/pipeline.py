@@ -14,13 +14,16 @@ from finetune.recipe import load_recipe
 def run(
     recipe: Path | str, overrides: Sequence[str] = (), run: Path | str | None = None, resume: bool = False
 ) -> dict[str, Any]:
-    """check → train → evaluate → merge → one question about one held-out row. Returns paths, scores and the answer."""
+    """check → train → evaluate → merge → one question about one held-out row → report. Returns paths, scores and the
+    answer.
+    """
     import json
 
     from finetune.run_folder import RunFolder, refuse_several_processes
     from finetune.stages.check import check
     from finetune.stages.evaluate import evaluate
     from finetune.stages.merge import merge
+    from finetune.stages.report import report
     from finetune.stages.train import train
 
     refuse_several_processes("`finetune run`")
@@ -39,6 +42,7 @@ def run(
     answer = asked.stdout.strip()
     return {
         "scores": metrics["scores"],
+        "intervals": metrics["intervals"],
         "question": first["question"],
         "media": first["media"],
         "answer": answer,
@@ -48,6 +52,7 @@ def run(
         "predictions": folder.predictions,
         "plots": folder.plots,
         "merged": folder.merged,
+        "report": report(folder.path),
     }
 
 

@@ -75,11 +75,11 @@ def text_remarks(text: str) -> tuple[Remark, ...]:
     """Signs that a text was decoded in the wrong encoding."""
     if "\ufffd" in text:
         return (("encoding", f"holds U+FFFD, where a character was lost: {_near(text, chr(0xFFFD))!r}"),)
-    if text.isascii():
-        return ()
     control = re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f]", text)
     if control:
         return (("encoding", f"holds a control character: {_near(text, control[0])!r}"),)
+    if text.isascii():
+        return ()
     meant = _read_as_gb(text) or _read_as_latin(text)
     if meant:
         return (("encoding", f"{text[:40]!r} reads like {meant[:40]!r} in the wrong encoding"),)

@@ -19,7 +19,7 @@ from PIL import Image
 
 SEED = 33
 SIDE = 128  # pixels
-ROWS = {"train": 400, "test": 120}  # a fourth of each finding
+ROWS = {"train": 320, "test": 120}  # a fourth of each finding
 DICOM_ROWS = 20  # of those to test with: DICOM files, in a table of their own
 SIDES = {"right": "右", "left": "左"}  # of the patient: the right lung stands on the left of the picture
 FINDINGS = {"normal": "正常", "infection": "感染", "mass": "肿块", "fluid": "积液"}

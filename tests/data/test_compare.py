@@ -40,12 +40,13 @@ def test_pairs_are_those_that_comparing_all_with_all_finds(ledger, count):
         hashes.append(flipped)
     hashed = np.concatenate(hashes)
     digests = [number.to_bytes(2, "big") for number in range(len(hashed))]
-    ledger.add(row(0, digest=d, hashed=h.tobytes()) for d, h in list(zip(digests, hashed, strict=True))[:0])
     ledger.base.executemany(
         "insert into media values (?, ?, ?)",
         [(d, h.tobytes(), bytes(768)) for d, h in zip(digests, hashed, strict=True)],
     )
-    pairs = {(left, right): bits for left, right, bits in near_pairs(ledger)}
+    found = list(near_pairs(ledger))
+    pairs = {(left, right): bits for left, right, bits in found}
+    assert len(pairs) == len(found)  # each once
     distances = np.bitwise_count(hashed[:, None] ^ hashed[None]).sum(-1)
     seen: dict[bytes, int] = {}
     firsts = [number for number, one in enumerate(hashed) if seen.setdefault(one.tobytes(), number) == number]

@@ -81,6 +81,7 @@ def test_text_that_is_right_is_left_alone(text):
 
 def test_a_lost_character_is_found():
     assert text_remarks("caf\ufffd au lait")[0][0] == "encoding"
+    assert text_remarks("nul \0 here")[0][0] == "encoding" and not text_remarks("tab\there\r\n")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from finetune.data.pack import epoch_order, pack, plan_rows
+from finetune.data.pack import epoch_order, pack, plan_rows, units
 from finetune.errors import DataError
 
 
@@ -64,3 +64,23 @@ def test_a_plan_holds_every_epoch_whole():
     assert rows == plan_rows(lengths, weights, capacity=12, epochs=3, seed=1)
     first = pack(lengths, 12, epoch_order(weights, 1, 0))
     assert rows[: len(first)] == first  # no row mixes epochs
+
+
+def test_a_group_stays_in_one_row_where_it_fits():
+    lengths = [4, 3, 5, 4, 6, 2, 3, 4]
+    groups = [[0, 2], [1, 3, 5], [4], [6, 7]]
+    rows = plan_rows(lengths, [1.0] * 8, capacity=12, epochs=4, seed=3, groups=groups)
+    assert Counter(sample for row in rows for sample in row) == Counter(dict.fromkeys(range(8), 4))
+    assert all(sum(lengths[sample] for sample in row) <= 12 for row in rows)
+    for group in groups:
+        assert sum(set(group) <= set(row) for row in rows) == 4, group
+
+
+def test_a_group_larger_than_a_row_is_dealt_into_several():
+    lengths, group = [5] * 9, list(range(9))
+    dealt = units([group], lengths, 20, seed=1)
+    assert sorted(sample for unit in dealt for sample in unit) == group
+    assert [len(unit) for unit in dealt] == [4, 4, 1]
+    assert dealt != units([group], lengths, 20, seed=2)
+    with pytest.raises(DataError, match="more than tokens_per_batch"):
+        plan_rows([50], [1.0], capacity=20, epochs=1, seed=0, groups=[[0]])

@@ -7,8 +7,8 @@ import pytest
 from tiny import part, tiny_dataset, tiny_picture
 from tiny_formats import EXAMPLES, picture, put
 
-from finetune.data.rows import Source, read_splits, summary
-from finetune.data.sample import Row
+from finetune.data.rows import Entry, Source, mixed, read_splits, some, summary
+from finetune.data.sample import Message, Row, Sample
 from finetune.errors import DataError
 
 
@@ -56,6 +56,53 @@ def test_rows_of_one_picture_stay_on_one_side(tmp_path):
     splits = read_splits([source(write(tmp_path / "rows.csv", rows), hold_out=0.5)], 0)
     pictures = {name: {e.sample.media[0].path.read_bytes() for e in splits[name]} for name in ("train", "test")}
     assert pictures["train"] and pictures["test"] and not pictures["train"] & pictures["test"]
+
+
+def test_rows_are_held_out_for_validation_beside_the_test(data):
+    """More validation rows take none from the test, and every row stands on one side."""
+    alone = read_splits([source(data / "train.csv", hold_out=0.3)], 1)
+    both = read_splits([source(data / "train.csv", hold_out=0.3, hold_out_validation=0.3)], 1)
+    where = {split: {entry.sample.where for entry in entries} for split, entries in both.items()}
+    assert where["test"] == {entry.sample.where for entry in alone["test"]}
+    assert where["validation"] and sum(map(len, where.values())) == len(set().union(*where.values())) == 40
+
+
+def test_rows_of_a_group_are_held_out_together(data):
+    lines = (data / "train.csv").read_text().splitlines()
+    (data / "train.csv").write_text(
+        "\n".join([lines[0] + ",patient", *(f"{line},p{number // 4}" for number, line in enumerate(lines[1:]))])
+    )
+    splits = read_splits([source(data / "train.csv", hold_out=0.3, hold_out_validation=0.2, group="patient")], 0)
+    sides = {
+        split: {(int(e.sample.where.split(":")[1]) - 2) // 4 for e in entries} for split, entries in splits.items()
+    }
+    assert all(sides.values()) and sum(map(len, sides.values())) == 10
+    with pytest.raises(DataError, match="column 'doctor', by which rows are held out"):
+        read_splits([source(data / "train.csv", hold_out=0.3, group="doctor")], 0)
+
+
+def entry(source: int, weight: float = 1.0, group: str = "") -> Entry:
+    turns = (Message("user", ("a",)), Message("assistant", ("b",)))
+    return Entry(Sample(turns, "rows.csv:2", group=group), source, weight)
+
+
+def test_a_temperature_lifts_small_sources_and_keeps_the_sum():
+    entries = [entry(0)] * 900 + [entry(1)] * 100
+    assert mixed(entries, 1.0) == [1.0] * 1000
+    found = mixed(entries, 2.0)
+    assert sum(found) == pytest.approx(1000)
+    assert 900 * found[0] / (100 * found[-1]) == pytest.approx(3.0)  # sqrt(900) : sqrt(100)
+    hot = mixed(entries, 1e9)
+    assert 900 * hot[0] == pytest.approx(100 * hot[-1], rel=1e-6)
+    weighed = mixed([entry(0, 2.0)] * 50 + [entry(1)] * 100, 3.0)
+    assert weighed == pytest.approx([2.0] * 50 + [1.0] * 100)  # as many rows already
+
+
+def test_a_limit_takes_whole_groups(data):
+    entries = [entry(0, group=f"g{number // 4}") for number in range(40)]
+    chosen = [number for number, one in enumerate(entries) if any(one is kept for kept in some(entries, 10, 0))]
+    assert len(chosen) == 8 and len({number // 4 for number in chosen}) == 2
+    assert len(some([entry(0) for _ in range(40)], 10, 0)) == 10 and len(some(entries, 2, 0)) == 2
 
 
 def test_a_row_of_training_under_another_name_in_the_test_is_refused(data):

@@ -105,8 +105,9 @@ def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path):
     conditions = {"tuned", "base", "blank", "shuffled", "probe"}
     if len(recipe.model.encoders) > 1:
         conditions |= {f"blank_{name}" for name in recipe.model.encoders}
-    assert all(set(values) == conditions for scores in result["scores"].values() for values in scores.values())
-    assert (result["merged"] / "model.safetensors").is_file()
+    seen = [set(values) for scores in result["scores"].values() for values in scores.values()]
+    assert all(one in (conditions, {"tuned", "base"}) for one in seen)  # text alone can't be blank
+    assert (result["merged"] / "model.safetensors").is_file() and result["report"].stat().st_size > 10_000
     assert isinstance(result["answer"], str)
     trained = json.loads(result["metrics"].read_text())["train"]["stages"]
     for stage in recipe.train.stages:
