@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from datasets import Dataset
 from finetune import adapter, plots
 from finetune.assemble import Features, Parts, build_model, load_parts
 from finetune.assistant import Assistant
-from finetune.data.asks import asks_of, names_of
+from finetune.data.asks import Ask, asks_of, names_of
 from finetune.data.collate import Collator
 from finetune.data.pack import plan_rows
 from finetune.data.rows import Entry, Source, read_splits, some, summary
@@ -117,9 +117,129 @@ def train_plain(
 ) -> dict[str, Any]:
     """The same from plain values. Returns losses and tokens per stage, and seconds per part."""
     first = PartialState().is_main_process
+    ready = make_ready(
+        folder,
+        sources=sources,
+        model=model,
+        seed=seed,
+        cache_folder=cache_folder,
+        limits=limits,
+        shared=shared,
+        validation_limit=validation["limit"] if validation else 0,
+        epochs=sum(stage["epochs"] for stage in stages),
+        encode_batch=encode_batch,
+        workers=workers,
+        tokens_per_batch=tokens_per_batch,
+    )
+    parts, features, samples = ready.parts, ready.features, ready.samples
+    if cache_folder:
+        for _, encoder in parts.encoders.values():
+            encoder.module.to("cpu")  # not needed while the LLM trains
+    composite = build_model(
+        parts,
+        llm=model["llm"],
+        adapter_options=adapter_options,
+        seed=seed,
+        with_encoders=not cache_folder,
+        asks=ready.asks,
+        language_model=shared.language_model if shared else None,
+    )
+    if shared:
+        shared.composite = composite
+    composite.encode_batch = encode_batch
+    if checkpoint_every_n_layers:
+        composite.causal_lm.activation_checkpointing_enable(every_n_layers=checkpoint_every_n_layers)
+    packed = packs_exactly(composite.causal_lm)
+    if not packed:
+        console.print("in this LLM packed samples would see each other: they stand in padded rows instead")
+    weighed = bool(composite.heads) or any(source.loss_weight != 1 for source in sources)
+    head_outputs = {name: len(samples["target"][samples["head"].index(name)]) for name in composite.heads}
+    begin = perf_counter()
+    results: dict[str, Any] = {}
+    for number, stage in enumerate(stages):
+        seen = stage_rows(
+            folder, ready.training, samples, stage, composite, parts, features, tokens_per_batch, mixing_temperature
+        )
+        collator = Collator(
+            seen.samples,
+            features.features if cache_folder else lambda kind, key: features.prepared(kind, key).values,
+            field="features" if cache_folder else "media",
+            packed=packed,
+            pad_token_id=parts.tokenizer.pad_token_id,
+            heads=head_outputs if weighed and not stage["distill"] else None,
+        )
+        rows = plan_rows(
+            seen.longest,
+            seen.weights,
+            capacity=tokens_per_batch,
+            epochs=stage["epochs"],
+            seed=seed + 1000 * number,
+            groups=seen.groups,
+        )
+        results[stage["name"]] = run_stage(
+            folder,
+            composite,
+            parts,
+            collator,
+            rows,
+            seen.lengths,
+            stage,
+            watcher(composite, ready, sources, folder.checkpoints / stage["name"], answers, validation, told),
+            accumulate=accumulate,
+            save_every_n_steps=save_every_n_steps,
+            workers=workers,
+            seed=seed,
+        )
+    trained_seconds = perf_counter() - begin
+    if first:
+        base = base_names(model, composite, parts)
+        with whole_folder(folder.adapter) as writing:
+            adapter.save_adapter_folder(composite, parts.tokenizer, writing, base=base, seed=seed, media=asdict(limits))
+    PartialState().wait_for_everyone()
+    # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
+    seconds = {**features.seconds, "encode": features.seconds["encode"] + composite.encode_seconds}
+    seconds["llm"] = trained_seconds - (0.0 if cache_folder else seconds["decode"] + seconds["encode"])
+    return {
+        "stages": results,
+        "rows": len(ready.training),
+        "tokens_per_epoch": sum(len(ids) for ids in samples["input_ids"]),
+        "packed": packed,
+        "seconds": seconds,
+    }
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is there before the LLM is loaded. `samples`: the training rows as tokens; `looked_at`: validation rows."""
+
+    training: list[Entry]
+    looked_at: list[Entry]
+    asks: dict[str, Ask]
+    parts: Parts
+    features: Features
+    samples: Dataset
+
+
+def make_ready(
+    folder: RunFolder,
+    *,
+    sources: Sequence[Source],
+    model: Mapping[str, Any],
+    seed: int,
+    cache_folder: Path | None,
+    limits: Limits,
+    shared: Shared | None,
+    validation_limit: int | None,
+    epochs: int,
+    encode_batch: int,
+    workers: int,
+    tokens_per_batch: int,
+) -> Ready:
+    """Rows read, their media encoded, their conversations tokenized."""
+    first = PartialState().is_main_process
     entries = read_splits(sources, seed)
     training = entries["train"]
-    looked_at = validation_rows(entries["validation"], sources, validation["limit"], seed) if validation else []
+    looked_at = validation_rows(entries["validation"], sources, validation_limit, seed)
     asks = asks_of(sources, training)
     parts = shared.parts if shared else load_parts(**model, seed=seed)
     features = shared.features if shared else Features(parts.encoders, cache_folder, limits)
@@ -129,7 +249,6 @@ def train_plain(
     if first:
         write_json(folder.data / "summary.json", summary(entries))
         if cache_folder:
-            epochs = sum(stage["epochs"] for stage in stages)
             media = [medium for entry in [*training, *looked_at] for medium in entry.sample.media]
             fill_cache(media, features, epochs, encode_batch, workers)
     PartialState().wait_for_everyone()
@@ -144,101 +263,43 @@ def train_plain(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {tokens_per_batch:,} tokens "
         f"(one sample: {min(lengths)} to {max(lengths)})"
     )
-    if cache_folder:
-        for _, encoder in parts.encoders.values():
-            encoder.module.to("cpu")  # not needed while the LLM trains
-    composite = build_model(
-        parts,
-        llm=model["llm"],
-        adapter_options=adapter_options,
-        seed=seed,
-        with_encoders=not cache_folder,
-        asks=asks,
-        language_model=shared.language_model if shared else None,
-    )
-    if shared:
-        shared.composite = composite
-    composite.encode_batch = encode_batch
-    if checkpoint_every_n_layers:
-        composite.causal_lm.activation_checkpointing_enable(every_n_layers=checkpoint_every_n_layers)
-    packed = packs_exactly(composite.causal_lm)
-    if not packed:
-        console.print("in this LLM packed samples would see each other: they stand in padded rows instead")
-    assistant = Assistant(composite, parts.tokenizer, parts.placeholders, features.encoders, limits)
+    return Ready(training, looked_at, asks, parts, features, samples)
+
+
+def validation_rows(entries: Sequence[Entry], sources: Sequence[Source], limit: int | None, seed: int) -> list[Entry]:
+    """At most `limit` rows of each task."""
+    named = by_name(entries, sources) if limit != 0 else {}
+    return [entry for numbers in named.values() for entry in some([entries[i] for i in numbers], limit, seed)]
+
+
+def watcher(
+    model: MultimodalModel,
+    ready: Ready,
+    sources: Sequence[Source],
+    folder: Path,
+    answers: Mapping[str, Any],
+    validation: Mapping[str, Any] | None,
+    told: Callable[[float], bool] | None,
+) -> Validation | None:
+    """What looks at the validation rows while a stage trains; None where nothing does."""
+    if validation is None:
+        return None
+    features, parts = ready.features, ready.parts
+    assistant = Assistant(model, parts.tokenizer, parts.placeholders, features.encoders, features.limits)
 
     def look() -> dict[str, dict[str, float]]:
-        said = answers_to(assistant, looked_at, sources, look=look_of(features), **answers)
-        return scored(asks, looked_at, sources, said)
+        said = answers_to(assistant, ready.looked_at, sources, look=look_of(features), **answers)
+        return scored(ready.asks, ready.looked_at, sources, said)
 
-    weighed = bool(composite.heads) or any(source.loss_weight != 1 for source in sources)
-    head_outputs = {name: len(samples["target"][samples["head"].index(name)]) for name in composite.heads}
-    begin = perf_counter()
-    results: dict[str, Any] = {}
-    for number, stage in enumerate(stages):
-        seen = stage_rows(
-            folder, training, samples, stage, composite, parts, features, tokens_per_batch, mixing_temperature
-        )
-        watching = None
-        if validation:
-            watching = Validation(
-                composite,
-                folder.checkpoints / stage["name"],
-                look=look,
-                merit=partial(merit, asks=asks, metric=validation["metric"]),
-                every_n_steps=validation["every_n_steps"],
-                patience=validation["patience"],
-                told=told,
-            )
-        results[stage["name"]] = run_stage(
-            folder,
-            composite,
-            parts,
-            Collator(
-                seen.samples,
-                features.features if cache_folder else lambda kind, key: features.prepared(kind, key).values,
-                field="features" if cache_folder else "media",
-                packed=packed,
-                pad_token_id=parts.tokenizer.pad_token_id,
-                heads=head_outputs if weighed and not stage["distill"] else None,
-            ),
-            plan_rows(
-                seen.longest,
-                seen.weights,
-                capacity=tokens_per_batch,
-                epochs=stage["epochs"],
-                seed=seed + 1000 * number,
-                groups=seen.groups,
-            ),
-            seen.lengths,
-            stage,
-            watching,
-            accumulate=accumulate,
-            save_every_n_steps=save_every_n_steps,
-            workers=workers,
-            seed=seed,
-        )
-    trained_seconds = perf_counter() - begin
-    if first:
-        with whole_folder(folder.adapter) as writing:
-            adapter.save_adapter_folder(
-                composite,
-                parts.tokenizer,
-                writing,
-                base=base_names(model, composite, parts),
-                seed=seed,
-                media=asdict(limits),
-            )
-    PartialState().wait_for_everyone()
-    # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
-    seconds = {**features.seconds, "encode": features.seconds["encode"] + composite.encode_seconds}
-    seconds["llm"] = trained_seconds - (0.0 if cache_folder else seconds["decode"] + seconds["encode"])
-    return {
-        "stages": results,
-        "rows": len(training),
-        "tokens_per_epoch": sum(len(ids) for ids in samples["input_ids"]),
-        "packed": packed,
-        "seconds": seconds,
-    }
+    return Validation(
+        model,
+        folder,
+        look=look,
+        merit=partial(merit, asks=ready.asks, metric=validation["metric"]),
+        every_n_steps=validation["every_n_steps"],
+        patience=validation["patience"],
+        told=told,
+    )
 
 
 def run_stage(
@@ -328,15 +389,6 @@ def run_stage(
             shutil.rmtree(old)
     processes.wait_for_everyone()
     return result
-
-
-def validation_rows(entries: Sequence[Entry], sources: Sequence[Source], limit: int | None, seed: int) -> list[Entry]:
-    """At most `limit` rows of each task."""
-    return [
-        entry
-        for numbers in by_name(entries, sources).values()
-        for entry in some([entries[i] for i in numbers], limit, seed)
-    ]
 
 
 def tell_versions(path: Path, processes: int) -> None:

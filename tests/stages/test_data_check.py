@@ -134,6 +134,16 @@ def test_too_many_tokens(messy, tmp_path):
     assert min(lengths) > 16 and result["findings"]["long"] == result["splits"]["train"]["rows"]
 
 
+def test_rows_are_held_out_as_training_holds_them_out(messy, checked, tmp_path):
+    overrides = ["data.0.hold_out=0.3", "data.0.hold_out_validation=0.2"]
+    fixed = checked["fixed"]["recipe"]
+    result = finetune.data_check(fixed, overrides, out=tmp_path, workers=0)
+    loaded = finetune.load_recipe(fixed, overrides)
+    expected = {split: len(entries) for split, entries in read_splits(sources_of(loaded), loaded.seed).items()}
+    assert {split: counts["rows"] for split, counts in result["splits"].items()} == expected
+    assert expected["validation"] > 0 and expected["test"] > 8
+
+
 def test_text_alone_and_an_llm_that_reads_little(tmp_path):
     recipe = tiny_recipe(tmp_path, model__encoders={}, model__projectors={}, data=[])
     content = json.loads(recipe.read_text())

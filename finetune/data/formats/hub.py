@@ -7,7 +7,8 @@ Code of a dataset's repository is never run.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import gc
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def detects(path: Path) -> bool:
 
 
 def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+    read = _rows(path, options)
+    try:
+        yield from read
+    finally:
+        # Arrow's threads abort a process that ends while circles of references keep a scanner of files alive.
+        read.close()
+        gc.collect()
+
+
+def _rows(path: Path, options: Options) -> Generator[tuple[int, dict[str, Any]], None, None]:
     from datasets.exceptions import DatasetsError
 
     try:
