@@ -66,9 +66,7 @@ class Collator:
             batch["loss_weights"].zero_()
             batch["heads"] = {name: {k: v[:0] for k, v in head.items()} for name, head in batch["heads"].items()}
 
-    def _add_heads(
-        self, batch: dict[str, Any], chosen: Sequence[Mapping[str, Any]], heads: Mapping[str, int]
-    ) -> None:
+    def _add_heads(self, batch: dict[str, Any], chosen: Sequence[Mapping[str, Any]], heads: Mapping[str, int]) -> None:
         learnt = [sum(label != IGNORED for label in sample["labels"][1:]) for sample in chosen]
         weights = [sample["loss_weight"] for sample, count in zip(chosen, learnt, strict=True) for _ in range(count)]
         if not weights:  # the LLM's own head wants a row to look at, be it that nothing is learnt from it
