@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py                          # picture, speech, video, pictures and speech together
     python benchmarks/learning.py quickstart-speech        # one of them
+    python benchmarks/learning.py cases                    # sentiment, recommend, radiology, support-calls, m6
     python benchmarks/learning.py syllables                # real recordings, of a speaker never heard before
     python benchmarks/learning.py --into runs/learning     # keep the runs; those that are there are only read
 
@@ -10,7 +11,7 @@ Weights and recordings: python recipes/offline/fetch.py mobilenet_v2 minimind2_s
 `tuned`: the score on held-out rows. `blank`, `shuffled`: the same model with nothing to see or hear, and with another
 row's media; `blank image`, `blank audio`: with one of two media blank. `untrained`: the same parts before training.
 `probe`: logistic regression on the same encoder's mean-pooled features of the same training rows, regularised by
-cross-validation: what the encoder gives away without an LLM. ±: standard error of a share, from the number of rows.
+cross-validation: what the encoder gives away without an LLM. 95%: of the scores of rows drawn anew (bootstrap).
 """
 
 import argparse
@@ -22,7 +23,6 @@ import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = (ROOT / "recipes", ROOT / "benchmarks" / "recipes")
 DEFAULT = ("quickstart", "quickstart-speech", "quickstart-video", "quickstart-image-speech")
+CASES = ("sentiment", "recommend", "radiology", "support-calls", "m6")
 COLUMNS = {  # as in metrics.json: as printed
     "tuned": "tuned",
     "probe": "probe",
@@ -42,7 +43,8 @@ COLUMNS = {  # as in metrics.json: as printed
     "blank_audio": "blank audio",
     "base": "untrained",
 }
-METRICS = ("accuracy", "exact_match", "character_error_rate", "word_error_rate")
+METRICS = ("accuracy", "f1", "exact_match", "token_f1", "character_error_rate", "word_error_rate", "vqa_accuracy",
+           "mrr", "auroc", "error_nats_per_token")  # fmt: skip
 
 
 def main() -> int:
@@ -51,11 +53,12 @@ def main() -> int:
     parser.add_argument("--into", type=Path, help="folder of runs (default: a temporary one)")
     chosen = parser.parse_args()
     found = {path.stem: path for place in PLACES for path in sorted(place.glob("*.yaml"))}
-    if unknown := [name for name in chosen.recipes if name not in found]:
+    if unknown := [name for name in chosen.recipes if name not in (*found, "cases")]:
         parser.error(f"no recipe is called {unknown[0]!r}; there are: {', '.join(found)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.into or Path(temporary)
-        rows = [row for name in chosen.recipes or DEFAULT for row in measured(found[name], folder / name)]
+        names = [one for name in chosen.recipes or DEFAULT for one in (CASES if name == "cases" else [name])]
+        rows = [row for name in names for row in measured(found[name], folder / name)]
     show(rows)
     return 0
 
@@ -76,6 +79,7 @@ def measured(recipe: Path, run: Path) -> list[dict[str, Any]]:
             "metric": metric,
             "rows": sum(row["task"] == task for row in predictions),
             "scores": table,
+            "interval": metrics["intervals"][task].get(metric, {}).get("tuned"),
             "minutes": metrics["seconds"]["train"] / 60,
             "memory": metrics["peak_memory_bytes"]["train_cpu"] / 2**30,
         }
@@ -102,15 +106,21 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("recipe", "task", "metric"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("rows", "tuned", "±", *(COLUMNS[name].replace(" ", "\n") for name in used[1:]), "train", "memory"):
+    for heading in (
+        "rows",
+        "tuned",
+        "95%",
+        *(COLUMNS[name].replace(" ", "\n") for name in used[1:]),
+        "train",
+        "memory",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for row in rows:
         new = row["recipe"] != before
         before = row["recipe"]
         values = [row["scores"].get(name) for name in used]
-        share = values[0] if "error" not in row["metric"] else None
-        spread = "" if share is None else f"{sqrt(share * (1 - share) / row['rows']):.3f}"
+        spread = "–".join(f"{end:.3f}" for end in row["interval"] or ())
         cells = ["" if value is None else f"{value:.3f}" for value in values]
         cost = (f"{row['minutes']:.1f} min", f"{row['memory']:.1f} GiB") if new else ("", "")
         name = row["recipe"] if new else ""

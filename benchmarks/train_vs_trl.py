@@ -167,7 +167,9 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{len(entries)} rows don't fill one batch of {options.batch}")
     (options.folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
 
-    model = build_model(parts, llm=llm, adapter_options=lora_options(options), seed=options.seed, with_encoders=False)
+    model = build_model(
+        parts, llm=llm, adapter_options=lora_options(options), seed=options.seed, with_encoders=False, asks={}
+    )
     adapter.save_trained(model, options.folder / "first")
 
     encoder = parts.encoders["image"][1]
@@ -185,7 +187,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": sum(lengths[number] for number in seen),
         "padded_tokens": sum(len(row) * max(lengths[number] for number in row) for row in rows),
         "learnt_tokens": sum(learnt[number] for number in seen),
-        "image_rows": encoder.rows * len(seen),
+        "image_rows": encoder.layout.rows * len(seen),
         "pairs": sum(lengths[number] * (lengths[number] + 1) // 2 for number in seen),
         "frozen": linear_weights(model.causal_lm.base_model),
         "head": config.vocab_size * config.hidden_size,
@@ -237,7 +239,7 @@ def encoder_flops(encoder: Any) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encoder.encode(encoder.prepare(Image.new("RGB", (64, 64)))[None])
+        encoder.encode(encoder.prepare(Image.new("RGB", (64, 64))).values[None])
     return counter.get_total_flops()
 
 
@@ -362,6 +364,8 @@ def load_our_parts(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         encoders={"image": ("vision", encoder)},
         projectors={"image": ("mlp", load_part("projectors", "mlp").Options())},
         fusion=("prefix", load_part("fusion", "prefix").Options()),
+        tune_encoders={},
+        seed=options.seed,
     )
     return parts, llm
 
@@ -371,14 +375,14 @@ def our_samples(options: argparse.Namespace, parts: Any, cache_folder: Path | No
     from finetune.assemble import Features
     from finetune.data.rows import Source, read_splits
     from finetune.parts import load_part
-    from finetune.stages.train import tokenized
+    from finetune.prepare import tokenized
 
     prompt = "w1 w2 w3" if options.model == "random" else options.prompt
     task = load_part("tasks", "caption").Options(prompt=prompt, caption="label")
     table = options.folder / "rows.csv" if options.model == "random" else options.table
     entries = read_splits([Source(table, ("caption", task))], options.seed)["train"][: options.rows]
     features = Features(parts.encoders, cache_folder)
-    return entries, tokenized(entries, parts, features, limit=1_000_000), features
+    return entries, tokenized([entry.sample for entry in entries], parts, features, limit=1_000_000), features
 
 
 def lora_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -487,7 +491,7 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     from finetune.assemble import build_model
     from finetune.data.collate import Collator
     from finetune.language_model import packs_exactly
-    from finetune.stages.train import fill_cache
+    from finetune.prepare import fill_cache
     from finetune.trainer import train_stage
 
     memory = Memory()
@@ -497,12 +501,12 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
         begin = perf_counter()
         entries, samples, features = our_samples(options, parts, Path(run_folder) / "features")
         tokenized_at = perf_counter()
-        fill_cache([medium for entry in entries for medium in entry.sample.media], features, options.epochs, 1)
+        fill_cache([medium for entry in entries for medium in entry.sample.media], features, options.epochs, 1, 0)
         parts.encoders["image"][1].module.to("cpu")
         encoded_at = perf_counter()
 
         model = build_model(
-            parts, llm=llm, adapter_options=lora_options(options), seed=options.seed, with_encoders=False
+            parts, llm=llm, adapter_options=lora_options(options), seed=options.seed, with_encoders=False, asks={}
         )
         adapter.load_trained(model, options.folder / "first")
         memory.start()
@@ -540,6 +544,8 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
             seed=options.seed,
             dtype=parts.dtype,
             callbacks=[watcher],
+            learning_rates={},
+            distill_temperature=None,
             **schedule(options),
         )
         seconds = {
@@ -698,11 +704,11 @@ def make_llava(language_model: Any, parts: Any, image_id: int) -> tuple[Any, Any
                 llava.lm_head.weight = nn.Parameter(longer.weight[:rows], requires_grad=False)
         llava.set_input_embeddings(longer)
     llava.requires_grad_(False)
-    side = encoder.prepare(blank_picture()).shape[-1]
+    side = encoder.prepare(blank_picture()).values.shape[-1]
     processor = LlavaProcessor(
         image_processor=encoder.processor,
         tokenizer=parts.tokenizer,
-        patch_size=side // round(encoder.rows**0.5),
+        patch_size=side // round(encoder.layout.rows**0.5),
         vision_feature_select_strategy="full",
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
@@ -778,10 +784,11 @@ def check_equal_inputs(
         assert batch["labels"][place][real].tolist() == samples[number]["labels"], "other labels"
     encoder = parts.encoders["image"][1]
     few = row[:4]
-    prepared = torch.stack([encoder.prepare(decode("image", entries[number].sample.media[0].path)) for number in few])
+    paths = [entries[number].sample.media[0].path for number in few]
+    prepared = torch.cat([encoder.prepare(decode("image", path)).values for path in paths])  # a segment each
     assert torch.equal(prepared, batch["pixel_values"][: len(few)]), "other pixels"
     with torch.no_grad():  # of the tower only: 4-bit layers must not answer without gradients before training
-        ours = encoder.encode(prepared)
+        ours = encoder.encode(prepared[:, None])[:, 0]
         output = llava.model.vision_tower(prepared.to(ours.device, ours.dtype), output_hidden_states=True)
     theirs = output.hidden_states[encoder.options.layer]
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3), "other features"
@@ -803,7 +810,7 @@ def load_first_weights(model: Any, folder: Path) -> dict[str, Any]:
     }
     prefix = "base_model.model.model.multi_modal_projector.modules_to_save.default"
     for name, tensor in load_file(folder / "projectors.safetensors").items():
-        layer, kind = name.removeprefix("image.").split(".")
+        layer, kind = name.removeprefix("projectors.image.").split(".")
         saved[f"{prefix}.linear_{1 if layer == '0' else 2}.{kind}"] = tensor
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == saved.keys(), f"the peer trains other weights: {sorted(trained.keys() ^ saved.keys())[:4]}"

@@ -2,9 +2,9 @@
 
     python recipes/offline/make_sentiment.py [--into recipes/data/sentiment] [--packages weights/.packages]
 
-The pictures are drawn from Noto Color Emoji, pinned in assets.json; the texts are built from the templates below. Chance
-has a fixed seed; the same Pillow gives the same bytes. The mood of a row: negative where text or picture is negative
-(praise beside a crying face is meant ironically), else positive where one of them is positive, else neutral.
+The pictures are drawn from Noto Color Emoji, pinned in assets.json; the texts are built from the templates below.
+Chance has a fixed seed; the same Pillow gives the same bytes. The mood of a row: negative where text or picture is
+negative (praise beside a crying face is meant ironically), else positive where one of them is positive, else neutral.
 """
 
 import argparse

@@ -8,7 +8,7 @@ Code of a dataset's repository is never run.
 
 import dataclasses
 import gc
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ REMOTE = True
 SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
 AT_ONCE = 16  # rows
+BUFFER = 2**20  # bytes read of a column at once
 
 
 class Options(PartOptions):
@@ -41,24 +42,12 @@ def detects(path: Path) -> bool:
 
 
 def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
-    read = _rows(path, options)
-    try:
-        yield from read
-    finally:
-        # Arrow's threads abort a process that ends while circles of references keep a scanner of files alive.
-        read.close()
-        gc.collect()
-
-
-def _rows(path: Path, options: Options) -> Generator[tuple[int, dict[str, Any]], None, None]:
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = _chosen(path, _loaded(path, options), options.split)
-        features = dataset.features
-        # As arrow holds it: nothing is decoded, and media in lists need no copy of the dataset.
-        tables = dataset.with_format("arrow").iter(AT_ONCE)
-        for number, row in enumerate((row for table in tables for row in table.to_pylist()), 1):
+        files = _parquet_files(path, options)
+        features, stored = _of_files(files) if files else _of_datasets(path, options)
+        for number, row in enumerate(stored, 1):
             plain = _plain(features, row, path) if features else row
             yield number, _conversations.read_turns(f"{path.name}:{number}", plain)
     except (DatasetsError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -67,19 +56,56 @@ def _rows(path: Path, options: Options) -> Generator[tuple[int, dict[str, Any]],
         raise DataError(f"{path.as_posix()}: can't be read by datasets ({said[:300]}){hint}") from error
 
 
+def _parquet_files(path: Path, options: Options) -> list[str]:
+    """The parquet files here of one split, as `datasets` tells them apart; none where it must read them itself."""
+    from datasets import load_dataset_builder
+
+    if "[" in (options.split or "") or any((path / name).is_file() for name in SAVED[:2]):
+        return []
+    if path.is_file():
+        return [str(path)] if path.suffix.lower() == ".parquet" else []
+    if not path.is_dir() or next(path.rglob("*.parquet"), None) is None:
+        return []
+    found = load_dataset_builder(str(path), options.config).config.data_files or {}
+    files = _chosen(path, {str(split): list(files) for split, files in found.items()}, options.split)
+    return files if all(file.endswith(".parquet") for file in files) else []
+
+
+def _of_files(files: list[str]) -> tuple[Any, Iterator[dict[str, Any]]]:
+    """(features, rows as they are stored). Not by a stream of `datasets`: the scanner under it keeps what it has read
+    until the file's end, and its threads may abort a process that ends before.
+    """
+    from datasets import Features
+    from pyarrow.parquet import ParquetFile, read_schema
+
+    def stored() -> Iterator[dict[str, Any]]:
+        for name in files:
+            with ParquetFile(name, pre_buffer=False, buffer_size=BUFFER) as file:
+                for batch in file.iter_batches(AT_ONCE, use_threads=False):
+                    yield from batch.to_pylist()
+
+    return Features.from_arrow_schema(read_schema(files[0])), stored()
+
+
+def _of_datasets(path: Path, options: Options) -> tuple[Any, Iterator[dict[str, Any]]]:
+    dataset = _chosen(path, _loaded(path, options), options.split)
+
+    def stored() -> Iterator[dict[str, Any]]:
+        # As arrow holds it: nothing is decoded, and media in lists need no copy of the dataset.
+        for table in dataset.with_format("arrow").iter(AT_ONCE):
+            yield from table.to_pylist()
+        gc.collect()  # circles of references hold the scanner of a stream, whose threads abort a process that ends
+
+    return dataset.features, stored()
+
+
 def _loaded(path: Path, options: Options) -> Any:
     from datasets import load_dataset, load_from_disk
 
     if any((path / name).is_file() for name in SAVED[:2]):
         return load_from_disk(str(path))
-    local = path.exists()
     sliced = "[" in (options.split or "")
-    how: dict[str, Any] = {"split": options.split, "streaming": options.streaming or (local and not sliced)}
-    if path.suffix.lower() == ".parquet" or (path.is_dir() and next(path.rglob("*.parquet"), None)):
-        from pyarrow.dataset import ParquetFragmentScanOptions
-
-        # Else what was read stays in memory to the end of the file.
-        how["fragment_scan_options"] = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
+    how = {"split": options.split, "streaming": options.streaming or (path.exists() and not sliced)}
     if path.is_file():
         kind = FILES.get(path.suffix.lower())
         if kind is None:
@@ -91,7 +117,7 @@ def _loaded(path: Path, options: Options) -> Any:
 def _chosen(path: Path, dataset: Any, split: str | None) -> Any:
     """One split of what was loaded. Raises DataError."""
     if not isinstance(dataset, dict):
-        if split and dataset.split and str(dataset.split) != split:
+        if split and "[" not in split and dataset.split and str(dataset.split) != split:
             raise DataError(f"{path.as_posix()}: holds the split {str(dataset.split)!r} alone, not {split!r}")
         return dataset
     wanted = split or (next(iter(dataset)) if len(dataset) == 1 else "train")
