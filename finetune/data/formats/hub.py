@@ -63,7 +63,8 @@ def _parquet_files(path: Path, options: Options) -> list[str]:
     if "[" in (options.split or "") or any((path / name).is_file() for name in SAVED[:2]):
         return []
     if path.is_file():
-        return [str(path)] if path.suffix.lower() == ".parquet" else []
+        alone = path.suffix.lower() == ".parquet" and options.split in (None, "train")
+        return [str(path)] if alone else []
     if not path.is_dir() or next(path.rglob("*.parquet"), None) is None:
         return []
     found = load_dataset_builder(str(path), options.config).config.data_files or {}

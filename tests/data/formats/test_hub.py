@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import datasets
 import pyarrow as pa
@@ -170,6 +172,19 @@ def test_an_id_that_leads_nowhere_is_a_data_error(name, message, tmp_path, monke
 def test_a_broken_file_is_a_data_error(content, tmp_path):
     with pytest.raises(DataError, match=r"rows.parquet: can't be read by datasets"):
         read(put(tmp_path / "rows.parquet", content))
+
+
+def test_a_file_has_one_split_and_may_be_left_early(tmp_path):
+    """Left early, nothing of arrow may abort the process at its end."""
+    parquet.write_table(everything(), tmp_path / "rows.parquet", row_group_size=2)
+    with pytest.raises(DataError, match=r"Bad split: test"):
+        read(tmp_path / "rows.parquet", split="test")
+    code = (
+        "from pathlib import Path\nfrom finetune.data.formats import hub\n"
+        f"rows = hub.rows(Path({str(tmp_path / 'rows.parquet')!r}), hub.Options())\nnext(rows)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_code_beside_the_rows_is_not_run(tmp_path):
