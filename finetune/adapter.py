@@ -12,10 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from finetune.data.asks import Ask
 from finetune.errors import ArtifactError, ModelError, TrainingError
 from finetune.model import MultimodalModel
+from finetune.run_folder import read_json
 
 FORMAT = 3
+READABLE = (2, 3)  # 2 had no heads
 
 
 def attach(
@@ -52,6 +55,14 @@ def attach(
         raise ModelError(
             "adapter.targets: the output head can't be one: the loss reads its weights directly; leave it out"
         )
+
+
+def saved_asks(folder: Path) -> dict[str, Ask]:
+    """What an adapter folder was trained for: heads' labels and scales are those of its training rows, whatever their
+    files hold today.
+    """
+    content = read_json(folder / "multimodal.json")
+    return {name: Ask.restore(saved) for name, saved in content.get("asks", {}).items()}
 
 
 def options_of(lora: dict[str, Any]) -> dict[str, Any]:

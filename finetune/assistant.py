@@ -13,7 +13,6 @@ from transformers import GenerationConfig
 
 from finetune import adapter
 from finetune.assemble import build_model, encode_one, load_parts, read_medium, segments_by
-from finetune.data.asks import Ask
 from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
 from finetune.data.tokenize import Placeholder, answer_ends, answer_tokens, tokenize_prompt
 from finetune.errors import ArtifactError, DataError
@@ -25,7 +24,7 @@ from finetune.progress import quiet_libraries
 from finetune.run_folder import read_json
 
 Media = Path | str | Sequence[Path | str] | None
-ANSWERS_AT_ONCE = 512  # times the question's keys and values
+ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 
 
 @dataclass(frozen=True)
@@ -166,21 +165,32 @@ class Assistant:
             return [part.answer(row, found.settings, found.head[1]) for row in outputs.tolist()]
         labels = found.settings["labels"]
         answers = [answer_tokens(label, self.tokenizer) for label in labels]
-        several = max(1, ANSWERS_AT_ONCE // len(labels))
+        longest, shares = max(map(len, answers)), self.model.shares_memory()
         said: list[Answer] = []
-        for start in range(0, len(conversations), several):
-            batch = self._batch(conversations[start : start + several], weights, look)
+        for conversation in conversations:
+            # One question at a time: its keys and values are copied for every answer that is read at once.
+            batch = self._batch([conversation], weights, look, room=longest)
+            copies = max(1, ANSWER_TOKENS // (batch["input_ids"].shape[1] + longest)) if shares else len(labels)
             with self._at(weights):
-                chances = self.model.answer_log_probabilities(answers=answers, **batch).softmax(-1)
-            for row in chances.tolist():
+                told = [
+                    self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch)
+                    for start in range(0, len(labels), copies)
+                ]
+            for row in torch.cat(told, 1).softmax(-1).tolist():
                 probabilities = dict(zip(labels, row, strict=True))
                 said.append(Answer(max(probabilities, key=lambda label: probabilities[label]), probabilities))
         return said
 
     def _batch(
-        self, conversations: Sequence[Sequence[Message]], weights: Mapping[str, float], look: Look | None
+        self,
+        conversations: Sequence[Sequence[Message]],
+        weights: Mapping[str, float],
+        look: Look | None,
+        room: int = 0,
     ) -> dict[str, Any]:
-        """Conversations as a batch padded on the left: `input_ids`, `attention_mask`, `features`."""
+        """Conversations as a batch padded on the left: `input_ids`, `attention_mask`, `features`. The LLM must have
+        room for as many tokens more. Raises DataError.
+        """
         conversations = [
             _without(messages, [kind for kind in weights if weights[kind] == 0]) for messages in conversations
         ]
@@ -189,7 +199,7 @@ class Assistant:
         prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
         longest = max(len(prompt.input_ids) for prompt in prompts)
         context = context_length(self.model.causal_lm)
-        if context and longest >= context:
+        if context and longest + room >= context:
             raise DataError(f"a prompt of {longest} tokens, but the LLM reads {context}: fewer media, or shorter text")
         device = self.model.get_input_embeddings().weight.device
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
@@ -307,10 +317,10 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
 def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
     """An adapter folder: the LLM and the encoders are fetched by the names in it."""
     content = read_json(folder / "multimodal.json")
-    if content.get("format") != adapter.FORMAT:
-        raise ArtifactError(
-            f"{folder}: format {content.get('format')} of another version of finetune; this reads {adapter.FORMAT}"
-        )
+    if (found := content.get("format")) not in adapter.READABLE:
+        newer = isinstance(found, int) and found > adapter.FORMAT
+        advice = "install a newer finetune" if newer else "train it again, or install the finetune that wrote it"
+        raise ArtifactError(f"{folder}: format {found}; this finetune reads {adapter.READABLE}: {advice}")
     device = device or default_device()
     llm = {
         **content["language_model"],
@@ -338,7 +348,7 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
         adapter_options=adapter.options_of(lora) if lora else None,
         seed=content["seed"],
         with_encoders=bool(content["tune_encoders"]),
-        asks={name: Ask.restore(ask) for name, ask in content["asks"].items()},
+        asks=adapter.saved_asks(folder),
     )
     adapter.load_trained(model, folder)
     encoders = {name: encoder for name, (_, encoder) in parts.encoders.items()}

@@ -84,6 +84,8 @@ def head_conflicts(recipe: "Recipe") -> Iterator[Problem]:
         heads = load_part("tasks", source.task.kind).HEADS
         if source.head.kind not in heads:
             yield where, f"{source.head.kind!r} can't answer the task {source.task.kind!r}: write {' or '.join(heads)}."
+        elif getattr(source.head.options, "loss", "") == "pairwise" and not hasattr(source.task.options, "group"):
+            yield where, f"pairwise compares rows of a group, and the task {source.task.kind!r} has none: write 'rank'."
         elif (first := learnt.get(names[index])) is None:
             if trained or getattr(source.head.options, "answers", "") == "labels":
                 yield where, "no training rows ask the same: there is nothing to learn its answers from."

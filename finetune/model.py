@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.data.asks import Ask
 from finetune.data.sample import Layout
@@ -97,7 +98,7 @@ class MultimodalModel(PreTrainedModel):
                 load_part("fusion", kind).build(config.text_config, tuple(parts["projectors"]), options).float()
             )
         self.fusion.attach(decoder_layers(self.causal_lm))
-        self.asks = {name: Ask.restore(saved) for name, saved in parts["asks"].items()}
+        self.asks = {name: Ask.restore(saved) for name, saved in parts.get("asks", {}).items()}
         self.heads = nn.ModuleDict()
         for name, ask in self.asks.items():
             if ask.trained:
@@ -106,6 +107,7 @@ class MultimodalModel(PreTrainedModel):
                 self.heads[name] = head.float()
         self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
+        self._shares_memory: bool | None = None
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
@@ -306,8 +308,13 @@ class MultimodalModel(PreTrainedModel):
     ) -> Tensor:
         """How likely each of A answers, as token ids, follows each question (B, T), padded on the left: (B, A), nats.
 
-        The question is read once; its keys and values are shared by all answers.
+        The question is read once, and its keys and values are shared by all answers; LLMs with another memory than keys
+        and values (Mamba, RWKV, hybrids) take one question, and read it once an answer.
         """
+        if not self.shares_memory():
+            if len(input_ids) > 1:
+                raise ModelError("this LLM remembers a question otherwise than by keys and values: ask one at a time")
+            return self._answers_in_full(input_ids[0], answers, features)
         device, count, batch = input_ids.device, len(answers), len(input_ids)
         longest = max(len(answer) for answer in answers)
         longest += longest == input_ids.shape[1]  # fusions tell new tokens from the question by their number
@@ -321,6 +328,7 @@ class MultimodalModel(PreTrainedModel):
             past_key_values=cache,
             use_cache=True,
             **self._at(positions),
+            **({"logits_to_keep": 1} if "logits_to_keep" in signature(self.causal_lm.forward).parameters else {}),
         ).logits[:, -1:]
         cache.batch_repeat_interleave(count)
         following = positions[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(longest, device=device)
@@ -335,6 +343,32 @@ class MultimodalModel(PreTrainedModel):
         logits = torch.cat([first.repeat_interleave(count, 0), logits[:, :-1]], 1).float()
         told = logits.log_softmax(-1).gather(-1, ids.repeat(batch, 1)[..., None])[..., 0]
         return (told * real.repeat(batch, 1)).sum(-1).view(batch, count)
+
+    @torch.no_grad()
+    def shares_memory(self) -> bool:
+        """Whether what the LLM remembers of a question are keys and values alone, which several answers can share."""
+        if self._shares_memory is None:
+            self._shares_memory = self._tried_sharing()
+        return self._shares_memory
+
+    def _tried_sharing(self) -> bool:
+        if "past_key_values" not in signature(self.causal_lm.forward).parameters:
+            return False
+        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.get_input_embeddings().weight.device)
+        self.causal_lm(ids, past_key_values=cache, use_cache=True)
+        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+    def _answers_in_full(self, question: Tensor, answers: Sequence[Sequence[int]], features: Any) -> Tensor:
+        """Of one question (T,), read once for each of A answers -> (1, A)."""
+        told = []
+        for answer in answers:
+            tokens = torch.tensor(answer, device=question.device)
+            whole = torch.cat([question, tokens])[None]
+            logits = self.forward(whole, features, attention_mask=torch.ones_like(whole), use_cache=False).logits
+            chances = logits[0, len(question) - 1 : -1].float().log_softmax(-1)
+            told.append(chances.gather(-1, tokens[:, None]).sum())
+        return torch.stack(told)[None]
 
     def _at(self, position_ids: Tensor) -> dict[str, Any]:
         """Position ids for LLMs that take them: others (ALiBi) tell positions from the mask."""

@@ -64,7 +64,7 @@ def tokenized(
         columns["media_keys"].append([features.key(medium, sample.where) for medium in tokens.media])
         columns["head"].append(head[0] if head else "")
         columns["target"].append(target)
-        columns["group"].append(sample.group)
+        columns["group"].append(sample.group if head else "")
     if wrong:
         raise DataError(listed(wrong, f"{len(wrong)} of {len(samples)} training rows can't be used"))
     return Dataset.from_dict(columns)
@@ -82,9 +82,13 @@ class Shared:
     composite: MultimodalModel | None = None
 
     def give_back(self) -> None:
-        """Take a training's adapter off the LLM."""
-        if self.composite is not None and hasattr(self.composite.language_model, "peft_config"):
-            self.composite.language_model.unload()
+        """Take a training's adapter and fusion off the LLM."""
+        if self.composite is not None:
+            self.composite.fusion.detach_layers()
+            if hasattr(self.composite.language_model, "peft_config"):
+                self.composite.language_model.unload()
+            if self.language_model.is_activation_checkpointing:
+                self.language_model.activation_checkpointing_disable()
         self.composite = None
         self.language_model.requires_grad_(False)
 

@@ -1,22 +1,40 @@
 """From held-out rows to answers, predictions and scores: the same while training, at the end, and in a sweep."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune.adapter import saved_asks
 from finetune.assemble import Features
 from finetune.assistant import Assistant, Look
-from finetune.data.asks import Ask, name_of
+from finetune.data.asks import Ask, asks_of, name_of
 from finetune.data.rows import Entry, Source
 from finetune.data.sample import Answer
 from finetune.data.tokenize import IGNORED, tokenize
-from finetune.errors import TrainingError
+from finetune.errors import ArtifactError, TrainingError
 from finetune.parts import load_part
 
 
 def look_of(features: Features) -> Look:
     return Look(features.layout, lambda medium: features.features(medium.kind, features.key(medium)))
+
+
+def known_asks(folder: Path, entries: Sequence[Entry], sources: Sequence[Source]) -> dict[str, Ask]:
+    """What the adapter in `folder` was trained for, and what else the entries ask of the LLM. Raises ArtifactError
+    where rows ask for a head that it lacks.
+    """
+    asks = saved_asks(folder)
+    for entry in entries:
+        source = sources[entry.source]
+        name = name_of(source)
+        if name not in asks:
+            ask = asks_of([source], [])[name] if not load_part("heads", source.head[0]).TRAINED else None
+            if ask is None:
+                raise ArtifactError(f"{folder}: has no head {name!r}; it was trained for {', '.join(asks)}")
+            asks[name] = ask
+    return asks
 
 
 def by_name(entries: Sequence[Entry], sources: Sequence[Source]) -> dict[str, list[int]]:
@@ -72,6 +90,9 @@ def measured(ask: Ask, entries: Sequence[Entry], answers: Sequence[Answer]) -> t
     predictions = [task.read(answer, options) for answer in answers]
     targets = [ask.target(entry.sample) for entry in entries]
     rows = [task.measure(*pair, options) for pair in zip(predictions, targets, strict=True)]
+    for row, entry in zip(rows, entries, strict=True):
+        if row.get("group"):  # two files may both have a user 1
+            row["group"] = f"{entry.source}/{row['group']}"
     return predictions, rows
 
 

@@ -68,14 +68,15 @@ class StageTrainer(SFTTrainer):
         else:
             total, right, count = self._mixed_loss(model, inputs)
         self._metrics["train"]["mean_token_accuracy"].append(float(right) / max(count, 1))
+        count = inputs.get("items", count)
         # As in trl: items are counted over all processes, and gradients are averaged over them.
         loss = total / (num_items_in_batch if num_items_in_batch else max(count, 1))
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _mixed_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, float, int]:
-        """The sum over learnt tokens and samples of their weighed losses, how many of them are right, and how many
-        there are. A number is neither right nor wrong: it isn't counted as right.
+        """The sum over learnt tokens and samples of their weighed losses; how many tokens and labels are right, and of
+        how many. Numbers and sets of labels aren't right or wrong.
         """
         batch = {key: value for key, value in inputs.items() if key not in ("heads", "loss_weights", "items")}
         heads = inputs["heads"]
@@ -83,15 +84,16 @@ class StageTrainer(SFTTrainer):
         outputs = model(**batch, head_rows=rows, use_cache=False, fused_lm_head=True)
         total = -(outputs.log_probs * inputs["loss_weights"]).sum()
         right = float(outputs.is_top1.sum())
-        own = self.accelerator.unwrap_model(model)
+        own, told = self.accelerator.unwrap_model(model), int(outputs.label_mask.sum())
         for name, head in heads.items():
             scores, ask = own.head_scores[name], own.asks[name]
             part = load_part("heads", ask.head[0])
             losses = part.loss(scores, head["targets"], head["groups"], ask.settings, ask.head[1])
             total = total + (losses * head["weights"]).sum()
-            if scores.shape[1] > 1 and len(scores):
+            if scores.shape[1] > 1 and not ask.settings["several"]:
                 right += float((scores.argmax(1) == head["targets"].argmax(1)).sum())
-        return total, right, inputs["items"]
+                told += len(scores)
+        return total, right, told
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """transformers' count of learnt tokens; with heads, of samples that these answer too."""
@@ -313,6 +315,7 @@ def train_stage(
             getattr(watching, "close", lambda: None)()
         for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
             model.__dict__.pop(patched, None)
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+    ended = any(getattr(watching, "ended", False) for watching in callbacks)
+    if stop.asked and not ended and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
     return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]

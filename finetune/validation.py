@@ -1,6 +1,6 @@
 """Looks at validation rows while a stage trains: scores every n steps, the best weights kept, an early end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Validation(TrainerCallback):
         self.model, self.folder, self.look, self.merit = model, folder, look, merit
         self.every_n_steps, self.patience, self.told = every_n_steps, patience, told
         self.history: list[dict[str, Any]] = []
+        self.ended = False
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -44,10 +45,7 @@ class Validation(TrainerCallback):
         return max(self.history, key=lambda entry: entry["merit"], default=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        path = self.folder / "validation.json"
-        seen = read_json(path)["looks"] if path.is_file() else []
-        # Resumed from a checkpoint before the last looks: these come again, and come out the same.
-        self.history = [entry for entry in seen if entry["step"] <= state.global_step]
+        self.resume(state.global_step)
         if not self.history:
             self._look(state, control)
 
@@ -69,15 +67,31 @@ class Validation(TrainerCallback):
         broadcast_object_list(entry)
         self.history.append(entry[0])
         best = self.best
-        since = sum(one["step"] > best["step"] for one in self.history) if best else 0
         if PartialState().is_main_process:
             if best is entry[0]:
                 with whole_folder(self.folder / "best") as partial:
                     adapter.save_trained(self.model, partial)
             write_json(self.folder / "validation.json", {"looks": self.history})
-            console.print(f"  step {state.global_step}: validation {entry[0]['merit']:.4f}" + " (best)" * (not since))
-        if entry[1] or (self.patience is not None and since >= self.patience):
-            control.should_training_stop = True
+            console.print(
+                f"  step {state.global_step}: validation {entry[0]['merit']:.4f}" + " (best)" * (best is entry[0])
+            )
+        if entry[1] or self.exhausted:
+            self.ended = control.should_training_stop = True
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last looks, as many as `patience`, were no better than the best."""
+        best = self.best
+        return best is not None and self.patience is not None and self._since(best) >= self.patience
+
+    def _since(self, best: Mapping[str, Any]) -> int:
+        return sum(one["step"] > best["step"] for one in self.history)
+
+    def resume(self, step: int) -> None:
+        """Take up the looks up to a checkpoint: later ones come again, and come out the same."""
+        path = self.folder / "validation.json"
+        seen = read_json(path)["looks"] if path.is_file() else []
+        self.history = [entry for entry in seen if entry["step"] <= step]
 
     def restore_best(self) -> int | None:
         """Put the best look's weights into the model; its step. Call when the stage has trained."""

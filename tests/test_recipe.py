@@ -72,7 +72,7 @@ def odd_parts(monkeypatch):
 
     probe, listen = ModuleType("probe"), ModuleType("listen")
     probe.MEDIUM, probe.Options = "image", Options
-    listen.media, listen.Options = lambda options: ("audio",), PartOptions
+    listen.media, listen.Options, listen.HEADS = lambda options: ("audio",), PartOptions, ("language",)
     odd = {("encoders", "probe"): probe, ("tasks", "listen"): listen}
     extra = dict(odd.keys())
     for module in (recipe_module, conflicts):
@@ -235,7 +235,13 @@ MALFORMED = [
     ("learning_rate: 1e-3", "learning_rate: 0", 25, "train.stages.0.learning_rate", "a number above 0"),
     ("learning_rate: 1e-3", "epochs: 1", 23, "train.stages.0.learning_rate", "missing: "),
     ("split: test", "split: train", 30, "evaluate.split", "write one of validation, test."),
-    ("split: test", "split: validation", 30, "evaluate.split", "add a source with split: validation."),
+    (
+        "split: test",
+        "split: validation",
+        30,
+        "evaluate.split",
+        "add a source with split: validation, or hold_out_validation: 0.1 on one.",
+    ),
     ("split: test", "limit: 0", 30, "evaluate.limit", "an integer of at least 1 or null"),
     ("  split: test", "", 29, "evaluate", "got null; write a mapping"),
     ("evaluate:\n  split: test", "merge: {min_agreement: 2}", 29, "merge.min_agreement", "a number from 0 to 1."),

@@ -60,6 +60,8 @@ def asks_of(sources: Sequence[Source], training: Sequence[Entry]) -> dict[str, A
             continue
         kind, options = source.head
         head = load_part("heads", kind)
+        if head.TRAINED:
+            refuse_taken(name)
         ask = Ask(source.task, (kind, options or head.Options()), {})
         own = [entry.sample for entry in training if name_of(sources[entry.source]) == name]
         targets = [ask.target(sample) for sample in own] if ask.trained else [sample.answer for sample in own]
@@ -68,6 +70,14 @@ def asks_of(sources: Sequence[Source], training: Sequence[Entry]) -> dict[str, A
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
     return asks
+
+
+def refuse_taken(name: str) -> None:
+    """Raises DataError for a name that a torch module has for its own."""
+    from torch import nn
+
+    if hasattr(nn.ModuleDict, name):
+        raise DataError(f"name: a head can't be called {name!r}, which torch uses; write another `name`, as {name}-is")
 
 
 def names_of(entries: Sequence[Entry], sources: Sequence[Source]) -> list[str]:

@@ -42,7 +42,7 @@ def epoch_order(weights: Sequence[float], seed: int, epoch: int) -> list[int]:
     return order
 
 
-def units(groups: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
+def units(groups: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int, seed: int | str) -> list[list[int]]:
     """Groups that fit a row each: a larger one is dealt, shuffled, into several."""
     found: list[list[int]] = []
     for number, group in enumerate(groups):
@@ -71,10 +71,10 @@ def plan_rows(
     """The rows of all epochs of a stage, in the order in which they're trained. Samples of a group share a row, and
     the first one's weight.
     """
-    whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, seed)
-    tokens = [sum(lengths[sample] for sample in unit) for unit in whole]
     rows: list[list[int]] = []
     for epoch in range(epochs):
+        whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, f"{seed}/{epoch}")
+        tokens = [sum(lengths[sample] for sample in unit) for unit in whole]
         packed = pack(tokens, capacity, epoch_order([weights[unit[0]] for unit in whole], seed, epoch))
         rows += [[sample for unit in row for sample in whole[unit]] for row in packed]
     return rows

@@ -12,6 +12,7 @@ The module has
     forward(embeddings, media, samples) -> embeddings (B, T, D); media: {name: Projected}; samples (B, T): which packed
                                           sample a token belongs to
     attach(decoder_layers)                called once, with the LLM's layers
+    detach_layers()                       called when the LLM goes on without it
     forget()                              called when the LLM has run and no gradient will follow
     strength: {name: float} | None        factors of what media add; None where the fusion knows none
 """

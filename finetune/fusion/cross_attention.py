@@ -83,12 +83,18 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
                 )
             self.strength = dict.fromkeys(names, 1.0) | given
             self.seen: dict[str, _Seen] = {}
+            self.hooks: list[Any] = []
 
         def attach(self, decoder_layers: "nn.ModuleList") -> None:
             first = min(options.every, len(decoder_layers)) - 1
             for number, layer in enumerate(decoder_layers[first :: options.every]):
                 # A partial of a method, unlike a closure, is copied together with a model that is copied.
-                layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True)
+                self.hooks.append(layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True))
+
+        def detach_layers(self) -> None:
+            while self.hooks:
+                self.hooks.pop().remove()
+            self.forget()
 
         def forward(self, embeddings: "Tensor", media: Mapping[str, Projected], samples: "Tensor") -> "Tensor":
             self.seen = {}

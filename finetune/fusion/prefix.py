@@ -36,6 +36,9 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
         def attach(self, decoder_layers: "nn.ModuleList") -> None:
             """Nothing happens between the layers."""
 
+        def detach_layers(self) -> None:
+            """Nothing was attached."""
+
         def forget(self) -> None:
             """Nothing is kept."""
 

@@ -15,7 +15,10 @@ TRAINED = True
 
 
 class Options(PartOptions):
-    balanced: bool = Field(False, description="Weigh each label by 1 / its share of the training rows.")
+    balanced: bool = Field(
+        False,
+        description="All labels weigh alike, rare ones too; of several labels a row, each as much as its absence.",
+    )
     smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all labels.")
 
 
@@ -28,7 +31,8 @@ def settings(targets: list[Any], options: Options) -> dict[str, Any]:
     found: dict[str, Any] = {"labels": labels, "several": several}
     if options.balanced:
         shares = [chosen.count(label) / len(targets) for label in labels]
-        found["weights"] = [round(1 / (share * len(labels)), 6) for share in shares]
+        weights = [(1 - share) / share if several else 1 / (share * len(labels)) for share in shares]
+        found["weights"] = [round(weight, 6) or 1.0 for weight in weights]
     return found
 
 

@@ -39,24 +39,26 @@ def chat(
     answer = ""
     while (question := _ask() if prompt is None else prompt) or prompt is not None:
         turns.append(Message("user", (*first, question)))
-        answer = _answer(assistant, turns, task, {"max_new_tokens": max_new_tokens, "strength": strength})
+        said, answer = _answer(assistant, turns, task, {"max_new_tokens": max_new_tokens, "strength": strength})
         if prompt is not None:
             break
         print(answer)
-        turns.append(Message("assistant", (answer,)))
+        turns.append(Message("assistant", (said,)))
         first = ()
     return answer
 
 
-def _answer(assistant: Assistant, turns: list[Message], task: str | None, how: dict[str, Any]) -> str:
+def _answer(assistant: Assistant, turns: list[Message], task: str | None, how: dict[str, Any]) -> tuple[str, str]:
+    """What the assistant's turn is, and how it is shown."""
     names = assistant.names_without_text()
     if task is None and len(names) == len(assistant.model.asks) == 1:
         task = names[0]
     if task is None:
-        return assistant.answers([turns], **how)[0]
+        return (assistant.answers([turns], **how)[0],) * 2
     said = assistant.ask(task, [turns], **how)[0]
     likely = sorted((said.probabilities or {}).items(), key=lambda one: -one[1])[:SHOWN]
-    return "  ".join(filter(None, [said.text, ", ".join(f"{label}: {chance:.3f}" for label, chance in likely)]))
+    shown = ", ".join(f"{label}: {chance:.3f}" for label, chance in likely)
+    return said.text or shown, "  ".join(filter(None, [said.text, shown]))
 
 
 def _ask() -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune import adapter, plots
 from finetune.assemble import Features, build_model, encode_one, load_parts
 from finetune.assistant import Assistant, Look
-from finetune.data.asks import Ask, asks_of, name_of
+from finetune.data.asks import Ask, name_of
 from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.sample import Answer, Medium
 from finetune.energy import EnergyMeter
@@ -27,7 +27,7 @@ from finetune.parts import load_part
 from finetune.progress import bar, console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, refuse_several_processes, write_text
-from finetune.scores import answers_to, by_name, look_of, measured, told
+from finetune.scores import answers_to, by_name, known_asks, look_of, measured, told
 from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
 BLANKS_KEPT = 64
@@ -84,7 +84,7 @@ def evaluate_plain(
     entries = some(splits[split], limit, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to evaluate on")
-    asks = asks_of(sources, splits["train"])
+    asks = known_asks(folder.adapter, entries, sources)
     parts = load_parts(**model, seed=seed)
     features = Features(parts.encoders, cache_folder, limits)
     composite = build_model(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune import adapter
 from finetune.assemble import Features, Parts, build_model, load_parts, segments_by
-from finetune.data.asks import asks_of, names_of
+from finetune.data.asks import names_of
 from finetune.data.collate import Collator
 from finetune.data.rows import Entry, Source, read_splits, some
 from finetune.data.tokenize import answer_ends, tokenize, tokenize_prompt
@@ -26,6 +26,7 @@ from finetune.parts import part_from
 from finetune.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.recipe import load_recipe
 from finetune.run_folder import RunFolder, refuse_several_processes, whole_folder, write_json
+from finetune.scores import known_asks
 from finetune.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 
 POSITIONS = 1024  # next-token distributions kept for comparison, at most
@@ -70,11 +71,10 @@ def merge_plain(
     min_agreement: float,
 ) -> dict[str, Any]:
     """The same from plain values. `rows` held-out rows are compared; `min_agreement` of next tokens must be equal."""
-    splits = read_splits(sources, seed)
-    entries = some(splits[split], rows, seed)
+    entries = some(read_splits(sources, seed)[split], rows, seed)
     if not entries:
         raise DataError(f"no rows in split {split!r} to compare the merged model on")
-    asks, names = asks_of(sources, splits["train"]), names_of(entries, sources)
+    asks, names = known_asks(folder.adapter, entries, sources), names_of(entries, sources)
     parts = load_parts(**model, seed=seed)
     merged_dtype = resolve_dtype(dtype, parts.device) if dtype != "auto" else parts.dtype
     features = Features(parts.encoders, cache_folder, limits)
@@ -273,7 +273,7 @@ def comparison_batches(
 @torch.no_grad()
 def next_tokens(composite: MultimodalModel, batches: Iterable[Mapping[str, Any]], bare: bool = False) -> list[Tensor]:
     """Log-probabilities of the next token where the answer stands, a row (positions, vocabulary) in float32 each; of a
-    head with weights those of its labels (1, labels), or of each score to be above zero or not (scores, 2).
+    head with weights see `head_logits`.
     `bare`: without the adapter.
     """
     device = composite.get_input_embeddings().weight.device
@@ -283,13 +283,22 @@ def next_tokens(composite: MultimodalModel, batches: Iterable[Mapping[str, Any]]
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
             if batch["head"]:
                 scores = composite.head_outputs(batch["head"], ids, mask, batch["features"])
-                chosen = scores.shape[1] > 1 and not composite.asks[batch["head"]].settings["several"]
-                logits = scores if chosen else torch.stack([scores[0], torch.zeros_like(scores[0])], 1)
+                logits = head_logits(scores, composite.asks[batch["head"]].settings)
             else:
                 logits = composite(ids, features=batch["features"], attention_mask=mask).logits
                 logits = logits[0, batch["label_rows"].to(device)]
             found.append(logits.float().log_softmax(-1).cpu())
     return found
+
+
+def head_logits(scores: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """A head's scores (1, outputs) as logits of a choice: among its labels; of several labels, whether each is right
+    (outputs, 2); of a number, which it is, give or take a tenth of the training rows' deviation, (1, places).
+    """
+    if "labels" not in settings:
+        places = torch.arange(-8, 8.05, 0.1, device=scores.device)
+        return -((scores.clamp(-8, 8) - places) ** 2) / (2 * 0.1**2)
+    return torch.stack([scores[0], torch.zeros_like(scores[0])], 1) if settings["several"] else scores
 
 
 def compare(got: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import plots
-from finetune.errors import Interrupted, RecipeError, TrainingError
+from finetune.errors import FinetuneError, Interrupted, RecipeError, TrainingError
 from finetune.language_model import default_device
 from finetune.prepare import Shared, load_shared
 from finetune.progress import console, quiet_libraries
@@ -78,7 +78,7 @@ def sweep(
             return train_trial(trial, found, place, together, train)
         except Interrupted:
             raise Interrupted(f"stopped in trial {trial.number}; go on with the same command") from None
-        except TrainingError as error:
+        except FinetuneError as error:
             console.print(f"trial {trial.number} failed: {error}")
             trial.set_user_attr("failed", str(error))
             raise Failed from error
@@ -140,6 +140,10 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, together: Together, tra
     shared = together.of(recipe)
     try:
         folder = train(recipe, place, shared=shared, told=told)
+    except FinetuneError:
+        if shared and shared.composite is None:  # broken off while it was put together
+            together.shared = None
+        raise
     finally:
         if shared:
             shared.give_back()

@@ -242,6 +242,8 @@ def make_ready(
     looked_at = validation_rows(entries["validation"], sources, validation_limit, seed)
     asks = asks_of(sources, training)
     parts = shared.parts if shared else load_parts(**model, seed=seed)
+    for _, encoder in parts.encoders.values():
+        encoder.module.to(parts.device)  # an earlier training may have put it away
     features = shared.features if shared else Features(parts.encoders, cache_folder, limits)
     for entry in [*training, *looked_at]:
         for medium in entry.sample.media:
@@ -256,6 +258,9 @@ def make_ready(
     heads = [(name, asks[name]) if asks[name].trained else None for name in names_of(training, sources)]
     samples = tokenized([entry.sample for entry in training], parts, features, tokens_per_batch, heads)
     samples = samples.add_column("loss_weight", [sources[entry.source].loss_weight for entry in training])
+    pairs = zip(training, samples["group"], strict=True)
+    groups = [f"{entry.source}/{group}" if group else "" for entry, group in pairs]  # two files may both have a user 1
+    samples = samples.remove_columns("group").add_column("group", groups)
     if first:
         refuse_other_rows(folder, samples)
     lengths = [len(ids) for ids in samples["input_ids"]]
@@ -337,30 +342,37 @@ def run_stage(
             f"{stage['name']}: only {steps} optimizer step{'s' * (steps > 1)}, hardly enough to learn from: lower "
             f"train.tokens_per_batch or raise the stage's epochs (now {stage['epochs']})"
         )
+    if validation and checkpoint is not None:
+        validation.resume(int(checkpoint.name.rpartition("-")[2]))
     begin = perf_counter()
     try:
-        log = train_stage(
-            model,
-            parts.tokenizer,
-            rows=rows,
-            collator=collator,
-            parts=adapter.trained_parts(model, stage["trains"]),
-            folder=folder.checkpoints / stage["name"],
-            resume_from=checkpoint,
-            accumulate=accumulate,
-            save_every_n_steps=save_every_n_steps,
-            workers=workers,
-            seed=seed,
-            dtype=parts.dtype,
-            callbacks=[TrainingBar(stage["name"], steps), *([validation] if validation else [])],
-            distill_temperature=stage["distill"]["temperature"] if stage["distill"] else None,
-            # The first of the warmup's steps has a rate of zero: too much where the whole stage is a few steps.
-            warmup=stage["warmup"] if stage["warmup"] * steps >= 1 else 0.0,
-            **{
-                key: value
-                for key, value in stage.items()
-                if key not in {"name", "trains", "epochs", "sources", "distill", "warmup"}
-            },
+        # Stopped after the look that had ended it: nothing is left to train.
+        log = (
+            log_of(checkpoint)
+            if validation and validation.exhausted
+            else train_stage(
+                model,
+                parts.tokenizer,
+                rows=rows,
+                collator=collator,
+                parts=adapter.trained_parts(model, stage["trains"]),
+                folder=folder.checkpoints / stage["name"],
+                resume_from=checkpoint,
+                accumulate=accumulate,
+                save_every_n_steps=save_every_n_steps,
+                workers=workers,
+                seed=seed,
+                dtype=parts.dtype,
+                callbacks=[TrainingBar(stage["name"], steps), *([validation] if validation else [])],
+                distill_temperature=stage["distill"]["temperature"] if stage["distill"] else None,
+                # The first of the warmup's steps has a rate of zero: too much where the whole stage is a few steps.
+                warmup=stage["warmup"] if stage["warmup"] * steps >= 1 else 0.0,
+                **{
+                    key: value
+                    for key, value in stage.items()
+                    if key not in {"name", "trains", "epochs", "sources", "distill", "warmup"}
+                },
+            )
         )
     except Interrupted as error:
         raise Interrupted(
@@ -391,6 +403,12 @@ def run_stage(
     return result
 
 
+def log_of(checkpoint: Path | None) -> list[dict[str, float]]:
+    """The log that a checkpoint keeps, an entry a step."""
+    found = read_json(checkpoint / "trainer_state.json")["log_history"] if checkpoint else []
+    return [entry for entry in found if "loss" in entry]
+
+
 def tell_versions(path: Path, processes: int) -> None:
     """Keep what a run began with; say which versions have changed where it is resumed.
 
@@ -410,7 +428,8 @@ def tell_versions(path: Path, processes: int) -> None:
 
 def refuse_other_rows(folder: RunFolder, samples: Dataset) -> None:
     """Keep a digest of the training rows; raises TrainingError where a resumed run has others."""
-    digest = hashlib.sha256(json.dumps([samples["input_ids"][:], samples["media_keys"][:]]).encode()).hexdigest()
+    told = [samples[name][:] for name in samples.column_names]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     path = folder.data / "rows.sha256"
     if path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
         raise TrainingError(
