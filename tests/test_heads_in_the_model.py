@@ -4,14 +4,16 @@ import pytest
 import torch
 from test_model import PICTURE, features_of, samples_of, shake
 from test_trainer import train as train_stage
-from tiny import FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_encoder, tiny_llm
+from tiny import COMMON, FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_encoder, tiny_llm
 
 from finetune.adapter import attach, load_trained, save_trained, set_trainable
-from finetune.data.asks import Ask
+from finetune.data.asks import Ask, refuse_taken
 from finetune.data.collate import IGNORED, Collator
-from finetune.language_model import packs_exactly
+from finetune.errors import DataError
+from finetune.language_model import decoder_layers, packs_exactly
 from finetune.model import compose
 from finetune.parts import load_part
+from finetune.prepare import Shared
 
 KINDS = {"colour": ("label", ["red", "blue", "green"]), "price": ("score", [1.0, 2.0, 4.0])}
 
@@ -112,6 +114,48 @@ def test_labels_are_as_likely_as_written_out_one_by_one(family, fusion):
                 ).logits[0]
             told = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
             assert float(found[i, j]) == pytest.approx(float(told), abs=5e-3, rel=1e-4)
+
+
+HYBRIDS = {  # with another memory than keys and values, and with a window shorter than the question
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
+    "mamba": {"state_size": 4},
+    "mistral": {"sliding_window": 6, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_labels_are_as_likely_whatever_an_llm_remembers_by(family, monkeypatch):
+    monkeypatch.setitem(
+        FAMILIES,
+        family,
+        (COMMON if family != "mamba" else {"hidden_size": 32, "num_hidden_layers": 2}) | HYBRIDS[family],
+    )
+    model = composite_with_heads(family)
+    question, answers = samples_of([19])[0]["input_ids"], [[5], [7, 9, 11]]
+    ids = torch.tensor([question])
+    features = {"image": [features_of("image", "0")]}
+    assert model.shares_memory() == (family == "mistral")
+    found = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
+    for place, answer in enumerate(answers):
+        whole = torch.tensor([question + answer])
+        with torch.no_grad():
+            logits = model(whole, features=features, attention_mask=torch.ones_like(whole), use_cache=False).logits[0]
+        told = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
+        assert float(found[0, place]) == pytest.approx(float(told), abs=5e-3, rel=1e-4)
+
+
+def test_nothing_of_a_fusion_stays_on_an_llm_that_is_given_back():
+    model = composite_with_heads(fusion="cross_attention")
+    layers = decoder_layers(model.causal_lm)
+    assert sum(len(layer._forward_pre_hooks) for layer in layers) > 0
+    Shared(None, None, model.language_model, model).give_back()
+    assert sum(len(layer._forward_pre_hooks) for layer in layers) == 0
+
+
+@pytest.mark.parametrize("name", ["type", "values", "train"])
+def test_a_head_is_not_called_as_torch_calls_its_own(name):
+    with pytest.raises(DataError, match=f"can't be called '{name}'"):
+        refuse_taken(name)
 
 
 def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):

@@ -72,6 +72,17 @@ def test_rare_labels_weigh_more_where_it_is_asked_for():
     assert float(losses.mean()) == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_a_label_among_several_weighs_as_much_as_its_absence():
+    """The best constant is one half, however rare the label is: weighed, presence and absence pull alike."""
+    targets = [["a"], [], [], [], ["a", "b"], [], [], []]
+    settings = label.settings(targets, label.Options(balanced=True))
+    encoded = torch.tensor([label.encode(target, settings) for target in targets])
+    scores = torch.zeros(8, 2, requires_grad=True)
+    losses = label.loss(scores, encoded, torch.zeros(8), settings, label.Options(balanced=True))
+    (gradient,) = torch.autograd.grad(losses.sum(), scores)
+    torch.testing.assert_close(gradient.sum(0), torch.zeros(2), atol=1e-5, rtol=0)
+
+
 def test_several_labels_are_binary_cross_entropy():
     settings = label.settings([["a"], ["a", "b"], []], label.Options())
     assert settings == {"labels": ["a", "b"], "several": True}

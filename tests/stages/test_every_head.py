@@ -11,7 +11,7 @@ from tiny import COLOURS, tiny_picture, tiny_recipe
 
 import finetune
 from finetune.data.sample import Medium, Message
-from finetune.errors import DataError, RecipeError, TrainingError
+from finetune.errors import ArtifactError, DataError, RecipeError, TrainingError
 from finetune.recipe import load_recipe
 
 NAMES = ("colour", "likely", "mark", "order", "words")
@@ -210,6 +210,61 @@ def test_a_run_cut_short_ends_as_a_whole_one(finished, tmp_path, monkeypatch):
             torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=key)
 
 
+def test_heads_mean_what_they_meant_when_they_were_trained(finished, tmp_path):
+    """Rows that are added or changed afterwards move no label and no scale."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = finished.parent / "rows" / "mark-train.csv"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace(",4,", ",400,"))
+        scores = finetune.evaluate(run)["scores"]
+        finetune.merge(run)
+    finally:
+        path.write_text(before)
+    tuned = {name: values["tuned"] for name, values in scores["mark"].items()}
+    kept = read(finished / "metrics.json")["scores"]["mark"]
+    assert tuned == pytest.approx({name: values["tuned"] for name, values in kept.items()}, abs=1e-3)
+    config = read(run / "merged" / "config.json")
+    assert config["parts"]["asks"]["mark"] == read(finished / "adapter" / "multimodal.json")["asks"]["mark"]
+
+
+def test_a_run_is_not_resumed_on_other_targets(finished, tmp_path, monkeypatch):
+    from finetune.validation import Validation
+
+    def cut(self, state, control):
+        raise OSError("power cut")
+
+    recipe = load_recipe(heads_recipe(finished.parent))
+    with monkeypatch.context() as patched:
+        patched.setattr(Validation, "_look", cut)
+        with pytest.raises(OSError):
+            finetune.train(recipe, tmp_path / "run")
+    path = finished.parent / "rows" / "mark-train.csv"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace(",4,", ",3,"))
+        with pytest.raises(TrainingError, match="training rows or their media have changed"):
+            finetune.train(recipe, tmp_path / "run", resume=True)
+    finally:
+        path.write_text(before)
+
+
+def test_an_adapter_of_the_format_before_heads_still_loads(finished, tmp_path):
+    folder = shutil.copytree(finished / "adapter", tmp_path / "old")
+    content = read(folder / "multimodal.json")
+    from safetensors.torch import load_file, save_file
+
+    kept = {k: v for k, v in load_file(folder / "projectors.safetensors").items() if not k.startswith("heads.")}
+    save_file(kept, folder / "projectors.safetensors")
+    content = {key: value for key, value in content.items() if key != "asks"} | {"format": 2, "labels": []}
+    (folder / "multimodal.json").write_text(json.dumps(content))
+    picture = finished.parent / "rows" / "images" / "colour-test-0.png"
+    assert isinstance(finetune.load(folder).answer("What is this?", image=picture, max_new_tokens=4), str)
+    (folder / "multimodal.json").write_text(json.dumps(content | {"format": 99}))
+    with pytest.raises(ArtifactError, match="install a newer finetune"):
+        finetune.load(folder)
+
+
 def test_a_stage_ends_early_when_looks_get_no_better(finished, tmp_path):
     changes = {
         "train__validation": {"every_n_steps": 2, "limit": 8, "metric": "mark.mean_absolute_error", "patience": 2},
@@ -246,6 +301,7 @@ def test_heads_that_cannot_work_are_refused_with_the_recipe(finished):
 
     refused(r"data.0.head.*'score' can't answer the task 'classify': write language or label", _0={"head": "score"})
     refused(r"data.2.head.*have another head in data.0 \('label'\)", _2={"head": "language"})
+    refused("compares rows of a group", _6={"head": {"kind": "score", "loss": "pairwise"}})
     refused(r"data.0.head.*no training rows|no training rows ask the same", _0={"split": "validation"})
     whole["train"]["stages"][0]["trains"] = ["projectors", "adapter"]
     refused("'label' has weights that no stage trains: add 'heads'", _1={})
