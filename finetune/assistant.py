@@ -132,7 +132,8 @@ class Assistant:
         if task is None and len(names) != 1:
             raise DataError(f"name one with task=: {', '.join(names) or 'no task was trained with such a head'}")
         if task is not None and task not in names:
-            raise DataError(f"no {task!r} with such a head; there are: {', '.join(names) or 'none'}")
+            kind = "labels" if has == "labels" else "a number"
+            raise DataError(f"{task!r} isn't answered by {kind}; these are: {', '.join(names) or 'none'}")
         return self.ask(task or names[0], [(Message("user", (*media, prompt)),)])[0]
 
     def names_without_text(self) -> list[str]:

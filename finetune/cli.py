@@ -12,6 +12,7 @@ import typer
 
 import finetune
 from finetune.errors import FinetuneError, RecipeError
+from finetune.parts import load_part, part_folders
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -136,6 +137,7 @@ def sweep(
     """Train a recipe with other values of some keys, and compare on its validation rows; called again, it goes on."""
     result = finetune.sweep(recipe, over, trials, set_ or [], run)
     print_trials(result)
+    print(f"the best trial's recipe: {result['folder']}/best.yaml")
 
 
 @app.command()
@@ -153,8 +155,22 @@ def recipes(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+def schema(
+    part: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER.PART]", help="Only the options of a part: tasks.rank.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of recipes, for editors; or the options of one part, to read."""
+    if part is not None:
+        folder, _, name = part.rpartition(".")
+        if folder not in part_folders():
+            raise RecipeError(
+                f"no parts are called {folder!r}; write one of {', '.join(part_folders())}, a dot, and a part"
+            )
+        for option, field in load_part(folder, name).Options.model_fields.items():
+            needed = "needed" if field.is_required() else f"default {field.default!r}"
+            print(f"{option}: {field.description} ({needed})")
+        return
     print(json.dumps(finetune.schema(), indent=2, ensure_ascii=False))
 
 
@@ -197,10 +213,32 @@ def data_split(
     group: Annotated[str | None, typer.Option(metavar="COLUMN", help="Rows of a value stay together.")] = None,
     stratify: Annotated[str | None, typer.Option(metavar="COLUMN", help="Spread its values evenly.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 7,
+    media: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Holds media, if not called image, audio or video.")
+    ] = None,
+    media_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the media; default: the file's.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of a table, as gb18030.")] = None,
+    sheet: Annotated[str | None, typer.Option(help="Of an .xlsx; default: the first.")] = None,
 ) -> None:
     """Split rows into training, validation and test; no medium, and no group, ends up on two sides."""
     shares = {"train": train, "validation": validation, "test": test}
-    result = finetune.data_split(path, into, **shares, group=group, stratify=stratify, seed=seed)
+    result = finetune.data_split(
+        path,
+        into,
+        **shares,
+        group=group,
+        stratify=stratify,
+        seed=seed,
+        media=media or (),
+        media_folder=media_folder,
+        encoding=encoding,
+        sheet=sheet,
+    )
+    if not result["media"]:
+        print("# no media found: if a column holds some, name it with --media COLUMN", file=sys.stderr)
+    if empty := [split for split, share in shares.items() if share and split not in result["files"]]:
+        told = f"{result['sets']:,} sets of rows stay together, the largest has {result['largest']:,} rows"
+        print(f"# nothing for {', '.join(empty)}: {told}", file=sys.stderr)
     print("data:")
     for split, file in result["files"].items():
         print(f"  # {result['rows'][split]:,} rows")
@@ -250,7 +288,8 @@ def print_trials(result: dict[str, Any]) -> None:
         merit = row["state"] if row["merit"] is None else f"{row['merit']:.4f}"
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row["values"].values())
-        table.add_row(str(row["trial"]), *values, merit, str(len(row["looks"])), seconds)
+        best = " (best)" if row["trial"] == result["best"] else ""
+        table.add_row(f"{row['trial']}{best}", *values, merit, str(len(row["looks"])), seconds)
     Console().print(table)
 
 

@@ -77,6 +77,11 @@ def head_conflicts(recipe: "Recipe") -> Iterator[Problem]:
     """Rows that ask the same are answered by the same head, and a head with weights learns from some of them."""
     asked = [(source.name, source.task.kind, source.task.options.model_dump_json()) for source in recipe.data]
     names = source_names(asked)
+    for index, (name, kind, _) in enumerate(asked):
+        if name is not None and name != names[index]:
+            other = names.index(names[index])
+            message = f"rows that ask the same {kind!r} are called {names[index]!r} in data.{other}: one name for both."
+            yield ("data", index, "name"), message
     learnt = {names[i]: i for i, source in reversed([*enumerate(recipe.data)]) if source.split == "train"}
     for index, source in enumerate(recipe.data):
         where: Location = ("data", index, "head")

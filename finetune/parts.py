@@ -28,6 +28,11 @@ def folder_of(folder: str) -> Path:
     return Path(__file__).parent.joinpath(*folder.split("."))
 
 
+def part_folders() -> tuple[str, ...]:
+    """The folders of parts that there are."""
+    return ("encoders", "projectors", "fusion", "heads", "tasks", "data.formats")
+
+
 @cache
 def part_names(folder: str) -> tuple[str, ...]:
     """The parts there are: `part_names("projectors")` is `("linear", "mlp", ...)`. Dots go down: `"data.formats"`."""

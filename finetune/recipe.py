@@ -311,7 +311,7 @@ class Train(Section):
 
 class Evaluate(Section):
     split: Literal["validation", "test"] = Field("test", description="Rows that are scored.")
-    limit: int | None = Field(None, ge=1, description="Rows scored at most; null: all.")
+    limit: int | None = Field(None, ge=1, description="Rows scored at most, of all tasks together; null: all.")
     max_new_tokens: int = Field(64, ge=1, description="Tokens generated at most for an answer.")
     batch: int = Field(16, ge=1, description="Rows generated at once.")
 

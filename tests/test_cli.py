@@ -5,6 +5,7 @@ import torch
 
 import finetune
 from finetune import cli
+from finetune.errors import RecipeError
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,11 @@ def test_other_errors_of_the_program_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["finetune", "schema"])
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         cli.main()
+
+
+def test_the_options_of_one_part_are_printed_to_read(capsys):
+    cli.schema("tasks.rank")
+    printed = capsys.readouterr().out
+    assert "group: Column of the user" in printed and "(default 'group')" in printed
+    with pytest.raises(RecipeError, match="no parts are called 'task'"):
+        cli.schema("task.rank")

@@ -44,8 +44,12 @@ class Row:
             value = str(value)
         if not isinstance(value, str) or not value.strip():
             have = ", ".join(repr(name) for name in self.columns)
-            seen = f"holds {value!r}" if column in self.columns else f"is missing (columns: {have})"
-            raise DataError(f"{self.where}: column {column!r} {seen}; name another with `columns: {{{column}: ...}}`")
+            if column in self.columns:
+                raise DataError(f"{self.where}: column {column!r} holds {value!r}: fill it in, or leave the row out")
+            raise DataError(
+                f"{self.where}: column {column!r} is missing (columns: {have}); say which it is with "
+                f"`columns: {{{column}: ...}}`"
+            )
         return value.strip()
 
     def media(self, kinds: Sequence[str], text: str | None = None) -> tuple["Medium", ...]:

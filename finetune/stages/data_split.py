@@ -30,6 +30,10 @@ def data_split(
     group: str | None = None,
     stratify: str | None = None,
     seed: int = 7,
+    media: Sequence[str] = (),
+    media_folder: Path | str | None = None,
+    encoding: str | None = None,
+    sheet: str | None = None,
 ) -> dict[str, Any]:
     """Write INTO/train, validation and test with the rows of a file or folder, in its order: CSV as CSV, JSON lines as
     they are, anything else that names its media as JSON lines; and split.json, with the counts.
@@ -40,7 +44,11 @@ def data_split(
     to within a row, or to within the largest set of rows that stay together (a set counts for its most frequent value);
     training has the rest.
 
-    Returns {"files": {split: path}, "rows": {split: n}, "media_folder": Path}. Raises DataError.
+    Media are looked for in columns called image, audio or video, and in those that `media` names, relative to
+    `media_folder` or the file's. `encoding` and `sheet` are of tables.
+
+    Returns {"files": {split: path}, "rows": {split: n}, "media_folder": Path, "media": files found, "sets": how many sets
+    of rows stay together, "largest": rows of the largest}. Raises DataError.
     """
     path, into = Path(path), Path(into)
     shares = {"train": train, "validation": validation, "test": test}
@@ -48,20 +56,31 @@ def data_split(
         raise DataError(f"shares are {', '.join(map(str, shares.values()))}; write numbers from 0 to 1 that sum to 1")
     if not path.exists():
         raise DataError(f"no such file or folder: {path}")
-    source = Source(path=path, task=("", None), format=detected(path))
-    keys, labels = _keys(source, group, stratify)
+    folder = Path(media_folder) if media_folder else path if path.is_dir() else path.parent
+    source = Source(path=path, task=("", None), format=_format(path, encoding, sheet), media_folder=folder)
+    keys, labels = _keys(source, group, stratify, frozenset(media))
     if not keys:
         raise DataError(f"{path}: no rows")
     chosen = assigned(keys, labels, shares, seed)
     into.mkdir(parents=True, exist_ok=True)
     files = _write(source, into, chosen)
     rows = {split: chosen.count(split) for split in files}
-    folder = path if path.is_dir() else path.parent
+    sets = [len(one) for one in _connected(keys)]
+    found = {key for row in keys for key in row if key.startswith("medium ")}
     told: dict[str, Any] = {"rows": rows, "shares": shares, "seed": seed, "group": group, "stratify": stratify}
     if stratify is not None:
         told["values"] = {split: dict(sorted(_counts(chosen, labels, split).items())) for split in files}
     write_json(into / "split.json", told)
-    return {"files": files, "rows": rows, "media_folder": folder.resolve()}
+    counts = {"media": len(found), "sets": len(sets), "largest": max(sets)}
+    return {"files": files, "rows": rows, "media_folder": folder.resolve(), **counts}
+
+
+def _format(path: Path, encoding: str | None, sheet: str | None) -> tuple[str, Any]:
+    kind, options = detected(path)
+    given = {name: value for name, value in (("encoding", encoding), ("sheet", sheet)) if value is not None}
+    if given and kind != "table":
+        raise DataError(f"{path}: --{next(iter(given))} is for tables; these rows are read as {kind!r}")
+    return kind, options.model_copy(update=given)
 
 
 def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
@@ -89,7 +108,9 @@ def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mappi
     return result
 
 
-def _keys(source: Source, group: str | None, stratify: str | None) -> tuple[list[list[str]], list[str]]:
+def _keys(
+    source: Source, group: str | None, stratify: str | None, called: frozenset[str]
+) -> tuple[list[list[str]], list[str]]:
     """Of each row: what keeps it together with others, and its value of `stratify`."""
     keys: list[list[str]] = []
     labels: list[str] = []
@@ -100,7 +121,9 @@ def _keys(source: Source, group: str | None, stratify: str | None) -> tuple[list
                 raise DataError(
                     f"{row.where}: column {column!r} is empty or missing (columns: {', '.join(row.columns)})"
                 )
-        media = sorted(set(_media(row, row.columns, "")))
+        if missing := called - row.columns.keys():
+            raise DataError(f"{row.where}: no column {min(missing)!r} (columns: {', '.join(row.columns)})")
+        media = sorted(set(_media(row, row.columns, "", called)))
         for path in media:
             if path not in digests:
                 digests[path] = digest_of(path).hex()
@@ -113,24 +136,31 @@ def _keys(source: Source, group: str | None, stratify: str | None) -> tuple[list
     return keys, labels
 
 
-def _media(row: Row, value: Any, key: str) -> Iterator[Path]:
-    """Files that a row names: values of columns, and of parts of messages, that are called after a kind of medium."""
+def _media(row: Row, value: Any, key: str, called: frozenset[str]) -> Iterator[Path]:
+    """Files that a row names: values of columns, and of parts of messages, that are called after a kind of medium, or
+    as `called` says.
+    """
     if isinstance(value, dict):
         for inner, one in value.items():
-            yield from _media(row, one, inner)
+            yield from _media(row, one, inner, called)
     elif isinstance(value, list):
         for one in value:
-            yield from _media(row, one, key)
+            yield from _media(row, one, key, called)
     elif isinstance(value, bytes | bytearray):
         raise DataError(
             f"{row.where}: holds its media itself; write hold_out in the recipe, which splits such rows too"
         )
-    elif isinstance(value, Path) or (isinstance(value, str) and value and key.removesuffix("s") in KINDS):
+    elif isinstance(value, Path) or (
+        isinstance(value, str) and value and (key in called or key.removesuffix("s") in KINDS)
+    ):
         if str(value).startswith("data:") or "://" in str(value):
             return
         path = (row.media_folder / value).resolve()
         if not path.is_file():
-            raise DataError(f"{row.where}: no such {key}: {path}; `finetune data check --fix` leaves such rows out")
+            raise DataError(
+                f"{row.where}: no such {key}: {path}; name the folder of media with --media-folder, or let "
+                "`finetune data check --fix` leave such rows out"
+            )
         yield path
 
 

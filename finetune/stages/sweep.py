@@ -47,11 +47,11 @@ def sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     refuse_several_processes("`finetune sweep`")
     choices = [choice(text, ranges=trials is not None) for text in over]
-    first = load_recipe(recipe, [*overrides, *(f"{key}={values[0]}" for key, values in choices)])
+    first = varied(recipe, overrides, [f"{key}={values[0]}" for key, values in choices])
     if first.train.validation is None:
         raise RecipeError(f"{recipe}: trials are compared on validation rows: write train.validation, and rows for it")
     for values in corners(choices):
-        load_recipe(recipe, [*overrides, *values])
+        varied(recipe, overrides, values)
     folder = Path(run or Path("runs") / f"{first.name}-sweep")
     folder.mkdir(parents=True, exist_ok=True)
     keep_to(folder, load_recipe(recipe, overrides), over, trials)
@@ -176,6 +176,14 @@ def choice(text: str, ranges: bool) -> tuple[str, Any]:
     return key, (found["low"], found["high"])
 
 
+def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
+    """The recipe with these values. Raises RecipeError, which names them as they were given."""
+    try:
+        return load_recipe(recipe, [*overrides, *values])
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("--set ", "--over ") if not overrides else str(error)) from None
+
+
 def corners(choices: Sequence[tuple[str, Any]]) -> list[list[str]]:
     """Each value once, beside the first of all others: what can be found wrong before anything trains."""
     firsts = [f"{key}={values[0]}" for key, values in choices]
@@ -236,6 +244,7 @@ def tell(folder: Path, recipe: Path | str, overrides: Sequence[str], study: Any)
     best = max(complete, key=lambda row: row["merit"])
     result: dict[str, Any] = {
         "recipe": str(recipe),
+        "folder": str(folder),
         "device": default_device().type,
         "metric": load_recipe(recipe, overrides).train.validation.metric,  # type: ignore[union-attr]
         "best": best["trial"],

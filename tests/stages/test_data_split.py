@@ -155,3 +155,21 @@ def test_the_command_line(table, tmp_path):
     line = [sys.executable, "-m", "finetune.cli", "data", "split", str(table), "--into", str(tmp_path / "out")]
     done = subprocess.run([*line, "--group", "who"], capture_output=True, text=True)
     assert done.returncode == 0 and "split: validation" in done.stdout, done.stderr
+
+
+def test_media_in_columns_of_any_name_and_tables_of_any_encoding(tmp_path):
+    """The same pictures under Chinese headers, in GB 18030, in a folder of their own."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(10):
+        tiny_picture((20 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+    lines = ["帖子图,心情", *(f"{number % 10}.png,好{number}" for number in range(40))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="gb18030")
+    given = {"media_folder": tmp_path / "pictures", "encoding": "gb18030"}
+    shares = {"train": 0.6, "validation": 0, "test": 0.4}
+    result = finetune.data_split(tmp_path / "rows.csv", tmp_path / "out", **shares, media=["帖子图"], **given)
+    assert result["media"] == result["sets"] == 10 and result["largest"] == 4
+    shown = [{row["帖子图"] for row in rows} for rows in read(result["files"]).values()]
+    assert not shown[0] & shown[1] and len(shown[0] | shown[1]) == 10
+    with pytest.raises(DataError, match="no column '图'"):
+        finetune.data_split(tmp_path / "rows.csv", tmp_path / "out", media=["图"], **given)
+    assert finetune.data_split(tmp_path / "rows.csv", tmp_path / "blind", **given)["media"] == 0

@@ -152,7 +152,7 @@ def test_adapter_and_merged_folder_judge_alike(finished, tmp_path):
         assert one == pytest.approx(two, abs=1e-2)
     with pytest.raises(DataError, match="colour, likely"):
         merged.probabilities("What is this?", image=picture)
-    with pytest.raises(DataError, match="no 'words'"):
+    with pytest.raises(DataError, match="'words' isn't answered by a number; these are: mark, order"):
         merged.number("What is this?", task="words", image=picture)
     certificate = read(finished / "certificate.json")
     assert certificate["saved"]["agreement"] > 0.95 and certificate["saved_from_base"]["kl"] > 1e-4
@@ -301,6 +301,7 @@ def test_heads_that_cannot_work_are_refused_with_the_recipe(finished):
 
     refused(r"data.0.head.*'score' can't answer the task 'classify': write language or label", _0={"head": "score"})
     refused(r"data.2.head.*have another head in data.0 \('label'\)", _2={"head": "language"})
+    refused(r"data.1.name.*are called 'colour' in data.0: one name", _1={"name": "hue"})
     refused("compares rows of a group", _6={"head": {"kind": "score", "loss": "pairwise"}})
     refused(r"data.0.head.*no training rows|no training rows ask the same", _0={"split": "validation"})
     whole["train"]["stages"][0]["trains"] = ["projectors", "adapter"]
