@@ -47,8 +47,8 @@ def data_split(
     Media are looked for in columns called image, audio or video, and in those that `media` names, relative to
     `media_folder` or the file's. `encoding` and `sheet` are of tables.
 
-    Returns {"files": {split: path}, "rows": {split: n}, "media_folder": Path, "media": files found, "sets": how many sets
-    of rows stay together, "largest": rows of the largest}. Raises DataError.
+    Returns {"files": {split: path}, "rows": {split: n}, "media_folder": Path, "media": files found, "sets": how many
+    sets of rows stay together, "largest": rows of the largest of them}. Raises DataError.
     """
     path, into = Path(path), Path(into)
     shares = {"train": train, "validation": validation, "test": test}
