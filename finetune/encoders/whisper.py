@@ -6,7 +6,7 @@ kept, only the frames of nothing but that silence are left out, and the position
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,11 @@ class Options(PartOptions):
         le=30.0,
         description="Seconds heard at once, at most; a longer recording is cut into equal windows, each a segment.",
     )
+    pool: Literal[1, 2] = Field(
+        1,
+        description="Neighbouring rows that are averaged before the final norm; 2 is what Qwen2-Audio and Audio Flamingo "
+        "3 do, whose classes in other engines then fit, with `linear` or `mlp`: 25 rows a second.",
+    )
     pad_to_30_seconds: bool = Field(
         False, description="Silence behind every window up to 30 seconds, 1500 rows each, as Whisper was trained."
     )
@@ -62,8 +67,9 @@ class Encoder:
         """Samples -> log-mel frames (S, bins, 2 L), float32."""
         import torch
 
-        row = 2 * self.processor.hop_length  # samples: the second convolution takes every other frame
-        longest = self.module.config.max_source_positions * row
+        stride = 2 * self.options.pool  # frames: the second convolution takes every other one
+        row = stride * self.processor.hop_length  # samples
+        longest = self.module.config.max_source_positions // self.options.pool * row
         window = min(int(self.options.window_seconds * RATE) // row * row, longest)
         windows = cut_windows(decoded, window, unit=row)
         size = windows.shape[1]
@@ -73,7 +79,7 @@ class Encoder:
             list(windows), sampling_rate=RATE, padding="max_length", max_length=padded, return_tensors="np"
         )["input_features"]
         rows = (longest if self.options.pad_to_30_seconds else size) // row
-        values = torch.from_numpy(frames[..., : 2 * rows]).float().contiguous()
+        values = torch.from_numpy(frames[..., : stride * rows]).float().contiguous()
         return Prepared(values, Layout(rows, ("",) * len(windows)))
 
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
@@ -86,13 +92,15 @@ class Encoder:
 
     def _hear(self, frames: "torch.Tensor") -> "torch.Tensor":
         """`WhisperEncoder.forward`, which takes 3000 frames and nothing else, for any even number."""
-        from torch.nn.functional import gelu
+        from torch.nn.functional import avg_pool1d, gelu
 
         module = self.module
         hidden = gelu(module.conv2(gelu(module.conv1(frames)))).transpose(1, 2)
         hidden = hidden + module.embed_positions.weight[: hidden.shape[1]]
         for layer in module.layers[: len(module.layers) + 1 + self.options.layer]:
             hidden = layer(hidden, None)
+        if self.options.pool > 1:
+            hidden = avg_pool1d(hidden.transpose(1, 2), self.options.pool).transpose(1, 2)
         return module.layer_norm(hidden) if self.options.layer == -1 else hidden
 
 
