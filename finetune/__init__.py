@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from finetune.stages.data_preview import data_preview
     from finetune.stages.data_split import data_split
     from finetune.stages.evaluate import evaluate
+    from finetune.stages.export import export
     from finetune.stages.merge import merge
+    from finetune.stages.pull import pull
+    from finetune.stages.push import push
     from finetune.stages.report import report
+    from finetune.stages.serve import serve
     from finetune.stages.train import train
 
 _HOME = {
@@ -29,13 +33,17 @@ _HOME = {
     "data_preview": "stages.data_preview",
     "data_split": "stages.data_split",
     "evaluate": "stages.evaluate",
+    "export": "stages.export",
     "load": "assistant",
     "load_recipe": "recipe",
     "merge": "stages.merge",
+    "pull": "stages.pull",
+    "push": "stages.push",
     "recipes": "pipeline",
     "report": "stages.report",
     "run": "pipeline",
     "schema": "recipe",
+    "serve": "stages.serve",
     "sweep": "pipeline",
     "train": "stages.train",
 }
@@ -49,13 +57,17 @@ __all__ = [
     "data_preview",
     "data_split",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "merge",
+    "pull",
+    "push",
     "recipes",
     "report",
     "run",
     "schema",
+    "serve",
     "sweep",
     "train",
 ]

@@ -12,7 +12,7 @@ import typer
 
 import finetune
 from finetune.errors import FinetuneError, RecipeError
-from finetune.parts import load_part, part_folders
+from finetune.parts import load_part, part_folders, part_names
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -78,6 +78,64 @@ def report(
 def merge(run: Run) -> None:
     """Merge the adapter into the LLM, prove it, and write RUN/merged and RUN/certificate.json."""
     finetune.merge(run)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run, or a merged folder.")],
+    to: Annotated[str, typer.Option(metavar="TARGET", help=f"One of {', '.join(part_names('export'))}.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to, new; default: RUN/exports/TARGET.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of the target: `finetune schema export.TARGET`; may be repeated."),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Load it in the target, in a clean process, and compare tokens.")] = True,
+) -> None:
+    """Write the merged model as another engine loads it, and compare what that engine answers with ours."""
+    print_export(finetune.export(source, to, out, option or [], verify=verify))
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RUN|FOLDER|HUB_ID...", help="What is served, and under which name.")
+    ],
+    host: Annotated[str, typer.Option(help="Address; any but 127.0.0.1 needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FINETUNE_API_KEY", help="What clients must send as their bearer token.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A bound or size: `finetune serve --options` lists them."),
+    ] = None,
+) -> None:
+    """Serve models over HTTP, as OpenAI's API, with a chat page at /."""
+    finetune.serve(models, host=host, port=port, api_key=api_key, options=option or [])
+
+
+@app.command()
+def push(
+    run: Run,
+    repo: Annotated[str, typer.Option(metavar="NAME", help="On the Hub: name, or user/name.")],
+    merged: Annotated[bool, typer.Option("--merged", help="The merged model, not the adapter.")] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; default: the recipe's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and write the card, upload nothing.")] = False,
+) -> None:
+    """Publish on the Hub, with a card; then download into an empty cache, load, and compare answers."""
+    print_push(finetune.push(run, repo, merged=merged, private=private, dry_run=dry_run))
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="On the Hub.")],
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; default: the name's last part.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+) -> None:
+    """Download a published model into a folder, and check that its files are whole."""
+    print(finetune.pull(repo, to, revision=revision))
 
 
 @app.command()
@@ -273,6 +331,24 @@ def strength_of(given: list[str]) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in (one.split("=") for one in given)} or None
     except ValueError:
         raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
+
+
+def print_export(result: dict[str, Any]) -> None:
+    print(f"{result['to']}: {result['class']} ({result['why']})")
+    if (checked := result["verified"]) is None:
+        print(f"not compared: {result['not_verified']}")
+    else:
+        print(
+            f"{checked['rows']} answers in {checked['engine']}: {checked['equal_first_tokens']} begin alike, "
+            f"{checked['equal']} are equal to the end"
+        )
+    print(result["folder"])
+
+
+def print_push(result: dict[str, Any]) -> None:
+    for line in result["checks"]:
+        print(line)
+    print(result["url"] or f"not uploaded; the files are in {result['folder']}")
 
 
 def print_trials(result: dict[str, Any]) -> None:

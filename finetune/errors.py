@@ -7,8 +7,10 @@ FinetuneError                 exit status 1; its text is all that the command li
 ├─ ModelError            1    an LLM, an encoder or a projector that can't be built or don't fit together
 ├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be continued
 │  └─ Interrupted      130    stopped by the user after a whole checkpoint; `--resume` continues
-└─ ArtifactError         1    a run folder, adapter or merged folder that is missing, broken or foreign
-   └─ MergeRefused       3    the merged model isn't what was trained, or is only the base
+├─ ArtifactError         1    a run folder, adapter or merged folder that is missing, broken or foreign
+│  ├─ MergeRefused       3    the merged model isn't what was trained, or is only the base
+│  └─ ExportRefused      3    a target that can't hold this model, or answers otherwise than it
+└─ PublishError          1    a repository that can't be written or read, or what must not be published
 
 A message says where (file, row, key), what was seen, and what to do next.
 """
@@ -48,3 +50,11 @@ class ArtifactError(FinetuneError):
 
 class MergeRefused(ArtifactError):
     exit_status = 3
+
+
+class ExportRefused(ArtifactError):
+    exit_status = 3
+
+
+class PublishError(FinetuneError):
+    pass

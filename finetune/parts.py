@@ -30,7 +30,7 @@ def folder_of(folder: str) -> Path:
 
 def part_folders() -> tuple[str, ...]:
     """The folders of parts that there are."""
-    return ("encoders", "projectors", "fusion", "heads", "tasks", "data.formats")
+    return ("encoders", "projectors", "fusion", "heads", "tasks", "data.formats", "export")
 
 
 @cache

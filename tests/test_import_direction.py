@@ -11,14 +11,27 @@ import finetune
 from finetune.parts import part_names
 
 PACKAGE = Path(finetune.__file__).parent
-PART_FOLDERS = ("encoders", "projectors", "fusion", "heads", "tasks", "data.formats")
+PART_FOLDERS = ("encoders", "projectors", "fusion", "heads", "tasks", "data.formats", "export")
 LEVELS = (
     ("errors",),
-    ("parts", "run_folder", "hub", "strict_yaml", "metrics", "plots", "energy", "progress", "conflicts", "recipe"),
+    (
+        "parts",
+        "run_folder",
+        "certificate",
+        "hub",
+        "strict_yaml",
+        "metrics",
+        "plots",
+        "energy",
+        "progress",
+        "conflicts",
+        "recipe",
+    ),
     ("media",),
     ("data", "encoders", "projectors", "fusion", "heads", "tasks", "sources", "reporting"),
     ("model", "adapter", "language_model"),
     ("assemble", "trainer", "assistant", "prepare", "scores", "validation"),
+    ("export", "serving", "publishing", "merging", "auto", "processor"),
     ("stages",),
     ("pipeline", "cli"),
 )

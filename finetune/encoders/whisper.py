@@ -40,8 +40,8 @@ class Options(PartOptions):
     )
     pool: Literal[1, 2] = Field(
         1,
-        description="Neighbouring rows that are averaged before the final norm; 2 is what Qwen2-Audio and Audio Flamingo "
-        "3 do, whose classes in other engines then fit, with `linear` or `mlp`: 25 rows a second.",
+        description="Neighbouring rows that are averaged before the final norm; 2 is what Qwen2-Audio and Audio "
+        "Flamingo 3 do, whose classes in other engines then fit, with `linear` or `mlp`: 25 rows a second.",
     )
     pad_to_30_seconds: bool = Field(
         False, description="Silence behind every window up to 30 seconds, 1500 rows each, as Whisper was trained."

@@ -1,4 +1,4 @@
-"""A pooled Whisper against the encoders of Qwen2-Audio and Audio Flamingo 3, which average two rows before the last norm."""
+"""A pooled Whisper against the encoder of Qwen2-Audio, which averages two rows before the last norm."""
 
 import pytest
 import torch

@@ -1,0 +1,1 @@
+"""Publishing: what is checked before an upload, the card, and the upload."""
