@@ -107,7 +107,7 @@ def serve(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A bound or size: `finetune serve --options` lists them."),
+        typer.Option(metavar="KEY=VALUE", help="A bound or size: `finetune schema serve` lists them; may be repeated."),
     ] = None,
 ) -> None:
     """Serve models over HTTP, as OpenAI's API, with a chat page at /."""
@@ -215,17 +215,22 @@ def recipes(
 @app.command()
 def schema(
     part: Annotated[
-        str | None, typer.Argument(metavar="[FOLDER.PART]", help="Only the options of a part: tasks.rank.")
+        str | None,
+        typer.Argument(metavar="[FOLDER.PART|serve]", help="Only the options of a part, tasks.rank; or of the server."),
     ] = None,
 ) -> None:
     """Print the JSON schema of recipes, for editors; or the options of one part, to read."""
     if part is not None:
         folder, _, name = part.rpartition(".")
-        if folder not in part_folders():
+        if part == "serve":
+            from finetune.serving.settings import Options
+        elif folder not in part_folders():
             raise RecipeError(
                 f"no parts are called {folder!r}; write one of {', '.join(part_folders())}, a dot, and a part"
             )
-        for option, field in load_part(folder, name).Options.model_fields.items():
+        else:
+            Options = load_part(folder, name).Options  # noqa: N806
+        for option, field in Options.model_fields.items():
             needed = "needed" if field.is_required() else f"default {field.default!r}"
             print(f"{option}: {field.description} ({needed})")
         return

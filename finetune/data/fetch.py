@@ -33,13 +33,25 @@ def fetched(address: str, hosts: Sequence[str], where: str, max_bytes: int) -> P
         path = store_folder() / note.read_text(encoding="ascii")
         if path.is_file():
             return path
-    path = kept(_content(address, hosts, where, max_bytes), f"{where}: {address[:200]}", max_bytes)
+    path = kept(content_at(address, hosts, where, max_bytes), f"{where}: {address[:200]}", max_bytes)
     write_whole(note, path.relative_to(store_folder()).as_posix().encode())
     return path
 
 
-def _content(address: str, hosts: Sequence[str], where: str, max_bytes: int) -> bytes:
-    end = time.monotonic() + SECONDS_IN_ALL
+def content_at(
+    address: str,
+    hosts: Sequence[str],
+    where: str,
+    max_bytes: int,
+    *,
+    private: bool = True,
+    seconds: float | None = None,
+) -> bytes:
+    """What stands at an http(s) address, kept nowhere. As `fetched`; without `private` a host that `hosts` names
+    itself must have a public address too. `seconds`: in all. Raises DataError.
+    """
+    seconds = SECONDS_IN_ALL if seconds is None else seconds
+    end = time.monotonic() + seconds
     here = address
     for _ in range(REDIRECTS + 1):
         parts, written = _check(here, hosts, where)
@@ -47,8 +59,8 @@ def _content(address: str, hosts: Sequence[str], where: str, max_bytes: int) -> 
             connection = CONNECTIONS[parts.scheme](parts.hostname or "", parts.port, timeout=SECONDS)
             try:
                 connection.connect()
-                if not written:
-                    _check_public(connection.sock, here, where)
+                if not (written and private):
+                    _check_public(connection.sock, here, where, "; name the host in `hosts`" if private else "")
                 connection.request("GET", _target(parts), headers=HEADERS)
                 response = connection.getresponse()
                 moved = response.getheader("Location")
@@ -57,7 +69,7 @@ def _content(address: str, hosts: Sequence[str], where: str, max_bytes: int) -> 
                     continue
                 if response.status != 200:
                     raise DataError(f"{where}: {here[:200]}: the host says {response.status} {response.reason}")
-                return _body(response, f"{where}: {here[:200]}", max_bytes, end)
+                return _body(response, f"{where}: {here[:200]}", max_bytes, end, seconds)
             finally:
                 connection.close()
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -84,11 +96,11 @@ def _check(address: str, hosts: Sequence[str], where: str) -> tuple[SplitResult,
     )
 
 
-def _check_public(connected: socket.socket, address: str, where: str) -> None:
+def _check_public(connected: socket.socket, address: str, where: str, advice: str) -> None:
     """Asked of the connection itself, so that a name can't change its mind between the question and the call."""
     peer = ipaddress.ip_address(str(connected.getpeername()[0]).partition("%")[0])
     if not (getattr(peer, "ipv4_mapped", None) or peer).is_global:
-        raise DataError(f"{where}: {address[:200]!r} leads to {peer}, in a private network; name the host in `hosts`")
+        raise DataError(f"{where}: {address[:200]!r} leads to {peer}, in a private network{advice}")
 
 
 def _target(parts: SplitResult) -> str:
@@ -96,14 +108,14 @@ def _target(parts: SplitResult) -> str:
     return quote(parts.path or "/", safe=SAFE) + query
 
 
-def _body(response: http.client.HTTPResponse, name: str, max_bytes: int, end: float) -> bytes:
+def _body(response: http.client.HTTPResponse, name: str, max_bytes: int, end: float, seconds: float) -> bytes:
     content = bytearray()
-    while chunk := response.read(CHUNK):
+    while chunk := response.read1(CHUNK):  # what has come, so that one who trickles is timed
         content += chunk
         if len(content) > max_bytes:
             raise MediaError(f"{name}: more than {max_bytes:,} bytes (`media.max_bytes`)")
         if time.monotonic() > end:
-            raise DataError(f"{name}: not there after {SECONDS_IN_ALL:.0f} s")
+            raise DataError(f"{name}: not there after {seconds:.0f} s")
     if response.length:
         raise DataError(f"{name}: broke off, {response.length:,} bytes before its end")
     return bytes(content)

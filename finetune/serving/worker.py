@@ -1,0 +1,257 @@
+"""The thread that owns the models. It takes what is ready, model by model in turn: newcomers join the model's batch,
+and every row of it gets one more token. Between two steps it also asks heads.
+"""
+
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.assistant import Assistant, Look
+from finetune.data.sample import Answer, Message
+from finetune.errors import FinetuneError
+from finetune.serving import window
+from finetune.serving.batch import Batch
+from finetune.serving.cache import PrefixCache
+from finetune.serving.contract import TimedOut
+from finetune.serving.reading import Media
+from finetune.serving.row import Row
+from finetune.serving.sampling import Vocabulary
+
+COUNTERS = (
+    *("requests", "requests_finished", "requests_failed", "requests_cancelled", "requests_refused", "steps"),
+    *("prompt_tokens", "completion_tokens", "prefix_cache_hit_tokens", "prefix_cache_miss_tokens"),
+    *("media_cache_hits", "media_cache_misses"),
+)
+STOPPED = TimedOut("the server stopped before this was answered")
+OUT_OF_MEMORY = re.compile("(out of|allocate) memory")  # by torch's allocators, as a RuntimeError
+
+
+@dataclass
+class Question:
+    """What a head is asked. `look` is known once its media are decoded."""
+
+    task: str
+    messages: tuple[Message, ...]
+    future: "Future[Answer]" = field(default_factory=Future)
+    look: Look | None = None
+
+    def fail(self, error: BaseException) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+@dataclass
+class Served:
+    """A model, what waits for it, and its batch. `together`: how many rows may begin at once where none can join later;
+    0 where they can. `room`: rows that its batch may have: fewer when memory ran out.
+    """
+
+    assistant: Assistant
+    media: Media
+    batch: Batch
+    ends: frozenset[int]
+    together: int
+    room: int
+    ready: deque[Row] = field(default_factory=deque)
+    questions: deque[Question] = field(default_factory=deque)
+    window: list[Row] = field(default_factory=list)
+    vocabulary: Vocabulary | None = None  # made when it is first needed: it takes a second
+
+    @property
+    def running(self) -> list[Row]:
+        return self.window or self.batch.rows
+
+
+class Worker:
+    """`max_batch`, `max_batch_tokens`, `prefill_tokens`: as in `Engine`. `waiting`: requests taken, and neither in a
+    batch nor answered; changed under `wake`.
+    """
+
+    def __init__(self, prefixes: PrefixCache, max_batch: int, max_batch_tokens: int, prefill_tokens: int) -> None:
+        self.served: Sequence[Served] = ()
+        self.prefixes = prefixes
+        self.max_batch, self.max_batch_tokens, self.prefill_tokens = max_batch, max_batch_tokens, prefill_tokens
+        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.seconds = 1.0  # that an answer took lately
+        self.wake = threading.Condition()
+        self.waiting = 0
+        self.draining = self.stopped = False
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, drain_seconds: float) -> None:
+        """Finish what is there within the time, then end."""
+        if self._thread.ident is None:
+            return
+        with self.wake:
+            self.draining = True
+            self.wake.notify_all()
+        self._thread.join(drain_seconds)
+        with self.wake:
+            self.stopped = True
+            self.wake.notify_all()
+        for served in self.served:
+            for row in served.running:
+                row.stream.deadline = 0.0
+        self._thread.join()
+
+    def notify(self) -> None:
+        with self.wake:
+            self.wake.notify_all()
+
+    def wait_less(self, count: int = 1) -> None:
+        with self.wake:
+            self.waiting -= count
+
+    def failed(self, error: Exception, *fails: Callable[[BaseException], Any]) -> None:
+        """Tell those whom an error concerns."""
+        self.counters["requests_failed"] += len(fails)
+        told: Exception = error
+        if _is_memory(error):
+            told = MemoryError("not enough memory for this request here: fewer or smaller media, or shorter text")
+        elif not isinstance(error, FinetuneError | TimedOut):
+            logging.getLogger(__name__).error("a request failed", exc_info=error)
+        for fail in fails:
+            fail(told)
+
+    def _work(self) -> None:
+        while self._wait():
+            for served in self.served:
+                self._turn(served)
+
+    def abandon(self) -> None:
+        """Tell all whom the worker, which has ended, left unanswered."""
+        for served in self.served:
+            self.failed(STOPPED, *(row.fail for row in (*served.batch.rows, *served.ready) if not row.done))
+            self.failed(STOPPED, *(question.fail for question in served.questions))
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when all is over."""
+        with self.wake:
+            self.wake.wait_for(lambda: self.stopped or self._busy() or (self.draining and not self.waiting))
+            return not self.stopped and self._busy()
+
+    def _busy(self) -> bool:
+        return any(served.ready or served.questions or served.batch.rows for served in self.served)
+
+    def _turn(self, served: Served) -> None:
+        """One question to a head, newcomers, one step."""
+        self._tidy(served)
+        if served.questions:
+            self._ask(served, served.questions.popleft())
+        if newcomers := self._newcomers(served):
+            with self._surviving(served, newcomers):
+                if served.together:
+                    served.window = newcomers
+                    window.generate(served.assistant, newcomers)
+                else:
+                    served.batch.join(newcomers)
+        self._tidy(served)
+        if served.batch.rows:
+            with self._surviving(served, []):
+                served.batch.step()
+                self.counters["steps"] += 1
+            self._tidy(served)
+
+    def _newcomers(self, served: Served) -> list[Row]:
+        """Who may join now, in the order in which they became ready."""
+        found: list[Row] = []
+        running, limit = served.batch.rows, min(served.room, served.together or served.room)
+        while served.ready and len(running) + len(found) < limit:
+            row = served.ready[0]
+            rows = [*running, *found, row]
+            longest = max(len(other.prompt.input_ids) + other.limit for other in rows)
+            if len(rows) > 1 and len(rows) * longest > self.max_batch_tokens:
+                break
+            if found and sum(other.length for other in (*found, row)) > self.prefill_tokens:
+                break
+            if found and served.together and row.weights != found[0].weights:
+                break
+            self.wait_less()
+            served.ready.popleft()
+            if self._encoded(served, row):
+                found.append(row)
+        return found
+
+    def _encoded(self, served: Served, row: Row) -> bool:
+        """Its media's features are there. Of a medium that can't be encoded, others never know."""
+        try:
+            for kind, seen in row.prompt.media.items():
+                for one in seen:
+                    served.media.features(kind, one)
+        except Exception as error:  # whatever an encoder raises: the worker goes on
+            self.failed(error, row.fail)
+        return not row.done
+
+    @contextmanager
+    def _surviving(self, served: Served, newcomers: list[Row]) -> Iterator[None]:
+        """Whatever a model raises, the worker goes on. A row that is alone fails; several are put back, to be read
+        again by fewer at once, so that in the end only those fail whose fault it is.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._tidy(served)
+            rows = [row for row in dict.fromkeys([*served.batch.rows, *newcomers]) if not row.done]
+            served.batch.keep([])
+            self.prefixes.kept.clear()
+            if len(rows) == 1:
+                self.failed(error, rows[0].fail)
+                return
+            served.room = max(1, len(rows) // 2) if _is_memory(error) else 1
+            served.ready.extendleft(reversed(rows))
+            self.wait_less(-len(rows))
+
+    def _ask(self, served: Served, question: Question) -> None:
+        self.wait_less()
+        if not question.future.set_running_or_notify_cancel():
+            self.counters["requests_cancelled"] += 1
+            return
+        try:
+            (answer,) = served.assistant.ask(question.task, [question.messages], look=question.look)
+        except Exception as error:  # as above
+            self.failed(error, question.future.set_exception)
+            return
+        self.counters["requests_finished"] += 1
+        question.future.set_result(answer)
+
+    def _tidy(self, served: Served) -> None:
+        """Let go of what has ended, and of what nobody waits for."""
+        for row in (*served.running, *served.ready):
+            row.look_at_clock()
+        for row in served.running:
+            if row.done:
+                self._count(row)
+                served.room = min(self.max_batch, served.room + 1)
+        served.batch.keep([row for row in served.batch.rows if not row.done])
+        served.window = []
+        here = [row for row in served.ready if not row.done]
+        asked = [question for question in served.questions if not question.future.done()]
+        if gone := len(served.ready) - len(here) + len(served.questions) - len(asked):
+            self.wait_less(gone)
+            self.counters["requests_cancelled"] += gone
+            served.ready, served.questions = deque(here), deque(asked)
+
+    def _count(self, row: Row) -> None:
+        ends = {"stop": "finished", "length": "finished", "error": "failed", None: "cancelled"}
+        self.counters[f"requests_{ends[row.finish_reason]}"] += 1
+        self.counters["prompt_tokens"] += row.stream.prompt_tokens
+        self.counters["completion_tokens"] += len(row.tokens)
+        self.counters["prefix_cache_hit_tokens"] += row.stream.cached_tokens
+        self.counters["prefix_cache_miss_tokens"] += row.stream.prompt_tokens - row.stream.cached_tokens
+        took = time.monotonic() - row.begun
+        self.seconds += 0.1 * (took - self.seconds)
+
+
+def _is_memory(error: Exception) -> bool:
+    by_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(by_torch)

@@ -1,0 +1,311 @@
+"""What goes wrong for one request concerns no other; and how much an engine takes."""
+
+import asyncio
+import inspect
+import random
+import threading
+import time
+
+import pytest
+import torch
+from tiny_serving import ask_all, conversation, pictures, read, request, serving, tiny_assistant
+
+from finetune.data.sample import Medium, Message
+from finetune.errors import DataError, MediaError
+from finetune.media import decode
+from finetune.serving.contract import Busy, TimedOut
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return tiny_assistant(ends=range(2, 3))  # answers go on to their limit
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def questions(paths, count, tokens=12, **more):
+    chance = random.Random(0)
+    return [request(conversation(chance, paths), tokens, **more) for _ in range(count)]
+
+
+def alone(assistant, requests):
+    return [assistant.answers([r.messages], max_new_tokens=r.max_new_tokens)[0] for r in requests]
+
+
+def texts(found):
+    return [one if isinstance(one, BaseException) else one[0].strip() for one in found]
+
+
+class Slow:
+    """The LLM, each of its steps held up; and what its batches were."""
+
+    def __init__(self, model, seconds=0.01, wrong=lambda batch: None):
+        self.forward, self.lm, self.batches = model.causal_lm.forward, model.causal_lm, []
+
+        def forward(*args, **kwargs):
+            given = next(x for x in (*args, kwargs.get("inputs_embeds"), kwargs.get("input_ids")) if x is not None)
+            self.batches.append(len(given))
+            time.sleep(seconds)
+            if (error := wrong(len(given))) is not None:
+                raise error
+            return self.forward(*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(self.forward)
+        self.lm.forward = forward
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        del self.lm.forward
+
+
+def test_what_cannot_be_read_fails_alone(assistant, paths, tmp_path):
+    (tmp_path / "broken.png").write_bytes(paths[0].read_bytes()[:40])
+    good = questions(paths, 6)
+    bad = [
+        request((Message("user", (Medium("image", tmp_path / "broken.png"), "What?")),)),
+        request((Message("user", (Medium("image", tmp_path / "none.png"), "What?")),)),
+        request((Message("user", (Medium("audio", paths[0]), "What?")),)),
+        request((Message("user", ("What is this? " * 100,)),)),
+        request((Message("user", ("<|image|>",)),)),
+    ]
+    with serving(assistant) as engine:
+        found = texts(ask_all(engine, [*good[:3], *bad, *good[3:]]))
+        assert found[:3] + found[8:] == alone(assistant, good)
+        assert [type(error) for error in found[3:8]] == [MediaError, MediaError, DataError, DataError, DataError]
+        assert "but the LLM reads 256" in str(found[6])
+        assert engine.stats().counters["requests_failed"] == 5
+        assert engine.stats().gauges["requests_waiting"] == engine.stats().gauges["requests_running"] == 0
+
+
+def test_a_medium_that_cannot_be_encoded_fails_alone(assistant, paths, monkeypatch):
+    encoder = assistant.encoders["image"]
+    encode, seen = encoder.encode, [encoder.prepare(decode("image", path)).values for path in paths]
+
+    def broken(self, values):
+        if torch.equal(values[0], seen[2]):
+            raise RuntimeError("a layer doesn't take it")
+        return encode(values)
+
+    asked = [request((Message("user", (Medium("image", path), "What?")),), 6) for path in paths]
+    expected = alone(assistant, asked)
+    with serving(assistant, media_cache_bytes=0) as engine, monkeypatch.context() as patch:
+        patch.setattr(type(encoder), "encode", broken)
+        found = texts(ask_all(engine, asked))
+    assert isinstance(found[2], RuntimeError) and found[:2] + found[3:] == expected[:2] + expected[3:]
+
+
+def test_a_batch_that_memory_does_not_hold_gets_smaller(assistant, paths):
+    asked = questions(paths, 8)
+    expected = alone(assistant, asked)
+    full = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with Slow(assistant.model, 0, lambda batch: full if batch > 2 else None) as seen, serving(assistant) as engine:
+        assert texts(ask_all(engine, asked)) == expected
+        assert max(seen.batches) == 8 and seen.batches.count(2) > 20
+    with Slow(assistant.model, 0, lambda batch: full), serving(assistant) as engine:
+        assert all(isinstance(error, MemoryError) and "memory" in str(error) for error in texts(ask_all(engine, asked)))
+        assistant.model.causal_lm.forward = assistant.model.causal_lm.__class__.forward.__get__(
+            assistant.model.causal_lm
+        )
+        assert texts(ask_all(engine, asked)) == expected
+
+
+def test_an_answer_that_breaks_a_model_ends_alone(assistant, paths):
+    """Whatever is raised in a step: rows are read again one by one, and only the guilty one fails."""
+    asked = questions(paths, 5)
+    expected = alone(assistant, asked)
+    vocabulary = assistant.model.get_input_embeddings().weight.shape[0]
+    with serving(assistant) as engine:
+        read_row = engine._row
+
+        def row(served, wanted, stream, weights):
+            made = read_row(served, wanted, stream, weights)
+            if wanted is asked[2]:
+                made.prompt.input_ids[0] = vocabulary + 7  # no such row in the table
+            return made
+
+        engine._row = row
+        found = texts(ask_all(engine, asked))
+        assert isinstance(found[2], IndexError)
+        assert found[:2] + found[3:] == expected[:2] + expected[3:]
+        asyncio.run(_soon(lambda: engine.stats().gauges["requests_running"] == 0))
+
+
+def test_too_many_requests_are_refused(assistant, paths):
+    asked = questions(paths, 3, 40)
+    with Slow(assistant.model, 0.02), serving(assistant, max_batch=1, queue_limit=2) as engine:
+
+        async def crowd():
+            first = engine.submit(asked[0])
+            async for _ in first:  # it runs
+                break
+            waiting = [engine.submit(one) for one in asked[1:]]
+            with pytest.raises(Busy) as refused:
+                engine.submit(asked[0])
+            with pytest.raises(Busy):
+                await engine.ask("tiny", "colour", asked[0].messages, 5)
+            waiting[0].cancel()
+            await _soon(lambda: engine.stats().gauges["requests_waiting"] < 2)
+            engine.submit(asked[0])
+            return refused.value.retry_after_seconds
+
+        assert asyncio.run(crowd()) >= 1
+        assert engine.stats().counters["requests_refused"] == 2
+
+
+async def _soon(holds, within_seconds=5.0):
+    end = time.monotonic() + within_seconds
+    while not holds():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+
+
+def test_who_goes_away_makes_room(assistant, paths):
+    asked = questions(paths, 2, 200)
+    with Slow(assistant.model, 0.01) as seen, serving(assistant) as engine:
+
+        async def leave():
+            streams = [engine.submit(one) for one in asked]
+            for stream in streams:
+                async for _ in stream:
+                    break
+            streams[0].cancel()
+            await _soon(lambda: engine.stats().gauges["requests_running"] == 1)
+            return (await read(streams[1]))[1]
+
+        assert asyncio.run(leave()) == "length"
+        assert engine.stats().counters["requests_cancelled"] == 1
+        assert seen.batches[-1] == 1
+
+
+def test_an_answer_has_its_time(assistant, paths):
+    (slow,), (quick,) = questions(paths, 1, 200, timeout_seconds=0.4), questions(paths, 1, 4)
+    with Slow(assistant.model, 0.02), serving(assistant) as engine:
+        begin = time.monotonic()
+        found = texts(ask_all(engine, [slow, quick]))
+        assert isinstance(found[0], TimedOut) and time.monotonic() - begin < 2
+        assert found[1] == alone(assistant, [quick])[0]
+        asyncio.run(_soon(lambda: engine.stats().gauges["requests_running"] == 0))
+    with Slow(assistant.model, 1.0), serving(assistant) as engine:  # one step is longer than the time
+        begin = time.monotonic()
+        assert isinstance(texts(ask_all(engine, [request(quick.messages, 4, timeout_seconds=0.2)]))[0], TimedOut)
+        with pytest.raises(TimedOut):
+            asyncio.run(engine.ask("tiny", "colour", quick.messages, 0.2))
+        assert time.monotonic() - begin < 1.5
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_an_engine_that_stops_finishes_what_runs(fusion, paths):
+    assistant = tiny_assistant(fusion=fusion, ends=range(2, 3))
+    asked = questions(paths, 4, 30)
+    expected = alone(assistant, asked)
+    for drain_seconds in (20.0, 0.0):
+        with Slow(assistant.model, 0.01), serving(assistant, max_batch=3) as engine:
+
+            async def stopped(engine, drain_seconds):
+                streams = [engine.submit(one) for one in asked]
+                async for _ in streams[0]:
+                    break
+                end = threading.Thread(target=engine.stop, args=(drain_seconds,))
+                end.start()
+                await _soon(lambda: engine._worker.draining)
+                with pytest.raises(Busy):
+                    engine.submit(asked[0])
+                found = await asyncio.gather(*map(read, streams[1:]), return_exceptions=True)
+                await asyncio.to_thread(end.join)
+                return found
+
+            found = asyncio.run(stopped(engine, drain_seconds))
+            if drain_seconds:
+                assert texts(found) == expected[1:]
+            else:
+                assert all(isinstance(one, TimedOut) for one in found)
+
+
+def test_no_request_may_need_more_than_there_is(assistant, paths):
+    long = [request((Message("user", ("What is this? " * 12,)),), 200)]
+    with serving(assistant, max_batch_tokens=100) as engine:
+        (found,) = ask_all(engine, long)
+        assert found[3].prompt_tokens + found[3].completion_tokens == 100 and found[1] == "length"
+        asked = questions(paths, 6, 20)
+        assert texts(ask_all(engine, asked)) == alone(assistant, asked)
+    with serving(assistant, max_batch_tokens=40) as engine:
+        (found,) = ask_all(engine, long)
+        assert isinstance(found, DataError) and "this server takes 40" in str(found)
+
+
+def test_a_batch_holds_no_more_tokens_than_it_may(assistant, paths):
+    asked = questions(paths, 8, 20)
+    with Slow(assistant.model, 0) as seen, serving(assistant, max_batch_tokens=150) as engine:
+        ask_all(engine, asked)
+        assert 1 < max(seen.batches) <= 4
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model": "other"}, "no model is called 'other' here; there are: tiny"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; write 1 or more"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"strength": 0.5}, "strength is for models with cross-attention"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_once(assistant, paths, change, said):
+    (one,) = questions(paths, 1)
+    with serving(assistant) as engine, pytest.raises(DataError, match=said):
+        engine.submit(request(one.messages, **change))
+
+
+def test_heads_are_asked_between_two_steps(assistant, paths):
+    asked = questions(paths, 4, 40)
+    expected = [assistant.ask("colour", [one.messages])[0].probabilities for one in asked]
+    with Slow(assistant.model, 0.005), serving(assistant) as engine:
+
+        async def both():
+            streams = [engine.submit(one) for one in asked]
+            said = await asyncio.gather(*(engine.ask("tiny", "colour", one.messages, 20) for one in asked))
+            running = engine.stats().gauges["requests_running"]
+            return said, running, await asyncio.gather(*map(read, streams))
+
+        said, running, found = asyncio.run(both())
+        assert running > 0 and texts(found) == alone(assistant, asked)
+        for answer, right in zip(said, expected, strict=True):
+            assert answer.probabilities == pytest.approx(right, abs=1e-4)
+        with pytest.raises(DataError, match="knows no task 'size'; there are: colour"):
+            asyncio.run(engine.ask("tiny", "size", asked[0].messages, 5))
+        broken = (Message("user", (Medium("image", paths[0].parent), "What?")),)
+        with pytest.raises(MediaError):
+            asyncio.run(engine.ask("tiny", "colour", broken, 5))
+    assert engine.models == {
+        "tiny": {
+            "media": ("image",),
+            "tasks": {"colour": {"head": "label", "labels": ["blue", "red"]}},
+            "context": 256,
+            "path": None,
+        }
+    }
+
+
+def test_models_take_turns(paths):
+    """What asks little of one model doesn't wait for what asks much of another; each answers as it does alone."""
+    models = {"one": tiny_assistant(ends=range(2, 3)), "other": tiny_assistant("mistral", ends=range(2, 3))}
+    long, short = questions(paths, 3, 60, model="one"), questions(paths, 3, 5, model="other")
+    expected = [alone(models[r.model], [r])[0] for r in long + short]
+    ended = []
+    with Slow(models["one"].model, 0.005), serving(models) as engine:
+
+        async def timed(wanted):
+            text, *_ = await read(engine.submit(wanted))
+            ended.append(wanted.model)
+            return text.strip()
+
+        async def all_of_them():
+            return await asyncio.gather(*map(timed, long + short))
+
+        assert asyncio.run(all_of_them()) == expected
+    assert ended == ["other"] * 3 + ["one"] * 3

@@ -1,0 +1,109 @@
+"""Several models in one process: adapters over one LLM hold it once, and answer as each does alone."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import part, tiny_encoder, tiny_recipe
+from tiny_merged import tiny_merged
+from tiny_serving import ask_all, request, serving
+
+import finetune
+from finetune.data.sample import Medium, Message
+from finetune.errors import ArtifactError, ModelError
+from finetune.serving.models import load_models
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return finetune.train(finetune.load_recipe(tiny_recipe(folder)), folder / "run").path / "adapter"
+
+
+def changed(folder, to, file, **content):
+    """A copy whose JSON file holds something else."""
+    shutil.copytree(folder, to)
+    found = json.loads((to / file).read_text())
+    (to / file).write_text(json.dumps(found | content))
+    return to
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def adapters(request, trained, tmp_path_factory):
+    """Two over the same LLM, that differ in all that trains: the second's weights spread, so that it tells."""
+    place = tmp_path_factory.mktemp(request.param)
+    llm = json.loads((trained / "multimodal.json").read_text())["language_model"] | {"quantize": request.param}
+    first = changed(trained, place / "first", "multimodal.json", language_model=llm)
+    second = changed(trained, place / "second", "multimodal.json", language_model=llm)
+    for name in ("adapter_model.safetensors", "projectors.safetensors"):
+        torch.manual_seed(5)
+        tensors = {key: t + 0.3 * torch.randn_like(t) for key, t in load_file(second / name).items()}
+        save_file(tensors, second / name, {"format": "pt"})
+    return {"first": first, "second": second}
+
+
+def questions(trained):
+    images = sorted((trained.parents[1] / "data" / "images").glob("test*.png"))[:4]
+    said = ("What is this?", "Describe the picture.")
+    return [(Message("user", (Medium("image", path), text)),) for path in images for text in said]
+
+
+def base_weights(assistant):
+    own = assistant.model.causal_lm.named_parameters()
+    return {name.replace(".base_layer", ""): p for name, p in own if "lora_" not in name}
+
+
+def test_adapters_over_one_llm_hold_it_once_and_answer_as_alone(adapters, trained):
+    together = load_models(adapters)
+    first, second = (base_weights(together[name]) for name in adapters)
+    assert first.keys() == second.keys()
+    assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
+    assert together["first"].encoders["image"] is together["second"].encoders["image"]
+    assert all(isinstance(one.model.language_model, PeftModel) for one in together.values())
+    asked = questions(trained)
+    expected = {}
+    for name, folder in adapters.items():
+        assistant = finetune.load(folder)
+        expected[name] = [assistant.answers([q], max_new_tokens=8)[0] for q in asked]
+    assert expected["first"] != expected["second"]
+    requests = [request(q, 8, model=name) for q in asked for name in adapters]
+    with serving(together) as engine:
+        found = [text.strip() for text, *_ in ask_all(engine, requests)]
+        assert engine.stats().counters["media_cache_misses"] == 4  # both see through the same encoder
+    for place, name in enumerate(adapters):
+        assert found[place :: len(adapters)] == expected[name]
+
+
+def test_one_adapter_and_a_merged_model_are_loaded_as_they_are(trained, tmp_path):
+    encoder = ("vision", tiny_encoder())
+    tiny_merged(tmp_path / "run" / "merged", {"image": encoder}, {"image": part("projectors", "pixel_shuffle")})
+    models = load_models({"run": tmp_path / "run", "adapter": trained})
+    assert not hasattr(models["run"].model.language_model, "peft_config")
+    asked = [request(q, 6, model=name) for q in questions(trained)[:3] for name in models]
+    with serving(models) as engine:
+        found = [text.strip() for text, *_ in ask_all(engine, asked)]
+    assert found == [models[r.model].answers([r.messages], max_new_tokens=6)[0] for r in asked]
+
+
+def test_adapters_that_change_their_base_have_their_own(trained, tmp_path):
+    """PiSSA takes out of the LLM's weights what the adapter begins with: others must not see that."""
+    folders = [
+        changed(trained, tmp_path / name, "adapter_config.json", init_lora_weights="pissa") for name in ("one", "other")
+    ]
+    one, other = (base_weights(model) for model in load_models({f.name: f for f in folders}).values())
+    name = next(name for name in one if "q_proj" in name)
+    assert one[name].data_ptr() != other[name].data_ptr()
+    assert torch.equal(one[name], other[name])
+
+
+def test_a_damaged_adapter_and_an_unknown_place_are_named(adapters, tmp_path):
+    broken = changed(adapters["first"], tmp_path / "broken", "multimodal.json", format=99)
+    with pytest.raises(ArtifactError, match="format 99"):
+        load_models({**adapters, "broken": broken})
+    with pytest.raises(ArtifactError, match="nowhere"):
+        load_models({**adapters, "nowhere": tmp_path / "nowhere"})
+    with pytest.raises(ModelError, match="someone/something"):
+        load_models({"hub": "someone/something"})
