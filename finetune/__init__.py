@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from finetune.stages.data_preview import data_preview
     from finetune.stages.data_split import data_split
     from finetune.stages.evaluate import evaluate
-    from finetune.stages.export import export
+    from finetune.stages.export import export_run
     from finetune.stages.merge import merge
     from finetune.stages.pull import pull
     from finetune.stages.push import push
@@ -33,7 +33,7 @@ _HOME = {
     "data_preview": "stages.data_preview",
     "data_split": "stages.data_split",
     "evaluate": "stages.evaluate",
-    "export": "stages.export",
+    "export_run": "stages.export",
     "load": "assistant",
     "load_recipe": "recipe",
     "merge": "stages.merge",
@@ -57,7 +57,7 @@ __all__ = [
     "data_preview",
     "data_split",
     "evaluate",
-    "export",
+    "export_run",
     "load",
     "load_recipe",
     "merge",

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from finetune import key_map
 from finetune.data.asks import Ask
 from finetune.errors import ArtifactError, ModelError, TrainingError
 from finetune.model import MultimodalModel
 from finetune.run_folder import read_json
 
-FORMAT = 3
-READABLE = (2, 3)  # 2 had no heads
+FORMAT = 4
+READABLE = (2, 3, 4)  # 2 had no heads, 3 didn't name the LLM's modules
+MERGED_FORMAT = 1  # of merged folders: `parts.format` in their config; without one they are 1
 
 
 def attach(
@@ -63,6 +65,21 @@ def saved_asks(folder: Path) -> dict[str, Ask]:
     """
     content = read_json(folder / "multimodal.json")
     return {name: Ask.restore(saved) for name, saved in content.get("asks", {}).items()}
+
+
+def options_for(folder: Path, language_model: Any) -> dict[str, Any] | None:
+    """The keywords of `attach` for the adapter in `folder` over an LLM that has none yet, whose modules may have been
+    renamed since; None where the folder has no adapter.
+
+    Raises ArtifactError where it was made for another LLM: names and sizes of both sides.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    options = options_of(read_json(folder / "adapter_config.json"))
+    now = key_map.fit(folder, language_model)
+    if any(then != module for then, module in now.items()):
+        options["targets"] = sorted(now.values())
+    return options
 
 
 def options_of(lora: dict[str, Any]) -> dict[str, Any]:
@@ -235,16 +252,22 @@ def load_trained(model: MultimodalModel, folder: Path) -> dict[str, int]:
     matched: dict[str, int] = {}
     if isinstance(model.language_model, PeftModel):
         path = folder / "adapter_model.safetensors"
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: the adapter can't be loaded")
+        saved = key_map.tensors(path, "the adapter")
         own = {_plain(name): p for name, p in model.language_model.named_parameters() if _is_adapter(name)}
-        matched["adapter"] = _copy(path, load_file(path), own)
+        now = key_map.matched(str(path), key_map.modules(saved), key_map.modules(own), model.causal_lm)
+        moved = {}
+        for name, tensor in saved.items():
+            module = key_map.module_of(name)
+            moved[name.replace(module, now[module], 1)] = tensor
+        matched["adapter"] = _copy(path, moved, own)
     path = folder / "projectors.safetensors"
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: the projectors can't be loaded")
-    saved = load_file(path)
+    saved = key_map.tensors(path, "the projectors")
     if not model.tuned:
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith("encoders.")}
+    for medium, names in model.tuned.items():
+        weights = [name.removeprefix(f"encoders.{medium}.") for name in saved if name.startswith(f"encoders.{medium}.")]
+        for then, now_called in key_map.renamed(weights, names, model.encoders[medium]).items():
+            saved[f"encoders.{medium}.{now_called}"] = saved.pop(f"encoders.{medium}.{then}")
     _copy(path, saved, _own_tensors(model))
     for name in saved:
         group, inside = name.split(".")[:2]
@@ -288,6 +311,7 @@ def save_adapter_folder(
         "asks": parts["asks"],
         "media": media,
         "seed": seed,
+        "modules": key_map.describe(model.causal_lm),
     }
     (folder / "multimodal.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     config_path = folder / "adapter_config.json"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from finetune import adapter
-from finetune.assemble import build_model, encode_one, load_parts, read_medium, segments_by
+from finetune import adapter, certificate, hub
+from finetune.assemble import Parts, build_model, encode_one, load_llm, load_parts, read_medium, segments_by
 from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
 from finetune.data.tokenize import Placeholder, answer_ends, answer_tokens, tokenize_prompt
-from finetune.errors import ArtifactError, DataError
+from finetune.errors import ArtifactError, DataError, ModelError
 from finetune.language_model import context_length, default_device, load_tokenizer
 from finetune.media import Limits
 from finetune.model import PLACEHOLDERS, MultimodalModel
@@ -85,10 +85,10 @@ class Assistant:
         """
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
-        weights = self._strengths(strength)
+        weights = self.strengths(strength)
         batch = self._batch(conversations, weights, look)
         longest, context = batch["input_ids"].shape[1], context_length(self.model.causal_lm)
-        with self._at(weights):
+        with self.weighing(weights):
             tokens = self.model.generate(
                 **batch,
                 max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
@@ -158,9 +158,9 @@ class Assistant:
         if not found.trained and "labels" not in found.settings:
             written = self.answers(conversations, max_new_tokens=max_new_tokens, look=look, strength=strength)
             return [Answer(text) for text in written]
-        weights = self._strengths(strength)
+        weights = self.strengths(strength)
         if found.trained:
-            with self._at(weights):
+            with self.weighing(weights):
                 outputs = self.model.head_outputs(name, **self._batch(conversations, weights, look))
             part = load_part("heads", found.head[0])
             return [part.answer(row, found.settings, found.head[1]) for row in outputs.tolist()]
@@ -172,7 +172,7 @@ class Assistant:
             # One question at a time: its keys and values are copied for every answer that is read at once.
             batch = self._batch([conversation], weights, look, room=longest)
             copies = max(1, ANSWER_TOKENS // (batch["input_ids"].shape[1] + longest)) if shares else len(labels)
-            with self._at(weights):
+            with self.weighing(weights):
                 told = [
                     self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch)
                     for start in range(0, len(labels), copies)
@@ -193,7 +193,7 @@ class Assistant:
         room for as many tokens more. Raises DataError.
         """
         conversations = [
-            _without(messages, [kind for kind in weights if weights[kind] == 0]) for messages in conversations
+            without_kinds(messages, [kind for kind in weights if weights[kind] == 0]) for messages in conversations
         ]
         look = look or self._reading()
         segments = segments_by(self.model.config, look.layout)
@@ -215,7 +215,7 @@ class Assistant:
                 media.setdefault(medium.kind, []).append(look.features(medium))
         return {"input_ids": input_ids, "attention_mask": mask, "features": media}
 
-    def _strengths(self, strength: float | Mapping[str, float] | None) -> dict[str, float]:
+    def strengths(self, strength: float | Mapping[str, float] | None) -> dict[str, float]:
         """What each medium is to weigh: as asked, else as the model has it; {} where the fusion knows none."""
         own = self.model.fusion.strength
         if strength is None:
@@ -231,7 +231,7 @@ class Assistant:
         return {**own, **given}
 
     @contextmanager
-    def _at(self, strengths: Mapping[str, float]) -> Iterator[None]:
+    def weighing(self, strengths: Mapping[str, float]) -> Iterator[None]:
         """Media weigh this much for the time being."""
         fusion = self.model.fusion
         before = dict(fusion.strength or {})
@@ -260,7 +260,7 @@ class Assistant:
         )
 
 
-def _without(messages: Sequence[Message], kinds: Sequence[str]) -> list[Message]:
+def without_kinds(messages: Sequence[Message], kinds: Sequence[str]) -> list[Message]:
     """The conversation without media of these kinds."""
     return [
         Message(m.role, tuple(p for p in m.content if not (isinstance(p, Medium) and p.kind in kinds)))
@@ -279,26 +279,49 @@ def media_of(**given: Media) -> tuple[Medium, ...]:
     return tuple(found)
 
 
-def load(folder: Path | str, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
-    """Rebuild a model from a merged folder, an adapter folder, or a run (its merged model if there is one).
+def load(
+    folder: Path | str,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    *,
+    revision: str | None = None,
+) -> Assistant:
+    """Rebuild a model from a merged folder, an adapter folder, a run (its merged model if there is one), or a Hub id,
+    as "user/name", with its branch, tag or commit as `revision`.
 
     `trust_remote_code` lets an adapter's LLM run code of its Hub repository: the adapter can't ask for it by itself,
-    and must name a commit. Raises ArtifactError for a folder that is none of these, or whose files don't fit.
+    and must name a commit. Raises ArtifactError for a folder that is none of these, or whose files don't fit, and
+    ModelError for what the Hub doesn't give.
     """
     quiet_libraries()
     path = Path(folder)
-    candidates = [path / "merged", path / "adapter", path]
-    for candidate in candidates:
-        if (candidate / "multimodal.json").is_file():
-            return load_adapter(candidate, device, trust_remote_code)
-        if (candidate / "config.json").is_file():
-            return load_merged(candidate, device)
+    if not path.exists() and hub.is_repository(str(folder)):
+        path = hub.fetched(str(folder), revision)
+    elif revision is not None:
+        raise ModelError(f"{path}: a revision is for models of the Hub, not for folders")
+    else:
+        path = next((p for p in (path / "merged", path / "adapter", path) if _is_model(p)), path)
+        hub.verify_manifest(path, hub.READ)
+        if (path / certificate.NAME).is_file() and not (path / hub.MANIFEST).is_file():
+            certificate.verify(certificate.read_certificate(path), path)
+    if (path / "multimodal.json").is_file():
+        return load_adapter(path, device, trust_remote_code)
+    if (path / "config.json").is_file():
+        return load_merged(path, device)
     raise ArtifactError(f"{path}: no merged model, no adapter and no run that has got that far")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "multimodal.json").is_file() or (folder / "config.json").is_file()
 
 
 def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     """A folder that `merge` wrote: needs nothing but itself."""
     device = device or default_device()
+    parts = read_json(folder / "config.json").get("parts")
+    if not isinstance(parts, dict):
+        raise ArtifactError(f"{folder}: not a model that `finetune merge` wrote; load it with transformers")
+    refuse_format(folder, parts.get("format", 1), range(1, adapter.MERGED_FORMAT + 1), "merge")
     loaded: Any = MultimodalModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
     model, report = loaded
     wrong = {
@@ -315,13 +338,17 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     return Assistant(model, tokenizer, placeholders, model.encoder_parts, Limits(**model.config.parts["media"]))
 
 
-def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
-    """An adapter folder: the LLM and the encoders are fetched by the names in it."""
+def load_adapter(
+    folder: Path,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    shared: Callable[[Parts, Mapping[str, Any]], Any] = load_llm,
+) -> Assistant:
+    """An adapter folder: the LLM and the encoders are fetched by the names in it. `shared`, given the parts and the
+    LLM's settings, gives the LLM, and may put other encoders of equal weights into the parts.
+    """
     content = read_json(folder / "multimodal.json")
-    if (found := content.get("format")) not in adapter.READABLE:
-        newer = isinstance(found, int) and found > adapter.FORMAT
-        advice = "install a newer finetune" if newer else "train it again, or install the finetune that wrote it"
-        raise ArtifactError(f"{folder}: format {found}; this finetune reads {adapter.READABLE}: {advice}")
+    refuse_format(folder, content.get("format"), adapter.READABLE, "train")
     device = device or default_device()
     llm = {
         **content["language_model"],
@@ -342,15 +369,25 @@ def load_adapter(folder: Path, device: torch.device | None = None, trust_remote_
         device=device,
     )
     parts.tokenizer = load_tokenizer(str(folder))
-    lora = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+    language_model = shared(parts, llm)
     model = build_model(
         parts,
         llm=llm,
-        adapter_options=adapter.options_of(lora) if lora else None,
+        adapter_options=adapter.options_for(folder, language_model),
         seed=content["seed"],
         with_encoders=bool(content["tune_encoders"]),
         asks=adapter.saved_asks(folder),
+        language_model=language_model,
     )
     adapter.load_trained(model, folder)
     encoders = {name: encoder for name, (_, encoder) in parts.encoders.items()}
     return Assistant(model, parts.tokenizer, parts.placeholders, encoders, Limits(**content["media"]))
+
+
+def refuse_format(folder: Path, found: Any, readable: Sequence[int], again: str) -> None:
+    """Raises ArtifactError for a format that this version doesn't read; `again`: the verb that writes it anew."""
+    if found in readable:
+        return
+    newer = isinstance(found, int) and found > max(readable)
+    advice = "install a newer finetune" if newer else f"{again} again, or install the finetune that wrote it"
+    raise ArtifactError(f"{folder}: format {found}; this finetune reads {', '.join(map(str, readable))}: {advice}")

@@ -92,7 +92,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Load it in the target, in a clean process, and compare tokens.")] = True,
 ) -> None:
     """Write the merged model as another engine loads it, and compare what that engine answers with ours."""
-    print_export(finetune.export(source, to, out, option or [], verify=verify))
+    print_export(finetune.export_run(source, to, out, option or [], verify=verify))
 
 
 @app.command()
@@ -223,14 +223,16 @@ def schema(
     if part is not None:
         folder, _, name = part.rpartition(".")
         if part == "serve":
-            from finetune.serving.settings import Options
+            from finetune.serving import settings
+
+            options: Any = settings.Options
         elif folder not in part_folders():
             raise RecipeError(
                 f"no parts are called {folder!r}; write one of {', '.join(part_folders())}, a dot, and a part"
             )
         else:
-            Options = load_part(folder, name).Options  # noqa: N806
-        for option, field in Options.model_fields.items():
+            options = load_part(folder, name).Options
+        for option, field in options.model_fields.items():
             needed = "needed" if field.is_required() else f"default {field.default!r}"
             print(f"{option}: {field.description} ({needed})")
         return

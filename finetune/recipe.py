@@ -53,6 +53,9 @@ PATH_OR_HUB_ID: dict[str, Any] = {"path": "maybe"}
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 MediumName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+PublishedPart = Annotated[str, Field(pattern=r"^(llm|data|encoders\.[a-z][a-z0-9_]*)$")]
+ModelPart = Annotated[str, Field(pattern=r"^(llm|encoders\.[a-z][a-z0-9_]*)$")]
+LicenceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 HostName = Annotated[str, Field(pattern=r"^(\*\.)?[^\s/*@]+$")]
 
 
@@ -317,16 +320,35 @@ class Evaluate(Section):
 
 
 class Merge(Section):
-    rows: int = Field(64, ge=1, description="Held-out rows on which the merged model is compared.")
+    rows: int = Field(64, ge=1, description="Held-out rows on which the merged model is compared, at most.")
+    rows_scored: int = Field(
+        64, ge=0, description="Of these, rows that each model also answers, to be scored; 0: none."
+    )
     dtype: Dtype = Field("auto", description="Numbers of the merged weights.")
     min_agreement: float = Field(
         0.95, ge=0, le=1, description="Share of next tokens on which adapter and merged must agree."
     )
+    max_kl: float = Field(0.1, gt=0, description="KL divergence of merged from adapter, at most, in nats a token.")
 
 
 class Publish(Section):
     repo: str | None = Field(None, description="Hub repository, owner/name; null: none.")
     private: bool = Field(True, description="Create the repository as private.")
+    license: LicenceName | None = Field(
+        None, description="Licence of what is published, as the Hub calls it: apache-2.0; null: that of the LLM."
+    )
+    licenses: dict[PublishedPart, str] = Field(
+        {}, description="Part (llm, encoders.NAME, data) -> its licence; others are read from the parts' own cards."
+    )
+    hub_names: dict[ModelPart, str] = Field(
+        {}, description="Part (llm, encoders.NAME) that is a folder here -> the Hub repository with the same weights."
+    )
+    languages: list[str] = Field([], description="Languages of questions and answers: ISO 639 codes, as en, zh.")
+    datasets: list[str] = Field([], description="Hub ids of the data, beside those that are sources.")
+    limits: str = Field("", description="Text for the card: what it isn't for, and what it wasn't tested on.")
+    samples: int = Field(
+        6, ge=0, le=40, description="Predictions on the card, half of them the worst, with their pictures; 0: none."
+    )
 
 
 class Recipe(Section):

@@ -193,7 +193,15 @@ def write_run(folder: Path, recipe: dict, predictions: list[dict], **changes) ->
             "encoders": {"image": {"kind": "vision", "options": {"revision": "0123456789abcdef" * 2 + "01234567"}}},
         },
         "certificate.json": {
+            "format": 1,
             "merged_into": "the dequantized nf4 LLM",
+            "why": "its KL divergence is smaller",
+            "reference": "the adapter over the nf4 LLM",
+            "primary": dict.fromkeys(tasks, "accuracy"),
+            "candidates": {
+                name: {"kl": kl, "agreement": 1.0, "scores": {task: {"accuracy": 0.5} for task in tasks}}
+                for name, kl in (("the 16-bit LLM", 0.1), ("the dequantized nf4 LLM", 2e-9))
+            },
             "dtype": "float32",
             "rows": 64,
             "positions": 145,

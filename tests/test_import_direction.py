@@ -29,7 +29,7 @@ LEVELS = (
     ),
     ("media",),
     ("data", "encoders", "projectors", "fusion", "heads", "tasks", "sources", "reporting"),
-    ("model", "adapter", "language_model"),
+    ("model", "adapter", "language_model", "key_map"),
     ("assemble", "trainer", "assistant", "prepare", "scores", "validation"),
     ("export", "serving", "publishing", "merging", "auto", "processor"),
     ("stages",),

@@ -119,7 +119,7 @@ def _render(
             turns,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            **_template_options(tokenizer),
+            **template_options(tokenizer),
         )
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
@@ -128,7 +128,7 @@ def _render(
 _OPTIONS: dict[str, dict[str, bool]] = {}
 
 
-def _template_options(tokenizer: Any) -> dict[str, bool]:
+def template_options(tokenizer: Any) -> dict[str, bool]:
     """Thinking off where prompt and answer then fit together: Qwen3's answers begin with an empty thought that only
     then is part of the prompt; other templates don't know the option, or put the thought into the prompt alone.
     """

@@ -64,26 +64,28 @@ class Encoder:
         return self.module.config.d_model
 
     def prepare(self, decoded: "np.ndarray") -> Prepared:
-        """Samples -> log-mel frames (S, bins, 2 L), float32."""
+        """Samples -> log-mel frames (S, bins, F), float32; two or, pooled, four of them a row."""
         import torch
 
-        stride = 2 * self.options.pool  # frames: the second convolution takes every other one
-        row = stride * self.processor.hop_length  # samples
-        longest = self.module.config.max_source_positions // self.options.pool * row
+        pool, frame = self.options.pool, self.processor.hop_length  # samples
+        row = 2 * pool * frame  # the second convolution takes every other frame
+        longest = self.module.config.max_source_positions // pool * row
         window = min(int(self.options.window_seconds * RATE) // row * row, longest)
-        windows = cut_windows(decoded, window, unit=row)
+        # Pooled, what doesn't fill a row is heard but isn't one, as Qwen2-Audio and Audio Flamingo 3 count.
+        windows = cut_windows(decoded, window, unit=row if pool == 1 else frame, shortest=row)
         size = windows.shape[1]
         # Two frames more, where Whisper would pad: what the last ones tell of the silence that follows.
         padded = longest if self.options.pad_to_30_seconds else min(size + row, longest)
         frames = self.processor(
             list(windows), sampling_rate=RATE, padding="max_length", max_length=padded, return_tensors="np"
         )["input_features"]
-        rows = (longest if self.options.pad_to_30_seconds else size) // row
-        values = torch.from_numpy(frames[..., : stride * rows]).float().contiguous()
-        return Prepared(values, Layout(rows, ("",) * len(windows)))
+        heard = -(-(longest if self.options.pad_to_30_seconds else size) // (2 * frame))  # rows before they are pooled
+        # Pooled, the convolutions see one frame more of that silence: an odd number tells that it is only seen.
+        values = torch.from_numpy(frames[..., : 2 * heard + (pool > 1)]).float().contiguous()
+        return Prepared(values, Layout(heard // pool, ("",) * len(windows)))
 
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
-        """Frames (N, S, bins, 2 L) -> features (N, S, L, W), in the module's dtype."""
+        """Frames (N, S, bins, F) -> features (N, S, L, W), in the module's dtype."""
         return shared.each_segment(batch, self.module, self._hear)
 
     def settings(self) -> dict[str, Any]:
@@ -91,11 +93,13 @@ class Encoder:
         return shared.settings(self.module, self.processor, self.options)
 
     def _hear(self, frames: "torch.Tensor") -> "torch.Tensor":
-        """`WhisperEncoder.forward`, which takes 3000 frames and nothing else, for any even number."""
+        """`WhisperEncoder.forward`, which takes 3000 frames and nothing else, for any number; an odd last one is only
+        seen by the convolutions.
+        """
         from torch.nn.functional import avg_pool1d, gelu
 
         module = self.module
-        hidden = gelu(module.conv2(gelu(module.conv1(frames)))).transpose(1, 2)
+        hidden = gelu(module.conv2(gelu(module.conv1(frames)))).transpose(1, 2)[:, : frames.shape[-1] // 2]
         hidden = hidden + module.embed_positions.weight[: hidden.shape[1]]
         for layer in module.layers[: len(module.layers) + 1 + self.options.layer]:
             hidden = layer(hidden, None)

@@ -10,6 +10,7 @@ Each file defines, with no torch import at module level:
                                                    the same questions, greedily, in the target, in a process of its own.
                                                    Raises EngineMissing where the target isn't installed, with what to
                                                    install
+    TAKES_MEDIA = False                            where the target takes text alone: questions then come without media
 
 `folder` exists and is empty; it appears under its name only when all has gone well. Files of which packages know
 nothing begin with an underscore.

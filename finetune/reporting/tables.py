@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from finetune import certificate
 from finetune.reporting import words
 from finetune.reporting.content import Content
 
@@ -158,6 +159,14 @@ def costs(content: Content) -> list[tuple[str, list[tuple[str, str]]]]:
         (title, [(words.plain(part), told(value)) for part, value in content.metrics.get(key, {}).items()])
         for title, key, told in shown
     ]
+
+
+def merged(content: Content) -> tuple[list[str], list[list[str]]] | None:
+    """(columns, rows) of what the certificate compares; None where there is none, or one of another format."""
+    found = content.certificate
+    if found.get("format") != certificate.FORMAT or not isinstance(found.get("candidates"), dict):
+        return None
+    return certificate.cells(found)
 
 
 def file_name(where: Any) -> str:

@@ -75,7 +75,7 @@ class Engine:
         """Raises Busy, and DataError for an unknown model or numbers out of range."""
         served = self._find(request.model)
         _check(request)
-        weights = served.assistant._strengths(request.strength)
+        weights = served.assistant.strengths(request.strength)
         self._admit()
         stream = Stream(request.timeout_seconds, self._worker.notify)
 

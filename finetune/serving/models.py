@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from finetune import adapter, hub
-from finetune.assemble import build_model, load_llm, load_parts
-from finetune.assistant import Assistant, load, refuse_format
-from finetune.language_model import default_device, load_tokenizer
-from finetune.media import Limits
-from finetune.parts import part_from
+from finetune import hub
+from finetune.assemble import Parts, load_llm
+from finetune.assistant import Assistant, load, load_adapter
+from finetune.language_model import default_device
 from finetune.progress import quiet_libraries
 from finetune.run_folder import read_json
 
@@ -71,36 +69,15 @@ class _Base:
     def under(self, folder: Path) -> Assistant:
         """The adapter folder's model, on these weights."""
         hub.verify_manifest(folder, hub.READ)
-        content = read_json(folder / "multimodal.json")
-        refuse_format(folder, content.get("format"), adapter.READABLE, "train")
-        llm = {**content["language_model"], "attention": "auto", "chat_template": None, "trust_remote_code": False}
-        parts = load_parts(
-            llm=llm,
-            encoders={name: part_from("encoders", part) for name, part in content["encoders"].items()},
-            projectors={name: part_from("projectors", part) for name, part in content["projectors"].items()},
-            fusion=part_from("fusion", content["fusion"]),
-            tune_encoders=content["tune_encoders"],
-            seed=content["seed"],
-            device=self.device,
-        )
-        parts.tokenizer = load_tokenizer(str(folder))
+        return load_adapter(folder, self.device, shared=self._shared)
+
+    def _shared(self, parts: Parts, llm: Mapping[str, Any]) -> Any:
         for name, (kind, encoder) in parts.encoders.items():
             if name not in parts.tuned:
                 parts.encoders[name] = (kind, self.encoders.setdefault((kind, encoder.fingerprint), encoder))
-        self.language_model = self.language_model or load_llm(parts, llm)
-        language_model = same_weights(self.language_model)
-        model = build_model(
-            parts,
-            llm=llm,
-            adapter_options=adapter.options_for(folder, language_model),
-            seed=content["seed"],
-            with_encoders=bool(content["tune_encoders"]),
-            asks=adapter.saved_asks(folder),
-            language_model=language_model,
-        )
-        adapter.load_trained(model, folder)
-        encoders = {name: encoder for name, (_, encoder) in parts.encoders.items()}
-        return Assistant(model, parts.tokenizer, parts.placeholders, encoders, Limits(**content["media"]))
+        if self.language_model is None:
+            self.language_model = load_llm(parts, llm)
+        return same_weights(self.language_model)
 
 
 def same_weights(module: Any) -> Any:

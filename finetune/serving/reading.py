@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune.assemble import encode_one, read_medium, segments_by
-from finetune.assistant import Assistant, Look, _without
+from finetune.assistant import Assistant, Look, without_kinds
 from finetune.data.sample import Layout, Medium, Message, Prepared
 from finetune.data.tokenize import Tokens, tokenize_prompt
 from finetune.errors import DataError
@@ -81,7 +81,7 @@ def read_prompt(
             seen[medium] = media.see(medium)
         return seen[medium].layout
 
-    messages = _without(messages, [kind for kind in weights if weights[kind] == 0])
+    messages = without_kinds(messages, [kind for kind in weights if weights[kind] == 0])
     segments = segments_by(assistant.model.config, layout)
     tokens = tokenize_prompt(messages, assistant.tokenizer, assistant.placeholders, segments)
     length, context = len(tokens.input_ids), context_length(assistant.model.causal_lm)

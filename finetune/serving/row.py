@@ -32,6 +32,7 @@ class Row:
         self.limit, self.ends, self.weights = limit, ends, weights
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
+        self._end: Piece | None = None  # told when the row has left its batch
         self.block_names: list[bytes] = []  # of its prompt, in the prefix cache
         grammar = vocabulary.grammar(request.schema) if vocabulary and request.schema is not None else None
         self.choice = Choice(request, grammar)
@@ -89,14 +90,22 @@ class Row:
             self.finish_reason = "length"
         last = self.finish_reason is not None
         text = self._text.release(last)
+        if last and self._text.stopped:  # by a stop string of which a half character was part
+            self.finish_reason = "stop"
         self.stream.completion_tokens = len(self.tokens)
         if last:
             end = self._text.end if self._text.stopped else float("inf")
-            self.stream.put(Piece(text, tuple(t for t, start in self._untold if start < end), self.finish_reason))
+            self._end = Piece(text, tuple(t for t, start in self._untold if start < end), self.finish_reason)
         elif text:
             ready = tuple(t for t, _ in self._untold) if self._text.whole else ()
             self._untold = [] if ready else self._untold
             self.stream.put(Piece(text, ready))
+
+    def tell_end(self) -> None:
+        """The last piece to the stream, once."""
+        if self._end is not None:
+            self.stream.put(self._end)
+            self._end = None
 
     def _spelt(self, token: int) -> tuple[str, bytes]:
         assert self._vocabulary is not None

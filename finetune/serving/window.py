@@ -27,6 +27,7 @@ class _Chosen(LogitsProcessor):
                 row.take(likeliest[number])
             else:
                 row.choose(scores[number])
+            row.tell_end()
         chosen = [row.tokens[-1] if row.tokens else self.pad for row in self.rows]
         kept = torch.full_like(scores, float("-inf"))
         return kept.scatter_(1, torch.tensor(chosen, device=scores.device)[:, None], 0.0)
@@ -53,7 +54,7 @@ def generate(assistant: Assistant, rows: Sequence[Row]) -> None:
     for row in rows:
         for kind, seen in row.prompt.media.items():
             features.setdefault(kind, []).extend(one.features for one in seen if one.features is not None)
-    with assistant._at(rows[0].weights):
+    with assistant.weighing(rows[0].weights):
         model.generate(
             torch.tensor(ids, device=device),
             torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device),

@@ -228,12 +228,13 @@ class Worker:
         """Let go of what has ended, and of what nobody waits for."""
         for row in (*served.running, *served.ready):
             row.look_at_clock()
-        for row in served.running:
-            if row.done:
-                self._count(row)
-                served.room = min(self.max_batch, served.room + 1)
+        ended = [row for row in served.running if row.done]
+        served.room = min(self.max_batch, served.room + len(ended))
         served.batch.keep([row for row in served.batch.rows if not row.done])
         served.window = []
+        for row in ended:  # only now: whoever has all of an answer finds it counted
+            self._count(row)
+            row.tell_end()
         here = [row for row in served.ready if not row.done]
         asked = [question for question in served.questions if not question.future.done()]
         if gone := len(served.ready) - len(here) + len(served.questions) - len(asked):

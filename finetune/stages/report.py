@@ -65,6 +65,7 @@ def page(content: Content) -> str:
         sources=tables.sources(content),
         skipped=content.skipped[: tables.LISTED],
         costs=tables.costs(content),
+        merged=tables.merged(content),
         style=Markup(environment.get_template("page.css").render()),
         script=Markup(script),
         script_digest=digest,

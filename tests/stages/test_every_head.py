@@ -155,7 +155,7 @@ def test_adapter_and_merged_folder_judge_alike(finished, tmp_path):
     with pytest.raises(DataError, match="'words' isn't answered by a number; these are: mark, order"):
         merged.number("What is this?", task="words", image=picture)
     certificate = read(finished / "certificate.json")
-    assert certificate["saved"]["agreement"] > 0.95 and certificate["saved_from_base"]["kl"] > 1e-4
+    assert certificate["saved"]["agreement"] > 0.95 and certificate["saved"]["kl_from_base"] > 1e-4
 
 
 def test_evaluation_says_what_a_fresh_load_says(finished):

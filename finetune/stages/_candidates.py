@@ -1,0 +1,198 @@
+"""What was trained, and the merged models that may stand for it: made, written, read back and measured."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from finetune import adapter
+from finetune.assemble import Features, Parts, build_model
+from finetune.data.asks import Ask
+from finetune.errors import ArtifactError
+from finetune.language_model import load_language_model
+from finetune.media import Limits
+from finetune.merging import (
+    LoraFile,
+    into_dequantized,
+    into_plain,
+    load_on_disk,
+    merged_tensors,
+    quantized_modules,
+    read_back,
+    unties,
+    weights_in,
+    write_merged,
+)
+from finetune.model import MultimodalModel
+from finetune.progress import fresh_memory
+from finetune.stages._comparing import Compared, distances, own_look
+
+TOGETHER = 8  # rows compared at once where each pass reads the LLM from disk
+
+
+@dataclass
+class Trained:
+    """What is known of the model that was trained, and of its LLM without the adapter, once both are let go. `own`: the
+    state of projectors, fusion and heads; `quantization`: transformers' config of it; `quantized`: modules of the LLM
+    that it is about; `tokens`, `base`: of each row, see `Compared.next_tokens`.
+    """
+
+    own: dict[str, Tensor]
+    quantization: Any
+    quantized: frozenset[str]
+    tokens: list[Tensor]
+    base: list[Tensor]
+    measures: dict[str, Any]
+    base_measures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every candidate is made from. `llm`: the recipe's `model.llm`; `dtype`: of merged weights."""
+
+    adapter: Path
+    lora: LoraFile | None
+    llm: Mapping[str, Any]
+    adapter_options: Mapping[str, Any] | None
+    seed: int
+    asks: Mapping[str, Ask]
+    parts: Parts
+    limits: Limits
+    dtype: torch.dtype
+
+    @property
+    def quantize(self) -> str:
+        return self.llm["quantize"]
+
+    @property
+    def reference(self) -> str:
+        llm = "16-bit" if self.quantize == "none" else self.quantize
+        return f"the adapter over the {llm} LLM" if self.lora else f"the {llm} LLM"
+
+    def candidates(self) -> list[str]:
+        """What LoRA is merged into; the second one's weights are quantized first."""
+        quantized = [] if self.quantize == "none" else [f"the dequantized {self.quantize} LLM"]
+        return ["the 16-bit LLM", *quantized]
+
+    def dtypes(self) -> dict[str, str]:
+        computed = named(self.parts.dtype)
+        trained = computed if self.quantize == "none" else self.quantize
+        return {"llm": trained, "computed": computed, "merged": named(self.dtype)}
+
+    def composite(self, parts: Parts, quantize: str, with_encoders: bool = False) -> MultimodalModel:
+        """The model as it was trained, or with its adapter over an LLM that is quantized otherwise."""
+        model = build_model(
+            parts,
+            llm={**self.llm, "quantize": quantize},
+            adapter_options=self.adapter_options,
+            seed=self.seed,
+            with_encoders=with_encoders,
+            asks=self.asks,
+        )
+        adapter.load_trained(model, self.adapter)
+        return model
+
+    def measured(self, compared: Compared, features: Features) -> Trained:
+        """Load what was trained, and measure it with its adapter and without. Encoders that were tuned are then as they
+        will be saved.
+        """
+        model, look = self.composite(self.parts, self.quantize, bool(self.parts.tuned)), own_look(features)
+        tokens = list(compared.next_tokens(model, look))
+        base = list(compared.next_tokens(model, look, bare=True))
+        scores, base_scores = ({} for _ in range(2))
+        if compared.scored_entries:
+            scores = {"scores": compared.scores(model, features, look)}
+            base_scores = {"scores": compared.scores(model, features, look, bare=True)}
+        trained = Trained(
+            {
+                f"{group}.{name}": tensor.detach().cpu().clone()
+                for group in ("projectors", "fusion", "heads")
+                for name, tensor in getattr(model, group).state_dict().items()
+            },
+            getattr(model.causal_lm.config, "quantization_config", None),
+            quantized_modules(model.causal_lm),
+            tokens,
+            base,
+            distances(tokens, tokens, base) | scores,
+            distances(base, tokens, base) | base_scores,
+        )
+        for tuned in self.parts.tuned.values():
+            if tuned.lora is not None:
+                tuned.lora.merge_and_unload()
+        return trained
+
+    def write(self, place: Path, scratch: Path, trained: Trained, *, quantized: bool) -> str:
+        """Write a candidate's folder; says how it was merged."""
+        fresh_memory()
+        on_cpu = replace(self.parts, device=torch.device("cpu"))  # 16-bit weights needn't fit where 4-bit ones do
+        how = "module by module, from the LLM's files"
+        lora = self.lora
+        if lora is not None and not lora.by_module:
+            llm = self.composite(on_cpu, self.quantize if quantized else "none").language_model
+            llm = into_dequantized(llm, self.dtype) if quantized else into_plain(llm, self.dtype)
+            how = f"all at once, in memory: {lora.config.init_lora_weights!r} draws by chance for the whole LLM"
+            lora, quantized = None, False
+        elif self.llm["name"].endswith(".gguf"):
+            keys = ("name", "revision", "trust_remote_code")
+            llm = load_language_model(**{key: self.llm[key] for key in keys}, dtype=on_cpu.dtype, device=on_cpu.device)
+            how = "module by module, from memory: a .gguf is read whole"
+        else:
+            llm = load_on_disk(self.llm, on_cpu.dtype, scratch)
+        refuse_without_room(place.parent, weights_in(llm) * self.dtype.itemsize)
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            if quantized:
+                return merged_tensors(llm, self.dtype, lora, trained.quantization, trained.quantized)
+            return merged_tensors(llm, self.dtype, lora)
+
+        write_merged(
+            place,
+            llm,
+            tensors,
+            self.dtype,
+            parts=self.parts,
+            own=trained.own,
+            asks=self.asks,
+            limits=self.limits,
+            untie=unties(llm, lora),
+        )
+        return how
+
+
+def measured_on_disk(
+    place: Path, scratch: Path, compared: Compared, trained: Trained, parts: Parts, limits: Limits
+) -> dict[str, Any]:
+    """The measures of a candidate as it stands on disk: read back, it sees with its own encoders."""
+    fresh_memory()
+    model, on_disk = read_back(place, parts.device, scratch)
+    model.language_model.generation_config = GenerationConfig.from_pretrained(place)
+    kinds = model.config.parts["encoders"]
+    features = Features({name: (kinds[name]["kind"], e) for name, e in model.encoder_parts.items()}, None, limits)
+    look = own_look(features)
+    tokens = compared.next_tokens(model, look, together=TOGETHER if on_disk else 1)
+    found: dict[str, Any] = distances(tokens, trained.tokens, trained.base)
+    if on_disk:
+        size = sum(path.stat().st_size for path in place.glob("*.safetensors")) / 2**30
+        found["not_scored"] = f"memory has no room for its {size:.1f} GiB, and each token written would read them all"
+    elif compared.scored_entries:
+        found["scores"] = compared.scores(model, features, look)
+    return found
+
+
+def refuse_without_room(folder: Path, needed: int) -> None:
+    """Raises ArtifactError where the disk has no room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtifactError(
+            f"{folder.parent}: {free / 2**30:.1f} GiB are free, a merged model takes {needed / 2**30:.1f}; two are "
+            "written, and one is kept. Make room, and merge again"
+        )
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,254 @@
+"""A Hub on loopback: what huggingface_hub asks of the real one, for tests, with faults on demand."""
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+LFS = (".safetensors", ".png", ".webp")
+TOKEN = "hf_" + "w" * 34
+READ_TOKEN = "hf_" + "r" * 34
+
+
+@dataclass
+class Repository:
+    """`commits`: {commit: {path: content}}, the last one is main."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+
+    @property
+    def head(self) -> str:
+        return next(reversed(self.commits))
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[self.head]
+
+    def commit(self, files: dict[str, bytes]) -> str:
+        name = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
+        self.commits[name] = files
+        return name
+
+
+class Hub(ThreadingHTTPServer):
+    """`faults`: {a part of a request's path: (status, after how many such requests)}; status 0 cuts the connection."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.repositories: dict[str, Repository] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.faults: dict[str, tuple[int, int]] = {}
+        self.requests: list[tuple[str, str]] = []
+
+    def add(self, name: str, files: dict[str, bytes] | Path, **how: Any) -> str:
+        """A repository with one commit: of these files, or of a folder."""
+        if isinstance(files, Path):
+            files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}
+        self.repositories[name] = Repository(**how)
+        return self.repositories[name].commit(files)
+
+    def fault(self, path: str) -> int | None:
+        for part, (status, after) in self.faults.items():
+            if part in path:
+                self.faults[part] = (status, after - 1)
+                return status if after <= 0 else None
+        return None
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def say(self, content: Any, status: int = 200, **headers: str) -> None:
+        payload = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(payload)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(payload)
+
+    def refuse(self, status: int, code: str = "", message: str = "refused") -> None:
+        self.say({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
+
+    def answer(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.server.requests.append((self.command, path))
+        if (status := self.server.fault(f"{self.command} {path}")) is not None:
+            if status == 0:
+                if "Transfer-Encoding" in self.headers or "Content-Length" in self.headers:
+                    self.rfile.read(16)  # in the middle of what is sent
+                self.close_connection = True
+                return
+            self.body()
+            self.refuse(status)
+            return
+        content = self.body()
+        for pattern, handle in ROUTES:
+            if found := re.fullmatch(pattern, path):
+                handle(self, content, *found.groups())
+                return
+        self.refuse(404, "RepoNotFound", "Repository not found")
+
+    do_GET = do_POST = do_PUT = do_HEAD = answer
+
+    @property
+    def token(self) -> str:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+
+    def known(self) -> bool:
+        if self.token not in (TOKEN, READ_TOKEN):
+            self.refuse(401, message="Invalid credentials in Authorization header")
+        return self.token in (TOKEN, READ_TOKEN)
+
+    def may_write(self) -> bool:
+        if self.token == READ_TOKEN:
+            self.refuse(403, message="this token may only read")
+        return self.token != READ_TOKEN and self.known()
+
+    def repository(self, name: str, revision: str = "main") -> tuple[Repository, str] | None:
+        found = self.server.repositories.get(name)
+        if found is None or (found.private and self.token not in (TOKEN, READ_TOKEN)):
+            self.refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")
+            return None
+        if found.gated and self.token != TOKEN:
+            self.refuse(403, "GatedRepo", "Access to model is restricted")
+            return None
+        commit = found.head if revision == "main" else revision
+        if commit not in found.commits:
+            self.refuse(404, "RevisionNotFound", "Invalid rev id")
+            return None
+        return found, commit
+
+    def whoami(self, _: bytes) -> None:
+        if self.known():
+            self.say({"type": "user", "id": "1", "name": "me", "orgs": [], "auth": {"type": "access_token"}})
+
+    def create(self, content: bytes) -> None:
+        if not self.may_write():
+            return
+        asked = json.loads(content)
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if name in self.server.repositories:
+            self.refuse(409, message="exists")
+            return
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        self.server.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
+        self.say({"url": f"{self.server.url}/{name}", "name": name})
+
+    def preupload(self, content: bytes, name: str, revision: str) -> None:
+        if self.may_write() and (found := self.repository(name, revision)):
+            files = []
+            for path in [file["path"] for file in json.loads(content)["files"]]:
+                there = found[0].files.get(path)
+                how = {"uploadMode": "lfs" if path.endswith(LFS) else "regular", "shouldIgnore": False}
+                files.append({"path": path, **how, "oid": None if there is None else _oid(path, there)})
+            self.say({"files": files})
+
+    def batch(self, content: bytes, name: str) -> None:
+        if not self.may_write():
+            return
+        objects = []
+        for asked in json.loads(content)["objects"]:
+            upload = {"upload": {"href": f"{self.server.url}/_lfs/{asked['oid']}", "header": {}}}
+            objects.append({**asked, **({} if asked["oid"] in self.server.blobs else {"actions": upload})})
+        self.say({"transfer": "basic", "objects": objects})
+
+    def store(self, content: bytes, oid: str) -> None:
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.server.blobs[oid] = content
+        self.say({})
+
+    def commit(self, content: bytes, name: str, revision: str) -> None:
+        if not self.may_write() or not (found := self.repository(name, revision)):
+            return
+        lines = [json.loads(line) for line in content.splitlines()]
+        repository, _ = found
+        if lines[0]["value"].get("parentCommit") not in (None, repository.head):
+            self.refuse(412, message="A commit has happened since")
+            return
+        files = dict(repository.files)
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        commit = repository.commit(files)
+        self.say({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})
+
+    def info(self, _: bytes, name: str, revision: str | None = None) -> None:
+        if found := self.repository(name, revision or "main"):
+            repository, commit = found
+            files = [{"rfilename": path} for path in repository.commits[commit]]
+            self.say({"_id": "1", "id": name, "sha": commit, "private": repository.private, "siblings": files})
+
+    def tree(self, _: bytes, name: str, revision: str, folder: str) -> None:
+        if found := self.repository(name, revision):
+            files = found[0].commits[found[1]]
+            listed = [_entry(path, files[path]) for path in files if path.startswith(folder.strip("/"))]
+            self.say(listed) if listed or not folder else self.refuse(404, "EntryNotFound", "Entry not found")
+
+    def resolve(self, _: bytes, name: str, revision: str, path: str) -> None:
+        if not (found := self.repository(name, revision)):
+            return
+        repository, commit = found
+        content = repository.commits[commit].get(path)
+        if content is None:
+            self.say({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            return
+        etag = f'"{_oid(path, content)}"'
+        linked = {"X_Linked_Etag": etag, "X_Linked_Size": str(len(content))} if path.endswith(LFS) else {}
+        self.say(content, 200, ETag=etag, X_Repo_Commit=commit, **linked)
+
+
+def _oid(path: str, content: bytes) -> str:
+    if path.endswith(LFS):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    oid, size = _oid(path, content), len(content)
+    lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if path.endswith(LFS) else {}
+    return {"type": "file", "path": path, "size": size, "oid": oid, **lfs}
+
+
+ROUTES = (
+    (r"/api/whoami-v2", Handler.whoami),
+    (r"/api/repos/create", Handler.create),
+    (r"/api/validate-yaml", lambda self, _: self.say({"errors": [], "warnings": []})),
+    (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", Handler.preupload),
+    (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
+    (r"/_lfs/(\w+)", Handler.store),
+    (r"/api/models/([^/]+/[^/]+)/commit/(.+)", Handler.commit),
+    (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", lambda self, c, n, r, f: self.tree(c, n, r, f or "")),
+    (r"/api/models/([^/]+/[^/]+)/revision/(.+)", Handler.info),
+    (r"/api/models/([^/]+/[^/]+)", Handler.info),
+    (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
+)
