@@ -342,7 +342,7 @@ def load_adapter(
     folder: Path,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
-    shared: Callable[[Parts, Mapping[str, Any]], Any] = load_llm,
+    shared: Callable[[Parts, Mapping[str, Any]], Any] | None = None,
 ) -> Assistant:
     """An adapter folder: the LLM and the encoders are fetched by the names in it. `shared`, given the parts and the
     LLM's settings, gives the LLM, and may put other encoders of equal weights into the parts.
@@ -369,7 +369,7 @@ def load_adapter(
         device=device,
     )
     parts.tokenizer = load_tokenizer(str(folder))
-    language_model = shared(parts, llm)
+    language_model = (shared or load_llm)(parts, llm)
     model = build_model(
         parts,
         llm=llm,

@@ -105,7 +105,7 @@ def test_a_batch_that_memory_does_not_hold_gets_smaller(assistant, paths):
     full = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     with Slow(assistant.model, 0, lambda batch: full if batch > 2 else None) as seen, serving(assistant) as engine:
         assert texts(ask_all(engine, asked)) == expected
-        assert max(seen.batches) == 8 and seen.batches.count(2) > 20
+        assert max(seen.batches) > 2 and seen.batches.count(2) > 20
     with Slow(assistant.model, 0, lambda batch: full), serving(assistant) as engine:
         assert all(isinstance(error, MemoryError) and "memory" in str(error) for error in texts(ask_all(engine, asked)))
         assistant.model.causal_lm.forward = assistant.model.causal_lm.__class__.forward.__get__(
