@@ -215,9 +215,13 @@ class Assistant:
                 media.setdefault(medium.kind, []).append(look.features(medium))
         return {"input_ids": input_ids, "attention_mask": mask, "features": media}
 
-    def strengths(self, strength: float | Mapping[str, float] | None) -> dict[str, float]:
-        """What each medium is to weigh: as asked, else as the model has it; {} where the fusion knows none."""
-        own = self.model.fusion.strength
+    def strengths(
+        self, strength: float | Mapping[str, float] | None, own: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """What each medium is to weigh: as asked, else `own`, by default as the model has it now; {} where the fusion
+        knows none.
+        """
+        own = self.model.fusion.strength if own is None else own
         if strength is None:
             return dict(own or {})
         if own is None:

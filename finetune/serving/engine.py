@@ -64,6 +64,7 @@ class Engine:
             media,
             Batch(model, self._prefixes),
             frozenset(answer_ends(assistant.tokenizer, model.causal_lm.generation_config)),
+            weights=None if model.fusion.strength is None else dict(model.fusion.strength),
             together=0 if joins else max_batch if model.shares_memory() else 1,
             room=max_batch,
         )
@@ -75,7 +76,7 @@ class Engine:
         """Raises Busy, and DataError for an unknown model or numbers out of range."""
         served = self._find(request.model)
         _check(request)
-        weights = served.assistant.strengths(request.strength)
+        weights = served.assistant.strengths(request.strength, served.weights)
         self._admit()
         stream = Stream(request.timeout_seconds, self._worker.notify)
 

@@ -49,14 +49,18 @@ class Question:
 
 @dataclass
 class Served:
-    """A model, what waits for it, and its batch. `together`: how many rows may begin at once where none can join later;
-    0 where they can. `room`: rows that its batch may have: fewer when memory ran out.
+    """A model, what waits for it, and its batch.
+
+    weights: what each medium weighs unless a request says otherwise; the model's own change while a window runs
+    together: how many rows may begin at once where none can join later; 0 where they can
+    room: rows that its batch may have: fewer when memory ran out
     """
 
     assistant: Assistant
     media: Media
     batch: Batch
     ends: frozenset[int]
+    weights: dict[str, float] | None
     together: int
     room: int
     ready: deque[Row] = field(default_factory=deque)
