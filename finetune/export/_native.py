@@ -157,8 +157,8 @@ def _state(composite: MultimodalModel, native: Native, rows: int) -> dict[str, T
     tower = "vision_tower" if native.medium == "image" else "audio_tower"
     table = causal_lm.get_input_embeddings().weight
     head = causal_lm.get_output_embeddings().weight
-    long = _lengthened(table, rows)
-    head = long if head.data_ptr() == table.data_ptr() else _lengthened(head, rows)
+    long = lengthened(table, rows)
+    head = long if head.data_ptr() == table.data_ptr() else lengthened(head, rows)
     state = {f"model.language_model.{name}": tensor for name, tensor in causal_lm.base_model.state_dict().items()}
     (place,) = {name for name, tensor in state.items() if tensor.data_ptr() == table.data_ptr()}
     state |= {place: long, "lm_head.weight": head}
@@ -171,7 +171,7 @@ def _state(composite: MultimodalModel, native: Native, rows: int) -> dict[str, T
     return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
-def _lengthened(table: Tensor, rows: int) -> Tensor:
+def lengthened(table: Tensor, rows: int) -> Tensor:
     """A table (V, D) with the mean of its rows behind them: as an output that is the mean of all logits, which is never
     the largest, so that no new token is ever written.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.assistant import Assistant
 from finetune.data.sample import Layout
 from finetune.export._chat_template import with_media_parts
-from finetune.export._native import _lengthened
+from finetune.export._native import lengthened
 from finetune.export._serving_class import ServedConfig
 from finetune.media.audio import RATE
 from finetune.model import MultimodalModel, segments_of
@@ -40,11 +40,11 @@ def served_state(composite: MultimodalModel, rows: int) -> dict[str, Tensor]:
     table, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings()
     state = {f"model.language_model.{name}": t for name, t in causal_lm.base_model.state_dict().items()}
     (place,) = {name for name, t in state.items() if t.data_ptr() == table.data_ptr()}
-    state[place] = _lengthened(table, rows)
+    state[place] = lengthened(table, rows)
     if head.weight.data_ptr() != table.data_ptr():
-        state["lm_head.weight"] = _lengthened(head.weight, rows)
+        state["lm_head.weight"] = lengthened(head.weight, rows)
     if head.bias is not None:
-        state["lm_head.bias"] = _lengthened(head.bias[:, None], rows)[:, 0]
+        state["lm_head.bias"] = lengthened(head.bias[:, None], rows)[:, 0]
     for part in ("encoders", "projectors"):
         state |= {f"model.{part}.{name}": t for name, t in getattr(composite, part).state_dict().items()}
     return {name: tensor.detach() for name, tensor in state.items()}

@@ -55,7 +55,7 @@ def write(source: Source, folder: Path, options: Options) -> Written:
     from finetune.export._gguf_language_model import CONVERTED, write_language_model
     from finetune.export._gguf_media import readers_of, write_media
     from finetune.export._gguf_modelfile import modelfile
-    from finetune.export._gguf_server import program, sources_of
+    from finetune.export._gguf_programs import program, sources_of
 
     sources = sources_of(options.llama_cpp)
     try:
@@ -93,21 +93,23 @@ def write(source: Source, folder: Path, options: Options) -> Written:
 
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> Answered:
     """Ask a llama-server of its own, over OpenAI's API. Raises EngineMissing, ExportRefused."""
-    from finetune.export import _gguf_server as server
+    from finetune.export._gguf_programs import program, version_of
+    from finetune.export._openai_server import ask, serving
 
-    executable = server.program("llama-server", options.llama_cpp)
+    executable = program("llama-server", options.llama_cpp)
     threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    arguments = ["-m", str(folder / LLM), "--parallel", "1", "--threads", threads]
+    arguments = [executable, "-m", str(folder / LLM), "--parallel", "1", "--threads", threads]
     arguments += EXACT if options.quantization == "F32" else []
     if (folder / MEDIA).is_file():
         arguments += ["--mmproj", str(folder / MEDIA)]
     ends = ends_of(folder / LLM)
     answers = []
-    with server.serving(executable, arguments, options.start_seconds) as url:
+    with serving("llama-server", arguments, options.start_seconds) as server:
         for probe in probes:
-            tokens = server.ask(url, probe.messages, max_new_tokens)
+            told = ask(server, probe.messages, max_new_tokens, logprobs=True, cache_prompt=False)
+            tokens = tuple(token["id"] for token in (told.get("logprobs") or {"content": []})["content"])
             answers.append(tokens[:-1] if tokens[-1:] and tokens[-1] in ends else tokens)
-    return Answered(f"llama.cpp {server.version_of(executable)}", tuple(answers))
+    return Answered(f"llama.cpp {version_of(executable)}", tuple(answers))
 
 
 def ends_of(path: Path) -> set[int]:

@@ -21,7 +21,8 @@ from finetune.assistant import load_merged
 from finetune.data.sample import Medium, Message
 from finetune.errors import ExportRefused
 from finetune.export import _gguf_language_model as language_model
-from finetune.export import _gguf_server as server
+from finetune.export import _gguf_programs as programs
+from finetune.export import _openai_server as server
 from finetune.export import gguf
 from finetune.export._contract import EngineMissing, Probe, Source
 from finetune.export._gguf_media import _stacks_alike, readers_of, write_media
@@ -343,8 +344,8 @@ def test_a_server_is_asked_and_stopped(tmp_path, llama_cpp, monkeypatch):
 
 
 def test_a_server_that_does_not_start_says_why(llama_cpp):
-    program = server.program("llama-server", str(llama_cpp))
-    with pytest.raises(ExportRefused, match="no such model"), server.serving(program, ["broken"], 10):
+    program = programs.program("llama-server", str(llama_cpp))
+    with pytest.raises(ExportRefused, match="no such model"), server.serving("it", [program, "broken"], 10):
         pass
 
 
@@ -352,7 +353,7 @@ def test_what_is_missing_is_said_with_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.delenv("FINETUNE_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineMissing, match=r"install_llama_cpp\.sh"):
-        server.program("llama-server", None)
+        programs.program("llama-server", None)
     for given, said in ((None, "converter is needed"), (str(tmp_path), "holds no convert_hf_to_gguf.py")):
         with pytest.raises(ExportRefused, match=said):
             gguf.write(Source(tmp_path), tmp_path, gguf.Options(llama_cpp=given))
