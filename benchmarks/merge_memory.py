@@ -1,7 +1,7 @@
 """Peak memory of merging an LLM module by module, beside the size of its files: python benchmarks/merge_memory.py
 
-LLMs of more and more layers, random weights in bfloat16 in shards of 50 MB, and LoRA on all their linear layers,
-merged into shards as large, from the 16-bit weights and from weights that went through nf4. Each merge in a process of
+LLMs of more and more layers, random weights in bfloat16 in files of 50 MB, and LoRA on all their linear layers,
+merged into files as large, from the 16-bit weights and from weights that went through nf4. Each merge in a process of
 its own; what Python and the libraries take is left out, by merging a tiny LLM first.
 """
 
@@ -13,10 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHARD_BYTES = 50 * 10**6
 
-
-def make(folder: Path, layers: int, width: int) -> None:
+def make(folder: Path, layers: int, width: int, shard: int) -> None:
     """An LLM folder, and an adapter for it that changes every linear layer."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -31,12 +29,12 @@ def make(folder: Path, layers: int, width: int) -> None:
         num_key_value_heads=width // 64,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / "llm", max_shard_size=SHARD_BYTES)
+    model.save_pretrained(folder / "llm", max_shard_size=shard)
     wrapped = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
     wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
 
 
-def merge(folder: Path, quantize: bool) -> None:
+def merge(folder: Path, quantize: bool, shard: int) -> None:
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -49,29 +47,30 @@ def merge(folder: Path, quantize: bool) -> None:
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         how = {"quantization": quantization, "quantized": {name for name in blocks(llm) if "_proj" in name}}
     (folder / "merged").mkdir()
-    shards = Shards(folder / "merged", SHARD_BYTES)
+    shards = Shards(folder / "merged", shard)
     for name, tensor in merged_tensors(llm, torch.bfloat16, LoraFile(folder / "adapter"), **how):
         shards.add(name, tensor)
     shards.close()
 
 
-def measured(folder: Path, quantize: bool) -> dict[str, float]:
+def measured(folder: Path, quantize: bool, shard: int) -> dict[str, float]:
     """Megabytes of the merged files, and of memory that the merge adds."""
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
-    merge(folder / "tiny", quantize)
+    merge(folder / "tiny", quantize, shard)
     before = peak()
-    merge(folder / "large", quantize)
+    merge(folder / "large", quantize, shard)
     files = sum(path.stat().st_size for path in (folder / "large" / "merged").glob("*.safetensors")) / 1e6
     return {"files": files, "added": peak() - before}
 
 
-def measure(layers: int, width: int, quantize: bool) -> dict[str, float]:
+def measure(layers: int, width: int, quantize: bool, shard: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for step in (["--make", str(layers)], ["--merge", *(["--nf4"] if quantize else [])]):
-            command = [sys.executable, __file__, "--folder", folder, "--width", str(width), *step]
+            command = [sys.executable, __file__, "--folder", folder, "--width", str(width)]
+            command += ["--shard", str(shard), *step]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -84,16 +83,18 @@ def main() -> None:
     parser.add_argument("--nf4", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--width", type=int, default=768, help="Width of the LLM.")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 18, 36], help="Layers of each LLM.")
+    parser.add_argument("--shard", type=int, default=50, help="Megabytes of a file, read and written.")
     given = parser.parse_args()
+    shard = given.shard * 10**6
     if given.make:
-        make(given.folder / "tiny", 1, 64)
-        make(given.folder / "large", given.make, given.width)
+        make(given.folder / "tiny", 1, 64, shard)
+        make(given.folder / "large", given.make, given.width, shard)
     elif given.merge:
-        print(json.dumps(measured(given.folder, given.nf4)))
+        print(json.dumps(measured(given.folder, given.nf4, shard)))
     else:
         print("layers  files, MB  the merge adds, MB: 16-bit   nf4")
         for layers in given.layers:
-            plain, quantized = (measure(layers, given.width, quantize) for quantize in (False, True))
+            plain, quantized = (measure(layers, given.width, quantize, given.shard) for quantize in (False, True))
             print(f"{layers:6}  {plain['files']:9.0f}  {plain['added']:26.0f}  {quantized['added']:4.0f}", flush=True)
 
 

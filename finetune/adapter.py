@@ -303,6 +303,7 @@ def save_adapter_folder(
     content = {
         "format": FORMAT,
         "language_model": base["language_model"],
+        "language_model_sha256": base.get("language_model_sha256", {}),
         "encoders": base["encoders"],
         "projectors": parts["projectors"],
         "fusion": parts["fusion"],

@@ -24,6 +24,7 @@ from finetune.progress import quiet_libraries
 from finetune.run_folder import read_json
 
 Media = Path | str | Sequence[Path | str] | None
+LLM_KEYS = ("name", "revision", "quantize", "double_quantize", "dtype")  # what multimodal.json says of the LLM
 ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 
 
@@ -322,11 +323,15 @@ def _is_model(folder: Path) -> bool:
 def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     """A folder that `merge` wrote: needs nothing but itself."""
     device = device or default_device()
-    parts = read_json(folder / "config.json").get("parts")
-    if not isinstance(parts, dict):
-        raise ArtifactError(f"{folder}: not a model that `finetune merge` wrote; load it with transformers")
-    refuse_format(folder, parts.get("format", 1), range(1, adapter.MERGED_FORMAT + 1), "merge")
-    loaded: Any = MultimodalModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    with hub.reading(folder / "config.json"):
+        parts = read_json(folder / "config.json").get("parts")
+        if not isinstance(parts, dict):
+            raise ArtifactError(f"{folder}: not a model that `finetune merge` wrote; load it with transformers")
+        refuse_format(folder, parts.get("format", 1), range(1, adapter.MERGED_FORMAT + 1), "merge")
+        placeholders = {name: Placeholder(PLACEHOLDERS[name], id) for name, id in parts["placeholders"].items()}
+        limits = Limits(**parts["media"])
+        hub.verify_weights(folder)
+        loaded: Any = MultimodalModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
     model, report = loaded
     wrong = {
         key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
@@ -335,11 +340,9 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
         raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
     model = model.to(device).eval()
     if (folder / "generation_config.json").is_file():
-        model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
-    tokenizer = load_tokenizer(str(folder))
-    ids = model.config.parts["placeholders"]
-    placeholders = {name: Placeholder(PLACEHOLDERS[name], ids[name]) for name in ids}
-    return Assistant(model, tokenizer, placeholders, model.encoder_parts, Limits(**model.config.parts["media"]))
+        with hub.reading(folder / "generation_config.json"):
+            model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+    return Assistant(model, load_tokenizer(str(folder)), placeholders, model.encoder_parts, limits)
 
 
 def load_adapter(
@@ -351,41 +354,33 @@ def load_adapter(
     """An adapter folder: the LLM and the encoders are fetched by the names in it. `shared`, given the parts and the
     LLM's settings, gives the LLM, and may put other encoders of equal weights into the parts.
     """
-    content = read_json(folder / "multimodal.json")
-    refuse_format(folder, content.get("format"), adapter.READABLE, "train")
-    device = device or default_device()
-    llm = {
-        **content["language_model"],
-        "attention": "auto",
-        "chat_template": None,
-        "trust_remote_code": trust_remote_code,
-    }
+    with hub.reading(folder / "multimodal.json"):
+        content = read_json(folder / "multimodal.json")
+        refuse_format(folder, content.get("format"), adapter.READABLE, "train")
+        saved = {key: content["language_model"][key] for key in LLM_KEYS}
+        kinds = ("encoders", "projectors")
+        saved_parts: Any = {kind: {name: part_from(kind, p) for name, p in content[kind].items()} for kind in kinds}
+        saved_parts |= {"fusion": part_from("fusion", content["fusion"]), "tune_encoders": content["tune_encoders"]}
+        seed, limits, asks = int(content["seed"]), Limits(**content["media"]), adapter.saved_asks(folder)
+    llm = {**saved, "attention": "auto", "chat_template": None, "trust_remote_code": trust_remote_code}
     if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", llm["revision"] or ""):
         raise ArtifactError(f"{folder}: names no commit of {llm['name']!r}, so its code isn't run")
 
-    parts = load_parts(
-        llm=llm,
-        encoders={name: part_from("encoders", part) for name, part in content["encoders"].items()},
-        projectors={name: part_from("projectors", part) for name, part in content["projectors"].items()},
-        fusion=part_from("fusion", content["fusion"]),
-        tune_encoders=content["tune_encoders"],
-        seed=content["seed"],
-        device=device,
-    )
+    parts = load_parts(llm=llm, **saved_parts, seed=seed, device=device or default_device())
     parts.tokenizer = load_tokenizer(str(folder))
     language_model = (shared or load_llm)(parts, llm)
     model = build_model(
         parts,
         llm=llm,
         adapter_options=adapter.options_for(folder, language_model),
-        seed=content["seed"],
-        with_encoders=bool(content["tune_encoders"]),
-        asks=adapter.saved_asks(folder),
+        seed=seed,
+        with_encoders=bool(saved_parts["tune_encoders"]),
+        asks=asks,
         language_model=language_model,
     )
     adapter.load_trained(model, folder)
     encoders = {name: encoder for name, (_, encoder) in parts.encoders.items()}
-    return Assistant(model, parts.tokenizer, parts.placeholders, encoders, Limits(**content["media"]))
+    return Assistant(model, parts.tokenizer, parts.placeholders, encoders, limits)
 
 
 def refuse_format(folder: Path, found: Any, readable: Sequence[int], again: str) -> None:

@@ -11,6 +11,7 @@ certificate.json stands in the run and, the same, in merged/. Its keys:
                                 reference, and of the LLM without the adapter
     bounds                      beyond which the merge would have been refused
     versions                    of the packages
+    language_model              its name, revision, and {file: sha256} of its weights where they lie in a folder
     sha256, adapter_sha256      {file: hash} of merged/ without this file, and of the adapter's folder
 
 Measures: `kl` (nats a token, from the reference), `agreement` (share of equal likeliest tokens),
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ArtifactError
-from finetune.run_folder import read_json
+from finetune.run_folder import RunFolder, read_json
 
 NAME = "certificate.json"
 FORMAT = 1
@@ -37,8 +38,9 @@ COLUMNS = {  # {measure: (what a table calls it, how it is written)}
 }
 
 
-def read_certificate(path: Path) -> dict[str, Any]:
+def read_certificate(path: Path | str) -> dict[str, Any]:
     """`path`: the file, or a run's or merged model's folder. Raises ArtifactError where it is missing or damaged."""
+    path = Path(path)
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
         raise ArtifactError(f"{file} is missing: `finetune merge` writes it")
@@ -52,13 +54,14 @@ def read_certificate(path: Path) -> dict[str, Any]:
     return content
 
 
-def verify(certificate: Mapping[str, Any], folder: Path, key: str = "sha256") -> None:
+def verify(certificate: Mapping[str, Any], folder: Path | str, key: str = "sha256") -> None:
     """That `folder`, merged/ or a copy of it, holds what the certificate is of, and nothing else; with `key`
     'adapter_sha256' the adapter's folder. Files of `hashed_files` count. Raises ArtifactError with the first file
     that differs.
     """
+    folder = Path(folder)
     known, found = certificate[key], {path.relative_to(folder).as_posix(): path for path in hashed_files(folder)}
-    belongs = "the certificate belongs to other weights: merge again"
+    belongs = "the certificate belongs to other weights, or the folder is damaged: copy it anew, or merge again"
     for name in sorted(known.keys() - found.keys()):
         raise ArtifactError(f"{folder / name} is missing, but certified: {belongs}")
     for name in sorted(found.keys() - known.keys()):
@@ -66,6 +69,17 @@ def verify(certificate: Mapping[str, Any], folder: Path, key: str = "sha256") ->
     for name, path in found.items():
         if (got := file_hash(path)) != known[name]:
             raise ArtifactError(f"{path}: sha256 {got[:12]}..., certified is {known[name][:12]}...: {belongs}")
+
+
+def read_verified(run: RunFolder) -> dict[str, Any]:
+    """The certificate of a run's merged model, which is of that model and of the adapter that is there, if one is.
+    Raises ArtifactError: where the adapter was trained again since, merged/ is of the one before.
+    """
+    content = read_certificate(run.certificate)
+    verify(content, run.merged)
+    if run.adapter.is_dir():
+        verify(content, run.adapter, "adapter_sha256")
+    return content
 
 
 def hashed_files(folder: Path) -> list[Path]:
@@ -84,6 +98,13 @@ def hashed_files(folder: Path) -> list[Path]:
 def file_hashes(folder: Path) -> dict[str, str]:
     """{file: sha256} of `hashed_files`, named from the folder on."""
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in hashed_files(folder)}
+
+
+def weights_hashes(name: str) -> dict[str, str]:
+    """{file: sha256} of the weights of an LLM that is a folder or a .gguf file; {} of one that a commit names."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {file.name: file_hash(file) for file in files}
 
 
 def file_hash(path: Path) -> str:

@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Fine-tune a frozen LLM with encoders for images, sound and video: recipe, train, evaluate, merge, chat.",
+    help="Fine-tune a frozen LLM with encoders for images, sound and video: train, merge, export, serve, publish.",
 )
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at rows, split them, label them.")
@@ -216,19 +216,26 @@ def recipes(
 def schema(
     part: Annotated[
         str | None,
-        typer.Argument(metavar="[FOLDER.PART|serve]", help="Only the options of a part, tasks.rank; or of the server."),
+        typer.Argument(
+            metavar="[FOLDER.PART|SECTION|serve]",
+            help="Only options: of a part, tasks.rank; of a section, merge; or of the server.",
+        ),
     ] = None,
 ) -> None:
     """Print the JSON schema of recipes, for editors; or the options of one part, to read."""
     if part is not None:
         folder, _, name = part.rpartition(".")
-        if part == "serve":
+        section: Any = finetune.Recipe.model_fields.get(part)
+        if section is not None and hasattr(section.annotation, "model_fields"):
+            options: Any = section.annotation
+        elif part == "serve":
             from finetune.serving import settings
 
-            options: Any = settings.Options
+            options = settings.Options
         elif folder not in part_folders():
             raise RecipeError(
-                f"no parts are called {folder!r}; write one of {', '.join(part_folders())}, a dot, and a part"
+                f"{part}: write 'serve', a section of recipes as 'merge', or one of {', '.join(part_folders())}, a "
+                "dot, and a part"
             )
         else:
             options = load_part(folder, name).Options

@@ -34,6 +34,35 @@ def loading(what: str) -> Iterator[None]:
 
 
 @contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what a settings file with missing, unknown or odd keys makes of its reader into one ArtifactError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"{file} is damaged, or of another version: {what}; pull the model again, or write it anew"
+        ) from error
+
+
+def verify_weights(folder: Path) -> None:
+    """That the weights of a merged model are there, each file as long as its header says. Raises ArtifactError."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    with reading(index):
+        names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for path in sorted(folder / name for name in names):
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: pull the model again, or merge again")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is damaged: {error}; pull the model again, or merge again") from error
+
+
+@contextmanager
 def asking(what: str, raises: type[FinetuneError] = ModelError) -> Iterator[None]:
     """Turn what huggingface_hub raises into one error that says what to do: f"{what}: reason"."""
     from huggingface_hub.errors import HTTPError
@@ -130,8 +159,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not (folder / MANIFEST).is_file():
         return None
     content = read_json(folder / MANIFEST)
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
         raise ArtifactError(f"{folder / MANIFEST} is damaged: it lists no files; pull the model again")
+    for name, told in files.items():
+        if not isinstance(told, dict) or not isinstance(told.get("sha256"), str):
+            raise ArtifactError(f"{folder / MANIFEST} is damaged: it has no sha256 of {name}; pull the model again")
     return content
 
 

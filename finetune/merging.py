@@ -6,6 +6,7 @@ them; bitsandbytes quantizes and dequantizes each weight as loading does; PEFT m
 """
 
 import copy
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -30,18 +30,18 @@ from transformers.integrations.bitsandbytes import (
 from transformers.pytorch_utils import Conv1D
 
 from finetune import key_map
+from finetune.adapter import MERGED_FORMAT
 from finetune.assemble import Parts
 from finetune.data.asks import Ask
 from finetune.data.tokenize import answer_ends
 from finetune.errors import ArtifactError, MergeRefused
 from finetune.hub import loading
-from finetune.language_model import decoder_layers
 from finetune.media import Limits
-from finetune.model import MultimodalConfig, MultimodalModel, compose
+from finetune.model import compose
 from finetune.run_folder import read_json
 
 SHARD_BYTES = 2 * 10**9
-ROOM = 1.2  # memory that a model takes, over the size of its files
+GARBAGE_BYTES = 2**25
 LEAF = "leaf"
 PREFIX = "base_model.model."  # PEFT's, before the LLM's own names
 # Initialisations that leave the base alone, or change each weight by a rule without chance. Others are drawn anew for
@@ -146,13 +146,18 @@ def merged_tensors(
     names, tied = llm.state_dict().keys(), untied(llm, lora)
     # {module: what the adapter's files call it}: transformers may have renamed it since.
     targets = {now: then for then, now in lora.modules_of(llm).items()} if lora else {}
+    garbage = 0  # bytes of weights held by PEFT's layers, which refer to each other and so outlive their use
     for name, module in llm.named_modules():
+        if garbage > GARBAGE_BYTES:
+            gc.collect()
+            garbage = 0
         with align_module_device(module, torch.device("cpu")):
             own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
             if name in targets or name in quantized:
                 state = lora.of(targets[name]) if lora and name in targets else {}
                 how = quantization if name in quantized else None
                 own |= merged_module(name, module, own, dtype, state, lora.config if lora else None, how)
+                garbage += sum(tensor.nbytes for tensor in own.values())
             for inside, tensor in {**own, **dict(module.named_buffers(recurse=False))}.items():
                 full = f"{name}.{inside}".lstrip(".")
                 if full in names and full not in tied:
@@ -280,7 +285,10 @@ class Shards:
 
     def _write(self) -> None:
         path = self.folder / f"shard-{len(self.files)}.safetensors"
-        save_file(self.held, path, metadata={"format": "pt"})
+        try:
+            save_file(self.held, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{self.folder}: can't be written ({error}); make room, and merge again") from None
         self.files.append((path, list(self.held)))
         self.held, self.bytes = {}, 0
 
@@ -333,6 +341,10 @@ def write_merged(
         asks=asks,
     )
     whole.config.dtype = dtype
+    llm.config._name_or_path = elsewhere(llm.config._name_or_path)
+    for part in whole.config.parts["encoders"].values():
+        part["settings"] = elsewhere(part["settings"])
+    whole.config.parts["format"] = MERGED_FORMAT
     whole.config.parts["media"] = asdict(limits)
     encoders = {f"encoders.{name}": tensor for name, tensor in whole.encoders.state_dict().items()}
     whole.save_pretrained(folder, state_dict={**own, **encoders})  # the LLM's follow, in a stream
@@ -348,6 +360,13 @@ def write_merged(
     parts.tokenizer.save_pretrained(folder)
 
 
+def elsewhere(value: Any) -> Any:
+    """A config in which folders of this machine are named by their last part: their place is nobody's business."""
+    if isinstance(value, dict):
+        return {key: elsewhere(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def taken(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder's files of weights, which are removed."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -355,44 +374,3 @@ def taken(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
         path.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-
-
-def read_back(folder: Path, device: torch.device, scratch: Path) -> tuple[MultimodalModel, bool]:
-    """The model of a merged folder, and whether the layers of its LLM are left on disk, because neither the accelerator
-    nor memory has room for it: then each forward reads them once.
-    """
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if device.type == "cuda" and ROOM * size < torch.cuda.mem_get_info(device)[0]:
-        return loaded(folder, device_map={"": device}), False
-    if ROOM * size < psutil.virtual_memory().available:
-        return loaded(folder), False
-    config = MultimodalConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = MultimodalModel(config)
-    layers = decoder_layers(skeleton.causal_lm)
-    above = next(name for name, module in skeleton.named_modules() if module is layers)
-    places = dict.fromkeys(rest_of(skeleton, above), str(device))  # safetensors takes the name, not torch's device
-    places |= {f"{above}.{number}": "disk" for number in range(len(layers))}
-    return loaded(folder, device_map=places, offload_folder=str(scratch)), True
-
-
-def rest_of(module: nn.Module, without: str, name: str = "") -> list[str]:
-    """The outermost modules that don't hold the module `without`."""
-    if name == without:
-        return []
-    if not f"{without}.".startswith(f"{name}." if name else ""):
-        return [name]
-    inner = [rest_of(child, without, f"{name}.{key}".lstrip(".")) for key, child in module.named_children()]
-    return [found for names in inner for found in names]
-
-
-def loaded(folder: Path, **how: Any) -> MultimodalModel:
-    """Raises ArtifactError where weights are missing, or are too many."""
-    read: Any = MultimodalModel.from_pretrained(folder, dtype="auto", output_loading_info=True, **how)
-    model, report = read
-    wrong = {
-        key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
-    }
-    if wrong:
-        raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
-    return model.eval()

@@ -94,7 +94,7 @@ class RunFolder:
         if (folder / "final").is_dir():
             return folder / "final"
         numbered = sorted(
-            (path for path in folder.glob("checkpoint-*") if path.suffix != ".partial"),
+            (path for path in folder.glob("checkpoint-*") if path.suffix not in (".partial", ".old")),
             key=lambda path: int(path.name.rpartition("-")[2]),
         )
         return numbered[-1] if numbered else None
@@ -102,8 +102,12 @@ class RunFolder:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block has ended well."""
-    partial = path.with_name(f"{path.name}.partial")
+    """A folder that appears under its name only when the block has ended well; one that was there before is whole until
+    then, and whatever interrupts the exchange, one of the two stays.
+    """
+    partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
+    if old.exists() and not path.exists():  # the exchange was interrupted
+        os.replace(old, path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -111,8 +115,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
     os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

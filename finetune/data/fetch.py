@@ -4,15 +4,17 @@ import hashlib
 import http.client
 import ipaddress
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from finetune.data.media_store import kept, store_folder, write_whole
 from finetune.errors import DataError, MediaError
 
-SECONDS = 30.0  # without an answer
+SECONDS = 30.0  # without a sign of life
 SECONDS_IN_ALL = 600.0
 REDIRECTS = 5
 CHUNK = 2**16
@@ -48,7 +50,7 @@ def content_at(
     seconds: float | None = None,
 ) -> bytes:
     """What stands at an http(s) address, kept nowhere. As `fetched`; without `private` a host that `hosts` names
-    itself must have a public address too. `seconds`: in all. Raises DataError.
+    itself must have a public address too, and isn't told its machine's. `seconds`: in all. Raises DataError.
     """
     seconds = SECONDS_IN_ALL if seconds is None else seconds
     end = time.monotonic() + seconds
@@ -56,11 +58,11 @@ def content_at(
     for _ in range(REDIRECTS + 1):
         parts, written = _check(here, hosts, where)
         try:
-            connection = CONNECTIONS[parts.scheme](parts.hostname or "", parts.port, timeout=SECONDS)
-            try:
-                connection.connect()
+            left = max(0.001, end - time.monotonic())
+            connection = CONNECTIONS[parts.scheme](parts.hostname or "", parts.port, timeout=min(SECONDS, left))
+            with _connected(connection, end) as opened:
                 if not (written and private):
-                    _check_public(connection.sock, here, where, "; name the host in `hosts`" if private else "")
+                    _check_public(opened, here, where, private)
                 connection.request("GET", _target(parts), headers=HEADERS)
                 response = connection.getresponse()
                 moved = response.getheader("Location")
@@ -70,11 +72,35 @@ def content_at(
                 if response.status != 200:
                     raise DataError(f"{where}: {here[:200]}: the host says {response.status} {response.reason}")
                 return _body(response, f"{where}: {here[:200]}", max_bytes, end, seconds)
-            finally:
-                connection.close()
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() >= end:
+                raise DataError(f"{where}: {here[:200]}: not there after {seconds:g} s") from None
             raise DataError(f"{where}: {here[:200]}: can't be fetched ({error or type(error).__name__})") from None
     raise DataError(f"{where}: {address[:200]}: more than {REDIRECTS} redirects")
+
+
+@contextmanager
+def _connected(connection: http.client.HTTPConnection, end: float) -> Iterator[socket.socket]:
+    """The open connection's socket, shut at `end` (as of time.monotonic) whatever it is about: a timeout of its own
+    begins anew with each byte.
+    """
+    try:
+        connection.connect()
+        opened = connection.sock
+
+        def shut() -> None:
+            with suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(max(0.0, end - time.monotonic()), shut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield opened
+        finally:
+            timer.cancel()
+    finally:
+        connection.close()
 
 
 def _check(address: str, hosts: Sequence[str], where: str) -> tuple[SplitResult, bool]:
@@ -96,11 +122,12 @@ def _check(address: str, hosts: Sequence[str], where: str) -> tuple[SplitResult,
     )
 
 
-def _check_public(connected: socket.socket, address: str, where: str, advice: str) -> None:
+def _check_public(connected: socket.socket, address: str, where: str, private: bool) -> None:
     """Asked of the connection itself, so that a name can't change its mind between the question and the call."""
     peer = ipaddress.ip_address(str(connected.getpeername()[0]).partition("%")[0])
     if not (getattr(peer, "ipv4_mapped", None) or peer).is_global:
-        raise DataError(f"{where}: {address[:200]!r} leads to {peer}, in a private network{advice}")
+        told = f"to {peer}, in a private network; name the host in `hosts`" if private else "into a private network"
+        raise DataError(f"{where}: {address[:200]!r} leads {told}")
 
 
 def _target(parts: SplitResult) -> str:
@@ -114,8 +141,10 @@ def _body(response: http.client.HTTPResponse, name: str, max_bytes: int, end: fl
         content += chunk
         if len(content) > max_bytes:
             raise MediaError(f"{name}: more than {max_bytes:,} bytes (`media.max_bytes`)")
-        if time.monotonic() > end:
-            raise DataError(f"{name}: not there after {seconds:.0f} s")
+        if time.monotonic() >= end:
+            break
+    if time.monotonic() >= end:  # what was shut looks as if it had ended
+        raise DataError(f"{name}: not there after {seconds:g} s")
     if response.length:
         raise DataError(f"{name}: broke off, {response.length:,} bytes before its end")
     return bytes(content)

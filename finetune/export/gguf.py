@@ -77,9 +77,9 @@ def write(source: Source, folder: Path, options: Options) -> Written:
     files = [name for name in (LLM, MEDIA) if (folder / name).is_file()]
     text, left_out = modelfile(assistant, files)
     (folder / MODELFILE).write_text(text, encoding="utf-8")
-    serve = "llama-server -m {FOLDER}/model.gguf" + (" --mmproj {FOLDER}/mmproj.gguf" if readers else "")
+    serve = "llama-server -m FOLDER/model.gguf" + (" --mmproj FOLDER/mmproj.gguf" if readers else "")
     serve = " ".join([serve, *(EXACT if options.quantization == "F32" else [])])
-    notes = [f"serve it with: {serve}", "or: ollama create NAME -f {FOLDER}/Modelfile" + left_out]
+    notes = [f"serve it with: {serve}", "or: ollama create NAME -f FOLDER/Modelfile" + left_out]
     if "audio" in readers:
         notes.append("llama.cpp hears sound of at most 30 s as trained, and very quiet sound a little otherwise")
     types = {name: reader.projector_type for name, reader in readers.items()}

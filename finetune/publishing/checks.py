@@ -17,12 +17,20 @@ SECRETS = {
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{36}|\bgithub_pat_[A-Za-z0-9_]{40,}",
     "a Google key": r"\bAIza[0-9A-Za-z_-]{35}",
+    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "an npm token": r"\bnpm_[A-Za-z0-9]{36}",
+    "a JSON web token": r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+",
     "a Slack token": r"\bxox[abeprs]-[0-9A-Za-z-]{10,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
+ROOT = r"(?<![\w/.:*#)}-])"  # before a path from the root: no part of an address, a pattern or a longer path
 PATHS = (
-    r"(?<![\w/.:-])/(?:home|Users|root|mnt|tmp|var|opt|srv|workspace|scratch)/[\w.@+-]+",
-    r"\b[A-Za-z]:\\+(?:Users|Documents and Settings)\\",
+    ROOT + r"/(?:home|Users|root|mnt|media|tmp|var|opt|srv|workspaces?|work|scratch|data|content|private|Volumes|gpfs|"
+    r"lustre|nfs|kaggle)/[\w.@+-]+",
+    r"\bfile:/{1,3}[\w.@+%-]+",
+    r"(?<![\w/.])~/\w[\w.@+-]*",  # not ~/.cache, which all have
+    r"\b[A-Za-z]:[\\/]+(?:Users|Documents and Settings)[\\/]",
+    r"(?<![\w\\])\\\\[\w.-]+\\[\w$.-]+\\\w",  # \\server\share\...
 )
 
 
@@ -73,6 +81,8 @@ def file_problems(folder: Path, private: Sequence[str]) -> list[str]:
             lines += _told(name, _metadata(path), private, paths=True)
         elif path.suffix in (".json", ".txt", ".md", ".jinja", ".yaml"):
             text = path.read_text(encoding="utf-8", errors="replace")
+            if path.suffix == ".json":
+                text = text.replace("\\\\", "\\").replace("\\/", "/")  # as it was before it was written as JSON
             lines += _told(name, text, private, paths=path.name not in VOCABULARY)
     return lines
 
@@ -100,9 +110,18 @@ def _told(name: str, text: str, private: Sequence[str], paths: bool) -> list[str
         for path, start in list(places.items())[:SHOWN]
     ]
     user = _user()
-    if user and (found := re.search(rf"\b{re.escape(user)}@[\w-]", text)):
+    if user and (found := re.search(_named(re.escape(user), paths), text)):
         lines.append(f"{name}:{_line(text, found.start())}: names {user!r}, who is logged in here; take it out")
     return lines
+
+
+def _named(user: str, paths: bool) -> str:
+    """Where a word is a user's name: many are other words too, and may be the owner's on the Hub."""
+    places = [rf"\b{user}@[\w-]"]
+    if paths:
+        places.append(rf"{ROOT}/(?:[\w.@+-]+/)+{user}(?![\w.@+-])")
+        places.append(rf"\b(?i:by|user|user_?name|author|owner|login)[\"']?(?:\s*[:=]\s*|\s)[\"']?{user}(?![\w/-])")
+    return "|".join(places)
 
 
 def _line(text: str, place: int) -> int:

@@ -68,16 +68,16 @@ def equal(left: Mapping[str, Sequence[Any]], right: Mapping[str, Sequence[Any]])
     return sum(_same(a, b) for name in left for a, b in zip(left[name], right[name], strict=True))
 
 
-def first_difference(
+def differences(
     questions: Questions, left: Mapping[str, Sequence[Any]], right: Mapping[str, Sequence[Any]]
-) -> tuple[str, Any, Any]:
-    """(row, left, right) of the first that isn't the same."""
-    return next(
+) -> list[tuple[str, Any, Any]]:
+    """(row, left, right) of those that aren't the same."""
+    return [
         (entry.sample.where, a, b)
         for name, entries in questions.groups.items()
         for entry, a, b in zip(entries, left[name], right[name], strict=True)
         if not _same(a, b)
-    )
+    ]
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -21,9 +21,9 @@ def full_name(repo: str) -> str:
     return repo
 
 
-def state_of(repo: str, *, recipe: str, kind: str) -> tuple[str | None, list[str]]:
+def state_of(repo: str, *, recipe: str, kind: str, private: bool) -> tuple[str | None, list[str]]:
     """(the newest commit, None where there is no repository; its files). Raises PublishError where it holds other
-    things than an earlier push of the same recipe and kind.
+    things than an earlier push of the same recipe and kind, or is public though it must be `private`.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -33,6 +33,10 @@ def state_of(repo: str, *, recipe: str, kind: str) -> tuple[str | None, list[str
             info = HfApi().model_info(repo)
         except RepositoryNotFoundError:
             return None, []
+        if private and not info.private:
+            raise PublishError(
+                f"{repo}: is public, but --private is asked for: make it private on the Hub, or choose another name"
+            )
         files = [file.rfilename for file in info.siblings or [] if file.rfilename != ".gitattributes"]
         if not files:
             return info.sha, []

@@ -11,7 +11,7 @@ from finetune.serving.contract import Busy, Engine, Piece, Request, Stream, Time
 from finetune.serving.protocol import ApiError, ChatRequest, logprobs_of, new_id, now, usage
 
 # What reading a stream may raise; the text of a DataError is the client's affair.
-RAISED = (DataError, TimedOut, MemoryError)
+RAISED = (DataError, Busy, TimedOut, MemoryError)
 
 
 @dataclass

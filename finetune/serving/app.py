@@ -85,7 +85,8 @@ class Server:
         return HTMLResponse(html, headers=headers)
 
     async def health(self) -> Response:
-        return JSONResponse({"status": "draining" if self.draining else "ok"}, 503 if self.draining else 200)
+        status = "draining" if self.draining else "ok" if self.engine.alive else "failed"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics_text(self) -> Response:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)

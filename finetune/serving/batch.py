@@ -95,17 +95,21 @@ class Batch:
         """Let go of all other rows, and of the columns that only they needed."""
         if len(rows) == len(self.rows):
             return
-        places = torch.tensor([self.rows.index(row) for row in rows], device=self._device, dtype=torch.long)
-        self.rows = list(rows)
         if not rows:
-            self._cache, self._mask = _cache([]), self._mask[:0, :0]
+            self.clear()
             return
-        self._mask = self._mask[places]
-        empty = int(self._mask.any(0).int().argmax())
-        self._mask = self._mask[:, empty:]
-        self._cache = _cache(
+        places = torch.tensor([self.rows.index(row) for row in rows], device=self._device, dtype=torch.long)
+        mask = self._mask[places]
+        empty = int(mask.any(0).int().argmax())
+        # Memory may not hold both the old and the new: until all is there, nothing has changed.
+        cache = _cache(
             [(layer.keys[places, :, empty:], layer.values[places, :, empty:]) for layer in self._cache.layers]
         )
+        self.rows, self._mask, self._cache = list(rows), mask[:, empty:], cache
+
+    def clear(self) -> None:
+        """Let go of all rows. It needs no memory."""
+        self.rows, self._mask, self._cache = [], self._mask.new_empty(0, 0), _cache([])
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Logits (B, V) -> each row's next token."""

@@ -62,7 +62,8 @@ class Piece:
 
 class Stream(Protocol):
     """Pieces of one answer, to be read in an event loop. Iterating raises DataError for what can't be read, TimedOut,
-    or MemoryError. `prompt_tokens`, `completion_tokens`, `cached_tokens` are known once the first piece has come.
+    MemoryError, or Busy before the first piece. `prompt_tokens`, `completion_tokens`, `cached_tokens` are known once
+    the first piece has come.
     """
 
     prompt_tokens: int
@@ -87,6 +88,11 @@ class Engine(Protocol):
     """
 
     models: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has been started, and still answers."""
+        ...
 
     def start(self) -> None: ...
     def submit(self, request: Request) -> Stream:

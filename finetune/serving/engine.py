@@ -13,7 +13,7 @@ from finetune.language_model import context_length
 from finetune.serving.batch import Batch
 from finetune.serving.cache import Kept, PrefixCache
 from finetune.serving.contract import Busy, Request, Stats, TimedOut
-from finetune.serving.reading import Media, looked_at, read_prompt
+from finetune.serving.reading import InFlight, Media, looked_at, read_prompt
 from finetune.serving.row import Row
 from finetune.serving.sampling import Vocabulary
 from finetune.serving.stream import Stream
@@ -31,6 +31,7 @@ class Engine:
     prefill_tokens: prompt tokens of newcomers that are read between two steps; one alone may have more
     queue_limit: requests that may wait
     media_cache_bytes, prefix_cache_bytes: kept of media, and of prompts' beginnings; 0 keeps nothing
+    media_waiting_bytes: of media that are decoded and not encoded yet; readers that find so much there say Busy
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Engine:
         queue_limit: int = 128,
         media_cache_bytes: int = 256 * MEBIBYTE,
         prefix_cache_bytes: int = 256 * MEBIBYTE,
+        media_waiting_bytes: int = 1024 * MEBIBYTE,
     ) -> None:
         self._features, self._prefixes = Kept(media_cache_bytes), PrefixCache(prefix_cache_bytes)
+        self._flying = InFlight(media_waiting_bytes)
         self._queue_limit = queue_limit
         self._served: dict[str, Served] = {}
         self._worker = Worker(self._prefixes, max_batch, max_batch_tokens, prefill_tokens)
@@ -57,7 +60,7 @@ class Engine:
 
     def _serving(self, assistant: Assistant, max_batch: int) -> Served:
         model = assistant.model
-        media = Media(assistant, self._features, self._worker.counters)
+        media = Media(assistant, self._features, self._flying, self._worker.counters)
         joins = model.shares_memory() and model.fusion.strength is None
         return Served(
             assistant,
@@ -71,6 +74,11 @@ class Engine:
 
     def start(self) -> None:
         self._worker.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers: it has been started, and its worker hasn't ended."""
+        return self._worker.alive
 
     def submit(self, request: Request) -> Stream:
         """Raises Busy, and DataError for an unknown model or numbers out of range."""
@@ -109,6 +117,7 @@ class Engine:
         gauges = {
             "requests_running": sum(len(served.running) for served in self._served.values()),
             "requests_waiting": self._worker.waiting,
+            "media_waiting_bytes": self._flying.bytes(),
             "media_cache_bytes": self._features.bytes,
             "prefix_cache_bytes": self._prefixes.kept.bytes,
         }

@@ -220,7 +220,7 @@ def head_questions(
 
 def read_chat(body: bytes, models: Models, options: Options, intake: Intake) -> tuple[ChatRequest, list[Request]]:
     """Raises ApiError for what can't be asked."""
-    asked = parsed(ChatRequest, body)
+    asked = parsed(ChatRequest, body, options.max_characters)
     try:
         return asked, chat_requests(asked, models, options, intake)
     except DataError as error:
@@ -231,7 +231,7 @@ def read_heads(
     body: bytes, models: Models, options: Options, intake: Intake, heads: str
 ) -> tuple[str, str, list[tuple[Message, ...]]]:
     """Raises ApiError for what can't be asked."""
-    asked = parsed(HeadRequest, body)
+    asked = parsed(HeadRequest, body, options.max_characters)
     try:
         return head_questions(asked, models, options, intake, heads)
     except DataError as error:

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune.serving.contract import Stream, Token
+from finetune.serving.settings import MOST_IN_A_LIST
 
 # OpenAI's kinds of error by HTTP status.
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+MARKS = 100_000  # commas and brackets of a request beside those of its texts
 UNREAD = (401, 403, 408, 413)  # told before a body's end: nobody reads the rest
 LEAST = -9999.0  # nats; JSON has no infinity
 
@@ -106,6 +108,7 @@ class AudioPart(BaseModel):
 
 TAGS = ("text", "image_url", "video_url", "input_audio", "audio_url")
 Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | AudioAddressPart, Field(discriminator="type")]
+Short = Field(max_length=MOST_IN_A_LIST, fail_fast=True)
 
 
 def _parts(content: Any) -> Any:
@@ -114,7 +117,7 @@ def _parts(content: Any) -> Any:
 
 class Turn(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts)]
+    content: Annotated[list[Part], Short, BeforeValidator(_parts)]
 
 
 class StreamOptions(BaseModel):
@@ -138,13 +141,15 @@ class Asking(BaseModel):
 
 
 class ChatRequest(Asking):
-    messages: list[Turn] = Field(min_length=1)
+    messages: Annotated[list[Turn], Short] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = None
+    stop: Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = (
+        None
+    )
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1)
@@ -158,17 +163,20 @@ class HeadRequest(Asking):
     """`task`: what was trained under this name; needed where several would do. `messages`, or one or more texts."""
 
     task: str | None = None
-    messages: list[Turn] | None = Field(None, min_length=1)
-    input: Annotated[list[str] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
-        None, min_length=1
-    )
+    messages: Annotated[list[Turn], Short] | None = Field(None, min_length=1)
+    input: Annotated[
+        Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
+    ] = Field(None, min_length=1)
 
 
 AskingT = TypeVar("AskingT", bound=Asking)
 
 
-def parsed(kind: type[AskingT], body: bytes) -> AskingT:
-    """A request from its JSON. Raises ApiError, which names the field."""
+def parsed(kind: type[AskingT], body: bytes, max_characters: int) -> AskingT:
+    """A request from its JSON, whose texts have up to `max_characters`. Raises ApiError, which names the field."""
+    # Whatever JSON says takes a mark for each value; many millions of values would hold up everybody's answers.
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > max_characters + MARKS:
+        raise ApiError(413, f"more than {max_characters + MARKS:,} commas and brackets (`max_characters`)")
     try:
         asked = kind.model_validate_json(body)
     except ValidationError as error:

@@ -1,10 +1,12 @@
 """From a request to what the model reads: decoded media and token ids. In threads of its own, beside the worker."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -15,16 +17,45 @@ from finetune.data.tokenize import Tokens, tokenize_prompt
 from finetune.errors import DataError
 from finetune.language_model import context_length
 from finetune.serving.cache import Kept
+from finetune.serving.contract import Busy
+
+RETRY_SECONDS = 2.0  # when too many media wait
 
 
-@dataclass
+@dataclass(eq=False)
 class Seen:
-    """A medium of a request. `name` tells its content; `features` (S, L, W) are known, or `prepared` gives them."""
+    """A medium of requests. `name` tells its content; once it is decoded, `features` (S, L, W) are known, or `prepared`
+    gives them. `lock`: held by who decodes it.
+    """
 
     name: str
-    layout: Layout
+    layout: Layout | None = None
     prepared: Prepared | None = None
     features: Tensor | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def known(self) -> bool:
+        return self.prepared is not None or self.features is not None
+
+
+class InFlight:
+    """Media of requests that wait or run, each once. `limit`: of what is decoded and not encoded yet, bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._seen: WeakValueDictionary[str, Seen] = WeakValueDictionary()
+
+    def seen(self, name: str) -> Seen:
+        with self._lock:
+            return self._seen.setdefault(name, Seen(name))
+
+    def bytes(self, but: Collection[Seen] = ()) -> int:
+        """Of all that wait, but those."""
+        with self._lock:
+            waiting = [seen.prepared for seen in self._seen.values() if seen not in but]
+        return sum(prepared.values.nbytes for prepared in waiting if prepared is not None)
 
 
 @dataclass
@@ -39,20 +70,36 @@ class Prompt:
 class Media:
     """Media of one model, decoded and encoded once as long as their features are kept; hits and misses are counted."""
 
-    def __init__(self, assistant: Assistant, kept: Kept, counters: dict[str, float]) -> None:
-        self.assistant, self.kept, self.counters = assistant, kept, counters
+    def __init__(self, assistant: Assistant, kept: Kept, flying: InFlight, counters: dict[str, float]) -> None:
+        self.assistant, self.kept, self.flying, self.counters = assistant, kept, flying, counters
 
-    def see(self, medium: Medium) -> Seen:
-        """Decode and preprocess, unless its features are there. Raises DataError."""
+    def see(self, messages: Sequence[Message]) -> dict[Medium, Seen]:
+        """Decode and preprocess a request's media, but what is there. Raises DataError, and Busy where those of others
+        that wait are all that memory may hold.
+        """
+        seen: dict[Medium, Seen] = {}
+        for message in messages:
+            for part in message.content:
+                if isinstance(part, Medium) and part not in seen:
+                    seen[part] = self._see(part, seen.values())
+        return seen
+
+    def _see(self, medium: Medium, own: Collection[Seen]) -> Seen:
         encoder = self.assistant.encoders.get(medium.kind)
         if encoder is None:
             takes = ", ".join(self.assistant.encoders) or "text only"
             raise DataError(f"this model takes {takes}, not {medium.kind}")
         name = f"{medium.kind} {id(encoder)} {_hash(medium.path)}"  # adapters may share an encoder, and then features
-        if (found := self.kept.get(name)) is not None:
-            return Seen(name, found[0], features=found[1])
-        prepared = read_medium(encoder, medium.kind, medium.path, self.assistant.limits)
-        return Seen(name, prepared.layout, prepared)
+        seen = self.flying.seen(name)
+        with seen.lock:
+            if not seen.known and (found := self.kept.get(name)) is not None:
+                seen.layout, seen.features = found
+            if not seen.known:
+                if self.flying.bytes(own) >= self.flying.limit:
+                    raise Busy(RETRY_SECONDS)
+                prepared = read_medium(encoder, medium.kind, medium.path, self.assistant.limits)
+                seen.layout, seen.prepared = prepared.layout, prepared
+        return seen
 
     def features(self, kind: str, seen: Seen) -> Tensor:
         """(S, L, W), from the cache or computed now: by the worker."""
@@ -72,17 +119,11 @@ def read_prompt(
 ) -> Prompt:
     """A conversation as the model reads it, media of no weight left out. `room`: the most tokens it may take.
 
-    Raises DataError for media that can't be read, and for what is too long.
+    Raises DataError for media that can't be read, and for what is too long; Busy as `Media.see`.
     """
-    seen: dict[Medium, Seen] = {}
-
-    def layout(medium: Medium) -> Layout:
-        if medium not in seen:
-            seen[medium] = media.see(medium)
-        return seen[medium].layout
-
     messages = without_kinds(messages, [kind for kind in weights if weights[kind] == 0])
-    segments = segments_by(assistant.model.config, layout)
+    seen = media.see(messages)
+    segments = segments_by(assistant.model.config, _layouts(seen))
     tokens = tokenize_prompt(messages, assistant.tokenizer, assistant.placeholders, segments)
     length, context = len(tokens.input_ids), context_length(assistant.model.causal_lm)
     if context and length >= context:
@@ -95,6 +136,15 @@ def read_prompt(
     return Prompt(tokens.input_ids, _symbols(assistant, tokens, seen, segments), found)
 
 
+def _layouts(seen: Mapping[Medium, Seen]) -> Callable[[Medium], Layout]:
+    def layout(medium: Medium) -> Layout:
+        found = seen[medium].layout
+        assert found is not None  # as `Media.see` left it
+        return found
+
+    return layout
+
+
 def _symbols(assistant: Assistant, tokens: Tokens, seen: Mapping[Medium, Seen], segments: Any) -> list[str]:
     """A placeholder is told by its medium's content: where in it, the tokens before it tell."""
     kinds = {placeholder.id: kind for kind, placeholder in assistant.placeholders.items()}
@@ -104,10 +154,9 @@ def _symbols(assistant: Assistant, tokens: Tokens, seen: Mapping[Medium, Seen], 
 
 
 def looked_at(media: Media, messages: Sequence[Message]) -> Look:
-    """A conversation's media, decoded now, for a head that the worker asks later. Raises DataError."""
-    parts = [part for message in messages for part in message.content if isinstance(part, Medium)]
-    seen = {medium: media.see(medium) for medium in parts}
-    return Look(lambda medium: seen[medium].layout, lambda medium: media.features(medium.kind, seen[medium]))
+    """A conversation's media, decoded now, for a head that the worker asks later. Raises as `Media.see`."""
+    seen = media.see(messages)
+    return Look(_layouts(seen), lambda medium: media.features(medium.kind, seen[medium]))
 
 
 def _hash(path: Path) -> str:

@@ -12,6 +12,8 @@ from finetune.serving.contract import Request
 
 ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as `extract` is trained
 
+LEAST_TEMPERATURE = 1e-5
+
 
 class Vocabulary:
     """A tokenizer as llguidance sees it: tokens as bytes, and what may follow inside a grammar."""
@@ -71,13 +73,14 @@ class Choice:
         """Logits (V,), float32, on the CPU -> a token. Raises DataError where a schema can't be followed."""
         if self.grammar is not None:
             logits = self.grammar.allow(logits)
-        token = self._drawn(logits / self.temperature) if self.temperature else int(logits.argmax())
+        token = self._drawn(logits) if self.temperature else int(logits.argmax())
         if self.grammar is not None:
             self.grammar.take(token)
         return token
 
     def _drawn(self, logits: Tensor) -> int:
-        chances = logits.softmax(-1)
+        # A tiny temperature would make infinities, of which there are no chances.
+        chances = ((logits - logits.max()) / max(self.temperature, LEAST_TEMPERATURE)).softmax(-1)
         if self.top_p < 1:
             ordered, places = chances.sort(descending=True, stable=True)
             # The fewest tokens that have `top_p` together: the one that reaches it is among them.

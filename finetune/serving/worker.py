@@ -7,9 +7,8 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from finetune.errors import FinetuneError
 from finetune.serving import window
 from finetune.serving.batch import Batch
 from finetune.serving.cache import PrefixCache
-from finetune.serving.contract import TimedOut
+from finetune.serving.contract import Busy, TimedOut
 from finetune.serving.reading import Media
 from finetune.serving.row import Row
 from finetune.serving.sampling import Vocabulary
@@ -54,6 +53,7 @@ class Served:
     weights: what each medium weighs unless a request says otherwise; the model's own change while a window runs
     together: how many rows may begin at once where none can join later; 0 where they can
     room: rows that its batch may have: fewer when memory ran out
+    joining: rows that have left `ready`, and aren't in the batch yet, or never will be: those of a window
     """
 
     assistant: Assistant
@@ -65,12 +65,12 @@ class Served:
     room: int
     ready: deque[Row] = field(default_factory=deque)
     questions: deque[Question] = field(default_factory=deque)
-    window: list[Row] = field(default_factory=list)
+    joining: list[Row] = field(default_factory=list)
     vocabulary: Vocabulary | None = None  # made when it is first needed: it takes a second
 
     @property
     def running(self) -> list[Row]:
-        return self.window or self.batch.rows
+        return list(dict.fromkeys([*self.batch.rows, *self.joining]))
 
 
 class Worker:
@@ -91,6 +91,10 @@ class Worker:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def stop(self, drain_seconds: float) -> None:
         """Finish what is there within the time, then end."""
@@ -122,7 +126,7 @@ class Worker:
         told: Exception = error
         if _is_memory(error):
             told = MemoryError("not enough memory for this request here: fewer or smaller media, or shorter text")
-        elif not isinstance(error, FinetuneError | TimedOut):
+        elif not isinstance(error, FinetuneError | TimedOut | Busy):
             logging.getLogger(__name__).error("a request failed", exc_info=error)
         for fail in fails:
             fail(told)
@@ -130,7 +134,10 @@ class Worker:
     def _work(self) -> None:
         while self._wait():
             for served in self.served:
-                self._turn(served)
+                try:
+                    self._turn(served)
+                except Exception as error:  # whatever a model raises, the worker goes on
+                    self._recover(served, error)
 
     def abandon(self) -> None:
         """Tell all whom the worker, which has ended, left unanswered."""
@@ -152,23 +159,20 @@ class Worker:
         self._tidy(served)
         if served.questions:
             self._ask(served, served.questions.popleft())
-        if newcomers := self._newcomers(served):
-            with self._surviving(served, newcomers):
-                if served.together:
-                    served.window = newcomers
-                    window.generate(served.assistant, newcomers)
-                else:
-                    served.batch.join(newcomers)
+        self._let_in(served)
+        if served.joining and served.together:
+            window.generate(served.assistant, served.joining)
+        elif served.joining:
+            served.batch.join(served.joining)
         self._tidy(served)
         if served.batch.rows:
-            with self._surviving(served, []):
-                served.batch.step()
-                self.counters["steps"] += 1
+            served.batch.step()
+            self.counters["steps"] += 1
             self._tidy(served)
 
-    def _newcomers(self, served: Served) -> list[Row]:
-        """Who may join now, in the order in which they became ready."""
-        found: list[Row] = []
+    def _let_in(self, served: Served) -> None:
+        """Find who may join now, in the order in which they became ready."""
+        found = served.joining
         running, limit = served.batch.rows, min(served.room, served.together or served.room)
         while served.ready and len(running) + len(found) < limit:
             row = served.ready[0]
@@ -181,10 +185,9 @@ class Worker:
             if found and served.together and row.weights != found[0].weights:
                 break
             self.wait_less()
-            served.ready.popleft()
-            if self._encoded(served, row):
-                found.append(row)
-        return found
+            found.append(served.ready.popleft())
+            if not self._encoded(served, row):
+                found.pop()
 
     def _encoded(self, served: Served, row: Row) -> bool:
         """Its media's features are there. Of a medium that can't be encoded, others never know."""
@@ -196,24 +199,22 @@ class Worker:
             self.failed(error, row.fail)
         return not row.done
 
-    @contextmanager
-    def _surviving(self, served: Served, newcomers: list[Row]) -> Iterator[None]:
-        """Whatever a model raises, the worker goes on. A row that is alone fails; several are put back, to be read
-        again by fewer at once, so that in the end only those fail whose fault it is.
+    def _recover(self, served: Served, error: Exception) -> None:
+        """A row that is alone fails; several are put back, to be read again by fewer at once, so that in the end only
+        those fail whose fault it is.
         """
-        try:
-            yield
-        except Exception as error:
-            self._tidy(served)
-            rows = [row for row in dict.fromkeys([*served.batch.rows, *newcomers]) if not row.done]
-            served.batch.keep([])
-            self.prefixes.kept.clear()
-            if len(rows) == 1:
-                self.failed(error, rows[0].fail)
-                return
-            served.room = max(1, len(rows) // 2) if _is_memory(error) else 1
-            served.ready.extendleft(reversed(rows))
-            self.wait_less(-len(rows))
+        running = served.running
+        served.batch.clear()
+        served.joining = []
+        self.prefixes.kept.clear()
+        rows = [row for row in running if not row.done]
+        self._end(served, [row for row in running if row not in rows])
+        if len(running) == 1 or not rows:
+            self.failed(error, *(row.fail for row in rows))
+            return
+        served.room = max(1, len(rows) // 2) if _is_memory(error) else 1
+        served.ready.extendleft(reversed(rows))
+        self.wait_less(-len(rows))
 
     def _ask(self, served: Served, question: Question) -> None:
         self.wait_less()
@@ -233,18 +234,22 @@ class Worker:
         for row in (*served.running, *served.ready):
             row.look_at_clock()
         ended = [row for row in served.running if row.done]
-        served.room = min(self.max_batch, served.room + len(ended))
-        served.batch.keep([row for row in served.batch.rows if not row.done])
-        served.window = []
-        for row in ended:  # only now: whoever has all of an answer finds it counted
-            self._count(row)
-            row.tell_end()
+        served.batch.keep([row for row in served.batch.rows if row not in ended])
+        served.joining = []
+        self._end(served, ended)
         here = [row for row in served.ready if not row.done]
         asked = [question for question in served.questions if not question.future.done()]
         if gone := len(served.ready) - len(here) + len(served.questions) - len(asked):
             self.wait_less(gone)
             self.counters["requests_cancelled"] += gone
             served.ready, served.questions = deque(here), deque(asked)
+
+    def _end(self, served: Served, ended: Sequence[Row]) -> None:
+        """Count them, then tell their ends: whoever has all of an answer finds it counted."""
+        served.room = min(self.max_batch, served.room + len(ended))
+        for row in ended:
+            self._count(row)
+            row.tell_end()
 
     def _count(self, row: Row) -> None:
         ends = {"stop": "finished", "length": "finished", "error": "failed", None: "cancelled"}

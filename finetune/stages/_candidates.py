@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from finetune import adapter
 from finetune.assemble import Features, Parts, build_model
 from finetune.data.asks import Ask
 from finetune.errors import ArtifactError
-from finetune.language_model import load_language_model
+from finetune.language_model import decoder_layers, load_language_model
 from finetune.media import Limits
 from finetune.merging import (
     LoraFile,
@@ -23,15 +24,15 @@ from finetune.merging import (
     load_on_disk,
     merged_tensors,
     quantized_modules,
-    read_back,
     unties,
     weights_in,
     write_merged,
 )
-from finetune.model import MultimodalModel
+from finetune.model import MultimodalConfig, MultimodalModel
 from finetune.progress import fresh_memory
 from finetune.stages._comparing import Compared, distances, own_look
 
+ROOM = 1.2  # memory that a model takes, over the size of its files
 TOGETHER = 8  # rows compared at once where each pass reads the LLM from disk
 
 
@@ -196,3 +197,44 @@ def refuse_without_room(folder: Path, needed: int) -> None:
 
 def named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def read_back(folder: Path, device: torch.device, scratch: Path) -> tuple[MultimodalModel, bool]:
+    """The model of a merged folder, and whether the layers of its LLM are left on disk, because neither the accelerator
+    nor memory has room for it: then each forward reads them once.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if device.type == "cuda" and ROOM * size < torch.cuda.mem_get_info(device)[0]:
+        return loaded(folder, device_map={"": device}), False
+    if ROOM * size < psutil.virtual_memory().available:
+        return loaded(folder), False
+    config = MultimodalConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = MultimodalModel(config)
+    layers = decoder_layers(skeleton.causal_lm)
+    above = next(name for name, module in skeleton.named_modules() if module is layers)
+    places = dict.fromkeys(rest_of(skeleton, above), str(device))  # safetensors takes the name, not torch's device
+    places |= {f"{above}.{number}": "disk" for number in range(len(layers))}
+    return loaded(folder, device_map=places, offload_folder=str(scratch)), True
+
+
+def rest_of(module: nn.Module, without: str, name: str = "") -> list[str]:
+    """The outermost modules that don't hold the module `without`."""
+    if name == without:
+        return []
+    if not f"{without}.".startswith(f"{name}." if name else ""):
+        return [name]
+    inner = [rest_of(child, without, f"{name}.{key}".lstrip(".")) for key, child in module.named_children()]
+    return [found for names in inner for found in names]
+
+
+def loaded(folder: Path, **how: Any) -> MultimodalModel:
+    """Raises ArtifactError where weights are missing, or are too many."""
+    read: Any = MultimodalModel.from_pretrained(folder, dtype="auto", output_loading_info=True, **how)
+    model, report = read
+    wrong = {
+        key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
+    }
+    if wrong:
+        raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
+    return model.eval()

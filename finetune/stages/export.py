@@ -39,10 +39,10 @@ def export_run(
     refuse_several_processes("`finetune export`")
     target = load_part("export", to)
     chosen = options_of(options, target.Options)
-    found, folder = source_of(Path(source), to)
-    folder = Path(out) if out is not None else folder
+    folder = Path(out) if out is not None else place_of(Path(source), to)
     if folder.exists():
         raise ArtifactError(f"{folder} is there already: remove it, or name another place with --out")
+    found = source_of(Path(source))
     with tempfile.TemporaryDirectory() as media, bar(f"export {to}", 3) as step:
         probes, tokenizer = probes_of(found, Path(source), Path(media), target) if verify else ([], None)
         step()
@@ -75,8 +75,9 @@ def export_run(
             }
             write_json(partial / "export.json", content)
             step()
-    for note in written.notes:
-        console.print(note)
+    result["notes"] = [note.replace("FOLDER", str(folder)) for note in written.notes]
+    for note in result["notes"]:
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
     return result | {"folder": str(folder)}
 
 
@@ -100,12 +101,19 @@ def options_of(given: Sequence[str], model: type[BaseModel]) -> Any:
         raise RecipeError(f"--option {key}={values.get(key)}: {first['msg']}") from None
 
 
-def source_of(path: Path, to: str) -> tuple[Source, Path]:
-    """What is exported, as its certificate says it was merged, and where to by default. Raises ArtifactError."""
+def place_of(path: Path, to: str) -> Path:
+    """Where an export goes by default."""
+    if (path / "recipe.yaml").is_file():
+        return path / "exports" / to
+    return path.absolute().with_name(f"{path.absolute().name}-{to}")
+
+
+def source_of(path: Path) -> Source:
+    """What is exported, as its certificate says it was merged. Raises ArtifactError."""
     if (path / "recipe.yaml").is_file():
         run = RunFolder.open(path, needs="merged")
-        certificate.verify(certificate.read_certificate(run.certificate), run.merged)
-        return Source(run.merged, run.adapter if run.adapter.is_dir() else None), path / "exports" / to
+        certificate.read_verified(run)
+        return Source(run.merged, run.adapter if run.adapter.is_dir() else None)
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such folder: name a run, or a merged folder")
     if (path / "multimodal.json").is_file():
@@ -118,7 +126,7 @@ def source_of(path: Path, to: str) -> tuple[Source, Path]:
         )
     if (path / "certificate.json").is_file():
         certificate.verify(certificate.read_certificate(path), path)
-    return Source(path), path.absolute().with_name(f"{path.absolute().name}-{to}")
+    return Source(path)
 
 
 def probes_of(found: Source, source: Path, media: Path, target: ModuleType) -> tuple[list[Probe], Any]:

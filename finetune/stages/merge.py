@@ -16,7 +16,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from finetune import certificate
+from finetune import adapter, certificate
 from finetune.assemble import Features, load_parts
 from finetune.data.rows import Source, read_splits, some
 from finetune.errors import ArtifactError, DataError, MergeRefused
@@ -84,7 +84,9 @@ def merge_plain(
     """The same from plain values. `rows` held-out rows are compared, `rows_scored` of them answered; at least
     `min_agreement` of next tokens must be equal, and the KL divergence be at most `max_kl` nats a token.
     """
-    lora = checked_adapter(folder.adapter, model["llm"], adapter_options is not None)
+    lora, base = checked_adapter(folder.adapter, model["llm"], adapter_options is not None)
+    if lora is not None:  # as it was trained, whatever the recipe says by now
+        adapter_options = adapter.options_of(read_json(folder.adapter / "adapter_config.json"))
     held_out = read_splits(sources, seed)[split]
     entries = some(held_out, rows, seed)
     if not entries:
@@ -125,6 +127,7 @@ def merge_plain(
             "why": why,
             "how": how[best],
             "reference": work.reference,
+            "language_model": base,
             "dtype": named(work.dtype),
             "dtypes": work.dtypes(),
             "rows": len(entries),
@@ -155,20 +158,33 @@ def merge_plain(
     return content
 
 
-def checked_adapter(folder: Path, llm: Mapping[str, Any], has_lora: bool) -> LoraFile | None:
-    """The adapter's LoRA, if it has any. Raises ArtifactError where files are missing or damaged, or where it was
-    trained over another LLM than `llm`.
+def checked_adapter(folder: Path, llm: Mapping[str, Any], has_lora: bool) -> tuple[LoraFile | None, dict[str, Any]]:
+    """The adapter's LoRA, if it has any, and what its LLM is known by: name, revision, hashes of weights that lie here.
+    Raises ArtifactError where files are missing or damaged, or where it was trained over another LLM than `llm`.
     """
-    known = read_json(folder / "multimodal.json").get("language_model", {})
-    for key in ("name", "quantize"):
-        ours, theirs = (str(value).rstrip("/").rpartition("/")[2] for value in (llm[key], known.get(key)))
-        if ours != theirs:
-            raise ArtifactError(
-                f"{folder}: trained over the LLM {known.get('name')!r} ({known.get('quantize')}), but the run's recipe "
-                f"names {llm['name']!r} ({llm['quantize']}): this adapter is another run's"
-            )
+    content = read_json(folder / "multimodal.json")
+    known, name = content.get("language_model", {}), str(llm["name"])
+    here = Path(name).exists()  # a folder may have moved; a name of the Hub is the same everywhere
+    same = {
+        "name": Path(name).name == Path(str(known.get("name"))).name if here else name == known.get("name"),
+        "quantize": llm["quantize"] == known.get("quantize"),
+        "revision": here or None in (llm["revision"], known.get("revision")) or llm["revision"] == known["revision"],
+    }
+    if wrong := [key for key, equal in same.items() if not equal]:
+        then, now = (f" at {one['revision'][:12]}" if wrong == ["revision"] else "" for one in (known, llm))
+        raise ArtifactError(
+            f"{folder}: trained over the LLM {known.get('name')!r}{then} ({known.get('quantize')}), but the run's "
+            f"recipe names {name!r}{now} ({llm['quantize']}): this adapter is another run's"
+        )
+    before, found = content.get("language_model_sha256") or {}, certificate.weights_hashes(name)
+    if other := [file for file in before if here and before[file] != found.get(file)]:
+        raise ArtifactError(
+            f"{name}: {other[0]} isn't what the adapter was trained over (sha256 {found.get(other[0], 'none')[:12]}, "
+            f"then {before[other[0]][:12]}): put the LLM's files back, or train again"
+        )
     tensor_names(folder / "projectors.safetensors")
-    return LoraFile(folder) if has_lora else None
+    base = {"name": Path(name).name if here else name, "revision": known.get("revision"), "sha256": found}
+    return LoraFile(folder) if has_lora else None, base
 
 
 def chosen(found: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
@@ -208,10 +224,18 @@ def refuse_unless_faithful(content: Mapping[str, Any]) -> None:
             f"the merged model's next tokens are {saved['kl']:.2g} nats from what was trained (KL divergence, mean of "
             f"{content['positions']} positions); merge.max_kl is {bounds['max_kl']:g}. {advice}"
         )
-    if bounds["min_kl_from_base"] is not None and saved["kl_from_base"] < bounds["min_kl_from_base"]:
+    least = bounds["min_kl_from_base"]
+    if least is None:
+        return
+    if content["trained"]["kl_from_base"] < least or saved["kl_from_base"] < least:
         raise MergeRefused(
             "the merged model equals the untrained LLM: the adapter has learnt nothing, or wasn't merged. "
             "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
+        )
+    if saved["kl"] >= saved["kl_from_base"]:
+        raise MergeRefused(
+            f"the merged model is no nearer to what was trained (KL {saved['kl']:.2g}) than to the LLM without the "
+            f"adapter ({saved['kl_from_base']:.2g}): what the adapter has learnt is lost in rounding. {advice}"
         )
 
 
@@ -234,5 +258,6 @@ def tell(content: Mapping[str, Any], folder: Path) -> None:
     saved = content["saved"]
     console.print(
         f"merged into {content['merged_into']}: {saved['agreement']:.1%} of {content['positions']} next tokens as "
-        f"trained; {content['why']}; {folder}"
+        f"trained; {content['why']}; scores on {content['rows_scored']} of {content['rows_held_out']} held-out rows; "
+        f"{folder}"
     )

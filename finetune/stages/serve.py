@@ -86,6 +86,7 @@ def loaded(places: dict[str, str], bounds: Options) -> Any:
         queue_limit=bounds.queue_limit,
         media_cache_bytes=bounds.media_cache_bytes,
         prefix_cache_bytes=bounds.prefix_cache_bytes,
+        media_waiting_bytes=bounds.media_waiting_bytes,
     )
 
 
@@ -94,6 +95,7 @@ def run_server(engine: Engine, bounds: Options, listener: socket.socket, api_key
     import uvicorn
 
     from finetune.serving.app import build_app
+    from finetune.serving.connection import patient_for
 
     folder = Path(tempfile.mkdtemp(prefix="finetune-serve-"))
     try:
@@ -105,6 +107,7 @@ def run_server(engine: Engine, bounds: Options, listener: socket.socket, api_key
             server_header=False,
             lifespan="off",
             ws="none",
+            http=patient_for(bounds.body_seconds),
             limit_concurrency=bounds.max_connections,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )

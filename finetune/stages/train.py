@@ -18,6 +18,7 @@ from datasets import Dataset
 from finetune import adapter, plots
 from finetune.assemble import Features, Parts, build_model, load_parts
 from finetune.assistant import Assistant
+from finetune.certificate import weights_hashes
 from finetune.data.asks import Ask, asks_of, names_of
 from finetune.data.collate import Collator
 from finetune.data.pack import plan_rows
@@ -444,6 +445,7 @@ def base_names(model: Mapping[str, Any], composite: MultimodalModel, parts: Part
     keys = ("name", "revision", "quantize", "double_quantize", "dtype")
     return {
         "language_model": {key: llm[key] for key in keys},
+        "language_model_sha256": weights_hashes(llm["name"]),
         "tune_encoders": dict(model["tune_encoders"]),
         "encoders": {
             name: {

@@ -1,6 +1,8 @@
 """Against a server on loopback, which counts what it is asked."""
 
+import contextlib
 import http.server
+import socket
 import threading
 import time
 
@@ -144,6 +146,39 @@ def test_a_download_that_trickles_ends(port, monkeypatch):
     monkeypatch.setattr(fetch, "SECONDS_IN_ALL", 0.0)
     with pytest.raises(DataError, match="not there after 0 s"):
         get(f"http://127.0.0.1:{port}/endless", max_bytes=10**9)
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"HTTP/1.1 200 ",
+        b"HTTP/1.1 200 OK\r\nX-",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+def test_whatever_trickles_has_its_time(beginning):
+    """A byte now and then never lets the connection's own timeout come."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle():
+            opened, _ = listener.accept()
+            with opened, contextlib.suppress(OSError):
+                opened.recv(10_000)
+                opened.sendall(beginning)
+                for _ in range(100):
+                    time.sleep(0.05)
+                    opened.sendall(b"0")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(DataError, match=r"^row 1: http.*: not there after 0\.4 s$"):
+            address = f"http://127.0.0.1:{listener.getsockname()[1]}/a"
+            fetch.content_at(address, ["127.0.0.1"], "row 1", 1000, seconds=0.4)
+        assert time.monotonic() - begin < 2
+        thread.join()
 
 
 def test_nobody_there():

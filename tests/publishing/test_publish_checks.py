@@ -16,14 +16,32 @@ SECRETS = [
     "AKIA" + "C" * 16,
     "ghp_" + "d" * 36,
     "AIza" + "e" * 35,
+    "glpat-" + "f" * 20,
+    "npm_" + "g" * 36,
+    "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxIn0." + "h" * 43,
     "xoxb-" + "1" * 12,
     "-----BEGIN RSA PRIVATE KEY-----",
 ]
-PATHS = ["/home/anna/data", "/Users/anna/x.csv", "/root/runs", "/tmp/run", r"C:\Users\anna", r"C:\\Users\\anna"]
+PATHS = [
+    *("/home/anna/data", "/Users/anna/x.csv", "/root/runs", "/tmp/run", "/data/anna/llm", "/work/llm", "/gpfs/users/x"),
+    *("/content/drive/MyDrive/x", "/Volumes/anna/x", "/media/anna/x", "/workspaces/x", "~/models/anna"),
+    *("file:///home/anna/x", "file:/elsewhere/x", "file://localhost/x"),
+    *(r"C:\Users\anna", r"C:\\Users\\anna", "C:/Users/anna/models", r"\\server\share\anna"),
+]
 HARMLESS = [
     "https://huggingface.co/home/anna and a/home/b",
     "and/or, 3/4, s/he, sk-learn, hf_hub_download, hf_xet, AKIA, /usr, / home",
     "the mark /answers/ and </s>",
+    "https://example.org/data/x, s3://bucket/work/x, gs://data/x, data/rows.csv, ./data/x, ../work/x, **/data/*.csv",
+    "text/content, {{ root }}/data/x, ~/.cache, ~5 of 6, https://example.org/~/x and #/data/x",
+    r"\frac{a}{b} \\alpha, \s+\d{1,3}|\\n, Q:\nA:\n, the profile: /x",
+    "eyJhbGciOiJIUzI1NiJ9 alone, npm_config_cache, glpat-",
+]
+USERS = ["trained by anna", '{"author": "anna"}', "user=anna", "anna@host", "/nfs-7/people/anna/x", "/hpc/anna"]
+HARMLESS_USERS = [
+    'https://huggingface.co/anna/x and model = load("anna/products"), by anna/products',
+    "anna is a girl's name, <anna></anna>, annabel, by annabel, by Anna, savanna@host",
+    '{"anna": 1}',
 ]
 
 
@@ -46,6 +64,22 @@ def test_a_path_of_a_person_is_found(path, tmp_path):
 def test_what_only_looks_like_it_is_let_through(text, tmp_path):
     (tmp_path / "README.md").write_text(text)
     assert checks.file_problems(tmp_path, ["/work/somewhere"]) == []
+
+
+@pytest.mark.parametrize("suffix", ["json", "md"])
+def test_a_path_is_found_however_it_is_written(suffix, tmp_path):
+    (tmp_path / f"x.{suffix}").write_text(
+        r'{"x": "\/home\/anna\/x"}' if suffix == "json" else r"at \\server\Users\anna."
+    )
+    assert "names a path of this machine" in checks.file_problems(tmp_path, [])[0]
+
+
+@pytest.mark.parametrize("text", USERS + HARMLESS_USERS)
+def test_a_word_is_a_user_where_it_stands_as_one(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "anna")
+    (tmp_path / "notes.txt").write_text(text)
+    lines = checks.file_problems(tmp_path, [])
+    assert ["names 'anna', who is logged in here" in line for line in lines] == [True] * (text in USERS)
 
 
 def test_words_of_a_vocabulary_are_no_paths_but_those_of_this_run_are(tmp_path):

@@ -70,6 +70,7 @@ class FakeEngine:
         self.seen: list[Any] = []  # decoded media
         self.cancelled = 0
         self.stopped = False
+        self.alive = True
         self.step_seconds = script.get("step_seconds", 0.0)
         self.delay = script.get("delay", 0.0)
         self.fails_after = script.get("fails_after")

@@ -16,6 +16,7 @@ from fake_engine import FakeEngine, call, served
 from tiny import tiny_picture
 
 from finetune.data import fetch
+from finetune.serving.contract import Busy
 
 CHAT = "/v1/chat/completions"
 
@@ -170,6 +171,26 @@ def test_each_bound_is_told(bounded):
         assert (reply[0], said in message_of(reply)) == (status, True), reply
 
 
+@pytest.mark.parametrize(
+    ("one", "count", "status"),
+    [
+        (b'{"role": "user", "content": ""}', 1_000_000, 413),
+        (b'{"role": "user", "content": ""}', 50_000, 400),
+        (b"{}", 140_000, 400),
+        (b"[]", 290_000, 400),
+    ],
+)
+def test_a_body_of_many_values_holds_nobody_up(plain, one, count, status):
+    body = b'{"model": "shelf", "messages": [' + b",".join([one] * count) + b"]}"
+    begin = time.monotonic()
+    reply = call(plain, CHAT, body)
+    assert reply[0] == status and time.monotonic() - begin < 2
+    assert len(message_of(reply)) < 200
+    more = call(plain, "/v1/classify", {"model": "shelf", "input": ["a"] * 10_001})
+    assert more[0] == 400 and "at most 10000 items" in message_of(more)
+    assert call(plain, CHAT, asking("," * 200_000))[0] == 200
+
+
 def test_a_body_is_read_no_further_than_it_may_be(bounded):
     assert call(bounded, CHAT, asking("x" * 30_000))[0] == 413
     with raw(bounded, f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n") as open_socket:
@@ -222,12 +243,13 @@ def test_media_by_address_only_from_named_hosts_and_never_private(media_host, en
     (tmp_path / "media").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     here = f"http://127.0.0.1:{media_host}/a.png"
-    with served(engine, tmp_path / "media", hosts=("127.0.0.1",)) as (address, _):
-        assert "in a private network" in message_of(call(address, CHAT, asking(image(here))))
+    with served(engine, tmp_path / "media", hosts=("127.0.0.1", "localhost")) as (address, _):
+        said = message_of(call(address, CHAT, asking(image(here.replace("127.0.0.1", "localhost")))))
+        assert said.endswith("leads into a private network") and "127.0.0.1" not in said and "::1" not in said
         assert "`hosts` doesn't name" in message_of(call(address, CHAT, asking(image("http://a.example/a.png"))))
         monkeypatch.setattr(fetch, "_check_public", lambda *_: None)
         assert call(address, CHAT, asking(image(here)))[2]["choices"][0]["message"]["content"].startswith("9x9 ")
-        for target in (f"http://localhost:{media_host}/a.png", "http://169.254.169.254/latest", "file:///etc/hostname"):
+        for target in (f"http://[::1]:{media_host}/a.png", "http://169.254.169.254/latest", "file:///etc/hostname"):
             moved = f"http://127.0.0.1:{media_host}/moved?{target}"
             assert message_of(call(address, CHAT, asking(image(moved))))
     assert len(engine.seen) == 1 and not (tmp_path / "cache").exists()  # kept nowhere
@@ -315,6 +337,20 @@ def test_metrics_count(engine, tmp_path):
     assert found['finetune_completion_tokens_total{model="shelf"}'] == "3.0"
     assert found['finetune_first_token_seconds_count{model="shelf"}'] == "2.0"
     assert found["finetune_engine_requests_total"] == "2.0" and found["finetune_engine_running"] == "0.0"
+
+
+def test_media_that_find_no_room_are_told_to_come_later(tmp_path):
+    with served(FakeEngine(fails_after=0, error=Busy(2.4)), tmp_path) as (address, _):
+        for more in ({}, {"stream": True}, {"n": 2}):
+            reply = call(address, CHAT, asking("a", **more))
+            assert reply[0] == 429 and reply[1]["retry-after"] == "3"
+
+
+def test_health_tells_that_the_engine_has_ended(engine, tmp_path):
+    with served(engine, tmp_path) as (address, _):
+        assert call(address, "/health")[0] == 200
+        engine.alive = False
+        assert call(address, "/health")[::2] == (503, {"status": "failed"})
 
 
 def test_while_draining_nothing_new_is_taken(engine, tmp_path):

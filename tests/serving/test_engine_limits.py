@@ -13,7 +13,10 @@ from tiny_serving import ask_all, conversation, pictures, read, request, serving
 from finetune.data.sample import Medium, Message
 from finetune.errors import DataError, MediaError
 from finetune.media import decode
+from finetune.serving import reading
+from finetune.serving.batch import Batch
 from finetune.serving.contract import Busy, TimedOut
+from finetune.serving.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +312,81 @@ def test_models_take_turns(paths):
 
         assert asyncio.run(all_of_them()) == expected
     assert ended == ["other"] * 3 + ["one"] * 3
+
+
+def told(engine, requests):
+    """Answers that come in time, or what was raised."""
+    return texts(ask_all(engine, [request(one.messages, one.max_new_tokens, timeout_seconds=10) for one in requests]))
+
+
+@pytest.mark.parametrize("place", ["keep", "join", "_encoded"])
+def test_memory_that_runs_out_anywhere_ends_no_engine(assistant, paths, monkeypatch, place):
+    """Wherever it does: what can be answered is, and so is the next request; nothing is left that waits."""
+    owner = Worker if place == "_encoded" else Batch
+    real, raised = getattr(owner, place), []
+
+    def full_once(self, *given):
+        if not raised and (place != "keep" or len(given[0]) < len(self.rows)):
+            raised.append(1)
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, *given)
+
+    asked = [request(one.messages, tokens) for one, tokens in zip(questions(paths, 4), (2, 9, 12, 12), strict=True)]
+    expected = alone(assistant, asked)
+    with serving(assistant) as engine:
+        monkeypatch.setattr(owner, place, full_once)
+        found = told(engine, asked)
+        assert raised and engine.alive
+        wrong = [one for one in found if isinstance(one, BaseException)]
+        assert all(isinstance(one, MemoryError) for one in wrong) and len(wrong) <= (place != "keep")
+        assert [one for one in found if one not in wrong] == [
+            right for one, right in zip(found, expected, strict=True) if one not in wrong
+        ]
+        assert told(engine, asked) == expected
+        gauges = engine.stats().gauges
+        assert gauges["requests_waiting"] == gauges["requests_running"] == 0
+
+
+def test_a_tiny_temperature_is_greedy(assistant, paths):
+    (one,) = questions(paths, 1)
+    with serving(assistant) as engine:
+        found = ask_all(engine, [request(one.messages, 12, temperature=heat) for heat in (0.0, 1e-6, 1e-30, 1e-320)])
+        assert texts(found) == alone(assistant, [one]) * 4
+
+
+def test_answers_to_one_request_share_its_media(assistant, paths, monkeypatch):
+    real, decoded = reading.read_medium, []
+
+    def counted(encoder, kind, path, *rest):
+        decoded.append(path)
+        time.sleep(0.1)  # so that the other reader comes meanwhile
+        return real(encoder, kind, path, *rest)
+
+    monkeypatch.setattr(reading, "read_medium", counted)
+    one = request((Message("user", (Medium("image", paths[0]), Medium("image", paths[1]), "What?")),), 6)
+    with serving(assistant, media_cache_bytes=0, media_waiting_bytes=1) as engine:  # its own media are never too many
+        assert texts(ask_all(engine, [one] * 8)) == alone(assistant, [one]) * 8
+    assert sorted(decoded) == paths[:2]
+
+
+def test_media_that_wait_are_bounded(assistant, paths):
+    """While one row runs, pictures of those behind it wait: of so many only as fit; text waits all the same."""
+    long, text = questions(paths, 1, 100)[0], request((Message("user", ("What is this?",)),), 2)
+    shown = [request((Message("user", (Medium("image", path), "What?")),), 2) for path in paths]
+    size = assistant.encoders["image"].prepare(decode("image", paths[0])).values.nbytes
+    with Slow(assistant.model, 0.01), serving(assistant, max_batch=1, media_waiting_bytes=2 * size) as engine:
+
+        async def crowd():
+            first = engine.submit(request((Message("user", ("What?",)),), long.max_new_tokens))
+            async for _ in first:
+                break
+            found = await asyncio.gather(*(read(engine.submit(one)) for one in [*shown, text]), return_exceptions=True)
+            first.cancel()
+            return found
+
+        *found, said = asyncio.run(crowd())
+        refused = [one for one in found if isinstance(one, BaseException)]
+        assert len(found) - len(refused) in (2, 3)  # two readers look at once
+        assert all(isinstance(one, Busy) for one in refused) and not isinstance(said, BaseException)
+        assert engine.stats().gauges["media_waiting_bytes"] == 0
+        assert isinstance(told(engine, shown[:1])[0], str)

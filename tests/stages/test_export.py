@@ -207,6 +207,16 @@ def test_a_run_that_is_not_merged_or_was_changed_since_is_refused(run, tmp_path)
     assert not (copied / "exports").exists()
 
 
+def test_an_adapter_trained_since_the_merge_is_not_exported_as_it_was(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("exports"))
+    path = copied / "adapter" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ArtifactError, match=r"adapter_model.safetensors: sha256 .*merge again"):
+        export_run(copied, "transformers")
+    shutil.rmtree(copied / "adapter")
+    assert export_run(copied, "transformers", verify=False)["class"] == "LlavaForConditionalGeneration"
+
+
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(ExportRefused, match=r"can't be asked in a process of its own: ModuleNotFoundError: .*nowhere"):
         asked_in_process(tmp_path, {"chats": []}, ["nowhere"])

@@ -135,8 +135,62 @@ def test_a_folder_that_is_neither_here_nor_a_name_is_told(tmp_path):
         finetune.load(tmp_path / "nothing")
 
 
-def test_a_damaged_manifest_is_told(tmp_path):
+@pytest.mark.parametrize("content", [[1], *({"files": {"x.json": told}} for told in ({}, "x", 1, {"sha256": 5}))])
+def test_a_damaged_manifest_is_told(content, tmp_path):
     folder = fixture_folder("format-3", tmp_path)
-    (folder / "manifest.json").write_text(json.dumps([1]))
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*pull the model again"):
+        finetune.load(folder)
+
+
+def spoilt(folder, file, change):
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(change(content) or content))
+    with pytest.raises(ArtifactError, match=rf"{file} is damaged.*pull the model again"):
+        finetune.load(folder)
+
+
+ADAPTER_CHANGES = {
+    "no encoders": lambda content: content.pop("encoders") and None,
+    "no LLM": lambda content: content.pop("language_model") and None,
+    "an LLM without a name": lambda content: content["language_model"].pop("name") and None,
+    "an unknown bound": lambda content: content["media"].update(x=1),
+    "an unknown option": lambda content: content["encoders"]["image"]["options"].update(x=1),
+    "an odd seed": lambda content: content.update(seed="x"),
+    "an empty ask": lambda content: content.update(asks={"a": {}}),
+    "a list": lambda content: [1],
+}
+MERGED_CHANGES = {
+    "no encoders": lambda content: content["parts"].pop("encoders") and None,
+    "no placeholders": lambda content: content["parts"].pop("placeholders") and None,
+    "an unknown medium": lambda content: content["parts"]["placeholders"].update(x=1),
+    "an unknown bound": lambda content: content["parts"]["media"].update(x=1),
+    "no projector's width": lambda content: content["parts"]["projectors"]["image"].pop("width_in") and None,
+    "a list": lambda content: [1],
+}
+
+
+@pytest.mark.parametrize("change", ADAPTER_CHANGES)
+def test_an_adapter_with_damaged_settings_names_the_file(change, tmp_path):
+    spoilt(fixture_folder("format-4", tmp_path), "multimodal.json", ADAPTER_CHANGES[change])
+
+
+@pytest.mark.parametrize("change", MERGED_CHANGES)
+def test_a_merged_model_with_damaged_settings_names_the_file(change, tmp_path):
+    spoilt(fixture_folder("merged-1", tmp_path), "config.json", MERGED_CHANGES[change])
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "shard", "index"])
+def test_damaged_weights_of_a_merged_model_are_named(damage, tmp_path):
+    folder, told = fixture_folder("merged-1", tmp_path), r"model\.safetensors is damaged"
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if damage != "cut":
+        path.unlink()
+        told = r"model\.safetensors is missing"
+    if damage in ("shard", "index"):
+        content = {"weight_map": {"x": "model-1.safetensors"}} if damage == "shard" else {}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        told = r"model-1\.safetensors is missing" if damage == "shard" else r"index\.json is damaged"
+    with pytest.raises(ArtifactError, match=f"{told}.*pull the model again"):
         finetune.load(folder)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ import finetune
 import finetune.stages.push as stages_push
 from finetune.certificate import read_certificate, verify
 from finetune.errors import ArtifactError, FinetuneError, PublishError
+from finetune.publishing.compare import Questions
 
 LICENCES = {"llm": "apache-2.0", "encoders.image": "mit", "data": "cc0-1.0"}
 HUB_NAMES = {"llm": "org/llm", "encoders.image": "org/encoder"}
@@ -48,7 +50,7 @@ def hub(finished, monkeypatch, tmp_path):
 @pytest.fixture
 def unasked(monkeypatch):
     """No model is loaded: what is tested is the way to the Hub."""
-    monkeypatch.setattr(stages_push, "answers_here", lambda path, questions: ({}, "asked"))
+    monkeypatch.setattr(stages_push, "answers_here", lambda *_: ({}, "asked"))
     monkeypatch.setattr(stages_push, "downloaded_again", lambda *_: "asked again")
 
 
@@ -224,6 +226,44 @@ def test_a_certificate_of_other_weights_is_refused(run):
         finetune.push(run, "me/tiny", merged=True, dry_run=True)
 
 
+def test_an_adapter_trained_since_the_merge_is_told(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(PublishError, match=r"adapter_model\.safetensors: sha256 .*merge again"):
+        finetune.push(run, "me/tiny", merged=True, dry_run=True)
+    finetune.push(run, "me/tiny", dry_run=True)
+
+
+@pytest.mark.parametrize("there", [{}, {"manifest.json": b'{"recipe": "tiny", "kind": "adapter"}'}])
+def test_a_public_repository_is_not_written_where_private_is_asked_for(there, finished, hub, unasked):
+    hub.add("me/tiny", there, private=False)
+    with pytest.raises(PublishError, match="me/tiny: is public, but --private is asked for"):
+        finetune.push(finished, "me/tiny", private=True)
+    assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
+    hub.repositories["me/tiny"].private = True
+    finetune.push(finished, "me/tiny", private=True)
+    hub.repositories["me/tiny"].private = False
+    assert finetune.push(finished, "me/tiny")["commit"] == hub.repositories["me/tiny"].head
+
+
+def test_nine_of_ten_rows_must_be_answered_as_they_were_evaluated(monkeypatch, tmp_path):
+    class Asked(Questions):
+        def asked_of(self, path):
+            return {"a": ["yes"] * said[path.name] + ["no"] * (10 - said[path.name])}
+
+    monkeypatch.setattr(stages_push, "loaded", lambda path: path)
+    rows = [SimpleNamespace(sample=SimpleNamespace(where=f"rows.csv:{i}")) for i in range(10)]
+    questions, merged, adapter = Asked({"a": rows}, {"a": ["yes"] * 10}, 8), tmp_path / "merged", tmp_path / "adapter"
+    said = {"adapter": 9, "merged": 2}
+    assert "9 of 10" in stages_push.answers_here(adapter, questions, adapter)[1]
+    answers, line = stages_push.answers_here(merged, questions, adapter)
+    assert answers["a"].count("yes") == 2 and "2 of 10" in line and "by its adapter, 9 of 10" in line
+    said = {"adapter": 8, "merged": 2}
+    for path in (adapter, merged):
+        with pytest.raises(PublishError, match=r"adapter: only 8 of 10 .* 90% must be; the others: rows.csv:8, rows.c"):
+            stages_push.answers_here(path, questions, adapter)
+
+
 @pytest.mark.parametrize("missing", ["adapter", "metrics.json", "recipe.yaml"])
 def test_a_run_that_has_not_got_that_far_is_told(missing, run):
     shutil.rmtree(run / missing) if (run / missing).is_dir() else (run / missing).unlink()
@@ -242,7 +282,7 @@ def test_rows_that_changed_since_the_evaluation_are_told(run, hub):
 def test_an_adapter_trained_since_the_evaluation_is_told(run, hub):
     path = run / "adapter" / "projectors.safetensors"
     save_file({name: -30 * tensor for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(PublishError, match="none of 4 held-out rows is answered as it was evaluated"):
+    with pytest.raises(PublishError, match="only 0 of 4 held-out rows are answered as they were evaluated"):
         finetune.push(run, "me/tiny")
     assert "me/tiny" not in hub.repositories
 

@@ -1,5 +1,6 @@
 """Serving as a process: what it refuses, how it begins, and how it ends."""
 
+import contextlib
 import json
 import os
 import signal
@@ -154,6 +155,45 @@ def test_a_second_signal_ends_at_once(server, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(2) == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("finetune-serve-*"))
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        "",
+        "GET / HTTP/1.1\r\nHost: localhost\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HT",
+        "POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n",
+    ],
+)
+def test_connections_on_which_nothing_is_asked_are_closed(beginning, server):
+    """Whoever sends a byte now and then, too."""
+    process, address = server("body_seconds=0.5", "max_connections=4")
+    host, port = address.removeprefix("http://").split(":")
+    opened = [socket.create_connection((host, int(port)), timeout=10) for _ in range(4)]
+    for one in opened:
+        one.sendall(beginning.encode())
+    assert status(address) == 503
+    end = time.monotonic() + 4
+    while status(address) == 503 and time.monotonic() < end:
+        for one in opened:
+            with contextlib.suppress(OSError):
+                one.sendall(b"x")
+        time.sleep(0.1)
+    assert status(address) == 200
+    for one in opened:
+        one.close()
+
+
+def test_an_answer_may_take_longer_than_a_head(server):
+    process, address = server("body_seconds=0.3")
+    opened, received = ask(address, 20)
+    while b"[DONE]" not in received:
+        received += opened.recv(10_000) or pytest.fail("closed too early")
+    opened.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # and the connection goes on
+    while b'"ok"' not in received:
+        received += opened.recv(10_000) or pytest.fail("closed too early")
     opened.close()
 
 
