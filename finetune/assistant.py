@@ -324,9 +324,11 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     """A folder that `merge` wrote: needs nothing but itself."""
     device = device or default_device()
     with hub.reading(folder / "config.json"):
-        parts = read_json(folder / "config.json").get("parts")
-        if not isinstance(parts, dict):
-            raise ArtifactError(f"{folder}: not a model that `finetune merge` wrote; load it with transformers")
+        config = read_json(folder / "config.json")
+        parts, family = config.get("parts"), config.get("model_type")
+        if not isinstance(parts, dict) or family != "finetune_multimodal":
+            reads = "vLLM" if family == "finetune_served" else "transformers"
+            raise ArtifactError(f"{folder}: a {family!r}, not a model that `finetune merge` wrote; {reads} loads it")
         refuse_format(folder, parts.get("format", 1), range(1, adapter.MERGED_FORMAT + 1), "merge")
         placeholders = {name: Placeholder(PLACEHOLDERS[name], id) for name, id in parts["placeholders"].items()}
         limits = Limits(**parts["media"])

@@ -120,7 +120,11 @@ def push(
     repo: Annotated[str, typer.Option(metavar="NAME", help="On the Hub: name, or user/name.")],
     merged: Annotated[bool, typer.Option("--merged", help="The merged model, not the adapter.")] = False,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new repository; default: the recipe's.")
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Of a new repository; default: the recipe's. --private refuses one that is public.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and write the card, upload nothing.")] = False,
 ) -> None:

@@ -109,6 +109,7 @@ class AudioPart(BaseModel):
 TAGS = ("text", "image_url", "video_url", "input_audio", "audio_url")
 Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | AudioAddressPart, Field(discriminator="type")]
 Short = Field(max_length=MOST_IN_A_LIST, fail_fast=True)
+Texts = Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
 def _parts(content: Any) -> Any:
@@ -147,9 +148,7 @@ class ChatRequest(Asking):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = (
-        None
-    )
+    stop: Texts = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1)
@@ -164,9 +163,7 @@ class HeadRequest(Asking):
 
     task: str | None = None
     messages: Annotated[list[Turn], Short] | None = Field(None, min_length=1)
-    input: Annotated[
-        Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
-    ] = Field(None, min_length=1)
+    input: Texts = Field(None, min_length=1)
 
 
 AskingT = TypeVar("AskingT", bound=Asking)

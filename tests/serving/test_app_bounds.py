@@ -177,7 +177,7 @@ def test_each_bound_is_told(bounded):
         (b'{"role": "user", "content": ""}', 1_000_000, 413),
         (b'{"role": "user", "content": ""}', 50_000, 400),
         (b"{}", 140_000, 400),
-        (b"[]", 290_000, 400),
+        (b"[]", 145_000, 400),
     ],
 )
 def test_a_body_of_many_values_holds_nobody_up(plain, one, count, status):

@@ -169,11 +169,14 @@ def test_a_second_signal_ends_at_once(server, tmp_path):
 )
 def test_connections_on_which_nothing_is_asked_are_closed(beginning, server):
     """Whoever sends a byte now and then, too."""
-    process, address = server("body_seconds=0.5", "max_connections=4")
+    _, address = server("body_seconds=0.5", "max_connections=4")
     host, port = address.removeprefix("http://").split(":")
-    opened = [socket.create_connection((host, int(port)), timeout=10) for _ in range(4)]
-    for one in opened:
-        one.sendall(beginning.encode())
+    opened = []
+    for _ in range(4):
+        opened.append(socket.create_connection((host, int(port)), timeout=10))
+        opened[-1].sendall(beginning.encode())
+        if "\r\n\r\n" in beginning:
+            assert opened[-1].recv(1000).startswith(b"HTTP/1.1 ")
     assert status(address) == 503
     end = time.monotonic() + 4
     while status(address) == 503 and time.monotonic() < end:
@@ -187,7 +190,7 @@ def test_connections_on_which_nothing_is_asked_are_closed(beginning, server):
 
 
 def test_an_answer_may_take_longer_than_a_head(server):
-    process, address = server("body_seconds=0.3")
+    _, address = server("body_seconds=0.3")
     opened, received = ask(address, 20)
     while b"[DONE]" not in received:
         received += opened.recv(10_000) or pytest.fail("closed too early")
