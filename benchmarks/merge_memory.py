@@ -1,6 +1,6 @@
 """Peak memory of merging an LLM module by module, beside the size of its files: python benchmarks/merge_memory.py
 
-LLMs of more and more layers, random weights in bfloat16 in files of 50 MB, and LoRA on all their linear layers,
+LLMs of more and more layers, random weights in bfloat16 in files of 20 MB, and LoRA on all their linear layers,
 merged into files as large, from the 16-bit weights and from weights that went through nf4. Each merge in a process of
 its own; what Python and the libraries take is left out, by merging a tiny LLM first.
 """
@@ -81,9 +81,9 @@ def main() -> None:
     parser.add_argument("--make", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--merge", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--nf4", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--width", type=int, default=768, help="Width of the LLM.")
-    parser.add_argument("--layers", type=int, nargs="+", default=[6, 18, 36], help="Layers of each LLM.")
-    parser.add_argument("--shard", type=int, default=50, help="Megabytes of a file, read and written.")
+    parser.add_argument("--width", type=int, default=512, help="Width of the LLM.")
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48], help="Layers of each LLM.")
+    parser.add_argument("--shard", type=int, default=20, help="Megabytes of a file, read and written.")
     given = parser.parse_args()
     shard = given.shard * 10**6
     if given.make:

@@ -6,6 +6,7 @@ them; bitsandbytes quantizes and dequantizes each weight as loading does; PEFT m
 """
 
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -146,18 +147,19 @@ def merged_tensors(
     names, tied = llm.state_dict().keys(), untied(llm, lora)
     # {module: what the adapter's files call it}: transformers may have renamed it since.
     targets = {now: then for then, now in lora.modules_of(llm).items()} if lora else {}
-    garbage = 0  # bytes of weights held by PEFT's layers, which refer to each other and so outlive their use
+    held = 0  # bytes of weights in PEFT's layers, which refer to each other and so outlive their use
     for name, module in llm.named_modules():
-        if garbage > GARBAGE_BYTES:
+        if held > GARBAGE_BYTES:
             gc.collect()
-            garbage = 0
+            held = 0
         with align_module_device(module, torch.device("cpu")):
             own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
             if name in targets or name in quantized:
                 state = lora.of(targets[name]) if lora and name in targets else {}
                 how = quantization if name in quantized else None
                 own |= merged_module(name, module, own, dtype, state, lora.config if lora else None, how)
-                garbage += sum(tensor.nbytes for tensor in own.values())
+                held += sum(tensor.nbytes for tensor in own.values())
+                trim_memory()
             for inside, tensor in {**own, **dict(module.named_buffers(recurse=False))}.items():
                 full = f"{name}.{inside}".lstrip(".")
                 if full in names and full not in tied:
@@ -165,6 +167,12 @@ def merged_tensors(
     for full, source in llm.all_tied_weights_keys.items():
         if full not in tied:  # the embeddings changed, the head that they were tied to didn't
             yield full, weight_of(llm, source).to(dtype).contiguous()
+
+
+def trim_memory() -> None:
+    """Give the system back what glibc keeps between blocks that are in use: it would grow with the modules."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def untied(llm: Any, lora: LoraFile | None) -> set[str]:

@@ -204,7 +204,7 @@ def head_questions(
     fit = [name for name, task in tasks.items() if (task["labels"] if heads == "labels" else task["head"] == "score")]
     if asked.task not in (fit if asked.task or len(fit) != 1 else (None,)):
         kind = "labels" if heads == "labels" else "a number"
-        told = ", ".join(fit) or "none"
+        told = ", ".join(fit) or f"none; {model!r} answers in words, at /v1/chat/completions"
         raise ApiError(400, f"task: those of {model!r} that answer by {kind}: {told}", param="task")
     task = asked.task or fit[0]
     if (asked.messages is None) == (asked.input is None):

@@ -25,6 +25,8 @@ class Stream:
 
     @property
     def timed_out(self) -> TimedOut:
+        if self.deadline == 0:  # set by a worker that stops
+            return TimedOut("the server ended before this answer was whole; ask again")
         return TimedOut(f"no whole answer within {self._timeout_seconds:g} s; ask for fewer tokens, or allow more time")
 
     def put(self, piece: Piece) -> None:
