@@ -45,5 +45,5 @@ def test_the_options_of_one_part_are_printed_to_read(capsys):
     cli.schema("tasks.rank")
     printed = capsys.readouterr().out
     assert "group: Column of the user" in printed and "(default 'group')" in printed
-    with pytest.raises(RecipeError, match="task.rank: write 'serve'"):
+    with pytest.raises(RecipeError, match=r"task\.rank: write 'serve'"):
         cli.schema("task.rank")
