@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a run or a merged folder, instead of one made now")
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment that has vLLM")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="default: %(default)s")
-    parser.add_argument("--requests", type=int, nargs="+", default=[6, 24, 48], help="of these clients, in all")
+    parser.add_argument("--requests", type=int, nargs="+", default=[6, 16, 32], help="of these clients, in all")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a server (default: all cores)")
     parser.add_argument("--servers", nargs="+", default=["ours", "transformers", "vllm"], help="default: all there are")
