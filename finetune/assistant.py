@@ -313,7 +313,9 @@ def load(
         return load_adapter(path, device, trust_remote_code)
     if (path / "config.json").is_file():
         return load_merged(path, device)
-    raise ArtifactError(f"{path}: no merged model, no adapter and no run that has got that far")
+    raise ArtifactError(
+        f"{path}: no merged model, no adapter and no run that has got that far: `finetune train` writes one"
+    )
 
 
 def _is_model(folder: Path) -> bool:

@@ -117,7 +117,10 @@ def serve(
 @app.command()
 def push(
     run: Run,
-    repo: Annotated[str, typer.Option(metavar="NAME", help="On the Hub: name, or user/name.")],
+    repo: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="On the Hub: name, or user/name; default: the recipe's publish.repo."),
+    ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The merged model, not the adapter.")] = False,
     private: Annotated[
         bool | None,

@@ -24,10 +24,15 @@ SHOWN = 5  # rows named where fewer are
 
 
 def push(
-    run: Path | str, repo: str, *, merged: bool = False, private: bool | None = None, dry_run: bool = False
+    run: Path | str,
+    repo: str | None = None,
+    *,
+    merged: bool = False,
+    private: bool | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Publish a run's adapter, or its merged model. `repo`: name, or user/name. `private`: of a new repository; None:
-    as the recipe says. With True a repository that is there and public is refused.
+    """Publish a run's adapter, or its merged model. `repo`: name, or user/name. `private`: of a new repository. None
+    of either: as the recipe says. With True a repository that is there and public is refused.
 
     Returns {"checks": lines for people, "url": None for a dry run, "folder": the files as published, "commit"}. Raises
     ArtifactError for a run that hasn't got that far, PublishError with everything that mustn't be published as it is,
@@ -38,6 +43,9 @@ def push(
     folder = RunFolder.open(Path(run), needs="merged" if merged else "adapter")
     RunFolder.open(Path(run), needs="metrics")
     recipe = load_recipe(folder.recipe)
+    repo = repo or recipe.publish.repo or (recipe.name if dry_run else None)
+    if repo is None:
+        raise PublishError(f"where to? Write --repo NAME, or publish.repo in {folder.recipe}")
     if not dry_run:
         repo = upload.full_name(repo)
     elif "/" not in repo:  # who is logged in isn't asked

@@ -300,3 +300,14 @@ def test_the_command_line_publishes_and_another_process_loads(finished, hub, tmp
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/me/tiny" in done.stdout and "4 of 4 rows are answered as here" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_without_a_name_the_recipe_s_is_taken(finished, hub, tmp_path):
+    with pytest.raises(PublishError, match=r"--repo NAME, or publish\.repo in .*recipe\.yaml"):
+        finetune.push(finished)
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    text = (run / "recipe.yaml").read_text()
+    assert "publish:\n  repo: null" in text
+    (run / "recipe.yaml").write_text(text.replace("publish:\n  repo: null", "publish:\n  repo: me/by-recipe"))
+    finetune.push(run)
+    assert "README.md" in hub.repositories["me/by-recipe"].files
