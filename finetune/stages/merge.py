@@ -3,7 +3,6 @@ written to disk, read back and compared with what was trained; the closer one is
 just the base.
 """
 
-import logging
 import math
 import os
 import shutil
@@ -43,7 +42,6 @@ def merge(run: Path | str) -> dict[str, Any]:
     the adapter is missing, damaged, or another LLM's. What was merged before is then left as it was.
     """
     quiet_libraries()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is what is wanted
     refuse_several_processes("`finetune merge`")
     fresh_memory()
     folder = RunFolder.open(Path(run), needs="adapter")
