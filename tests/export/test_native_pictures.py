@@ -145,7 +145,7 @@ def test_a_folder_that_gives_other_logits_is_refused(tmp_path):
 
 def test_tokens_that_the_llm_did_not_know_are_never_the_likeliest():
     table = torch.randn(50, 16) + 3  # all logits far below zero: rows of nothing would be the largest
-    longer = _native._lengthened(table, 60)
+    longer = _native.lengthened(table, 60)
     logits = (torch.randn(1000, 16) - 3) @ longer.T
     assert logits.argmax(-1).max() < 50 and torch.equal(longer[:50], table)
 
