@@ -63,7 +63,7 @@ def make(folder: Path, kind: str, rows: int) -> Path:
 def measure(recipe: Path, workers: int) -> tuple[float, float, dict]:
     """(seconds, peak bytes, check.json's summary) of a check in a process of its own."""
     out = recipe.parent / "out"
-    command = [sys.executable, "-m", "finetune.cli", "data", "check", str(recipe), "--out", str(out)]
+    command = [sys.executable, "-m", "finetune.commands.cli", "data", "check", str(recipe), "--out", str(out)]
     begin = time.perf_counter()
     with subprocess.Popen([*command, "--workers", str(workers)], stdout=subprocess.DEVNULL, stderr=sys.stderr) as done:
         peak = 0

@@ -90,7 +90,7 @@ def measured(recipe: Path, run: Path) -> list[dict[str, Any]]:
 
 
 def finetune(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "finetune.cli", *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "finetune.commands.cli", *arguments], check=True, cwd=ROOT)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ def merge(folder: Path, quantize: bool, shard: int) -> None:
     import torch
     from transformers import BitsAndBytesConfig
 
-    from finetune.merging import LoraFile, Shards, blocks, load_on_disk, merged_tensors
+    from finetune.merging.lora_weights import LoraFile, Shards, blocks, load_on_disk, merged_tensors
 
     arguments = {"name": str(folder / "llm"), "revision": None, "trust_remote_code": False}
     llm = load_on_disk(arguments, torch.bfloat16, folder / "scratch")

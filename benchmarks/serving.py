@@ -146,7 +146,7 @@ def exported(model: Path, folder: Path, target: str) -> Path:
 
 
 def ours(model: Path, folder: Path, arguments: argparse.Namespace) -> tuple[list[str], str]:
-    finetune = [sys.executable, "-m", "finetune.cli", "serve", f"model={model}", "--port", "PORT"]
+    finetune = [sys.executable, "-m", "finetune.commands.cli", "serve", f"model={model}", "--port", "PORT"]
     return [*finetune, "--option", "max_batch=32"], "model"
 
 

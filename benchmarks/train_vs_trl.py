@@ -148,8 +148,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from finetune import adapter
-    from finetune.assemble import build_model
+    from finetune.model import adapter
+    from finetune.model.build import build_model
 
     (options.folder / "template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     if options.model == "random":
@@ -339,9 +339,9 @@ def make_random_rows(options: argparse.Namespace) -> None:
 
 def load_our_parts(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The kit's tokenizer and encoder (`assemble.Parts`), and its `model.llm` section."""
-    from finetune.assemble import load_parts
-    from finetune.parts import load_part
-    from finetune.progress import quiet_libraries
+    from finetune.common.progress import quiet_libraries
+    from finetune.common.registry import load_part
+    from finetune.model.build import load_parts
 
     quiet_libraries()
     random = options.model == "random"
@@ -372,10 +372,10 @@ def load_our_parts(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def our_samples(options: argparse.Namespace, parts: Any, cache_folder: Path | None) -> tuple[list[Any], Any, Any]:
     """Rows of the table, the same tokenized, and the way to their features, as `stages.train` makes them."""
-    from finetune.assemble import Features
+    from finetune.common.registry import load_part
     from finetune.data.rows import Source, read_splits
-    from finetune.parts import load_part
-    from finetune.prepare import tokenized
+    from finetune.model.features import Features
+    from finetune.training.samples import tokenized
 
     prompt = "w1 w2 w3" if options.model == "random" else options.prompt
     task = load_part("tasks", "caption").Options(prompt=prompt, caption="label")
@@ -487,12 +487,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[str, Any], Any]:
-    from finetune import adapter
-    from finetune.assemble import build_model
-    from finetune.data.collate import Collator
-    from finetune.language_model import packs_exactly
-    from finetune.prepare import fill_cache
-    from finetune.trainer import train_stage
+    from finetune.model import adapter
+    from finetune.model.build import build_model
+    from finetune.model.language_model import packs_exactly
+    from finetune.training.collate import Collator
+    from finetune.training.feature_cache import fill_cache
+    from finetune.training.trainer import train_stage
 
     memory = Memory()
     rows = json.loads((options.folder / "rows.json").read_text(encoding="utf-8"))
@@ -586,7 +586,7 @@ def train_peer(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
-    from finetune.language_model import load_language_model
+    from finetune.model.language_model import load_language_model
 
     memory = Memory()
     rows = json.loads((options.folder / "rows.json").read_text(encoding="utf-8"))
@@ -774,7 +774,7 @@ def check_equal_inputs(
     import torch
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    from finetune.media import decode
+    from finetune.data.media import decode
 
     collator = DataCollatorForVisionLanguageModeling(processor=processor, completion_only_loss=True)
     batch = collator([dataset[place] for place in range(len(row))])

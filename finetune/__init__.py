@@ -6,46 +6,49 @@ Every command of the command line is one function here; torch is imported when o
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.assistant import load
-    from finetune.pipeline import recipes, run, sweep
-    from finetune.recipe import Recipe, load_recipe, schema
-    from finetune.stages.chat import chat
-    from finetune.stages.check import check
-    from finetune.stages.data_check import data_check
-    from finetune.stages.data_label import data_label
-    from finetune.stages.data_preview import data_preview
-    from finetune.stages.data_split import data_split
-    from finetune.stages.evaluate import evaluate
-    from finetune.stages.export import export_run
-    from finetune.stages.merge import merge
-    from finetune.stages.pull import pull
-    from finetune.stages.push import push
-    from finetune.stages.report import report
-    from finetune.stages.serve import serve
-    from finetune.stages.train import train
+    from finetune.commands.chat import chat
+    from finetune.commands.check import check
+    from finetune.commands.data_check import data_check
+    from finetune.commands.data_label import data_label
+    from finetune.commands.data_preview import data_preview
+    from finetune.commands.recipes import recipes
+    from finetune.commands.run import run
+    from finetune.data.check.split import data_split
+    from finetune.evaluation.evaluate import evaluate
+    from finetune.evaluation.report.report import report
+    from finetune.export._run import export_run
+    from finetune.merging.merge import merge
+    from finetune.model.load import load
+    from finetune.publishing.pull import pull
+    from finetune.publishing.push import push
+    from finetune.recipe.load import load_recipe
+    from finetune.recipe.schema import Recipe, schema
+    from finetune.serving.serve import serve
+    from finetune.training.sweep import sweep
+    from finetune.training.train import train
 
 _HOME = {
-    "Recipe": "recipe",
-    "chat": "stages.chat",
-    "check": "stages.check",
-    "data_check": "stages.data_check",
-    "data_label": "stages.data_label",
-    "data_preview": "stages.data_preview",
-    "data_split": "stages.data_split",
-    "evaluate": "stages.evaluate",
-    "export_run": "stages.export",
-    "load": "assistant",
-    "load_recipe": "recipe",
-    "merge": "stages.merge",
-    "pull": "stages.pull",
-    "push": "stages.push",
-    "recipes": "pipeline",
-    "report": "stages.report",
-    "run": "pipeline",
-    "schema": "recipe",
-    "serve": "stages.serve",
-    "sweep": "pipeline",
-    "train": "stages.train",
+    "Recipe": "recipe.schema",
+    "chat": "commands.chat",
+    "check": "commands.check",
+    "data_check": "commands.data_check",
+    "data_label": "commands.data_label",
+    "data_preview": "commands.data_preview",
+    "data_split": "data.check.split",
+    "evaluate": "evaluation.evaluate",
+    "export_run": "export._run",
+    "load": "model.load",
+    "load_recipe": "recipe.load",
+    "merge": "merging.merge",
+    "pull": "publishing.pull",
+    "push": "publishing.push",
+    "recipes": "commands.recipes",
+    "report": "evaluation.report.report",
+    "run": "commands.run",
+    "schema": "recipe.schema",
+    "serve": "serving.serve",
+    "sweep": "training.sweep",
+    "train": "training.train",
 }
 
 __all__ = [

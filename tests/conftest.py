@@ -6,7 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from finetune.progress import quiet_libraries
+from finetune.common.progress import quiet_libraries
 
 torch.set_num_threads(1)
 quiet_libraries()

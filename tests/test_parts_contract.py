@@ -11,11 +11,11 @@ from tiny import tiny_llm, tiny_picture
 from tiny_encoders import KINDS, tiny_encoder_of, tiny_medium
 from tiny_formats import EXAMPLES
 
+from finetune.common.errors import DataError, ModelError
+from finetune.common.registry import PartOptions, load_part, part_names
+from finetune.data.media import DECODERS
 from finetune.data.sample import Answer, Medium, Row, Sample
-from finetune.errors import DataError, ModelError
-from finetune.fusion import Projected
-from finetune.media import DECODERS
-from finetune.parts import PartOptions, load_part, part_names
+from finetune.model.fusion import Projected
 
 # What the right answers of the rows below reach, where it isn't 1.
 BEST = {"vqa_accuracy": (2 / 3 + 1) / 2}
@@ -28,7 +28,7 @@ def every(folder: str):
 
 @pytest.mark.parametrize(
     "folder, name",
-    [(f, n) for f in ("encoders", "projectors", "fusion", "heads", "tasks", "data.formats") for n in part_names(f)],
+    [(f, n) for f in ("encoders", "projectors", "fusion", "heads", "tasks", "formats") for n in part_names(f)],
 )
 def test_options_are_strict_and_survive_json(folder, name):
     part = load_part(folder, name)
@@ -176,9 +176,9 @@ def test_what_heads_say_is_read(name, tmp_path):
         assert math.isfinite(row["good"]) and task.score([row], options)
 
 
-@every("data.formats")
+@every("formats")
 def test_a_format_has_an_example_and_recognises_nothing_that_isnt_there(name, tmp_path):
-    part = load_part("data.formats", name)
+    part = load_part("formats", name)
     assert name in {kind for kind, _ in EXAMPLES.values()}
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("red")

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from finetune.common.errors import DataError, MediaError
 from finetune.data.media_store import kept, store_folder, write_whole
-from finetune.errors import DataError, MediaError
 
 SECONDS = 30.0  # without a sign of life
 SECONDS_IN_ALL = 600.0

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-from finetune.errors import DataError, MediaError
+from finetune.common.errors import DataError, MediaError
 
 # The first bytes of a file, where `.` is any byte -> its suffix.
 MAGIC = (
@@ -35,7 +35,6 @@ MAGIC = (
 
 def store_folder() -> Path:
     """Where media that rows hold or name by address are kept."""
-    from finetune.data.features import default_cache_folder
 
     return default_cache_folder().parent / "media"
 
@@ -80,3 +79,7 @@ def data_uri_content(uri: str, where: str) -> bytes:
         return base64.b64decode("".join(unquote_to_bytes(body).decode("ascii").split()), validate=True)
     except (ValueError, binascii.Error) as error:
         raise DataError(f"{where}: {uri[:40]!r}... is no data URI ({error}); write data:TYPE;base64,...") from None
+
+
+def default_cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetune" / "features"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.features import media_key
-from finetune.data.sample import Medium, Row, Sample
-from finetune.errors import DataError
-from finetune.media import Limits
-from finetune.parts import load_part, part_names
+from finetune.common.errors import DataError
+from finetune.common.registry import load_part, part_names
+from finetune.data.media import Limits
+from finetune.data.sample import Medium, Row, Sample, media_key
 
 SHOWN = 10  # errors listed at once
 
@@ -57,7 +56,7 @@ def read_rows(source: Source) -> Iterator[Row]:
     kind, options = source.format or detected(source.path)
     folder = source.media_folder or (source.path if source.path.is_dir() else source.path.parent)
     renamed = source.columns or {}
-    for number, columns in load_part("data.formats", kind).rows(source.path, options):
+    for number, columns in load_part("formats", kind).rows(source.path, options):
         columns = columns | {ours: columns[theirs] for ours, theirs in renamed.items() if theirs in columns}
         yield Row(
             source.path, number, columns, folder, source.outside_media_folder, source.hosts, max_bytes=source.max_bytes
@@ -68,13 +67,13 @@ def detected(path: Path) -> tuple[str, Any]:
     """The format of a file or folder, as (kind, Options). Raises DataError where none, or more than one, recognises
     it.
     """
-    names = part_names("data.formats")
-    found = [name for name in names if load_part("data.formats", name).detects(path)]
+    names = part_names("formats")
+    found = [name for name in names if load_part("formats", name).detects(path)]
     if not found:
         raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({', '.join(names)})")
     if len(found) > 1:
         raise DataError(f"{path}: could be {' or '.join(found)}; name one with `data.N.format`")
-    return found[0], load_part("data.formats", found[0]).Options()
+    return found[0], load_part("formats", found[0]).Options()
 
 
 def read_samples(source: Source) -> list[tuple[Sample, str]]:

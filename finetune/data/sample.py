@@ -1,15 +1,17 @@
 """What a row of a file becomes: one conversation with its media in place."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.common.errors import DataError, MediaError
 from finetune.data.fetch import fetched
+from finetune.data.media import Limits
 from finetune.data.media_store import data_uri_content, kept
-from finetune.errors import DataError, MediaError
-from finetune.media import Limits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,3 +200,15 @@ def _in_words(content: Sequence[str | Medium]) -> str:
         text += piece
         own_line = isinstance(part, Medium) if piece else own_line
     return text
+
+
+def media_key(medium: Medium) -> str:
+    """sha256 of the file: renamed or copied media keep their features, changed ones don't."""
+    seen = medium.path.stat()
+    return _file_hash(medium.path, seen.st_size, seen.st_mtime_ns)
+
+
+@cache
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,13 +12,13 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.assistant import Assistant
+from finetune.common.errors import DataError, ExportRefused
+from finetune.common.registry import part_from
 from finetune.data.sample import Medium, Message
-from finetune.errors import DataError, ExportRefused
-from finetune.export._chat_template import with_media_parts
-from finetune.export._probes import as_chat, media_of, noise, prompt_batch
-from finetune.model import MultimodalModel
-from finetune.parts import part_from
+from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
+from finetune.model.assistant import Assistant
+from finetune.model.chat_template import with_media_parts
+from finetune.model.composite import MultimodalModel
 
 # Of the norm of the logits. In half precision the projector is rounded too, which ours keeps in float32.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from finetune.errors import ExportRefused
+from finetune.common.errors import ExportRefused
+from finetune.common.registry import PartOptions
 from finetune.export._contract import Answered, EngineMissing, Probe, Source, Written
-from finetune.parts import PartOptions
 
 TAKES_MEDIA = False  # peft knows of none
 
@@ -27,7 +27,7 @@ def write(source: Source, folder: Path, options: Options) -> Written:
     """Copy the adapter folder, and the generation config that its answers need to end."""
     import shutil
 
-    from finetune.run_folder import read_json
+    from finetune.common.run_folder import read_json
 
     if source.adapter is None:
         raise ExportRefused(f"{source.merged}: a merged folder holds no adapter: name the run that it came from")
@@ -50,10 +50,10 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     """Ask a process that imports peft and transformers, and of this package nothing. Raises EngineMissing where peft
     can't have the base by its name.
     """
-    from finetune.data.tokenize import template_options
-    from finetune.export._process import asked_in_process
-    from finetune.language_model import default_device, load_tokenizer, resolve_dtype
-    from finetune.run_folder import read_json
+    from finetune.common.run_folder import read_json
+    from finetune.export._check.process import asked_in_process
+    from finetune.model.language_model import default_device, load_tokenizer, resolve_dtype
+    from finetune.model.tokenize import template_options
 
     llm = read_json(folder / "multimodal.json")["language_model"]
     if llm["name"].endswith(".gguf"):

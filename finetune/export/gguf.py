@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from finetune.errors import ExportRefused
+from finetune.common.errors import ExportRefused
+from finetune.common.registry import PartOptions
 from finetune.export._contract import Answered, EngineMissing, Probe, Source, Written
-from finetune.parts import PartOptions
 
 LLM, MEDIA, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
 # As told for F32: llama.cpp keeps keys and values in 16 bit otherwise, whatever the weights are.
@@ -51,11 +51,11 @@ def write(source: Source, folder: Path, options: Options) -> Written:
     """Write model.gguf, mmproj.gguf and Modelfile. Raises ExportRefused for what llama.cpp can't run as trained."""
     import torch
 
-    from finetune.assistant import load_merged
-    from finetune.export._gguf_language_model import CONVERTED, write_language_model
-    from finetune.export._gguf_media import readers_of, write_media
-    from finetune.export._gguf_modelfile import modelfile
-    from finetune.export._gguf_programs import program, sources_of
+    from finetune.export._gguf.language_model import CONVERTED, write_language_model
+    from finetune.export._gguf.media import readers_of, write_media
+    from finetune.export._gguf.modelfile import modelfile
+    from finetune.export._gguf.programs import program, sources_of
+    from finetune.model.load import load_merged
 
     sources = sources_of(options.llama_cpp)
     try:
@@ -93,8 +93,8 @@ def write(source: Source, folder: Path, options: Options) -> Written:
 
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> Answered:
     """Ask a llama-server of its own, over OpenAI's API. Raises EngineMissing, ExportRefused."""
-    from finetune.export._gguf_programs import program, version_of
-    from finetune.export._openai_server import ask, serving
+    from finetune.export._check.openai_server import ask, serving
+    from finetune.export._gguf.programs import program, version_of
 
     executable = program("llama-server", options.llama_cpp)
     threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from finetune.common.registry import PartOptions
 from finetune.export._contract import Answered, Probe, Source, Written
-from finetune.parts import PartOptions
 
 if TYPE_CHECKING:
     from finetune.data.sample import Medium
@@ -23,11 +23,11 @@ class Options(PartOptions):
 
 
 def write(source: Source, folder: Path, options: Options) -> Written:
-    """Write what transformers' Auto classes load, the own class after `import finetune.auto`."""
+    """Write what transformers' Auto classes load, the own class after `import finetune.model.auto`."""
     import torch
 
-    from finetune.assistant import load_merged
     from finetune.export._native import NotExact, native_of, write_native
+    from finetune.model.load import load_merged
 
     assistant = load_merged(source.merged, torch.device("cpu"))
     native = native_of(assistant.model)
@@ -39,16 +39,16 @@ def write(source: Source, folder: Path, options: Options) -> Written:
             native = str(error)
     del assistant
     write_own(source.merged, folder)
-    notes = ("`import finetune.auto` comes before the Auto classes",)
-    return Written(OWN, native, notes, {"module": "finetune.auto"})
+    notes = ("`import finetune.model.auto` comes before the Auto classes",)
+    return Written(OWN, native, notes, {"module": "finetune.model.auto"})
 
 
 def write_own(merged: Path, folder: Path) -> None:
     """The merged folder as the kit's own class, with its processor, in place of whatever stands in `folder`."""
     import shutil
 
-    from finetune.processor import MultimodalProcessor
-    from finetune.run_folder import read_json, write_json
+    from finetune.common.run_folder import read_json, write_json
+    from finetune.model.processor import MultimodalProcessor
 
     for found in folder.iterdir():
         found.unlink()
@@ -60,12 +60,12 @@ def write_own(merged: Path, folder: Path) -> None:
 
 
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> Answered:
-    """Ask a process that imports transformers, and of this package nothing, or for the own class `finetune.auto`."""
+    """Ask a process that imports transformers, and of this package `finetune.model.auto` at most."""
     import tempfile
 
-    from finetune.export._probes import as_chat, media_of
-    from finetune.export._process import asked_in_process
-    from finetune.run_folder import read_json
+    from finetune.common.run_folder import read_json
+    from finetune.export._check.probes import as_chat, media_of
+    from finetune.export._check.process import asked_in_process
 
     architectures = read_json(folder / "config.json")["architectures"]
     parts = read_json(folder / "config.json").get("parts", {})
@@ -76,7 +76,7 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
             given = {m: decoded_file(m, Path(place) / f"{number}-{i}", parts) for i, m in enumerate(media)}
             chats.append(as_chat(probe.messages, given))
         questions = {"chats": chats, "max_new_tokens": max_new_tokens}
-        modules = ["finetune.auto"] if architectures == [OWN] else []
+        modules = ["finetune.model.auto"] if architectures == [OWN] else []
         return asked_in_process(folder, questions, modules)
 
 
@@ -84,7 +84,7 @@ def decoded_file(medium: "Medium", path: Path, parts: dict[str, Any]) -> str:
     """A picture or recording, decoded by us and kept without loss: other decoders turn, scale and mix otherwise."""
     import numpy as np
 
-    from finetune.media import Limits, decode
+    from finetune.data.media import Limits, decode
 
     if medium.kind not in ("image", "audio"):  # only the kit's own class takes it, and decodes it the same way
         return str(medium.path.absolute())

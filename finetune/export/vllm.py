@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import Field
 
-from finetune.errors import ExportRefused
+from finetune.common.errors import ExportRefused
+from finetune.common.registry import PartOptions
 from finetune.export._contract import Answered, Probe, Source, Written
-from finetune.parts import PartOptions
 
 BACKEND = "TransformersMultiModalForCausalLM"  # vLLM's name of its transformers backend, for models that take media
 TAKEN = ("image", "audio")
@@ -47,11 +47,11 @@ def write(source: Source, folder: Path, options: Options) -> Written:
     """Write what `vllm serve FOLDER` takes. Raises ExportRefused for what its transformers backend can't run."""
     import torch
 
-    from finetune.assistant import load_merged
+    from finetune.common.run_folder import read_json, write_json
     from finetune.export._native import Native, NotExact, native_of, write_native
-    from finetune.export._served import write_served
-    from finetune.export._vllm_adapter import take_out, write_adapter
-    from finetune.run_folder import read_json, write_json
+    from finetune.export._vllm.adapter import take_out, write_adapter
+    from finetune.export._vllm.folder import write_served
+    from finetune.model.load import load_merged
 
     assistant = load_merged(source.merged, torch.device("cpu"))
     if (reason := lacking(assistant.model)) is not None:
@@ -132,9 +132,9 @@ def drop_pooling(tower: Any) -> None:
 
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> Answered:
     """Ask a vLLM of its own, over OpenAI's API. Raises EngineMissing, ExportRefused."""
-    from finetune.export import _vllm_environment as environment
-    from finetune.export._openai_server import ask, serving
-    from finetune.run_folder import read_json
+    from finetune.common.run_folder import read_json
+    from finetune.export._check.openai_server import ask, serving
+    from finetune.export._vllm import environment as environment
 
     config = read_json(folder / "config.json")
     ends = read_json(folder / "generation_config.json").get("eos_token_id")

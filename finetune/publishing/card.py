@@ -7,11 +7,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from finetune import certificate as certificates
+from finetune.common import certificate as certificates
+from finetune.evaluation.report import tables, words
+from finetune.evaluation.report.content import Content
+from finetune.evaluation.report.examples import Album, Example, examples
 from finetune.publishing.parts import Base
-from finetune.reporting import tables, words
-from finetune.reporting.content import Content
-from finetune.reporting.examples import Album, Example, examples
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TAGS = {"image": "image-text-to-text", "audio": "audio-text-to-text", "video": "video-text-to-text"}

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from finetune.evaluation.report.words import memory
 from finetune.publishing.parts import Base, is_local
 from finetune.publishing.staging import VOCABULARY
-from finetune.reporting.words import memory
 
 SUFFIXES = (".safetensors", ".json", ".txt", ".md", ".png", ".webp", ".jinja", ".yaml", ".model")
 SHOWN = 3  # places of a kind, in a file

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.assistant import Assistant
+from finetune.common.errors import DataError
+from finetune.common.run_folder import RunFolder
 from finetune.data.rows import Entry, Source, read_splits, some
-from finetune.errors import DataError
-from finetune.run_folder import RunFolder
-from finetune.scores import by_name, measured
+from finetune.evaluation.scores import by_name, measured
+from finetune.model.assistant import Assistant
 
 ROWS = 16  # of each task, at most
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune import hub
-from finetune.errors import ModelError
+from finetune.common import hub
+from finetune.common.errors import ModelError
 
 
 @dataclass(frozen=True)

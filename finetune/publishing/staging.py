@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.certificate import NAME as CERTIFICATE
-from finetune.certificate import file_hash
-from finetune.hub import MANIFEST
+from finetune.common.certificate import NAME as CERTIFICATE
+from finetune.common.certificate import file_hash
+from finetune.common.hub import MANIFEST
+from finetune.common.run_folder import read_json, write_json, write_text
 from finetune.publishing.parts import Base
-from finetune.run_folder import read_json, write_json, write_text
-from finetune.strict_yaml import dump_yaml
+from finetune.recipe.yaml_reader import dump_yaml
 
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # words of all kinds: only copied
 

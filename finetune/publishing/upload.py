@@ -4,9 +4,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from finetune import hub
-from finetune.errors import PublishError
-from finetune.hub import MANIFEST
+from finetune.common import hub
+from finetune.common.errors import PublishError
+from finetune.common.hub import MANIFEST
 
 
 def full_name(repo: str) -> str:

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from finetune.common.errors import DataError, MediaError
 from finetune.data import fetch
 from finetune.data.fetch import fetched
-from finetune.errors import DataError, MediaError
 
 ASKED: list[str] = []
 

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 from tiny_formats import picture
 
+from finetune.common.errors import DataError, MediaError
 from finetune.data.media_store import data_uri_content, kept, store_folder, suffix_of
-from finetune.errors import DataError, MediaError
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import pytest
 from tiny import part, tiny_dataset, tiny_picture
 from tiny_formats import EXAMPLES, picture, put
 
+from finetune.common.errors import DataError
 from finetune.data.rows import Entry, Source, mixed, read_splits, some, summary
 from finetune.data.sample import Message, Row, Sample
-from finetune.errors import DataError
 
 
 def source(path: Path, task: str = "classify", **changes) -> Source:

@@ -15,14 +15,14 @@ from tiny import part
 from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import tiny_merged, wide_llm
 
-from finetune.assistant import load_merged
+from finetune.common.errors import ExportRefused
 from finetune.data.sample import Medium, Message
-from finetune.errors import ExportRefused
 from finetune.export import gguf
+from finetune.export._check.probes import own_answers
 from finetune.export._contract import Source
-from finetune.export._probes import own_answers
-from finetune.language_model import load_tokenizer
-from finetune.stages.export import export_run
+from finetune.export._run import export_run
+from finetune.model.language_model import load_tokenizer
+from finetune.model.load import load_merged
 
 pytestmark = [
     pytest.mark.engines,

@@ -14,12 +14,12 @@ from tiny import COLOURS, part, tiny_picture
 from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import merged_with_adapter, tiny_merged
 
-from finetune.assistant import load_merged
+from finetune.common.registry import load_part
 from finetune.data.sample import Medium, Message
 from finetune.export import vllm
+from finetune.export._check.probes import own_answers
 from finetune.export._contract import Source
-from finetune.export._probes import own_answers
-from finetune.parts import load_part
+from finetune.model.load import load_merged
 
 pytestmark = [
     pytest.mark.engines,

@@ -19,11 +19,11 @@ from transformers import (
     pipeline,
 )
 
-import finetune.auto
-from finetune.assistant import load_merged
+import finetune.model.auto
+from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message
-from finetune.errors import DataError
-from finetune.export._probes import noise, prompt_batch
+from finetune.export._check.probes import noise, prompt_batch
+from finetune.model.load import load_merged
 
 PICTURE, OTHER = noise("image"), noise("image", 1)
 ASKED = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is this?"}]}]
@@ -60,7 +60,7 @@ def inputs_of(processor, messages, **how):
 def test_every_auto_class_loads_it(folder):
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         model, report = auto_class.from_pretrained(folder, output_loading_info=True)
-        assert type(model) is finetune.auto.MultimodalForConditionalGeneration
+        assert type(model) is finetune.model.auto.MultimodalForConditionalGeneration
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert isinstance(AutoProcessor.from_pretrained(folder), finetune.processor.MultimodalProcessor)
 

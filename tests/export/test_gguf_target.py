@@ -17,17 +17,17 @@ from tiny_merged import tiny_merged
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from finetune.assistant import load_merged
+from finetune.common.errors import ExportRefused
 from finetune.data.sample import Medium, Message
-from finetune.errors import ExportRefused
-from finetune.export import _gguf_language_model as language_model
-from finetune.export import _gguf_programs as programs
-from finetune.export import _openai_server as server
 from finetune.export import gguf
+from finetune.export._check import openai_server as server
 from finetune.export._contract import EngineMissing, Probe, Source
-from finetune.export._gguf_media import _stacks_alike, readers_of, write_media
-from finetune.export._gguf_modelfile import go_template, modelfile, turns_of
-from finetune.language_model import load_tokenizer
+from finetune.export._gguf import language_model as language_model
+from finetune.export._gguf import programs as programs
+from finetune.export._gguf.media import _stacks_alike, readers_of, write_media
+from finetune.export._gguf.modelfile import go_template, modelfile, turns_of
+from finetune.model.language_model import load_tokenizer
+from finetune.model.load import load_merged
 
 CPU = torch.device("cpu")
 MINIMIND = Path(__file__).parents[2] / "weights" / "minimind2-small"

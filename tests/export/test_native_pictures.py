@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 from tiny import BACKBONES, fresh_tokenizer, part, tiny_composite, tiny_encoder, tiny_llm
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from finetune.assistant import Assistant
-from finetune.data.asks import Ask
 from finetune.data.sample import Medium, Message
-from finetune.data.tokenize import add_placeholders
 from finetune.export import _native
+from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
 from finetune.export._native import Native, NotExact, native_of, write_native
-from finetune.export._probes import as_chat, media_of, noise, prompt_batch
-from finetune.model import PLACEHOLDERS, compose
+from finetune.model.asks import Ask
+from finetune.model.assistant import Assistant
+from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.tokenize import add_placeholders
 
 EXACT = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "olmo2", "stablelm"),

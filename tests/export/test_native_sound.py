@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from tiny import fresh_tokenizer, part, tiny_llm
 from tiny_encoders import tiny_encoder_of
 
-from finetune.assistant import Assistant
 from finetune.data.sample import Medium, Message
-from finetune.data.tokenize import add_placeholders
-from finetune.encoders import whisper
+from finetune.export._check.probes import as_chat, prompt_batch
 from finetune.export._native import NotExact, native_of, write_native
-from finetune.export._probes import as_chat, prompt_batch
-from finetune.language_model import load_tokenizer
-from finetune.model import PLACEHOLDERS, compose
+from finetune.model.assistant import Assistant
+from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.encoders import whisper
+from finetune.model.language_model import load_tokenizer
+from finetune.model.tokenize import add_placeholders
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
 CLASSES = {"linear": "Qwen2AudioForConditionalGeneration", "mlp": "AudioFlamingo3ForConditionalGeneration"}

@@ -19,14 +19,15 @@ from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import merged_with_adapter, tiny_merged, wide_llm
 from transformers import AutoConfig, AutoProcessor
 
-from finetune.assistant import load_merged
+from finetune.common.errors import ExportRefused
+from finetune.common.registry import part_names
 from finetune.data.sample import Medium, Message
-from finetune.errors import ExportRefused
-from finetune.export import _serving_class, vllm
-from finetune.export import _vllm_environment as environment
+from finetune.export import vllm
+from finetune.export._check.probes import as_chat, noise, prompt_batch
 from finetune.export._contract import EngineMissing, Probe, Source
-from finetune.export._probes import as_chat, noise, prompt_batch
-from finetune.parts import part_names
+from finetune.export._vllm import environment as environment
+from finetune.export._vllm import model_class as _serving_class
+from finetune.model.load import load_merged
 
 CPU = torch.device("cpu")
 ASKED = (Message("system", ("Be brief.",)), Message("user", ("Before ", Medium("image", Path("a")), " behind")))

@@ -9,10 +9,10 @@ from finished_run import predictions_of, recipe_of, source_of, write_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from finetune.evaluation.report.content import read_content
 from finetune.publishing import card
 from finetune.publishing.parts import Base
 from finetune.publishing.staging import cleaned, names_of
-from finetune.reporting.content import read_content
 
 OPTIONS = {
     "license": None,

@@ -11,10 +11,10 @@ import pytest
 import soundfile
 from PIL import Image
 
+from finetune.commands.recipes import recipes_folder
+from finetune.data.media import decode
 from finetune.data.sample import Row
-from finetune.media import decode
-from finetune.pipeline import recipes_folder
-from finetune.recipe import load_recipe
+from finetune.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "recipes" / "data"

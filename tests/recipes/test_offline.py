@@ -375,8 +375,8 @@ def test_whisper_hears_what_voices_want_that_it_was_not_shown():
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from finetune.encoders import whisper
-    from finetune.media import decode
+    from finetune.data.media import decode
+    from finetune.model.encoders import whisper
 
     options = whisper.Options(name=str(weight_folder("whisper_tiny")))
     encoder = whisper.build(options, torch.float32, torch.device("cpu"))

@@ -14,9 +14,9 @@ from tiny import COLOURS, VIT, tiny_llm_folder, tiny_picture
 from tiny_encoders import tiny_audio_folder, tiny_sound
 
 import finetune
-from finetune.errors import RecipeError
-from finetune.pipeline import recipes_folder
-from finetune.recipe import load_recipe
+from finetune.commands.recipes import recipes_folder
+from finetune.common.errors import RecipeError
+from finetune.recipe.load import load_recipe
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))
 LLMS = {"mpt": "mpt"}  # recipe: family; the others are Llamas

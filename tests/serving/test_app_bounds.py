@@ -16,7 +16,7 @@ from fake_engine import FakeEngine, call, served
 from tiny import tiny_picture
 
 from finetune.data import fetch
-from finetune.serving.contract import Busy
+from finetune.serving.engine.contract import Busy
 
 CHAT = "/v1/chat/completions"
 
@@ -413,7 +413,7 @@ def test_who_hangs_up_before_the_first_word_ends_it_too(tmp_path):
 
 
 def test_an_engine_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
-    from finetune.serving import app as module
+    from finetune.serving.http import app as module
 
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
     engine = FakeEngine(delay=30)

@@ -12,8 +12,8 @@ import soundfile
 from fake_engine import FakeEngine, served
 from tiny import tiny_picture
 
-from finetune.errors import DataError
-from finetune.serving.contract import TimedOut
+from finetune.common.errors import DataError
+from finetune.serving.engine.contract import TimedOut
 
 
 @pytest.fixture(scope="module")

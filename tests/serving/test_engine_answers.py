@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_serving import ask_all, conversation, pictures, request, serving, tiny_assistant
 
+from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message
-from finetune.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_serving import ask_all, conversation, pictures, read, request, serving, tiny_assistant
 
+from finetune.common.errors import DataError, MediaError
+from finetune.data.media import decode
 from finetune.data.sample import Medium, Message
-from finetune.errors import DataError, MediaError
-from finetune.media import decode
-from finetune.serving import reading
-from finetune.serving.batch import Batch
-from finetune.serving.contract import Busy, TimedOut
-from finetune.serving.worker import Worker
+from finetune.serving.engine import reading
+from finetune.serving.engine.batch import Batch
+from finetune.serving.engine.contract import Busy, TimedOut
+from finetune.serving.engine.worker import Worker
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from tiny import fresh_tokenizer
 from tiny_serving import request
 
 from finetune.data.sample import Message
-from finetune.serving.cache import Kept
-from finetune.serving.sampling import Choice
-from finetune.serving.text import HALF, Text
+from finetune.serving.engine.cache import Kept
+from finetune.serving.engine.sampling import Choice
+from finetune.serving.engine.text import HALF, Text
 
 CHINESE = "红色的正方形，😀 a red square。"
 

@@ -11,7 +11,7 @@ from browser import browser, found
 from fake_engine import FakeEngine, served
 from tiny import tiny_picture
 
-from finetune.serving.page import page
+from finetune.serving.http.page import page
 
 pytestmark = pytest.mark.skipif(found() is None, reason="no browser: apt-get install chromium")
 EMPTY = "!at('question').value && !chosen.length"

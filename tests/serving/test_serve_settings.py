@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import RecipeError
-from finetune.serving.settings import Options, options_of
+from finetune.common.errors import RecipeError
+from finetune.serving.http.settings import Options, options_of
 
 
 def test_options_are_read_and_named():

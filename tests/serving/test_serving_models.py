@@ -12,9 +12,9 @@ from tiny_merged import tiny_merged
 from tiny_serving import ask_all, request, serving
 
 import finetune
+from finetune.common.errors import ArtifactError, ModelError
 from finetune.data.sample import Medium, Message
-from finetune.errors import ArtifactError, ModelError
-from finetune.serving.models import load_models
+from finetune.serving.engine.models import load_models
 
 
 @pytest.fixture(scope="module")

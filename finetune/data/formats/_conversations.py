@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.errors import DataError
+from finetune.common.errors import DataError
 
 KINDS = {"image": ("image", "images"), "audio": ("audio", "audios"), "video": ("video", "videos")}
 MARKER = re.compile(r"\n?<(image|audio|video)>\n?")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from finetune.errors import DataError
+from finetune.common.errors import DataError
 
 SUFFIXES = {".json", ".jsonl", ".ndjson"}
 HEAD = 2**18  # bytes read to tell one format from another

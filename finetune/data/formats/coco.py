@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import Field
 
+from finetune.common.errors import DataError
+from finetune.common.registry import PartOptions
 from finetune.data.formats import _json
-from finetune.errors import DataError
-from finetune.parts import PartOptions
 
 
 class Options(PartOptions):

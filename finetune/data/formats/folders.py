@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
+from finetune.common.errors import DataError
+from finetune.common.registry import PartOptions
 from finetune.data.formats import _media
-from finetune.errors import DataError
-from finetune.parts import PartOptions
 
 SHOWN = 10  # files listed at once
 ROWS = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar", ".scp"}  # beside folders: another format

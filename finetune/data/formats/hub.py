@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import Field
 
+from finetune.common.errors import DataError
+from finetune.common.registry import PartOptions
 from finetune.data.formats import _conversations
-from finetune.errors import DataError
-from finetune.parts import PartOptions
 
 REMOTE = True
 SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")

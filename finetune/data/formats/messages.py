@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.common.registry import PartOptions
 from finetune.data.formats import _conversations, _json
-from finetune.parts import PartOptions
 
 
 class Options(PartOptions):

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from finetune.errors import DataError
-from finetune.parts import PartOptions
+from finetune.common.errors import DataError
+from finetune.common.registry import PartOptions
 
 SHEETS = {".xlsx", ".xlsm"}
 FIELD = 2**28  # characters of one field, at most: a picture may stand in one

@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import Field
 
+from finetune.common.errors import DataError
+from finetune.common.registry import PartOptions
 from finetune.data.formats import _media
-from finetune.errors import DataError
-from finetune.parts import PartOptions
 
 COMMON_VOICE, LJSPEECH, KALDI = "validated.tsv", "metadata.csv", "wav.scp"
 

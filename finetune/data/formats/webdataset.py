@@ -13,10 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from finetune.common.errors import DataError
+from finetune.common.registry import PartOptions
 from finetune.data.formats import _conversations, _media
-from finetune.errors import DataError
-from finetune.media import Limits
-from finetune.parts import PartOptions
+from finetune.data.media import Limits
 
 
 class Options(PartOptions):

@@ -3,8 +3,8 @@ import json
 import pytest
 import tiny_formats
 
+from finetune.common.errors import DataError
 from finetune.data.formats import coco
-from finetune.errors import DataError
 
 IMAGES = [{"id": 7, "file_name": "1.png"}, {"id": "b", "file_name": "2.png"}]
 NOTES = [{"image_id": 7, "caption": "A cat."}, {"image_id": "b", "caption": "红"}, {"image_id": 7, "caption": "Cat. "}]

@@ -8,10 +8,10 @@ import tiny_formats
 from tiny import part
 from tiny_formats import put, turns
 
+from finetune.common.errors import DataError
 from finetune.data.formats import llava, messages, sharegpt
 from finetune.data.rows import Source, read_splits
 from finetune.data.sample import Medium
-from finetune.errors import DataError
 
 FORMATS = {"llava": llava, "sharegpt": sharegpt, "messages": messages}
 

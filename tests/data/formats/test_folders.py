@@ -1,8 +1,8 @@
 import pytest
 import tiny_formats
 
+from finetune.common.errors import DataError
 from finetune.data.formats import folders
-from finetune.errors import DataError
 
 
 def read(path, **options):

@@ -11,9 +11,9 @@ from pyarrow import parquet
 from tiny import part
 from tiny_formats import picture, put, sound
 
+from finetune.common.errors import DataError
 from finetune.data.formats import hub
 from finetune.data.rows import Source, read_rows, read_splits
-from finetune.errors import DataError
 
 HELD = {"bytes": picture(), "path": None}
 

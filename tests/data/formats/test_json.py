@@ -5,8 +5,8 @@ import random
 import pytest
 from tiny_formats import put
 
+from finetune.common.errors import DataError
 from finetune.data.formats import _json
-from finetune.errors import DataError
 
 
 def anything(draw: random.Random, depth: int = 0):

@@ -4,8 +4,8 @@ import openpyxl
 import pytest
 import tiny_formats
 
+from finetune.common.errors import DataError
 from finetune.data.formats import table
-from finetune.errors import DataError
 
 ROWS = [["image", "label", "text"], ["a.png", 'rot, "tief"', "two\nlines"], ["b.png", "红", "x"]]
 

@@ -2,8 +2,8 @@ import pytest
 import tiny_formats
 from tiny_formats import put
 
+from finetune.common.errors import DataError
 from finetune.data.formats import transcripts
-from finetune.errors import DataError
 
 
 def read(path, **options):

@@ -4,8 +4,8 @@ import pytest
 import tiny_formats
 from tiny_formats import picture, tar
 
+from finetune.common.errors import DataError
 from finetune.data.formats import webdataset
-from finetune.errors import DataError
 
 
 def read(path):

@@ -1,0 +1,525 @@
+"""The command line: parses, calls one function, prints. Each verb is a function of `finetune`."""
+
+import json
+import logging
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune.common.errors import FinetuneError, RecipeError
+from finetune.common.registry import FOLDERS, load_part, part_names
+
+OUT_OF_MEMORY = (
+    "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
+    "train.tokens_per_batch, train.encode_batch or evaluate.batch"
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune a frozen LLM with encoders for images, sound and video: train, merge, export, serve, publish.",
+)
+
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at rows, split them, label them.")
+app.add_typer(data_app, name="data")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)]
+Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key, by its full dotted name; may be repeated."),
+]
+RunDir = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; default: runs/NAME.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+
+
+@app.command()
+def check(recipe: RecipeFile, set_: Set = None) -> None:
+    """Read a recipe and its rows, and say what is wrong with them."""
+    from finetune.commands.check import check
+
+    counts = check(recipe, set_ or [])
+    print(f"{recipe}: {counts.pop('name')} is fine")
+    for split, found in counts.items():
+        if found["rows"]:
+            print(
+                f"  {split}: {found['rows']:,} rows, {found['media']:,} media, {found['different_answers']:,} answers"
+            )
+
+
+@app.command()
+def train(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
+    """Train the stages of a recipe; writes RUN/adapter."""
+    from finetune.recipe.load import load_recipe
+
+    read = load_recipe(recipe, set_ or [])  # a mistake in it shows before torch is loaded
+    from finetune.training.train import train
+
+    train(read, run, resume)
+
+
+@app.command()
+def evaluate(run: Run) -> None:
+    """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
+    from finetune.evaluation.evaluate import evaluate
+
+    metrics = evaluate(run)
+    print_scores(metrics["scores"], metrics["intervals"])
+
+
+@app.command()
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; default: RUN/report.html.")] = None,
+) -> None:
+    """Write what a run was, learnt and cost to one HTML page that needs no network."""
+    from finetune.evaluation.report.report import report
+
+    print(report(run, out))
+
+
+@app.command()
+def merge(run: Run) -> None:
+    """Merge the adapter into the LLM, prove it, and write RUN/merged and RUN/certificate.json."""
+    from finetune.merging.merge import merge
+
+    merge(run)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run, or a merged folder.")],
+    to: Annotated[str, typer.Option(metavar="TARGET", help=f"One of {', '.join(part_names('export'))}.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to, new; default: RUN/exports/TARGET.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of the target: `finetune schema export.TARGET`; may be repeated."),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Load it in the target, in a clean process, and compare tokens.")] = True,
+) -> None:
+    """Write the merged model as another engine loads it, and compare what that engine answers with ours."""
+    from finetune.export._run import export_run
+
+    print_export(export_run(source, to, out, option or [], verify=verify))
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RUN|FOLDER|HUB_ID...", help="What is served, and under which name.")
+    ],
+    host: Annotated[str, typer.Option(help="Address; any but 127.0.0.1 needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FINETUNE_API_KEY", help="What clients must send as their bearer token.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A bound or size: `finetune schema serve` lists them; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve models over HTTP, as OpenAI's API, with a chat page at /."""
+    from finetune.serving.serve import serve
+
+    serve(models, host=host, port=port, api_key=api_key, options=option or [])
+
+
+@app.command()
+def push(
+    run: Run,
+    repo: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="On the Hub: name, or user/name; default: the recipe's publish.repo."),
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="The merged model, not the adapter.")] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Of a new repository; default: the recipe's. --private refuses one that is public.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and write the card, upload nothing.")] = False,
+) -> None:
+    """Publish on the Hub, with a card; then download into an empty cache, load, and compare answers."""
+    from finetune.publishing.push import push
+
+    print_push(push(run, repo, merged=merged, private=private, dry_run=dry_run))
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="On the Hub.")],
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; default: the name's last part.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+) -> None:
+    """Download a published model into a folder, and check that its files are whole."""
+    from finetune.publishing.pull import pull
+
+    print(pull(repo, to, revision=revision))
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run, merged or adapter folder.")],
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture that the question is about; may be repeated.")
+    ] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A recording; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video; may be repeated.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Answer as trained under this name: by its labels, or a number."),
+    ] = None,
+    strength: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X|MEDIUM=X", help="How much media weigh (cross-attention only); 0: the text-only LLM."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 256,
+) -> None:
+    """Ask a trained model."""
+    from finetune.commands.chat import chat
+
+    weigh = strength_of(strength or [])
+    answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)
+    if prompt is not None:
+        print(answer)
+
+
+@app.command()
+def run(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
+    """The whole way: check, train, evaluate, merge, one question about a held-out row, and the report."""
+    from finetune.commands.run import run as run_all
+
+    result: dict[str, Any] = run_all(recipe, set_ or [], run, resume)
+    print_scores(result.pop("scores"), result.pop("intervals"))
+    print(f"asked about {', '.join(result['media']) or 'nothing shown'}: {result['question']}")
+    print(f"  answer: {result['answer']}   (right: {result['target']})")
+    for name in ("adapter", "metrics", "predictions", "plots", "merged", "report"):
+        print(f"{name:<12} {result[name]}")
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    over: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=V1,V2", help="Values of a key, or with --trials a range LOW..HIGH; may be repeated."),
+    ],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials that optuna chooses; without it, every combination.")
+    ] = None,
+    set_: Set = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Its folder; default: runs/NAME-sweep.")
+    ] = None,
+) -> None:
+    """Train a recipe with other values of some keys, and compare on its validation rows; called again, it goes on."""
+    from finetune.recipe.load import load_recipe
+
+    load_recipe(recipe, set_ or [])  # a mistake in it shows before torch is loaded
+    from finetune.training.sweep import sweep
+
+    result = sweep(recipe, over, trials, set_ or [], run)
+    print_trials(result)
+    print(f"the best trial's recipe: {result['folder']}/best.yaml")
+
+
+@app.command()
+def recipes(
+    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Copy this recipe.")] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Where to.")] = Path(),
+) -> None:
+    """List the recipes that come with the package, or copy one."""
+    from finetune.commands.recipes import recipes
+
+    found = recipes(copy, to)
+    if copy is not None:
+        print(f"{to / copy}.yaml: write your own data and weights into it, its paths are relative to its new place")
+        return
+    for name, about in found.items():
+        print(f"{name:<24} {about}")
+
+
+@app.command()
+def schema(
+    part: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FOLDER.PART|SECTION|serve]",
+            help="Only options: of a part, tasks.rank; of a section, merge; or of the server.",
+        ),
+    ] = None,
+) -> None:
+    """Print the JSON schema of recipes, for editors; or the options of one part, to read."""
+    from finetune.recipe.schema import Recipe, schema
+
+    if part is not None:
+        folder, _, name = part.rpartition(".")
+        section: Any = Recipe.model_fields.get(part)
+        if section is not None and hasattr(section.annotation, "model_fields"):
+            options: Any = section.annotation
+        elif part == "serve":
+            from finetune.serving.http import settings
+
+            options = settings.Options
+        elif folder not in FOLDERS:
+            raise RecipeError(
+                f"{part}: write 'serve', a section of recipes as 'merge', or one of {', '.join(FOLDERS)}, a "
+                "dot, and a part"
+            )
+        else:
+            options = load_part(folder, name).Options
+        for option, field in options.model_fields.items():
+            needed = "needed" if field.is_required() else f"default {field.default!r}"
+            print(f"{option}: {field.description} ({needed})")
+        return
+    print(json.dumps(schema(), indent=2, ensure_ascii=False))
+
+
+@data_app.command("check")
+def data_check(
+    recipe: RecipeFile,
+    set_: Set = None,
+    fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a cleaned copy and a recipe for it.")] = None,
+    copy_media: Annotated[bool, typer.Option(help="Copy media there too.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: one a core.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the report; default: runs/NAME-check.")] = None,
+) -> None:
+    """Examine every row and medium before training. Exit status 2 where there are errors."""
+    from finetune.commands.data_check import data_check
+
+    result = data_check(recipe, set_ or [], fix=fix, copy_media=copy_media, workers=workers, out=out)
+    print_findings(result)
+    if result["errors"]:
+        raise typer.Exit(2)
+
+
+@data_app.command("preview")
+def data_preview(
+    recipe: RecipeFile,
+    set_: Set = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with thumbnails too.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show where each token ends.")] = False,
+) -> None:
+    """Show rows as the model will see them: what it learns to write, and each medium as its tokens."""
+    from finetune.commands.data_preview import data_preview
+
+    print_previews(data_preview(recipe, set_ or [], rows=rows, split=split, html=html, boundaries=ids))
+
+
+@data_app.command("split")
+def data_split(
+    path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="Rows.", show_default=False)],
+    into: Annotated[Path, typer.Option(metavar="DIR", help="Where the files are written.")],
+    train: Annotated[float, typer.Option(help="Share of the rows.")] = 0.8,
+    validation: Annotated[float, typer.Option(help="Share of the rows.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Share of the rows.")] = 0.1,
+    group: Annotated[str | None, typer.Option(metavar="COLUMN", help="Rows of a value stay together.")] = None,
+    stratify: Annotated[str | None, typer.Option(metavar="COLUMN", help="Spread its values evenly.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 7,
+    media: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Holds media, if not called image, audio or video.")
+    ] = None,
+    media_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the media; default: the file's.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of a table, as gb18030.")] = None,
+    sheet: Annotated[str | None, typer.Option(help="Of an .xlsx; default: the first.")] = None,
+) -> None:
+    """Split rows into training, validation and test; no medium, and no group, ends up on two sides."""
+    from finetune.data.check.split import data_split
+
+    shares = {"train": train, "validation": validation, "test": test}
+    result = data_split(
+        path,
+        into,
+        **shares,
+        group=group,
+        stratify=stratify,
+        seed=seed,
+        media=media or (),
+        media_folder=media_folder,
+        encoding=encoding,
+        sheet=sheet,
+    )
+    if not result["media"]:
+        print("# no media found: if a column holds some, name it with --media COLUMN", file=sys.stderr)
+    if empty := [split for split, share in shares.items() if share and split not in result["files"]]:
+        told = f"{result['sets']:,} sets of rows stay together, the largest has {result['largest']:,} rows"
+        print(f"# nothing for {', '.join(empty)}: {told}", file=sys.stderr)
+    print("data:")
+    for split, file in result["files"].items():
+        print(f"  # {result['rows'][split]:,} rows")
+        print(f"  - {{path: {file}, media_folder: {result['media_folder']}, split: {split}, task: ...}}")
+
+
+@data_app.command("label")
+def data_label(
+    rows: Annotated[Path, typer.Argument(metavar="RECIPE|FILE", help="Rows to label.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A run, merged or adapter folder: it proposes.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="CSV of the labels; gone on with if it is there.")] = Path(
+        "labels.csv"
+    ),
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,
+    labels: Annotated[str, typer.Option(metavar="A,B,...", help="The labels there are.")] = "",
+    page: Annotated[bool, typer.Option("--page", help="Decide on a page, on this machine only.")] = False,
+    port: Annotated[int, typer.Option(help="Of the page.")] = 7860,
+) -> None:
+    """Label rows: a trained run proposes, you decide, in a CSV or on a page."""
+    from finetune.commands.data_label import data_label
+
+    given = [label.strip() for label in labels.split(",") if label.strip()]
+    result = data_label(rows, run, out=out, task=task, labels=given, page=page, port=port)
+    print(f"{result['out']}: {result['rows']:,} rows, {result['proposed']:,} proposals, {result['labelled']:,} labels")
+
+
+def strength_of(given: list[str]) -> float | dict[str, float] | None:
+    """'0.5', or 'image=0.5' any number of times."""
+    try:
+        if len(given) == 1 and "=" not in given[0]:
+            return float(given[0])
+        return {name: float(value) for name, value in (one.split("=") for one in given)} or None
+    except ValueError:
+        raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
+
+
+def print_export(result: dict[str, Any]) -> None:
+    print(f"{result['to']}: {result['class']} ({result['why']})")
+    if (checked := result["verified"]) is None:
+        print(f"not compared: {result['not_verified']}")
+    else:
+        print(
+            f"{checked['rows']} answers in {checked['engine']}: {checked['equal_first_tokens']} begin alike, "
+            f"{checked['equal']} are equal to the end"
+        )
+    print(result["folder"])
+
+
+def print_push(result: dict[str, Any]) -> None:
+    for line in result["checks"]:
+        print(line)
+    print(result["url"] or f"not uploaded; the files are in {result['folder']}")
+
+
+def print_trials(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    found = sorted(result["trials"], key=lambda row: (row["merit"] is None, -(row["merit"] or 0)))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("trial", *found[0]["values"], result["metric"], "looks", "seconds"):
+        table.add_column(name, justify="right", overflow="fold")
+    for row in found:
+        merit = row["state"] if row["merit"] is None else f"{row['merit']:.4f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row["values"].values())
+        best = " (best)" if row["trial"] == result["best"] else ""
+        table.add_row(f"{row['trial']}{best}", *values, merit, str(len(row["looks"])), seconds)
+    Console().print(table)
+
+
+def print_scores(scores: dict[str, Any], intervals: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    for task, metrics in scores.items():
+        conditions = list(next(iter(metrics.values())))
+        table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for condition in conditions:
+            table.add_column(condition.replace("_", "\n"), justify="right")
+            if condition == "tuned":
+                table.add_column("95% of rows\ndrawn anew", justify="right")
+        for metric, values in metrics.items():
+            cells = []
+            for condition in conditions:
+                value = values.get(condition)
+                cells.append("" if value is None else f"{value:.3f}")
+                if condition == "tuned":
+                    ends = intervals.get(task, {}).get(metric, {}).get("tuned")
+                    cells.append(f"{ends[0]:.3f}–{ends[1]:.3f}" if ends else "")
+            table.add_row(metric, *cells)
+        Console().print(table)
+
+
+def print_findings(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from finetune.data.check.ledger import CODES
+
+    splits = ", ".join(f"{found['rows']:,} {split}" for split, found in result["splits"].items()) or "none can be used"
+    print(f"{result['name']}: {result['rows']:,} rows read ({splits})")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    table.add_column("found", justify="right")
+    table.add_column("what")
+    table.add_column("for instance", style="dim", overflow="fold")
+    for code, count in result["findings"].items():
+        severity, title = CODES[code]
+        colour = "red" if severity == "error" else "yellow"
+        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(result["examples"][code]))
+    if result["findings"]:
+        Console().print(table)
+    print(f"{result['errors']:,} errors, {result['warnings']:,} warnings: {result['html']}, {result['json']}")
+    if fixed := result.get("fixed"):
+        print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
+
+
+def print_previews(previews: list[Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for preview in previews:
+        told = f"{preview.tokens:,} tokens, {preview.learnt:,} learnt" if preview.pieces else "can't be used"
+        console.print(Text(f"{preview.where}  {told}", "bold"))
+        text = Text(preview.wrong, "red")
+        for piece in preview.pieces:
+            shown = piece.text
+            if piece.medium:
+                shown = f"[{piece.medium.kind} {piece.text} × {piece.tokens}]"
+            elif piece.ends:
+                shown = "".join(f"{shown[begin:end]}|" for begin, end in pairwise((0, *piece.ends)))
+            text.append(shown, "cyan" if piece.medium else "bold green" if piece.learnt else "")
+        console.print(text)
+        if preview.answer:
+            console.print(Text(f"to be answered: {preview.answer}", "dim"))
+        console.print()
+    console.print(Text.assemble(("green", "bold green"), ": learnt; all else is read"))
+
+
+def main() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
+    try:
+        app()
+    except FinetuneError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        # By torch's allocators as a RuntimeError; where training itself runs out, the trainer says more.
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
+        print(OUT_OF_MEMORY, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

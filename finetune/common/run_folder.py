@@ -1,0 +1,143 @@
+"""The run folder: names, and every read and write. Files appear whole or not at all.
+
+runs/NAME/
+  recipe.yaml        as resolved, with package versions below it in versions.json
+  data/              counts per split, tokenized rows
+  checkpoints/STAGE/checkpoint-N/    appears under this name only when it is whole; STAGE/final when done
+  adapter/           the publishable artefact
+  metrics.json, predictions.jsonl, plots/
+  merged/            a self-contained checkpoint; certificate.json beside it
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.common.errors import ArtifactError, TrainingError
+
+
+def refuse_several_processes(command: str) -> None:
+    """Raises TrainingError under accelerate launch or torchrun, for what only training does with several processes."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise TrainingError(f"{command} is for one process, not {count}: launch `finetune train`, then {command} alone")
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.data = path / "data"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.metrics = path / "metrics.json"
+        self.predictions = path / "predictions.jsonl"
+        self.plots = path / "plots"
+        self.merged = path / "merged"
+        self.certificate = path / "certificate.json"
+
+    @classmethod
+    def create(cls, path: Path, recipe_text: str, resume: bool) -> "RunFolder":
+        """A new folder, or the one to go on with. Raises TrainingError where the two are mixed up."""
+        run = cls(path)
+        if resume:
+            if not run.recipe.is_file():
+                raise TrainingError(f"{path}: nothing to resume: there is no run here; leave out --resume to begin one")
+            if run.recipe.read_text(encoding="utf-8") != recipe_text:
+                raise TrainingError(
+                    f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
+                    "resume with the same recipe and --set, or choose another --run"
+                )
+        elif run.recipe.exists() or (path.exists() and any(path.iterdir())):
+            raise TrainingError(
+                f"{path}: there is a run here already: --resume goes on with it, --run DIR makes another"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(run.recipe, recipe_text)
+        return run
+
+    @classmethod
+    def open(cls, path: Path, needs: str = "recipe") -> "RunFolder":
+        """An existing run that has got as far as `needs`. Raises ArtifactError."""
+        run = cls(path)
+        made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
+        for part in ("recipe", needs):
+            if not getattr(run, part).exists():
+                raise ArtifactError(
+                    f"{path}: no {getattr(run, part).name} here: not a run folder, or `finetune {made_by[part]}` "
+                    "hasn't finished"
+                )
+        return run
+
+    def read_metrics(self) -> dict[str, Any]:
+        return read_json(self.metrics) if self.metrics.is_file() else {}
+
+    def update_metrics(self, **sections: Any) -> None:
+        """Merge sections into metrics.json, one level deep."""
+        content = self.read_metrics()
+        for name, section in sections.items():
+            content[name] = {**content.get(name, {}), **section}
+        write_json(self.metrics, content)
+
+    def remove_torn(self, stage: str) -> None:
+        """Remove what an interrupted writer left of a stage's checkpoints."""
+        for path in (self.checkpoints / stage).glob("*.partial"):
+            shutil.rmtree(path)
+
+    def newest_checkpoint(self, stage: str) -> Path | None:
+        """The last whole checkpoint of a stage: its `final` if it is done."""
+        folder = self.checkpoints / stage
+        if (folder / "final").is_dir():
+            return folder / "final"
+        numbered = sorted(
+            (path for path in folder.glob("checkpoint-*") if path.suffix not in (".partial", ".old")),
+            key=lambda path: int(path.name.rpartition("-")[2]),
+        )
+        return numbered[-1] if numbered else None
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block has ended well; one that was there before is whole until
+    then, and whatever interrupts the exchange, one of the two stays.
+    """
+    partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
+    if old.exists() and not path.exists():  # the exchange was interrupted
+        os.replace(old, path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ArtifactError where the file is missing or isn't JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

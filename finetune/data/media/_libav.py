@@ -1,0 +1,92 @@
+"""Containers through PyAV: only from the file at hand, only of known formats, only within bounds."""
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from finetune.common.errors import MediaError
+from finetune.data.media import _source
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+VIDEO = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif", "asf")
+AUDIO = (*VIDEO, "wav", "w64", "mp3", "flac", "aac", "amr", "aiff", "caf", "ac3", "eac3", "au", "ape", "wv", "tta")
+# Their header says how long they are; of others the length is a guess from the first packets' bit rate.
+DECLARING = ("mov", "matroska", "avi", "flv", "asf", "wav", "w64", "flac", "aiff", "caf")
+# By PyAV for bad files, besides its own FFmpegError.
+RAISED = (OSError, ValueError, LookupError, EOFError, MemoryError, ArithmeticError, RuntimeError, AttributeError)
+
+# Boxes of mp4 for which libav sets memory aside by what they say: for each sample, 24 bytes.
+COUNTING = re.compile(rb"stsz.{8}(?P<sizes>.{4})|stz2.{8}(?P<small>.{4})|trun.{4}(?P<run>.{4})", re.DOTALL)
+
+
+@contextmanager
+def container(file: BinaryIO, formats: tuple[str, ...], max_pixels: int, name: str) -> Iterator["InputContainer"]:
+    """An opened container. Playlists and whatever else names other files or addresses are refused: by their format, and
+    as no protocol is allowed. What libav raises inside becomes MediaError.
+    """
+    import av
+
+    _check_index(file, name)
+    options = {
+        "format_whitelist": ",".join(formats),
+        "protocol_whitelist": "none",
+        "max_pixels": str(max_pixels),
+        "max_streams": "64",
+    }
+    file.seek(0)
+    try:
+        opened = av.open(file, mode="r", options=options, metadata_errors="replace")
+    except av.ArgumentError:  # what libav answers to a format off the list
+        raise MediaError(f"{name}: not a kind of file that is read here ({', '.join(formats)})") from None
+    except (av.FFmpegError, *RAISED) as error:
+        raise MediaError(f"{name}: can't be opened as one of {', '.join(formats)} ({_source.reason(error)})") from None
+    try:
+        with opened:
+            for stream in opened.streams:
+                if stream.type == "video" and stream.codec_context is not None:
+                    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+            yield opened
+    except (av.FFmpegError, *RAISED) as error:
+        raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
+
+
+def declared_seconds(opened: "InputContainer", stream: Any) -> float | None:
+    """The length that the header tells, where it tells one."""
+    if not set(opened.format.name.split(",")) & set(DECLARING):
+        return None
+    told = [stream.duration * stream.time_base] if stream.duration and stream.time_base else []
+    told += [opened.duration / 1_000_000] if opened.duration else []
+    return float(max(told)) if told else None
+
+
+def _check_index(file: BinaryIO, name: str) -> None:
+    """Raises MediaError for an mp4 whose index counts more samples than the file has bytes, or is compressed."""
+    size = file.seek(0, os.SEEK_END)
+    spans, movie, start = [], False, 0
+    while start + 8 <= size:
+        file.seek(start)
+        header = file.read(16)
+        length, kind = struct.unpack_from(">I4s", header)
+        if length == 1 and len(header) == 16:
+            (length,) = struct.unpack_from(">Q", header, 8)
+        length = size - start if length == 0 else length
+        if length < 8:
+            break
+        movie = movie or kind in (b"moov", b"moof")
+        if kind != b"mdat":
+            spans.append((start, min(length, size - start)))
+        start += length
+    for start, length in spans if movie else ():
+        file.seek(start)
+        box = file.read(length)
+        if b"cmov" in box:
+            raise MediaError(f"{name}: an mp4 with a compressed index, which isn't read here; write it anew")
+        for found in COUNTING.finditer(box):
+            (count,) = struct.unpack(">I", found["sizes"] or found["small"] or found["run"])
+            if count > size:
+                raise MediaError(f"{name}: its index counts {count:,} samples in {size:,} bytes; write the file anew")

@@ -1,0 +1,190 @@
+"""Sound: any recording that libsndfile or libav reads, to one canonical form: mono, 16 kHz, float32 in [-1, 1]."""
+
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from finetune.common.errors import MediaError
+from finetune.data.media import _libav, _source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RATE = 16_000  # samples a second, of decoded audio
+RATES = (1_000, 768_000)
+MAX_CHANNELS = 64
+BLOCK = 65_536  # samples decoded at once
+FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF")
+UNTOLD = 2**62  # libsndfile's count of samples is at least so large where a header tells none
+OPEN_ENDED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes of WAV's data chunk written by those who stream
+
+
+def decode_audio(
+    source: Path | bytes,
+    *,
+    where: str = "",
+    max_bytes: int = _source.MAX_BYTES,
+    max_seconds: float = _source.MAX_SECONDS,
+) -> "np.ndarray":
+    """Decode one recording: the mean of its channels at 16 kHz, float32 (samples,) in [-1, 1].
+
+    Length is checked by the header, and counted while decoding. `where` (file and row) goes into the error.
+    Raises MediaError for a missing, oversized, truncated, empty or foreign file.
+    """
+    import soundfile
+
+    name = _source.named(source, where, "recording")
+    with _source.opened(source, name, max_bytes) as file:
+        _check_whole(file, name)
+        try:
+            opened = soundfile.SoundFile(file)
+        except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, OSError):
+            opened = None  # left to libav
+        if opened is None or opened.format not in FORMATS:
+            return _through_libav(file, name, max_seconds)
+        with opened:
+            return _through_sndfile(opened, name, max_seconds)
+
+
+def blank_sound(audio: "np.ndarray") -> "np.ndarray":
+    """Silence of the same length: what is left when there is nothing to hear."""
+    import numpy as np
+
+    return np.zeros_like(audio)
+
+
+def _through_sndfile(opened: Any, name: str, max_seconds: float) -> "np.ndarray":
+    import soundfile
+
+    _check_form(opened.samplerate, opened.channels, name)
+    told = opened.frames if 0 < opened.frames < UNTOLD else None
+    if told:
+        _check_length(told / opened.samplerate, max_seconds, name)
+
+    def blocks() -> Iterator["np.ndarray"]:
+        seen = 0
+        while len(block := opened.read(BLOCK, dtype="float32", always_2d=True)):
+            seen += len(block)
+            yield block.mean(1)
+        if told and seen < told:
+            raise MediaError(f"{name}: cut off: {seen:,} of {told:,} samples are there; write the file anew")
+
+    try:
+        return _collect(blocks(), opened.samplerate, max_seconds, name)
+    except (soundfile.SoundFileError, RuntimeError, ValueError, OSError, MemoryError) as error:
+        raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
+
+
+def _through_libav(file: BinaryIO, name: str, max_seconds: float) -> "np.ndarray":
+    with _libav.container(file, _libav.AUDIO, _source.MAX_PIXELS, name) as opened:
+        if not opened.streams.audio:
+            raise MediaError(f"{name}: no sound in it ({opened.format.name}); leave the row out")
+        stream = opened.streams.audio[0]
+        if stream.codec_context is None:
+            raise MediaError(f"{name}: no decoder for its sound; write it as WAV or FLAC")
+        _check_form(stream.sample_rate or RATE, stream.channels or 1, name)
+        declared = _libav.declared_seconds(opened, stream) or 0
+        _check_length(declared, max_seconds, name)
+        frames = opened.decode(stream)
+        first = next(frames, None)
+        if first is None:
+            raise MediaError(f"{name}: empty, no sample of sound")
+        rate = first.sample_rate
+        _check_form(rate, first.layout.nb_channels, name)
+
+        def blocks() -> Iterator["np.ndarray"]:
+            yield _mono(first)
+            for frame in frames:
+                if frame.sample_rate != rate:
+                    raise MediaError(f"{name}: its rate changes from {rate:,} to {frame.sample_rate:,} a second")
+                yield _mono(frame)
+
+        audio = _collect(blocks(), rate, max_seconds, name)
+        if len(opened.streams) == 1 and len(audio) / RATE < declared / 2:
+            raise MediaError(f"{name}: cut off: {len(audio) / RATE:,.1f} of {declared:,.1f} s are there")
+        return audio
+
+
+def _mono(frame: Any) -> "np.ndarray":
+    """A frame of libav in any sample format -> the mean of its channels, float32 (samples,)."""
+    import numpy as np
+
+    values = frame.to_ndarray()
+    if not frame.format.is_planar:
+        values = values.reshape(-1, frame.layout.nb_channels).T
+    if values.dtype.kind == "u":
+        values = (values.astype(np.float32) - 128) / 128
+    elif values.dtype.kind == "i":
+        values = values.astype(np.float32) / 2.0 ** (8 * values.dtype.itemsize - 1)
+    return values.mean(0, dtype=np.float32)
+
+
+def _collect(blocks: Iterable["np.ndarray"], rate: int, max_seconds: float, name: str) -> "np.ndarray":
+    """Mono blocks at `rate` -> one array at 16 kHz. Only what is kept is ever in memory."""
+    import numpy as np
+    import soxr
+
+    resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32") if rate != RATE else None
+    kept: list[np.ndarray] = []
+    samples = 0
+    for block in blocks:
+        samples += len(block)
+        _check_length(samples / rate, max_seconds, name)
+        if not np.isfinite(block).all():
+            raise MediaError(f"{name}: holds samples that aren't finite numbers; write the file anew")
+        kept.append(resampler.resample_chunk(np.ascontiguousarray(block)) if resampler else block)
+    if not samples:
+        raise MediaError(f"{name}: empty, no sample of sound; leave the row out")
+    if resampler:
+        kept.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    audio = np.concatenate(kept)
+    if not len(audio) or not np.isfinite(audio).all():
+        raise MediaError(f"{name}: nothing is left of it at {RATE:,} samples a second; leave the row out")
+    return np.clip(audio, -1, 1, out=audio)
+
+
+def _check_form(rate: int, channels: int, name: str) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise MediaError(f"{name}: {rate:,} samples a second; {RATES[0]:,} to {RATES[1]:,} are read")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise MediaError(f"{name}: {channels:,} channels; 1 to {MAX_CHANNELS} are read")
+
+
+def _check_length(seconds: float, max_seconds: float, name: str) -> None:
+    if seconds > max_seconds:
+        raise MediaError(f"{name}: {seconds:,.1f} s or more; at most {max_seconds:,g} s are read (`media.max_seconds`)")
+
+
+def _check_whole(file: BinaryIO, name: str) -> None:
+    """Raises MediaError for a WAV or Ogg that ends before it should: libsndfile reads the rest as if it were all."""
+    content = file.read()
+    file.seek(0)
+    missing = 0
+    if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
+        missing = _missing_of_wav(content)
+    elif content[:4] == b"OggS":
+        missing = _missing_of_ogg(content)
+    if missing > 0:
+        raise MediaError(f"{name}: cut off: {missing:,} bytes or more are missing; write the file anew")
+
+
+def _missing_of_wav(content: bytes) -> int:
+    """Bytes that the data chunk promises beyond the file's end."""
+    start = 12
+    while start + 8 <= len(content):
+        kind, size = struct.unpack_from("<4sI", content, start)
+        if kind == b"data":
+            return 0 if size in OPEN_ENDED else start + 8 + size - len(content)
+        start += 8 + size + size % 2
+    return 8  # no data chunk at all
+
+
+def _missing_of_ogg(content: bytes) -> int:
+    """Bytes that the last page promises beyond the file's end."""
+    start = content.rfind(b"OggS")
+    table = start + 27
+    if table > len(content):
+        return table - len(content)
+    segments = content[table : table + content[table - 1]]
+    return table + content[table - 1] + sum(segments) - len(content)

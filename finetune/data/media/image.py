@@ -1,0 +1,151 @@
+"""Pictures: any file that Pillow reads safely, or DICOM, to one canonical form: PIL image, mode RGB, uint8."""
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.common.errors import MediaError
+from finetune.data.media import _source
+from finetune.data.media.dicom import decode_dicom, is_dicom
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# What Pillow raises for bad files.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error),
+    *(EOFError, MemoryError, OverflowError, RuntimeError, AttributeError),
+)
+ORIENTATION = 0x0112  # the EXIF tag
+SIDEWAYS = (5, 6, 7, 8)  # of them, those that swap width and height
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # grey in more than 8 bits
+
+
+def decode_image(
+    source: Path | bytes,
+    *,
+    where: str = "",
+    max_bytes: int = _source.MAX_BYTES,
+    max_pixels: int = _source.MAX_PIXELS,
+) -> "Image":
+    """Decode one picture: first frame, turned upright by its EXIF orientation, transparency over white, RGB uint8.
+
+    Size is checked before any pixel is decoded. `where` (file and row) goes into the error.
+    Raises MediaError for a missing, oversized, truncated or foreign file.
+    """
+    name = _source.named(source, where, "picture")
+    with _source.opened(source, name, max_bytes) as file:
+        content = file.read(max_bytes)
+    with _quiet():
+        if is_dicom(content, source):
+            return decode_dicom(content, name=name, max_bytes=max_bytes, max_pixels=max_pixels)
+        return _decode(content, name, max_pixels)
+
+
+def image_size(source: Path | bytes, *, where: str = "") -> tuple[int, int]:
+    """(width, height) in pixels of what `decode_image` gives, by the header where that tells. Raises MediaError."""
+    import PIL.Image
+
+    with _source.opened(source, _source.named(source, where, "picture"), _source.MAX_BYTES) as file:
+        try:
+            with _quiet(), PIL.Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
+        except (*UNREADABLE, PIL.Image.DecompressionBombError):
+            pass
+    return decode_image(source, where=where).size  # DICOM; or says what is wrong
+
+
+def blank_like(image: "Image") -> "Image":
+    """A mid-grey picture of the same size: what is left when there is nothing to see."""
+    import PIL.Image
+
+    return PIL.Image.new("RGB", image.size, (127, 127, 127))
+
+
+def over_white(image: "Image") -> "Image":
+    """Transparency over white, RGB."""
+    import PIL.Image
+
+    layer = image.convert("RGBA")
+    white = PIL.Image.new("RGB", layer.size, "white")
+    white.paste(layer, mask=layer.getchannel("A"))
+    return white
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters comes as an error
+        yield
+
+
+def _decode(content: bytes, name: str, max_pixels: int) -> "Image":
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise MediaError(
+                    f"{name}: {width}x{height} pixels; at most {max_pixels:,} are decoded (`media.max_pixels`)"
+                )
+            image.load()
+            upright = _upright(image)
+            if upright.mode in DEEP:
+                return _eight_bits(upright, name).convert("RGB")
+            return over_white(upright) if upright.has_transparency_data else upright.convert("RGB")
+    except PIL.Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: {_source.reason(error)} (Pillow's bound, above `media.max_pixels`)") from None
+    except PIL.UnidentifiedImageError:
+        raise MediaError(f"{name}: not a picture that is read here ({', '.join(FORMATS)}, DICOM)") from None
+    except UNREADABLE as error:
+        raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
+
+
+def _upright(image: "Image") -> "Image":
+    """Turned by its EXIF orientation; EXIF that can't be read turns nothing."""
+    import PIL.Image
+
+    turn = PIL.Image.Transpose
+    orientation = _orientation(image)
+    turns: dict[Any, PIL.Image.Transpose] = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _orientation(image: "Image") -> Any:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError, OverflowError):
+        return None
+
+
+def _eight_bits(image: "Image", name: str) -> "Image":
+    """Deep grey -> mode L. 16 bits are scaled from 0..65535, floats from 0..1 or taken as 0..255, whichever holds them;
+    anything else from its own minimum and maximum.
+    """
+    import numpy as np
+    import PIL.Image
+
+    values = np.asarray(image, dtype=np.float32)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise MediaError(f"{name}: holds pixels that aren't finite numbers")
+    tops = (1.0, 255.0) if image.mode == "F" else (65535.0,)
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is None:
+        values, top = values - np.float32(low), (high - low) or 1.0
+    return PIL.Image.fromarray(np.rint(values * np.float32(255 / top)).astype(np.uint8))

@@ -1,0 +1,246 @@
+"""Video: a few frames of a clip, each a PIL image in RGB uint8, and when they are seen."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from finetune.common.errors import MediaError
+from finetune.data.media import _libav, _source
+from finetune.data.media.image import blank_like, over_white
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_RATE = 240  # frames a second; what has more than so many times `max_seconds` is refused
+CLIP_PICTURES = 16  # a clip's frames hold at most so many times `max_pixels` together
+
+
+@dataclass(frozen=True)
+class Clip:
+    """`frames`: PIL images, RGB uint8; `seconds`: the time of each, from the clip's first frame on, rising."""
+
+    frames: tuple["Image", ...]
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """What the packets tell before a frame is decoded. `ticks` in the order of the file, of `unit` seconds each, or of
+    one frame each where the file tells no times; `keys`: where decoding may begin.
+    """
+
+    ticks: tuple[int, ...]
+    keys: tuple[bool, ...]
+    unit: Fraction
+    timed: bool
+    lasts: int = 1  # ticks that the last frame is seen
+
+
+def decode_video(
+    source: Path | bytes,
+    *,
+    where: str = "",
+    max_bytes: int = _source.MAX_BYTES,
+    max_pixels: int = _source.MAX_PIXELS,
+    max_seconds: float = _source.MAX_SECONDS,
+    max_frames: int = _source.MAX_FRAMES,
+    count: int | None = None,
+    per_second: float | None = None,
+) -> Clip:
+    """Decode some frames, upright, transparency over white: `count` of them, the middle frame of each of so many equal
+    parts of the clip (all of its frames, once, where it has fewer); or those seen at 0, 1 / per_second, 2 / per_second,
+    ... s, each once; or all.
+
+    Length, size and number are checked by the header, and counted while decoding. `where` (file and row) goes into the
+    error. Raises MediaError for a missing, oversized, truncated or foreign file, and for more than `max_frames` frames.
+    """
+    name = _source.named(source, where, "video")
+    with _source.opened(source, name, max_bytes) as file:
+        known = _survey(file, name, max_pixels, max_seconds)
+        chosen = _choose(known, count, per_second)
+        if len(chosen) > max_frames:
+            raise MediaError(
+                f"{name}: {len(chosen):,} frames asked for; at most {max_frames:,} are kept (`media.max_frames`): ask "
+                "the encoder for fewer, or raise the limit"
+            )
+        begin = min(known.ticks)
+        frames: list[Image] = []
+        seconds: list[float] = []
+        pixels = 0
+        for tick, frame in _decoded(file, name, known, chosen, max_pixels):
+            pixels += frame.width * frame.height
+            if pixels > CLIP_PICTURES * max_pixels:
+                raise MediaError(
+                    f"{name}: its frames hold more than {CLIP_PICTURES * max_pixels:,} pixels together; ask the "
+                    "encoder for fewer, or raise `media.max_pixels`"
+                )
+            frames.append(_picture(frame))
+            seconds.append(float(max(tick - begin, 0) * known.unit))
+    return Clip(tuple(frames), tuple(seconds))
+
+
+def blank_clip(clip: Clip) -> Clip:
+    """Mid-grey frames of the same sizes at the same times."""
+    return Clip(tuple(blank_like(frame) for frame in clip.frames), clip.seconds)
+
+
+def _survey(file: BinaryIO, name: str, max_pixels: int, max_seconds: float) -> _Frames:
+    """Read the packets of the whole clip, without decoding. Raises MediaError for what is out of bounds or cut off."""
+    ticks: list[int | None] = []
+    keys: list[bool] = []
+    last = (0, 1)  # tick and duration
+    with _libav.container(file, _libav.VIDEO, max_pixels, name) as opened:
+        stream = _stream(opened, name)
+        _check_size(stream, max_pixels, name)
+        declared = _libav.declared_seconds(opened, stream)
+        _check_length(declared or 0, max_seconds, name)
+        end = 0.0  # of any stream
+        for packet in opened.demux([one for one in opened.streams if one.type in ("video", "audio")]):
+            if not packet.size:
+                continue
+            if packet.is_corrupt and packet.stream is stream and "mov" in opened.format.name:
+                raise MediaError(f"{name}: cut off after {end:,.1f} s; write the file anew")
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is not None and packet.time_base:
+                end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
+            if packet.stream is not stream or packet.is_discard:
+                continue
+            ticks.append(packet.pts)
+            keys.append(packet.is_keyframe)
+            if packet.pts is not None and (len(ticks) == 1 or packet.pts >= last[0]):
+                last = (packet.pts, packet.duration or 1)
+            _check_length(len(ticks) / MAX_RATE, max_seconds, name)
+        end -= (opened.start_time or 0) / 1_000_000
+        if declared and end < declared / 2:  # the last frame of a still scene may last long
+            raise MediaError(f"{name}: cut off: {end:,.1f} of {declared:,.1f} s are there; write the file anew")
+        unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
+    if not ticks:
+        raise MediaError(f"{name}: a video without frames; leave the row out")
+    stamps = [tick for tick in ticks if tick is not None]
+    if len(stamps) == len(ticks) and unit:
+        known = _Frames(tuple(stamps), tuple(keys), unit, True, last[1])
+    else:
+        known = _Frames(
+            tuple(range(len(ticks))), (True, *[False] * (len(ticks) - 1)), 1 / (rate or Fraction(25)), False
+        )
+    _check_length(float((max(known.ticks) - min(known.ticks)) * known.unit), max_seconds, name)
+    return known
+
+
+def _choose(known: _Frames, count: int | None, per_second: float | None) -> list[int]:
+    """The ticks of the frames asked for, rising, each once."""
+    ticks = sorted(set(known.ticks))
+    have = len(ticks)
+    if count is not None:
+        return ticks if have <= count else [ticks[(2 * part + 1) * have // (2 * count)] for part in range(count)]
+    if per_second is None:
+        return ticks
+    step = 1 / Fraction(per_second).limit_denominator(1_000_000)
+    chosen: list[int] = []
+    due = Fraction(ticks[0]) * known.unit
+    for number, tick in enumerate(ticks):
+        following = (ticks[number + 1] if number + 1 < have else tick + known.lasts) * known.unit
+        if due < following:  # seen from this frame's time to the next one's
+            chosen.append(tick)
+            due += ((following - due) // step + (1 if (following - due) % step else 0)) * step
+    return chosen
+
+
+def _decoded(
+    file: BinaryIO, name: str, known: _Frames, chosen: Sequence[int], max_pixels: int
+) -> Iterator[tuple[int, Any]]:
+    """(tick, frame of libav) of each chosen frame, or of the next one where it isn't to be had."""
+    waiting = list(chosen)
+    last: tuple[int, Any] | None = None
+    found = False
+    with _libav.container(file, _libav.VIDEO, max_pixels, name) as opened:
+        stream = _stream(opened, name)
+        for number, frame in enumerate(_frames(opened, stream, _needed(known, chosen))):
+            _check_size(frame, max_pixels, name)
+            tick = frame.pts if known.timed else number
+            if tick is None:
+                raise MediaError(f"{name}: a frame has no time; write the file anew")
+            last, found = (tick, frame), False
+            if tick >= waiting[0]:
+                found = True
+                yield tick, frame
+                waiting = [one for one in waiting if one > tick]
+            if not waiting:
+                return
+        if last is None:
+            raise MediaError(f"{name}: none of its frames can be decoded; write the file anew")
+        if not found:
+            yield last
+
+
+def _frames(opened: Any, stream: Any, needed: Sequence[bool]) -> Iterator[Any]:
+    """Decoded frames as they are seen, of the needed packets only."""
+    feeding = False
+    number = 0
+    for packet in opened.demux(stream):
+        if not packet.size:
+            continue
+        wanted = packet.is_discard or (needed[number] if number < len(needed) else False)
+        number += not packet.is_discard
+        if feeding and not wanted:
+            yield from stream.codec_context.decode(None)
+            stream.codec_context.flush_buffers()
+        feeding = wanted
+        if wanted:
+            yield from packet.decode()
+    if feeding:
+        yield from stream.codec_context.decode(None)
+
+
+def _needed(known: _Frames, chosen: Sequence[int]) -> list[bool]:
+    """Which packets must be decoded: from the keyframe before each chosen frame to the next keyframe; one keyframe more
+    where the frame is seen before its own (an open group of pictures).
+    """
+    wanted = set(chosen)
+    starts = [number for number, key in enumerate(known.keys) if key or number == 0]
+    needed = [False] * len(known.ticks)
+    for group, (start, end) in enumerate(zip(starts, [*starts[1:], len(needed)], strict=True)):
+        held = [tick for tick in known.ticks[start:end] if tick in wanted]
+        if not held:
+            continue
+        first = starts[max(group - 1, 0)] if min(held) < known.ticks[start] else start
+        needed[first:end] = [True] * (end - first)
+    return needed
+
+
+def _stream(opened: Any, name: str) -> Any:
+    """The first video that isn't a recording's cover."""
+    from av.stream import Disposition
+
+    for stream in opened.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise MediaError(f"{name}: no decoder for its video; write it as H.264 in mp4")
+            return stream
+    raise MediaError(f"{name}: no video in it ({opened.format.name}); leave the row out")
+
+
+def _picture(frame: Any) -> "Image":
+    """Upright, RGB. Its rotation is counter-clockwise, as Pillow's is."""
+    transparent = any(component.is_alpha for component in frame.format.components)
+    if frame.format.name == "pal8" or transparent:
+        import PIL.Image
+
+        picture = over_white(PIL.Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        picture = frame.to_image()
+    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+
+
+def _check_size(shape: Any, max_pixels: int, name: str) -> None:
+    if shape.width * shape.height > max_pixels:
+        raise MediaError(
+            f"{name}: {shape.width}x{shape.height} pixels; at most {max_pixels:,} are decoded (`media.max_pixels`)"
+        )
+
+
+def _check_length(seconds: float, max_seconds: float, name: str) -> None:
+    if seconds > max_seconds:
+        raise MediaError(f"{name}: {seconds:,.1f} s or more; at most {max_seconds:,g} s are read (`media.max_seconds`)")

@@ -1,0 +1,227 @@
+"""The composite as vLLM's transformers backend takes one: config, model and processor, registered by a plugin.
+
+vLLM needs older transformers than the rest of this package, so this file runs beside both, and imports nothing of the
+package but encoders and projectors: `pip install --no-deps finetune` in vLLM's environment is all that it takes. vLLM
+puts its own attention and output head around `language_model`, and asks for everything else by name.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import MultiModalData
+
+from finetune.common.registry import load_part, part_from
+from finetune.model.encoders._vision import best_grid
+
+MEDIA = ("image", "audio")
+
+
+class ServedConfig(PreTrainedConfig):
+    """`text_config`: the LLM's. `parts`: those of the merged model's config; `tokens`: {medium: its placeholder token}.
+    `max_source_positions`: tokens of half a minute of sound, under the name that vLLM looks for.
+    """
+
+    model_type = "finetune_served"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        parts: dict[str, Any] | None = None,
+        tokens: dict[str, str] | None = None,
+        max_source_positions: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        super().__init__(**kwargs)
+        self.text_config = text_config
+        self.parts = parts or {"encoders": {}, "projectors": {}}
+        self.tokens = tokens or {}
+        self.max_source_positions = max_source_positions
+
+
+class Held(nn.Module):
+    """The weights of a linear layer that its parent applies itself, and not by calling it: vLLM would put another layer
+    in the place of an `nn.Linear`, which on a CPU gives its weights away.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+
+class ServedModel(PreTrainedModel):
+    """The LLM without its head, encoders and projectors."""
+
+    config_class = ServedConfig
+    config: ServedConfig
+    base_model_prefix = "model"
+    _supports_attention_backend = True
+    _supports_sdpa = True
+
+    def __init__(self, config: ServedConfig) -> None:
+        super().__init__(config)
+        parts, width = config.parts, config.text_config.hidden_size
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.encoder_parts = encoders_of(config)
+        self.encoders = nn.ModuleDict(
+            # Built anew: those that tell shapes are on no device, and so are the buffers that no file holds.
+            {name: type(e.module)(e.module.config) for name, e in self.encoder_parts.items()}
+        )
+        self.projectors = nn.ModuleDict()
+        for name, part in parts["projectors"].items():
+            kind, options = part_from("projectors", part)
+            self.projectors[name] = load_part("projectors", kind).build(part["width_in"], width, options)
+        for module in [*self.encoders.modules(), *self.projectors.modules()]:
+            if isinstance(module, nn.MultiheadAttention):
+                module.out_proj = Held(module.out_proj)  # type: ignore[assignment]
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Pixels (S, 3, height, width), of pictures or their tiles -> `pooler_output` (S, L, D)."""
+        return self._features("image", pixel_values[:, None])
+
+    def get_audio_features(self, values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Recordings (N, S, ...) as their encoder prepares them -> `pooler_output` (N * S, L, D)."""
+        return self._features("audio", values)
+
+    def _features(self, name: str, batch: Tensor) -> BaseModelOutputWithPooling:
+        encoder = replace(self.encoder_parts[name], module=self.encoders[name])
+        rows = encoder.encode(batch).flatten(0, 1)
+        projector = self.projectors[name]
+        projected = projector(rows.to(next(projector.parameters()).dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=rows, pooler_output=projected)
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        return self.language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class ServedProcessor(ProcessorMixin):
+    """Text, pictures and recordings -> token ids with as many placeholders as the model makes rows, and what the
+    encoders take. It has an `image_processor`, a `feature_extractor`, where the model has such an encoder.
+    """
+
+    def __init__(self, tokenizer: Any = None, config: ServedConfig | None = None, **kwargs: Any) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = getattr(tokenizer, "chat_template", None)
+        self.config = config or ServedConfig()
+        self.encoders = encoders_of(self.config)
+        for medium, name in zip(MEDIA, ("image_processor", "feature_extractor"), strict=True):
+            if medium in self.encoders:
+                setattr(self, name, self.encoders[medium].processor)
+                token = self.config.tokens[medium]
+                setattr(self, f"{medium}_token", token)
+                setattr(self, f"{medium}_token_id", tokenizer.convert_tokens_to_ids(token))
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["tokenizer"]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "ServedProcessor":
+        where = {
+            name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs
+        }
+        config = ServedConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where), config)
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        return_tensors: Any = None,
+        return_text_replacement_offsets: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """`images`: RGB pictures; `audio`: samples at 16 kHz. One text, with a placeholder for each of them."""
+        found: dict[str, Any] = {}
+        replacements: dict[str, list[str]] = {}
+        for medium, media in (("image", images), ("audio", audio)):
+            if media is not None and medium in self.encoders:
+                prepared = [self.encoders[medium].prepare(one) for one in _several(media)]
+                values = [one.values for one in prepared]
+                found[self._key(medium)] = torch.cat(values) if medium == "image" else values
+                replacements[medium] = [
+                    self.config.tokens[medium] * self._count(medium, one.layout.rows, len(one.layout.marks))
+                    for one in prepared
+                ]
+        texts = [text] if isinstance(text, str) else list(text or [""])
+        texts, offsets = self.get_text_with_replacements(
+            texts, replacements.get("image", []), [], replacements.get("audio", [])
+        )
+        ids = self.tokenizer(texts, add_special_tokens=kwargs.get("add_special_tokens", False))
+        found |= {name: torch.tensor(ids[name]) for name in ("input_ids", "attention_mask")}
+        if return_text_replacement_offsets:
+            found["text_replacement_offsets"] = offsets
+        return BatchFeature(found)
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Of pictures of these (height, width): tokens, and rows of `pixel_values`."""
+        encoder = self.encoders["image"]
+        segments = [_segments(encoder, *size) for size in image_sizes or ()]
+        rows = encoder.shape.rows
+        tokens = [self._count("image", rows, count) for count in segments]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=segments)
+
+    def _count(self, medium: str, rows: int, segments: int) -> int:
+        kind, options = part_from("projectors", self.config.parts["projectors"][medium])
+        return load_part("projectors", kind).length(rows, options) * segments
+
+    def _key(self, medium: str) -> str:
+        """The name by which vLLM knows of which medium values are."""
+        if medium == "image":
+            return "pixel_values"
+        names = self.feature_extractor.model_input_names
+        return "input_features" if "input_features" in names else "input_values"
+
+
+def encoders_of(config: ServedConfig) -> dict[str, Any]:
+    """{name: Encoder}: on no device, which is all that preparing media and telling shapes takes."""
+    with torch.device("meta"):
+        return {
+            name: load_part("encoders", part["kind"]).restore(part["settings"], torch.get_default_dtype())
+            for name, part in config.parts["encoders"].items()
+        }
+
+
+def _segments(encoder: Any, height: int, width: int) -> int:
+    """Tiles of a picture, and the whole before them, where it is cut."""
+    shape, most = encoder.shape, encoder.options.tiles
+    columns, rows = best_grid(width / height, width * height / (shape.width * shape.height), most)
+    return 1 if columns * rows == 1 else columns * rows + 1
+
+
+def _several(media: Any) -> list[Any]:
+    return list(media) if isinstance(media, list | tuple) else [media]
+
+
+def register() -> None:
+    """The entry point that vLLM calls in each of its processes, any number of times."""
+    AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
+    AutoModel.register(ServedConfig, ServedModel, exist_ok=True)
+    AutoProcessor.register(ServedConfig, ServedProcessor, exist_ok=True)

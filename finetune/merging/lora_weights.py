@@ -1,0 +1,384 @@
+"""LoRA into the weights of an LLM, module by module, from the LLM's files into shards of a merged folder: no more is in
+memory than one shard and one module.
+
+transformers reads the LLM with all of its weights left on disk, so renamed and fused weights come as the model has
+them; bitsandbytes quantizes and dequantizes each weight as loading does; PEFT merges each module.
+"""
+
+import copy
+import ctypes
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.bitsandbytes import (
+    dequantize_and_replace,
+    replace_with_bnb_linear,
+)
+from transformers.pytorch_utils import Conv1D
+
+from finetune.common.errors import ArtifactError, MergeRefused
+from finetune.common.hub import loading
+from finetune.common.run_folder import read_json
+from finetune.data.media import Limits
+from finetune.model import module_names
+from finetune.model.adapter import MERGED_FORMAT
+from finetune.model.asks import Ask
+from finetune.model.build import Parts
+from finetune.model.composite import compose
+from finetune.model.tokenize import answer_ends
+
+SHARD_BYTES = 2 * 10**9
+GARBAGE_BYTES = 2**25
+LEAF = "leaf"
+PREFIX = "base_model.model."  # PEFT's, before the LLM's own names
+# Initialisations that leave the base alone, or change each weight by a rule without chance. Others are drawn anew for
+# the whole LLM, in its order.
+BY_MODULE = (True, False, "gaussian", "orthogonal", "olora", "pissa")
+CHANGES_BASE = ("olora", "pissa")
+
+
+class LoraFile:
+    """The LoRA of an adapter folder, read module by module. Raises ArtifactError where it is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        read_json(folder / "adapter_config.json")
+        self.config: Any = LoraConfig.from_pretrained(str(folder))
+        self.path = folder / "adapter_model.safetensors"
+        self.tensors: dict[str, list[str]] = {}
+        for name in tensor_names(self.path):
+            self.tensors.setdefault(name.removeprefix(PREFIX).partition(".lora_")[0], []).append(name)
+
+    @property
+    def by_module(self) -> bool:
+        """Whether merging one module after the other gives what merging all at once gives."""
+        return self.config.init_lora_weights in BY_MODULE
+
+    def modules_of(self, llm: nn.Module) -> dict[str, str]:
+        """{module as the files call it: as the LLM does}. Raises ArtifactError where it has no such module."""
+        return module_names.matched(str(self.path), list(self.tensors), blocks(llm), llm)
+
+    def of(self, module: str) -> dict[str, Tensor]:
+        """The tensors of one module, under the names that they have for a model that is only this one."""
+        with safe_open(self.path, framework="pt") as file:
+            return {
+                name.replace(f"{PREFIX}{module}.", f"{PREFIX}{LEAF}.", 1): file.get_tensor(name)
+                for name in self.tensors[module]
+            }
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Raises ArtifactError where the file isn't whole."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: train again, or copy the whole adapter folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is damaged ({error}): train again, or copy it anew") from None
+
+
+def load_on_disk(llm: Mapping[str, Any], dtype: torch.dtype, scratch: Path) -> Any:
+    """The LLM with its weights left in its files; those that have to be converted lie in `scratch`. `llm`: the recipe's
+    `model.llm`. Raises ModelError.
+    """
+    name, own = llm["name"], {"trust_remote_code": llm["trust_remote_code"], "revision": llm["revision"]}
+    with loading(f"LLM {name!r}"):
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(name, **own)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=llm["trust_remote_code"])
+        sizes = {
+            block: sum(p.numel() for p in skeleton.get_submodule(block).parameters()) for block in blocks(skeleton)
+        }
+        # accelerate refuses to leave all of a model on disk.
+        places = dict.fromkeys(sizes, "disk") | {min(sizes, key=lambda block: sizes[block]): "cpu"}
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=places, offload_folder=str(scratch), use_safetensors=True, **own
+        ).eval()
+
+
+def weights_in(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def blocks(module: nn.Module, name: str = "") -> list[str]:
+    """Names of the outermost modules that have weights of their own."""
+    if any(True for _ in module.parameters(recurse=False)):
+        return [name]
+    return [found for child, inner in module.named_children() for found in blocks(inner, f"{name}.{child}".lstrip("."))]
+
+
+def quantized_modules(causal_lm: nn.Module) -> frozenset[str]:
+    """Names, without PEFT's, of the modules of which bitsandbytes holds the weights."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return frozenset(
+        name.removesuffix(".base_layer")
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, Linear4bit | Linear8bitLt)
+    )
+
+
+def merged_tensors(
+    llm: Any,
+    dtype: torch.dtype,
+    lora: LoraFile | None = None,
+    quantization: Any = None,
+    quantized: AbstractSet[str] = frozenset(),
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the LLM's state, LoRA merged, in `dtype`, on the CPU; tied weights once.
+
+    `llm`: in memory, or by `load_on_disk`. `quantization`: what bitsandbytes does first to the modules `quantized`, to
+    be undone before LoRA is merged. Raises ArtifactError where a tensor of the adapter has no module.
+    """
+    names, tied = llm.state_dict().keys(), untied(llm, lora)
+    # {module: what the adapter's files call it}: transformers may have renamed it since.
+    targets = {now: then for then, now in lora.modules_of(llm).items()} if lora else {}
+    held = 0  # bytes of weights in PEFT's layers, which refer to each other and so outlive their use
+    for name, module in llm.named_modules():
+        if held > GARBAGE_BYTES:
+            gc.collect()
+            held = 0
+        with align_module_device(module, torch.device("cpu")):
+            own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+            if name in targets or name in quantized:
+                state = lora.of(targets[name]) if lora and name in targets else {}
+                how = quantization if name in quantized else None
+                own |= merged_module(name, module, own, dtype, state, lora.config if lora else None, how)
+                held += sum(tensor.nbytes for tensor in own.values())
+                trim_memory()
+            for inside, tensor in {**own, **dict(module.named_buffers(recurse=False))}.items():
+                full = f"{name}.{inside}".lstrip(".")
+                if full in names and full not in tied:
+                    yield full, (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
+    for full, source in llm.all_tied_weights_keys.items():
+        if full not in tied:  # the embeddings changed, the head that they were tied to didn't
+            yield full, weight_of(llm, source).to(dtype).contiguous()
+
+
+def trim_memory() -> None:
+    """Give the system back what glibc keeps between blocks that are in use: it would grow with the modules."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def untied(llm: Any, lora: LoraFile | None) -> set[str]:
+    """Names of weights that are still another's, and not written: LoRA on embeddings leaves a tied head as it was."""
+    targets = set(lora.modules_of(llm).values()) if lora else set()
+    return {name for name, source in llm.all_tied_weights_keys.items() if source.rpartition(".")[0] not in targets}
+
+
+def unties(llm: Any, lora: LoraFile | None) -> bool:
+    return len(untied(llm, lora)) < len(llm.all_tied_weights_keys)
+
+
+def weight_of(llm: nn.Module, name: str) -> Tensor:
+    above, _, last = name.rpartition(".")
+    module = llm.get_submodule(above)
+    with align_module_device(module, torch.device("cpu")):
+        return getattr(module, last).detach().clone()
+
+
+def merged_module(
+    name: str,
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor],
+    config: Any,
+    quantization: Any,
+) -> dict[str, Tensor]:
+    """The `weights` of one module with LoRA `state` merged; quantized and dequantized to `dtype` before, where
+    `quantization` says so. Raises MergeRefused where they aren't finite.
+    """
+    leaf = copy.copy(module)
+    leaf._parameters = {
+        key: nn.Parameter(weights[key].detach().clone(), requires_grad=False) if key in weights else None
+        for key in module._parameters
+    }
+    remove_hook_from_module(leaf)
+    box: Any = nn.ModuleDict({LEAF: leaf})
+    if config is not None:
+        config = replace(config, target_modules=[LEAF], task_type=None, inference_mode=False)
+    if quantization is not None:
+        quantize(box, quantization)
+        if state and config.init_lora_weights in CHANGES_BASE:
+            box = get_peft_model(box, config).unload()
+        dequantize_and_replace(box, quantization, dtype)
+        if config is not None:
+            config.init_lora_weights = True
+    if state:
+        wrapped: Any = get_peft_model(box, config)
+        report: Any = set_peft_model_state_dict(wrapped, dict(state))
+        if report.unexpected_keys:
+            raise ArtifactError(f"{name}: PEFT knows no {report.unexpected_keys[0]} for a {type(module).__name__}")
+        box = merged_whole(wrapped, name)
+    merged = box[LEAF].state_dict()
+    if quantization is not None and isinstance(module, Conv1D):  # bitsandbytes holds it as a linear layer, transposed
+        merged["weight"] = merged["weight"].T
+    return {key: merged[key] for key in weights}
+
+
+def quantize(box: Any, quantization: Any) -> None:
+    """The module becomes bitsandbytes' own, as transformers makes it when it loads a weight."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    before = box[LEAF]
+    replace_with_bnb_linear(box, [], quantization)
+    leaf, weight = box[LEAF], before.weight.data
+    settings = {key: value for key, value in leaf.weight.__dict__.items() if key != "SCB"}
+    kind: Any = Params4bit if quantization.load_in_4bit else Int8Params
+    weight = weight.T if isinstance(before, Conv1D) else weight
+    leaf.weight, leaf.bias = kind(weight, requires_grad=False, **settings).to(weight.device), before.bias
+    setattr(box, "is_loaded_in_4bit" if quantization.load_in_4bit else "is_loaded_in_8bit", True)  # PEFT asks
+
+
+def merged_whole(wrapped: Any, name: str = "the LLM") -> Any:
+    """PEFT's own merge of all modules at once. Raises MergeRefused where a weight isn't finite."""
+    try:
+        return wrapped.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise MergeRefused(f"{name}: merging gives weights that aren't finite ({error}). Nothing was kept") from None
+
+
+def into_plain(wrapped: Any, dtype: torch.dtype) -> Any:
+    """All at once: an LLM that isn't quantized, under PEFT's wrapper -> merged, in `dtype`."""
+    return merged_whole(wrapped).to(dtype)
+
+
+def into_dequantized(wrapped: Any, dtype: torch.dtype) -> Any:
+    """All at once: LoRA into the LLM that it was trained over, its 4-bit (or 8-bit) weights written out.
+
+    The base under the adapter is dequantized first and wrapped anew with an adapter that starts from nothing, so that
+    initialisations that change the base keep the base that they made.
+    """
+    state, config = get_peft_model_state_dict(wrapped), wrapped.peft_config["default"]
+    plain = wrapped.unload().dequantize(dtype=dtype)
+    config.init_lora_weights = True
+    fresh: Any = get_peft_model(plain, config)
+    report: Any = set_peft_model_state_dict(fresh, state)
+    if report.unexpected_keys:
+        raise MergeRefused(f"the adapter has tensors that the dequantized LLM lacks: {report.unexpected_keys[:3]}")
+    return merged_whole(fresh).to(dtype)
+
+
+class Shards:
+    """Tensors to files of at most `limit` bytes, named as transformers names them once all are written."""
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder, self.limit = folder, limit
+        self.held: dict[str, Tensor] = {}
+        self.bytes = self.total = 0
+        self.files: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.held and self.bytes + tensor.nbytes > self.limit:
+            self._write()
+        self.held[name] = tensor
+        self.bytes += tensor.nbytes
+        self.total += tensor.nbytes
+
+    def _write(self) -> None:
+        path = self.folder / f"shard-{len(self.files)}.safetensors"
+        try:
+            save_file(self.held, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{self.folder}: can't be written ({error}); make room, and merge again") from None
+        self.files.append((path, list(self.held)))
+        self.held, self.bytes = {}, 0
+
+    def close(self) -> None:
+        if self.held:
+            self._write()
+        if len(self.files) == 1:
+            os.replace(self.files[0][0], self.folder / "model.safetensors")
+            return
+        places: dict[str, str] = {}
+        for number, (path, names) in enumerate(self.files, 1):
+            final = f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
+            os.replace(path, self.folder / final)
+            places |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total}, "weight_map": places}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_merged(
+    folder: Path,
+    llm: Any,
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
+    dtype: torch.dtype,
+    *,
+    parts: Parts,
+    own: Mapping[str, Tensor],
+    asks: Mapping[str, Ask],
+    limits: Limits,
+    untie: bool = False,
+    limit: int | None = None,
+) -> None:
+    """One self-contained folder: weights of all parts, config with the encoders' preprocessing, tokenizer.
+
+    `tensors` gives the LLM's state, `own` is that of projectors, fusion and heads; `parts` holds the encoders as they
+    are saved. `untie`: the LLM's head is no longer its embeddings. `limit`: bytes of a file of weights.
+    """
+    if untie:
+        llm.config.tie_word_embeddings = False
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(llm.config, attribute):
+            delattr(llm.config, attribute)
+    llm.config.dtype = dtype
+    whole = compose(
+        llm,
+        encoders=parts.encoders,
+        projectors=parts.projectors,
+        fusion=parts.fusion,
+        placeholder_ids={name: placeholder.id for name, placeholder in parts.placeholders.items()},
+        asks=asks,
+    )
+    whole.config.dtype = dtype
+    llm.config._name_or_path = elsewhere(llm.config._name_or_path)
+    for part in whole.config.parts["encoders"].values():
+        part["settings"] = elsewhere(part["settings"])
+    whole.config.parts["format"] = MERGED_FORMAT
+    whole.config.parts["media"] = asdict(limits)
+    encoders = {f"encoders.{name}": tensor for name, tensor in whole.encoders.state_dict().items()}
+    whole.save_pretrained(folder, state_dict={**own, **encoders})  # the LLM's follow, in a stream
+    shards = Shards(folder, limit or SHARD_BYTES)
+    for name, tensor in taken(folder):
+        shards.add(name, tensor)
+    for name, tensor in tensors():
+        shards.add(f"language_model.{name}", tensor)
+    shards.close()
+    generation = llm.generation_config
+    generation.eos_token_id = answer_ends(parts.tokenizer, generation)
+    generation.save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder)
+
+
+def elsewhere(value: Any) -> Any:
+    """A config in which folders of this machine are named by their last part: their place is nobody's business."""
+    if isinstance(value, dict):
+        return {key: elsewhere(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def taken(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder's files of weights, which are removed."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""What a frozen encoder says of a medium never changes: computed once, kept on disk, shared by epochs, stages, seeds
+and runs. A folder per encoder fingerprint; in it, safetensors files whose names are hashes of media.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.common.errors import ArtifactError
+from finetune.data.sample import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARD_BYTES = 256 * 2**20
+
+
+class FeatureStore:
+    """Features on disk, each (S, L, W), in the dtype that the encoder gave: read back, equal to the bit. The marks of
+    their segments stand in the files' metadata.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder / fingerprint[:32]
+        self._files: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}
+        self._marks: dict[str, tuple[str, ...]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self._files.update(dict.fromkeys(file.keys(), path))
+                    marks = json.loads((file.metadata() or {}).get("marks", "{}"))
+                    self._marks.update({key: tuple(found) for key, found in marks.items()})
+            except SafetensorError as error:
+                raise ArtifactError(f"{path} is damaged ({error}); delete it, it will be computed anew") from None
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in dict.fromkeys(keys) if key not in self._files]
+
+    def read(self, key: str) -> "Tensor":
+        return self._open(key).get_tensor(key)
+
+    def layout(self, key: str) -> Layout:
+        segments, rows, _ = self._open(key).get_slice(key).get_shape()
+        return Layout(rows, self._marks.get(key, ("",) * segments))
+
+    def _open(self, key: str) -> Any:
+        from safetensors import safe_open
+
+        path = self._files[key]
+        if path not in self._handles:
+            self._handles[path] = safe_open(path, "pt")
+        return self._handles[path]
+
+    def fill(self, computed: Iterable[tuple[str, "Tensor", tuple[str, ...]]], done: Callable[[], None]) -> None:
+        """Keep (key, features (S, L, W), marks) as they come, in files of about 256 MB, each whole or absent."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shard: dict[str, Tensor] = {}
+        marks: dict[str, tuple[str, ...]] = {}
+
+        def write() -> None:
+            if not shard:
+                return
+            name = hashlib.sha256("".join(shard).encode()).hexdigest()[:24]
+            temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+            save_file(shard, temporary, metadata={"marks": json.dumps(marks)})
+            temporary.replace(self.folder / f"{name}.safetensors")
+            shard.clear()
+            marks.clear()
+
+        try:
+            for key, features, found in computed:
+                shard[key] = features.detach().cpu().contiguous()
+                if any(found):
+                    marks[key] = found
+                done()
+                if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+                    write()
+        finally:
+            write()  # interrupted: what is computed is kept
+        self.refresh()

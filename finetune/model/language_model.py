@@ -1,0 +1,216 @@
+"""The LLM part: any causal language model of transformers, by hub id, folder or `.gguf` file, in 4, 8 or 16 bits."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from finetune.common.errors import ModelError
+from finetune.common.hub import loading
+
+Quantize = Literal["nf4", "int8", "none"]
+
+# For base models, whose tokenizers carry no chat template. An answer begins on a new line: a space before it would melt
+# into its first token.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process (by LOCAL_RANK under accelerate), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 where the device computes it, float16 on older GPUs (T4), float32 on CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    # Turing answers yes to is_bf16_supported(), by emulation, many times slower than float16.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def load_language_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    quantize: Quantize = "none",
+    double_quantize: bool = True,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM, frozen, in evaluation mode.
+
+    `dtype` is that of the weights that aren't quantized and of the computation. A `.gguf` file is read to `dtype`
+    first and then quantized like any other. Raises ModelError.
+    """
+    device = device or default_device()
+    options: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "device_map": {"": device},
+        "trust_remote_code": trust_remote_code,
+    }
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    with loading(f"LLM {name!r}"):
+        if name.endswith(".gguf"):
+            model = _load_gguf(Path(name), options, quantize, double_quantize, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                use_safetensors=True,
+                quantization_config=_quantization(quantize, double_quantize, dtype),
+                **options,
+            )
+    if model.config.get_text_config() is not model.config:
+        raise ModelError(f"LLM {name!r} is a {type(model).__name__}, with encoders of its own; take a text-only model")
+    keep_layout(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, chat_template: Path | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer, with a chat template (its own, the file's, or a plain one) and a padding token."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": name, "revision": revision}
+    if name.endswith(".gguf"):
+        source = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+    with loading(f"tokenizer of {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=trust_remote_code, **source)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.eos_token is None:
+        raise ModelError(f"tokenizer of {name!r} has no end-of-text token: an answer could never end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(model: torch.nn.Module) -> int | None:
+    """Tokens that a prompt and its answer may have together; None where the config names no end."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def keep_layout(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers on a CPU as they were loaded, and so trainable through.
+
+    On CPUs with AVX-512 BF16, bitsandbytes (0.50) lays a layer's weights out anew for inference, scales rounded to
+    bfloat16, in its first forward in evaluation mode that needs no gradient. From then on the layer's outputs carry no
+    graph, in training mode too: training goes on, and learns nothing through that layer.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantization(quantize: str, double_quantize: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantize == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quantize,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantize == "int8" else None
+
+
+def _load_gguf(
+    path: Path, options: dict[str, Any], quantize: Quantize, double_quantize: bool, dtype: torch.dtype
+) -> PreTrainedModel:
+    import tempfile
+
+    plain = {**options, "device_map": {"": "cpu"} if quantize != "none" else options["device_map"]}
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), **plain
+    )
+    if quantize == "none":
+        return model
+    # bitsandbytes quantizes while it loads, from safetensors: go through a folder of them.
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        return load_language_model(
+            folder,
+            quantize=quantize,
+            double_quantize=double_quantize,
+            dtype=dtype,
+            attention=options.get("attn_implementation", "auto"),
+            device=options["device_map"][""],
+        )
+
+
+@contextmanager
+def without_adapter(language_model: Any) -> Iterator[None]:
+    """The LLM as it came. What trains stays as it was: PEFT's own switch, turned back, makes all of LoRA trainable."""
+    if not hasattr(language_model, "peft_config"):
+        yield
+        return
+    before = [(parameter, parameter.requires_grad) for parameter in language_model.parameters()]
+    with language_model.disable_adapter():
+        yield
+    for parameter, trained in before:
+        parameter.requires_grad_(trained)
+
+
+def decoder_layers(causal_lm: Any) -> nn.ModuleList:
+    """The LLM's layers: the outermost list of as many modules as its config has layers. Raises ModelError."""
+    count = causal_lm.config.get_text_config().num_hidden_layers
+    for module in causal_lm.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(causal_lm).__name__} has no list of {count} decoder layers")
+
+
+def packs_exactly(causal_lm: Any) -> bool:
+    """Whether restarting positions alone keep packed samples apart in this LLM.
+
+    Tried, not looked up: a sample behind another must not depend on it at all (no gradient flows to it, to the bit),
+    and must give the hidden states that it gives alone. Families without positions (MPT, BLOOM) or with a recurrent
+    state fail; they train on padded rows.
+    """
+    table = causal_lm.get_input_embeddings()
+    other, sample = torch.arange(20, 25), torch.arange(4, 11)
+
+    def states(*samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of the last sample; the gradient that they send to what stands before it, summed."""
+        positions = torch.cat([torch.arange(len(ids)) for ids in samples])[None].to(table.weight.device)
+        embeddings = table(torch.cat(samples)[None].to(table.weight.device)).detach().requires_grad_()
+        outputs = causal_lm.base_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        last = outputs.last_hidden_state[0, -len(sample) :].float()
+        # Half of the features: the sum over all is a constant behind a layer norm.
+        (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
+        return last.detach(), gradient[0, : -len(sample)].abs().sum()
+
+    try:
+        with torch.enable_grad():
+            (packed, leak), (alone, _) = states(other, sample), states(sample)
+    except TypeError:  # takes no position_ids
+        return False
+    # Rows of another length round otherwise: in half precision and over 8-bit weights by up to 0.02 of the norm.
+    return leak.item() == 0 and bool((packed - alone).norm() < 0.05 * alone.norm())

@@ -1,0 +1,197 @@
+"""Conversations to token ids and labels, by the chat template's own spans.
+
+A medium is one placeholder in the rendered text; in the ids it is its segments, each a mark ("0.5s ", or nothing) and
+as many placeholder tokens as `segments` says. Only what the assistant writes is learnt, its end-of-turn token included;
+media never are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.common.errors import DataError
+from finetune.data.sample import Medium, Message, Sample
+
+IGNORED = -100
+Segments = Callable[[Medium], Sequence[tuple[str, int]]]  # of a medium: (mark, placeholder tokens) of each
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    token: str
+    id: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`input_ids` and `labels` are equally long; `media` in the order of their placeholders."""
+
+    input_ids: list[int]
+    labels: list[int]
+    media: tuple[Medium, ...]
+
+
+def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, str]) -> dict[str, Placeholder]:
+    """Make each kind's placeholder a real, special token of the tokenizer."""
+    from transformers import AddedToken
+
+    new = [AddedToken(tokens[kind], special=True, normalized=False) for kind in kinds]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return {kind: Placeholder(tokens[kind], tokenizer.convert_tokens_to_ids(tokens[kind])) for kind in kinds}
+
+
+def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], segments: Segments) -> Tokens:
+    """A whole conversation, to learn from.
+
+    Raises DataError, with the row, where nothing would be learnt, the text holds a placeholder, or the chat template
+    doesn't render a conversation as a prefix of its continuation.
+    """
+    text = _render(tokenizer, sample.messages, placeholders, sample.where)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    learnt = _assistant_spans(tokenizer, sample, placeholders, text)
+    labels = [
+        token if any(begin <= left and right <= end and right > begin for begin, end in learnt) else IGNORED
+        for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    input_ids, labels, media = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
+    if all(label == IGNORED for label in labels[1:]):
+        raise DataError(f"{sample.where}: no token would be learnt from this row: the chat template drops the answer")
+    return Tokens(input_ids, labels, media)
+
+
+def tokenize_prompt(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    placeholders: Mapping[str, Placeholder],
+    segments: Segments,
+    where: str = "prompt",
+) -> Tokens:
+    """A conversation up to where the assistant's turn begins."""
+    text = _render(tokenizer, messages, placeholders, where, add_generation_prompt=True)
+    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    sample = Sample(tuple(messages), where)
+    return Tokens(*_expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments))
+
+
+def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens that end an answer: the one that the chat template ends a turn with, which is what is learnt, the
+    tokenizer's, and those that the LLM came with.
+    """
+    last = answer_tokens("b", tokenizer)[-1]
+    ends = {tokenizer.eos_token_id}
+    if last in tokenizer.get_added_vocab().values():
+        ends.add(last)
+    own = generation_config.eos_token_id
+    ends.update(own if isinstance(own, list) else [own])
+    return sorted(ends - {None})
+
+
+def answer_tokens(text: str, tokenizer: Any) -> list[int]:
+    """What is learnt of an answer: its tokens, and the one that ends the turn."""
+    turn = Sample((Message("user", ("a",)), Message("assistant", (text,))), "answer")
+    return [label for label in tokenize(turn, tokenizer, {}, lambda medium: ()).labels if label != IGNORED]
+
+
+def _render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    placeholders: Mapping[str, Placeholder],
+    where: str,
+    add_generation_prompt: bool = False,
+) -> str:
+    turns = []
+    for message in messages:
+        text = ""
+        for part in message.content:
+            if isinstance(part, Medium):
+                if part.kind not in placeholders:
+                    takes = ", ".join(placeholders) or "text only"
+                    raise DataError(f"{where}: holds {part.kind}, but this model takes {takes}")
+                text += placeholders[part.kind].token
+            else:
+                inside = [p.token for p in placeholders.values() if p.token in part]
+                if inside:
+                    raise DataError(f"{where}: the text holds {inside[0]!r}, which stands for media only")
+                text += part
+        turns.append({"role": message.role, "content": text})
+    try:
+        return tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_options(tokenizer),
+        )
+    except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
+        raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
+
+
+_OPTIONS: dict[str, dict[str, bool]] = {}
+
+
+def template_options(tokenizer: Any) -> dict[str, bool]:
+    """Thinking off where prompt and answer then fit together: Qwen3's answers begin with an empty thought that only
+    then is part of the prompt; other templates don't know the option, or put the thought into the prompt alone.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _OPTIONS:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        off = {"enable_thinking": False}
+        before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, **off)
+        after = tokenizer.apply_chat_template(turns, tokenize=False, **off)
+        _OPTIONS[template] = off if after.startswith(before) else {}
+    return _OPTIONS[template]
+
+
+def _assistant_spans(
+    tokenizer: Any, sample: Sample, placeholders: Mapping[str, Placeholder], text: str
+) -> list[tuple[int, int]]:
+    """Character spans of the assistant's turns: what each adds to the prompt that asks for it."""
+    spans = []
+    for number, message in enumerate(sample.messages):
+        if message.role != "assistant":
+            continue
+        if not "".join(part for part in message.content if isinstance(part, str)).strip():
+            raise DataError(
+                f"{sample.where}: turn {number}, the assistant's, is empty: there is nothing to learn from it"
+            )
+        before = _render(tokenizer, sample.messages[:number], placeholders, sample.where, add_generation_prompt=True)
+        after = _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
+        if not text.startswith(after):  # Phi-3 closes a whole conversation with one more token
+            after = after.removesuffix(tokenizer.eos_token)
+        if not after.startswith(before) or not text.startswith(after):
+            raise DataError(
+                f"{sample.where}: the chat template renders turn {number} otherwise in a longer conversation, so the "
+                "answer's tokens can't be told; give a simpler `model.llm.chat_template`"
+            )
+        end = len(after)
+        stripped = after.rstrip()
+        # Templates end a turn with "<end>\n": the line break belongs to the next turn, generation stops before it.
+        if stripped.endswith(tuple(tokenizer.get_added_vocab())):
+            end = len(stripped)
+        spans.append((len(before), end))
+    return spans
+
+
+def _expand(
+    sample: Sample,
+    tokenizer: Any,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    placeholders: Mapping[str, Placeholder],
+    segments: Segments,
+) -> tuple[list[int], list[int], tuple[Medium, ...]]:
+    ids = {placeholder.id for placeholder in placeholders.values()}
+    if sum(token in ids for token in input_ids) != len(sample.media):
+        raise DataError(f"{sample.where}: {len(sample.media)} media, but the chat template kept another number of them")
+    media = iter(sample.media)
+    out_ids: list[int] = []
+    out_labels: list[int] = []
+    for token, label in zip(input_ids, labels, strict=True):
+        if token not in ids:
+            out_ids.append(token)
+            out_labels.append(label)
+            continue
+        for mark, count in segments(next(media)):
+            out_ids += (tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []) + [token] * count
+        out_labels += [IGNORED] * (len(out_ids) - len(out_labels))
+    return out_ids, out_labels, sample.media

@@ -1,0 +1,230 @@
+"""OpenAI's requests as far as they are served, its errors, and its answers."""
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from finetune.serving.engine.contract import Stream, Token
+from finetune.serving.http.settings import MOST_IN_A_LIST
+
+# OpenAI's kinds of error by HTTP status.
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+MARKS = 100_000  # commas and brackets of a request beside those of its texts
+UNREAD = (401, 403, 408, 413)  # told before a body's end: nobody reads the rest
+LEAST = -9999.0  # nats; JSON has no infinity
+
+# Fields that would change the answer, and with which values they don't.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "audio": (None,),
+    "modalities": (None, [], ["text"]),
+    "web_search_options": (None,),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "length_penalty": (None, 1),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "ignore_eos": (None, False),
+    "stop_token_ids": (None, []),
+    "bad_words": (None, []),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
+    "add_generation_prompt": (None, True),
+    "echo": (None, False),
+}
+
+
+class ApiError(Exception):
+    """What a client is told, and with which HTTP status."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+        if status in UNREAD:
+            self.headers["Connection"] = "close"
+
+    def content(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Address(BaseModel):
+    url: str
+
+
+class ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: Address
+
+
+class VideoPart(BaseModel):
+    type: Literal["video_url"]
+    video_url: Address
+
+
+class AudioAddressPart(BaseModel):
+    type: Literal["audio_url"]
+    audio_url: Address
+
+
+class Recording(BaseModel):
+    """`data`: base64. Its format is seen from the data."""
+
+    data: str
+
+
+class AudioPart(BaseModel):
+    type: Literal["input_audio"]
+    input_audio: Recording
+
+
+TAGS = ("text", "image_url", "video_url", "input_audio", "audio_url")
+Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | AudioAddressPart, Field(discriminator="type")]
+Short = Field(max_length=MOST_IN_A_LIST, fail_fast=True)
+Texts = Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class Turn(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], Short, BeforeValidator(_parts)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class NamedSchema(BaseModel):
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class Asking(BaseModel):
+    """What every request has; fields that it doesn't know are kept, to be looked through."""
+
+    model_config = ConfigDict(extra="allow")
+    model: str | None = None
+
+
+class ChatRequest(Asking):
+    messages: Annotated[list[Turn], Short] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Texts = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    strength: Annotated[float, Field(ge=0)] | dict[str, float] | None = None
+
+
+class HeadRequest(Asking):
+    """`task`: what was trained under this name; needed where several would do. `messages`, or one or more texts."""
+
+    task: str | None = None
+    messages: Annotated[list[Turn], Short] | None = Field(None, min_length=1)
+    input: Texts = Field(None, min_length=1)
+
+
+AskingT = TypeVar("AskingT", bound=Asking)
+
+
+def parsed(kind: type[AskingT], body: bytes, max_characters: int) -> AskingT:
+    """A request from its JSON, whose texts have up to `max_characters`. Raises ApiError, which names the field."""
+    # Whatever JSON says takes a mark for each value; many millions of values would hold up everybody's answers.
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > max_characters + MARKS:
+        raise ApiError(413, f"more than {max_characters + MARKS:,} commas and brackets (`max_characters`)")
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        param = field_name(first["loc"])
+        raise ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param=param or None) from None
+    for name, meaningless in UNSUPPORTED.items():
+        if (asked.model_extra or {}).get(name) not in meaningless:
+            raise ApiError(400, f"{name}: not supported here; leave it out", param=name, code="unsupported_parameter")
+    return asked
+
+
+def field_name(path: Sequence[str | int]) -> str:
+    """('messages', 0, 'content', 1, 'image_url', 'image_url', 'url') -> 'messages[0].content[1].image_url.url'."""
+    name = ""
+    for place, key in enumerate(path):
+        if isinstance(key, int):
+            name += f"[{key}]"
+        elif not (key in TAGS and place and isinstance(path[place - 1], int)):  # pydantic's name for the kind of part
+            name += f".{key}"
+    return name.lstrip(".")
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())
+
+
+def usage(streams: Sequence[Stream]) -> dict[str, Any]:
+    """Tokens of all answers to one prompt, which counts once."""
+    prompt, written = streams[0].prompt_tokens, sum(stream.completion_tokens for stream in streams)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "prompt_tokens_details": {"cached_tokens": max(stream.cached_tokens for stream in streams)},
+    }
+
+
+def logprobs_of(tokens: Sequence[Token]) -> dict[str, Any]:
+    def one(text: str, raw: bytes, nats: float) -> dict[str, Any]:
+        return {"token": text, "logprob": nats if math.isfinite(nats) else LEAST, "bytes": list(raw)}
+
+    return {
+        "content": [
+            one(token.text, token.raw, token.logprob) | {"top_logprobs": [one(*other) for other in token.alternatives]}
+            for token in tokens
+        ],
+        "refusal": None,
+    }

@@ -1,0 +1,80 @@
+"""Samples packed whole into rows of a fixed number of tokens: no padding, nothing cut."""
+
+import random
+from collections.abc import Sequence
+
+from finetune.common.errors import DataError
+
+
+def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
+    """First fit over a few open rows, in the given order of samples -> rows of sample numbers.
+
+    `lengths` in tokens, `capacity` in tokens of a row. Raises DataError where a sample is longer than a row.
+    """
+    open_rows: list[tuple[int, list[int]]] = []  # (tokens free, samples)
+    rows: list[list[int]] = []
+    for sample in order:
+        need = lengths[sample]
+        if need > capacity:
+            raise DataError(f"sample {sample} has {need} tokens: more than tokens_per_batch ({capacity})")
+        for place, (free, row) in enumerate(open_rows):
+            if need <= free:
+                row.append(sample)
+                open_rows[place] = (free - need, row)
+                break
+        else:
+            row = [sample]
+            rows.append(row)
+            open_rows.append((capacity - need, row))
+            if len(open_rows) > 8:  # keep the order close to the shuffled one: the fullest row is closed
+                open_rows.remove(min(open_rows, key=lambda entry: entry[0]))
+    return rows
+
+
+def epoch_order(weights: Sequence[float], seed: int, epoch: int) -> list[int]:
+    """The samples of one epoch, shuffled. A weight of 2 is twice an epoch, 0.5 every other epoch on average."""
+    generator = random.Random(f"{seed}/{epoch}")
+    order: list[int] = []
+    for sample, weight in enumerate(weights):
+        whole = int(weight)
+        order += [sample] * (whole + (generator.random() < weight - whole))
+    generator.shuffle(order)
+    return order
+
+
+def units(groups: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int, seed: int | str) -> list[list[int]]:
+    """Groups that fit a row each: a larger one is dealt, shuffled, into several."""
+    found: list[list[int]] = []
+    for number, group in enumerate(groups):
+        dealt = list(group)
+        if sum(lengths[sample] for sample in group) > capacity:
+            random.Random(f"{seed}/{number}").shuffle(dealt)
+        free = -1
+        for sample in dealt:
+            if free < lengths[sample]:
+                found.append([])
+                free = capacity
+            found[-1].append(sample)
+            free -= lengths[sample]
+    return found
+
+
+def plan_rows(
+    lengths: Sequence[int],
+    weights: Sequence[float],
+    *,
+    capacity: int,
+    epochs: int,
+    seed: int,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> list[list[int]]:
+    """The rows of all epochs of a stage, in the order in which they're trained. Samples of a group share a row, and
+    the first one's weight.
+    """
+    rows: list[list[int]] = []
+    for epoch in range(epochs):
+        whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, f"{seed}/{epoch}")
+        tokens = [sum(lengths[sample] for sample in unit) for unit in whole]
+        packed = pack(tokens, capacity, epoch_order([weights[unit[0]] for unit in whole], seed, epoch))
+        rows += [[sample for unit in row for sample in whole[unit]] for row in packed]
+    return rows

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+from tiny import part
+
+from finetune.data.check.lenient import encoding_of, lenient_rows
+from finetune.data.rows import Source
+
+
+def read(path, task="classify"):
+    told = []
+    rows = list(lenient_rows(Source(path=path, task=part("tasks", task)), lambda *what: told.append(what)))
+    return rows, told
+
+
+def test_a_table_goes_on_behind_each_broken_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('image,label\na.png,red\nb.png,red,more\nc.png,blue\nd.png,"open\ne.png,green\n\nf.png,"a\nb"\n')
+    rows, told = read(path)
+    assert [(row.number, row.columns["image"]) for row in rows] == [
+        (2, "a.png"),
+        (4, "c.png"),
+        (6, "e.png"),
+        (9, "f.png"),  # its field of two lines ends there
+    ]
+    assert rows[-1].columns["label"] == "a\nb"
+    assert [(number, line) for number, _, line in told] == [(3, "b.png,red,more"), (5, 'd.png,"open')]
+    assert all(row.path == path and row.media_folder == tmp_path for row in rows)
+
+
+def test_a_sound_file_is_read_as_its_format_reads_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("image,label\n" + "".join(f"{n}.png,red\n" for n in range(200)))
+    rows, told = read(path)
+    assert [row.number for row in rows] == list(range(2, 202)) and not told
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_json_goes_on_behind_each_broken_row(tmp_path, array):
+    good = [{"image": f"{n}.png", "label": "红"} for n in range(150)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in good]
+    for number in (3, 4, 90):
+        lines[number - 1] = "[1, 2]"
+    if not array:
+        lines[139] = '{"image": '
+    path = tmp_path / ("rows.json" if array else "rows.jsonl")
+    path.write_text("[" + ",".join(lines) + "]" if array else "\n".join(lines), encoding="utf-8")
+    rows, told = read(path)
+    broken = [3, 4, 90] if array else [3, 4, 90, 140]
+    assert [number for number, _, _ in told] == broken
+    assert [row.number for row in rows] == [n for n in range(1, 151) if n not in broken]
+    assert all(row.columns["image"] == f"{row.number - 1}.png" for row in rows)
+    assert told[2][1].startswith(f"{path.name}:90: ")
+
+
+def test_a_conversation_whose_markers_do_not_fit_is_one_row(tmp_path):
+    turns = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "a cat"}]
+    rows = [
+        {"messages": turns, "image": "a.png"},
+        {"messages": turns, "image": []},
+        {"messages": turns, "image": "b.png"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found, told = read(path, "chat")
+    assert [row.number for row in found] == [1, 3]
+    assert [number for number, _, _ in told] == [2]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("gb18030", "图片,标签\n一只猫坐在窗边,猫\n两只狗在草地上跑,狗\n"),
+        ("cp1252", "image,label\nun château près de la forêt,château\nune île déserte en été,île\n"),
+        ("utf-16", "image,label\n一只猫,猫\n"),
+        ("utf-8-sig", "image,label\n一只猫,猫\n"),
+    ],
+)
+def test_an_encoding_is_told_by_the_bytes(tmp_path, encoding, text):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text.encode(encoding))
+    assert path.read_bytes().decode(encoding_of(path)) == text
+
+
+def test_a_file_from_chinese_windows_is_read_and_told(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("image,label\n猫.png,一只猫坐在窗边\n狗.png,两只狗在草地上跑\n".encode("gb18030"))
+    rows, told = read(path)
+    assert [row.columns["label"] for row in rows] == ["一只猫坐在窗边", "两只狗在草地上跑"]
+    assert [number for number, _, _ in told] == [0] and "gb18030" in told[0][1]
+
+
+def test_a_file_of_no_format_is_told_once(tmp_path):
+    path = tmp_path / "rows.docx"
+    path.write_bytes(b"PK")
+    rows, told = read(path)
+    assert not rows and len(told) == 1 and told[0][0] == 0

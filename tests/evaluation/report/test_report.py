@@ -1,0 +1,265 @@
+"""The page of a run: whole and true where the run is, honest where it isn't, harmless whatever the data hold."""
+
+import base64
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import soundfile
+import yaml
+from finished_run import Page, predictions_of, recipe_of, rows_of, source_of, stage_of, words_of, write_run
+
+from finetune.common.errors import ArtifactError
+from finetune.evaluation.report.report import report, summary_line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(run, page) of pictures with labels and recordings with intents."""
+    calls = source_of(name="calls", task={"kind": "classify", "media": ["audio"]})
+    rows = predictions_of("classify", "emoji", "image", "label", 1, sure=True)
+    rows += predictions_of("calls", "calls", "audio", "intent", 2)
+    run = write_run(tmp_path_factory.mktemp("report") / "run", recipe_of(source_of(), calls), rows)
+    return run, Page(report(run))
+
+
+def test_the_page_is_whole_and_closed(finished):
+    run, page = finished
+    assert not page.open
+    assert page.of("html", lang="en") and page.of("meta", charset="utf-8") and page.of("meta", name="viewport")
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {link["href"] for link in page.of("a")} <= {f"#{name}" for name in ids}
+    assert len(page.of("table")) == len(page.of("caption"))
+    assert all(image["alt"] for image in page.of("img")) and all(svg["aria-label"] for svg in page.of("svg"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(after - before <= 1 for before, after in pairwise(levels))
+    assert (run / "report.html").stat().st_size < 8 * 2**20
+
+
+def test_nothing_is_loaded_and_only_its_own_script_runs(finished):
+    run, page = finished
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "data", "srcset", "poster", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/webp;base64,", "data:audio/ogg;base64,")), tag
+        assert not any(name.startswith("on") for name in attributes), tag
+    (policy,) = (its["content"] for its in page.of("meta") if its.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; ") and "http" not in policy
+    (script,) = re.findall(r"<script>(.*?)</script>", (run / "report.html").read_text(encoding="utf-8"), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy
+
+
+def test_scores_and_words_are_those_of_the_run(finished):
+    run, page = finished
+    metrics = json.loads((run / "metrics.json").read_text())
+    values = metrics["scores"]["classify"]["accuracy"]
+    low, high = metrics["intervals"]["classify"]["accuracy"]["tuned"]
+    assert f"On 246 rows that it wasn't trained on, its accuracy is {values['tuned']:.3f}" in page.text
+    assert f"(95% interval {low:.3f} to {high:.3f})" in page.text
+    assert (
+        f"accuracy falls from {values['tuned']:.3f} to {values['blank']:.3f} with nothing in the pictures" in page.text
+    )
+    assert "with other rows' recordings" in page.text
+    common, count = Counter(row["label"] for row in rows_of("emoji")).most_common(1)[0]
+    assert f"always saying “{common}” would reach {count / 246:.3f}" in page.text
+    for text in (
+        "0123456789ab",
+        "pixel_shuffle",
+        "rank 16",
+        "915,456",
+        "2 h 02 min",
+        "1.30 GiB",
+        "15,432 J",
+        "torch 2.13.0",
+        "符号 212",
+    ):
+        assert text in page.text, text
+    assert "100.0% of 145 next tokens" in page.text
+    assert "/home/someone" not in (run / "report.html").read_text(encoding="utf-8")
+    assert "What is missing" not in page.text
+    assert summary_line(run).startswith(f"classify: accuracy {values['tuned']:.3f} [{low:.3f}, {high:.3f}]  (base ")
+
+
+def test_the_confusion_table_counts_the_predictions(finished):
+    _, page = finished
+    rows = predictions_of("classify", "emoji", "image", "label", 1, sure=True)
+    right = Counter(row["target"] for row in rows if words_of(row["tuned"]) == row["target"])
+    label, count = right.most_common(1)[0]
+    total = sum(row["target"] == label for row in rows)
+    assert re.search(rf"{label} {total} (?:[\d·] )*{count} ", page.text)
+
+
+def test_the_worst_and_the_best_are_shown_with_their_media(finished):
+    _, page = finished
+    assert len([its for its in page.of("li") if "example" in its.get("class", "")]) == 80
+    assert len(page.of("audio")) == 40 and len(page.of("img")) == 40
+    for image in page.of("img"):
+        with PIL.Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as opened:
+            assert max(opened.size) <= 160
+    for audio in page.of("audio"):
+        samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["src"].partition(",")[2])))
+        assert rate == 16_000 and samples.ndim == 1 and 0 < len(samples) <= 15 * rate
+    # Of the wrong ones those first that it was surest of.
+    wrong = [row for row in predictions_of("classify", "emoji", "image", "label", 1, sure=True) if not row["good"]]
+    surest = max(wrong, key=lambda row: max(row["tuned"]["probabilities"].values()))
+    assert page.of("img")[0]["alt"] == Path(surest["media"][0]).name
+
+
+def test_two_reports_of_a_run_are_equal(finished, tmp_path):
+    run, _ = finished
+    pages = [path.read_text(encoding="utf-8") for path in (report(run, tmp_path / "other.html"), run / "report.html")]
+    first, second = (
+        re.sub('data:audio/ogg;base64,[^"]+', "", page) for page in pages
+    )  # Ogg has a serial number by chance
+    assert first == second
+    assert report(str(run), tmp_path) == tmp_path / "report.html"
+
+
+def test_a_run_that_has_only_begun_says_what_is_missing(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(source_of())), encoding="utf-8")
+    page = Page(report(tmp_path))
+    for name in ("metrics.json", "predictions.jsonl", "data/summary.json", "versions.json", "adapter/multimodal.json"):
+        assert f"{name} isn't there" in page.text
+    for text in (
+        "Nothing is scored yet",
+        "not trained yet",
+        "Not merged",
+        "the devices don't tell",
+        "No losses are known",
+    ):
+        assert text in page.text, text
+    assert "not evaluated yet" in summary_line(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="not a run folder"):
+        report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.jsonl", "data/summary.json", "recipe.yaml"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00\ufffd"])
+def test_damaged_files_are_told(tmp_path, name, content):
+    rows = predictions_of("classify", "emoji", "image", "label", 3)[:4]
+    run = write_run(tmp_path / "run", recipe_of(source_of()), rows)
+    (run / name).write_text(content, encoding="utf-8")
+    page = Page(report(run))
+    told = {"predictions.jsonl": "can't be shown" if not content else "lines can't be read"}
+    assert "What is missing" in page.text or (name, content) == ("predictions.jsonl", "")
+    assert told.get(name, name) in page.text.replace("None can be shown", "can't be shown")
+
+
+def test_media_that_moved_or_broke_are_told(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    rows = predictions_of("classify", "emoji", "image", "label", 3)[:6]
+    rows[0]["media"], rows[1]["media"] = [str(tmp_path / "broken.png")], [str(tmp_path / "gone.png")]
+    rows[2]["kinds"] = ["smell"]
+    page = Page(report(write_run(tmp_path / "run", recipe_of(source_of()), rows)))
+    assert "3 media of the predictions below can't be shown" in page.text
+    assert "gone.png: the file isn't there any more" in page.text and "broken.png: not a picture" in page.text
+    assert str(tmp_path) not in page.text and len(page.of("img")) == 3
+
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}${x}$"
+
+
+def test_what_data_hold_never_becomes_markup(tmp_path):
+    media = tmp_path / '<img src=x onerror=alert(3)>".png'
+    PIL.Image.new("RGB", (30, 20), (200, 30, 30)).save(media, "PNG")
+    rows = [
+        {"task": EVIL, "row": EVIL, "media": [str(media)], "kinds": ["image"], "question": EVIL, "target": EVIL,
+         "tuned": {"label": EVIL, "probabilities": {EVIL: 0.9, "b": 0.1}}, "base": EVIL, "blank": [EVIL],
+         "shuffled": {"x": EVIL}, "good": 1.0},
+    ]  # fmt: skip
+    recipe = recipe_of(source_of(name=EVIL, path=f"/a/{EVIL}"))
+    recipe["name"] = EVIL
+    recipe["train"]["stages"][0]["name"] = EVIL
+    recipe["model"]["encoders"] = {EVIL: {"kind": EVIL, "name": EVIL}}
+    run = write_run(
+        tmp_path / "run",
+        recipe,
+        rows,
+        scores={EVIL: {EVIL: {"tuned": 0.5, EVIL: 0.4}}},
+        intervals={EVIL: {EVIL: {"tuned": [0.4, 0.6]}}},
+        tables={EVIL: {"confusion": {"labels": [EVIL], "counts": [[1, 2]]}, "per_label": {EVIL: {EVIL: 1.0}}}},
+        train={
+            "stages": {EVIL: stage_of(8, 1, {EVIL: 3}) | {"validation": [{"step": 4, "scores": {EVIL: {EVIL: 1.0}}}]}}
+        },
+        seconds={EVIL: 1.0},
+    )
+    (run / "data" / "check.json").write_text(
+        json.dumps({"list": [{"severity": "error", "file": EVIL, "line": 3, "text": EVIL}]})
+    )
+    (run / "versions.json").write_text(json.dumps({EVIL: EVIL}))
+    (run / "data" / "summary.json").write_text(json.dumps({EVIL: {"rows": 1, "answers": {EVIL: 1}}}))
+    page = Page(report(run))
+    assert not page.open
+    assert len(page.of("script")) == 1 and len(page.of("img")) == 1
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert page.text.count(EVIL) > 10 and "49" not in page.text.replace("49%", "")
+    assert page.of("img")[0]["alt"] == media.name
+
+
+def test_long_runs_stay_small(tmp_path):
+    """Long answers, large pictures, long recordings, many tasks, labels and steps."""
+    noise = random.Random(0)
+    picture = PIL.Image.frombytes("RGB", (1200, 900), noise.randbytes(1200 * 900 * 3))
+    picture.save(tmp_path / "large.png", compress_level=1)
+    loud = [noise.uniform(-1, 1) for _ in range(40 * 16_000)]
+    soundfile.write(tmp_path / "long.wav", loud, 16_000)
+    rows, labels = [], [f"label {number} " * 8 for number in range(60)]
+    for task in range(9):
+        for number in range(60):
+            kind, name = ("audio", "long.wav") if task % 2 else ("image", "large.png")
+            rows.append(
+                {"task": f"t{task}", "row": f"a.csv:{number}", "media": [str(tmp_path / name)] * 9, "kinds": [kind] * 9,
+                 "question": "why " * 3000, "target": "long " * 3000, "tuned": "answer " * 3000, "base": "b" * 20_000,
+                 "blank": "", "shuffled": None, "good": number / 60},
+            )  # fmt: skip
+    table = {
+        "confusion": {"labels": labels, "counts": [[1] * 61] * 60},
+        "per_label": {f"{label}{more}": {"f1": 0.5} for label in labels for more in range(20)},
+    }
+    run = write_run(
+        tmp_path / "run", recipe_of(source_of("answer")), rows,
+        tables={f"t{task}": table for task in range(9)},
+        train={"stages": {"align": stage_of(40_000, 1, {"adapter": 1}), "tune": stage_of(40_000, 2, {"adapter": 1})}},
+    )  # fmt: skip
+    page = Page(report(run))
+    assert (run / "report.html").stat().st_size < 8 * 2**20
+    assert "are left out, to keep the page small" in page.text and "too many for a table" in page.text
+    assert "and 5 more" in page.text
+
+
+def test_rows_left_out_are_listed(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    source = tmp_path / "data"
+    source.mkdir()
+    recipe = recipe_of(source_of(path=str(source / "train.csv")))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    checked = [
+        {"code": "media", "severity": "error", "file": "train.csv", "line": 9, "text": "no such image", "media": []},
+        {"code": "blank", "severity": "warning", "file": "train.csv", "line": 8, "text": "one colour", "media": []},
+        {"code": "rows", "severity": "error", "file": "train.csv", "line": None, "text": "not UTF-8", "media": []},
+    ]
+    (run / "data" / "check.json").write_text(json.dumps({"findings": {"media": 1}, "list": checked}), encoding="utf-8")
+    quarantined = {
+        "file": str(source / "train.csv"),
+        "row": 17,
+        "columns": {},
+        "reasons": ["图片打不开", "empty label"],
+    }
+    (source / "quarantine.jsonl").write_text(json.dumps(quarantined) + "\nnot json\n", encoding="utf-8")
+    page = Page(report(run))
+    assert "3 rows" in page.text and "train.csv:9 no such image" in page.text and "train.csv not UTF-8" in page.text
+    assert "one colour" not in page.text and "train.csv:17 图片打不开; empty label" in page.text
+    assert "quarantine.jsonl beside the sources: 1 lines can't be read" in page.text

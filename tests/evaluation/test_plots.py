@@ -1,0 +1,95 @@
+"""Plots: what is drawn is what was measured, as PNG and as SVG for a page."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from finetune.evaluation import plots
+
+STAGES = {
+    "align": {"losses": [3.0, 2.0, 1.5, 1.2], "steps": 4, "validation": [], "best_step": None},
+    "tune": {
+        "losses": [1.0, 0.8, 0.6],
+        "steps": 3,
+        "validation": [
+            {"step": 1, "scores": {"classify": {"accuracy": 0.25, "f1": None}, "words": {"exact_match": 0.5}}},
+            {"step": 3, "scores": {"classify": {"accuracy": 0.75, "f1": 0.5}}},
+        ],
+        "best_step": 3,
+    },
+}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def curves(figure) -> dict:
+    return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+
+
+def test_losses_stand_at_their_steps_stage_after_stage(tmp_path):
+    lines = [line.get_xydata().tolist() for line in plots.losses_figure(STAGES).axes[0].lines]
+    assert [[1, 3.0], [2, 2.0], [3, 1.5], [4, 1.2]] in lines
+    assert [[5, 1.0], [6, 0.8], [7, 0.6]] in lines
+    plots.losses(STAGES, tmp_path / "plots" / "loss.png")
+    with PIL.Image.open(tmp_path / "plots" / "loss.png") as picture:
+        assert picture.width > 500 and len(picture.convert("L").getcolors()) > 2
+
+
+def test_a_long_stage_keeps_its_ends_and_few_points():
+    stages = {"long": {"losses": list(np.linspace(5, 1, 100_000)), "steps": 100_000}}
+    axes = plots.losses_figure(stages).axes[0]
+    assert all(len(line.get_xdata()) <= 2 * plots.POINTS for line in axes.lines)
+    assert axes.get_xlim()[1] == 100_001 and axes.lines[0].get_ydata()[0] == 5
+
+
+def test_validation_scores_stand_at_their_steps_and_the_kept_one_is_marked():
+    figure = plots.validation_figure(STAGES, "classify")
+    found = curves(figure)
+    assert found["accuracy"] == [[5, 0.25], [7, 0.75]] and found["f1"] == [[7, 0.5]]
+    assert [x for x, _ in found["kept"]] == [7, 7]
+    assert curves(plots.validation_figure(STAGES, "words"))["exact match"] == [[5, 0.5]]
+    assert plots.validation_figure(STAGES, "nothing") is None
+    assert plots.validation_figure({"align": STAGES["align"]}, "classify") is None
+
+
+def test_scores_of_every_condition_have_a_bar(tmp_path):
+    table = {
+        "classify": {"accuracy": {"tuned": 0.6, "base": 0.1, "probe": None}, "character_error_rate": {"tuned": 1.7}}
+    }
+    plots.scores(table, tmp_path / "scores.png")
+    with PIL.Image.open(tmp_path / "scores.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(0x1B, 0x6C, 0xA8), (0x9A, 0x9A, 0x9A)} <= colours and (0x5A, 0x93, 0x67) not in colours
+
+
+def test_calibration_shows_larger_dots_for_more_rows():
+    axes = plots.calibration_figure([(0.25, 0.5, 10), (0.9, 0.8, 40)]).axes[0]
+    (dots,) = axes.collections
+    assert dots.get_offsets().tolist() == [[0.25, 0.5], [0.9, 0.8]]
+    small, large = dots.get_sizes()
+    assert large > 2 * small
+
+
+def test_an_svg_takes_the_colours_of_its_page_and_needs_nothing_else():
+    drawn = plots.svg(plots.losses_figure(STAGES), "loss", 'a "label" <b>')
+    root = ElementTree.fromstring(drawn.replace("<svg ", f'<svg xmlns="{SVG[1:-1]}" ', 1))
+    assert root.get("aria-label") == 'a "label" <b>' and root.get("role") == "img"
+    assert root.get("width") is None and root.get("viewBox")
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert ids and all(name.startswith("loss-") for name in ids)
+    used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', drawn)
+    assert used and {a or b for a, b in used} <= set(ids)
+    assert {"align", "tune", "optimizer step"} <= {text.text for text in root.iter(f"{SVG}text")}
+    assert {"var(--accent)", "var(--ink)", "var(--line)"} <= set(re.findall(r"var\(--[a-z]+\)", drawn))
+    assert not re.search(r"#[0-9a-f]{6}", drawn)  # no colour that a dark page would hide
+
+
+@pytest.mark.parametrize("name", ["$x^2$", "a $ b", r"$\frac{", "<b>&", "标签"])
+def test_names_are_drawn_as_they_are_written(tmp_path, name):
+    stages = {name: STAGES["tune"]}
+    drawn = plots.svg(plots.losses_figure(stages), "a", "b")
+    root = ElementTree.fromstring(drawn.replace("<svg ", f'<svg xmlns="{SVG[1:-1]}" ', 1))
+    assert name in {text.text for text in root.iter(f"{SVG}text")}
+    plots.losses(stages, tmp_path / "loss.png")

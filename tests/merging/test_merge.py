@@ -1,0 +1,267 @@
+"""A run merged with its certificate: what it says is so, and a merge that fails or is cut leaves what there was."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_dataset, tiny_recipe
+
+import finetune
+from finetune.common.certificate import read_certificate, verify
+from finetune.common.errors import ArtifactError, MergeRefused
+from finetune.data.rows import read_splits, some
+from finetune.data.sources import sources_of
+from finetune.merging import candidates as _candidates
+from finetune.merging import lora_weights as merging
+
+FUSION = {"kind": "cross_attention", "every": 1, "heads": 2, "head_width": 8, "gate": 0.7}
+
+
+def trained(folder: Path, quantize: str = "nf4", **changes) -> Path:
+    recipe = tiny_recipe(folder, model__llm={"name": str(folder / "llm"), "quantize": quantize}, **changes)
+    return finetune.train(finetune.load_recipe(recipe), folder / "run").path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run over nf4 weights with 70 held-out rows, merged."""
+    folder = tmp_path_factory.mktemp("merge")
+    tiny_recipe(folder)
+    shutil.rmtree(folder / "data")
+    tiny_dataset(folder / "data", train=16, test=70)
+    run = trained(folder, merge={})
+    finetune.merge(run)
+    return run
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    """To be spoilt; merged again, it is compared on a few rows."""
+    other = shutil.copytree(run, to / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    text = (other / "recipe.yaml").read_text()
+    few = text.replace("  rows: 64\n", "  rows: 6\n").replace("rows_scored: 64", "rows_scored: 1")
+    assert few != text
+    (other / "recipe.yaml").write_text(few)
+    return other
+
+
+def all_bytes(run: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.rglob("*")
+        if path.is_file()
+    }
+
+
+def change_config(run: Path, name: str, **changes) -> None:
+    path = run / "adapter" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil(run: Path, change) -> None:
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def test_at_least_64_rows_and_all_that_is_promised(run):
+    certificate = read_certificate(run)
+    verify(certificate, run / "merged")
+    verify(certificate, run / "adapter", key="adapter_sha256")
+    assert (certificate["rows"], certificate["rows_held_out"], certificate["media"]) == (64, 70, {"image": 64})
+    assert certificate["dtypes"] == {"llm": "nf4", "computed": "float32", "merged": "float32"}
+    assert certificate["how"] == "module by module, from the LLM's files"
+    assert list(certificate["candidates"]) == ["the 16-bit LLM", "the dequantized nf4 LLM"]
+    assert certificate["versions"]["torch"] == torch.__version__
+    for measures in (certificate["trained"], certificate["base"], *certificate["candidates"].values()):
+        assert set(measures) == {"kl", "agreement", "largest_logit_difference", "kl_from_base", "scores"}
+        assert "accuracy" in measures["scores"]["classify"]
+    plain, dequantized = certificate["candidates"].values()
+    assert dequantized["kl"] < 1e-5 < plain["kl"] and certificate["merged_into"] == "the dequantized nf4 LLM"
+    assert certificate["saved"] == dequantized and f"{plain['kl']:.2g}" in certificate["why"]
+
+
+def conversations(run: Path) -> list[tuple]:
+    """(messages, label) of the rows that a merge compares."""
+    recipe = finetune.load_recipe(run / "recipe.yaml")
+    entries = some(read_splits(sources_of(recipe), recipe.seed)["test"], 64, recipe.seed)
+    return [(entry.sample.question, entry.sample.answer) for entry in entries]
+
+
+def test_measures_are_those_of_the_folders_loaded_afresh(run):
+    """By other code: whole conversations through both models, and torch's own KL divergence, in float64."""
+    certificate = read_certificate(run)
+    merged, adapter = finetune.load(run / "merged"), finetune.load(run / "adapter")
+    asked = conversations(run)
+    divergences, same, said = [], [], {merged: [], adapter: []}
+    for messages, target in asked:
+        batch = adapter._batch([messages], {}, None)
+        answer = torch.tensor([adapter.tokenizer(f"{target}<|im_end|>", add_special_tokens=False)["input_ids"]])
+        ids = torch.cat([batch["input_ids"], answer], 1)
+        with torch.no_grad():
+            logits = [
+                m.model(ids, features=batch["features"]).logits[0, -answer.shape[1] - 1 : -1].double()
+                for m in (merged, adapter)
+            ]
+        ours, theirs = (one.log_softmax(-1) for one in logits)
+        divergences += torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).tolist()
+        same += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
+        for model, right in said.items():
+            right.append(model.answers([messages], max_new_tokens=4)[0] == target)
+    assert certificate["positions"] == len(same)
+    assert certificate["saved"]["agreement"] == pytest.approx(sum(same) / len(same), abs=1e-6)
+    assert certificate["saved"]["kl"] == pytest.approx(sum(divergences) / len(divergences), abs=1e-6)
+    for measures, right in (("saved", said[merged]), ("trained", said[adapter])):
+        assert certificate[measures]["scores"]["classify"]["accuracy"] == pytest.approx(sum(right) / 64, abs=1e-3)
+
+
+@pytest.mark.parametrize("fusion", [{"kind": "prefix"}, FUSION], ids=["prefix", "cross_attention"])
+def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monkeypatch):
+    trains = ["projectors", "adapter", *(["fusion"] if fusion["kind"] == "cross_attention" else [])]
+    stages = [{"name": "tune", "trains": trains, "learning_rate": 5.0e-3, "epochs": 2}]
+    bounds = {"max_kl": 10, "min_agreement": 0}
+    run = trained(tmp_path, model__fusion=fusion, train__stages=stages, merge={"rows": 8, **bounds})
+    within = finetune.merge(run)
+    monkeypatch.setattr(_candidates, "ROOM", 1e12)
+    beyond = finetune.merge(run)
+    assert beyond["sha256"] == within["sha256"]
+    for name, measures in within["candidates"].items():
+        other = beyond["candidates"][name]
+        for key in ("kl", "agreement", "largest_logit_difference", "kl_from_base"):
+            assert other[key] == pytest.approx(measures[key], abs=1e-4), (name, key)
+        assert "scores" not in other and "memory has no room" in other["not_scored"]
+    assert not list(run.glob("*.partial")) and not (run / "merged" / "scratch").exists()
+
+
+def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "SHARD_BYTES", 50_000)
+    other = copy_of(run, tmp_path)
+    certificate = finetune.merge(other)
+    index = json.loads((other / "merged" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    assert all((other / "merged" / name).stat().st_size < 120_000 for name in set(index["weight_map"].values()))
+    whole = load_file(run / "merged" / "model.safetensors")
+    parts = {k: v for name in set(index["weight_map"].values()) for k, v in load_file(other / "merged" / name).items()}
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert set(certificate["sha256"]) > {"model.safetensors.index.json", *index["weight_map"].values()}
+    picture = run.parent / "data" / "images" / "test0.png"
+    one, two = (finetune.load(folder / "merged").answer("What?", image=picture) for folder in (run, other))
+    assert one == two
+
+
+def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
+    run = trained(
+        tmp_path, quantize="none", adapter__initialization="pissa_niter_4", merge={"rows": 4, "rows_scored": 0}
+    )
+    certificate = finetune.merge(run)
+    assert certificate["how"].startswith("all at once, in memory: 'pissa_niter_4'")
+    assert certificate["saved"]["kl"] < 1e-5 < certificate["saved"]["kl_from_base"]
+    assert "scores" not in certificate["saved"] and certificate["rows_scored"] == 0
+
+
+def test_a_refused_merge_leaves_the_older_one(run, tmp_path):
+    other = copy_of(run, tmp_path)
+    spoil(other, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
+    before = all_bytes(other)
+    with pytest.raises(MergeRefused, match="equals the untrained LLM"):
+        finetune.merge(other)
+    assert all_bytes(other) == before
+
+
+def test_the_bound_of_the_divergence_is_kept(run, tmp_path):
+    other = copy_of(run, tmp_path)
+    text = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(
+        text.replace("max_kl: 0.1", "max_kl: 1.0e-12").replace("dtype: auto", "dtype: bfloat16")
+    )
+    before = all_bytes(other)
+    with pytest.raises(MergeRefused, match=r"merge.max_kl is 1e-12"):
+        finetune.merge(other)
+    assert all_bytes(other) == before
+
+
+def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
+    """Killed while the second candidate is written; the next merge clears up and ends on the same weights."""
+    other = copy_of(run, tmp_path)
+    kept = all_bytes(other)
+    code = (
+        "import os, signal, sys, finetune\n"
+        "from finetune.merging.lora_weights import Shards\n"
+        "close, seen = Shards.close, []\n"
+        "def kill(self):\n"
+        "    seen.append(self)\n"
+        "    if len(seen) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    close(self)\n"
+        "Shards.close = kill\n"
+        "finetune.merge(sys.argv[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(other)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL and (other / "merged.partial").is_dir()
+    left = {name: digest for name, digest in all_bytes(other).items() if not name.startswith("merged.partial/")}
+    assert left == kept
+    finetune.merge(other)
+    assert not (other / "merged.partial").exists()
+    verify(read_certificate(other), other / "merged")
+    assert read_certificate(other)["sha256"]["model.safetensors"] == kept["merged/model.safetensors"]
+
+
+def test_an_adapter_of_another_llm_is_named(run, tmp_path):
+    other = copy_of(run, tmp_path)
+    known = json.loads((other / "adapter" / "multimodal.json").read_text())["language_model"]
+    change_config(other, "multimodal.json", language_model=known | {"name": "org/another"})
+    with pytest.raises(ArtifactError, match=r"trained over the LLM 'org/another' \(nf4\), but the run's recipe names"):
+        finetune.merge(other)
+    change_config(other, "multimodal.json", language_model=known)
+    spoil(other, lambda name, tensor: tensor[:, :-1].contiguous() if "q_proj.lora_A" in name else tensor)
+    with pytest.raises(ArtifactError, match=r"doesn't fit the model.*other shape: .*q_proj.lora_A"):
+        finetune.merge(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("adapter_model.safetensors", "missing", "is missing"),
+        ("adapter_model.safetensors", "cut", "is damaged"),
+        ("projectors.safetensors", "missing", "is missing"),
+        ("projectors.safetensors", "cut", "is damaged"),
+        ("adapter_config.json", "missing", "is missing"),
+        ("adapter_config.json", "cut", "is damaged"),
+        ("multimodal.json", "missing", "is missing"),
+        ("multimodal.json", "cut", "is damaged"),
+    ],
+)
+def test_damaged_files_are_named_and_nothing_is_written(run, tmp_path, name, damage, told):
+    other = copy_of(run, tmp_path)
+    path = other / "adapter" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    before = all_bytes(other)
+    with pytest.raises(ArtifactError, match=f"{name} {told}"):
+        finetune.merge(other)
+    assert all_bytes(other) == before
+
+
+def test_a_run_that_never_ended_says_so(run, tmp_path):
+    shutil.copy(run / "recipe.yaml", tmp_path / "recipe.yaml")
+    with pytest.raises(ArtifactError, match=r"no adapter here: .*`finetune train` hasn't finished"):
+        finetune.merge(tmp_path)
+    with pytest.raises(ArtifactError, match=r"no recipe.yaml here"):
+        finetune.merge(tmp_path / "nowhere")
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(run, tmp_path, monkeypatch):
+    other = copy_of(run, tmp_path)
+    before = all_bytes(other)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ArtifactError, match=r"0.0 GiB are free, a merged model takes"):
+        finetune.merge(other)
+    assert all_bytes(other) == before

@@ -1,0 +1,114 @@
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_model import shake
+from tiny import VOCABULARY, part, tiny_composite, tiny_llm_folder
+
+from finetune.common.errors import ArtifactError, ModelError
+from finetune.model.adapter import attach, load_trained, options_of, save_trained
+from finetune.model.composite import compose
+from finetune.model.language_model import load_language_model
+
+KINDS = [{}, {"rslora": True}, {"dora": True}, {"initialization": "pissa"}, {"targets": ["q_proj", "down_proj"]}]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+def composite_with(**kind):
+    torch.manual_seed(0)
+    model = tiny_composite()
+    bare = copy.deepcopy(model.causal_lm)
+    attach(model, rank=4, alpha=8, **kind)
+    return model.eval(), bare
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 20)[None]).logits
+
+
+@kinds
+def test_a_new_adapter_changes_nothing(kind):
+    model, bare = composite_with(**kind)
+    torch.testing.assert_close(logits_of(model), logits_of(bare), atol=1e-4, rtol=0)
+
+
+@kinds
+def test_a_saved_adapter_comes_back_through_our_loader_and_plain_peft(kind, tmp_path):
+    model, bare = composite_with(**kind)
+    shake(model)
+    save_trained(model, tmp_path)
+    options = options_of(json.loads((tmp_path / "adapter_config.json").read_text()))
+    other = tiny_composite()
+    other.load_state_dict(
+        {k: v for k, v in composite_with()[0].state_dict().items() if "projectors" in k}, strict=False
+    )
+    other.language_model = copy.deepcopy(bare)
+    attach(other, **options)
+    load_trained(other, tmp_path)
+    assert torch.equal(logits_of(other.eval()), logits_of(model))
+    if "initialization" not in kind:  # PiSSA's base isn't the plain one
+        plain = PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path).eval()
+        torch.testing.assert_close(logits_of(plain), logits_of(model), atol=1e-5, rtol=0)
+
+
+def test_lora_lands_on_the_llm_alone_and_not_on_its_head():
+    model, _ = composite_with()
+    layers = {name.rpartition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    kinds = {name.rpartition(".")[2] for name in layers}
+    assert all(name.startswith("language_model.") for name in layers)
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(layers) == 2 * len(kinds)
+
+
+def test_targets_that_are_not_there_are_a_model_error():
+    with pytest.raises(ModelError, match="no_such_module"):
+        attach(tiny_composite(), rank=2, alpha=4, targets=["no_such_module"])
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "projectors.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "renamed", "one less", "reshaped"])
+def test_a_file_that_does_not_fit_is_named_and_nothing_is_half_loaded(file, damage, tmp_path):
+    model, _ = composite_with()
+    shake(model)
+    save_trained(model, tmp_path)
+    tensors = load_file(tmp_path / file)
+    first = next(iter(tensors))
+    if damage == "renamed":
+        tensors = {f"x.{name}": tensor for name, tensor in tensors.items()}
+    elif damage == "one less":
+        del tensors[first]
+    elif damage == "reshaped":
+        tensors[first] = torch.zeros(3, 3)
+    save_file(tensors, tmp_path / file)
+    if damage == "missing":
+        (tmp_path / file).unlink()
+    before = {name: p.detach().clone() for name, p in model.projectors.named_parameters()}
+    with pytest.raises(ArtifactError, match=file):
+        load_trained(model, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in model.projectors.named_parameters())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("double_quantize", [True, False])
+def test_a_4_bit_llm_answers_as_it_is_trained(dora, double_quantize, tmp_path):
+    """On CPUs with AVX-512 BF16, bitsandbytes lays weights out anew in the first forward without gradients."""
+    llm = load_language_model(
+        str(tiny_llm_folder(tmp_path)), quantize="nf4", double_quantize=double_quantize, dtype=torch.float32
+    )
+    model = compose(llm, encoders={}, projectors={}, fusion=part("fusion", "prefix"), placeholder_ids={})
+    attach(model, rank=4, alpha=8, dora=dora)
+    shake(model.eval())
+    ids = torch.randint(3, VOCABULARY, (1, 12))
+    embeddings = model.get_input_embeddings()(ids).requires_grad_()
+    trained = model.causal_lm(inputs_embeds=embeddings).logits.detach()
+    for _ in range(2):
+        assert (logits_of_ids(model, ids) - trained).norm() < 0.03 * trained.norm()
+
+
+def logits_of_ids(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits

@@ -1,0 +1,103 @@
+"""Every kind of encoder with every projector and every fusion: what is planned is what comes, whatever the medium."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny import FUSIONS, fresh_tokenizer, part, tiny_llm
+from tiny_encoders import KINDS, medium_of, tiny_clip, tiny_encoder_of, tiny_sound
+
+from finetune.common.errors import ModelError
+from finetune.common.registry import load_part, part_names
+from finetune.data.sample import Medium, Message
+from finetune.model.composite import PLACEHOLDERS, compose, segments_of
+from finetune.model.features import encode_one
+from finetune.model.tokenize import add_placeholders, tokenize_prompt
+
+ODD = {
+    "image": [PIL.Image.new("RGB", size, (9, 120, 200)) for size in ((37, 53), (5, 250), (250, 5), (1, 1))],
+    "audio": [tiny_sound(0.1), tiny_sound(1.37), 0 * tiny_sound(0.5), tiny_sound(31)],
+    "video": [tiny_clip(1), tiny_clip(3), tiny_clip(7, size=(50, 1))],
+}
+SMALL = {"resampler": {"queries": 3}, "pixel_shuffle": {"factor": 2}, "conv": {}, "stack": {"factor": 4}}
+OPTIONS = {"wave": {"window_seconds": 5.0}, "whisper": {"window_seconds": 5.0}, "vision": {}, "video": {}}
+
+
+@pytest.mark.parametrize("label", KINDS)
+@pytest.mark.parametrize("projector", part_names("projectors"))
+@pytest.mark.parametrize("fusion", part_names("fusion"))
+def test_placeholders_are_the_rows_that_come(label, projector, fusion):
+    kind, medium = KINDS[label][0], medium_of(label)
+    encoder = tiny_encoder_of(label, **OPTIONS.get(kind, {}))
+    tokenizer = fresh_tokenizer()
+    placeholders = add_placeholders(tokenizer, [medium], PLACEHOLDERS)
+    llm = tiny_llm(vocabulary=len(tokenizer))
+    try:
+        model = compose(
+            llm,
+            encoders={medium: (kind, encoder)},
+            projectors={medium: part("projectors", projector, **SMALL.get(projector, {}))},
+            fusion=part("fusion", fusion, **FUSIONS.get(fusion, {})),
+            placeholder_ids={medium: placeholders[medium].id},
+        ).eval()
+        prepared = [encoder.prepare(decoded) for decoded in ODD[medium]]
+        planned = [segments_of(model.config, medium, one.layout) for one in prepared]
+    except ModelError as error:  # a projector may refuse rows, by name and before anything runs
+        assert projector in str(error) and "rows" in str(error)
+        return
+    features = [encode_one(encoder, one) for one in prepared]
+    for one, rows, segments in zip(prepared, features, planned, strict=True):
+        assert rows.shape == (len(one.layout.marks), one.layout.rows, encoder.width)
+        projected, lengths = model.project(medium, [rows])
+        assert len(projected) == sum(lengths) and len(lengths) == len(segments)
+        assert [load_part("fusion", fusion).placeholders(n, None) for n in lengths] == [n for _, n in segments]
+        assert torch.isfinite(projected).all()
+    # All of them in one conversation, text in between.
+    question = [part for number in range(len(planned)) for part in (f"What is {number}?", _medium(medium, number))]
+    prompt = tokenize_prompt(
+        [Message("user", (*question, "Say."))], tokenizer, placeholders, lambda m: planned[int(m.path)]
+    )
+    ids = torch.tensor([prompt.input_ids])
+    assert (ids == placeholders[medium].id).sum() == sum(count for segments in planned for _, count in segments)
+    with torch.no_grad():
+        cached = model(ids, features={medium: features}).logits
+        raw = model(ids, media={medium: [one.values for one in prepared]}).logits
+    assert torch.isfinite(cached).all() and torch.equal(cached, raw)
+
+
+@pytest.mark.parametrize("fusion", part_names("fusion"))
+@pytest.mark.parametrize("label", ["whisper", "wav2vec2", "ast", "clap"])
+def test_ten_minutes_of_sound_take_the_placeholders_that_were_planned(label, fusion):
+    kind = KINDS[label][0]
+    encoder = tiny_encoder_of(label)
+    model = compose(
+        tiny_llm(),
+        encoders={"audio": (kind, encoder)},
+        projectors={"audio": part("projectors", "stack", factor=8)},
+        fusion=part("fusion", fusion, **FUSIONS.get(fusion, {})),
+        placeholder_ids={"audio": 130},
+    )
+    prepared = encoder.prepare(np.tile(tiny_sound(10), 60))
+    features = encode_one(encoder, prepared)
+    windows, rows, _ = features.shape
+    assert (windows, rows) == (len(prepared.layout.marks), prepared.layout.rows)
+    if label in ("whisper", "wav2vec2"):  # rows of 20 ms
+        assert 599 < 0.02 * windows * rows < 602
+    planned = segments_of(model.config, "audio", prepared.layout)
+    projected, lengths = model.project("audio", [features])
+    assert len(projected) == sum(lengths) == windows * -(-rows // 8)
+    assert [load_part("fusion", fusion).placeholders(n, None) for n in lengths] == [n for _, n in planned]
+
+
+class _Number:
+    """A medium's path that is its number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __int__(self) -> int:
+        return self.number
+
+
+def _medium(kind: str, number: int) -> Medium:
+    return Medium(kind, _Number(number))  # type: ignore[arg-type]

@@ -1,0 +1,196 @@
+"""`finetune pull`, and loading by a Hub id: whole, or an error that says why."""
+
+import json
+import shutil
+
+import pytest
+from fixture_folders import PICTURE, expected_of, fixture_folder
+from hub_server import READ_TOKEN
+from loopback import asked_of, hub_on_loopback
+
+import finetune
+from finetune.common import hub as hub_of_finetune
+from finetune.common.errors import ArtifactError, ModelError
+from finetune.publishing.staging import write_manifest
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub with one published adapter, me/tiny."""
+    folder = fixture_folder("format-3", tmp_path / "made")
+    write_manifest(folder, recipe="tiny", kind="adapter")
+    with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
+        hub.add("me/tiny", folder)
+        yield hub
+
+
+def test_three_lines_load_and_ask(hub):
+    model = finetune.load("me/tiny")
+    assert model.answer("What is this?", image=PICTURE, max_new_tokens=8) == expected_of("format-3")["answer"]
+
+
+def test_a_revision_is_that_revision(hub, tmp_path):
+    repository = hub.repositories["me/tiny"]
+    first = repository.head
+    repository.commit({"README.md": b"emptied"})
+    assert (hub_of_finetune.fetched("me/tiny", first) / "multimodal.json").is_file()
+    assert (finetune.pull("me/tiny", tmp_path / "first", revision=first) / "multimodal.json").is_file()
+    with pytest.raises(ArtifactError, match="neither an adapter nor a model"):
+        finetune.pull("me/tiny", tmp_path / "second")
+    with pytest.raises(ModelError, match="me/tiny at none-such: it has no such revision"):
+        finetune.load("me/tiny", revision="none-such")
+    with pytest.raises(ModelError, match="not for folders"):
+        finetune.load(tmp_path / "first", revision=first)
+
+
+def test_nothing_that_can_hold_code_is_downloaded(hub, tmp_path):
+    for name in ("model.bin", "evil.py", "sub/pickle.pkl"):
+        hub.repositories["me/tiny"].files[name] = b"x"
+    pulled = finetune.pull("me/tiny", tmp_path / "pulled")
+    fetched = hub_of_finetune.fetched("me/tiny")
+    for folder in (pulled, fetched):
+        assert (folder / "adapter_model.safetensors").is_file()
+        assert not {path.suffix for path in folder.rglob("*") if path.is_file()} & {".bin", ".py", ".pkl"}
+    assert not (pulled / ".cache").exists()
+    assert not [path for _, path in hub.requests if path.endswith((".bin", ".py", ".pkl"))]
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_file_that_is_not_what_was_published_is_named(damage, hub, tmp_path):
+    files = hub.repositories["me/tiny"].files
+    if damage == "changed":
+        files["projectors.safetensors"] = files["projectors.safetensors"][:-1] + b"x"
+    else:
+        del files["projectors.safetensors"]
+    told = "isn't what was published" if damage == "changed" else "is missing"
+    with pytest.raises(ArtifactError, match=f"projectors.safetensors {told}"):
+        finetune.pull("me/tiny", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists() and not list(tmp_path.glob("pulled*"))
+    with pytest.raises(ArtifactError, match=f"projectors.safetensors {told}"):
+        finetune.load("me/tiny")
+
+
+def test_a_pulled_folder_that_was_damaged_later_is_not_loaded(hub, tmp_path):
+    folder = finetune.pull("me/tiny", tmp_path / "pulled")
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors isn't what was published"):
+        finetune.load(folder)
+
+
+def test_a_download_that_is_cut_leaves_nothing_behind(hub, tmp_path):
+    hub.faults = {"GET /me/tiny/resolve": (0, 2)}
+    with pytest.raises(ModelError, match=r"me/tiny: .*try again"):
+        finetune.pull("me/tiny", tmp_path / "pulled")
+    assert not list(tmp_path.glob("pulled*"))
+    hub.faults = {}
+    assert finetune.pull("me/tiny", tmp_path / "pulled").is_dir()
+
+
+def test_what_is_there_is_not_overwritten(hub, tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "mine.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is there already"):
+        finetune.pull("me/tiny")
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["mine.txt"]
+    shutil.rmtree(tmp_path / "tiny")
+    assert finetune.pull("me/tiny").name == "tiny"
+
+
+def test_what_the_hub_does_not_give_is_told(hub, monkeypatch, tmp_path):
+    repository = hub.repositories["me/tiny"]
+    with pytest.raises(ModelError, match="me/nothing: the Hub has no such model"):
+        finetune.load("me/nothing")
+    with pytest.raises(ArtifactError, match="isn't a repository's name"):
+        finetune.pull("just-a-name")
+    repository.private = True
+    with asked_of(hub, monkeypatch, tmp_path / "a", None), pytest.raises(ModelError, match=r"private.*hf auth login"):
+        finetune.load("me/tiny")
+    repository.private, repository.gated = False, True
+    with asked_of(hub, monkeypatch, tmp_path / "b", READ_TOKEN), pytest.raises(ModelError, match="grants access"):
+        finetune.load("me/tiny")
+
+
+def test_offline_the_cache_is_used_or_its_lack_is_told(hub, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    there = hub_of_finetune.fetched("me/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub_of_finetune.fetched("me/tiny") == there
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        finetune.pull("me/other", tmp_path / "other")
+
+
+def test_a_server_that_is_gone_is_told(hub, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match=r"me/tiny: .*connection"):
+        finetune.pull("me/tiny", tmp_path / "pulled")
+
+
+def test_a_folder_that_is_neither_here_nor_a_name_is_told(tmp_path):
+    with pytest.raises(ArtifactError, match="no merged model, no adapter"):
+        finetune.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", [[1], *({"files": {"x.json": told}} for told in ({}, "x", 1, {"sha256": 5}))])
+def test_a_damaged_manifest_is_told(content, tmp_path):
+    folder = fixture_folder("format-3", tmp_path)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*pull the model again"):
+        finetune.load(folder)
+
+
+def spoilt(folder, file, change):
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(change(content) or content))
+    with pytest.raises(ArtifactError, match=rf"{file} is damaged.*pull the model again"):
+        finetune.load(folder)
+
+
+ADAPTER_CHANGES = {
+    "no encoders": lambda content: content.pop("encoders") and None,
+    "no LLM": lambda content: content.pop("language_model") and None,
+    "an LLM without a name": lambda content: content["language_model"].pop("name") and None,
+    "an unknown bound": lambda content: content["media"].update(x=1),
+    "an unknown option": lambda content: content["encoders"]["image"]["options"].update(x=1),
+    "an odd seed": lambda content: content.update(seed="x"),
+    "an empty ask": lambda content: content.update(asks={"a": {}}),
+    "a list": lambda content: [1],
+}
+MERGED_CHANGES = {
+    "no encoders": lambda content: content["parts"].pop("encoders") and None,
+    "no placeholders": lambda content: content["parts"].pop("placeholders") and None,
+    "an unknown medium": lambda content: content["parts"]["placeholders"].update(x=1),
+    "an unknown bound": lambda content: content["parts"]["media"].update(x=1),
+    "no projector's width": lambda content: content["parts"]["projectors"]["image"].pop("width_in") and None,
+    "a list": lambda content: [1],
+}
+
+
+@pytest.mark.parametrize("change", ADAPTER_CHANGES)
+def test_an_adapter_with_damaged_settings_names_the_file(change, tmp_path):
+    spoilt(fixture_folder("format-4", tmp_path), "multimodal.json", ADAPTER_CHANGES[change])
+
+
+@pytest.mark.parametrize("change", MERGED_CHANGES)
+def test_a_merged_model_with_damaged_settings_names_the_file(change, tmp_path):
+    spoilt(fixture_folder("merged-1", tmp_path), "config.json", MERGED_CHANGES[change])
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "shard", "index"])
+def test_damaged_weights_of_a_merged_model_are_named(damage, tmp_path):
+    folder, told = fixture_folder("merged-1", tmp_path), r"model\.safetensors is damaged"
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if damage != "cut":
+        path.unlink()
+        told = r"model\.safetensors is missing"
+    if damage in ("shard", "index"):
+        content = {"weight_map": {"x": "model-1.safetensors"}} if damage == "shard" else {}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        told = r"model-1\.safetensors is missing" if damage == "shard" else r"index\.json is damaged"
+    with pytest.raises(ArtifactError, match=f"{told}.*pull the model again"):
+        finetune.load(folder)

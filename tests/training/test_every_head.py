@@ -1,0 +1,312 @@
+"""A run whose rows are answered by every head, validated while it trains: from training to the merged folder."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import COLOURS, tiny_picture, tiny_recipe
+
+import finetune
+from finetune.common.errors import ArtifactError, DataError, RecipeError, TrainingError
+from finetune.data.sample import Medium, Message
+from finetune.recipe.load import load_recipe
+
+NAMES = ("colour", "likely", "mark", "order", "words")
+TASKS = {
+    "colour": {"task": {"kind": "classify"}, "head": "label"},
+    "likely": {"task": {"kind": "classify", "prompt": "Which?"}, "head": {"kind": "language", "answers": "labels"}},
+    "mark": {"task": {"kind": "score", "prompt": "How good?", "number": "mark"}, "head": "score"},
+    "order": {
+        "task": {"kind": "rank", "media": ["image"], "text": [], "group": "user", "relevance": "mark"},
+        "head": {"kind": "score", "loss": "pairwise"},
+    },
+    "words": {"task": {"kind": "classify", "prompt": "Say it.", "media": [], "text": "text"}, "loss_weight": 0.5},
+}
+
+
+def rows_of_every_task(folder: Path) -> Path:
+    """The colour is the label, red is best liked: a picture of its own for each row and source."""
+    (folder / "images").mkdir(parents=True)
+    for split, count in (("train", 24), ("validation", 8), ("test", 8)):
+        for name in NAMES:
+            with (folder / f"{name}-{split}.csv").open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["image", "label", "mark", "user", "text"])
+                for number in range(count):
+                    place = number % len(COLOURS)
+                    label, (red, green, blue) = list(COLOURS.items())[place]
+                    shade = number + 40 * ("train", "validation", "test").index(split) + 3 * NAMES.index(name)
+                    picture = f"images/{name}-{split}-{number}.png"
+                    tiny_picture((red, min(green + shade, 255), blue)).save(folder / picture)
+                    text = f"a {label} square, {split} {number}"
+                    writer.writerow([picture, label, len(COLOURS) - place, f"{split}{number // 4}", text])
+    return folder
+
+
+def heads_recipe(folder: Path, **changes) -> Path:
+    data = folder / "rows"
+    if not data.is_dir():
+        rows_of_every_task(data)
+    sources = [
+        {"name": name, "path": str(data / f"{name}-{split}.csv"), "split": split, **TASKS[name]}
+        for name in NAMES
+        for split in ("train", "validation", "test")
+    ]
+    stages = [
+        {
+            "name": "tune",
+            "trains": ["projectors", "adapter", "heads"],
+            "learning_rate": 5.0e-3,
+            "epochs": 3,
+        }
+    ]
+    validation = {"every_n_steps": 10, "limit": None, "metric": "colour.accuracy"}
+    given = {
+        "data": sources,
+        "train__stages": stages,
+        "train__validation": validation,
+        "train__tokens_per_batch": 160,
+        "train__save_every_n_steps": 5,
+        "evaluate": {"max_new_tokens": 6},
+        "merge": {"rows": 20},
+    }
+    return tiny_recipe(folder, **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads")
+    run = finetune.train(load_recipe(heads_recipe(folder)), folder / "run").path
+    finetune.evaluate(run)
+    finetune.merge(run)
+    return run
+
+
+def read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_head_is_scored_by_its_task(finished):
+    metrics = read(finished / "metrics.json")
+    scores = metrics["scores"]
+    assert list(scores) == list(NAMES)
+    assert {"accuracy", "f1", "auroc", "calibration_error"} <= set(scores["colour"])
+    assert {"accuracy", "auroc"} <= set(scores["likely"]) and "mean_absolute_error" in scores["mark"]
+    assert "mrr" in scores["order"] and "auroc" not in scores["words"]
+    assert set(scores["words"]["accuracy"]) == {"tuned", "base"}  # there is no picture to blank
+    surprise = scores["words"]["error_nats_per_token"]
+    assert 0 < surprise["tuned"] < surprise["base"] and "error_nats_per_token" not in scores["likely"]
+    assert set(scores["colour"]["accuracy"]) == {"tuned", "base", "blank", "shuffled", "probe"}
+    for name, table in scores.items():
+        for metric, values in table.items():
+            for condition, (low, high) in metrics["intervals"][name].get(metric, {}).items():
+                assert low <= values[condition] + 1e-4 and values[condition] <= high + 1e-4, (name, metric, condition)
+    assert metrics["tables"]["colour"]["confusion"]["labels"][:4] == sorted(COLOURS)
+    roles = read(finished / "metrics.json")["train"]["stages"]["tune"]["trained_weights"]
+    assert set(roles) == {"projectors.image", "adapter", "heads.colour", "heads.mark", "heads.order"}
+
+
+def test_it_has_learnt_from_the_picture(finished):
+    scores = read(finished / "metrics.json")["scores"]
+    assert scores["colour"]["accuracy"]["tuned"] > scores["colour"]["accuracy"]["blank"]
+    losses = read(finished / "metrics.json")["train"]["stages"]["tune"]["losses"]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_labels_are_always_labels(finished):
+    rows = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["task"] in ("colour", "likely"):
+            for condition in ("tuned", "base", "blank", "shuffled"):
+                assert row[condition]["label"] in COLOURS
+                assert sum(row[condition]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        if row["task"] in ("mark", "order"):
+            assert isinstance(row["tuned"], float)
+        assert isinstance(row["good"], float)
+
+
+def test_the_best_look_is_what_is_kept(finished):
+    stage = read(finished / "metrics.json")["train"]["stages"]["tune"]
+    looks = stage["validation"]
+    assert [look["step"] for look in looks] == [*range(0, stage["steps"], 10), stage["steps"]][: len(looks)]
+    assert all(set(look["scores"]) == set(NAMES) for look in looks)
+    best = max(looks, key=lambda look: look["merit"])
+    assert stage["best_step"] == best["step"] and best["merit"] > looks[0]["merit"]
+    assert not (finished / "checkpoints" / "tune" / "best").exists()
+
+
+def test_adapter_and_merged_folder_judge_alike(finished, tmp_path):
+    picture = finished.parent / "rows" / "images" / "colour-test-0.png"
+    merged, adapter = (
+        finetune.load(shutil.copytree(finished / "merged", tmp_path / "away")),
+        finetune.load(finished / "adapter"),
+    )
+    for task in ("colour", "likely"):
+        one, two = (m.probabilities("What is this?", task=task, image=picture) for m in (merged, adapter))
+        assert set(one) == set(COLOURS) and one == pytest.approx(two, abs=1e-3)
+    for task in ("mark", "order"):
+        one, two = (m.number("How good?", task=task, image=picture) for m in (merged, adapter))
+        assert one == pytest.approx(two, abs=1e-2)
+    with pytest.raises(DataError, match="colour, likely"):
+        merged.probabilities("What is this?", image=picture)
+    with pytest.raises(DataError, match="'words' isn't answered by a number; these are: mark, order"):
+        merged.number("What is this?", task="words", image=picture)
+    certificate = read(finished / "certificate.json")
+    assert certificate["saved"]["agreement"] > 0.95 and certificate["saved"]["kl_from_base"] > 1e-4
+
+
+def test_evaluation_says_what_a_fresh_load_says(finished):
+    """A prediction on file is what the adapter folder answers, asked by hand."""
+    rows = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+    assistant = finetune.load(finished / "adapter")
+    for name in ("colour", "likely", "mark", "order"):
+        row = next(row for row in rows if row["task"] == name)
+        media = tuple(Medium(kind, Path(path)) for kind, path in zip(row["kinds"], row["media"], strict=True))
+        said = assistant.ask(name, [[Message("user", (*media, row["question"]))]])[0]
+        if name in ("colour", "likely"):
+            assert said.probabilities == pytest.approx(row["tuned"]["probabilities"], abs=1e-3)
+        else:
+            assert said.number == pytest.approx(row["tuned"], abs=1e-2)
+
+
+def test_chat_answers_by_the_head_that_is_named(finished):
+    picture = finished.parent / "rows" / "images" / "colour-test-0.png"
+    said = finetune.chat(finished, "What is this?", picture, task="colour")
+    assert said.split()[0] in COLOURS and ": " in said
+    assert float(finetune.chat(finished, "How good?", picture, task="mark")) > 0
+
+
+def test_a_run_cut_short_ends_as_a_whole_one(finished, tmp_path, monkeypatch):
+    """Mixed sources, heads and looks: resumed in the middle, to the same weights and the same curve."""
+    from finetune.training.validation import Validation
+
+    looks = []
+    real = Validation._look
+
+    def cut(self, state, control):
+        real(self, state, control)
+        looks.append(state.global_step)
+        if len(looks) == 3:
+            raise OSError("power cut")
+
+    recipe = load_recipe(heads_recipe(finished.parent))
+    with monkeypatch.context() as patched:
+        patched.setattr(Validation, "_look", cut)
+        with pytest.raises(OSError):
+            finetune.train(recipe, tmp_path / "run")
+    finetune.train(recipe, tmp_path / "run", resume=True)
+    whole, resumed = (read(run / "metrics.json")["train"]["stages"]["tune"] for run in (finished, tmp_path / "run"))
+    assert [look["scores"] for look in resumed["validation"]] == [look["scores"] for look in whole["validation"]]
+    assert resumed["best_step"] == whole["best_step"]
+    from safetensors.torch import load_file
+
+    for name in ("adapter_model.safetensors", "projectors.safetensors"):
+        one, two = (load_file(run / "adapter" / name) for run in (finished, tmp_path / "run"))
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=key)
+
+
+def test_heads_mean_what_they_meant_when_they_were_trained(finished, tmp_path):
+    """Rows that are added or changed afterwards move no label and no scale."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = finished.parent / "rows" / "mark-train.csv"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace(",4,", ",400,"))
+        scores = finetune.evaluate(run)["scores"]
+        finetune.merge(run)
+    finally:
+        path.write_text(before)
+    tuned = {name: values["tuned"] for name, values in scores["mark"].items()}
+    kept = read(finished / "metrics.json")["scores"]["mark"]
+    assert tuned == pytest.approx({name: values["tuned"] for name, values in kept.items()}, abs=1e-3)
+    config = read(run / "merged" / "config.json")
+    assert config["parts"]["asks"]["mark"] == read(finished / "adapter" / "multimodal.json")["asks"]["mark"]
+
+
+def test_a_run_is_not_resumed_on_other_targets(finished, tmp_path, monkeypatch):
+    from finetune.training.validation import Validation
+
+    def cut(self, state, control):
+        raise OSError("power cut")
+
+    recipe = load_recipe(heads_recipe(finished.parent))
+    with monkeypatch.context() as patched:
+        patched.setattr(Validation, "_look", cut)
+        with pytest.raises(OSError):
+            finetune.train(recipe, tmp_path / "run")
+    path = finished.parent / "rows" / "mark-train.csv"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace(",4,", ",3,"))
+        with pytest.raises(TrainingError, match="training rows or their media have changed"):
+            finetune.train(recipe, tmp_path / "run", resume=True)
+    finally:
+        path.write_text(before)
+
+
+def test_an_adapter_of_the_format_before_heads_still_loads(finished, tmp_path):
+    folder = shutil.copytree(finished / "adapter", tmp_path / "old")
+    content = read(folder / "multimodal.json")
+    from safetensors.torch import load_file, save_file
+
+    kept = {k: v for k, v in load_file(folder / "projectors.safetensors").items() if not k.startswith("heads.")}
+    save_file(kept, folder / "projectors.safetensors")
+    content = {key: value for key, value in content.items() if key != "asks"} | {"format": 2, "labels": []}
+    (folder / "multimodal.json").write_text(json.dumps(content))
+    picture = finished.parent / "rows" / "images" / "colour-test-0.png"
+    assert isinstance(finetune.load(folder).answer("What is this?", image=picture, max_new_tokens=4), str)
+    (folder / "multimodal.json").write_text(json.dumps(content | {"format": 99}))
+    with pytest.raises(ArtifactError, match="install a newer finetune"):
+        finetune.load(folder)
+
+
+def test_a_stage_ends_early_when_looks_get_no_better(finished, tmp_path):
+    changes = {
+        "train__validation": {"every_n_steps": 2, "limit": 8, "metric": "mark.mean_absolute_error", "patience": 2},
+        "train__stages": [
+            {"name": "tune", "trains": ["heads"], "learning_rate": 1.0e-12, "epochs": 3, "scheduler": "constant"}
+        ],
+    }
+    run = finetune.train(load_recipe(heads_recipe(finished.parent, **changes)), tmp_path / "run").path
+    stage = read(run / "metrics.json")["train"]["stages"]["tune"]
+    assert [look["step"] for look in stage["validation"]] == [0, 2, 4] and len(stage["losses"]) == 4
+    assert stage["best_step"] == 0
+
+
+def test_a_metric_that_is_not_there_is_told_before_anything_trains(finished, tmp_path):
+    changes = {"train__validation": {"every_n_steps": 2, "metric": "colour.beauty"}}
+    with pytest.raises(TrainingError, match=r"no 'colour.beauty'.*colour.accuracy"):
+        finetune.train(load_recipe(heads_recipe(finished.parent, **changes)), tmp_path / "run")
+    changes = {"train__validation": {"every_n_steps": 2, "metric": "shade.accuracy"}}
+    with pytest.raises(RecipeError, match="its first part is one of colour, likely"):
+        load_recipe(heads_recipe(finished.parent, **changes))
+
+
+def test_heads_that_cannot_work_are_refused_with_the_recipe(finished):
+    path = heads_recipe(finished.parent)
+    whole = read(path)
+
+    def refused(match, **changes):
+        changed = json.loads(json.dumps(whole))
+        for number, keys in changes.items():
+            changed["data"][int(number[1:])] |= keys
+        path.write_text(json.dumps(changed))
+        with pytest.raises(RecipeError, match=match):
+            load_recipe(path)
+
+    refused(r"data.0.head.*'score' can't answer the task 'classify': write language or label", _0={"head": "score"})
+    refused(r"data.2.head.*have another head in data.0 \('label'\)", _2={"head": "language"})
+    refused(r"data.1.name.*are called 'colour' in data.0: one name", _1={"name": "hue"})
+    refused("compares rows of a group", _6={"head": {"kind": "score", "loss": "pairwise"}})
+    refused(r"data.0.head.*no training rows|no training rows ask the same", _0={"split": "validation"})
+    whole["train"]["stages"][0]["trains"] = ["projectors", "adapter"]
+    refused("'label' has weights that no stage trains: add 'heads'", _1={})
+    whole["train"]["stages"][0]["trains"] = ["heads"]
+    whole["data"] = [source for source in whole["data"] if source["name"] == "words"]
+    whole["train"]["validation"] = None
+    refused("'heads'", _0={})

@@ -1,0 +1,86 @@
+import random
+from collections import Counter
+
+import pytest
+
+from finetune.common.errors import DataError
+from finetune.training.pack import epoch_order, pack, plan_rows, units
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_lost_cut_or_repeated_and_no_row_overflows(seed):
+    generator = random.Random(seed)
+    lengths = [generator.randint(1, 100) for _ in range(500)]
+    order = generator.sample(range(500), 500)
+    rows = pack(lengths, 128, order)
+    assert sorted(sample for row in rows for sample in row) == list(range(500))
+    assert max(sum(lengths[sample] for sample in row) for row in rows) <= 128
+    assert all(rows)
+    assert sum(lengths) / (128 * len(rows)) > 0.9  # of the tokens of all rows are used
+
+
+def test_a_row_is_filled_to_its_last_token():
+    assert pack([3, 5, 8], 8, [0, 1, 2]) == [[0, 1], [2]]
+
+
+def test_the_order_stays_close_to_the_given_one():
+    generator = random.Random(0)
+    lengths = [generator.randint(20, 60) for _ in range(1000)]
+    rows = pack(lengths, 100, range(1000))
+    assert max(max(row) - min(row) for row in rows) < 100
+
+
+def test_a_sample_longer_than_a_row_is_an_error():
+    assert pack([5, 16], 16, [0, 1]) == [[0], [1]]
+    with pytest.raises(DataError, match=r"sample 1 has 17 tokens: more than tokens_per_batch \(16\)"):
+        pack([5, 17], 16, [0, 1])
+
+
+@pytest.mark.parametrize("weight", [1, 2, 3])
+def test_a_whole_weight_is_the_times_a_sample_comes_in_every_epoch(weight):
+    for epoch in range(3):
+        assert Counter(epoch_order([weight] * 20, 0, epoch)) == Counter(dict.fromkeys(range(20), weight))
+
+
+def test_a_broken_weight_holds_on_average():
+    counts = Counter(sample for epoch in range(400) for sample in epoch_order([0.25, 1.0, 2.5], 0, epoch))
+    assert counts[1] == 400
+    # Four standard deviations of a binomial draw.
+    assert abs(counts[0] - 100) < 4 * (400 * 0.25 * 0.75) ** 0.5
+    assert abs(counts[2] - 1000) < 4 * (400 * 0.5 * 0.5) ** 0.5
+
+
+def test_an_epoch_is_drawn_from_its_seed_and_number_alone():
+    weights = [1.0, 0.5, 2.0] * 20
+    assert epoch_order(weights, 7, 0) == epoch_order(weights, 7, 0)
+    assert epoch_order(weights, 7, 0) != epoch_order(weights, 7, 1)
+    assert epoch_order(weights, 7, 0) != epoch_order(weights, 8, 0)
+
+
+def test_a_plan_holds_every_epoch_whole():
+    lengths, weights = [5, 9, 3, 7], [1.0, 2.0, 1.0, 1.0]
+    rows = plan_rows(lengths, weights, capacity=12, epochs=3, seed=1)
+    assert Counter(sample for row in rows for sample in row) == Counter({0: 3, 1: 6, 2: 3, 3: 3})
+    assert rows == plan_rows(lengths, weights, capacity=12, epochs=3, seed=1)
+    first = pack(lengths, 12, epoch_order(weights, 1, 0))
+    assert rows[: len(first)] == first  # no row mixes epochs
+
+
+def test_a_group_stays_in_one_row_where_it_fits():
+    lengths = [4, 3, 5, 4, 6, 2, 3, 4]
+    groups = [[0, 2], [1, 3, 5], [4], [6, 7]]
+    rows = plan_rows(lengths, [1.0] * 8, capacity=12, epochs=4, seed=3, groups=groups)
+    assert Counter(sample for row in rows for sample in row) == Counter(dict.fromkeys(range(8), 4))
+    assert all(sum(lengths[sample] for sample in row) <= 12 for row in rows)
+    for group in groups:
+        assert sum(set(group) <= set(row) for row in rows) == 4, group
+
+
+def test_a_group_larger_than_a_row_is_dealt_into_several():
+    lengths, group = [5] * 9, list(range(9))
+    dealt = units([group], lengths, 20, seed=1)
+    assert sorted(sample for unit in dealt for sample in unit) == group
+    assert [len(unit) for unit in dealt] == [4, 4, 1]
+    assert dealt != units([group], lengths, 20, seed=2)
+    with pytest.raises(DataError, match="more than tokens_per_batch"):
+        plan_rows([50], [1.0], capacity=20, epochs=1, seed=0, groups=[[0]])

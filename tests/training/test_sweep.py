@@ -1,0 +1,156 @@
+"""Sweeps: every combination, optuna's own choice, going on, and what trials share."""
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_recipe
+
+import finetune
+from finetune.common.errors import Interrupted, RecipeError, TrainingError
+from finetune.recipe.load import load_recipe
+from finetune.training import samples as prepare
+from finetune.training.trainer import StageTrainer
+
+RATE, RANK = "train.stages.0.learning_rate", "adapter.rank"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny_recipe(folder)
+    data = [
+        {"path": str(folder / "data" / "train.csv"), "task": "classify", "hold_out_validation": 0.4},
+        {"path": str(folder / "data" / "test.csv"), "task": "classify", "split": "test"},
+    ]
+    stages = [{"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 1.0e-2, "epochs": 3}]
+    validation = {"every_n_steps": 2, "metric": "classify.accuracy"}
+    return tiny_recipe(folder, data=data, train__stages=stages, train__validation=validation)
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """Each load of an LLM."""
+    seen: list[str] = []
+    real = prepare.load_llm
+
+    def load(parts, llm):
+        seen.append(llm["name"])
+        return real(parts, llm)
+
+    monkeypatch.setattr(prepare, "load_llm", load)
+    return seen
+
+
+def test_every_combination_is_trained_once_on_one_llm(recipe, tmp_path, loads):
+    result = finetune.sweep(recipe, [f"{RATE}=1e-6,1e-2", f"{RANK}=2,4"], run=tmp_path / "run")
+    tried = {(row["values"][RATE], row["values"][RANK]) for row in result["trials"]}
+    assert tried == {("1e-6", "2"), ("1e-6", "4"), ("1e-2", "2"), ("1e-2", "4")} and len(result["trials"]) == 4
+    assert len(loads) == 1
+    complete = [row for row in result["trials"] if row["state"] == "complete"]
+    best = max(complete, key=lambda row: row["merit"])
+    assert result["best"] == best["trial"] and result["metric"] == "classify.accuracy"
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == result
+    assert (tmp_path / "run" / "plots" / "sweep.png").stat().st_size > 5000
+    kept = load_recipe(tmp_path / "run" / "best.yaml")
+    assert (kept.train.stages[0].learning_rate, kept.adapter.rank) == (
+        float(best["values"][RATE]),
+        int(best["values"][RANK]),
+    )
+    for row in complete:
+        assert row["merit"] == max(row["looks"]) and row["scores"]["classify"]["accuracy"] == pytest.approx(
+            row["merit"], abs=1e-4
+        )
+
+
+def test_a_trial_ends_on_the_weights_of_a_training_alone(recipe, tmp_path):
+    """What came before on the shared LLM leaves nothing behind."""
+    finetune.sweep(recipe, [f"{RATE}=3e-2,1e-2"], run=tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "sweep.json").read_text())["trials"]
+    last = max(rows, key=lambda row: row["trial"])
+    alone = finetune.train(load_recipe(recipe, [f"{RATE}={last['values'][RATE]}"]), tmp_path / "alone").path
+    for name in ("adapter_model.safetensors", "projectors.safetensors"):
+        one = load_file(tmp_path / "run" / f"trial-{last['trial']:03d}" / "adapter" / name)
+        two = load_file(alone / "adapter" / name)
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=key)
+
+
+def test_parts_that_a_trial_changes_are_loaded_anew(recipe, tmp_path, loads):
+    finetune.sweep(recipe, ["model.llm.quantize=none,nf4"], run=tmp_path / "run")
+    assert len(loads) == 2
+    result = finetune.sweep(recipe, ["model.projectors.image.kind=linear,mlp"], run=tmp_path / "projectors")
+    assert {row["state"] for row in result["trials"]} == {"complete"}
+
+
+def test_optuna_chooses_within_a_range_and_goes_on_where_it_stopped(recipe, tmp_path):
+    over = [f"{RATE}=1e-4..1e-1", f"{RANK}=2..4"]
+    one = finetune.sweep(recipe, over, 2, run=tmp_path / "run")
+    more = finetune.sweep(recipe, over, 4, run=tmp_path / "run")
+    assert more["trials"][:2] == one["trials"] and len(more["trials"]) == 4
+    assert all(1e-4 <= row["values"][RATE] <= 1e-1 and row["values"][RANK] in (2, 3, 4) for row in more["trials"])
+    assert len({row["values"][RATE] for row in more["trials"]}) == 4
+    with pytest.raises(TrainingError, match="began with another recipe"):
+        finetune.sweep(recipe, [f"{RATE}=1e-4..1e-2"], 4, run=tmp_path / "run")
+
+
+def test_what_a_killed_sweep_left_running_comes_again(recipe, tmp_path, monkeypatch):
+    over = [f"{RATE}=1e-3,1e-2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(StageTrainer, "training_step", lambda *a, **k: (_ for _ in ()).throw(SystemExit("killed")))
+        with pytest.raises(SystemExit):
+            finetune.sweep(recipe, over, run=tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(StageTrainer, "training_step", lambda *a, **k: (_ for _ in ()).throw(Interrupted("asked to")))
+        with pytest.raises(Interrupted, match="go on with the same command"):
+            finetune.sweep(recipe, over, run=tmp_path / "run")
+    result = finetune.sweep(recipe, over, run=tmp_path / "run")
+    assert {row["values"][RATE] for row in result["trials"] if row["state"] == "complete"} == {"1e-3", "1e-2"}
+
+
+def test_a_trial_that_does_worse_than_others_ends_early(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: optuna.pruners.ThresholdPruner(lower=2.0))
+    with pytest.raises(TrainingError, match="none of 2 trials is complete"):
+        finetune.sweep(recipe, [f"{RATE}=1e-3,1e-2"], run=tmp_path / "run")
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'run' / 'study.sqlite3'}")
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "PRUNED"]
+    assert all(len(trial.intermediate_values) == 1 for trial in study.trials)
+    assert not list((tmp_path / "run").glob("trial-*/checkpoints"))
+
+
+def test_a_failing_trial_is_told_and_the_others_go_on(recipe, tmp_path, capfd, monkeypatch):
+    real = StageTrainer.training_step
+
+    def step(self, model, inputs, items=None):
+        if self.args.learning_rate > 1:
+            raise TrainingError("the loss is inf at step 1")
+        return real(self, model, inputs, items)
+
+    monkeypatch.setattr(StageTrainer, "training_step", step)
+    result = finetune.sweep(recipe, [f"{RATE}=10,1e-2"], run=tmp_path / "run")
+    states = {row["values"][RATE]: row["state"] for row in result["trials"]}
+    assert states == {"10": "fail", "1e-2": "complete"} and len(result["trials"]) == 2
+    assert "trial 0 failed: the loss is inf" in capfd.readouterr().err
+    assert finetune.sweep(recipe, [f"{RATE}=10,1e-2"], run=tmp_path / "run") == result  # nothing is tried again
+
+
+@pytest.mark.parametrize(
+    "over, trials, match",
+    [
+        ("adapter.rang=2,4", None, "adapter.rang: unknown key.*adapter.rank"),
+        ("adapter.rank=2,many", None, "adapter.rank"),
+        ("adapter.rank", None, "write key=value1,value2"),
+        ("adapter.rank=2..8", None, "--trials"),
+        ("adapter.rank=8..2", 3, "low end comes first"),
+        ("adapter.rank=0..8", 3, "adapter.rank"),
+        ("train.validation=null", None, "write train.validation"),
+    ],
+)
+def test_what_no_recipe_takes_is_told_before_anything_trains(over, trials, match, recipe, tmp_path):
+    with pytest.raises(RecipeError, match=match):
+        finetune.sweep(recipe, [over], trials, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

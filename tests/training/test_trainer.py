@@ -1,0 +1,264 @@
+import signal
+
+import pytest
+import torch
+from test_model import features_of, samples_of, shake
+from tiny import PLACEHOLDER, part, tiny_composite, tiny_encoder, tiny_llm_folder, tiny_tokenizer
+from transformers import TrainerCallback
+
+from finetune.common.errors import Interrupted, ModelError, TrainingError
+from finetune.common.run_folder import RunFolder
+from finetune.model.adapter import attach
+from finetune.model.composite import compose
+from finetune.model.language_model import load_language_model
+from finetune.model.trainable import set_trainable, trained_parts
+from finetune.training.collate import Collator
+from finetune.training.trainer import StageTrainer, train_stage
+
+ROWS = [[0, 1], [2], [3, 4], [5, 0], [1, 2], [3, 5]]
+SAMPLES = samples_of([9, 6, 12, 7, 8, 10])
+
+
+def new_model():
+    torch.manual_seed(0)
+    model = tiny_composite()
+    attach(model, rank=2, alpha=4, dropout=0.1)
+    return model
+
+
+def train(
+    model,
+    folder,
+    *,
+    trains=("projectors", "adapter"),
+    rows=ROWS,
+    callbacks=(),
+    media=features_of,
+    resume_from=None,
+    **changes,
+):
+    options = {
+        "learning_rate": 1e-2,
+        "learning_rates": {},
+        "distill_temperature": None,
+        "scheduler": "cosine",
+        "warmup": 0.1,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "optimizer": "adamw_torch",
+        "accumulate": 1,
+        "save_every_n_steps": 2,
+        "workers": 0,
+        "seed": 11,
+        "dtype": torch.float32,
+    }
+    set_trainable(model, list(trains))
+    return train_stage(
+        model,
+        tiny_tokenizer(),
+        rows=rows,
+        collator=Collator(SAMPLES, media, field="features"),
+        parts=trained_parts(model, list(trains)),
+        folder=folder,
+        resume_from=resume_from,
+        callbacks=callbacks,
+        **(options | changes),
+    )
+
+
+class At(TrainerCallback):
+    """Does something before step `step` (from 1)."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.act()
+
+
+class Keep(TrainerCallback):
+    """The trained weights after each step."""
+
+    def __init__(self, model):
+        self.model, self.steps = model, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(weights_of(self.model))
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def power_cut():
+    raise OSError("power cut")
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("act, expected, step", [(power_cut, OSError, 4), (interrupt, Interrupted, 3)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_ends_on_the_weights_of_an_uninterrupted_one(act, expected, step, accumulate, tmp_path):
+    whole = new_model()
+    log = train(whole, tmp_path / "whole", accumulate=accumulate)
+    assert len(log) == len(ROWS) // accumulate
+    every = 2 if accumulate == 1 else 1
+    step = step if accumulate == 1 else step - 1
+    with pytest.raises(expected):
+        train(
+            new_model(),
+            tmp_path / "cut",
+            callbacks=[At(step, act)],
+            accumulate=accumulate,
+            save_every_n_steps=every,
+        )
+    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    resumed = new_model()
+    rest = train(resumed, tmp_path / "cut", resume_from=checkpoint, accumulate=accumulate)
+    assert [entry["loss"] for entry in rest] == pytest.approx([entry["loss"] for entry in log])
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(resumed)[name], weight, atol=1e-7, rtol=0, msg=name)
+
+
+def test_only_what_the_stage_trains_changes(tmp_path):
+    model = new_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, tmp_path)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if name.startswith("projectors.") or ".lora_" in name}
+
+
+def test_a_stage_of_projectors_leaves_the_adapter_alone(tmp_path):
+    model = new_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, tmp_path, trains=["projectors.image"])
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if name.startswith("projectors.")}
+
+
+def test_training_learns(tmp_path):
+    log = train(new_model(), tmp_path, learning_rate=3e-2, scheduler="constant", warmup=0.0)
+    assert log[3]["loss"] > 0 and min(log[4]["loss"], log[5]["loss"]) < log[0]["loss"]
+
+
+def test_the_logged_loss_is_the_mean_over_the_learnt_tokens(tmp_path):
+    model = new_model().eval()
+    batch = Collator(SAMPLES, features_of, field="features")([{"samples": ROWS[0]}])
+    inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}
+    expected = model(**inputs, use_cache=False).loss.item()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert train(model, tmp_path)[0]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    model = new_model()
+    keep = Keep(model)
+
+    def poisoned(kind, key):
+        return features_of(kind, key) * (float("nan") if key == "3" else 1.0)  # in the third row
+
+    with pytest.raises(TrainingError, match="the loss is nan at step 3"):
+        train(model, tmp_path, callbacks=[keep], media=poisoned)
+    assert len(keep.steps) == 2
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, keep.steps[-1][name]), name
+        assert torch.isfinite(weight).all()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    model = new_model()
+    keep = Keep(model)
+    parameter = next(model.projectors.parameters())
+    spoil = At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("inf")))
+    with pytest.raises(TrainingError, match="a gradient isn't finite at step 3"):
+        train(model, tmp_path, callbacks=[keep, spoil])
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, keep.steps[-1][name]), name
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
+    save = StageTrainer._save_optimizer_and_scheduler
+
+    def full_disk(self, folder):
+        if self.state.global_step == 4:
+            raise OSError("no space left")
+        save(self, folder)
+
+    monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", full_disk)
+    run = RunFolder(tmp_path)
+    with pytest.raises(OSError, match="no space left"):
+        train(new_model(), run.checkpoints / "tune")
+    assert run.newest_checkpoint("tune").name == "checkpoint-2"
+    assert [path.name for path in (run.checkpoints / "tune").iterdir()] == ["checkpoint-2"]
+    names = {path.name for path in (run.checkpoints / "tune" / "checkpoint-2").iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "projectors.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    } <= names
+
+
+def test_set_trainable_names_what_trains():
+    model = new_model()
+    counts = set_trainable(model, ["projectors", "adapter"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith("projectors.") or ".lora_" in name for name in trained)
+    assert sum(counts.values()) == sum(p.numel() for p in trained.values())
+    assert set(counts) == {"projectors.image", "adapter"}
+    assert all(p.dtype == torch.float32 for p in trained.values())
+
+
+def test_what_trains_and_is_not_named_is_an_error():
+    """A weight that a projector shares with the LLM would train under the wrong name."""
+    model = new_model()
+    model.projectors["image"][2] = torch.nn.Linear(64, 32)
+    model.projectors["image"][2].weight = model.causal_lm.model.layers[0].self_attn.q_proj.base_layer.weight
+    with pytest.raises(TrainingError, match=r"not the parts .*q_proj"):
+        set_trainable(model, ["projectors"])
+
+
+def test_training_an_adapter_that_is_not_there_is_an_error():
+    with pytest.raises(ModelError, match="no adapter is attached"):
+        set_trainable(tiny_composite(), ["adapter"])
+
+
+@pytest.mark.parametrize("double_quantize", [True, False])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.03), (torch.bfloat16, 0.1)])
+def test_gradients_cross_4_bit_layers_that_have_answered_before(dtype, bound, double_quantize, tmp_path):
+    """On CPUs with AVX-512 BF16, bitsandbytes' layers forget their graph after a forward without gradients."""
+    folder = tiny_llm_folder(tmp_path)
+    encoder = tiny_encoder()
+    batch = Collator(samples_of([9, 6]), features_of, field="features")([{"samples": [0, 1]}])
+    batch["input_ids"][batch["input_ids"] == PLACEHOLDER] = 415
+    inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}
+
+    def gradients(dequantized: bool) -> list[torch.Tensor]:
+        language_model = load_language_model(str(folder), quantize="nf4", dtype=dtype, double_quantize=double_quantize)
+        if dequantized:
+            language_model = language_model.dequantize(dtype=dtype)
+        torch.manual_seed(0)
+        model = compose(
+            language_model,
+            encoders={"image": ("vision", encoder)},
+            projectors={"image": part("projectors", "pixel_shuffle")},
+            fusion=part("fusion", "prefix"),
+            placeholder_ids={"image": 415},
+        )
+        attach(model, rank=2, alpha=4)
+        shake(model)
+        with torch.no_grad():
+            model.eval()(**inputs)
+        set_trainable(model, ["projectors", "adapter"])
+        model(**inputs, use_cache=False).loss.backward()
+        return [p.grad.float() for p in [*model.projectors.parameters(), *trained_parts(model, ["adapter"])["adapter"]]]
+
+    for got, expected in zip(gradients(False), gradients(True), strict=True):
+        assert expected.norm() > 0
+        assert (got - expected).norm() < bound * expected.norm()
