@@ -11,7 +11,6 @@ import pkgutil
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,9 +43,9 @@ def part_names(folder: str) -> tuple[str, ...]:
     )
 
 
-def part_from(folder: str, saved: dict[str, Any]) -> tuple[str, Any]:
-    """(kind, Options) from what a config keeps: {"kind": ..., "options": {...}}."""
-    return saved["kind"], load_part(folder, saved["kind"]).Options(**saved["options"])
+def kind_of(built: object) -> str:
+    """The part that a built object belongs to: the file that defines its class."""
+    return type(built).__module__.rpartition(".")[2]
 
 
 def load_part(folder: str, name: str) -> ModuleType:

@@ -1,178 +1,164 @@
-"""Sources of a recipe to samples, split into training, validation and test rows."""
+"""The sources of a recipe as samples, split into training, validation and test."""
 
 import hashlib
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
-from finetune.data.media import Limits
-from finetune.data.sample import Medium, Row, Sample, media_key
+from finetune.data.sample import Medium, Row, Sample
+from finetune.recipe.parts import FormatPart
+from finetune.recipe.schema import Limits, Source, task_names
 
 SHOWN = 10  # errors listed at once
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file or folder of rows with the task it is read for. `task`, `format`: (kind, Options), no format: detected;
-    `head`: likewise, what its answers are read off; `name`: what its scores are called; `group`: the column whose equal
-    rows are held out together. What else rows may name as media: files `outside_media_folder`, addresses of `hosts`;
-    `max_bytes`: of what is fetched or held by a row itself.
+class Splits:
+    train: list[Sample] = field(default_factory=list)
+    validation: list[Sample] = field(default_factory=list)
+    test: list[Sample] = field(default_factory=list)
+
+    def of(self, split: str) -> list[Sample]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+def read_rows(source: Source, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
+    """The rows of one source, one at a time, columns renamed as the recipe says; `max_bytes` limits embedded and
+    downloaded media. Raises DataError.
     """
-
-    path: Path
-    task: tuple[str, Any]
-    format: tuple[str, Any] | None = None
-    split: str = "train"
-    hold_out: float = 0.0
-    weight: float = 1.0
-    columns: Mapping[str, str] | None = None
-    media_folder: Path | None = None
-    name: str | None = None
-    head: tuple[str, Any] = ("language", None)
-    loss_weight: float = 1.0
-    hold_out_validation: float = 0.0
-    group: str | None = None
-    outside_media_folder: bool = False
-    hosts: tuple[str, ...] = ()
-    max_bytes: int = Limits.max_bytes
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A sample, the number of its source, and its weight."""
-
-    sample: Sample
-    source: int
-    weight: float
-
-
-def read_rows(source: Source) -> Iterator[Row]:
-    """The rows of one source, one at a time, its columns renamed as the recipe says. Raises DataError."""
-    kind, options = source.format or detected(source.path)
+    part = source.format or detected(source.path)
     folder = source.media_folder or (source.path if source.path.is_dir() else source.path.parent)
-    renamed = source.columns or {}
-    for number, columns in load_part("formats", kind).rows(source.path, options):
-        columns = columns | {ours: columns[theirs] for ours, theirs in renamed.items() if theirs in columns}
-        yield Row(
-            source.path, number, columns, folder, source.outside_media_folder, source.hosts, max_bytes=source.max_bytes
-        )
+    hosts = tuple(source.hosts)
+    for number, columns in part.module.rows(source.path, part.options):
+        columns = columns | {ours: columns[theirs] for ours, theirs in source.columns.items() if theirs in columns}
+        yield Row(source.path, number, columns, folder, source.outside_media_folder, hosts, max_bytes)
 
 
-def detected(path: Path) -> tuple[str, Any]:
-    """The format of a file or folder, as (kind, Options). Raises DataError where none, or more than one, recognises
-    it.
+def detected(path: Path) -> FormatPart:
+    """The format of a file or folder. Raises DataError where none, or more than one, recognises it."""
+    kinds = part_names(FormatPart.folder)
+    matching = [kind for kind in kinds if load_part(FormatPart.folder, kind).detects(path)]
+    if not matching:
+        raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({', '.join(kinds)})")
+    if len(matching) > 1:
+        raise DataError(f"{path}: could be {' or '.join(matching)}; name one with `data.N.format`")
+    return FormatPart.of(matching[0])
+
+
+def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tuple[Sample, str]]:
+    """All samples of one source, each with the group that it is held out with: '' for its own content. Raises DataError
+    with up to ten wrong rows, and the number of all.
     """
-    names = part_names("formats")
-    found = [name for name in names if load_part("formats", name).detects(path)]
-    if not found:
-        raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({', '.join(names)})")
-    if len(found) > 1:
-        raise DataError(f"{path}: could be {' or '.join(found)}; name one with `data.N.format`")
-    return found[0], load_part("formats", found[0]).Options()
-
-
-def read_samples(source: Source) -> list[tuple[Sample, str]]:
-    """All samples of one source, each with what it is held out by: '' for its own content. Raises DataError with up to
-    ten wrong rows, and the number of all.
-    """
-    kind, options = source.task
-    task = load_part("tasks", kind)
     samples: list[tuple[Sample, str]] = []
     wrong: list[str] = []
-    for row in read_rows(source):
+    for row in read_rows(source, max_bytes):
         try:
-            samples.append((task.sample(row, options), group_of(row, source)))
+            samples.append((source.task.sample(row), group_of(row, source)))
         except DataError as error:
             wrong.append(str(error))
     if wrong:
-        raise DataError(listed(wrong, f"{source.path}: {len(wrong)} of {len(wrong) + len(samples)} rows can't be used"))
+        raise DataError(
+            error_list(wrong, f"{source.path}: {len(wrong)} of {len(wrong) + len(samples)} rows can't be used")
+        )
     if not samples:
         raise DataError(f"{source.path}: no rows")
     return samples
 
 
-def read_splits(sources: Sequence[Source], seed: int) -> dict[str, list[Entry]]:
-    """{"train": ..., "validation": ..., "test": ...}.
+def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().max_bytes) -> Splits:
+    """All samples, each under the name of its task binding.
 
     `hold_out` moves rows from training to test by the hash of their group, first medium or text, so that the same
-    picture never stands on both sides; those of the next higher chances are for validation. Raises DataError where a
-    row of training stands in another split too.
+    picture is never on both sides; the next higher hashes are for validation. Raises DataError where a training row is
+    also in another split.
     """
-    splits: dict[str, list[Entry]] = {"train": [], "validation": [], "test": []}
-    for number, source in enumerate(sources):
-        for sample, group in read_samples(source):
-            splits[split_of(sample, group, source, seed)].append(Entry(sample, number, source.weight))
-    training = {content_key(entry.sample): entry.sample.where for entry in splits["train"]}
+    splits = Splits()
+    for number, (source, name) in enumerate(zip(sources, task_names(sources), strict=True)):
+        for sample, group in read_samples(source, max_bytes):
+            bound = replace(sample, task=name, source=number, weight=source.weight)
+            splits.of(split_of(sample, group, source, seed)).append(bound)
+    training = {content_key(sample): sample.where for sample in splits.train}
     for split in ("validation", "test"):
         twice = [
-            f"{training[key]} is also {entry.sample.where}"
-            for entry in splits[split]
-            if (key := content_key(entry.sample)) in training
+            f"{training[key]} is also {sample.where}"
+            for sample in splits.of(split)
+            if (key := content_key(sample)) in training
         ]
         if twice:
-            raise DataError(listed(twice, f"{len(twice)} rows stand both in training and in {split}"))
+            raise DataError(error_list(twice, f"{len(twice)} rows are both in training and in {split}"))
     return splits
 
 
-def split_of(sample: Sample, group: str, source: Source, seed: int, key: Callable[[Medium], str] = media_key) -> str:
-    """What a row is for. `group`: as `group_of` gives it; `key`: of a medium's content, `media_key` or equal to it."""
+def split_of(
+    sample: Sample, group: str, source: Source, seed: int, key: Callable[[Medium], str] = lambda medium: medium.key
+) -> str:
+    """What a row is for. `group`: from `group_of`; `key`: the key of a medium's content."""
     chance = _chance(sample, group, seed, key) if source.split == "train" else 1.0
     if chance < source.hold_out:
         return "test"
     return "validation" if chance < source.hold_out + source.hold_out_validation else source.split
 
 
-def some(entries: Sequence[Entry], limit: int | None, seed: int) -> list[Entry]:
-    """At most `limit` rows, drawn by chance: files are often sorted. In the file's order, and groups whole."""
-    if limit is None or limit >= len(entries):
-        return list(entries)
-    together: dict[Any, list[int]] = defaultdict(list)
-    for number, entry in enumerate(entries):
-        together[(entry.source, entry.sample.group) if entry.sample.group else number].append(number)
-    groups = list(together.values())
-    random.Random(seed).shuffle(groups)
+def subset(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """At most `limit` samples, drawn at random (files are often sorted), in the file's order and with whole groups."""
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for number, sample in enumerate(samples):
+        groups[(sample.source, sample.group) if sample.group else number].append(number)
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
     chosen: list[int] = []
-    for group in groups:
+    for group in shuffled:
         if len(chosen) + len(group) <= limit or not chosen:
             chosen += group
-    return [entries[i] for i in sorted(chosen[:limit])]
+    return [samples[i] for i in sorted(chosen[:limit])]
 
 
-def mixed(entries: Sequence[Entry], temperature: float) -> list[float]:
-    """How often each row is seen in an epoch: its weight, and with a temperature above 1 a factor that makes a source
-    of n rows weigh n^(1 / temperature) (Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019). The sum stays.
+def by_task(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """{name of the task binding: numbers of its samples}."""
+    numbers: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        numbers.setdefault(sample.task, []).append(number)
+    return numbers
+
+
+def sampling_weights(samples: Sequence[Sample], temperature: float) -> list[float]:
+    """Times each sample is used per epoch: its weight, and with a temperature above 1 a factor by which a source of n
+    rows counts n^(1 / temperature) (Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019). The sum stays.
     """
     rows: dict[int, float] = defaultdict(float)
-    for entry in entries:
-        rows[entry.source] += entry.weight
+    for sample in samples:
+        rows[sample.source] += sample.weight
     wanted = {source: count ** (1 / temperature) for source, count in rows.items()}
     scale = sum(rows.values()) / sum(wanted.values())
-    return [entry.weight * scale * wanted[entry.source] / rows[entry.source] for entry in entries]
+    return [sample.weight * scale * wanted[sample.source] / rows[sample.source] for sample in samples]
 
 
-def listed(lines: Sequence[str], headline: str) -> str:
-    more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    return f"{headline}:\n  " + "\n  ".join(lines[:SHOWN]) + more
+def error_list(errors: Sequence[str], headline: str) -> str:
+    """A headline, the first errors below it, and how many more there are."""
+    more = f"\n  ... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+    return f"{headline}:\n  " + "\n  ".join(errors[:SHOWN]) + more
 
 
 def content_key(sample: Sample) -> str:
-    """A hash of what a row says and shows, whatever its files are called."""
+    """A hash of a row's text and media, whatever its files are called."""
     digest = hashlib.sha256()
-    media = iter(sample.media)
     for message in sample.messages:
         digest.update(message.role.encode())
         for part in message.content:
-            digest.update(part.encode() if isinstance(part, str) else media_key(next(media)).encode())
+            digest.update(part.encode() if isinstance(part, str) else part.key.encode())
     return digest.hexdigest()
 
 
 def group_of(row: Row, source: Source) -> str:
-    """What is held out together, '' where the source names no column for it. Raises DataError where a row has none."""
+    """The group that a row is held out with, '' where the source names no column for it. Raises DataError where the
+    column is empty.
+    """
     if source.group is None:
         return ""
     value = row.columns.get(source.group)
@@ -182,24 +168,31 @@ def group_of(row: Row, source: Source) -> str:
 
 
 def _chance(sample: Sample, group: str, seed: int, key: Callable[[Medium], str]) -> float:
-    """A number in [0, 1) that only depends on the seed and the row's group, or its first medium, or its question."""
+    """A number in [0, 1) that depends only on the seed and the row's group, or its first medium, or its question."""
     group = group or sample.group
     content = group or (key(sample.media[0]) if sample.media else str(sample.question))
     return int(hashlib.sha256(f"{seed}/{content}".encode()).hexdigest()[:12], 16) / 16**12
 
 
-def summary(splits: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
-    """Counts for the run folder: rows and media per split, the most frequent answers."""
-    result: dict[str, Any] = {}
-    for split, entries in splits.items():
-        answers: dict[str, int] = defaultdict(int)
-        for entry in entries:
-            answers[entry.sample.answer] += 1
-        frequent = sorted(answers.items(), key=lambda item: -item[1])[:20]
-        result[split] = {
-            "rows": len(entries),
-            "media": sum(len(entry.sample.media) for entry in entries),
-            "different_answers": len(answers),
-            "answers": dict(frequent) if len(answers) <= 100 else {},
-        }
-    return result
+@dataclass(frozen=True)
+class SplitSummary:
+    """Counts of one split for the run folder; `answers`: the most frequent ones, where there are few."""
+
+    rows: int
+    media: int
+    different_answers: int
+    answers: dict[str, int]
+
+
+def summary(splits: Splits) -> dict[str, SplitSummary]:
+    summaries = {}
+    for split in ("train", "validation", "test"):
+        samples = splits.of(split)
+        answers = Counter(sample.answer for sample in samples)
+        summaries[split] = SplitSummary(
+            rows=len(samples),
+            media=sum(len(sample.media) for sample in samples),
+            different_answers=len(answers),
+            answers=dict(answers.most_common(20)) if len(answers) <= 100 else {},
+        )
+    return summaries

@@ -1,17 +1,17 @@
-"""What a row of a file becomes: one conversation with its media in place."""
+"""A row of a file, and the sample that it becomes: one conversation with its media in place."""
 
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import DataError, MediaError
 from finetune.data.fetch import fetched
-from finetune.data.media import Limits
 from finetune.data.media_store import data_uri_content, kept
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +22,10 @@ KINDS = ("image", "audio", "video")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file. `number` is the line that an editor shows; `columns` as the file has them. What media it may
-    name besides files of `media_folder`: any file where `outside_media_folder`, and addresses of `hosts`; `max_bytes`:
-    of a medium that it holds itself or that is fetched.
+    """One record of a source. `number`: the line that an editor shows; `columns`: as in the file.
+
+    Media are files in `media_folder`, anywhere with `outside_media_folder`, or addresses of `hosts`; `max_bytes` limits
+    embedded and downloaded ones.
     """
 
     path: Path
@@ -33,7 +34,7 @@ class Row:
     media_folder: Path
     outside_media_folder: bool = False
     hosts: tuple[str, ...] = ()
-    max_bytes: int = Limits.max_bytes
+    max_bytes: int = Limits().max_bytes
 
     @property
     def where(self) -> str:
@@ -79,12 +80,12 @@ class Row:
         if isinstance(value, str) and value.startswith("data:"):
             value = data_uri_content(value, self.where)
         if isinstance(value, bytes | bytearray):
-            return Medium(kind, kept(bytes(value), self.where, self.max_bytes), text)
+            return Medium(kind, kept(bytes(value), self.where, self.max_bytes), text, self.where)
         if isinstance(value, str) and "://" in value:
-            return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text)
+            return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text, self.where)
         if not isinstance(value, str | Path):
             raise DataError(f"{self.where}: column {kind!r} holds {str(seen)[:40]!r}; write a path")
-        return Medium(kind, self._file(kind, value), text)
+        return Medium(kind, self._file(kind, value), text, self.where)
 
     def _file(self, kind: str, name: str | Path) -> Path:
         try:
@@ -105,13 +106,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Medium:
-    """`kind` is also the name of the encoder that reads it. `text`: its caption or transcript, where it is known; what
-    `distill` puts in its place, '' where another medium's text tells of this one too.
+    """A picture, recording or video. `kind` ("image", "audio", "video") is also the name of its encoder. `text`: its
+    caption or transcript, which distillation puts in its place ('' where another medium's text covers this one too);
+    None where unknown. `where`: the row that names it, for messages.
     """
 
     kind: str
     path: Path
     text: str | None = field(default=None, compare=False)
+    where: str = field(default="", compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 of the file: renamed or copied media keep their features, changed ones don't."""
+        status = self.path.stat()
+        return _file_hash(self.path, status.st_size, status.st_mtime_ns)
+
+    @property
+    def place(self) -> str:
+        """Row and file, for messages."""
+        return f"{self.where}: {self.path}" if self.where else ""
 
 
 @dataclass(frozen=True)
@@ -153,8 +167,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation whose last turn is the assistant's: the answer that is asked for. `target`: what predictions are
-    scored against, where that is more than the answer read as one. Samples of a `group` are compared with each other.
+    """A conversation whose last message is the answer. `where`: the row that it comes from. `task`: the name of its
+    task binding. `target`: what predictions are scored against, where that is more than the answer. Samples of one
+    `group` are compared with each other. `source`: the number of its source; `weight`: times it is used per epoch.
     """
 
     messages: tuple[Message, ...]
@@ -162,6 +177,8 @@ class Sample:
     task: str = ""
     target: Any = None
     group: str = ""
+    source: int = 0
+    weight: float = 1.0
     media: tuple[Medium, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -200,12 +217,6 @@ def _in_words(content: Sequence[str | Medium]) -> str:
         text += piece
         own_line = isinstance(part, Medium) if piece else own_line
     return text
-
-
-def media_key(medium: Medium) -> str:
-    """sha256 of the file: renamed or copied media keep their features, changed ones don't."""
-    seen = medium.path.stat()
-    return _file_hash(medium.path, seen.st_size, seen.st_mtime_ns)
 
 
 @cache

@@ -1,66 +1,100 @@
-"""The media that a model is shown: their own, blank ones, or another row's."""
+"""The conditions under which held-out rows are shown: their own media, blank ones, or another row's."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from finetune.data.media import blank, decode
-from finetune.data.rows import Entry
-from finetune.data.sample import Medium
-from finetune.evaluation.scores import look_of
-from finetune.model.assistant import Look
-from finetune.model.features import Features, encode_one
+from finetune.data.sample import Layout, Medium, Sample
+from finetune.model.features import Features, MediaView, encode_one
 
 BLANKS_KEPT = 64
 
 
-def same_as(condition: str, entry: Entry) -> str | None:
-    """The condition in which the entry looks the same and was asked before; None where there is none."""
-    kinds = {medium.kind for medium in entry.sample.media}
-    if condition in ("base", "tuned"):
-        return None
-    if not kinds:
-        return "tuned"
-    blanked = condition.removeprefix("blank_")
-    if blanked == condition:
-        return None
-    return "tuned" if blanked not in kinds else "blank" if kinds == {blanked} else None
+@dataclass(frozen=True)
+class Condition:
+    """`blanked`: the kinds of media that are blank."""
+
+    name: str
+    view: MediaView
+    blanked: frozenset[str] = frozenset()
+
+    def same_as(self, sample: Sample) -> str | None:
+        """An earlier condition in which the sample looks the same; None where there is none."""
+        kinds = {medium.kind for medium in sample.media}
+        if self.name == "tuned":
+            return None
+        if not kinds:
+            return "tuned"
+        if not self.blanked or self.name == "blank":
+            return None
+        return "tuned" if not kinds & self.blanked else "blank" if kinds <= self.blanked else None
 
 
-def blank_look(features: Features, only: str | None = None) -> Look:
-    """The encoder's view of empty media of the same size or length; `only` those of a kind."""
-    true = look_of(features)
-    seen: dict[str, Tensor] = {}
+def conditions(features: Features, samples: Sequence[Sample], seed: int) -> list[Condition]:
+    """tuned, blank and shuffled; where there are several kinds of media, one more with each of them blanked."""
+    media = [medium for sample in samples for medium in sample.media]
+    kinds = list(dict.fromkeys(medium.kind for medium in media))
+    several = kinds if len(kinds) > 1 else []
+    return [
+        Condition("tuned", features),
+        Condition("blank", BlankMedia(features, kinds), frozenset(kinds)),
+        Condition("shuffled", ShuffledMedia(features, media, seed)),
+        *(Condition(f"blank_{kind}", BlankMedia(features, [kind]), frozenset([kind])) for kind in several),
+    ]
 
-    def look(medium: Medium) -> Tensor:
-        if only not in (None, medium.kind):
-            return true.features(medium)
-        encoder = features.encoders[medium.kind]
-        where = features.where.get(features.key(medium), "")
-        decoded = decode(medium.kind, medium.path, where=where, limits=features.limits, **encoder.sampling)
+
+class BlankMedia:
+    """Empty media of the same size or length in place of the `kinds`."""
+
+    def __init__(self, features: Features, kinds: Sequence[str]) -> None:
+        self._features, self._kinds = features, kinds
+        self._blanks: dict[str, Tensor] = {}
+
+    def layout(self, medium: Medium) -> Layout:
+        return self._features.layout(medium)
+
+    def features(self, medium: Medium) -> Tensor:
+        if medium.kind not in self._kinds:
+            return self._features.features(medium)
+        encoder = self._features.encoders[medium.kind]
+        limits = self._features.limits
+        decoded = decode(medium.kind, medium.path, where=medium.place, limits=limits, **encoder.sampling)
         prepared = encoder.prepare(blank(medium.kind, decoded))
         # Most blanks are alike: the same grey, the same silence.
-        alike = hashlib.sha256(f"{medium.kind}{prepared.values.shape}".encode())
-        alike.update(prepared.values.contiguous().numpy().data)
-        if alike.hexdigest() not in seen:
-            if len(seen) >= BLANKS_KEPT:  # recordings of many lengths
-                seen.clear()
-            seen[alike.hexdigest()] = encode_one(encoder, prepared).cpu()
-        return seen[alike.hexdigest()]
+        digest = hashlib.sha256(f"{medium.kind}{prepared.values.shape}".encode())
+        digest.update(prepared.values.contiguous().numpy().data)
+        key = digest.hexdigest()
+        if key not in self._blanks:
+            if len(self._blanks) >= BLANKS_KEPT:  # recordings of many lengths
+                self._blanks.clear()
+            self._blanks[key] = encode_one(encoder, prepared).cpu()
+        return self._blanks[key]
 
-    return Look(features.layout, look)
 
-
-def shuffled_look(true: Look, media: Sequence[Medium], seed: int) -> Look:
+class ShuffledMedia:
     """Another row's medium in place of each: the media of a kind, moved around a shuffled circle."""
-    other: dict[Medium, Medium] = {}
+
+    def __init__(self, view: MediaView, media: Sequence[Medium], seed: int) -> None:
+        self._view = view
+        self._other: dict[Medium, Medium] = {}
+        for same_kind in _by_kind(media).values():
+            order = np.random.default_rng(seed).permutation(len(same_kind))
+            for left, right in zip(order, np.roll(order, 1), strict=True):
+                self._other[same_kind[left]] = same_kind[right]
+
+    def layout(self, medium: Medium) -> Layout:
+        return self._view.layout(self._other[medium])
+
+    def features(self, medium: Medium) -> Tensor:
+        return self._view.features(self._other[medium])
+
+
+def _by_kind(media: Sequence[Medium]) -> Mapping[str, list[Medium]]:
     kinds: dict[str, list[Medium]] = {}
     for medium in dict.fromkeys(media):
         kinds.setdefault(medium.kind, []).append(medium)
-    for found in kinds.values():
-        order = np.random.default_rng(seed).permutation(len(found))
-        for left, right in zip(order, np.roll(order, 1), strict=True):
-            other[found[left]] = found[right]
-    return Look(lambda medium: true.layout(other[medium]), lambda medium: true.features(other[medium]))
+    return kinds

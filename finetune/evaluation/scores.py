@@ -1,125 +1,116 @@
-"""From held-out rows to answers, predictions and scores: the same while training, at the end, and in a sweep."""
+"""From held-out samples to answers, predictions and scores: the same while training, at the end, and in a sweep."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.common.errors import ArtifactError, TrainingError
-from finetune.common.registry import load_part
-from finetune.data.rows import Entry, Source
-from finetune.data.sample import Answer
-from finetune.model.adapter import saved_asks
-from finetune.model.asks import Ask, asks_of, name_of
-from finetune.model.assistant import Assistant, Look
-from finetune.model.features import Features
+from finetune.data.rows import by_task
+from finetune.data.sample import Answer, Sample
+from finetune.model.adapter import AdapterManifest
+from finetune.model.assistant import Assistant
+from finetune.model.bindings import TaskBinding, bindings_of
+from finetune.model.features import MediaView
 from finetune.model.tokenize import IGNORED, tokenize
+from finetune.recipe.schema import Evaluate, Source, task_names
+
+Scores = dict[str, dict[str, float]]  # {task binding: {metric: value}}
+Measures = list[dict[str, Any]]  # what a task's `score` sums up, one a sample
 
 
-def look_of(features: Features) -> Look:
-    return Look(features.layout, lambda medium: features.features(medium.kind, features.key(medium)))
-
-
-def known_asks(folder: Path, entries: Sequence[Entry], sources: Sequence[Source]) -> dict[str, Ask]:
-    """What the adapter in `folder` was trained for, and what else the entries ask of the LLM. Raises ArtifactError
-    where rows ask for a head that it lacks.
+def known_bindings(folder: Path, samples: Sequence[Sample], sources: Sequence[Source]) -> dict[str, TaskBinding]:
+    """The task bindings that the adapter in `folder` was trained for, and those of other samples that the LLM's own
+    head can answer. Heads keep the labels and scales of their training rows, whatever their files hold today.
+    Raises ArtifactError where a sample needs a head that the adapter lacks.
     """
-    asks = saved_asks(folder)
-    for entry in entries:
-        source = sources[entry.source]
-        name = name_of(source)
-        if name not in asks:
-            ask = asks_of([source], [])[name] if not load_part("heads", source.head[0]).TRAINED else None
-            if ask is None:
-                raise ArtifactError(f"{folder}: has no head {name!r}; it was trained for {', '.join(asks)}")
-            asks[name] = ask
-    return asks
-
-
-def by_name(entries: Sequence[Entry], sources: Sequence[Source]) -> dict[str, list[int]]:
-    """{name of the scores: numbers of the entries}."""
-    result: dict[str, list[int]] = {}
-    for number, entry in enumerate(entries):
-        result.setdefault(name_of(sources[entry.source]), []).append(number)
-    return result
+    bindings = dict(AdapterManifest.read(folder).bindings)
+    names = task_names(sources)
+    for name in by_task(samples):
+        if name not in bindings:
+            source = sources[names.index(name)]
+            if source.head.trained:
+                raise ArtifactError(f"{folder}: has no head {name!r}; it was trained for {', '.join(bindings)}")
+            bindings[name] = bindings_of([source.model_copy(update={"name": name})], [])[name]
+    return bindings
 
 
 def answers_to(
     assistant: Assistant,
-    entries: Sequence[Entry],
-    sources: Sequence[Source],
-    *,
-    max_new_tokens: int,
-    batch: int,
-    look: Look,
+    samples: Sequence[Sample],
+    settings: Evaluate,
+    view: MediaView,
     step: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """What the model says to each entry's question, `batch` at once."""
-    said: dict[int, Answer] = {}
-    for name, numbers in by_name(entries, sources).items():
-        for start in range(0, len(numbers), batch):
-            chunk = numbers[start : start + batch]
-            questions = [entries[i].sample.question for i in chunk]
-            found = assistant.ask(name, questions, max_new_tokens=max_new_tokens, look=look)
-            for i, answer in zip(chunk, found, strict=True):
-                said[i] = answer
+    """The model's answers to the samples' questions, `settings.batch` at once; `step` is called after each."""
+    answers: dict[int, Answer] = {}
+    for name, numbers in by_task(samples).items():
+        for start in range(0, len(numbers), settings.batch):
+            chunk = numbers[start : start + settings.batch]
+            questions = [samples[i].question for i in chunk]
+            batch = assistant.ask(name, questions, max_new_tokens=settings.max_new_tokens, view=view)
+            for i, answer in zip(chunk, batch, strict=True):
+                answers[i] = answer
                 step()
-    return [said[i] for i in range(len(entries))]
+    return [answers[i] for i in range(len(samples))]
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """Negative log-likelihood of a right answer, in nats, over its number of tokens."""
+
+    nats: float
+    tokens: int
 
 
 @torch.no_grad()
-def told(assistant: Assistant, entries: Sequence[Entry]) -> list[dict[str, float]]:
-    """Of rows without media: how surprised the model is by their right answers, in nats, and of how many tokens these
-    are. Before and after training: what of its language the LLM has kept.
+def answer_losses(assistant: Assistant, samples: Sequence[Sample]) -> list[AnswerLoss]:
+    """Of samples without media: how likely their right answers are. Before and after training it shows how much of its
+    language the LLM has kept.
     """
-    found = []
-    for entry in entries:
-        tokens = tokenize(entry.sample, assistant.tokenizer, assistant.placeholders, lambda medium: ())
+    losses = []
+    for sample in samples:
+        tokens = tokenize(sample, assistant.tokenizer, assistant.placeholders, lambda medium: [])
         device = assistant.model.get_input_embeddings().weight.device
         ids, labels = (torch.tensor([values], device=device) for values in (tokens.input_ids, tokens.labels))
         count = int((labels[:, 1:] != IGNORED).sum())
-        found.append({"nats": float(assistant.model(ids, labels=labels).loss) * count, "tokens": count})
-    return found
+        losses.append(AnswerLoss(float(assistant.model(ids, labels=labels).loss) * count, count))
+    return losses
 
 
-def measured(ask: Ask, entries: Sequence[Entry], answers: Sequence[Answer]) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The predictions that a task reads from answers, and what its `score` sums up of each."""
-    kind, options = ask.task
-    task = load_part("tasks", kind)
-    predictions = [task.read(answer, options) for answer in answers]
-    targets = [ask.target(entry.sample) for entry in entries]
-    rows = [task.measure(*pair, options) for pair in zip(predictions, targets, strict=True)]
-    for row, entry in zip(rows, entries, strict=True):
-        if row.get("group"):  # two files may both have a user 1
-            row["group"] = f"{entry.source}/{row['group']}"
-    return predictions, rows
+def measured(binding: TaskBinding, samples: Sequence[Sample], answers: Sequence[Answer]) -> tuple[list[Any], Measures]:
+    """(predictions read from the answers, what the task's `score` sums up of each)."""
+    predictions = [binding.task.read(answer) for answer in answers]
+    targets = [binding.target(sample) for sample in samples]
+    measures = [binding.task.measure(*pair) for pair in zip(predictions, targets, strict=True)]
+    for measure, sample in zip(measures, samples, strict=True):
+        if measure.get("group"):  # two files may both have a user 1
+            measure["group"] = f"{sample.source}/{measure['group']}"
+    return predictions, measures
 
 
-def scored(
-    asks: Mapping[str, Ask], entries: Sequence[Entry], sources: Sequence[Source], answers: Sequence[Answer]
-) -> dict[str, dict[str, float]]:
-    """{name: {metric: value}}."""
-    found = {}
-    for name, numbers in by_name(entries, sources).items():
-        _, rows = measured(asks[name], [entries[i] for i in numbers], [answers[i] for i in numbers])
-        kind, options = asks[name].task
-        found[name] = load_part("tasks", kind).score(rows, options)
-    return found
+def scored(bindings: Mapping[str, TaskBinding], samples: Sequence[Sample], answers: Sequence[Answer]) -> Scores:
+    scores = {}
+    for name, numbers in by_task(samples).items():
+        _, measures = measured(bindings[name], [samples[i] for i in numbers], [answers[i] for i in numbers])
+        scores[name] = bindings[name].task.score(measures)
+    return scores
 
 
-def merit(scores: Mapping[str, Mapping[str, float]], asks: Mapping[str, Ask], metric: str) -> float:
-    """One number that is better when higher: `metric` is NAME.METRIC, or 'mean' of the tasks' main metrics, with errors
-    below zero. Raises TrainingError for a metric that there isn't.
+def selection_score(scores: Scores, bindings: Mapping[str, TaskBinding], metric: str) -> float:
+    """One number that is better when higher: `metric` is NAME.METRIC, or 'mean' of the tasks' main metrics; errors
+    count negatively. Raises TrainingError for a metric that doesn't exist.
     """
     if metric == "mean":
         values = []
-        for name, found in scores.items():
-            primary = load_part("tasks", asks[name].task[0]).PRIMARY
-            values.append(-found[primary] if "error" in primary else found[primary])
+        for name, metrics in scores.items():
+            primary = bindings[name].task.primary
+            values.append(-metrics[primary] if "error" in primary else metrics[primary])
         return sum(values) / len(values)
     name, _, key = metric.partition(".")
     if key not in scores.get(name, {}):
-        there = ", ".join(f"{name}.{key}" for name, found in scores.items() for key in found)
-        raise TrainingError(f"train.validation.metric: no {metric!r} on the validation rows; there are: {there}")
+        known = ", ".join(f"{name}.{key}" for name, metrics in scores.items() for key in metrics)
+        raise TrainingError(f"train.validation.metric: no {metric!r} on the validation rows; there are: {known}")
     return -scores[name][key] if "error" in key else scores[name][key]

@@ -1,7 +1,7 @@
 """What was trained, and the merged models that may stand for it: made, written, read back and measured."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,179 +11,179 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from finetune.common.certificate import Dtypes, Measures
 from finetune.common.errors import ArtifactError
 from finetune.common.progress import fresh_memory
-from finetune.data.media import Limits
-from finetune.merging.compare import Compared, distances, own_look
+from finetune.merging.compare import Comparison, EncodedOnce, distances
 from finetune.merging.lora_weights import (
     LoraFile,
+    Quantization,
     into_dequantized,
     into_plain,
     load_on_disk,
     merged_tensors,
-    quantized_modules,
     unties,
     weights_in,
-    write_merged,
 )
-from finetune.model import adapter
-from finetune.model.asks import Ask
-from finetune.model.build import Parts, build_model
+from finetune.merging.merged_folder import write_merged
+from finetune.model.adapter import load_trained
+from finetune.model.build import Components, build_model
 from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.features import Features
 from finetune.model.language_model import decoder_layers, load_language_model
+from finetune.model.loading import load_exactly
+from finetune.model.run import Run
+from finetune.recipe.schema import Llm, Quantize
 
 ROOM = 1.2  # memory that a model takes, over the size of its files
-TOGETHER = 8  # rows compared at once where each pass reads the LLM from disk
+BATCH_ON_DISK = 8  # samples compared at once where each pass reads the LLM from disk
 
 
 @dataclass
 class Trained:
     """What is known of the model that was trained, and of its LLM without the adapter, once both are let go. `own`: the
-    state of projectors, fusion and heads; `quantization`: transformers' config of it; `quantized`: modules of the LLM
-    that it is about; `tokens`, `base`: of each row, see `Compared.next_tokens`.
+    state of projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `Comparison.next_tokens`.
     """
 
     own: dict[str, Tensor]
-    quantization: Any
-    quantized: frozenset[str]
-    tokens: list[Tensor]
-    base: list[Tensor]
-    measures: dict[str, Any]
-    base_measures: dict[str, Any]
+    quantization: Quantization
+    next_tokens: list[Tensor]
+    base_next_tokens: list[Tensor]
+    measures: Measures
+    base_measures: Measures
+
+    @property
+    def positions(self) -> int:
+        return sum(len(row) for row in self.next_tokens)
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every candidate is made from. `llm`: the recipe's `model.llm`; `dtype`: of merged weights."""
+class Candidate:
+    """`name`: what LoRA is merged into; `quantized`: whether its weights are quantized and dequantized first."""
 
-    adapter: Path
+    name: str
+    quantized: bool
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """What every candidate is made from. `run.recipe.adapter`: LoRA's settings as it was trained; `dtype`: of merged
+    weights.
+    """
+
+    run: Run
     lora: LoraFile | None
-    llm: Mapping[str, Any]
-    adapter_options: Mapping[str, Any] | None
-    seed: int
-    asks: Mapping[str, Ask]
-    parts: Parts
-    limits: Limits
     dtype: torch.dtype
 
     @property
-    def quantize(self) -> str:
-        return self.llm["quantize"]
+    def llm(self) -> Llm:
+        return self.run.recipe.model.llm
 
     @property
     def reference(self) -> str:
-        llm = "16-bit" if self.quantize == "none" else self.quantize
+        llm = "16-bit" if self.llm.quantize == "none" else self.llm.quantize
         return f"the adapter over the {llm} LLM" if self.lora else f"the {llm} LLM"
 
-    def candidates(self) -> list[str]:
-        """What LoRA is merged into; the second one's weights are quantized first."""
-        quantized = [] if self.quantize == "none" else [f"the dequantized {self.quantize} LLM"]
-        return ["the 16-bit LLM", *quantized]
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        plain = Candidate("the 16-bit LLM", False)
+        if self.llm.quantize == "none":
+            return [plain]
+        return [plain, Candidate(f"the dequantized {self.llm.quantize} LLM", True)]
 
-    def dtypes(self) -> dict[str, str]:
-        computed = named(self.parts.dtype)
-        trained = computed if self.quantize == "none" else self.quantize
-        return {"llm": trained, "computed": computed, "merged": named(self.dtype)}
+    @property
+    def dtypes(self) -> Dtypes:
+        computed = dtype_name(self.run.components.dtype)
+        trained = computed if self.llm.quantize == "none" else self.llm.quantize
+        return Dtypes(llm=trained, computed=computed, merged=dtype_name(self.dtype))
 
-    def composite(self, parts: Parts, quantize: str, with_encoders: bool = False) -> MultimodalModel:
+    def composite(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:
         """The model as it was trained, or with its adapter over an LLM that is quantized otherwise."""
+        llm = self.llm.model_copy(update={"quantize": quantize})
         model = build_model(
-            parts,
-            llm={**self.llm, "quantize": quantize},
-            adapter_options=self.adapter_options,
-            seed=self.seed,
+            replace(components, model=components.model.model_copy(update={"llm": llm})),
+            self.run.recipe.adapter,
+            seed=self.run.recipe.seed,
+            bindings=self.run.bindings,
             with_encoders=with_encoders,
-            asks=self.asks,
         )
-        adapter.load_trained(model, self.adapter)
+        load_trained(model, self.run.folder.adapter)
         return model
 
-    def measured(self, compared: Compared, features: Features) -> Trained:
+    def measure_trained(self, comparison: Comparison) -> Trained:
         """Load what was trained, and measure it with its adapter and without. Encoders that were tuned are then as they
         will be saved.
         """
-        model, look = self.composite(self.parts, self.quantize, bool(self.parts.tuned)), own_look(features)
-        tokens = list(compared.next_tokens(model, look))
-        base = list(compared.next_tokens(model, look, bare=True))
-        scores, base_scores = ({} for _ in range(2))
-        if compared.scored_entries:
-            scores = {"scores": compared.scores(model, features, look)}
-            base_scores = {"scores": compared.scores(model, features, look, bare=True)}
+        components, features = self.run.components, self.run.features
+        model, view = self.composite(components, self.llm.quantize, bool(components.tuned)), EncodedOnce(features)
+        tokens = list(comparison.next_tokens(model, view))
+        base = list(comparison.next_tokens(model, view, bare=True))
+        scores = comparison.scores(model, features, view)
+        base_scores = comparison.scores(model, features, view, bare=True)
         trained = Trained(
-            {
+            own={
                 f"{group}.{name}": tensor.detach().cpu().clone()
                 for group in ("projectors", "fusion", "heads")
                 for name, tensor in getattr(model, group).state_dict().items()
             },
-            getattr(model.causal_lm.config, "quantization_config", None),
-            quantized_modules(model.causal_lm),
-            tokens,
-            base,
-            distances(tokens, tokens, base) | scores,
-            distances(base, tokens, base) | base_scores,
+            quantization=Quantization.of(model.causal_lm),
+            next_tokens=tokens,
+            base_next_tokens=base,
+            measures=distances(tokens, tokens, base, scores),
+            base_measures=distances(base, tokens, base, base_scores),
         )
-        for tuned in self.parts.tuned.values():
+        for tuned in components.tuned.values():
             if tuned.lora is not None:
                 tuned.lora.merge_and_unload()
         return trained
 
-    def write(self, place: Path, scratch: Path, trained: Trained, *, quantized: bool) -> str:
+    def write(self, place: Path, scratch: Path, trained: Trained, candidate: Candidate) -> str:
         """Write a candidate's folder; says how it was merged."""
         fresh_memory()
-        on_cpu = replace(self.parts, device=torch.device("cpu"))  # 16-bit weights needn't fit where 4-bit ones do
-        how = "module by module, from the LLM's files"
-        lora = self.lora
+        # 16-bit weights needn't fit where 4-bit ones do.
+        on_cpu = replace(self.run.components, device=torch.device("cpu"))
+        lora, quantization = self.lora, trained.quantization if candidate.quantized else None
         if lora is not None and not lora.by_module:
-            llm = self.composite(on_cpu, self.quantize if quantized else "none").language_model
-            llm = into_dequantized(llm, self.dtype) if quantized else into_plain(llm, self.dtype)
-            how = f"all at once, in memory: {lora.config.init_lora_weights!r} draws by chance for the whole LLM"
-            lora, quantized = None, False
-        elif self.llm["name"].endswith(".gguf"):
-            keys = ("name", "revision", "trust_remote_code")
-            llm = load_language_model(**{key: self.llm[key] for key in keys}, dtype=on_cpu.dtype, device=on_cpu.device)
-            how = "module by module, from memory: a .gguf is read whole"
+            llm = self.composite(on_cpu, self.llm.quantize if candidate.quantized else "none").language_model
+            llm = into_dequantized(llm, self.dtype) if candidate.quantized else into_plain(llm, self.dtype)
+            method = f"all at once, in memory: {lora.config.init_lora_weights!r} draws at random for the whole LLM"
+            lora, quantization = None, None
+        elif self.llm.name.endswith(".gguf"):
+            plain = self.llm.model_copy(update={"quantize": "none", "attention": "auto"})
+            llm = load_language_model(plain, on_cpu.dtype, on_cpu.device)
+            method = "module by module, from memory: a .gguf is read whole"
         else:
             llm = load_on_disk(self.llm, on_cpu.dtype, scratch)
+            method = "module by module, from the LLM's files"
         refuse_without_room(place.parent, weights_in(llm) * self.dtype.itemsize)
+        prepare_config(llm.config, self.dtype, untie=unties(llm, lora))
+        write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.own, self.run)
+        return method
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            if quantized:
-                return merged_tensors(llm, self.dtype, lora, trained.quantization, trained.quantized)
-            return merged_tensors(llm, self.dtype, lora)
-
-        write_merged(
-            place,
-            llm,
-            tensors,
-            self.dtype,
-            parts=self.parts,
-            own=trained.own,
-            asks=self.asks,
-            limits=self.limits,
-            untie=unties(llm, lora),
-        )
-        return how
+    def measure(self, place: Path, scratch: Path, comparison: Comparison, trained: Trained) -> Measures:
+        """The measures of a candidate, read back from disk with its own encoders."""
+        fresh_memory()
+        model, on_disk = read_back(place, self.run.components.device, scratch)
+        model.language_model.generation_config = GenerationConfig.from_pretrained(place)
+        features = Features(model.encoder_parts, None, self.run.recipe.media)
+        view = EncodedOnce(features)
+        tokens = comparison.next_tokens(model, view, batch=BATCH_ON_DISK if on_disk else 1)
+        measures = distances(tokens, trained.next_tokens, trained.base_next_tokens)
+        if on_disk:
+            size = sum(path.stat().st_size for path in place.glob("*.safetensors")) / 2**30
+            reason = f"memory has no room for its {size:.1f} GiB, and each token written would read them all"
+            return measures.model_copy(update={"not_scored": reason})
+        return measures.model_copy(update={"scores": comparison.scores(model, features, view)})
 
 
-def measured_on_disk(
-    place: Path, scratch: Path, compared: Compared, trained: Trained, parts: Parts, limits: Limits
-) -> dict[str, Any]:
-    """The measures of a candidate as it stands on disk: read back, it sees with its own encoders."""
-    fresh_memory()
-    model, on_disk = read_back(place, parts.device, scratch)
-    model.language_model.generation_config = GenerationConfig.from_pretrained(place)
-    kinds = model.config.parts["encoders"]
-    features = Features({name: (kinds[name]["kind"], e) for name, e in model.encoder_parts.items()}, None, limits)
-    look = own_look(features)
-    tokens = compared.next_tokens(model, look, together=TOGETHER if on_disk else 1)
-    found: dict[str, Any] = distances(tokens, trained.tokens, trained.base)
-    if on_disk:
-        size = sum(path.stat().st_size for path in place.glob("*.safetensors")) / 2**30
-        found["not_scored"] = f"memory has no room for its {size:.1f} GiB, and each token written would read them all"
-    elif compared.scored_entries:
-        found["scores"] = compared.scores(model, features, look)
-    return found
+def prepare_config(config: Any, dtype: torch.dtype, untie: bool) -> None:
+    """The LLM's config as that of the merged LLM. `untie`: its head is no longer its embeddings."""
+    if untie:
+        config.tie_word_embeddings = False
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, attribute):
+            delattr(config, attribute)
+    config.dtype = dtype
 
 
 def refuse_without_room(folder: Path, needed: int) -> None:
@@ -196,7 +196,7 @@ def refuse_without_room(folder: Path, needed: int) -> None:
         )
 
 
-def named(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -206,36 +206,25 @@ def read_back(folder: Path, device: torch.device, scratch: Path) -> tuple[Multim
     """
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if device.type == "cuda" and ROOM * size < torch.cuda.mem_get_info(device)[0]:
-        return loaded(folder, device_map={"": device}), False
+        return load_exactly(MultimodalModel, folder, device_map={"": device}).eval(), False
     if ROOM * size < psutil.virtual_memory().available:
-        return loaded(folder), False
+        return load_exactly(MultimodalModel, folder).eval(), False
     config = MultimodalConfig.from_pretrained(folder)
     with torch.device("meta"):
         skeleton = MultimodalModel(config)
     layers = decoder_layers(skeleton.causal_lm)
     above = next(name for name, module in skeleton.named_modules() if module is layers)
-    places = dict.fromkeys(rest_of(skeleton, above), str(device))  # safetensors takes the name, not torch's device
+    places = dict.fromkeys(modules_beside(skeleton, above), str(device))  # safetensors takes the name, not torch's type
     places |= {f"{above}.{number}": "disk" for number in range(len(layers))}
-    return loaded(folder, device_map=places, offload_folder=str(scratch)), True
+    model = load_exactly(MultimodalModel, folder, device_map=places, offload_folder=str(scratch))
+    return model.eval(), True
 
 
-def rest_of(module: nn.Module, without: str, name: str = "") -> list[str]:
+def modules_beside(module: nn.Module, without: str, name: str = "") -> list[str]:
     """The outermost modules that don't hold the module `without`."""
     if name == without:
         return []
     if not f"{without}.".startswith(f"{name}." if name else ""):
         return [name]
-    inner = [rest_of(child, without, f"{name}.{key}".lstrip(".")) for key, child in module.named_children()]
-    return [found for names in inner for found in names]
-
-
-def loaded(folder: Path, **how: Any) -> MultimodalModel:
-    """Raises ArtifactError where weights are missing, or are too many."""
-    read: Any = MultimodalModel.from_pretrained(folder, dtype="auto", output_loading_info=True, **how)
-    model, report = read
-    wrong = {
-        key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
-    }
-    if wrong:
-        raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
-    return model.eval()
+    inner = [modules_beside(child, without, f"{name}.{key}".lstrip(".")) for key, child in module.named_children()]
+    return [beside for names in inner for beside in names]

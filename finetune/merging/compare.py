@@ -1,174 +1,184 @@
 """Two models on the same rows: next-token distributions and answers."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cache
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.data.rows import Entry, Source
-from finetune.data.sample import Medium
+from finetune.common.certificate import Measures
+from finetune.data.sample import Layout, Medium, Sample
 from finetune.evaluation.scores import answers_to, scored
-from finetune.model.asks import Ask, names_of
-from finetune.model.assistant import Assistant, Look
-from finetune.model.build import Parts, segments_by
+from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
-from finetune.model.features import Features
+from finetune.model.features import Features, MediaView
+from finetune.model.heads import HeadSettings
 from finetune.model.language_model import without_adapter
+from finetune.model.padding import left_padded
+from finetune.model.run import Run
 from finetune.model.tokenize import IGNORED, tokenize, tokenize_prompt
 
-POSITIONS = 1024  # next-token distributions kept for comparison, at most
-KEPT = 2**26  # logits kept for comparison, at most
+POSITIONS = 1024  # most next-token distributions kept for comparison
+LOGITS = 2**26  # most logits kept for comparison
 LIKELY = 1e-4
 
+TaskScores = dict[str, dict[str, float | None]]
 
-class Compared:
-    """The held-out rows that models are compared on. `rows` for their next tokens, `rows_scored` for their answers."""
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        scored_entries: Sequence[Entry],
-        sources: Sequence[Source],
-        asks: Mapping[str, Ask],
-        parts: Parts,
-        *,
-        max_new_tokens: int,
-        batch: int,
-    ) -> None:
-        self.entries, self.scored_entries, self.sources, self.asks = entries, scored_entries, sources, asks
-        self.parts, self.max_new_tokens, self.batch = parts, max_new_tokens, batch
-        self.names = names_of(entries, sources)
+@dataclass(frozen=True)
+class Prompt:
+    """`positions`: of the states that predict the answer, counted from the end; none where a head answers."""
+
+    input_ids: list[int]
+    positions: list[int]
+    media: tuple[Medium, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out samples that models are compared on: all for their next tokens, `answered` also for their scores."""
+
+    run: Run
+    samples: Sequence[Sample]
+    answered: Sequence[Sample]
 
     @property
     def media(self) -> dict[str, int]:
         """{kind: media shown}."""
-        kinds = [medium.kind for entry in self.entries for medium in entry.sample.media]
+        kinds = [medium.kind for sample in self.samples for medium in sample.media]
         return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
+    @property
+    def primary(self) -> dict[str, str]:
+        """{task binding: its main metric}."""
+        return {sample.task: self.run.bindings[sample.task].task.primary for sample in self.samples}
+
     def scores(
-        self, composite: MultimodalModel, features: Features, look: Look, bare: bool = False
-    ) -> dict[str, dict[str, float | None]]:
-        """{task: {metric: value}} of its answers; None for a value that these rows don't have. `bare`: without the
-        adapter.
+        self, composite: MultimodalModel, features: Features, view: MediaView, bare: bool = False
+    ) -> TaskScores | None:
+        """Of the answers; None for a metric that these rows don't have, and where none are to be answered. `bare`:
+        without the adapter.
         """
-        parts = self.parts
-        assistant = Assistant(composite, parts.tokenizer, parts.placeholders, features.encoders, features.limits)
-        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch": self.batch}
+        if not self.answered:
+            return None
+        tokenizer, placeholders = self.run.components.tokenizer, self.run.components.placeholders
+        assistant = Assistant(composite, tokenizer, placeholders, features.encoders, features.limits)
         with without_adapter(composite.language_model) if bare else nullcontext():
-            answers = answers_to(assistant, self.scored_entries, self.sources, look=look, **how)
-        found = scored(self.asks, self.scored_entries, self.sources, answers)
+            answers = answers_to(assistant, self.answered, self.run.recipe.evaluate, view)
         return {
-            name: {metric: round(value, 4) if math.isfinite(value) else None for metric, value in values.items()}
-            for name, values in found.items()
+            name: {metric: round(value, 4) if math.isfinite(value) else None for metric, value in metrics.items()}
+            for name, metrics in scored(self.run.bindings, self.answered, answers).items()
         }
 
     def next_tokens(
-        self, composite: MultimodalModel, look: Look, bare: bool = False, together: int = 1
+        self, composite: MultimodalModel, view: MediaView, bare: bool = False, batch: int = 1
     ) -> Iterator[Tensor]:
-        """Of each row, in order, log-probabilities of the next token where the answer stands (positions, vocabulary),
-        float32; of a head with weights see `head_logits`. `bare`: without the adapter. `together`: rows at once.
+        """A sample after the other: log-probabilities of the tokens of its answer (positions, vocabulary), float32; of
+        a head with weights see `head_logits`. `bare`: without the adapter. `batch`: samples at once.
         """
-        most = min(POSITIONS, KEPT // composite.config.text_config.vocab_size) // len(self.entries)
+        most = min(POSITIONS, LOGITS // composite.config.text_config.vocab_size) // len(self.samples)
         if "position_ids" not in signature(composite.causal_lm.forward).parameters:
-            together = 1  # padding would move the positions
+            batch = 1  # padding would move the positions
         with without_adapter(composite.language_model) if bare else nullcontext():
-            for batch in self._batches(composite, look, max(1, most), together):
-                yield from _log_probabilities(composite, batch)
+            for head, chunk in self._batches(composite, batch):
+                prompts = [self._prompt(sample, composite, view, head, max(1, most)) for sample in chunk]
+                yield from self._log_probabilities(composite, prompts, head, view)
 
-    def _batches(self, composite: MultimodalModel, look: Look, most: int, together: int) -> Iterator[dict[str, Any]]:
-        """Rows as they are trained, with the positions that predict the answer, `most` a row, counted from the end;
-        `together` at once if the same head answers, padded on the left.
-        """
-        segments = segments_by(composite.config, look.layout)
-        waiting: list[tuple[list[int], list[int], list[Medium]]] = []
-        asked: str | None = None
-        for entry, name in zip(self.entries, self.names, strict=True):
-            head = name if name in composite.heads else None
-            if waiting and (len(waiting) == together or head != asked):
-                yield self._batch(waiting, asked, look)
+    def _batches(self, composite: MultimodalModel, size: int) -> Iterator[tuple[str | None, list[Sample]]]:
+        """(head with weights that answers, up to `size` samples in a row that it answers)."""
+        waiting: list[Sample] = []
+        current: str | None = None
+        for sample in self.samples:
+            head = sample.task if sample.task in composite.heads else None
+            if waiting and (len(waiting) == size or head != current):
+                yield current, waiting
                 waiting = []
-            asked, sample, given = head, entry.sample, (self.parts.tokenizer, self.parts.placeholders, segments)
-            tokens = tokenize_prompt(sample.question, *given, sample.where) if head else tokenize(sample, *given)
-            learnt = [] if head else [i for i, label in enumerate(tokens.labels[1:]) if label != IGNORED][:most]
-            waiting.append((tokens.input_ids, [i - len(tokens.input_ids) for i in learnt], list(tokens.media)))
-        yield self._batch(waiting, asked, look)
+            current = head
+            waiting.append(sample)
+        yield current, waiting
 
-    def _batch(
-        self, rows: Sequence[tuple[list[int], list[int], list[Medium]]], head: str | None, look: Look
-    ) -> dict[str, Any]:
-        longest = max(len(ids) for ids, _, _ in rows)
+    def _prompt(
+        self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None, most: int
+    ) -> Prompt:
+        """A sample as it is trained, with at most `most` of its positions."""
+        tokenizer, placeholders = self.run.components.tokenizer, self.run.components.placeholders
+        segments = composite.composition.placement.segments_by(view.layout)
+        if head:
+            tokens = tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)
+            return Prompt(tokens.input_ids, [], tokens.media)
+        tokens = tokenize(sample, tokenizer, placeholders, segments)
+        learned = [i for i, label in enumerate(tokens.labels[1:]) if label != IGNORED][:most]
+        return Prompt(tokens.input_ids, [i - len(tokens.input_ids) for i in learned], tokens.media)
+
+    @torch.no_grad()
+    def _log_probabilities(
+        self, composite: MultimodalModel, prompts: Sequence[Prompt], head: str | None, view: MediaView
+    ) -> Iterator[Tensor]:
+        device = composite.get_input_embeddings().weight.device
+        pad = self.run.components.tokenizer.pad_token_id
+        ids, mask = left_padded([prompt.input_ids for prompt in prompts], pad, device)
         features: dict[str, list[Tensor]] = {}
-        for _, _, media in rows:
-            for medium in media:
-                features.setdefault(medium.kind, []).append(look.features(medium))
-        pad = self.parts.tokenizer.pad_token_id
-        return {
-            "head": head,
-            "ids": torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _, _ in rows]),
-            "mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _, _ in rows]),
-            "learnt": [learnt for _, learnt, _ in rows],
-            "features": features,
-        }
+        for medium in (medium for prompt in prompts for medium in prompt.media):
+            features.setdefault(medium.kind, []).append(view.features(medium))
+        if head:
+            settings = composite.bindings[head].settings
+            for row in composite.head_outputs(head, ids, mask, features):
+                yield head_logits(row, settings).float().log_softmax(-1).cpu()
+            return
+        kept = -min(min(prompt.positions) for prompt in prompts)
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in signature(composite.causal_lm.forward).parameters:
+            options["logits_to_keep"] = kept
+        if len(ids) > 1:
+            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = composite(ids, features=features, attention_mask=mask, **options).logits[:, -kept:]
+        for row, prompt in zip(logits, prompts, strict=True):
+            yield row[[place + kept for place in prompt.positions]].float().log_softmax(-1).cpu()
 
 
-@torch.no_grad()
-def _log_probabilities(composite: MultimodalModel, batch: Mapping[str, Any]) -> Iterator[Tensor]:
-    device = composite.get_input_embeddings().weight.device
-    ids, mask, features = batch["ids"].to(device), batch["mask"].to(device), batch["features"]
-    if batch["head"]:
-        settings = composite.asks[batch["head"]].settings
-        for row in composite.head_outputs(batch["head"], ids, mask, features):
-            yield head_logits(row, settings).float().log_softmax(-1).cpu()
-        return
-    kept = -min(min(learnt) for learnt in batch["learnt"])
-    how: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in signature(composite.causal_lm.forward).parameters:
-        how["logits_to_keep"] = kept
-    if len(ids) > 1:
-        how["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = composite(ids, features=features, attention_mask=mask, **how).logits[:, -kept:]
-    for row, learnt in zip(logits, batch["learnt"], strict=True):
-        yield row[[place + kept for place in learnt]].float().log_softmax(-1).cpu()
-
-
-def head_logits(scores: Tensor, settings: Mapping[str, Any]) -> Tensor:
+def head_logits(scores: Tensor, settings: HeadSettings) -> Tensor:
     """A head's scores (outputs,) as logits of a choice: among its labels (1, labels); of several labels, whether each
     is right (outputs, 2); of a number, which it is, give or take a tenth of the training rows' deviation, (1, places).
     """
-    if "labels" not in settings:
+    if not settings.labels:
         places = torch.arange(-8, 8.05, 0.1, device=scores.device)
         return -((scores.clamp(-8, 8) - places)[None] ** 2) / (2 * 0.1**2)
-    return torch.stack([scores, torch.zeros_like(scores)], 1) if settings["several"] else scores[None]
+    return torch.stack([scores, torch.zeros_like(scores)], 1) if settings.several else scores[None]
 
 
-def own_look(features: Features) -> Look:
+class EncodedOnce:
     """Each medium is encoded once, for tokens and answers alike."""
 
-    @cache
-    def seen(medium: Medium) -> Tensor:
-        return features.features(medium.kind, features.key(medium)).cpu()
+    def __init__(self, features: Features) -> None:
+        self._features = features
+        self._encoded: dict[Medium, Tensor] = {}
 
-    return Look(features.layout, seen)
+    def layout(self, medium: Medium) -> Layout:
+        return self._features.layout(medium)
+
+    def features(self, medium: Medium) -> Tensor:
+        if medium not in self._encoded:
+            self._encoded[medium] = self._features.features(medium).cpu()
+        return self._encoded[medium]
 
 
 class Distance:
-    """How far distributions (positions, vocabulary) are from others, row by row: KL(others || these) in nats a token,
-    share of equal likeliest tokens, and the largest difference of a log-probability, among tokens that the others give
-    at least one in ten thousand.
+    """How far distributions (positions, vocabulary) are from reference ones, sample by sample: KL(reference || these) in
+    nats per token, the share of equal most likely tokens, and the largest difference of a log-probability, among tokens
+    to which the reference gives at least one in ten thousand.
     """
 
     def __init__(self) -> None:
         self.divergence = self.agreement = self.largest = 0.0
         self.positions = 0
 
-    def add(self, got: Tensor, reference: Tensor) -> None:
-        width = min(got.shape[1], reference.shape[1])
-        ours, theirs = got[:, :width], reference[:, :width]
+    def add(self, log_probabilities: Tensor, reference: Tensor) -> None:
+        width = min(log_probabilities.shape[1], reference.shape[1])
+        ours, theirs = log_probabilities[:, :width], reference[:, :width]
         possible = theirs > -math.inf
         self.divergence += float((theirs.exp() * (theirs - ours))[possible].sum())
         self.agreement += float((ours.argmax(-1) == theirs.argmax(-1)).float().sum())
@@ -177,17 +187,25 @@ class Distance:
         self.positions += len(ours)
 
 
-def distances(got: Iterable[Tensor], reference: Sequence[Tensor], base: Sequence[Tensor]) -> dict[str, float]:
-    """The measures of a model, see finetune/common/certificate.py; nothing of `got` is kept."""
-    ours, bare = Distance(), Distance()
-    for row, theirs, untrained in zip(got, reference, base, strict=True):
-        ours.add(row, theirs)
+def distances(
+    log_probabilities: Iterable[Tensor],
+    reference: Sequence[Tensor],
+    base: Sequence[Tensor],
+    scores: TaskScores | None = None,
+) -> Measures:
+    """The measures of a model; nothing of `log_probabilities` is kept."""
+    trained, bare = Distance(), Distance()
+    for row, theirs, untrained in zip(log_probabilities, reference, base, strict=True):
+        trained.add(row, theirs)
         bare.add(row, untrained)
-    found = {
-        "kl": ours.divergence / ours.positions,
-        "agreement": ours.agreement / ours.positions,
-        "largest_logit_difference": ours.largest,
-        "kl_from_base": bare.divergence / bare.positions,
-    }
-    # A model of which some number isn't one is infinitely far from any.
-    return {name: math.inf if math.isnan(value) else max(0.0, value) for name, value in found.items()}
+
+    def bounded(value: float) -> float:
+        return math.inf if math.isnan(value) else max(0.0, value)  # such a model is infinitely far from any
+
+    return Measures(
+        kl=bounded(trained.divergence / trained.positions),
+        agreement=bounded(trained.agreement / trained.positions),
+        largest_logit_difference=bounded(trained.largest),
+        kl_from_base=bounded(bare.divergence / bare.positions),
+        scores=scores,
+    )

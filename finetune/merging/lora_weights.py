@@ -8,11 +8,8 @@ them; bitsandbytes quantizes and dequantizes each weight as loading does; PEFT m
 import copy
 import ctypes
 import gc
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import (
@@ -33,15 +29,9 @@ from transformers.pytorch_utils import Conv1D
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.hub import loading
 from finetune.common.run_folder import read_json
-from finetune.data.media import Limits
 from finetune.model import module_names
-from finetune.model.adapter import MERGED_FORMAT
-from finetune.model.asks import Ask
-from finetune.model.build import Parts
-from finetune.model.composite import compose
-from finetune.model.tokenize import answer_ends
+from finetune.recipe.schema import Llm
 
-SHARD_BYTES = 2 * 10**9
 GARBAGE_BYTES = 2**25
 LEAF = "leaf"
 PREFIX = "base_model.model."  # PEFT's, before the LLM's own names
@@ -91,23 +81,20 @@ def tensor_names(path: Path) -> list[str]:
         raise ArtifactError(f"{path} is damaged ({error}): train again, or copy it anew") from None
 
 
-def load_on_disk(llm: Mapping[str, Any], dtype: torch.dtype, scratch: Path) -> Any:
-    """The LLM with its weights left in its files; those that have to be converted lie in `scratch`. `llm`: the recipe's
-    `model.llm`. Raises ModelError.
-    """
-    name, own = llm["name"], {"trust_remote_code": llm["trust_remote_code"], "revision": llm["revision"]}
-    with loading(f"LLM {name!r}"):
+def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
+    """The LLM with its weights left in its files; those that have to be converted lie in `scratch`. Raises ModelError."""
+    options: dict[str, Any] = {"trust_remote_code": llm.trust_remote_code, "revision": llm.revision}
+    with loading(f"LLM {llm.name!r}"):
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(name, **own)
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=llm["trust_remote_code"])
+            config = AutoConfig.from_pretrained(llm.name, **options)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=llm.trust_remote_code)
         sizes = {
             block: sum(p.numel() for p in skeleton.get_submodule(block).parameters()) for block in blocks(skeleton)
         }
         # accelerate refuses to leave all of a model on disk.
         places = dict.fromkeys(sizes, "disk") | {min(sizes, key=lambda block: sizes[block]): "cpu"}
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=places, offload_folder=str(scratch), use_safetensors=True, **own
-        ).eval()
+        options |= {"device_map": places, "offload_folder": str(scratch), "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(llm.name, dtype=dtype, **options).eval()
 
 
 def weights_in(module: nn.Module) -> int:
@@ -121,44 +108,52 @@ def blocks(module: nn.Module, name: str = "") -> list[str]:
     return [found for child, inner in module.named_children() for found in blocks(inner, f"{name}.{child}".lstrip("."))]
 
 
-def quantized_modules(causal_lm: nn.Module) -> frozenset[str]:
-    """Names, without PEFT's, of the modules of which bitsandbytes holds the weights."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+@dataclass(frozen=True)
+class Quantization:
+    """`config`: transformers'; `modules`: names, without PEFT's, of the modules that bitsandbytes holds."""
 
-    return frozenset(
-        name.removesuffix(".base_layer")
-        for name, module in causal_lm.named_modules()
-        if isinstance(module, Linear4bit | Linear8bitLt)
-    )
+    config: Any
+    modules: frozenset[str]
+
+    @classmethod
+    def of(cls, causal_lm: nn.Module) -> "Quantization":
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+        names = frozenset(
+            name.removesuffix(".base_layer")
+            for name, module in causal_lm.named_modules()
+            if isinstance(module, Linear4bit | Linear8bitLt)
+        )
+        return cls(getattr(causal_lm.config, "quantization_config", None), names)
 
 
 def merged_tensors(
     llm: Any,
     dtype: torch.dtype,
     lora: LoraFile | None = None,
-    quantization: Any = None,
-    quantized: AbstractSet[str] = frozenset(),
+    quantization: Quantization | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the LLM's state, LoRA merged, in `dtype`, on the CPU; tied weights once.
 
-    `llm`: in memory, or by `load_on_disk`. `quantization`: what bitsandbytes does first to the modules `quantized`, to
-    be undone before LoRA is merged. Raises ArtifactError where a tensor of the adapter has no module.
+    `llm`: in memory, or by `load_on_disk`. `quantization`: its modules are quantized and dequantized before LoRA is
+    merged. Raises ArtifactError where a tensor of the adapter has no module.
     """
     names, tied = llm.state_dict().keys(), untied(llm, lora)
-    # {module: what the adapter's files call it}: transformers may have renamed it since.
-    targets = {now: then for then, now in lora.modules_of(llm).items()} if lora else {}
-    held = 0  # bytes of weights in PEFT's layers, which refer to each other and so outlive their use
+    # {module: its name in the adapter's file}: transformers may have renamed it since.
+    targets = {name: saved for saved, name in lora.modules_of(llm).items()} if lora else {}
+    garbage = 0  # bytes of weights in PEFT's layers, which refer to each other and so outlive their use
     for name, module in llm.named_modules():
-        if held > GARBAGE_BYTES:
+        if garbage > GARBAGE_BYTES:
             gc.collect()
-            held = 0
+            garbage = 0
         with align_module_device(module, torch.device("cpu")):
             own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
-            if name in targets or name in quantized:
+            quantized = quantization is not None and name in quantization.modules
+            if name in targets or quantized:
                 state = lora.of(targets[name]) if lora and name in targets else {}
-                how = quantization if name in quantized else None
-                own |= merged_module(name, module, own, dtype, state, lora.config if lora else None, how)
-                held += sum(tensor.nbytes for tensor in own.values())
+                config = quantization.config if quantization is not None and quantized else None
+                own |= merged_module(name, module, own, dtype, state, lora.config if lora else None, config)
+                garbage += sum(tensor.nbytes for tensor in own.values())
                 trim_memory()
             for inside, tensor in {**own, **dict(module.named_buffers(recurse=False))}.items():
                 full = f"{name}.{inside}".lstrip(".")
@@ -273,112 +268,3 @@ def into_dequantized(wrapped: Any, dtype: torch.dtype) -> Any:
     if report.unexpected_keys:
         raise MergeRefused(f"the adapter has tensors that the dequantized LLM lacks: {report.unexpected_keys[:3]}")
     return merged_whole(fresh).to(dtype)
-
-
-class Shards:
-    """Tensors to files of at most `limit` bytes, named as transformers names them once all are written."""
-
-    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
-        self.folder, self.limit = folder, limit
-        self.held: dict[str, Tensor] = {}
-        self.bytes = self.total = 0
-        self.files: list[tuple[Path, list[str]]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self.held and self.bytes + tensor.nbytes > self.limit:
-            self._write()
-        self.held[name] = tensor
-        self.bytes += tensor.nbytes
-        self.total += tensor.nbytes
-
-    def _write(self) -> None:
-        path = self.folder / f"shard-{len(self.files)}.safetensors"
-        try:
-            save_file(self.held, path, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{self.folder}: can't be written ({error}); make room, and merge again") from None
-        self.files.append((path, list(self.held)))
-        self.held, self.bytes = {}, 0
-
-    def close(self) -> None:
-        if self.held:
-            self._write()
-        if len(self.files) == 1:
-            os.replace(self.files[0][0], self.folder / "model.safetensors")
-            return
-        places: dict[str, str] = {}
-        for number, (path, names) in enumerate(self.files, 1):
-            final = f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
-            os.replace(path, self.folder / final)
-            places |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total}, "weight_map": places}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def write_merged(
-    folder: Path,
-    llm: Any,
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]],
-    dtype: torch.dtype,
-    *,
-    parts: Parts,
-    own: Mapping[str, Tensor],
-    asks: Mapping[str, Ask],
-    limits: Limits,
-    untie: bool = False,
-    limit: int | None = None,
-) -> None:
-    """One self-contained folder: weights of all parts, config with the encoders' preprocessing, tokenizer.
-
-    `tensors` gives the LLM's state, `own` is that of projectors, fusion and heads; `parts` holds the encoders as they
-    are saved. `untie`: the LLM's head is no longer its embeddings. `limit`: bytes of a file of weights.
-    """
-    if untie:
-        llm.config.tie_word_embeddings = False
-    for attribute in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(llm.config, attribute):
-            delattr(llm.config, attribute)
-    llm.config.dtype = dtype
-    whole = compose(
-        llm,
-        encoders=parts.encoders,
-        projectors=parts.projectors,
-        fusion=parts.fusion,
-        placeholder_ids={name: placeholder.id for name, placeholder in parts.placeholders.items()},
-        asks=asks,
-    )
-    whole.config.dtype = dtype
-    llm.config._name_or_path = elsewhere(llm.config._name_or_path)
-    for part in whole.config.parts["encoders"].values():
-        part["settings"] = elsewhere(part["settings"])
-    whole.config.parts["format"] = MERGED_FORMAT
-    whole.config.parts["media"] = asdict(limits)
-    encoders = {f"encoders.{name}": tensor for name, tensor in whole.encoders.state_dict().items()}
-    whole.save_pretrained(folder, state_dict={**own, **encoders})  # the LLM's follow, in a stream
-    shards = Shards(folder, limit or SHARD_BYTES)
-    for name, tensor in taken(folder):
-        shards.add(name, tensor)
-    for name, tensor in tensors():
-        shards.add(f"language_model.{name}", tensor)
-    shards.close()
-    generation = llm.generation_config
-    generation.eos_token_id = answer_ends(parts.tokenizer, generation)
-    generation.save_pretrained(folder)
-    parts.tokenizer.save_pretrained(folder)
-
-
-def elsewhere(value: Any) -> Any:
-    """A config in which folders of this machine are named by their last part: their place is nobody's business."""
-    if isinstance(value, dict):
-        return {key: elsewhere(inner) for key, inner in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def taken(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a folder's files of weights, which are removed."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        path.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)

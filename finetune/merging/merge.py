@@ -3,41 +3,37 @@ written to disk, read back and compared with what was trained; the closer one is
 just the base.
 """
 
-import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from finetune.common import certificate
+from finetune.common.certificate import Bounds, Certificate, LanguageModelFiles, Measures
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
-from finetune.common.registry import load_part
-from finetune.common.run_folder import RunFolder, read_json, refuse_several_processes, whole_folder, write_json
-from finetune.data.media import Limits
-from finetune.data.rows import Source, read_splits, some
-from finetune.data.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
-from finetune.evaluation.scores import known_asks
-from finetune.merging.candidates import Work, measured_on_disk, named
-from finetune.merging.compare import Compared
+from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder
+from finetune.data.rows import read_splits, subset
+from finetune.evaluation.scores import known_bindings
+from finetune.merging.candidates import MergeJob, Trained, dtype_name
+from finetune.merging.compare import Comparison
 from finetune.merging.lora_weights import LoraFile, tensor_names
-from finetune.model import adapter
-from finetune.model.build import load_parts
-from finetune.model.features import Features
+from finetune.model.adapter import AdapterManifest, saved_adapter
 from finetune.model.language_model import resolve_dtype
+from finetune.model.run import Run
 from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Llm, Recipe
 
-SAME = 1e-6  # nats: a merged model nearer than this to the LLM without adapter has learnt nothing
+SAME = 1e-6  # nats: a merged model nearer than this to the LLM without adapter has learned nothing
 PACKAGES = ("finetune", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
-def merge(run: Path | str) -> dict[str, Any]:
+def merge(run: Path | str) -> Certificate:
     """Merge a trained run; writes merged/ and certificate.json. Returns the certificate.
 
     Raises MergeRefused where the merged model differs from what was trained, or not from the base; ArtifactError where
@@ -48,206 +44,167 @@ def merge(run: Path | str) -> dict[str, Any]:
     fresh_memory()
     folder = RunFolder.open(Path(run), needs="adapter")
     recipe = load_recipe(folder.recipe)
-    return merge_plain(
-        folder,
-        sources=sources_of(recipe),
-        model=model_arguments(recipe),
-        adapter_options=adapter_options(recipe),
-        seed=recipe.seed,
-        cache_folder=cache_folder(recipe),
-        limits=limits_of(recipe),
-        split=recipe.evaluate.split,
-        max_new_tokens=recipe.evaluate.max_new_tokens,
-        batch=recipe.evaluate.batch,
-        **recipe.merge.model_dump(),
-    )
+    llm_files = checked_adapter(folder.adapter, recipe.model.llm)
+    lora = None
+    if recipe.adapter is not None:  # as it was trained, whatever the recipe says by now
+        lora = LoraFile(folder.adapter)
+        recipe = recipe.model_copy(update={"adapter": saved_adapter(folder.adapter)})
+    held_out = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes).of(recipe.evaluate.split)
+    samples = subset(held_out, recipe.merge.rows, recipe.seed)
+    if not samples:
+        raise DataError(f"no rows in split {recipe.evaluate.split!r} to compare the merged model on")
+    loaded = Run.load(folder, recipe, known_bindings(folder.adapter, samples, recipe.data))
+    answered = subset(samples, recipe.merge.rows_scored, recipe.seed) if recipe.merge.rows_scored else []
+    comparison = Comparison(loaded, samples, answered)
+    computed = loaded.components.dtype
+    dtype = computed if recipe.merge.dtype == "auto" else resolve_dtype(recipe.merge.dtype, loaded.components.device)
+    with whole_folder(folder.merged) as partial:
+        merged = merge_into(partial, MergeJob(loaded, lora, dtype), comparison, llm_files, len(held_out))
+    merged.write(folder.certificate)
+    show(merged, folder.merged)
+    return merged
 
 
-def merge_plain(
-    folder: RunFolder,
-    *,
-    sources: Sequence[Source],
-    model: Mapping[str, Any],
-    adapter_options: Mapping[str, Any] | None,
-    seed: int,
-    cache_folder: Path | None,
-    limits: Limits,
-    split: str,
-    max_new_tokens: int,
-    batch: int,
-    rows: int,
-    rows_scored: int,
-    dtype: str,
-    min_agreement: float,
-    max_kl: float,
-) -> dict[str, Any]:
-    """The same from plain values. `rows` held-out rows are compared, `rows_scored` of them answered; at least
-    `min_agreement` of next tokens must be equal, and the KL divergence be at most `max_kl` nats a token.
-    """
-    lora, base = checked_adapter(folder.adapter, model["llm"], adapter_options is not None)
-    if lora is not None:  # as it was trained, whatever the recipe says by now
-        adapter_options = adapter.options_of(read_json(folder.adapter / "adapter_config.json"))
-    held_out = read_splits(sources, seed)[split]
-    entries = some(held_out, rows, seed)
-    if not entries:
-        raise DataError(f"no rows in split {split!r} to compare the merged model on")
-    asks = known_asks(folder.adapter, entries, sources)
-    parts = load_parts(**model, seed=seed)
-    answered = some(entries, rows_scored, seed) if rows_scored else []
-    compared = Compared(entries, answered, sources, asks, parts, max_new_tokens=max_new_tokens, batch=batch)
-    work = Work(
-        folder.adapter,
-        lora,
-        model["llm"],
-        adapter_options,
-        seed,
-        asks,
-        parts,
-        limits,
-        resolve_dtype(dtype, parts.device) if dtype != "auto" else parts.dtype,
-    )
-    candidates = work.candidates()
-    with bar("merge", 1 + 2 * len(candidates)) as step, whole_folder(folder.merged) as partial:
-        trained = work.measured(compared, Features(parts.encoders, cache_folder, limits))
+def merge_into(
+    folder: Path, job: MergeJob, comparison: Comparison, llm_files: LanguageModelFiles, held_out: int
+) -> Certificate:
+    """Write and measure every candidate, keep the best in `folder`, with its certificate. `held_out`: rows in all."""
+    candidates = job.candidates
+    with bar("merge", 1 + 2 * len(candidates)) as step:
+        trained = job.measure_trained(comparison)
         step()
-        found: dict[str, dict[str, Any]] = {}
-        how: dict[str, str] = {}
-        for number, name in enumerate(candidates):
-            place, scratch = partial / f"candidate-{number}", partial / "scratch"
-            how[name] = work.write(place, scratch, trained, quantized=number == 1)
+        measures: dict[str, Measures] = {}
+        methods: dict[str, str] = {}
+        for number, candidate in enumerate(candidates):
+            place, scratch = folder / f"candidate-{number}", folder / "scratch"
+            methods[candidate.name] = job.write(place, scratch, trained, candidate)
             step()
-            found[name] = measured_on_disk(place, scratch, compared, trained, parts, limits)
+            measures[candidate.name] = job.measure(place, scratch, comparison, trained)
             shutil.rmtree(scratch, ignore_errors=True)
             step()
-        best, why = chosen(found)
-        settle(partial, candidates.index(best))
-        content = {
-            "format": certificate.FORMAT,
-            "merged_into": best,
-            "why": why,
-            "how": how[best],
-            "reference": work.reference,
-            "language_model": base,
-            "dtype": named(work.dtype),
-            "dtypes": work.dtypes(),
-            "rows": len(entries),
-            "rows_held_out": len(held_out),
-            "rows_scored": len(answered),
-            "positions": sum(len(row) for row in trained.tokens),
-            "media": compared.media,
-            "primary": {name: load_part("tasks", asks[name].task[0]).PRIMARY for name in dict.fromkeys(compared.names)},
-            "saved": found[best],
-            "candidates": found,
-            "trained": trained.measures,
-            "base": trained.base_measures,
-            "bounds": {
-                "min_agreement": min_agreement,
-                "max_kl": max_kl,
-                "min_kl_from_base": SAME if adapter_options else None,
-            },
-            "versions": {name: version(name) for name in PACKAGES},
-        }
-        refuse_unless_faithful(content)
-        content = finite(content) | {
-            "sha256": certificate.file_hashes(partial),
-            "adapter_sha256": certificate.file_hashes(folder.adapter),
-        }
-        write_json(partial / certificate.NAME, content)
-    write_json(folder.certificate, content)
-    tell(content, folder.merged)
-    return content
+    best, why = chosen(measures)
+    bounds = bounds_of(job.run.recipe)
+    refuse_unless_faithful(measures[best], trained, bounds)
+    keep_candidate(folder, [candidate.name for candidate in candidates].index(best))
+    merged = Certificate(
+        format=certificate.FORMAT,
+        merged_into=best,
+        why=why,
+        how=methods[best],
+        reference=job.reference,
+        language_model=llm_files,
+        dtype=dtype_name(job.dtype),
+        dtypes=job.dtypes,
+        rows=len(comparison.samples),
+        rows_held_out=held_out,
+        rows_scored=len(comparison.answered),
+        positions=trained.positions,
+        media=comparison.media,
+        primary=comparison.primary,
+        saved=measures[best],
+        candidates=measures,
+        trained=trained.measures,
+        base=trained.base_measures,
+        bounds=bounds,
+        versions={name: version(name) for name in PACKAGES},
+        sha256=certificate.file_hashes(folder),
+        adapter_sha256=certificate.file_hashes(job.run.folder.adapter),
+    )
+    merged.write(folder / certificate.NAME)
+    return merged
 
 
-def checked_adapter(folder: Path, llm: Mapping[str, Any], has_lora: bool) -> tuple[LoraFile | None, dict[str, Any]]:
-    """The adapter's LoRA, if it has any, and what its LLM is known by: name, revision, hashes of weights that lie here.
+def bounds_of(recipe: Recipe) -> Bounds:
+    return Bounds(
+        min_agreement=recipe.merge.min_agreement,
+        max_kl=recipe.merge.max_kl,
+        min_kl_from_base=SAME if recipe.adapter else None,
+    )
+
+
+def checked_adapter(folder: Path, llm: Llm) -> LanguageModelFiles:
+    """The LLM that the adapter was trained over: name, revision, hashes of weights that are local.
     Raises ArtifactError where files are missing or damaged, or where it was trained over another LLM than `llm`.
     """
-    content = read_json(folder / "multimodal.json")
-    known, name = content.get("language_model", {}), str(llm["name"])
-    here = Path(name).exists()  # a folder may have moved; a name of the Hub is the same everywhere
+    manifest = AdapterManifest.read(folder)
+    trained = manifest.model.llm
+    local = Path(llm.name).exists()  # a folder may have moved; a name of the Hub is the same everywhere
     same = {
-        "name": Path(name).name == Path(str(known.get("name"))).name if here else name == known.get("name"),
-        "quantize": llm["quantize"] == known.get("quantize"),
-        "revision": here or None in (llm["revision"], known.get("revision")) or llm["revision"] == known["revision"],
+        "name": Path(llm.name).name == Path(trained.name).name if local else llm.name == trained.name,
+        "quantize": llm.quantize == trained.quantize,
+        "revision": local or None in (llm.revision, trained.revision) or llm.revision == trained.revision,
     }
     if wrong := [key for key, equal in same.items() if not equal]:
-        then, now = (f" at {one['revision'][:12]}" if wrong == ["revision"] else "" for one in (known, llm))
+        commits = [f" at {(one.revision or '')[:12]}" if wrong == ["revision"] else "" for one in (trained, llm)]
         raise ArtifactError(
-            f"{folder}: trained over the LLM {known.get('name')!r}{then} ({known.get('quantize')}), but the run's "
-            f"recipe names {name!r}{now} ({llm['quantize']}): this adapter is another run's"
+            f"{folder}: trained over the LLM {trained.name!r}{commits[0]} ({trained.quantize}), but the run's recipe "
+            f"names {llm.name!r}{commits[1]} ({llm.quantize}): this adapter is another run's"
         )
-    before, found = content.get("language_model_sha256") or {}, certificate.weights_hashes(name)
-    if other := [file for file in before if here and before[file] != found.get(file)]:
+    hashes = certificate.weights_hashes(llm.name)
+    if changed := [file for file in manifest.llm_sha256 if local and manifest.llm_sha256[file] != hashes.get(file)]:
+        file = changed[0]
         raise ArtifactError(
-            f"{name}: {other[0]} isn't what the adapter was trained over (sha256 {found.get(other[0], 'none')[:12]}, "
-            f"then {before[other[0]][:12]}): put the LLM's files back, or train again"
+            f"{llm.name}: {file} isn't what the adapter was trained over (sha256 {hashes.get(file, 'none')[:12]}, then "
+            f"{manifest.llm_sha256[file][:12]}): put the LLM's files back, or train again"
         )
     tensor_names(folder / "projectors.safetensors")
-    base = {"name": Path(name).name if here else name, "revision": known.get("revision"), "sha256": found}
-    return LoraFile(folder) if has_lora else None, base
+    name = Path(llm.name).name if local else llm.name
+    return LanguageModelFiles(name=name, revision=trained.revision, sha256=hashes)
 
 
-def chosen(found: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+def chosen(measures: Mapping[str, Measures]) -> tuple[str, str]:
     """(the candidate that is kept, why)."""
-    first, *others = found
+    first, *others = measures
     if not others:
         return first, "the LLM was trained as it is, unquantized: there is no other"
-    best, other = sorted(found, key=lambda name: found[name]["kl"])
-    if found[first]["kl"] <= found[best]["kl"] + SAME:
+    best, other = sorted(measures, key=lambda name: measures[name].kl)
+    if measures[first].kl <= measures[best].kl + SAME:
         best, other = first, others[0]
-        if found[other]["kl"] <= found[best]["kl"] + SAME:
+        if measures[other].kl <= measures[best].kl + SAME:
             return best, f"both are within {SAME:g} nats of each other, and this is the LLM that was published"
-    kl, than = found[best]["kl"], found[other]["kl"]
+    kl, than = measures[best].kl, measures[other].kl
     return best, f"its KL divergence from what was trained is {kl:.2g} nats a token, that of {other} {than:.2g}"
 
 
-def settle(folder: Path, best: int) -> None:
-    """The files of candidate number `best` become the folder's, the other's go."""
-    for path in (folder / f"candidate-{best}").iterdir():
+def keep_candidate(folder: Path, number: int) -> None:
+    """The files of a candidate become the folder's, the others' go."""
+    for path in (folder / f"candidate-{number}").iterdir():
         os.replace(path, folder / path.name)
     for path in folder.glob("candidate-*"):
         shutil.rmtree(path)
 
 
-def refuse_unless_faithful(content: Mapping[str, Any]) -> None:
+def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds) -> None:
     """Raises MergeRefused where bounds are broken."""
-    saved, bounds = content["saved"], content["bounds"]
     advice = "Nothing was kept: serve the adapter, or use a wider merge.dtype"
-    if saved["agreement"] < bounds["min_agreement"]:
+    if saved.agreement < bounds.min_agreement:
         raise MergeRefused(
-            f"the merged model gives another next token than what was trained on {1 - saved['agreement']:.1%} of "
-            f"{content['positions']} positions (KL {saved['kl']:.2g}); merge.min_agreement is "
-            f"{bounds['min_agreement']:g}. {advice}"
+            f"the merged model gives another next token than what was trained on {1 - saved.agreement:.1%} of "
+            f"{trained.positions} positions (KL {saved.kl:.2g}); merge.min_agreement is {bounds.min_agreement:g}. "
+            f"{advice}"
         )
-    if saved["kl"] > bounds["max_kl"]:
+    if saved.kl > bounds.max_kl:
         raise MergeRefused(
-            f"the merged model's next tokens are {saved['kl']:.2g} nats from what was trained (KL divergence, mean of "
-            f"{content['positions']} positions); merge.max_kl is {bounds['max_kl']:g}. {advice}"
+            f"the merged model's next tokens are {saved.kl:.2g} nats from what was trained (KL divergence, mean of "
+            f"{trained.positions} positions); merge.max_kl is {bounds.max_kl:g}. {advice}"
         )
-    least = bounds["min_kl_from_base"]
+    least = bounds.min_kl_from_base
     if least is None:
         return
-    if content["trained"]["kl_from_base"] < least or saved["kl_from_base"] < least:
+    if trained.measures.kl_from_base < least or saved.kl_from_base < least:
         raise MergeRefused(
-            "the merged model equals the untrained LLM: the adapter has learnt nothing, or wasn't merged. "
+            "the merged model equals the untrained LLM: the adapter has learned nothing, or wasn't merged. "
             "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
         )
-    if saved["kl"] >= saved["kl_from_base"]:
+    if saved.kl >= saved.kl_from_base:
         raise MergeRefused(
-            f"the merged model is no nearer to what was trained (KL {saved['kl']:.2g}) than to the LLM without the "
-            f"adapter ({saved['kl_from_base']:.2g}): what the adapter has learnt is lost in rounding. {advice}"
+            f"the merged model is no nearer to what was trained (KL {saved.kl:.2g}) than to the LLM without the "
+            f"adapter ({saved.kl_from_base:.2g}): what the adapter has learned is lost in rounding. {advice}"
         )
 
 
-def finite(value: Any) -> Any:
-    """With None for what JSON can't hold."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def tell(content: Mapping[str, Any], folder: Path) -> None:
-    names, rows = certificate.cells(content)
+def show(merged: Certificate, folder: Path) -> None:
+    names, rows = certificate.cells(merged)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for row in rows:
@@ -255,9 +212,7 @@ def tell(content: Mapping[str, Any], folder: Path) -> None:
     for number, name in enumerate(names[1:], 1):
         table.add_row(escape(name), *(escape(row[number]) for row in rows))
     console.print(table)
-    saved = content["saved"]
     console.print(
-        f"merged into {content['merged_into']}: {saved['agreement']:.1%} of {content['positions']} next tokens as "
-        f"trained; {content['why']}; scores on {content['rows_scored']} of {content['rows_held_out']} held-out rows; "
-        f"{folder}"
+        f"merged into {merged.merged_into}: {merged.saved.agreement:.1%} of {merged.positions} next tokens as "
+        f"trained; {merged.why}; scores on {merged.rows_scored} of {merged.rows_held_out} held-out rows; {folder}"
     )

@@ -1,38 +1,38 @@
 """A model with all that answering needs: `finetune.load(folder)` gives one, `.answer("What is this?", image=...)`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from finetune.common.errors import DataError
-from finetune.common.registry import load_part
-from finetune.data.media import Limits
 from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
-from finetune.model.build import segments_by
+from finetune.model.bindings import TaskBinding
 from finetune.model.composite import MultimodalModel
-from finetune.model.features import encode_one, read_medium
+from finetune.model.features import MediaView, encode_one, read_medium
 from finetune.model.language_model import context_length
+from finetune.model.padding import left_padded
 from finetune.model.tokenize import Placeholder, answer_ends, answer_tokens, tokenize_prompt
+from finetune.recipe.schema import Limits
 
-Media = Path | str | Sequence[Path | str] | None
+MediaPaths = Path | str | Sequence[Path | str] | None
+Strength = float | Mapping[str, float] | None
 ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 
 
-@dataclass(frozen=True)
-class Look:
-    """How media are seen: the layout of one, and its features (S, L, W)."""
+class PromptBatch(NamedTuple):
+    """Prompts padded on the left: `input_ids` and `attention_mask` (B, T); `features` {medium: each (S, L, W)}."""
 
-    layout: Callable[[Medium], Layout]
-    features: Callable[[Medium], Tensor]
+    input_ids: Tensor
+    attention_mask: Tensor
+    features: dict[str, list[Tensor]]
 
 
 class Assistant:
-    """`encoders`: {name: Encoder}. `limits` bound what is decoded."""
+    """`encoders`: {medium: a built encoder}. `limits`: bounds of what is decoded."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class Assistant:
         self,
         prompt: str = "",
         *,
-        image: Media = None,
-        audio: Media = None,
-        video: Media = None,
-        strength: float | Mapping[str, float] | None = None,
+        image: MediaPaths = None,
+        audio: MediaPaths = None,
+        video: MediaPaths = None,
+        strength: Strength = None,
         max_new_tokens: int = 64,
     ) -> str:
-        """One question, after any number of pictures, recordings and videos, answered greedily.
+        """The greedy answer to one question about any number of pictures, recordings and videos.
 
         `strength`: factor of what media add to the text (cross-attention only), or one per medium; at 0 a medium isn't
         even mentioned, and the answer is that of the LLM (with its adapter) to the text alone.
@@ -72,21 +72,21 @@ class Assistant:
         conversations: Sequence[Sequence[Message]],
         *,
         max_new_tokens: int,
-        look: Look | None = None,
-        strength: float | Mapping[str, float] | None = None,
+        view: MediaView | None = None,
+        strength: Strength = None,
     ) -> list[str]:
         """Conversations that end on the user's turn -> the assistant's next turns, greedily, as one batch.
 
-        `look` gives media otherwise than by reading and encoding their files.
+        `view`: how media are shown; by default their files are read and encoded.
         """
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
-        weights = self.strengths(strength)
-        batch = self._batch(conversations, weights, look)
-        longest, context = batch["input_ids"].shape[1], context_length(self.model.causal_lm)
-        with self.weighing(weights):
+        strengths = self.strengths(strength)
+        batch = self._batch(conversations, strengths, view)
+        longest, context = batch.input_ids.shape[1], context_length(self.model.causal_lm)
+        with self.with_strengths(strengths):
             tokens = self.model.generate(
-                **batch,
+                **batch._asdict(),
                 max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
                 do_sample=False,
                 repetition_penalty=1.0,
@@ -100,41 +100,45 @@ class Assistant:
         prompt: str = "",
         *,
         task: str | None = None,
-        image: Media = None,
-        audio: Media = None,
-        video: Media = None,
+        image: MediaPaths = None,
+        audio: MediaPaths = None,
+        video: MediaPaths = None,
     ) -> dict[str, float]:
-        """The probability of each label that `task`, the name of what was trained, knows; it needn't be named where
-        only one task has labels. Raises DataError.
+        """The probability of each label of `task`, the name of a task binding; it needn't be named where only one has
+        labels. Raises DataError.
         """
-        said = self._ask_one(prompt, task, "labels", media_of(image=image, audio=audio, video=video))
-        return dict(said.probabilities or {})
+        labelled = [name for name, binding in self.model.bindings.items() if binding.settings.labels]
+        name = self._only(labelled, task, "labels")
+        media = media_of(image=image, audio=audio, video=video)
+        return dict(self.ask(name, [(Message("user", (*media, prompt)),)])[0].probabilities or {})
 
     def number(
         self,
         prompt: str = "",
         *,
         task: str | None = None,
-        image: Media = None,
-        audio: Media = None,
-        video: Media = None,
+        image: MediaPaths = None,
+        audio: MediaPaths = None,
+        video: MediaPaths = None,
     ) -> float:
-        """The number that `task`'s score head gives. As `probabilities`."""
-        said = self._ask_one(prompt, task, "deviation", media_of(image=image, audio=audio, video=video))
-        return float("nan") if said.number is None else said.number
+        """The number that the score head of `task` gives. As `probabilities`."""
+        numeric = [name for name, binding in self.model.bindings.items() if binding.settings.deviation is not None]
+        name = self._only(numeric, task, "a number")
+        media = media_of(image=image, audio=audio, video=video)
+        number = self.ask(name, [(Message("user", (*media, prompt)),)])[0].number
+        return float("nan") if number is None else number
 
-    def _ask_one(self, prompt: str, task: str | None, has: str, media: tuple[Medium, ...]) -> Answer:
-        names = [name for name, ask in self.model.asks.items() if has in ask.settings]
+    def _only(self, names: Sequence[str], task: str | None, answer: str) -> str:
+        """The task binding that is meant, among those with such an answer."""
         if task is None and len(names) != 1:
             raise DataError(f"name one with task=: {', '.join(names) or 'no task was trained with such a head'}")
         if task is not None and task not in names:
-            kind = "labels" if has == "labels" else "a number"
-            raise DataError(f"{task!r} isn't answered by {kind}; these are: {', '.join(names) or 'none'}")
-        return self.ask(task or names[0], [(Message("user", (*media, prompt)),)])[0]
+            raise DataError(f"{task!r} isn't answered by {answer}; these are: {', '.join(names) or 'none'}")
+        return task or names[0]
 
     def names_without_text(self) -> list[str]:
-        """What was trained to be answered otherwise than by free text."""
-        return [name for name, ask in self.model.asks.items() if ask.settings]
+        """Task bindings that are answered otherwise than by free text."""
+        return [name for name, binding in self.model.bindings.items() if not binding.writes_freely]
 
     def ask(
         self,
@@ -142,97 +146,98 @@ class Assistant:
         conversations: Sequence[Sequence[Message]],
         *,
         max_new_tokens: int = 64,
-        look: Look | None = None,
-        strength: float | Mapping[str, float] | None = None,
+        view: MediaView | None = None,
+        strength: Strength = None,
     ) -> list[Answer]:
-        """What the head that was trained for `name` says to conversations that end on the user's turn, as one batch:
-        text, the labels' probabilities, or a number. Raises DataError for a name that this model doesn't know.
+        """Answers of the task binding `name` to conversations that end on the user's turn, as one batch: text, the
+        labels' probabilities, or a number. Raises DataError for a name that this model doesn't have.
         """
-        if (found := self.model.asks.get(name)) is None:
-            there = ", ".join(self.model.asks)
-            raise DataError(f"this model knows no {name!r}; it was trained for {there}")
-        if not found.trained and "labels" not in found.settings:
-            written = self.answers(conversations, max_new_tokens=max_new_tokens, look=look, strength=strength)
-            return [Answer(text) for text in written]
-        weights = self.strengths(strength)
-        if found.trained:
-            with self.weighing(weights):
-                outputs = self.model.head_outputs(name, **self._batch(conversations, weights, look))
-            part = load_part("heads", found.head[0])
-            return [part.answer(row, found.settings, found.head[1]) for row in outputs.tolist()]
-        labels = found.settings["labels"]
+        binding = self.model.bindings.get(name)
+        if binding is None:
+            raise DataError(f"this model has no task {name!r}; it was trained for {', '.join(self.model.bindings)}")
+        if binding.writes_freely:
+            texts = self.answers(conversations, max_new_tokens=max_new_tokens, view=view, strength=strength)
+            return [Answer(text) for text in texts]
+        strengths = self.strengths(strength)
+        if binding.trained:
+            with self.with_strengths(strengths):
+                outputs = self.model.head_outputs(name, **self._batch(conversations, strengths, view)._asdict())
+            head = binding.head
+            return [head.module.answer(row, binding.settings, head.options) for row in outputs.tolist()]
+        return [self._likeliest(binding, conversation, strengths, view) for conversation in conversations]
+
+    def _likeliest(
+        self,
+        binding: TaskBinding,
+        conversation: Sequence[Message],
+        strengths: Mapping[str, float],
+        view: MediaView | None,
+    ) -> Answer:
+        """The label that the LLM most likely writes. One question at a time: its keys and values are copied for every
+        label that is read at once.
+        """
+        labels = binding.settings.labels
         answers = [answer_tokens(label, self.tokenizer) for label in labels]
-        longest, shares = max(map(len, answers)), self.model.shares_memory()
-        said: list[Answer] = []
-        for conversation in conversations:
-            # One question at a time: its keys and values are copied for every answer that is read at once.
-            batch = self._batch([conversation], weights, look, room=longest)
-            copies = max(1, ANSWER_TOKENS // (batch["input_ids"].shape[1] + longest)) if shares else len(labels)
-            with self.weighing(weights):
-                told = [
-                    self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch)
-                    for start in range(0, len(labels), copies)
-                ]
-            for row in torch.cat(told, 1).softmax(-1).tolist():
-                probabilities = dict(zip(labels, row, strict=True))
-                said.append(Answer(max(probabilities, key=lambda label: probabilities[label]), probabilities))
-        return said
+        longest = max(map(len, answers))
+        batch = self._batch([conversation], strengths, view, room=longest)
+        copies = len(labels)
+        if self.model.shares_memory():
+            copies = max(1, ANSWER_TOKENS // (batch.input_ids.shape[1] + longest))
+        with self.with_strengths(strengths):
+            log_probabilities = [
+                self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch._asdict())
+                for start in range(0, len(labels), copies)
+            ]
+        shares = torch.cat(log_probabilities, 1)[0].softmax(-1).tolist()
+        probabilities = dict(zip(labels, shares, strict=True))
+        return Answer(max(probabilities, key=lambda label: probabilities[label]), probabilities)
 
     def _batch(
         self,
         conversations: Sequence[Sequence[Message]],
-        weights: Mapping[str, float],
-        look: Look | None,
+        strengths: Mapping[str, float],
+        view: MediaView | None,
         room: int = 0,
-    ) -> dict[str, Any]:
-        """Conversations as a batch padded on the left: `input_ids`, `attention_mask`, `features`. The LLM must have
-        room for as many tokens more. Raises DataError.
-        """
-        conversations = [
-            without_kinds(messages, [kind for kind in weights if weights[kind] == 0]) for messages in conversations
-        ]
-        look = look or self._reading()
-        segments = segments_by(self.model.config, look.layout)
+    ) -> PromptBatch:
+        """Conversations as a batch, after which the LLM must have room for `room` tokens. Raises DataError."""
+        absent = [kind for kind, strength in strengths.items() if strength == 0]
+        conversations = [without_kinds(messages, absent) for messages in conversations]
+        view = view or FileView(self.encoders, self.limits)
+        segments = self.model.composition.placement.segments_by(view.layout)
         prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        context = context_length(self.model.causal_lm)
-        if context and longest + room >= context:
-            raise DataError(f"a prompt of {longest} tokens, but the LLM reads {context}: fewer media, or shorter text")
         device = self.model.get_input_embeddings().weight.device
-        padding = [longest - len(prompt.input_ids) for prompt in prompts]
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor(
-            [[pad] * n + p.input_ids for n, p in zip(padding, prompts, strict=True)], device=device
-        )
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
-        media: dict[str, list[Tensor]] = {}
+        input_ids, mask = left_padded([p.input_ids for p in prompts], self.tokenizer.pad_token_id, device)
+        context = context_length(self.model.causal_lm)
+        if context and input_ids.shape[1] + room >= context:
+            raise DataError(
+                f"a prompt of {input_ids.shape[1]} tokens, but the LLM reads {context}: fewer media, or shorter text"
+            )
+        features: dict[str, list[Tensor]] = {}
         for prompt in prompts:
             for medium in prompt.media:
-                media.setdefault(medium.kind, []).append(look.features(medium))
-        return {"input_ids": input_ids, "attention_mask": mask, "features": media}
+                features.setdefault(medium.kind, []).append(view.features(medium))
+        return PromptBatch(input_ids, mask, features)
 
-    def strengths(
-        self, strength: float | Mapping[str, float] | None, own: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
-        """What each medium is to weigh: as asked, else `own`, by default as the model has it now; {} where the fusion
-        knows none.
+    def strengths(self, strength: Strength, defaults: Mapping[str, float] | None = None) -> dict[str, float]:
+        """The strength of each medium: as asked, else of `defaults`, else as the model has it now; {} where the fusion
+        has none. Raises DataError.
         """
-        own = self.model.fusion.strength if own is None else own
+        defaults = self.model.fusion.strength if defaults is None else defaults
         if strength is None:
-            return dict(own or {})
-        if own is None:
-            kind = self.model.config.parts["fusion"]["kind"]
+            return dict(defaults or {})
+        if defaults is None:
+            kind = self.model.composition.fusion.kind
             raise DataError(f"strength is for models with cross-attention; this one's fusion is {kind!r}")
-        given = dict.fromkeys(own, strength) if isinstance(strength, float | int) else strength
-        if unknown := sorted(given.keys() - own.keys()):
-            raise DataError(f"strength of {unknown[0]!r}: this model takes {', '.join(own)}")
-        if wrong := [f"{value:g}" for value in given.values() if not 0 <= value < float("inf")]:
+        chosen = dict.fromkeys(defaults, strength) if isinstance(strength, float | int) else strength
+        if unknown := sorted(chosen.keys() - defaults.keys()):
+            raise DataError(f"strength of {unknown[0]!r}: this model takes {', '.join(defaults)}")
+        if wrong := [f"{value:g}" for value in chosen.values() if not 0 <= value < float("inf")]:
             raise DataError(f"strength is {wrong[0]}; write 0 or more, 1 as trained")
-        return {**own, **given}
+        return {**defaults, **chosen}
 
     @contextmanager
-    def weighing(self, strengths: Mapping[str, float]) -> Iterator[None]:
-        """Media weigh this much for the time being."""
+    def with_strengths(self, strengths: Mapping[str, float]) -> Iterator[None]:
+        """Media have these strengths inside the block."""
         fusion = self.model.fusion
         before = dict(fusion.strength or {})
         if strengths:
@@ -243,21 +248,26 @@ class Assistant:
             if strengths:
                 fusion.strength.update(before)
 
-    def _reading(self) -> Look:
-        """Each file is read once, for its length and for its features."""
-        ready: dict[Medium, Prepared] = {}
 
-        def prepared(medium: Medium) -> Prepared:
-            if medium.kind not in self.encoders:
-                raise DataError(f"this model takes {', '.join(self.encoders) or 'text only'}, not {medium.kind}")
-            if medium not in ready:
-                ready[medium] = read_medium(self.encoders[medium.kind], medium.kind, medium.path, self.limits)
-            return ready[medium]
+class FileView:
+    """Media from their files, each read once, for its layout and for its features."""
 
-        return Look(
-            lambda medium: prepared(medium).layout,
-            lambda medium: encode_one(self.encoders[medium.kind], prepared(medium)),
-        )
+    def __init__(self, encoders: Mapping[str, Any], limits: Limits) -> None:
+        self.encoders, self.limits = encoders, limits
+        self._prepared: dict[Medium, Prepared] = {}
+
+    def layout(self, medium: Medium) -> Layout:
+        return self._read(medium).layout
+
+    def features(self, medium: Medium) -> Tensor:
+        return encode_one(self.encoders[medium.kind], self._read(medium))
+
+    def _read(self, medium: Medium) -> Prepared:
+        if medium.kind not in self.encoders:
+            raise DataError(f"this model takes {', '.join(self.encoders) or 'text only'}, not {medium.kind}")
+        if medium not in self._prepared:
+            self._prepared[medium] = read_medium(self.encoders[medium.kind], medium, self.limits)
+        return self._prepared[medium]
 
 
 def without_kinds(messages: Sequence[Message], kinds: Sequence[str]) -> list[Message]:
@@ -268,12 +278,12 @@ def without_kinds(messages: Sequence[Message], kinds: Sequence[str]) -> list[Mes
     ]
 
 
-def media_of(**given: Media) -> tuple[Medium, ...]:
+def media_of(**paths_by_kind: MediaPaths) -> tuple[Medium, ...]:
     """Media by kind, each a path or several, in the order of the kinds. Raises DataError for anything else."""
-    found: list[Medium] = []
-    for kind, paths in given.items():
+    media: list[Medium] = []
+    for kind, paths in paths_by_kind.items():
         several = [paths] if isinstance(paths, str | Path) else [] if paths is None else paths
         if not isinstance(several, list | tuple) or not all(isinstance(path, str | Path) for path in several):
             raise DataError(f"{kind}: give a file's path or a list of them, not a {type(paths).__name__}")
-        found += [Medium(kind, Path(path)) for path in several]
-    return tuple(found)
+        media += [Medium(kind, Path(path)) for path in several]
+    return tuple(media)

@@ -22,20 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.common.errors import ModelError
-from finetune.common.registry import load_part, part_from
-from finetune.data.sample import Layout
-from finetune.model.asks import Ask
+from finetune.common.registry import kind_of, load_part
+from finetune.model.bindings import TaskBinding
+from finetune.model.composition import Composition, SavedEncoder, SavedProjector
 from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
+from finetune.recipe.parts import FusionPart, ProjectorPart
 
-PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
+Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
 
 
 class MultimodalConfig(PreTrainedConfig):
-    """`text_config`: the LLM's. `parts`: {"encoders": {name: {kind, settings}}, "projectors": {name: {kind, options,
-    width_in}}, "fusion": {kind, options}, "placeholders": {name: token id}, "asks": {name: an `Ask`, saved}}, and in
-    merged folders "media": the bounds of what is decoded.
-    """
+    """`text_config`: the LLM's. `parts`: a `Composition` as JSON."""
 
     model_type = "finetune_multimodal"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
@@ -47,7 +45,7 @@ class MultimodalConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         # Only now: the base class hands its own (unset) attention implementation down to every sub-config it finds.
         self.text_config = text_config
-        self.parts = parts or {"encoders": {}, "projectors": {}, "fusion": {}, "placeholders": {}, "asks": {}}
+        self.parts = parts or Composition().model_dump(mode="json")
 
 
 class MultimodalModel(PreTrainedModel):
@@ -75,36 +73,31 @@ class MultimodalModel(PreTrainedModel):
     ) -> None:
         """From parts in memory (`compose`), or from the config alone, with weights still to be loaded."""
         super().__init__(config)
-        parts = config.parts
+        self.composition = Composition.model_validate(config.parts)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         if encoders is None:
             encoders = {
-                name: load_part("encoders", part["kind"]).restore(part["settings"], torch.get_default_dtype())
-                for name, part in parts["encoders"].items()
+                name: load_part("encoders", saved.kind).restore(saved.settings, torch.get_default_dtype())
+                for name, saved in self.composition.encoders.items()
             }
         self.language_model = language_model
         self.encoders = nn.ModuleDict({name: encoder.module for name, encoder in encoders.items()})
         self.encoder_parts = dict(encoders)
         width = config.text_config.hidden_size
-        self.projectors = nn.ModuleDict()
-        for name, part in parts["projectors"].items():
-            kind, options = part_from("projectors", part)
-            with torch.device(next(language_model.parameters()).device):
-                self.projectors[name] = load_part("projectors", kind).build(part["width_in"], width, options).float()
-        kind, options = part_from("fusion", parts["fusion"])
         with torch.device(next(language_model.parameters()).device):
-            self.fusion = (
-                load_part("fusion", kind).build(config.text_config, tuple(parts["projectors"]), options).float()
+            self.projectors = nn.ModuleDict(
+                {name: saved.part.build(saved.width_in, width) for name, saved in self.composition.projectors.items()}
+            )
+            self.fusion = self.composition.fusion.build(config.text_config, tuple(self.composition.projectors))
+            self.heads = nn.ModuleDict(
+                {
+                    name: binding.head.module.build(width, binding.settings, binding.head.options).float()
+                    for name, binding in self.bindings.items()
+                    if binding.trained
+                }
             )
         self.fusion.attach(decoder_layers(self.causal_lm))
-        self.asks = {name: Ask.restore(saved) for name, saved in parts.get("asks", {}).items()}
-        self.heads = nn.ModuleDict()
-        for name, ask in self.asks.items():
-            if ask.trained:
-                with torch.device(next(language_model.parameters()).device):
-                    head = load_part("heads", ask.head[0]).build(width, ask.settings, ask.head[1])
-                self.heads[name] = head.float()
         self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
         self._shares_memory: bool | None = None
@@ -121,6 +114,11 @@ class MultimodalModel(PreTrainedModel):
     def init_weights(self) -> None:
         """Parts come with their weights, or are initialised by their own builders; only ties are made here."""
         self.tie_weights(recompute_mapping=False)
+
+    @property
+    def bindings(self) -> dict[str, TaskBinding]:
+        """What the model was trained for, by name."""
+        return self.composition.bindings
 
     @property
     def causal_lm(self) -> Any:
@@ -174,8 +172,8 @@ class MultimodalModel(PreTrainedModel):
     def embed(
         self,
         input_ids: Tensor,
-        features: Mapping[str, Sequence[Tensor]] | None = None,
-        media: Mapping[str, Sequence[Tensor]] | None = None,
+        features: Tensors | None = None,
+        media: Tensors | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) with features, or with prepared media that are encoded here -> embeddings (B, T, D).
@@ -183,19 +181,18 @@ class MultimodalModel(PreTrainedModel):
         Where `position_ids` restart, another sample begins. Raises ModelError where placeholders and projected rows
         differ in number.
         """
-        placeholder_ids = self.config.parts["placeholders"]
+        placeholder_ids = self.composition.placeholders
         is_medium = {name: input_ids == placeholder_ids[name] for name in self.projectors}
         text = input_ids
         for mask in is_medium.values():  # placeholder ids may lie behind the LLM's table: they're never looked up
             text = text.masked_fill(mask, 0)
-        kind, options = part_from("fusion", self.config.parts["fusion"])
         projected: dict[str, Projected] = {}
         for name, mask in is_medium.items():
-            found = list((features or {}).get(name, ()))
-            if not found and media and media.get(name):
-                found = self.encode(name, media[name])
-            rows, lengths = self.project(name, found)
-            expected = sum(load_part("fusion", kind).placeholders(length, options) for length in lengths)
+            encoded = list((features or {}).get(name, ()))
+            if not encoded and media and media.get(name):
+                encoded = self.encode(name, media[name])
+            rows, lengths = self.project(name, encoded)
+            expected = sum(self.composition.fusion.placeholders(length) for length in lengths)
             if expected != int(mask.sum()):
                 raise ModelError(
                     f"{int(mask.sum())} {name} placeholders in the text, but the media take {expected} "
@@ -208,8 +205,8 @@ class MultimodalModel(PreTrainedModel):
     def backbone(
         self,
         input_ids: Tensor,
-        features: Mapping[str, Sequence[Tensor]] | None = None,
-        media: Mapping[str, Sequence[Tensor]] | None = None,
+        features: Tensors | None = None,
+        media: Tensors | None = None,
         label_rows: Tensor | None = None,
         head_rows: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
@@ -231,8 +228,8 @@ class MultimodalModel(PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
-        features: Mapping[str, Sequence[Tensor]] | None = None,
-        media: Mapping[str, Sequence[Tensor]] | None = None,
+        features: Tensors | None = None,
+        media: Tensors | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
@@ -247,8 +244,8 @@ class MultimodalModel(PreTrainedModel):
         """
         if teacher is not None:
             student = {"input_ids": input_ids, "features": features, "media": media, "attention_mask": attention_mask}
-            kept = {"position_ids": position_ids, "label_rows": kwargs["label_rows"]}
-            return self.imitate(student | kept, teacher, temperature)
+            student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"]}
+            return self.imitate(student, teacher, temperature)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learnt
             kwargs.pop(name, None)
         if position_ids is not None:
@@ -259,7 +256,7 @@ class MultimodalModel(PreTrainedModel):
         return outputs
 
     def imitate(self, student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> dict[str, Tensor]:
-        """How far the LLM that is given media is from the LLM that is given their text, where the answers stand.
+        """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers.
 
         `student`, `teacher`: keywords of `forward`, with as many `label_rows` (K,) each; the teacher without adapter.
         Returns `loss`, the KL divergence of next-token distributions softened by `temperature`, summed over K
@@ -268,15 +265,15 @@ class MultimodalModel(PreTrainedModel):
         """
         training = self.training
         with torch.no_grad(), without_adapter(self.language_model):
-            wanted = self.eval()._label_logits(**teacher)
-        given = self.train(training)._label_logits(**student)
+            target = self.eval()._label_logits(**teacher)
+        logits = self.train(training)._label_logits(**student)
         loss = functional.kl_div(
-            (given / temperature).log_softmax(-1),
-            (wanted / temperature).log_softmax(-1),
+            (logits / temperature).log_softmax(-1),
+            (target / temperature).log_softmax(-1),
             log_target=True,
             reduction="sum",
         )
-        return {"loss": loss, "agreement": (given.argmax(-1) == wanted.argmax(-1)).sum()}
+        return {"loss": loss, "agreement": (logits.argmax(-1) == target.argmax(-1)).sum()}
 
     def _label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
         """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learnt token."""
@@ -287,7 +284,7 @@ class MultimodalModel(PreTrainedModel):
 
     @torch.no_grad()
     def head_outputs(self, name: str, input_ids: Tensor, attention_mask: Tensor, features: Any = None) -> Tensor:
-        """Questions (B, T), padded on the left -> what head `name` makes of their last states (B, outputs)."""
+        """Questions (B, T), padded on the left -> outputs of head `name` at their last states (B, outputs)."""
         last = torch.arange(1, len(input_ids) + 1, device=input_ids.device) * input_ids.shape[1] - 1
         rows = {other: last if other == name else last[:0] for other in self.heads}
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -306,14 +303,14 @@ class MultimodalModel(PreTrainedModel):
     def answer_log_probabilities(
         self, input_ids: Tensor, attention_mask: Tensor, answers: Sequence[Sequence[int]], features: Any = None
     ) -> Tensor:
-        """How likely each of A answers, as token ids, follows each question (B, T), padded on the left: (B, A), nats.
+        """Log-probabilities (B, A), in nats, of A answers (token ids) to B questions (B, T), padded on the left.
 
         The question is read once, and its keys and values are shared by all answers; LLMs with another memory than keys
         and values (Mamba, RWKV, hybrids) take one question, and read it once an answer.
         """
         if not self.shares_memory():
             if len(input_ids) > 1:
-                raise ModelError("this LLM remembers a question otherwise than by keys and values: ask one at a time")
+                raise ModelError("this LLM's memory isn't keys and values alone: pass one question at a time")
             return self._answers_in_full(input_ids[0], answers, features)
         device, count, batch = input_ids.device, len(answers), len(input_ids)
         longest = max(len(answer) for answer in answers)
@@ -341,12 +338,12 @@ class MultimodalModel(PreTrainedModel):
         ).logits
         self._forget()
         logits = torch.cat([first.repeat_interleave(count, 0), logits[:, :-1]], 1).float()
-        told = logits.log_softmax(-1).gather(-1, ids.repeat(batch, 1)[..., None])[..., 0]
-        return (told * real.repeat(batch, 1)).sum(-1).view(batch, count)
+        log_probabilities = logits.log_softmax(-1).gather(-1, ids.repeat(batch, 1)[..., None])[..., 0]
+        return (log_probabilities * real.repeat(batch, 1)).sum(-1).view(batch, count)
 
     @torch.no_grad()
     def shares_memory(self) -> bool:
-        """Whether what the LLM remembers of a question are keys and values alone, which several answers can share."""
+        """Whether the LLM's memory of a question is keys and values alone, which several answers can share."""
         if self._shares_memory is None:
             self._shares_memory = self._tried_sharing()
         return self._shares_memory
@@ -361,14 +358,14 @@ class MultimodalModel(PreTrainedModel):
 
     def _answers_in_full(self, question: Tensor, answers: Sequence[Sequence[int]], features: Any) -> Tensor:
         """Of one question (T,), read once for each of A answers -> (1, A)."""
-        told = []
+        sums = []
         for answer in answers:
             tokens = torch.tensor(answer, device=question.device)
             whole = torch.cat([question, tokens])[None]
             logits = self.forward(whole, features, attention_mask=torch.ones_like(whole), use_cache=False).logits
-            chances = logits[0, len(question) - 1 : -1].float().log_softmax(-1)
-            told.append(chances.gather(-1, tokens[:, None]).sum())
-        return torch.stack(told)[None]
+            log_probabilities = logits[0, len(question) - 1 : -1].float().log_softmax(-1)
+            sums.append(log_probabilities.gather(-1, tokens[:, None]).sum())
+        return torch.stack(sums)[None]
 
     def _at(self, position_ids: Tensor) -> dict[str, Any]:
         """Position ids for LLMs that take them: others (ALiBi) tell positions from the mask."""
@@ -379,8 +376,8 @@ class MultimodalModel(PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        features: Mapping[str, Sequence[Tensor]] | None = None,
-        media: Mapping[str, Sequence[Tensor]] | None = None,
+        features: Tensors | None = None,
+        media: Tensors | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T')."""
@@ -408,56 +405,35 @@ def encode_all(encoder: Any, media: Sequence[Tensor], batch: int) -> list[Tensor
     return features
 
 
-def segments_of(config: MultimodalConfig, name: str, layout: Layout) -> list[tuple[str, int]]:
-    """(mark, placeholder tokens) of each segment of a medium: known before the model runs."""
-    count = placeholder_count(config, name, layout.rows)
-    return [(mark, count) for mark in layout.marks]
-
-
-def placeholder_count(config: MultimodalConfig, name: str, rows: int) -> int:
-    """Placeholder tokens for a segment of `rows` rows of features of encoder `name`."""
-    projector, projector_options = part_from("projectors", config.parts["projectors"][name])
-    fusion, fusion_options = part_from("fusion", config.parts["fusion"])
-    try:
-        rows = load_part("projectors", projector).length(rows, projector_options)
-    except ModelError as error:
-        raise ModelError(f"model.projectors.{name}: {error}") from None
-    return load_part("fusion", fusion).placeholders(rows, fusion_options)
-
-
 def compose(
     language_model: PreTrainedModel,
     *,
-    encoders: Mapping[str, tuple[str, Any]],
-    projectors: Mapping[str, tuple[str, Any]],
-    fusion: tuple[str, Any],
+    encoders: Mapping[str, Any],
+    projectors: Mapping[str, ProjectorPart],
+    fusion: FusionPart,
     placeholder_ids: Mapping[str, int],
-    asks: Mapping[str, Ask] | None = None,
+    bindings: Mapping[str, TaskBinding] | None = None,
     with_encoders: bool = True,
 ) -> MultimodalModel:
-    """Put parts together. `encoders`: {name: (kind, Encoder)}; `projectors`, `fusion`: (kind, Options).
+    """Put components together. `encoders`: {medium: a built encoder}.
 
-    `with_encoders=False` leaves the encoders' weights out: then only features are taken.
+    `with_encoders=False` leaves the encoders' weights out: the model then only takes features.
     Raises ModelError where a projector can't take what its encoder gives.
     """
-    config = MultimodalConfig(
-        text_config=language_model.config,
-        parts={
-            "encoders": {name: {"kind": kind, "settings": e.settings()} for name, (kind, e) in encoders.items()},
-            "projectors": {
-                name: {"kind": kind, "options": options.model_dump(), "width_in": encoders[name][1].width}
-                for name, (kind, options) in projectors.items()
-            },
-            "fusion": {"kind": fusion[0], "options": fusion[1].model_dump()},
-            "placeholders": dict(placeholder_ids),
-            "asks": {name: ask.save() for name, ask in (asks or {}).items()},
+    composition = Composition(
+        encoders={name: SavedEncoder(kind=kind_of(e), settings=e.settings()) for name, e in encoders.items()},
+        projectors={
+            name: SavedProjector(part=part, width_in=encoders[name].width) for name, part in projectors.items()
         },
+        fusion=fusion,
+        placeholders=dict(placeholder_ids),
+        bindings=dict(bindings or {}),
     )
-    for name, (_, encoder) in encoders.items():
+    for name, encoder in encoders.items():
         if encoder.layout is not None:
-            placeholder_count(config, name, encoder.layout.rows)
-    kept = {name: encoder for name, (_, encoder) in encoders.items()} if with_encoders else {}
-    return MultimodalModel(config, language_model, kept)
+            composition.placement.tokens(name, encoder.layout.rows)
+    config = MultimodalConfig(text_config=language_model.config, parts=composition.model_dump(mode="json"))
+    return MultimodalModel(config, language_model, encoders if with_encoders else {})
 
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig)

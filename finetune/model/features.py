@@ -4,18 +4,27 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetune.common.errors import DataError
-from finetune.data.media import Limits, decode, decoding
-from finetune.data.rows import listed
-from finetune.data.sample import Layout, Medium, Prepared, media_key
+from finetune.data.media import decode, decoding
+from finetune.data.rows import error_list
+from finetune.data.sample import Layout, Medium, Prepared
 from finetune.model.composite import encode_all
 from finetune.model.feature_store import FeatureStore
+from finetune.recipe.schema import Limits
+
+
+class MediaView(Protocol):
+    """How media are shown to a model: the layout of one, and its features (S, L, W)."""
+
+    def layout(self, medium: Medium) -> Layout: ...
+
+    def features(self, medium: Medium) -> Tensor: ...
 
 
 def encode_one(encoder: Any, prepared: Prepared) -> Tensor:
@@ -24,9 +33,9 @@ def encode_one(encoder: Any, prepared: Prepared) -> Tensor:
         return encoder.encode(prepared.values[None])[0]
 
 
-def read_medium(encoder: Any, kind: str, path: Path, limits: Limits, where: str = "") -> Prepared:
-    """A file, decoded within limits and as its encoder takes it. Raises MediaError."""
-    return encoder.prepare(decode(kind, path, where=where, limits=limits, **encoder.sampling))
+def read_medium(encoder: Any, medium: Medium, limits: Limits) -> Prepared:
+    """A file, decoded within limits and prepared for its encoder. Raises MediaError."""
+    return encoder.prepare(decode(medium.kind, medium.path, where=medium.place, limits=limits, **encoder.sampling))
 
 
 def features_key(kind: str, encoder: Any) -> str:
@@ -35,40 +44,31 @@ def features_key(kind: str, encoder: Any) -> str:
 
 
 class Features:
-    """Media to features, through the cache where there is one. Keeps the seconds spent in decoding and encoding."""
+    """The media's own features, through the cache where there is one. Counts seconds spent decoding and encoding.
 
-    def __init__(
-        self, encoders: Mapping[str, tuple[str, Any]], cache_folder: Path | None, limits: Limits | None = None
-    ) -> None:
-        self.encoders = {name: encoder for name, (_, encoder) in encoders.items()}
+    `encoders`: {medium: a built encoder}.
+    """
+
+    def __init__(self, encoders: Mapping[str, Any], cache_folder: Path | None, limits: Limits | None = None) -> None:
+        self.encoders = dict(encoders)
         self.stores = (
             {name: FeatureStore(cache_folder, features_key(name, e)) for name, e in self.encoders.items()}
             if cache_folder
             else {}
         )
         self.limits = limits or Limits()
-        self.paths: dict[str, Path] = {}
-        self.where: dict[str, str] = {}
-        self.layouts: dict[tuple[str, str], Layout] = {}
         self.seconds = {"decode": 0.0, "encode": 0.0}
+        self._layouts: dict[Medium, Layout] = {}
 
     def refresh(self) -> None:
-        """See what another process has put into the cache."""
+        """Read the index again: another process may have filled the cache."""
         for store in self.stores.values():
             store.refresh()
 
-    def key(self, medium: Medium, where: str = "") -> str:
-        """The medium's name in cache and batches; `where` (file and row) is told if it can't be decoded."""
-        key = media_key(medium)
-        self.paths[key] = medium.path
-        if where:
-            self.where.setdefault(key, f"{where}: {medium.path}")
-        return key
-
-    def prepared(self, kind: str, key: str) -> Prepared:
-        """Decoded and preprocessed, as the encoder takes it, without batch axis."""
+    def prepared(self, medium: Medium) -> Prepared:
+        """Decoded and preprocessed for its encoder, without batch axis."""
         begin = perf_counter()
-        prepared = read_medium(self.encoders[kind], kind, self.paths[key], self.limits, self.where.get(key, ""))
+        prepared = read_medium(self.encoders[medium.kind], medium, self.limits)
         self.seconds["decode"] += perf_counter() - begin
         return prepared
 
@@ -76,20 +76,19 @@ class Features:
         """Known without decoding where it is the same for all media, or in the cache."""
         if (always := self.encoders[medium.kind].layout) is not None:
             return always
-        key = self.key(medium)
         store = self.stores.get(medium.kind)
-        if store is not None and not store.missing([key]):
-            return store.layout(key)
-        if (medium.kind, key) not in self.layouts:
-            self.layouts[medium.kind, key] = self.prepared(medium.kind, key).layout
-        return self.layouts[medium.kind, key]
+        if store is not None and not store.missing([medium.key]):
+            return store.layout(medium.key)
+        if medium not in self._layouts:
+            self._layouts[medium] = self.prepared(medium).layout
+        return self._layouts[medium]
 
-    def features(self, kind: str, key: str) -> Tensor:
+    def features(self, medium: Medium) -> Tensor:
         """(S, L, W): from the cache, or computed now."""
-        store = self.stores.get(kind)
-        if store is None or store.missing([key]):
-            return self.compute(kind, [self.prepared(kind, key)])[0]
-        return store.read(key)
+        store = self.stores.get(medium.kind)
+        if store is None or store.missing([medium.key]):
+            return self.compute(medium.kind, [self.prepared(medium)])[0]
+        return store.read(medium.key)
 
     def compute(self, kind: str, prepared: Sequence[Prepared], batch: int = 1) -> list[Tensor]:
         """Features of prepared media, up to `batch` of the same shape at once."""
@@ -101,52 +100,61 @@ class Features:
         self.seconds["encode"] += perf_counter() - begin
         return features
 
-    def fill(self, kind: str, keys: Sequence[str], done: Callable[[], None], batch: int = 1, workers: int = 0) -> None:
-        """Compute what the cache lacks, `batch` media at once, decoded in `workers` processes.
+    def fill(self, media: Sequence[Medium], done: Callable[[], None], batch: int = 1, workers: int = 0) -> None:
+        """Compute and keep the features of media of one kind, `batch` at once, decoded in `workers` processes.
 
-        Raises DataError with all media that can't be used; what the others gave is kept.
+        Raises DataError with all media that can't be used; the features of the others are kept.
         """
+        kind = media[0].kind
         wrong: list[str] = []
 
         def computed() -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
-            ready: list[tuple[str, Prepared]] = []
-            decoding: Any = _Decoding(self, kind, keys)
-            loader: Any = DataLoader(decoding, batch_size=None, num_workers=workers)
-            for number, (key, prepared, error) in enumerate(loader):
-                if error:
-                    wrong.append(error)
+            waiting: list[tuple[Medium, Prepared]] = []
+            loader: Any = DataLoader(_Decoding(self, media), batch_size=None, num_workers=workers)
+            for decoded in loader:
+                if decoded.prepared is None:
+                    wrong.append(decoded.error)
                 else:
-                    ready.append((key, prepared))
-                if ready and (len(ready) == batch or number == len(keys) - 1):
-                    features = self.compute(kind, [one for _, one in ready], batch)
-                    for (key, one), found in zip(ready, features, strict=True):
-                        yield key, found, one.layout.marks
-                    ready.clear()
+                    waiting.append((media[decoded.number], decoded.prepared))
+                if waiting and (len(waiting) == batch or decoded.number == len(media) - 1):
+                    features = self.compute(kind, [prepared for _, prepared in waiting], batch)
+                    for (medium, prepared), rows in zip(waiting, features, strict=True):
+                        yield medium.key, rows, prepared.layout.marks
+                    waiting.clear()
 
         self.stores[kind].fill(computed(), done)
         if wrong:
-            raise DataError(listed(wrong, f"{len(wrong)} of {len(keys)} media can't be used"))
+            raise DataError(error_list(wrong, f"{len(wrong)} of {len(media)} media can't be used"))
 
-    def missing(self, media: Sequence[Medium]) -> dict[str, list[str]]:
-        """{kind: keys that the cache lacks}."""
-        keys: dict[str, list[str]] = {}
+    def missing(self, media: Sequence[Medium]) -> dict[str, list[Medium]]:
+        """{kind: media whose features the cache lacks, each content once}."""
+        kinds: dict[str, dict[str, Medium]] = {}
         for medium in media:
-            keys.setdefault(medium.kind, []).append(self.key(medium))
-        return {kind: self.stores[kind].missing(found) for kind, found in keys.items() if kind in self.stores}
+            kinds.setdefault(medium.kind, {}).setdefault(medium.key, medium)
+        return {
+            kind: [by_key[key] for key in self.stores[kind].missing(by_key)]
+            for kind, by_key in kinds.items()
+            if kind in self.stores
+        }
 
 
-class _Decoding:
-    """What a data worker does: (key, prepared medium, what is wrong with it)."""
+class _Decoded(NamedTuple):
+    number: int
+    prepared: Prepared | None
+    error: str
 
-    def __init__(self, features: Features, kind: str, keys: Sequence[str]) -> None:
-        self.features, self.kind, self.keys = features, kind, keys
+
+class _Decoding(torch.utils.data.Dataset[_Decoded]):
+    """The work of a data worker: decode and prepare medium number n."""
+
+    def __init__(self, features: Features, media: Sequence[Medium]) -> None:
+        self.features, self.media = features, media
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.media)
 
-    def __getitem__(self, number: int) -> tuple[str, Prepared | None, str]:
-        key = self.keys[number]
+    def __getitem__(self, number: int) -> _Decoded:
         try:
-            return key, self.features.prepared(self.kind, key), ""
+            return _Decoded(number, self.features.prepared(self.media[number]), "")
         except DataError as error:  # as text: across processes an exception would arrive with a traceback in it
-            return key, None, str(error)
+            return _Decoded(number, None, str(error))

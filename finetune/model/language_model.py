@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from transformers import (
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
-
-Quantize = Literal["nf4", "int8", "none"]
+from finetune.recipe.schema import Llm
 
 # For base models, whose tokenizers carry no chat template. An answer begins on a new line: a space before it would melt
 # into its first token.
@@ -48,17 +47,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def load_language_model(
-    name: str,
-    *,
-    revision: str | None = None,
-    quantize: Quantize = "none",
-    double_quantize: bool = True,
-    dtype: torch.dtype = torch.float32,
-    attention: str = "auto",
-    device: torch.device | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
     """Load a causal LM, frozen, in evaluation mode.
 
     `dtype` is that of the weights that aren't quantized and of the computation. A `.gguf` file is read to `dtype`
@@ -66,25 +55,24 @@ def load_language_model(
     """
     device = device or default_device()
     options: dict[str, Any] = {
-        "revision": revision,
+        "revision": llm.revision,
         "dtype": dtype,
         "device_map": {"": device},
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": llm.trust_remote_code,
     }
-    if attention != "auto":
-        options["attn_implementation"] = attention
-    with loading(f"LLM {name!r}"):
-        if name.endswith(".gguf"):
-            model = _load_gguf(Path(name), options, quantize, double_quantize, dtype)
+    if llm.attention != "auto":
+        options["attn_implementation"] = llm.attention
+    with loading(f"LLM {llm.name!r}"):
+        if llm.name.endswith(".gguf"):
+            model = _load_gguf(llm, options)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                name,
-                use_safetensors=True,
-                quantization_config=_quantization(quantize, double_quantize, dtype),
-                **options,
+                llm.name, use_safetensors=True, quantization_config=_quantization(llm, dtype), **options
             )
     if model.config.get_text_config() is not model.config:
-        raise ModelError(f"LLM {name!r} is a {type(model).__name__}, with encoders of its own; take a text-only model")
+        raise ModelError(
+            f"LLM {llm.name!r} is a {type(model).__name__}, with encoders of its own; take a text-only model"
+        )
     keep_layout(model)
     return model.eval().requires_grad_(False)
 
@@ -129,40 +117,33 @@ def keep_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(quantize: str, double_quantize: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantize == "nf4":
+def _quantization(llm: Llm, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if llm.quantize == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quantize,
+            bnb_4bit_use_double_quant=llm.double_quantize,
             bnb_4bit_compute_dtype=dtype,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantize == "int8" else None
+    return BitsAndBytesConfig(load_in_8bit=True) if llm.quantize == "int8" else None
 
 
-def _load_gguf(
-    path: Path, options: dict[str, Any], quantize: Quantize, double_quantize: bool, dtype: torch.dtype
-) -> PreTrainedModel:
+def _load_gguf(llm: Llm, options: dict[str, Any]) -> PreTrainedModel:
     import tempfile
 
-    plain = {**options, "device_map": {"": "cpu"} if quantize != "none" else options["device_map"]}
+    path = Path(llm.name)
+    plain = {**options, "device_map": {"": "cpu"} if llm.quantize != "none" else options["device_map"]}
     model = AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), **plain
     )
-    if quantize == "none":
+    if llm.quantize == "none":
         return model
     # bitsandbytes quantizes while it loads, from safetensors: go through a folder of them.
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
-        return load_language_model(
-            folder,
-            quantize=quantize,
-            double_quantize=double_quantize,
-            dtype=dtype,
-            attention=options.get("attn_implementation", "auto"),
-            device=options["device_map"][""],
-        )
+        saved = llm.model_copy(update={"name": folder, "revision": None})
+        return load_language_model(saved, options["dtype"], options["device_map"][""])
 
 
 @contextmanager

@@ -1,27 +1,28 @@
 """A model from a folder or the Hub."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from finetune.common import certificate, hub
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.progress import quiet_libraries
-from finetune.common.registry import part_from
 from finetune.common.run_folder import read_json
-from finetune.data.media import Limits
-from finetune.model import adapter
+from finetune.model.adapter import MANIFEST, AdapterManifest, fitted_adapter, load_trained, refuse_format
 from finetune.model.assistant import Assistant
-from finetune.model.build import Parts, build_model, load_llm, load_parts
-from finetune.model.composite import PLACEHOLDERS, MultimodalModel
+from finetune.model.build import Components, build_model, load_components, load_llm
+from finetune.model.composite import MultimodalModel
+from finetune.model.composition import MERGED_FORMAT, PLACEHOLDERS, Composition
 from finetune.model.language_model import default_device, load_tokenizer
+from finetune.model.loading import load_exactly
 from finetune.model.tokenize import Placeholder
 
-LLM_KEYS = ("name", "revision", "quantize", "double_quantize", "dtype")  # what multimodal.json says of the LLM
+COMMIT = "[0-9a-f]{40}"
 
 
 def load(
@@ -36,7 +37,7 @@ def load(
 
     `trust_remote_code` lets an adapter's LLM run code of its Hub repository: the adapter can't ask for it by itself,
     and must name a commit. Raises ArtifactError for a folder that is none of these, or whose files don't fit, and
-    ModelError for what the Hub doesn't give.
+    ModelError where the Hub doesn't deliver.
     """
     quiet_libraries()
     path = Path(folder)
@@ -49,7 +50,7 @@ def load(
         hub.verify_manifest(path, hub.READ)
         if (path / certificate.NAME).is_file() and not (path / hub.MANIFEST).is_file():
             certificate.verify(certificate.read_certificate(path), path)
-    if (path / "multimodal.json").is_file():
+    if (path / MANIFEST).is_file():
         return load_adapter(path, device, trust_remote_code)
     if (path / "config.json").is_file():
         return load_merged(path, device)
@@ -59,81 +60,65 @@ def load(
 
 
 def _is_model(folder: Path) -> bool:
-    return (folder / "multimodal.json").is_file() or (folder / "config.json").is_file()
+    return (folder / MANIFEST).is_file() or (folder / "config.json").is_file()
 
 
 def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
-    """A folder that `merge` wrote: needs nothing but itself."""
+    """A folder that `merge` wrote, from its own files alone."""
     device = device or default_device()
     with hub.reading(folder / "config.json"):
-        config = read_json(folder / "config.json")
-        parts, family = config.get("parts"), config.get("model_type")
-        if not isinstance(parts, dict) or family != "finetune_multimodal":
-            reads = "vLLM" if family == "finetune_served" else "transformers"
-            raise ArtifactError(f"{folder}: a {family!r}, not a model that `finetune merge` wrote; {reads} loads it")
-        refuse_format(folder, parts.get("format", 1), range(1, adapter.MERGED_FORMAT + 1), "merge")
-        placeholders = {name: Placeholder(PLACEHOLDERS[name], id) for name, id in parts["placeholders"].items()}
-        limits = Limits(**parts["media"])
+        composition = read_composition(folder)
         hub.verify_weights(folder)
-        loaded: Any = MultimodalModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    model, report = loaded
-    wrong = {
-        key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
-    }
-    if wrong:
-        raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
+        model: MultimodalModel = load_exactly(MultimodalModel, folder)
     model = model.to(device).eval()
     if (folder / "generation_config.json").is_file():
         with hub.reading(folder / "generation_config.json"):
             model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
-    return Assistant(model, load_tokenizer(str(folder)), placeholders, model.encoder_parts, limits)
+    placeholders = {name: Placeholder(PLACEHOLDERS[name], id) for name, id in composition.placeholders.items()}
+    return Assistant(model, load_tokenizer(str(folder)), placeholders, model.encoder_parts, composition.media)
+
+
+def read_composition(folder: Path) -> Composition:
+    """What the config of a merged folder says. Raises ArtifactError where it isn't one, or of another format."""
+    config = read_json(folder / "config.json")
+    parts, family = config.get("parts"), config.get("model_type")
+    if not isinstance(parts, dict) or family != "finetune_multimodal":
+        reader = "vLLM" if family == "finetune_served" else "transformers"
+        raise ArtifactError(f"{folder}: a {family!r}, not a model that `finetune merge` wrote; {reader} loads it")
+    refuse_format(folder, parts.get("format"), MERGED_FORMAT, "merge")
+    try:
+        return Composition.model_validate(parts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("parts", *first["loc"])))
+        raise ArtifactError(f"{folder / 'config.json'} is damaged: {key}: {first['msg']}") from None
 
 
 def load_adapter(
     folder: Path,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
-    shared: Callable[[Parts, Mapping[str, Any]], Any] | None = None,
+    shared_llm: Callable[[Components], Any] | None = None,
 ) -> Assistant:
-    """An adapter folder: the LLM and the encoders are fetched by the names in it. `shared`, given the parts and the
-    LLM's settings, gives the LLM, and may put other encoders of equal weights into the parts.
+    """An adapter folder: the LLM and the encoders are fetched by the names in it. `shared_llm` gives an LLM for these
+    components, and may put other encoders of equal weights into them.
     """
-    with hub.reading(folder / "multimodal.json"):
-        content = read_json(folder / "multimodal.json")
-        refuse_format(folder, content.get("format"), adapter.READABLE, "train")
-        saved = {key: content["language_model"][key] for key in LLM_KEYS}
-        kinds = ("encoders", "projectors")
-        saved_parts: Any = {kind: {name: part_from(kind, p) for name, p in content[kind].items()} for kind in kinds}
-        saved_parts |= {
-            "fusion": part_from("fusion", content["fusion"]),
-            "tune_encoders": content["tune_encoders"],
-        }
-        seed, limits, asks = int(content["seed"]), Limits(**content["media"]), adapter.saved_asks(folder)
-    llm = {**saved, "attention": "auto", "chat_template": None, "trust_remote_code": trust_remote_code}
-    if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", llm["revision"] or ""):
-        raise ArtifactError(f"{folder}: names no commit of {llm['name']!r}, so its code isn't run")
-
-    parts = load_parts(llm=llm, **saved_parts, seed=seed, device=device or default_device())
-    parts.tokenizer = load_tokenizer(str(folder))
-    language_model = (shared or load_llm)(parts, llm)
-    model = build_model(
-        parts,
-        llm=llm,
-        adapter_options=adapter.options_for(folder, language_model),
-        seed=seed,
-        with_encoders=bool(saved_parts["tune_encoders"]),
-        asks=asks,
+    manifest = AdapterManifest.read(folder)
+    llm = manifest.model.llm
+    if trust_remote_code and not re.fullmatch(COMMIT, llm.revision or ""):
+        raise ArtifactError(f"{folder}: names no commit of {llm.name!r}, so its code isn't run")
+    llm = llm.model_copy(update={"trust_remote_code": trust_remote_code})
+    model = manifest.model.model_copy(update={"llm": llm})
+    components = load_components(model, manifest.tune_encoders, manifest.seed, device)
+    components.tokenizer = load_tokenizer(str(folder))
+    language_model = (shared_llm or load_llm)(components)
+    composite = build_model(
+        components,
+        fitted_adapter(folder, language_model),
+        seed=manifest.seed,
+        bindings=manifest.bindings,
+        with_encoders=bool(manifest.tune_encoders),
         language_model=language_model,
     )
-    adapter.load_trained(model, folder)
-    encoders = {name: encoder for name, (_, encoder) in parts.encoders.items()}
-    return Assistant(model, parts.tokenizer, parts.placeholders, encoders, limits)
-
-
-def refuse_format(folder: Path, found: Any, readable: Sequence[int], again: str) -> None:
-    """Raises ArtifactError for a format that this version doesn't read; `again`: the verb that writes it anew."""
-    if found in readable:
-        return
-    newer = isinstance(found, int) and found > max(readable)
-    advice = "install a newer finetune" if newer else f"{again} again, or install the finetune that wrote it"
-    raise ArtifactError(f"{folder}: format {found}; this finetune reads {', '.join(map(str, readable))}: {advice}")
+    load_trained(composite, folder)
+    return Assistant(composite, components.tokenizer, components.placeholders, components.encoders, manifest.media)

@@ -1,19 +1,18 @@
 """Conversations to token ids and labels, by the chat template's own spans.
 
-A medium is one placeholder in the rendered text; in the ids it is its segments, each a mark ("0.5s ", or nothing) and
-as many placeholder tokens as `segments` says. Only what the assistant writes is learnt, its end-of-turn token included;
-media never are.
+A medium is one placeholder in the rendered text; in the ids it becomes its segments, each a mark ("0.5s ", or nothing)
+and a number of placeholder tokens. Labels are the assistant's tokens, its end-of-turn token included; media have none.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
+from finetune.model.composition import Segments
 
 IGNORED = -100
-Segments = Callable[[Medium], Sequence[tuple[str, int]]]  # of a medium: (mark, placeholder tokens) of each
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,16 @@ def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, 
 
 
 def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], segments: Segments) -> Tokens:
-    """A whole conversation, to learn from.
+    """A whole conversation with labels.
 
     Raises DataError, with the row, where nothing would be learnt, the text holds a placeholder, or the chat template
     doesn't render a conversation as a prefix of its continuation.
     """
     text = _render(tokenizer, sample.messages, placeholders, sample.where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    learnt = _assistant_spans(tokenizer, sample, placeholders, text)
+    spans = _assistant_spans(tokenizer, sample, placeholders, text)
     labels = [
-        token if any(begin <= left and right <= end and right > begin for begin, end in learnt) else IGNORED
+        token if any(begin <= left and right <= end and right > begin for begin, end in spans) else IGNORED
         for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     input_ids, labels, media = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
@@ -89,7 +88,7 @@ def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
 def answer_tokens(text: str, tokenizer: Any) -> list[int]:
     """What is learnt of an answer: its tokens, and the one that ends the turn."""
     turn = Sample((Message("user", ("a",)), Message("assistant", (text,))), "answer")
-    return [label for label in tokenize(turn, tokenizer, {}, lambda medium: ()).labels if label != IGNORED]
+    return [label for label in tokenize(turn, tokenizer, {}, lambda medium: []).labels if label != IGNORED]
 
 
 def _render(
@@ -161,7 +160,7 @@ def _assistant_spans(
         if not after.startswith(before) or not text.startswith(after):
             raise DataError(
                 f"{sample.where}: the chat template renders turn {number} otherwise in a longer conversation, so the "
-                "answer's tokens can't be told; give a simpler `model.llm.chat_template`"
+                "answer's tokens can't be found; give a simpler `model.llm.chat_template`"
             )
         end = len(after)
         stripped = after.rstrip()

@@ -14,7 +14,8 @@ from pydantic import (
 from finetune.common.errors import RecipeError
 from finetune.recipe.conflicts import data_conflicts, head_conflicts, model_conflicts, stage_conflicts, tuning_conflicts
 from finetune.recipe.explain import explain, override
-from finetune.recipe.schema import Part, Recipe, cached_schema
+from finetune.recipe.parts import Part
+from finetune.recipe.schema import Recipe, cached_schema
 from finetune.recipe.words import Location, Problem, seen, shorten
 from finetune.recipe.yaml_reader import dump_yaml, near_file, read_text, read_yaml, refusal
 

@@ -4,57 +4,64 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+
+from torch import Tensor
 
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, console
-from finetune.data.rows import listed
+from finetune.data.rows import error_list
+from finetune.data.sample import Medium, Prepared
 from finetune.model.features import Features
+from finetune.recipe.schema import Train
 
-TRIED = 8  # media encoded to tell how large the cache gets
+TRIED = 8  # media encoded to estimate the size of the cache
 
 
-def fill_cache(media: Sequence[Any], features: Features, epochs: int, encode_batch: int, workers: int) -> None:
-    """Encode what the cache lacks. Says first how large it gets and from which epoch on it pays."""
-    for kind, keys in features.missing(media).items():
-        if not keys:
-            console.print(f"features of {kind}: all in the cache ({features.stores[kind].folder})")
+def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> None:
+    """Encode what the cache lacks. Prints first how large it gets and from which epoch on it pays."""
+    for kind, missing in features.missing(media).items():
+        folder = features.stores[kind].folder
+        if not missing:
+            console.print(f"features of {kind}: all in the cache ({folder})")
             continue
-        tried, each = trial(features, kind, keys)
-        size = sum(one.nbytes for one in tried) * len(keys) // len(tried)
-        free = shutil.disk_usage(existing_parent(features.stores[kind].folder)).free
+        tried, seconds_each = trial(features, missing)
+        size = sum(one.nbytes for one in tried) * len(missing) // len(tried)
+        seconds = seconds_each * len(missing)
         console.print(
-            f"features of {kind}: {len(keys):,} × about {tuple(tried[0].shape)} "
+            f"features of {kind}: {len(missing):,} × about {tuple(tried[0].shape)} "
             f"{str(tried[0].dtype).removeprefix('torch.')} = {size / 2**20:,.0f} MiB on disk; encoded once in about "
-            f"{each * len(keys):.0f} s, "
-            f"without cache {each * len(keys) * epochs:.0f} s in {epochs} epochs: pays from the second epoch on"
+            f"{seconds:.0f} s, without cache {seconds * train.epochs:.0f} s in {train.epochs} epochs: pays from the "
+            "second epoch on"
         )
+        free = shutil.disk_usage(existing_parent(folder)).free
         if size > 0.9 * free:
             raise DataError(
                 f"the features need {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free in "
-                f"{features.stores[kind].folder}: set train.cache: false or train.cache_folder"
+                f"{folder}: set train.cache: false or train.cache_folder"
             )
-        with bar(f"encode {kind}", len(keys)) as step:
-            features.fill(kind, keys, step, encode_batch, workers)
+        with bar(f"encode {kind}", len(missing)) as step:
+            features.fill(missing, step, train.encode_batch, train.workers)
 
 
-def trial(features: Features, kind: str, keys: Sequence[str]) -> tuple[list[Any], float]:
-    """Features of a few media that can be read, of one where all are alike, and the seconds that the encoder takes for
-    one. Raises DataError where none can be read.
+def trial(features: Features, media: Sequence[Medium]) -> tuple[list[Tensor], float]:
+    """(features of a few media, or of one where all have the same shape; seconds that the encoder takes for one).
+    Raises DataError where none can be read.
     """
-    wanted = 1 if features.encoders[kind].layout is not None else TRIED
-    prepared: list[Any] = []
+    kind = media[0].kind
+    count = 1 if features.encoders[kind].layout is not None else TRIED
+    prepared: list[Prepared] = []
     wrong: list[str] = []
-    # Taken from all over the rows: files often lie sorted, by length too.
-    for key in [*keys[:: max(1, len(keys) // wanted)], *keys]:
-        if len(prepared) == wanted:
+    # Taken from all over the rows: files are often sorted, by length too.
+    for medium in [*media[:: max(1, len(media) // count)], *media]:
+        if len(prepared) == count:
             break
         try:
-            prepared.append(features.prepared(kind, key))
+            prepared.append(features.prepared(medium))
         except DataError as error:  # reported with all others when the cache is filled
             wrong.append(str(error))
     if not prepared:
-        raise DataError(listed(list(dict.fromkeys(wrong)), f"none of {len(keys)} media of kind {kind} can be used"))
+        headline = f"none of {len(media)} media of kind {kind} can be used"
+        raise DataError(error_list(list(dict.fromkeys(wrong)), headline))
     features.compute(kind, prepared[:1])  # warms up
     begin = perf_counter()
     return features.compute(kind, prepared), (perf_counter() - begin) / len(prepared)

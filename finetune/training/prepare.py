@@ -1,104 +1,126 @@
-"""What stands ready before the LLM is loaded."""
+"""All that is ready before the LLM is loaded, and the rows that each stage uses."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
 
 from accelerate import PartialState
-from datasets import Dataset
 
 from finetune.common.errors import TrainingError
 from finetune.common.progress import console
 from finetune.common.run_folder import RunFolder, write_json, write_text
-from finetune.data.media import Limits
-from finetune.data.rows import Entry, Source, read_splits, some, summary
-from finetune.evaluation.scores import by_name
-from finetune.model.asks import Ask, asks_of, names_of
-from finetune.model.build import Parts, load_parts
-from finetune.model.features import Features
+from finetune.data.rows import by_task, read_splits, sampling_weights, subset, summary
+from finetune.data.sample import Sample
+from finetune.model.bindings import bindings_of
+from finetune.model.composite import MultimodalModel
+from finetune.model.run import Run
+from finetune.recipe.schema import Recipe, Stage
 from finetune.training.feature_cache import fill_cache
-from finetune.training.samples import Shared, tokenized
+from finetune.training.pack import plan_rows
+from finetune.training.samples import TokenizedSample, TokenizedSamples, distilled, tokenized
+from finetune.training.shared import Shared
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What is there before the LLM is loaded. `samples`: the training rows as tokens; `looked_at`: validation rows."""
+class Prepared:
+    """`training` and `validation` samples; `samples`: the training samples as tokens."""
 
-    training: list[Entry]
-    looked_at: list[Entry]
-    asks: dict[str, Ask]
-    parts: Parts
-    features: Features
-    samples: Dataset
+    run: Run
+    training: list[Sample]
+    validation: list[Sample]
+    samples: TokenizedSamples
+
+    @property
+    def weighted(self) -> bool:
+        """Whether losses are summed by our own code: heads with weights, or sources with another loss weight."""
+        recipe = self.run.recipe
+        trained = any(binding.trained for binding in self.run.bindings.values())
+        return trained or any(source.loss_weight != 1 for source in recipe.data)
+
+    @property
+    def head_outputs(self) -> dict[str, int]:
+        """{name of a head with weights: numbers that it gives}."""
+        outputs: dict[str, int] = {}
+        for name, target in zip(self.samples.column("head"), self.samples.column("target"), strict=True):
+            if name:
+                outputs.setdefault(name, len(target))
+        return outputs
 
 
-def make_ready(
-    folder: RunFolder,
-    *,
-    sources: Sequence[Source],
-    model: Mapping[str, Any],
-    seed: int,
-    cache_folder: Path | None,
-    limits: Limits,
-    shared: Shared | None,
-    validation_limit: int | None,
-    epochs: int,
-    encode_batch: int,
-    workers: int,
-    tokens_per_batch: int,
-) -> Ready:
-    """Rows read, their media encoded, their conversations tokenized."""
+def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> Prepared:
+    """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
-    entries = read_splits(sources, seed)
-    training = entries["train"]
-    looked_at = validation_rows(entries["validation"], sources, validation_limit, seed)
-    asks = asks_of(sources, training)
-    parts = shared.parts if shared else load_parts(**model, seed=seed)
-    for _, encoder in parts.encoders.values():
-        encoder.module.to(parts.device)  # an earlier training may have put it away
-    features = shared.features if shared else Features(parts.encoders, cache_folder, limits)
-    for entry in [*training, *looked_at]:
-        for medium in entry.sample.media:
-            features.key(medium, entry.sample.where)
+    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    limit = recipe.train.validation.limit if recipe.train.validation else 0
+    validation = [
+        sample
+        for numbers in by_task(splits.validation).values()
+        for sample in subset([splits.validation[i] for i in numbers], limit, recipe.seed)
+    ]
+    bindings = bindings_of(recipe.data, splits.train)
+    run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
+    for encoder in run.components.encoders.values():
+        encoder.module.to(run.components.device)  # an earlier training may have put it away
     if first:
-        write_json(folder.data / "summary.json", summary(entries))
-        if cache_folder:
-            media = [medium for entry in [*training, *looked_at] for medium in entry.sample.media]
-            fill_cache(media, features, epochs, encode_batch, workers)
+        write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
+        if run.features.stores:
+            media = [medium for sample in [*splits.train, *validation] for medium in sample.media]
+            fill_cache(media, run.features, recipe.train)
     PartialState().wait_for_everyone()
-    features.refresh()
-    heads = [(name, asks[name]) if asks[name].trained else None for name in names_of(training, sources)]
-    samples = tokenized([entry.sample for entry in training], parts, features, tokens_per_batch, heads)
-    samples = samples.add_column("loss_weight", [sources[entry.source].loss_weight for entry in training])
-    pairs = zip(training, samples["group"], strict=True)
-    groups = [f"{entry.source}/{group}" if group else "" for entry, group in pairs]  # two files may both have a user 1
-    samples = samples.remove_columns("group").add_column("group", groups)
+    run.features.refresh()
+    rows = tokenized(splits.train, run)
     if first:
-        refuse_other_rows(folder, samples)
-    lengths = [len(ids) for ids in samples["input_ids"]]
+        refuse_other_rows(folder, rows)
+    lengths = [len(row.input_ids) for row in rows]
     console.print(
-        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {tokens_per_batch:,} tokens "
+        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {recipe.train.tokens_per_batch:,} tokens "
         f"(one sample: {min(lengths)} to {max(lengths)})"
     )
-    return Ready(training, looked_at, asks, parts, features, samples)
+    return Prepared(run, splits.train, validation, TokenizedSamples.of(rows))
 
 
-def validation_rows(entries: Sequence[Entry], sources: Sequence[Source], limit: int | None, seed: int) -> list[Entry]:
-    """At most `limit` rows of each task."""
-    named = by_name(entries, sources) if limit != 0 else {}
-    return [entry for numbers in named.values() for entry in some([entries[i] for i in numbers], limit, seed)]
-
-
-def refuse_other_rows(folder: RunFolder, samples: Dataset) -> None:
-    """Keep a digest of the training rows; raises TrainingError where a resumed run has others."""
-    told = [samples[name][:] for name in samples.column_names]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> None:
+    """Keep a digest of the training rows. Raises TrainingError where a resumed run has others."""
+    digest = hashlib.sha256()
+    for row in rows:
+        content = asdict(row)
+        for name in ("where", "media_paths"):  # files may have moved
+            del content[name]
+        digest.update(json.dumps(content).encode())
     path = folder.data / "rows.sha256"
-    if path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
+    if path.is_file() and path.read_text(encoding="utf-8").strip() != digest.hexdigest():
         raise TrainingError(
             f"{folder.path}: the training rows or their media have changed since this run began; begin anew with --run"
         )
-    write_text(path, digest + "\n")
+    write_text(path, digest.hexdigest() + "\n")
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """`samples` of a stage, and its packed `rows`: numbers of samples, in the order in which they train."""
+
+    samples: TokenizedSamples
+    rows: list[list[int]]
+
+
+def stage_rows(prepared: Prepared, stage: Stage, model: MultimodalModel, seed: int) -> StageRows:
+    """The samples that a stage uses, packed into the rows of all its epochs."""
+    run, training = prepared.run, prepared.training
+    chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
+    if stage.distill:
+        samples = TokenizedSamples.of(distilled([training[i] for i in chosen], stage, run, model))
+    else:
+        samples = prepared.samples.select(chosen)
+    groups: dict[Hashable, list[int]] = {}
+    for number, group in enumerate(samples.column("group")):
+        groups.setdefault(group or number, []).append(number)
+    rows = plan_rows(
+        samples.taught_lengths,
+        sampling_weights([training[i] for i in chosen], run.recipe.train.mixing_temperature),
+        capacity=run.recipe.train.tokens_per_batch,
+        epochs=stage.epochs,
+        seed=seed,
+        groups=list(groups.values()),
+    )
+    return StageRows(samples, rows)

@@ -1,7 +1,7 @@
-"""One stage of training."""
+"""One stage of training, or what is left of it."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,114 +11,102 @@ from accelerate import PartialState
 from finetune.common.errors import Interrupted
 from finetune.common.progress import TrainingBar, console
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
-from finetune.model import adapter
-from finetune.model.build import Parts
-from finetune.model.composite import MultimodalModel
-from finetune.model.trainable import set_trainable, trained_parts
-from finetune.training.collate import Collator
-from finetune.training.trainer import train_stage
-from finetune.training.validation import Validation
+from finetune.model.adapter import load_trained, save_trained
+from finetune.model.trainable import set_trainable
+from finetune.training.trainer import StageTraining, train_stage
+from finetune.training.validation import ValidationCallback, ValidationPass
 
 FEW_STEPS = 50
 
 
-def run_stage(
-    folder: RunFolder,
-    model: MultimodalModel,
-    parts: Parts,
-    collator: Collator,
-    rows: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    stage: Mapping[str, Any],
-    validation: Validation | None,
-    *,
-    accumulate: int,
-    save_every_n_steps: int,
-    workers: int,
-    seed: int,
-) -> dict[str, Any]:
-    """One stage, or what is left of it, ending on its best weights where it is validated. Returns its losses (one a
-    step), steps, tokens and seconds.
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did. `losses` and `token_accuracy`: one a step; `tokens`: of all samples it used; `trained_weights`:
+    {role: number of weights}; `best_step`: of the validation pass whose weights it ends on.
     """
-    trained = set_trainable(model, stage["trains"])
-    processes = PartialState()
-    steps = -(-len(rows) // (accumulate * processes.num_processes))
+
+    losses: list[float]
+    token_accuracy: list[float]
+    steps: int
+    samples: int
+    tokens: int
+    seconds: float
+    trained_weights: dict[str, int]
+    validation: list[ValidationPass]
+    best_step: int | None
+
+    @classmethod
+    def read(cls, path: Path) -> "StageResult":
+        content = read_json(path)
+        return cls(**{**content, "validation": [ValidationPass(**one) for one in content["validation"]]})
+
+
+def run_stage(folder: RunFolder, training: StageTraining, validation: ValidationCallback | None) -> StageResult:
+    """Train a stage, from its newest checkpoint if there is one; it ends on its best weights where it is validated."""
+    name, processes = training.stage.name, PartialState()
+    trained = set_trainable(training.model, training.stage.trains)
     if processes.is_main_process:
-        folder.remove_torn(stage["name"])
+        folder.remove_torn(name)
     processes.wait_for_everyone()
-    checkpoint = folder.newest_checkpoint(stage["name"])
+    checkpoint = folder.newest_checkpoint(name)
     if checkpoint is not None and checkpoint.name == "final":
-        adapter.load_trained(model, checkpoint)
-        console.print(f"{stage['name']}: done before")
-        return read_json(checkpoint / "result.json")
-    console.print(f"{stage['name']}: trains " + ", ".join(f"{role} ({count:,})" for role, count in trained.items()))
-    if steps < FEW_STEPS:
-        console.print(
-            f"{stage['name']}: only {steps} optimizer step{'s' * (steps > 1)}, hardly enough to learn from: lower "
-            f"train.tokens_per_batch or raise the stage's epochs (now {stage['epochs']})"
-        )
-    if validation and checkpoint is not None:
-        validation.resume(int(checkpoint.name.rpartition("-")[2]))
+        load_trained(training.model, checkpoint)
+        console.print(f"{name}: done before")
+        return StageResult.read(checkpoint / "result.json")
+    announce(training, trained)
     begin = perf_counter()
     try:
-        # Stopped after the look that had ended it: nothing is left to train.
-        log = (
-            log_of(checkpoint)
-            if validation and validation.exhausted
-            else train_stage(
-                model,
-                parts.tokenizer,
-                rows=rows,
-                collator=collator,
-                parts=trained_parts(model, stage["trains"]),
-                folder=folder.checkpoints / stage["name"],
-                resume_from=checkpoint,
-                accumulate=accumulate,
-                save_every_n_steps=save_every_n_steps,
-                workers=workers,
-                seed=seed,
-                dtype=parts.dtype,
-                callbacks=[TrainingBar(stage["name"], steps), *([validation] if validation else [])],
-                distill_temperature=stage["distill"]["temperature"] if stage["distill"] else None,
-                # The first of the warmup's steps has a rate of zero: too much where the whole stage is a few steps.
-                warmup=stage["warmup"] if stage["warmup"] * steps >= 1 else 0.0,
-                **{
-                    key: value
-                    for key, value in stage.items()
-                    if key not in {"name", "trains", "epochs", "sources", "distill", "warmup"}
-                },
-            )
-        )
+        log = _trained(training, checkpoint, validation)
     except Interrupted as error:
-        raise Interrupted(
-            f"{stage['name']}: {error}; go on with --resume --run {folder.path}, and the same --set"
-        ) from None
+        raise Interrupted(f"{name}: {error}; go on with --resume --run {folder.path}, and the same --set") from None
     best_step = validation.restore_best() if validation else None
-    done = validation.history[-1]["step"] if validation else steps  # fewer where it ended early
-    trained_rows = rows[: done * accumulate * processes.num_processes]
-    result = {
-        "losses": [round(entry["loss"], 6) for entry in log],
-        "token_accuracy": [round(entry["mean_token_accuracy"], 4) for entry in log],
-        "steps": done,
-        "samples": sum(len(row) for row in trained_rows),
-        "tokens": sum(lengths[number] for row in trained_rows for number in row),
-        "seconds": perf_counter() - begin,
-        "trained_weights": trained,
-        "validation": validation.history if validation else [],
-        "best_step": best_step,
-    }
-    final = folder.checkpoints / stage["name"] / "final"
+    steps = validation.history[-1].step if validation else training.steps  # fewer where it ended early
+    rows = training.rows[: steps * training.settings.accumulate * processes.num_processes]
+    lengths = training.collator.samples.lengths
+    result = StageResult(
+        losses=[round(entry["loss"], 6) for entry in log],
+        token_accuracy=[round(entry["mean_token_accuracy"], 4) for entry in log],
+        steps=steps,
+        samples=sum(len(row) for row in rows),
+        tokens=sum(lengths[number] for row in rows for number in row),
+        seconds=perf_counter() - begin,
+        trained_weights=trained,
+        validation=validation.history if validation else [],
+        best_step=best_step,
+    )
     if processes.is_main_process:
-        with whole_folder(final) as partial:
-            adapter.save_trained(model, partial)
-            write_json(partial / "result.json", result)
-        for old in [*final.parent.glob("checkpoint-*"), *final.parent.glob("best")]:
-            shutil.rmtree(old)
+        finish(training, result)
     processes.wait_for_everyone()
     return result
 
 
-def log_of(checkpoint: Path | None) -> list[dict[str, float]]:
-    """The log that a checkpoint keeps, an entry a step."""
-    found = read_json(checkpoint / "trainer_state.json")["log_history"] if checkpoint else []
-    return [entry for entry in found if "loss" in entry]
+def announce(training: StageTraining, trained: dict[str, int]) -> None:
+    stage = training.stage
+    console.print(f"{stage.name}: trains " + ", ".join(f"{role} ({count:,})" for role, count in trained.items()))
+    if training.steps < FEW_STEPS:
+        console.print(
+            f"{stage.name}: only {training.steps} optimizer step{'s' * (training.steps > 1)}, hardly enough to learn "
+            f"from: lower train.tokens_per_batch or raise the stage's epochs (now {stage.epochs})"
+        )
+
+
+def _trained(
+    training: StageTraining, checkpoint: Path | None, validation: ValidationCallback | None
+) -> list[dict[str, float]]:
+    """The log, an entry a step."""
+    if validation and checkpoint is not None:
+        validation.resume(int(checkpoint.name.rpartition("-")[2]))
+        if validation.exhausted:  # interrupted after the pass that had ended it: nothing is left to train
+            return [entry for entry in read_json(checkpoint / "trainer_state.json")["log_history"] if "loss" in entry]
+    callbacks: list[Any] = [TrainingBar(training.stage.name, training.steps), *([validation] if validation else [])]
+    return train_stage(training, checkpoint, callbacks)
+
+
+def finish(training: StageTraining, result: StageResult) -> None:
+    """Write `final`, in place of the checkpoints."""
+    final = training.folder / "final"
+    with whole_folder(final) as partial:
+        save_trained(training.model, partial)
+        write_json(partial / "result.json", asdict(result))
+    for old in [*training.folder.glob("checkpoint-*"), *training.folder.glob("best")]:
+        shutil.rmtree(old)

@@ -1,7 +1,6 @@
 """Train: recipe -> rows -> tokens -> features -> packed rows -> the stages, on one loaded LLM -> adapter folder."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -16,27 +15,34 @@ from finetune.common.energy import EnergyMeter
 from finetune.common.errors import TrainingError
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
-from finetune.data.media import Limits
-from finetune.data.rows import Source
-from finetune.data.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
 from finetune.evaluation import plots
-from finetune.evaluation.scores import answers_to, look_of, merit, scored
-from finetune.model import adapter
-from finetune.model.assistant import Assistant
-from finetune.model.build import Parts, build_model
+from finetune.evaluation.scores import Scores, answers_to, scored, selection_score
+from finetune.model.adapter import AdapterManifest, save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import default_device, packs_exactly
+from finetune.model.module_names import ModuleShapes
+from finetune.model.run import Run
 from finetune.recipe.load import dump_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Model, Recipe, Stage
 from finetune.training.collate import Collator
-from finetune.training.pack import plan_rows
-from finetune.training.prepare import Ready, make_ready
-from finetune.training.run_stage import run_stage
-from finetune.training.samples import Shared, stage_rows
-from finetune.training.trainer import refuse_several_gpus
-from finetune.training.validation import Validation
+from finetune.training.prepare import Prepared, prepare, stage_rows
+from finetune.training.run_stage import StageResult, run_stage
+from finetune.training.shared import Shared
+from finetune.training.trainer import StageTraining, refuse_several_gpus
+from finetune.training.validation import OnValidation, ValidationCallback
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`seconds`: {part of the work: seconds}; `packed`: whether samples share rows without padding."""
+
+    stages: dict[str, StageResult]
+    rows: int
+    tokens_per_epoch: int
+    packed: bool
+    seconds: dict[str, float]
 
 
 def train(
@@ -45,12 +51,12 @@ def train(
     resume: bool = False,
     *,
     shared: Shared | None = None,
-    told: Callable[[float], bool] | None = None,
+    on_validation: OnValidation | None = None,
 ) -> RunFolder:
     """Train a recipe's stages and write the adapter folder. Ctrl-C leaves a whole checkpoint; `resume` goes on.
 
-    `shared`: parts that are loaded already; `told(merit)` hears of every look at the validation rows, and may end the
-    stage by True.
+    `shared`: components that are loaded already. `on_validation(score)` runs after each validation pass; return True to
+    stop the stage.
     """
     quiet_libraries()
     fresh_memory()
@@ -60,219 +66,161 @@ def train(
     folder = RunFolder(Path(run or Path("runs") / recipe.name))
     if processes.is_main_process:
         folder = RunFolder.create(folder.path, dump_recipe(recipe), resume)
-        tell_versions(folder.path / "versions.json", processes.num_processes)
+        record_versions(folder.path / "versions.json", processes.num_processes)
     processes.wait_for_everyone()
     begin = perf_counter()
     with EnergyMeter() as meter:
-        result = train_plain(
-            folder,
-            sources=sources_of(recipe),
-            model=model_arguments(recipe),
-            adapter_options=adapter_options(recipe),
-            stages=[stage.model_dump() for stage in recipe.train.stages],
-            seed=recipe.seed,
-            cache_folder=cache_folder(recipe),
-            limits=limits_of(recipe),
-            answers={"max_new_tokens": recipe.evaluate.max_new_tokens, "batch": recipe.evaluate.batch},
-            shared=shared,
-            told=told,
-            **recipe.train.model_dump(exclude={"stages", "cache", "cache_folder"}),
-        )
+        result = train_stages(prepare(folder, recipe, shared), shared, on_validation)
     if not processes.is_main_process:
         return folder
-    seconds = result.pop("seconds")
+    content = asdict(result)
     folder.update_metrics(
-        train=result,
-        seconds={**seconds, "train": perf_counter() - begin},
+        train={key: value for key, value in content.items() if key != "seconds"},
+        seconds={**result.seconds, "train": perf_counter() - begin},
         energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
     )
-    plots.losses(result["stages"], folder.plots / "loss.png")
+    plots.losses(content["stages"], folder.plots / "loss.png")
     console.print(f"adapter: {folder.adapter}")
     return folder
 
 
-def train_plain(
-    folder: RunFolder,
-    *,
-    sources: Sequence[Source],
-    model: Mapping[str, Any],
-    adapter_options: Mapping[str, Any] | None,
-    stages: Sequence[Mapping[str, Any]],
-    seed: int,
-    cache_folder: Path | None,
-    limits: Limits,
-    answers: Mapping[str, Any],
-    shared: Shared | None,
-    told: Callable[[float], bool] | None,
-    tokens_per_batch: int,
-    accumulate: int,
-    encode_batch: int,
-    workers: int,
-    checkpoint_every_n_layers: int,
-    save_every_n_steps: int,
-    mixing_temperature: float,
-    validation: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """The same from plain values. Returns losses and tokens per stage, and seconds per part."""
-    first = PartialState().is_main_process
-    ready = make_ready(
-        folder,
-        sources=sources,
-        model=model,
-        seed=seed,
-        cache_folder=cache_folder,
-        limits=limits,
-        shared=shared,
-        validation_limit=validation["limit"] if validation else 0,
-        epochs=sum(stage["epochs"] for stage in stages),
-        encode_batch=encode_batch,
-        workers=workers,
-        tokens_per_batch=tokens_per_batch,
-    )
-    parts, features, samples = ready.parts, ready.features, ready.samples
-    if cache_folder:
-        for _, encoder in parts.encoders.values():
-            encoder.module.to("cpu")  # not needed while the LLM trains
-    composite = build_model(
-        parts,
-        llm=model["llm"],
-        adapter_options=adapter_options,
-        seed=seed,
-        with_encoders=not cache_folder,
-        asks=ready.asks,
-        language_model=shared.language_model if shared else None,
-    )
-    if shared:
-        shared.composite = composite
-    composite.encode_batch = encode_batch
-    if checkpoint_every_n_layers:
-        composite.causal_lm.activation_checkpointing_enable(every_n_layers=checkpoint_every_n_layers)
-    packed = packs_exactly(composite.causal_lm)
+def train_stages(
+    prepared: Prepared, shared: Shared | None = None, on_validation: OnValidation | None = None
+) -> TrainResult:
+    """Load the LLM, train the stages in order, and write the adapter folder."""
+    run = prepared.run
+    settings, features, components = run.recipe.train, run.features, run.components
+    model = load_composite(run, shared)
+    packed = packs_exactly(model.causal_lm)
     if not packed:
-        console.print("in this LLM packed samples would see each other: they stand in padded rows instead")
-    weighed = bool(composite.heads) or any(source.loss_weight != 1 for source in sources)
-    head_outputs = {name: len(samples["target"][samples["head"].index(name)]) for name in composite.heads}
+        console.print("in this LLM packed samples would see each other: each has a padded row of its own instead")
     begin = perf_counter()
-    results: dict[str, Any] = {}
-    for number, stage in enumerate(stages):
-        seen = stage_rows(
-            folder, ready.training, samples, stage, composite, parts, features, tokens_per_batch, mixing_temperature
-        )
+    results: dict[str, StageResult] = {}
+    for number, stage in enumerate(settings.stages):
+        use = stage_rows(prepared, stage, model, run.recipe.seed + 1000 * number)
         collator = Collator(
-            seen.samples,
-            features.features if cache_folder else lambda kind, key: features.prepared(kind, key).values,
-            field="features" if cache_folder else "media",
+            use.samples,
+            features.features if settings.cache else lambda medium: features.prepared(medium).values,
+            field="features" if settings.cache else "media",
             packed=packed,
-            pad_token_id=parts.tokenizer.pad_token_id,
-            heads=head_outputs if weighed and not stage["distill"] else None,
+            pad_token_id=components.tokenizer.pad_token_id,
+            heads=prepared.head_outputs if prepared.weighted and not stage.distill else None,
         )
-        rows = plan_rows(
-            seen.longest,
-            seen.weights,
-            capacity=tokens_per_batch,
-            epochs=stage["epochs"],
-            seed=seed + 1000 * number,
-            groups=seen.groups,
+        training = StageTraining(
+            model=model,
+            tokenizer=components.tokenizer,
+            stage=stage,
+            settings=settings,
+            collator=collator,
+            rows=use.rows,
+            folder=run.folder.checkpoints / stage.name,
+            seed=run.recipe.seed,
+            dtype=components.dtype,
         )
-        results[stage["name"]] = run_stage(
-            folder,
-            composite,
-            parts,
-            collator,
-            rows,
-            seen.lengths,
-            stage,
-            watcher(composite, ready, sources, folder.checkpoints / stage["name"], answers, validation, told),
-            accumulate=accumulate,
-            save_every_n_steps=save_every_n_steps,
-            workers=workers,
-            seed=seed,
+        results[stage.name] = run_stage(
+            run.folder, training, validation_callback(prepared, stage, model, on_validation)
         )
-    trained_seconds = perf_counter() - begin
-    if first:
-        base = base_names(model, composite, parts)
-        with whole_folder(folder.adapter) as writing:
-            adapter.save_adapter_folder(composite, parts.tokenizer, writing, base=base, seed=seed, media=asdict(limits))
+    seconds_training = perf_counter() - begin
+    if PartialState().is_main_process:
+        with whole_folder(run.folder.adapter) as writing:
+            save_adapter_folder(model, components.tokenizer, writing, manifest_of(run, model))
     PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
-    seconds = {**features.seconds, "encode": features.seconds["encode"] + composite.encode_seconds}
-    seconds["llm"] = trained_seconds - (0.0 if cache_folder else seconds["decode"] + seconds["encode"])
-    return {
-        "stages": results,
-        "rows": len(ready.training),
-        "tokens_per_epoch": sum(len(ids) for ids in samples["input_ids"]),
-        "packed": packed,
-        "seconds": seconds,
-    }
-
-
-def watcher(
-    model: MultimodalModel,
-    ready: Ready,
-    sources: Sequence[Source],
-    folder: Path,
-    answers: Mapping[str, Any],
-    validation: Mapping[str, Any] | None,
-    told: Callable[[float], bool] | None,
-) -> Validation | None:
-    """What looks at the validation rows while a stage trains; None where nothing does."""
-    if validation is None:
-        return None
-    features, parts = ready.features, ready.parts
-    assistant = Assistant(model, parts.tokenizer, parts.placeholders, features.encoders, features.limits)
-
-    def look() -> dict[str, dict[str, float]]:
-        said = answers_to(assistant, ready.looked_at, sources, look=look_of(features), **answers)
-        return scored(ready.asks, ready.looked_at, sources, said)
-
-    return Validation(
-        model,
-        folder,
-        look=look,
-        merit=partial(merit, asks=ready.asks, metric=validation["metric"]),
-        every_n_steps=validation["every_n_steps"],
-        patience=validation["patience"],
-        told=told,
+    seconds = {**features.seconds, "encode": features.seconds["encode"] + model.encode_seconds}
+    seconds["llm"] = seconds_training - (0.0 if settings.cache else seconds["decode"] + seconds["encode"])
+    return TrainResult(
+        stages=results,
+        rows=len(prepared.training),
+        tokens_per_epoch=sum(prepared.samples.lengths),
+        packed=packed,
+        seconds=seconds,
     )
 
 
-def tell_versions(path: Path, processes: int) -> None:
-    """Keep what a run began with; say which versions have changed where it is resumed.
+def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
+    """The model to be trained; encoders whose features are cached are put away."""
+    settings = run.recipe.train
+    if settings.cache:
+        for encoder in run.components.encoders.values():
+            encoder.module.to("cpu")  # not needed while the LLM trains
+    model = run.build(with_encoders=not settings.cache, language_model=shared.language_model if shared else None)
+    if shared:
+        shared.composite = model
+    model.encode_batch = settings.encode_batch
+    if settings.checkpoint_every_n_layers:
+        model.causal_lm.activation_checkpointing_enable(every_n_layers=settings.checkpoint_every_n_layers)
+    return model
+
+
+def validation_callback(
+    prepared: Prepared, stage: Stage, model: MultimodalModel, on_validation: OnValidation | None
+) -> ValidationCallback | None:
+    """None where the recipe asks for no validation."""
+    run, settings = prepared.run, prepared.run.recipe.train.validation
+    if settings is None:
+        return None
+    assistant = run.assistant(model)
+
+    def evaluate() -> Scores:
+        answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
+        return scored(run.bindings, prepared.validation, answers)
+
+    return ValidationCallback(
+        model,
+        run.folder.checkpoints / stage.name,
+        settings,
+        evaluate=evaluate,
+        select=partial(selection_score, bindings=run.bindings, metric=settings.metric),
+        on_validation=on_validation,
+    )
+
+
+def record_versions(path: Path, processes: int) -> None:
+    """Keep what a run began with; print which versions have changed where it is resumed.
 
     Raises TrainingError for another number of processes: each would go on in the middle of another's rows.
     """
-    now = {name: version(name) for name in PACKAGES} | {"processes": processes}
-    before = read_json(path) if path.is_file() else now
+    current = {name: version(name) for name in PACKAGES} | {"processes": processes}
+    before = read_json(path) if path.is_file() else current
     if before["processes"] != processes:
         raise TrainingError(
             f"{path.parent}: this run began with {before['processes']} processes and can't go on with {processes}"
         )
     for name in PACKAGES:
-        if before.get(name) != now[name]:
-            console.print(f"this run began with {name} {before.get(name)}, and goes on with {now[name]}")
+        if before.get(name) != current[name]:
+            console.print(f"this run began with {name} {before.get(name)}, and goes on with {current[name]}")
     write_json(path, before)
 
 
-def base_names(model: Mapping[str, Any], composite: MultimodalModel, parts: Parts) -> dict[str, Any]:
-    """What the adapter folder must name to be rebuilt: the LLM and the encoders, by the commits that were loaded."""
-    llm = {**model["llm"], "revision": commit_of(composite.causal_lm, model["llm"]["revision"])}
-    keys = ("name", "revision", "quantize", "double_quantize", "dtype")
-    return {
-        "language_model": {key: llm[key] for key in keys},
-        "language_model_sha256": weights_hashes(llm["name"]),
-        "tune_encoders": dict(model["tune_encoders"]),
-        "encoders": {
-            name: {
-                "kind": kind,
-                "options": options.model_dump()
-                | {"revision": commit_of(parts.encoders[name][1].module, options.revision)},
-            }
-            for name, (kind, options) in model["encoders"].items()
-        },
-    }
+def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
+    """What the adapter folder needs to be rebuilt: LLM and encoders by the commits that were loaded."""
+    recipe = run.recipe
+    llm = recipe.model.llm.model_copy(
+        update={
+            "revision": commit_of(model.causal_lm, recipe.model.llm.revision),
+            "attention": "auto",
+            "chat_template": None,  # the tokenizer holds it
+            "trust_remote_code": False,
+        }
+    )
+    encoders = {}
+    for name, part in recipe.model.encoders.items():
+        requested: Any = part.options
+        revision = commit_of(run.components.encoders[name].module, requested.revision)
+        encoders[name] = type(part)(part.kind, requested.model_copy(update={"revision": revision}))
+    return AdapterManifest(
+        model=Model(llm=llm, encoders=encoders, projectors=recipe.model.projectors, fusion=recipe.model.fusion),
+        llm_sha256=weights_hashes(llm.name),
+        tune_encoders=recipe.tune_encoders,
+        placeholders=model.composition.placeholders,
+        bindings=run.bindings,
+        media=recipe.media,
+        seed=recipe.seed,
+        modules=ModuleShapes.of(model.causal_lm),
+    )
 
 
-def commit_of(module: Any, asked: str | None) -> str | None:
+def commit_of(module: Any, requested: str | None) -> str | None:
     """The commit that transformers resolved a Hub name to; None for a folder."""
-    return getattr(module.config, "_commit_hash", None) or asked
+    return getattr(module.config, "_commit_hash", None) or requested

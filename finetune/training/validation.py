@@ -1,6 +1,7 @@
-"""Looks at validation rows while a stage trains: scores every n steps, the best weights kept, an early end."""
+"""Validation passes while a stage trains: scores every n steps, the best weights kept, an early end."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,94 +11,103 @@ from transformers import TrainerCallback
 
 from finetune.common.progress import console
 from finetune.common.run_folder import read_json, whole_folder, write_json
-from finetune.model import adapter
+from finetune.evaluation.scores import Scores
+from finetune.model.adapter import load_trained, save_trained
 from finetune.model.composite import MultimodalModel
+from finetune.recipe.schema import Validation
 
-Scores = dict[str, dict[str, float]]
+OnValidation = Callable[[float], bool]  # selection score -> whether to stop the stage
 
 
-class Validation(TrainerCallback):
-    """`look()` gives the scores of the model as it is, `merit(scores)` a number that is better when higher. The first
-    process looks, all hear what follows from it. Kept in `folder`: validation.json, and `best/`, the weights of the
-    best look.
+@dataclass(frozen=True)
+class ValidationPass:
+    """`score`: the selection score, better when higher."""
+
+    step: int
+    score: float
+    scores: Scores
+
+
+class ValidationCallback(TrainerCallback):
+    """`evaluate()` gives the scores of the model as it is, `select(scores)` their selection score; `on_validation` runs
+    after each pass. The first process evaluates, all act on it. Written into `folder`: validation.json, and `best/`,
+    the weights of the best pass.
     """
 
     def __init__(
         self,
         model: MultimodalModel,
         folder: Path,
+        settings: Validation,
         *,
-        look: Callable[[], Scores],
-        merit: Callable[[Scores], float],
-        every_n_steps: int,
-        patience: int | None,
-        told: Callable[[float], bool] | None = None,
+        evaluate: Callable[[], Scores],
+        select: Callable[[Scores], float],
+        on_validation: OnValidation | None = None,
     ) -> None:
-        """`told(merit)` is asked after each look whether to end here."""
-        self.model, self.folder, self.look, self.merit = model, folder, look, merit
-        self.every_n_steps, self.patience, self.told = every_n_steps, patience, told
-        self.history: list[dict[str, Any]] = []
+        self.model, self.folder, self.settings = model, folder, settings
+        self.evaluate, self.select, self.on_validation = evaluate, select, on_validation
+        self.history: list[ValidationPass] = []
         self.ended = False
 
     @property
-    def best(self) -> dict[str, Any] | None:
-        """The first of the best looks."""
-        return max(self.history, key=lambda entry: entry["merit"], default=None)
+    def best(self) -> ValidationPass | None:
+        """The first of the best passes."""
+        return max(self.history, key=lambda one: one.score, default=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.resume(state.global_step)
         if not self.history:
-            self._look(state, control)
+            self.validate(state.global_step, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps or state.global_step % self.every_n_steps == 0:
-            self._look(state, control)
+        if state.global_step == state.max_steps or state.global_step % self.settings.every_n_steps == 0:
+            self.validate(state.global_step, control)
 
-    def _look(self, state: Any, control: Any) -> None:
-        entry: list[Any] = [None, False]
+    def validate(self, step: int, control: Any) -> None:
+        shared: list[Any] = [None, False]  # the pass, and whether to stop
         if PartialState().is_main_process:
-            training = self.model.training
-            self.model.eval()
-            found = self.look()
-            self.model.train(training)
-            scores = {name: {metric: round(value, 4) for metric, value in one.items()} for name, one in found.items()}
-            entry = [{"step": state.global_step, "merit": self.merit(found), "scores": scores}, False]
-            if self.told is not None:
-                entry[1] = self.told(entry[0]["merit"])
-        broadcast_object_list(entry)
-        self.history.append(entry[0])
-        best = self.best
+            one = self._pass(step)
+            shared = [one, self.on_validation is not None and self.on_validation(one.score)]
+        broadcast_object_list(shared)
+        self.history.append(shared[0])
         if PartialState().is_main_process:
-            if best is entry[0]:
-                with whole_folder(self.folder / "best") as partial:
-                    adapter.save_trained(self.model, partial)
-            write_json(self.folder / "validation.json", {"looks": self.history})
-            console.print(
-                f"  step {state.global_step}: validation {entry[0]['merit']:.4f}" + " (best)" * (best is entry[0])
-            )
-        if entry[1] or self.exhausted:
+            self._keep(shared[0])
+        if shared[1] or self.exhausted:
             self.ended = control.should_training_stop = True
+
+    def _pass(self, step: int) -> ValidationPass:
+        training = self.model.training
+        self.model.eval()
+        scores = self.evaluate()
+        self.model.train(training)
+        rounded = {name: {metric: round(v, 4) for metric, v in metrics.items()} for name, metrics in scores.items()}
+        return ValidationPass(step, self.select(scores), rounded)
+
+    def _keep(self, one: ValidationPass) -> None:
+        is_best = self.best is one
+        if is_best:
+            with whole_folder(self.folder / "best") as partial:
+                save_trained(self.model, partial)
+        write_json(self.folder / "validation.json", {"passes": [asdict(each) for each in self.history]})
+        console.print(f"  step {one.step}: validation {one.score:.4f}" + " (best)" * is_best)
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last looks, as many as `patience`, were no better than the best."""
-        best = self.best
-        return best is not None and self.patience is not None and self._since(best) >= self.patience
-
-    def _since(self, best: Mapping[str, Any]) -> int:
-        return sum(one["step"] > best["step"] for one in self.history)
+        """Whether the last passes, as many as `patience`, were no better than the best."""
+        best, patience = self.best, self.settings.patience
+        return best is not None and patience is not None and sum(p.step > best.step for p in self.history) >= patience
 
     def resume(self, step: int) -> None:
-        """Take up the looks up to a checkpoint: later ones come again, and come out the same."""
+        """Restore the passes up to a checkpoint: later ones come again, with the same scores."""
         path = self.folder / "validation.json"
-        seen = read_json(path)["looks"] if path.is_file() else []
-        self.history = [entry for entry in seen if entry["step"] <= step]
+        saved = read_json(path)["passes"] if path.is_file() else []
+        self.history = [ValidationPass(**one) for one in saved if one["step"] <= step]
 
     def restore_best(self) -> int | None:
-        """Put the best look's weights into the model; its step. Call when the stage has trained."""
+        """Put the best pass's weights into the model; its step. Call when the stage has trained."""
         best = self.best
         if best is None:
             return None
         PartialState().wait_for_everyone()
-        adapter.load_trained(self.model, self.folder / "best")
-        return best["step"]
+        load_trained(self.model, self.folder / "best")
+        return best.step

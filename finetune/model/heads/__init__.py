@@ -17,3 +17,17 @@ and where it has weights:
 
 A target is what the sample's task is scored against: text, a list of labels, a number, or {"relevance": a number, ...}.
 """
+
+from finetune.recipe.schema import Section
+
+
+class HeadSettings(Section, strict=False):
+    """What a head learned from the training rows: labels (and their weights in the loss), of which a row has one or
+    `several`; or mean and deviation of the numbers.
+    """
+
+    labels: tuple[str, ...] = ()
+    several: bool = False
+    weights: tuple[float, ...] = ()
+    mean: float | None = None
+    deviation: float | None = None

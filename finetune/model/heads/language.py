@@ -1,11 +1,12 @@
 """The LLM's own head: it writes its answer, or says how likely it would write each of the labels."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
+from finetune.model.heads import HeadSettings
 
 TRAINED = False
 MOST = 1000  # different answers: more aren't labels
@@ -19,10 +20,10 @@ class Options(PartOptions):
     )
 
 
-def settings(targets: list[str], options: Options) -> dict[str, Any]:
+def settings(targets: list[str], options: Options) -> HeadSettings:
     if options.answers == "written":
-        return {}
+        return HeadSettings()
     labels = sorted({*targets})
     if len(labels) > MOST:
         raise DataError(f"head: {len(labels):,} different answers in the training rows; up to {MOST:,} can be labels")
-    return {"labels": labels}
+    return HeadSettings(labels=tuple(labels))

@@ -7,6 +7,7 @@ from pydantic import Field
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
 from finetune.data.sample import Answer
+from finetune.model.heads import HeadSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Options(PartOptions):
     )
 
 
-def settings(targets: list[Any], options: Options) -> dict[str, Any]:
+def settings(targets: list[Any], options: Options) -> HeadSettings:
     """Numbers are learnt with mean 0 and deviation 1: the size of the target doesn't change the learning rate."""
     from statistics import fmean, pstdev
 
@@ -30,21 +31,21 @@ def settings(targets: list[Any], options: Options) -> dict[str, Any]:
     if options.loss == "logistic" and not all(0 <= number <= 1 for number in numbers):
         raise DataError(f"head: loss 'logistic' takes numbers of 0 to 1; got {min(numbers):g} to {max(numbers):g}")
     if options.loss != "squared":
-        return {"mean": 0.0, "deviation": 1.0}
-    return {"mean": fmean(numbers), "deviation": pstdev(numbers) or 1.0}
+        return HeadSettings(mean=0.0, deviation=1.0)
+    return HeadSettings(mean=fmean(numbers), deviation=pstdev(numbers) or 1.0)
 
 
-def encode(target: Any, settings: dict[str, Any]) -> list[float]:
-    return [(_number(target) - settings["mean"]) / settings["deviation"]]
+def encode(target: Any, settings: HeadSettings) -> list[float]:
+    return [(_number(target) - settings.mean) / settings.deviation]
 
 
-def build(width: int, settings: dict[str, Any], options: Options) -> "nn.Module":
+def build(width: int, settings: HeadSettings, options: Options) -> "nn.Module":
     from torch import nn
 
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
 
-def loss(scores: "Tensor", targets: "Tensor", groups: "Tensor", settings: dict[str, Any], options: Options) -> "Tensor":
+def loss(scores: "Tensor", targets: "Tensor", groups: "Tensor", settings: HeadSettings, options: Options) -> "Tensor":
     """Pairwise: the mean over the rows of the group that are worse than a row (Burges et al. 2005, Learning to rank
     using gradient descent).
     """
@@ -60,10 +61,10 @@ def loss(scores: "Tensor", targets: "Tensor", groups: "Tensor", settings: dict[s
     return each.sum(1) / better.sum(1).clamp(min=1)
 
 
-def answer(scores: list[float], settings: dict[str, Any], options: Options) -> Answer:
+def answer(scores: list[float], settings: HeadSettings, options: Options) -> Answer:
     import math
 
-    number = scores[0] * settings["deviation"] + settings["mean"]
+    number = scores[0] * settings.deviation + settings.mean
     if options.loss == "logistic":
         number = 1 / (1 + math.exp(-max(min(number, 60.0), -60.0)))
     return Answer(text=f"{number:.4g}", number=number)

@@ -1,0 +1,78 @@
+"""What a composite model is made of, as its config keeps it; and how many placeholder tokens its media take."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from finetune.common.errors import ModelError
+from finetune.data.sample import Layout, Medium
+from finetune.model.bindings import TaskBinding
+from finetune.recipe.parts import FusionPart, ProjectorPart
+from finetune.recipe.schema import Limits, Section
+
+MERGED_FORMAT = 1  # of merged folders
+PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
+
+
+class Segment(NamedTuple):
+    """A segment of a medium in the text: the mark before it ("0.5s ", or nothing) and its placeholder tokens."""
+
+    mark: str
+    tokens: int
+
+
+Segments = Callable[[Medium], list[Segment]]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How projected media are placed in the text: known before the model runs, and before there is an LLM."""
+
+    projectors: Mapping[str, ProjectorPart]
+    fusion: FusionPart
+
+    def tokens(self, medium: str, rows: int) -> int:
+        """Placeholder tokens for a segment of `rows` feature rows. Raises ModelError where they can't be projected."""
+        try:
+            projected = self.projectors[medium].length(rows)
+        except ModelError as error:
+            raise ModelError(f"model.projectors.{medium}: {error}") from None
+        return self.fusion.placeholders(projected)
+
+    def segments(self, medium: str, layout: Layout) -> list[Segment]:
+        count = self.tokens(medium, layout.rows)
+        return [Segment(mark, count) for mark in layout.marks]
+
+    def segments_by(self, layout: Callable[[Medium], Layout]) -> Segments:
+        """The segments of a medium whose layout `layout` gives."""
+        return lambda medium: self.segments(medium.kind, layout(medium))
+
+
+class SavedEncoder(Section):
+    """`settings`: what the encoder's file needs to restore it without its original folder."""
+
+    kind: str
+    settings: dict[str, Any]
+
+
+class SavedProjector(Section):
+    """`width_in`: of the features that it takes."""
+
+    part: ProjectorPart
+    width_in: int
+
+
+class Composition(Section, strict=False):
+    """`placeholders`: medium -> token id; `media`: bounds of what is decoded; `format`: of a merged folder."""
+
+    format: int = MERGED_FORMAT
+    encoders: dict[str, SavedEncoder] = {}
+    projectors: dict[str, SavedProjector] = {}
+    fusion: FusionPart = FusionPart.of("prefix")
+    placeholders: dict[str, int] = {}
+    bindings: dict[str, TaskBinding] = {}
+    media: Limits = Limits()
+
+    @property
+    def placement(self) -> Placement:
+        return Placement({name: saved.part for name, saved in self.projectors.items()}, self.fusion)

@@ -1,0 +1,43 @@
+"""What training, evaluation, merging and publishing of one run have in common, made in one place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.common.run_folder import RunFolder
+from finetune.model.assistant import Assistant
+from finetune.model.bindings import TaskBinding
+from finetune.model.build import Components, build_model, load_components
+from finetune.model.composite import MultimodalModel
+from finetune.model.features import Features
+from finetune.recipe.schema import Recipe
+
+
+@dataclass
+class Run:
+    folder: RunFolder
+    recipe: Recipe
+    components: Components
+    features: Features
+    bindings: dict[str, TaskBinding]
+
+    @classmethod
+    def load(cls, folder: RunFolder, recipe: Recipe, bindings: dict[str, TaskBinding]) -> "Run":
+        """Load tokenizer and encoders; not yet the LLM."""
+        components = load_components(recipe.model, recipe.tune_encoders, recipe.seed)
+        features = Features(components.encoders, recipe.train.feature_folder, recipe.media)
+        return cls(folder, recipe, components, features, bindings)
+
+    def build(self, *, with_encoders: bool, language_model: Any = None) -> MultimodalModel:
+        """The composite with new weights, over the LLM as the recipe names it, or over `language_model`."""
+        return build_model(
+            self.components,
+            self.recipe.adapter,
+            seed=self.recipe.seed,
+            bindings=self.bindings,
+            with_encoders=with_encoders,
+            language_model=language_model,
+        )
+
+    def assistant(self, model: MultimodalModel) -> Assistant:
+        components = self.components
+        return Assistant(model, components.tokenizer, components.placeholders, components.encoders, self.recipe.media)

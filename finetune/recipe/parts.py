@@ -1,0 +1,187 @@
+"""Parts as a recipe names them: a kind, which is the name of a file in a folder of parts, and its validated options.
+
+The classes here are all that the rest of the program knows of a part's file: `projector.length(rows)` calls
+`finetune/model/projectors/<kind>.py` with the options. Imports no torch.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from finetune.common.errors import RecipeError
+from finetune.common.registry import PartOptions, load_part, part_names
+from finetune.recipe.words import problem, problem_at, seen
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """`{kind: mlp, hidden: 2048}`, or just `mlp`."""
+
+    kind: str
+    options: PartOptions
+    folder: ClassVar[str]
+
+    @property
+    def module(self) -> "ModuleType":
+        """The part's file."""
+        return load_part(self.folder, self.kind)
+
+    @classmethod
+    def of(cls, kind: str, **options: Any) -> Self:
+        """A part with these options, and defaults for the others. Raises RecipeError for a kind that doesn't exist."""
+        return cls(kind, load_part(cls.folder, kind).Options(**options))
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        if isinstance(value, cls):
+            return value
+        mapping = {"kind": value} if isinstance(value, str) else value
+        kinds = ", ".join(part_names(cls.folder))
+        if not isinstance(mapping, dict):
+            raise problem(f"got {seen(value)}; write one of {kinds}, or {{kind: ..., its options}}.")
+        kind = mapping.get("kind")
+        below: tuple[str, ...] = ("kind",) if "kind" in mapping and mapping is value else ()
+        if "kind" not in mapping:
+            raise problem(f"'kind' is missing: one of {kinds}.")
+        if not isinstance(kind, str) or not re.fullmatch("[A-Za-z0-9_-]{1,40}", kind):
+            raise problem_at(cls, below, f"got {seen(kind)}; write one of {kinds}.", kind)
+        try:
+            options = load_part(cls.folder, kind).Options
+        except RecipeError as error:
+            raise problem_at(cls, below, str(error), kind) from None
+        # By JSON: strict about numbers and text, yet a list may become a tuple and text a path.
+        written = json.dumps({key: option for key, option in mapping.items() if key != "kind"})
+        return cls(kind, options.model_validate_json(written, strict=True))
+
+    def dump(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.options.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.plain_serializer_function_ser_schema(cls.dump)
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=written)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        kinds: list[dict[str, Any]] = []
+        short = []
+        for name in part_names(cls.folder):
+            part = load_part(cls.folder, name)
+            options = handler.resolve_ref_schema(handler(part.Options.__pydantic_core_schema__))
+            required = options.get("required", [])
+            if not required:
+                short.append(name)
+            properties = {"kind": {"const": name}, **options.get("properties", {})}
+            about = {"title": name, "description": (part.__doc__ or name).strip().partition("\n")[0]}
+            kinds.append({**options, **about, "properties": properties, "required": ["kind", *required]})
+        return {"anyOf": kinds + ([{"enum": short}] if short else [])}
+
+
+class EncoderPart(Part):
+    folder = "encoders"
+
+    @property
+    def medium(self) -> str:
+        """The kind of media that it takes: image, audio or video."""
+        return self.module.MEDIUM
+
+    def build(self, dtype: "torch.dtype", device: "torch.device") -> Any:
+        """The frozen encoder with its weights: see `finetune.model.encoders`."""
+        return self.module.build(self.options, dtype, device)
+
+
+class ProjectorPart(Part):
+    folder = "projectors"
+
+    def build(self, width_in: int, width_out: int) -> "nn.Module":
+        """New weights, float32: (N, L, width_in) -> (N, L', width_out)."""
+        return self.module.build(width_in, width_out, self.options).float()
+
+    def length(self, rows: int) -> int:
+        """L' of L feature rows. Raises ModelError where they can't be projected."""
+        return self.module.length(rows, self.options)
+
+
+class FusionPart(Part):
+    folder = "fusion"
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has weights."""
+        return self.module.TRAINED
+
+    def build(self, language_model_config: Any, media: Sequence[str]) -> "nn.Module":
+        """New weights, float32."""
+        return self.module.build(language_model_config, tuple(media), self.options).float()
+
+    def placeholders(self, rows: int) -> int:
+        """Placeholder tokens of a segment with this many projected rows."""
+        return self.module.placeholders(rows, self.options)
+
+
+class HeadPart(Part):
+    folder = "heads"
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has weights of its own: it then reads the LLM's last state of a question."""
+        return self.module.TRAINED
+
+
+class TaskPart(Part):
+    folder = "tasks"
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The kinds of media that its rows carry."""
+        return self.module.media(self.options)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Kinds of heads that can answer it, the usual one first."""
+        return self.module.HEADS
+
+    @property
+    def primary(self) -> str:
+        """The metric that stands for the task; less is better where its name holds 'error'."""
+        return self.module.PRIMARY
+
+    def sample(self, row: Any) -> Any:
+        """A `Row` as a `Sample`. Raises DataError."""
+        return self.module.sample(row, self.options)
+
+    def read(self, answer: Any) -> Any:
+        """What an `Answer` predicts, as JSON holds it; None where it can't be read."""
+        return self.module.read(answer, self.options)
+
+    def measure(self, prediction: Any, target: Any) -> dict[str, Any]:
+        """What `score` sums up of one prediction."""
+        return self.module.measure(prediction, target, self.options)
+
+    def score(self, measures: list[dict[str, Any]]) -> dict[str, float]:
+        """{metric: value} over the measures of one or more rows."""
+        return self.module.score(measures, self.options)
+
+    def tables(self, measures: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """For the report: the confusion of labels and scores per label; None for tasks without labels."""
+        return self.module.tables(measures, self.options) if hasattr(self.module, "tables") else None
+
+
+class FormatPart(Part):
+    folder = "formats"
+
+    @property
+    def remote(self) -> bool:
+        """Whether a source's path may be the Hub id of a dataset."""
+        return getattr(self.module, "REMOTE", False)

@@ -1,0 +1,43 @@
+"""What several trainings of one sweep have in common."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.common.run_folder import RunFolder
+from finetune.model.bindings import TaskBinding
+from finetune.model.build import Components, load_components, load_llm
+from finetune.model.composite import MultimodalModel
+from finetune.model.features import Features
+from finetune.model.run import Run
+from finetune.recipe.schema import Recipe
+
+
+@dataclass
+class Shared:
+    """Encoders, features, and the quantized LLM without adapter. `composite`: that of the training that uses them now."""
+
+    components: Components
+    features: Features
+    language_model: Any
+    composite: MultimodalModel | None = None
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> "Shared":
+        components = load_components(recipe.model, recipe.tune_encoders, recipe.seed)
+        features = Features(components.encoders, recipe.train.feature_folder, recipe.media)
+        return cls(components, features, load_llm(components))
+
+    def run(self, folder: RunFolder, recipe: Recipe, bindings: dict[str, TaskBinding]) -> Run:
+        """A run over these components, with the projectors and fusion of its own recipe."""
+        return Run(folder, recipe, replace(self.components, model=recipe.model), self.features, bindings)
+
+    def release(self) -> None:
+        """Take a training's adapter and fusion off the LLM."""
+        if self.composite is not None:
+            self.composite.fusion.detach_layers()
+            if hasattr(self.composite.language_model, "peft_config"):
+                self.composite.language_model.unload()
+            if self.language_model.is_activation_checkpointing:
+                self.language_model.activation_checkpointing_disable()
+        self.composite = None
+        self.language_model.requires_grad_(False)
