@@ -3,7 +3,6 @@ written to disk, read back and compared with what was trained; the closer one is
 just the base.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.common import certificate
+from finetune.common.certificate import LanguageModelFiles, Bounds, Certificate, Dtypes, Measures
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.registry import load_part
-from finetune.common.run_folder import RunFolder, read_json, refuse_several_processes, whole_folder, write_json
+from finetune.common.run_folder import RunFolder, read_json, refuse_several_processes, whole_folder
 from finetune.data.media import Limits
 from finetune.data.rows import Source, read_splits, some
 from finetune.data.sources import adapter_options, cache_folder, limits_of, model_arguments, sources_of
@@ -37,7 +37,7 @@ SAME = 1e-6  # nats: a merged model nearer than this to the LLM without adapter 
 PACKAGES = ("finetune", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
-def merge(run: Path | str) -> dict[str, Any]:
+def merge(run: Path | str) -> Certificate:
     """Merge a trained run; writes merged/ and certificate.json. Returns the certificate.
 
     Raises MergeRefused where the merged model differs from what was trained, or not from the base; ArtifactError where
@@ -80,7 +80,7 @@ def merge_plain(
     dtype: str,
     min_agreement: float,
     max_kl: float,
-) -> dict[str, Any]:
+) -> Certificate:
     """The same from plain values. `rows` held-out rows are compared, `rows_scored` of them answered; at least
     `min_agreement` of next tokens must be equal, and the KL divergence be at most `max_kl` nats a token.
     """
@@ -121,44 +121,42 @@ def merge_plain(
             step()
         best, why = chosen(found)
         settle(partial, candidates.index(best))
-        content = {
-            "format": certificate.FORMAT,
-            "merged_into": best,
-            "why": why,
-            "how": how[best],
-            "reference": work.reference,
-            "language_model": base,
-            "dtype": named(work.dtype),
-            "dtypes": work.dtypes(),
-            "rows": len(entries),
-            "rows_held_out": len(held_out),
-            "rows_scored": len(answered),
-            "positions": sum(len(row) for row in trained.tokens),
-            "media": compared.media,
-            "primary": {name: load_part("tasks", asks[name].task[0]).PRIMARY for name in dict.fromkeys(compared.names)},
-            "saved": found[best],
-            "candidates": found,
-            "trained": trained.measures,
-            "base": trained.base_measures,
-            "bounds": {
-                "min_agreement": min_agreement,
-                "max_kl": max_kl,
-                "min_kl_from_base": SAME if adapter_options else None,
-            },
-            "versions": {name: version(name) for name in PACKAGES},
-        }
-        refuse_unless_faithful(content)
-        content = finite(content) | {
-            "sha256": certificate.file_hashes(partial),
-            "adapter_sha256": certificate.file_hashes(folder.adapter),
-        }
-        write_json(partial / certificate.NAME, content)
-    write_json(folder.certificate, content)
+        measures = {name: Measures.model_validate(values) for name, values in found.items()}
+        reference, bare = Measures.model_validate(trained.measures), Measures.model_validate(trained.base_measures)
+        positions = sum(len(row) for row in trained.tokens)
+        bounds = Bounds(min_agreement=min_agreement, max_kl=max_kl, min_kl_from_base=SAME if adapter_options else None)
+        refuse_unless_faithful(measures[best], reference, bounds, positions)
+        content = Certificate(
+            format=certificate.FORMAT,
+            merged_into=best,
+            why=why,
+            how=how[best],
+            reference=work.reference,
+            language_model=base,
+            dtype=named(work.dtype),
+            dtypes=Dtypes(**work.dtypes()),
+            rows=len(entries),
+            rows_held_out=len(held_out),
+            rows_scored=len(answered),
+            positions=positions,
+            media=compared.media,
+            primary={name: load_part("tasks", asks[name].task[0]).PRIMARY for name in dict.fromkeys(compared.names)},
+            saved=measures[best],
+            candidates=measures,
+            trained=reference,
+            base=bare,
+            bounds=bounds,
+            versions={name: version(name) for name in PACKAGES},
+            sha256=certificate.file_hashes(partial),
+            adapter_sha256=certificate.file_hashes(folder.adapter),
+        )
+        content.write(partial / certificate.NAME)
+    content.write(folder.certificate)
     tell(content, folder.merged)
     return content
 
 
-def checked_adapter(folder: Path, llm: Mapping[str, Any], has_lora: bool) -> tuple[LoraFile | None, dict[str, Any]]:
+def checked_adapter(folder: Path, llm: Mapping[str, Any], has_lora: bool) -> tuple[LoraFile | None, LanguageModelFiles]:
     """The adapter's LoRA, if it has any, and what its LLM is known by: name, revision, hashes of weights that lie here.
     Raises ArtifactError where files are missing or damaged, or where it was trained over another LLM than `llm`.
     """
@@ -183,7 +181,7 @@ def checked_adapter(folder: Path, llm: Mapping[str, Any], has_lora: bool) -> tup
             f"then {before[other[0]][:12]}): put the LLM's files back, or train again"
         )
     tensor_names(folder / "projectors.safetensors")
-    base = {"name": Path(name).name if here else name, "revision": known.get("revision"), "sha256": found}
+    base = LanguageModelFiles(name=Path(name).name if here else name, revision=known.get("revision"), sha256=found)
     return LoraFile(folder) if has_lora else None, base
 
 
@@ -209,45 +207,36 @@ def settle(folder: Path, best: int) -> None:
         shutil.rmtree(path)
 
 
-def refuse_unless_faithful(content: Mapping[str, Any]) -> None:
+def refuse_unless_faithful(saved: Measures, trained: Measures, bounds: Bounds, positions: int) -> None:
     """Raises MergeRefused where bounds are broken."""
-    saved, bounds = content["saved"], content["bounds"]
     advice = "Nothing was kept: serve the adapter, or use a wider merge.dtype"
-    if saved["agreement"] < bounds["min_agreement"]:
+    if saved.agreement < bounds.min_agreement:
         raise MergeRefused(
-            f"the merged model gives another next token than what was trained on {1 - saved['agreement']:.1%} of "
-            f"{content['positions']} positions (KL {saved['kl']:.2g}); merge.min_agreement is "
-            f"{bounds['min_agreement']:g}. {advice}"
+            f"the merged model gives another next token than what was trained on {1 - saved.agreement:.1%} of "
+            f"{positions} positions (KL {saved.kl:.2g}); merge.min_agreement is {bounds.min_agreement:g}. {advice}"
         )
-    if saved["kl"] > bounds["max_kl"]:
+    if saved.kl > bounds.max_kl:
         raise MergeRefused(
-            f"the merged model's next tokens are {saved['kl']:.2g} nats from what was trained (KL divergence, mean of "
-            f"{content['positions']} positions); merge.max_kl is {bounds['max_kl']:g}. {advice}"
+            f"the merged model's next tokens are {saved.kl:.2g} nats from what was trained (KL divergence, mean of "
+            f"{positions} positions); merge.max_kl is {bounds.max_kl:g}. {advice}"
         )
-    least = bounds["min_kl_from_base"]
+    least = bounds.min_kl_from_base
     if least is None:
         return
-    if content["trained"]["kl_from_base"] < least or saved["kl_from_base"] < least:
+    if trained.kl_from_base < least or saved.kl_from_base < least:
         raise MergeRefused(
             "the merged model equals the untrained LLM: the adapter has learnt nothing, or wasn't merged. "
             "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
         )
-    if saved["kl"] >= saved["kl_from_base"]:
+    if saved.kl >= saved.kl_from_base:
         raise MergeRefused(
-            f"the merged model is no nearer to what was trained (KL {saved['kl']:.2g}) than to the LLM without the "
-            f"adapter ({saved['kl_from_base']:.2g}): what the adapter has learnt is lost in rounding. {advice}"
+            f"the merged model is no nearer to what was trained (KL {saved.kl:.2g}) than to the LLM without the "
+            f"adapter ({saved.kl_from_base:.2g}): what the adapter has learnt is lost in rounding. {advice}"
         )
 
 
-def finite(value: Any) -> Any:
-    """With None for what JSON can't hold."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def tell(content: Mapping[str, Any], folder: Path) -> None:
-    names, rows = certificate.cells(content)
+def tell(content: Certificate, folder: Path) -> None:
+    names, rows = certificate.comparison(content)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for row in rows:
@@ -255,9 +244,7 @@ def tell(content: Mapping[str, Any], folder: Path) -> None:
     for number, name in enumerate(names[1:], 1):
         table.add_row(escape(name), *(escape(row[number]) for row in rows))
     console.print(table)
-    saved = content["saved"]
     console.print(
-        f"merged into {content['merged_into']}: {saved['agreement']:.1%} of {content['positions']} next tokens as "
-        f"trained; {content['why']}; scores on {content['rows_scored']} of {content['rows_held_out']} held-out rows; "
-        f"{folder}"
+        f"merged into {content.merged_into}: {content.saved.agreement:.1%} of {content.positions} next tokens as "
+        f"trained; {content.why}; scores on {content.rows_scored} of {content.rows_held_out} held-out rows; {folder}"
     )
