@@ -1,85 +1,154 @@
-"""What `finetune merge` proved, read and checked: the certificate of a merged folder, and the hashes in it.
+"""The certificate of a merged model: what `finetune merge` measured, and the hashes of the files it is about.
 
-certificate.json stands in the run and, the same, in merged/. Its keys:
-
-    format                      1
-    merged_into, why, how       the candidate that was kept, why, and whether it was merged in a stream
-    reference                   what the candidates are compared with: what was trained
-    dtypes                      {"llm": of the trained LLM's weights, "computed": , "merged": }
-    rows, positions, media      held-out rows, next tokens compared, {kind: media} shown
-    candidates                  {name: measures}; `saved`, `trained`, `base`: the same of what stands on disk, of the
-                                reference, and of the LLM without the adapter
-    bounds                      beyond which the merge would have been refused
-    versions                    of the packages
-    language_model              its name, revision, and {file: sha256} of its weights where they lie in a folder
-    sha256, adapter_sha256      {file: hash} of merged/ without this file, and of the adapter's folder
-
-Measures: `kl` (nats a token, from the reference), `agreement` (share of equal likeliest tokens),
-`largest_logit_difference` (of log-probabilities), `kl_from_base`, `scores` {task: {metric: value}}, or `not_scored`,
-the reason.
+certificate.json stands in the run folder and, byte for byte the same, in merged/. `Certificate` documents its keys.
 """
 
-import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune.common.errors import ArtifactError
-from finetune.common.run_folder import RunFolder, read_json
+from finetune.common.run_folder import RunFolder, file_hash, read_json, write_text
 
 NAME = "certificate.json"
 FORMAT = 1
-BESIDE = ("manifest.json", "recipe.yaml", "samples")  # what publishing adds to a model
-COLUMNS = {  # {measure: (what a table calls it, how it is written)}
-    "kl": ("KL (nats)", ".2g"),
-    "agreement": ("same token", ".1%"),
-    "largest_logit_difference": ("largest difference", ".2g"),
-    "kl_from_base": ("KL from base", ".2g"),
-}
+PUBLISHED_BESIDE = ("recipe.yaml", "samples")  # what publishing puts beside a model's own files
+
+# JSON has no infinity: null stands for it, where a model gives a probability that isn't a number.
+Distance = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+FileHashes = Annotated[dict[str, str], Field(description="File name, relative to the folder -> SHA-256, hexadecimal.")]
+Scores = dict[str, dict[str, float | None]]
 
 
-def read_certificate(path: Path | str) -> dict[str, Any]:
-    """`path`: the file, or a run's or merged model's folder. Raises ArtifactError where it is missing or damaged."""
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Measures(Section):
+    """How far one model is from what was trained, over the compared positions."""
+
+    kl: Distance = Field(description="KL divergence of its next token from the reference's; mean, in nats a token.")
+    agreement: Distance = Field(description="Share of positions with the same most likely token.")
+    largest_logit_difference: Distance = Field(
+        description="Largest difference of a log-probability, among tokens that the reference gives at least 1e-4."
+    )
+    kl_from_base: Distance = Field(description="KL divergence from the LLM without the adapter, in nats a token.")
+    scores: Scores | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Task -> metric -> value on the scored rows; null where these rows have no such value.",
+    )
+    not_scored: str | None = Field(
+        None, exclude_if=lambda value: value is None, description="Why it has no scores, where it should have."
+    )
+
+
+class Bounds(Section):
+    """Beyond these the merge would have been refused."""
+
+    min_agreement: float = Field(description="Least share of equal next tokens.")
+    max_kl: float = Field(description="Largest KL divergence, in nats a token.")
+    min_kl_from_base: float | None = Field(description="Least KL divergence from the base; null without an adapter.")
+
+
+class Dtypes(Section):
+    """Types of numbers, as torch names them, or nf4 or int8."""
+
+    llm: str = Field(description="Of the LLM's weights while it was trained.")
+    computed: str = Field(description="Of activations.")
+    merged: str = Field(description="Of the merged weights.")
+
+
+class LanguageModelFiles(Section):
+    """The LLM that the adapter was trained over."""
+
+    name: str = Field(description="Hub id, or the last part of a path.")
+    revision: str | None = Field(description="Commit on the Hub; null for a folder.")
+    sha256: FileHashes = Field(description="Hashes of its weights, if they lie in a folder.")
+
+
+class Certificate(Section):
+    format: Literal[1] = Field(description="Version of this file's format.")
+    merged_into: str = Field(description="The candidate that was kept.")
+    why: str = Field(description="Why it was kept.")
+    how: str = Field(description="Whether it was merged module by module, or in memory as a whole.")
+    reference: str = Field(description="What the candidates are compared with: what was trained.")
+    language_model: LanguageModelFiles
+    dtype: str = Field(description="Of the merged weights.")
+    dtypes: Dtypes
+    rows: int = Field(description="Held-out rows compared.")
+    rows_held_out: int = Field(description="Held-out rows in all.")
+    rows_scored: int = Field(description="Compared rows that were also answered and scored.")
+    positions: int = Field(description="Next tokens compared.")
+    media: dict[str, int] = Field(description="Medium -> number shown.")
+    primary: dict[str, str] = Field(description="Task -> its main metric.")
+    saved: Measures = Field(description="Of the merged model, read back from disk.")
+    candidates: dict[str, Measures] = Field(min_length=1, description="What was merged into -> its measures.")
+    trained: Measures = Field(description="Of the reference itself.")
+    base: Measures = Field(description="Of the LLM without the adapter, the other parts as trained.")
+    bounds: Bounds
+    versions: dict[str, str] = Field(description="Package -> version.")
+    sha256: FileHashes = Field(min_length=1, description="Hashes of the merged folder's files, without this one.")
+    adapter_sha256: FileHashes = Field(min_length=1, description="Hashes of the adapter folder's files.")
+
+    def write(self, path: Path) -> None:
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+
+def read_certificate(path: Path | str) -> Certificate:
+    """`path`: the file, or a run's or merged model's folder. Raises ArtifactError if it is missing or damaged."""
     path = Path(path)
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
         raise ArtifactError(f"{file} is missing: `finetune merge` writes it")
-    content = read_json(file)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ArtifactError(f"{file} isn't a certificate of format {FORMAT} (found: {found}): merge again")
-    for key, kind in (("sha256", dict), ("adapter_sha256", dict), ("candidates", dict), ("merged_into", str)):
-        if not isinstance(content.get(key), kind) or not content[key]:
-            raise ArtifactError(f"{file} is damaged: it has no {key}; merge again")
-    return content
+    content: object = read_json(file)
+    version = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if version != FORMAT:
+        raise ArtifactError(f"{file} isn't a certificate of format {FORMAT} (got: {version}): merge again")
+    try:
+        return Certificate.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{file} is damaged: {key}: {first['msg']}; merge again") from None
 
 
-def verify(certificate: Mapping[str, Any], folder: Path | str, key: str = "sha256") -> None:
-    """That `folder`, merged/ or a copy of it, holds what the certificate is of, and nothing else; with `key`
-    'adapter_sha256' the adapter's folder. Files of `hashed_files` count. Raises ArtifactError with the first file
-    that differs.
+def verify(certificate: Certificate, folder: Path | str, key: Literal["sha256", "adapter_sha256"] = "sha256") -> None:
+    """Check that `folder` (merged/ or a copy of it; with 'adapter_sha256' the adapter's folder) holds exactly the
+    certified files; only `hashed_files` count. Raises ArtifactError with the first file that differs.
     """
     folder = Path(folder)
-    known, found = certificate[key], {path.relative_to(folder).as_posix(): path for path in hashed_files(folder)}
-    belongs = "the certificate belongs to other weights, or the folder is damaged: copy it anew, or merge again"
-    for name in sorted(known.keys() - found.keys()):
-        raise ArtifactError(f"{folder / name} is missing, but certified: {belongs}")
-    for name in sorted(found.keys() - known.keys()):
-        raise ArtifactError(f"{folder / name} isn't among the certified files: {belongs}")
-    for name, path in found.items():
-        if (got := file_hash(path)) != known[name]:
-            raise ArtifactError(f"{path}: sha256 {got[:12]}..., certified is {known[name][:12]}...: {belongs}")
+    certified = certificate.sha256 if key == "sha256" else certificate.adapter_sha256
+    files = {path.relative_to(folder).as_posix(): path for path in hashed_files(folder)}
+    advice = "the certificate belongs to other weights, or the folder is damaged: copy it again, or merge again"
+    for name in sorted(certified.keys() - files.keys()):
+        raise ArtifactError(f"{folder / name} is missing, but certified: {advice}")
+    for name in sorted(files.keys() - certified.keys()):
+        raise ArtifactError(f"{folder / name} isn't among the certified files: {advice}")
+    for name, path in files.items():
+        if (actual := file_hash(path)) != certified[name]:
+            raise ArtifactError(f"{path}: sha256 {actual[:12]}..., certified is {certified[name][:12]}...: {advice}")
 
 
-def read_verified(run: RunFolder) -> dict[str, Any]:
-    """The certificate of a run's merged model, which is of that model and of the adapter that is there, if one is.
-    Raises ArtifactError: where the adapter was trained again since, merged/ is of the one before.
+def verify_if_certified(folder: Path) -> None:
+    """`verify` for a model's folder that may carry no certificate, as an adapter's doesn't. Raises ArtifactError."""
+    if (folder / NAME).is_file():
+        verify(read_certificate(folder), folder)
+
+
+def read_verified(run: RunFolder) -> Certificate:
+    """The certificate of a run's merged model, checked against merged/ and, if there is one, the adapter's folder.
+    Raises ArtifactError: if the adapter was trained again since, merged/ is of the one before.
     """
-    content = read_certificate(run.certificate)
-    verify(content, run.merged)
+    certificate = read_certificate(run.certificate)
+    verify(certificate, run.merged)
     if run.adapter.is_dir():
-        verify(content, run.adapter, "adapter_sha256")
-    return content
+        verify(certificate, run.adapter, "adapter_sha256")
+    return certificate
 
 
 def hashed_files(folder: Path) -> list[Path]:
@@ -90,80 +159,78 @@ def hashed_files(folder: Path) -> list[Path]:
         if path.is_file()
         and path.name != NAME
         and path.suffix != ".md"
-        and path.relative_to(folder).parts[0] not in BESIDE
+        and path.relative_to(folder).parts[0] not in PUBLISHED_BESIDE
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """{file: sha256} of `hashed_files`, named from the folder on."""
+    """File name, relative to the folder -> SHA-256, of `hashed_files`."""
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in hashed_files(folder)}
 
 
 def weights_hashes(name: str) -> dict[str, str]:
-    """{file: sha256} of the weights of an LLM that is a folder or a .gguf file; {} of one that a commit names."""
+    """File name -> SHA-256 of the weights of an LLM that is a folder or a .gguf file; {} of one on the Hub."""
     path = Path(name)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return {file.name: file_hash(file) for file in files}
 
 
-def file_hash(path: Path) -> str:
-    """sha256, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@dataclass(frozen=True)
+class ComparedModel:
+    """A row of the comparison. `kept`: whether it is what merged/ holds."""
+
+    name: str
+    kept: bool
+    measures: Measures
 
 
-def table(certificate: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a model: what was trained, the candidates, the LLM without the adapter.
-
-    {"candidate": name, "kept": whether it is what merged/ holds, "kl", "agreement", "largest_logit_difference",
-    "kl_from_base", "scores": {"TASK.METRIC": value} of each task's main metric}; None where it isn't known.
-    """
-    measured = {
-        certificate.get("reference", "what was trained"): certificate.get("trained") or {},
-        **{f"merged into {name}": found for name, found in certificate["candidates"].items()},
-        "the LLM without the adapter": certificate.get("base") or {},
-    }
-    primary = certificate.get("primary") or {}
+def compared_models(certificate: Certificate) -> list[ComparedModel]:
+    """What was trained, each candidate, and the LLM without the adapter."""
     return [
-        {
-            "candidate": name,
-            "kept": name == f"merged into {certificate['merged_into']}",
-            **{column: found.get(column) for column in COLUMNS},
-            "scores": {
-                f"{task}.{metric}": (found.get("scores") or {}).get(task, {}).get(metric)
-                for task, metric in primary.items()
-            },
-        }
-        for name, found in measured.items()
+        ComparedModel(certificate.reference, False, certificate.trained),
+        *(
+            ComparedModel(f"merged into {name}", name == certificate.merged_into, measures)
+            for name, measures in certificate.candidates.items()
+        ),
+        ComparedModel("the LLM without the adapter", False, certificate.base),
     ]
 
 
-def cells(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """`table` as text: (names of the columns, cells of each row). Scores that no row has are left out."""
-    rows = table(certificate)
-    metrics = [metric for metric in rows[0]["scores"] if any(row["scores"][metric] is not None for row in rows)]
-
-    def text(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    return ["", *(name for name, _ in COLUMNS.values()), *metrics], [
+def comparison(certificate: Certificate) -> tuple[list[str], list[list[str]]]:
+    """`compared_models` as text, with the score of each task's main metric: (column names, cells of each row). Scores
+    that no model has are left out.
+    """
+    models = compared_models(certificate)
+    scores = [
+        [(model.measures.scores or {}).get(task, {}).get(metric) for model in models]
+        for task, metric in certificate.primary.items()
+    ]
+    columns: list[tuple[str, str, Sequence[float | None]]] = [
+        ("KL (nats)", ".2g", [model.measures.kl for model in models]),
+        ("same token", ".1%", [model.measures.agreement for model in models]),
+        ("largest difference", ".2g", [model.measures.largest_logit_difference for model in models]),
+        ("KL from base", ".2g", [model.measures.kl_from_base for model in models]),
+    ]
+    for (task, metric), values in zip(certificate.primary.items(), scores, strict=True):
+        if any(value is not None for value in values):
+            columns.append((f"{task}.{metric}", ".3f", values))
+    cells = [
         [
-            row["candidate"] + (" (kept)" if row["kept"] else ""),
-            *(text(row[column], form) for column, (_, form) in COLUMNS.items()),
-            *(text(row["scores"][metric], ".3f") for metric in metrics),
+            model.name + (" (kept)" if model.kept else ""),
+            *("" if values[number] is None else format(values[number], form) for _, form, values in columns),
         ]
-        for row in rows
+        for number, model in enumerate(models)
     ]
+    return ["", *(name for name, _, _ in columns)], cells
 
 
-def markdown(certificate: Mapping[str, Any]) -> str:
+def markdown(certificate: Certificate) -> str:
     """A paragraph and a table, for a card."""
-    names, rows = cells(certificate)
+    names, rows = comparison(certificate)
     lines = [
-        f"Merged into {certificate['merged_into']}: {certificate.get('why', '')}. Compared with "
-        f"{certificate.get('reference', 'what was trained')} on {certificate.get('rows', 0):,} held-out rows, "
-        f"{certificate.get('positions', 0):,} next tokens.",
+        f"Merged into {certificate.merged_into}: {certificate.why}. Compared with {certificate.reference} on "
+        f"{certificate.rows:,} held-out rows, {certificate.positions:,} next tokens.",
         "",
         "| " + " | ".join(names) + " |",
         "|---" + "|---:" * (len(names) - 1) + "|",

@@ -9,19 +9,23 @@ runs/NAME/
   merged/            a self-contained checkpoint; certificate.json beside it
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.common.errors import ArtifactError, TrainingError
 
 
+JsonObject = dict[str, Any]
+
+
 def refuse_several_processes(command: str) -> None:
-    """Raises TrainingError under accelerate launch or torchrun, for what only training does with several processes."""
+    """Raises TrainingError under accelerate launch or torchrun: only training works with several processes."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count > 1:
         raise TrainingError(f"{command} is for one process, not {count}: launch `finetune train`, then {command} alone")
@@ -42,7 +46,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_text: str, resume: bool) -> "RunFolder":
-        """A new folder, or the one to go on with. Raises TrainingError where the two are mixed up."""
+        """A new folder, or with `resume` an existing one of the same recipe. Raises TrainingError otherwise."""
         run = cls(path)
         if resume:
             if not run.recipe.is_file():
@@ -61,8 +65,8 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path, needs: str = "recipe") -> "RunFolder":
-        """An existing run that has got as far as `needs`. Raises ArtifactError."""
+    def open(cls, path: Path, needs: Literal["recipe", "adapter", "metrics", "merged"] = "recipe") -> "RunFolder":
+        """An existing run that holds `needs`. Raises ArtifactError."""
         run = cls(path)
         made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
         for part in ("recipe", needs):
@@ -73,10 +77,10 @@ class RunFolder:
                 )
         return run
 
-    def read_metrics(self) -> dict[str, Any]:
+    def read_metrics(self) -> JsonObject:
         return read_json(self.metrics) if self.metrics.is_file() else {}
 
-    def update_metrics(self, **sections: Any) -> None:
+    def update_metrics(self, **sections: Mapping[str, object]) -> None:
         """Merge sections into metrics.json, one level deep."""
         content = self.read_metrics()
         for name, section in sections.items():
@@ -84,7 +88,7 @@ class RunFolder:
         write_json(self.metrics, content)
 
     def remove_torn(self, stage: str) -> None:
-        """Remove what an interrupted writer left of a stage's checkpoints."""
+        """Remove a stage's half-written checkpoints."""
         for path in (self.checkpoints / stage).glob("*.partial"):
             shutil.rmtree(path)
 
@@ -102,8 +106,8 @@ class RunFolder:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block has ended well; one that was there before is whole until
-    then, and whatever interrupts the exchange, one of the two stays.
+    """A folder that appears under its name only when the block ends without an error. An earlier one stays whole until
+    then; whatever interrupts the exchange, one of the two remains.
     """
     partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
     if old.exists() and not path.exists():  # the exchange was interrupted
@@ -122,8 +126,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ArtifactError where the file is missing or isn't JSON."""
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> JsonObject:
+    """Raises ArtifactError if the file is missing or isn't JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -132,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged: {error}") from None
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -124,8 +124,7 @@ def source_of(path: Path) -> Source:
             f"{path}: neither a run nor a folder that `finetune merge` wrote"
             + (f" (its config.json is of type {config.get('model_type')!r})" if config else " (no config.json here)")
         )
-    if (path / "certificate.json").is_file():
-        certificate.verify(certificate.read_certificate(path), path)
+    certificate.verify_if_certified(path)
     return Source(path)
 
 

@@ -47,9 +47,7 @@ def load(
         raise ModelError(f"{path}: a revision is for models of the Hub, not for folders")
     else:
         path = next((p for p in (path / "merged", path / "adapter", path) if _is_model(p)), path)
-        hub.verify_manifest(path, hub.READ)
-        if (path / certificate.NAME).is_file() and not (path / hub.MANIFEST).is_file():
-            certificate.verify(certificate.read_certificate(path), path)
+        certificate.verify_if_certified(path)
     if (path / MANIFEST).is_file():
         return load_adapter(path, device, trust_remote_code)
     if (path / "config.json").is_file():

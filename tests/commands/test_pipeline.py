@@ -182,8 +182,8 @@ def test_a_merge_that_changes_answers_is_refused(plain, tmp_path):
 def test_every_kind_of_adapter_merges_into_what_was_trained(changes, tmp_path):
     run = trained(tmp_path, **changes)
     certificate = finetune.merge(run)
-    assert certificate["saved"]["agreement"] >= 0.95
-    assert certificate["saved"]["kl"] < 0.1 * certificate["base"]["kl"]
+    assert certificate.saved.agreement >= 0.95
+    assert certificate.saved.kl < 0.1 * certificate.base.kl
 
 
 def test_an_adapter_that_peft_cannot_make_is_a_model_error(tmp_path):

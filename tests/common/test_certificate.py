@@ -2,11 +2,23 @@
 
 import hashlib
 import json
+import math
 
 import pytest
 
-from finetune.common.certificate import FORMAT, file_hash, file_hashes, markdown, read_certificate, table, verify
+from finetune.common.certificate import (
+    FORMAT,
+    Certificate,
+    compared_models,
+    comparison,
+    file_hashes,
+    markdown,
+    read_certificate,
+    verify,
+    verify_if_certified,
+)
 from finetune.common.errors import ArtifactError
+from finetune.common.run_folder import file_hash
 
 
 @pytest.fixture
@@ -21,17 +33,26 @@ def merged(tmp_path):
         "format": FORMAT,
         "merged_into": "the dequantized nf4 LLM",
         "why": "it is closer",
+        "how": "module by module, from the LLM's files",
         "reference": "the adapter over the nf4 LLM",
+        "language_model": {"name": "org/llm", "revision": "c" * 40, "sha256": {}},
+        "dtype": "bfloat16",
+        "dtypes": {"llm": "nf4", "computed": "bfloat16", "merged": "bfloat16"},
         "rows": 64,
+        "rows_held_out": 70,
+        "rows_scored": 64,
         "positions": 145,
+        "media": {"image": 64},
         "primary": {"mood": "f1", "words": "exact_match"},
         "saved": measures,
         "candidates": {
             "the 16-bit LLM": {**measures, "kl": None, "not_scored": "no memory"},
-            "the dequantized nf4 LLM": {**measures, "scores": {"mood": {"f1": 0.75, "accuracy": 0.8}}},
+            "the dequantized nf4 LLM": {**measures, "scores": {"mood": {"f1": 0.75, "accuracy": None}}},
         },
-        "trained": {"kl": 0.0, "agreement": 1.0, "scores": {"mood": {"f1": 0.7}}},
-        "base": {"kl": 2.0, "kl_from_base": 0.0},
+        "trained": {**measures, "kl": 0.0, "agreement": 1.0, "scores": {"mood": {"f1": 0.7}}},
+        "base": {**measures, "kl": 2.0, "kl_from_base": 0.0},
+        "bounds": {"min_agreement": 0.95, "max_kl": 0.1, "min_kl_from_base": None},
+        "versions": {"torch": "2.13.0"},
         "sha256": file_hashes(tmp_path / "merged"),
         "adapter_sha256": {"adapter_model.safetensors": "ab" * 32},
     }
@@ -39,15 +60,39 @@ def merged(tmp_path):
     return tmp_path / "merged"
 
 
+def test_it_is_written_with_the_keys_and_values_it_was_read_with(merged, tmp_path):
+    before = json.loads((merged / "certificate.json").read_text())
+    read_certificate(merged).write(tmp_path / "copy.json")
+    assert json.loads((tmp_path / "copy.json").read_text()) == before
+    assert read_certificate(tmp_path / "copy.json") == read_certificate(merged)
+
+
+def test_a_distance_that_json_cannot_hold_is_null_and_infinite(merged, tmp_path):
+    certificate = read_certificate(merged)
+    assert certificate.candidates["the 16-bit LLM"].kl == math.inf
+    certificate.write(tmp_path / "copy.json")
+    assert json.loads((tmp_path / "copy.json").read_text())["candidates"]["the 16-bit LLM"]["kl"] is None
+
+
+def test_every_key_is_documented():
+    for section in ("Certificate", "Measures", "Bounds", "Dtypes", "LanguageModelFiles"):
+        schema = Certificate.model_json_schema()
+        for name, field in (schema if section == "Certificate" else schema["$defs"][section])["properties"].items():
+            reference = field.get("$ref", "").rpartition("/")[2]
+            assert field.get("description") or schema["$defs"][reference].get("description"), (section, name)
+
+
 def test_a_folder_that_is_as_it_was_is_verified(merged):
     certificate = read_certificate(merged)
     assert read_certificate(merged / "certificate.json") == certificate
-    assert certificate["sha256"]["model.safetensors"] == hashlib.sha256(b"weights").hexdigest()
-    assert set(certificate["sha256"]) == {"model.safetensors", "config.json", "sub/tokenizer.json"}
+    assert certificate.sha256["model.safetensors"] == hashlib.sha256(b"weights").hexdigest()
+    assert set(certificate.sha256) == {"model.safetensors", "config.json", "sub/tokenizer.json"}
     (merged / "README.md").write_text("a card")
     (merged / ".cache").mkdir()
     (merged / ".cache" / "lock").write_text("")
     verify(certificate, merged)
+    verify_if_certified(merged)
+    verify_if_certified(merged / "sub")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "sub/tokenizer.json"])
@@ -55,7 +100,7 @@ def test_the_file_that_differs_is_named(merged, name):
     certificate = read_certificate(merged)
     (merged / name).write_bytes((merged / name).read_bytes() + b" ")
     with pytest.raises(ArtifactError, match=rf"{name}: sha256 {file_hash(merged / name)[:12]}.*other weights"):
-        verify(certificate, merged)
+        verify_if_certified(merged)
     (merged / name).unlink()
     with pytest.raises(ArtifactError, match=rf"{name} is missing, but certified"):
         verify(certificate, merged)
@@ -68,18 +113,21 @@ def test_a_file_too_many_is_named(merged):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda path: path.unlink(), "is missing: `finetune merge` writes it"),
         (lambda path: path.write_text('{"format": 1'), "is damaged"),
-        (lambda path: path.write_text("[1]"), r"isn't a certificate of format 1 \(found: list\)"),
-        (lambda path: path.write_text('{"sha256": {}}'), r"isn't a certificate of format 1 \(found: None\)"),
-        (lambda path: path.write_text('{"format": 1, "sha256": {}}'), "has no sha256; merge again"),
+        (lambda path: path.write_text("[1]"), r"isn't a certificate of format 1 \(got: list\)"),
+        (lambda path: path.write_text('{"sha256": {}}'), r"isn't a certificate of format 1 \(got: None\)"),
+        (
+            lambda path: path.write_text('{"format": 1, "sha256": {}}'),
+            "is damaged: merged_into: Field required; merge again",
+        ),
     ],
 )
-def test_a_certificate_that_is_none_says_so(merged, change, told):
+def test_a_certificate_that_is_none_says_so(merged, change, message):
     change(merged / "certificate.json")
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=message):
         read_certificate(merged)
 
 
@@ -91,17 +139,19 @@ def test_the_adapter_s_folder_is_checked_likewise(merged, tmp_path):
         verify(read_certificate(merged), adapter, key="adapter_sha256")
 
 
-def test_the_table_has_a_row_a_model(merged):
-    rows = table(read_certificate(merged))
-    assert [row["candidate"] for row in rows] == [
+def test_the_comparison_has_a_row_a_model(merged):
+    models = compared_models(read_certificate(merged))
+    assert [model.name for model in models] == [
         "the adapter over the nf4 LLM",
         "merged into the 16-bit LLM",
         "merged into the dequantized nf4 LLM",
         "the LLM without the adapter",
     ]
-    assert [row["kept"] for row in rows] == [False, False, True, False]
-    assert [row["kl"] for row in rows] == [0.0, None, 0.002, 2.0]
-    assert rows[2]["scores"] == {"mood.f1": 0.75, "words.exact_match": None}
+    assert [model.kept for model in models] == [False, False, True, False]
+    assert [model.measures.kl for model in models] == [0.0, math.inf, 0.002, 2.0]
+    columns, cells = comparison(read_certificate(merged))
+    assert columns == ["", "KL (nats)", "same token", "largest difference", "KL from base", "mood.f1"]
+    assert [row[-1] for row in cells] == ["0.700", "", "0.750", ""]
 
 
 def test_the_table_is_written_for_a_card(merged):

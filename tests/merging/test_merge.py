@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_dataset, tiny_recipe
 
 import finetune
-from finetune.common.certificate import read_certificate, verify
+from finetune.common.certificate import Dtypes, read_certificate, verify
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.data.rows import read_splits, some
 from finetune.data.sources import sources_of
@@ -74,17 +74,16 @@ def test_at_least_64_rows_and_all_that_is_promised(run):
     certificate = read_certificate(run)
     verify(certificate, run / "merged")
     verify(certificate, run / "adapter", key="adapter_sha256")
-    assert (certificate["rows"], certificate["rows_held_out"], certificate["media"]) == (64, 70, {"image": 64})
-    assert certificate["dtypes"] == {"llm": "nf4", "computed": "float32", "merged": "float32"}
-    assert certificate["how"] == "module by module, from the LLM's files"
-    assert list(certificate["candidates"]) == ["the 16-bit LLM", "the dequantized nf4 LLM"]
-    assert certificate["versions"]["torch"] == torch.__version__
-    for measures in (certificate["trained"], certificate["base"], *certificate["candidates"].values()):
-        assert set(measures) == {"kl", "agreement", "largest_logit_difference", "kl_from_base", "scores"}
-        assert "accuracy" in measures["scores"]["classify"]
-    plain, dequantized = certificate["candidates"].values()
-    assert dequantized["kl"] < 1e-5 < plain["kl"] and certificate["merged_into"] == "the dequantized nf4 LLM"
-    assert certificate["saved"] == dequantized and f"{plain['kl']:.2g}" in certificate["why"]
+    assert (certificate.rows, certificate.rows_held_out, certificate.media) == (64, 70, {"image": 64})
+    assert certificate.dtypes == Dtypes(llm="nf4", computed="float32", merged="float32")
+    assert certificate.how == "module by module, from the LLM's files"
+    assert list(certificate.candidates) == ["the 16-bit LLM", "the dequantized nf4 LLM"]
+    assert certificate.versions["torch"] == torch.__version__
+    for measures in (certificate.trained, certificate.base, *certificate.candidates.values()):
+        assert "accuracy" in measures.scores["classify"] and measures.not_scored is None
+    plain, dequantized = certificate.candidates.values()
+    assert dequantized.kl < 1e-5 < plain.kl and certificate.merged_into == "the dequantized nf4 LLM"
+    assert certificate.saved == dequantized and f"{plain.kl:.2g}" in certificate.why
 
 
 def conversations(run: Path) -> list[tuple]:
@@ -114,11 +113,11 @@ def test_measures_are_those_of_the_folders_loaded_afresh(run):
         same += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
         for model, right in said.items():
             right.append(model.answers([messages], max_new_tokens=4)[0] == target)
-    assert certificate["positions"] == len(same)
-    assert certificate["saved"]["agreement"] == pytest.approx(sum(same) / len(same), abs=1e-6)
-    assert certificate["saved"]["kl"] == pytest.approx(sum(divergences) / len(divergences), abs=1e-6)
-    for measures, right in (("saved", said[merged]), ("trained", said[adapter])):
-        assert certificate[measures]["scores"]["classify"]["accuracy"] == pytest.approx(sum(right) / 64, abs=1e-3)
+    assert certificate.positions == len(same)
+    assert certificate.saved.agreement == pytest.approx(sum(same) / len(same), abs=1e-6)
+    assert certificate.saved.kl == pytest.approx(sum(divergences) / len(divergences), abs=1e-6)
+    for measures, right in ((certificate.saved, said[merged]), (certificate.trained, said[adapter])):
+        assert measures.scores["classify"]["accuracy"] == pytest.approx(sum(right) / 64, abs=1e-3)
 
 
 @pytest.mark.parametrize("fusion", [{"kind": "prefix"}, FUSION], ids=["prefix", "cross_attention"])
@@ -130,12 +129,12 @@ def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monke
     within = finetune.merge(run)
     monkeypatch.setattr(_candidates, "ROOM", 1e12)
     beyond = finetune.merge(run)
-    assert beyond["sha256"] == within["sha256"]
-    for name, measures in within["candidates"].items():
-        other = beyond["candidates"][name]
+    assert beyond.sha256 == within.sha256
+    for name, measures in within.candidates.items():
+        other = beyond.candidates[name]
         for key in ("kl", "agreement", "largest_logit_difference", "kl_from_base"):
-            assert other[key] == pytest.approx(measures[key], abs=1e-4), (name, key)
-        assert "scores" not in other and "memory has no room" in other["not_scored"]
+            assert getattr(other, key) == pytest.approx(getattr(measures, key), abs=1e-4), (name, key)
+        assert other.scores is None and "memory has no room" in other.not_scored
     assert not list(run.glob("*.partial")) and not (run / "merged" / "scratch").exists()
 
 
@@ -149,7 +148,7 @@ def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
     whole = load_file(run / "merged" / "model.safetensors")
     parts = {k: v for name in set(index["weight_map"].values()) for k, v in load_file(other / "merged" / name).items()}
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert set(certificate["sha256"]) > {"model.safetensors.index.json", *index["weight_map"].values()}
+    assert set(certificate.sha256) > {"model.safetensors.index.json", *index["weight_map"].values()}
     picture = run.parent / "data" / "images" / "test0.png"
     one, two = (finetune.load(folder / "merged").answer("What?", image=picture) for folder in (run, other))
     assert one == two
@@ -160,9 +159,9 @@ def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
         tmp_path, quantize="none", adapter__initialization="pissa_niter_4", merge={"rows": 4, "rows_scored": 0}
     )
     certificate = finetune.merge(run)
-    assert certificate["how"].startswith("all at once, in memory: 'pissa_niter_4'")
-    assert certificate["saved"]["kl"] < 1e-5 < certificate["saved"]["kl_from_base"]
-    assert "scores" not in certificate["saved"] and certificate["rows_scored"] == 0
+    assert certificate.how.startswith("all at once, in memory: 'pissa_niter_4'")
+    assert certificate.saved.kl < 1e-5 < certificate.saved.kl_from_base
+    assert certificate.saved.scores is None and certificate.rows_scored == 0
 
 
 def test_a_refused_merge_leaves_the_older_one(run, tmp_path):
@@ -208,7 +207,7 @@ def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
     finetune.merge(other)
     assert not (other / "merged.partial").exists()
     verify(read_certificate(other), other / "merged")
-    assert read_certificate(other)["sha256"]["model.safetensors"] == kept["merged/model.safetensors"]
+    assert read_certificate(other).sha256["model.safetensors"] == kept["merged/model.safetensors"]
 
 
 def test_an_adapter_of_another_llm_is_named(run, tmp_path):

@@ -33,15 +33,15 @@ def spoil(path, how):
 
 def test_what_the_recipe_says_by_now_changes_nothing(run):
     finetune.merge(run)
-    before = read_certificate(run)["sha256"]
+    before = read_certificate(run).sha256
     alpha = finetune.load_recipe(run / "recipe.yaml").adapter.alpha
     change(run / "recipe.yaml", f"alpha: {alpha}", f"alpha: {8 * alpha}")
     finetune.merge(run)
-    assert read_certificate(run)["sha256"] == before
+    assert read_certificate(run).sha256 == before
 
 
 def test_another_base_under_the_same_name_is_named(run, tmp_path):
-    assert list(read_certificate_of(run)["language_model"]["sha256"]) == ["model.safetensors"]
+    assert list(read_certificate_of(run).language_model.sha256) == ["model.safetensors"]
     spoil(tmp_path / "llm" / "model.safetensors", lambda _, tensor: tensor + 0.01)
     with pytest.raises(ArtifactError, match=r"llm: model.safetensors isn't what the adapter was trained over"):
         finetune.merge(run)

@@ -69,7 +69,6 @@ class _Base:
 
     def under(self, folder: Path) -> Assistant:
         """The adapter folder's model, on these weights."""
-        hub.verify_manifest(folder, hub.READ)
         return load_adapter(folder, self.device, shared=self._shared)
 
     def _shared(self, parts: Parts, llm: Mapping[str, Any]) -> Any:
