@@ -11,12 +11,12 @@ from finetune.common.errors import DataError, MediaError
 from finetune.common.registry import load_part
 from finetune.data.check.inspect import View, text_remarks, view
 from finetune.data.check.ledger import Examined, Finding
-from finetune.data.media import Limits, decode
+from finetune.data.media import decode
 from finetune.data.rows import Source, group_of, split_of
 from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.data.sources import limits_of, model_arguments, sources_of
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Limits, Recipe
 
 KEPT = 512  # media whose view is kept: questions about one picture stand side by side
 

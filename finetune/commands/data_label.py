@@ -10,12 +10,13 @@ from typing import Any
 from finetune.common.errors import DataError, RecipeError
 from finetune.common.registry import load_part
 from finetune.data.check.page import picture_uri, sound_uri
-from finetune.data.media import Limits, decode
+from finetune.data.media import decode
 from finetune.data.rows import Source, detected, listed, read_rows
 from finetune.data.sample import KINDS, Medium, Message, Row
 from finetune.data.sources import limits_of, sources_of
 from finetune.model.asks import name_of
 from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Limits
 
 COLUMNS = ("row", "media", "text", "proposed", "confidence", "label")
 ASKED = ("label", "answer", "caption", "text")  # options of tasks that name the column of what is to be found

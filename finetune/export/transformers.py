@@ -84,7 +84,8 @@ def decoded_file(medium: "Medium", path: Path, parts: dict[str, Any]) -> str:
     """A picture or recording, decoded by us and kept without loss: other decoders turn, scale and mix otherwise."""
     import numpy as np
 
-    from finetune.data.media import Limits, decode
+    from finetune.data.media import decode
+    from finetune.recipe.schema import Limits
 
     if medium.kind not in ("image", "audio"):  # only the kit's own class takes it, and decodes it the same way
         return str(medium.path.absolute())

@@ -82,7 +82,7 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
-    """The LLM with its weights left in its files; those that have to be converted lie in `scratch`. Raises ModelError."""
+    """The LLM with its weights left in its files; those to be converted lie in `scratch`. Raises ModelError."""
     options: dict[str, Any] = {"trust_remote_code": llm.trust_remote_code, "revision": llm.revision}
     with loading(f"LLM {llm.name!r}"):
         with torch.device("meta"):

@@ -87,7 +87,7 @@ def merge_into(
     refuse_unless_faithful(measures[best], trained, bounds)
     keep_candidate(folder, [candidate.name for candidate in candidates].index(best))
     merged = Certificate(
-        format=certificate.FORMAT,
+        format=1,
         merged_into=best,
         why=why,
         how=methods[best],
@@ -204,7 +204,7 @@ def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds) ->
 
 
 def show(merged: Certificate, folder: Path) -> None:
-    names, rows = certificate.cells(merged)
+    names, rows = certificate.comparison(merged)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for row in rows:

@@ -1,4 +1,4 @@
-"""After `import finetune.model.auto` the Auto classes of transformers load what `finetune merge` and `finetune export` wrote:
+"""After `import finetune.model.auto` transformers' Auto classes load what `finetune merge` and `finetune export` wrote:
 
 import finetune.model.auto
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -1,5 +1,5 @@
-"""Names of the LLM's modules that an adapter belongs to: adapters stay loadable when transformers renames modules, by the
-renamings that transformers itself does when it loads older checkpoints.
+"""Names of the LLM's modules that an adapter belongs to. Adapters stay loadable when transformers renames modules, by
+the renamings that transformers itself does when it loads older checkpoints.
 """
 
 from collections.abc import Collection, Iterable

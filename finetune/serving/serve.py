@@ -67,7 +67,7 @@ def named(models: Sequence[str]) -> dict[str, str]:
 def loaded(places: dict[str, str], bounds: Options) -> Any:
     """An Engine over the models. What media may be is the tighter of the model's bounds and ours."""
     from finetune.common.progress import quiet_libraries
-    from finetune.data.media import Limits
+    from finetune.recipe.schema import Limits
     from finetune.serving.engine.engine import Engine as Batching
     from finetune.serving.engine.models import load_models
 
@@ -76,7 +76,7 @@ def loaded(places: dict[str, str], bounds: Options) -> Any:
     for assistant in assistants.values():
         its = assistant.limits
         assistant.limits = Limits(
-            **{name: min(getattr(its, name), getattr(bounds, name)) for name in Limits.__dataclass_fields__}
+            **{name: min(getattr(its, name), getattr(bounds, name)) for name in Limits.model_fields}
         )
     return Batching(
         assistants,

@@ -172,4 +172,5 @@ def _ignore(batch: Batch) -> None:
         batch["items"] = 0
         batch["loss_weights"].zero_()
         for head in batch["heads"].values():
-            head.update({name: tensor[:0] for name, tensor in head.items()})  # type: ignore[typeddict-item, attr-defined]
+            head["rows"], head["targets"] = head["rows"][:0], head["targets"][:0]
+            head["groups"], head["weights"] = head["groups"][:0], head["weights"][:0]

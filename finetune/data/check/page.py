@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.check.ledger import CODES, Finding, Ledger
-from finetune.data.media import Limits, decode
+from finetune.data.media import decode
+from finetune.recipe.schema import Limits
 
 SHOWN = 24  # findings of a kind on the page; all are in check.json
 EXAMPLES = 6  # rows with nothing to find fault with

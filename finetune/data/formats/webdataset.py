@@ -16,7 +16,7 @@ from typing import Any
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
 from finetune.data.formats import _conversations, _media
-from finetune.data.media import Limits
+from finetune.recipe.schema import Limits
 
 
 class Options(PartOptions):
@@ -53,8 +53,8 @@ def _files(shard: Path) -> Iterator[tuple[str, str, bytes]]:
                 key, _, suffix = name.partition(".")
                 if not member.isreg():
                     raise DataError(f"{shard}: {member.name!r} is a link or device, not a file; pack what it leads to")
-                if member.size > Limits.max_bytes:
-                    raise DataError(f"{shard}: {member.name!r} has {member.size:,} bytes, over {Limits.max_bytes:,}")
+                if member.size > Limits().max_bytes:
+                    raise DataError(f"{shard}: {member.name!r} has {member.size:,} bytes, over {Limits().max_bytes:,}")
                 content = tar.extractfile(member)
                 yield f"{folder}/{key}".lstrip("/"), suffix.lower(), content.read() if content else b""
             _check_end(shard, file, tar.offset)

@@ -1,14 +1,13 @@
 """Media files to one canonical form each, bounded. Nothing heavy is imported before a file is decoded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.media import _source
 from finetune.data.media.audio import blank_sound, decode_audio
 from finetune.data.media.image import blank_like, decode_image
 from finetune.data.media.video import blank_clip, decode_video
+from finetune.recipe.schema import Limits
 
 DECODERS: dict[str, Callable[..., Any]] = {"image": decode_image, "audio": decode_audio, "video": decode_video}
 BLANKS: dict[str, Callable[[Any], Any]] = {"image": blank_like, "audio": blank_sound, "video": blank_clip}
@@ -22,16 +21,6 @@ BOUNDS = {
 # Whoever changes what a decoder gives for the same file raises this: features computed before are then computed anew.
 DECODING = 1
 DECODED_BY = {"image": ("pillow", "pydicom"), "audio": ("soundfile", "soxr", "av"), "video": ("av", "pillow")}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one file: bytes, pixels of a picture or frame, seconds of a recording or video, frames kept of a video."""
-
-    max_bytes: int = _source.MAX_BYTES
-    max_pixels: int = _source.MAX_PIXELS
-    max_seconds: float = _source.MAX_SECONDS
-    max_frames: int = _source.MAX_FRAMES
 
 
 def decode(kind: str, source: Path | bytes, *, where: str = "", limits: Limits = Limits(), **sampling: Any) -> Any:

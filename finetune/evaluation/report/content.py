@@ -10,8 +10,8 @@ from typing import Any
 from finetune.common.errors import ArtifactError, RecipeError
 from finetune.common.registry import load_part
 from finetune.common.run_folder import RunFolder, read_json
-from finetune.data.media import Limits
 from finetune.recipe.conflicts import source_names
+from finetune.recipe.schema import Limits
 from finetune.recipe.yaml_reader import read_text, read_yaml
 
 EXPECTED = {

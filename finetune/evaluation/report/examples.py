@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import MediaError
-from finetune.data.media import DECODERS, Limits, decode
+from finetune.data.media import DECODERS, decode
 from finetune.data.media.audio import RATE
 from finetune.evaluation.report.words import confidence, said, shorten
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     import numpy as np
