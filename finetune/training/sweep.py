@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.common.errors import FinetuneError, Interrupted, RecipeError, TrainingError
+from finetune.common.errors import FinetuneError, Interrupted, TrainingError
 from finetune.common.progress import console, quiet_libraries
 from finetune.common.run_folder import refuse_several_processes, write_json, write_text
 from finetune.data.sources import cache_folder, limits_of, model_arguments
@@ -22,9 +22,8 @@ from finetune.model.language_model import default_device
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.training.samples import Shared, load_shared
+from finetune.training.sweep_choices import read_choices
 from finetune.training.train import train
-
-RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 
 
 def sweep(
@@ -46,12 +45,7 @@ def sweep(
     quiet_libraries()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     refuse_several_processes("`finetune sweep`")
-    choices = [choice(text, ranges=trials is not None) for text in over]
-    first = varied(recipe, overrides, [f"{key}={values[0]}" for key, values in choices])
-    if first.train.validation is None:
-        raise RecipeError(f"{recipe}: trials are compared on validation rows: write train.validation, and rows for it")
-    for values in corners(choices):
-        varied(recipe, overrides, values)
+    choices, first = read_choices(recipe, over, trials, overrides)
     folder = Path(run or Path("runs") / f"{first.name}-sweep")
     folder.mkdir(parents=True, exist_ok=True)
     keep_to(folder, load_recipe(recipe, overrides), over, trials)
@@ -154,44 +148,6 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, together: Together) -> 
     trial.set_user_attr("scores", best["scores"])
     trial.set_user_attr("seconds", folder.read_metrics()["seconds"]["train"])
     return best["merit"]
-
-
-def choice(text: str, ranges: bool) -> tuple[str, Any]:
-    """('key', [values as text]), or ('key', (low, high) as text) of a range. Raises RecipeError."""
-    key, equals, written = text.partition("=")
-    values = [value.strip() for value in written.split(",")]
-    if not equals or not key or not all(values):
-        raise RecipeError(f"--over {text}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
-    found = RANGE.fullmatch(values[0]) if len(values) == 1 else None
-    if found is None:
-        return key, list(dict.fromkeys(values))
-    if not ranges:
-        raise RecipeError(f"--over {text}: a range has no end of values; say how many trials with --trials")
-    try:
-        low, high = float(found["low"]), float(found["high"])
-    except ValueError:
-        raise RecipeError(f"--over {text}: {written!r} isn't a range of numbers") from None
-    if not low < high:
-        raise RecipeError(f"--over {text}: the low end comes first, and is smaller")
-    return key, (found["low"], found["high"])
-
-
-def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
-    """The recipe with these values. Raises RecipeError, which names them as they were given."""
-    try:
-        return load_recipe(recipe, [*overrides, *values])
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("--set ", "--over ") if not overrides else str(error)) from None
-
-
-def corners(choices: Sequence[tuple[str, Any]]) -> list[list[str]]:
-    """Each value once, beside the first of all others: what can be found wrong before anything trains."""
-    firsts = [f"{key}={values[0]}" for key, values in choices]
-    return [
-        [*firsts[:number], f"{key}={value}", *firsts[number + 1 :]]
-        for number, (key, values) in enumerate(choices)
-        for value in values
-    ]
 
 
 def suggested(trial: Any, key: str, values: Any) -> Any:

@@ -1,0 +1,72 @@
+"""The values that a sweep tries, checked before anything is loaded. Imports no torch."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.common.errors import RecipeError
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
+
+RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
+
+Choice = tuple[str, Any]  # ("key", [values as text]), or ("key", (low, high) as text) of a range
+
+
+def read_choices(
+    recipe: Path | str, over: Sequence[str], trials: int | None, overrides: Sequence[str]
+) -> tuple[list[Choice], Recipe]:
+    """The choices of `--over`, and the recipe with the first value of each. Raises RecipeError for a wrong recipe, key
+    or value, each value being tried once.
+    """
+    load_recipe(recipe, overrides)  # its own problems first
+    choices = [choice(text, ranges=trials is not None) for text in over]
+    first = varied(recipe, overrides, [f"{key}={values[0]}" for key, values in choices])
+    if first.train.validation is None:
+        raise RecipeError(f"{recipe}: trials are compared on validation rows: write train.validation, and rows for it")
+    for values in corners(choices):
+        varied(recipe, overrides, values)
+    return choices, first
+
+
+def choice(text: str, ranges: bool) -> Choice:
+    """`text` is one --over. Raises RecipeError."""
+    key, equals, written = text.partition("=")
+    values = [value.strip() for value in written.split(",")]
+    if not equals or not key or not all(values):
+        raise RecipeError(f"--over {text}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
+    bounds = RANGE.fullmatch(values[0]) if len(values) == 1 else None
+    if bounds is None:
+        return key, list(dict.fromkeys(values))
+    if not ranges:
+        raise RecipeError(f"--over {text}: a range has no end of values; say how many trials with --trials")
+    try:
+        low, high = float(bounds["low"]), float(bounds["high"])
+    except ValueError:
+        raise RecipeError(f"--over {text}: {written!r} isn't a range of numbers") from None
+    if not low < high:
+        raise RecipeError(f"--over {text}: the low end comes first, and is smaller")
+    return key, (bounds["low"], bounds["high"])
+
+
+def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
+    """The recipe with these values. Raises RecipeError, which names their keys as --over."""
+    try:
+        return load_recipe(recipe, [*overrides, *values])
+    except RecipeError as error:
+        message = str(error)
+        for value in values:
+            key = value.partition("=")[0]
+            message = message.replace(f"--set {key}:", f"--over {key}:")
+        raise RecipeError(message) from None
+
+
+def corners(choices: Sequence[Choice]) -> list[list[str]]:
+    """Each value once, beside the first of all others: what can be checked before anything trains."""
+    firsts = [f"{key}={values[0]}" for key, values in choices]
+    return [
+        [*firsts[:number], f"{key}={value}", *firsts[number + 1 :]]
+        for number, (key, values) in enumerate(choices)
+        for value in values
+    ]
