@@ -58,10 +58,10 @@ def train(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resu
     """Train the stages of a recipe; writes RUN/adapter."""
     from finetune.recipe.load import load_recipe
 
-    read = load_recipe(recipe, set_ or [])  # a mistake in it shows before torch is loaded
+    loaded = load_recipe(recipe, set_ or [])  # so that a mistake is reported before torch is imported
     from finetune.training.train import train
 
-    train(read, run, resume)
+    train(loaded, run, resume)
 
 
 @app.command()
@@ -222,9 +222,9 @@ def sweep(
     ] = None,
 ) -> None:
     """Train a recipe with other values of some keys, and compare on its validation rows; called again, it goes on."""
-    from finetune.recipe.load import load_recipe
+    from finetune.training.sweep_choices import read_choices
 
-    load_recipe(recipe, set_ or [])  # a mistake in it shows before torch is loaded
+    read_choices(recipe, over, trials, set_ or [])  # so that a mistake is reported before torch is imported
     from finetune.training.sweep import sweep
 
     result = sweep(recipe, over, trials, set_ or [], run)

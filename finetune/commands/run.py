@@ -20,13 +20,14 @@ def run(
 
     from finetune.commands.check import check
     from finetune.common.run_folder import RunFolder, refuse_several_processes
+
+    refuse_several_processes("`finetune run`")
+    check(recipe, overrides)  # so that a mistake is reported before torch is imported
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
     from finetune.merging.merge import merge
     from finetune.training.train import train
 
-    refuse_several_processes("`finetune run`")
-    check(recipe, overrides)
     folder: RunFolder = train(load_recipe(recipe, overrides), run, resume)
     metrics = evaluate(folder.path)
     merge(folder.path)

@@ -1,196 +1,193 @@
-"""What can't work together in a recipe, though each value alone is right."""
+"""Conflicts between keys of a recipe whose values are right one by one."""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from finetune.common.registry import load_part
-from finetune.recipe.schema import Model, Recipe
-from finetune.recipe.words import Location, Problem, nearest, seen, shorten
+from finetune.recipe.schema import Model, Recipe, Stage, task_names
+from finetune.recipe.words import Location, Problem, describe, nearest, shorten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+HOLD_OUT_KEYS = {"validation": "hold_out_validation", "test": "hold_out"}
 
 
-def model_conflicts(model: Model) -> Iterator[Problem]:
+def conflicts(recipe: Recipe) -> Iterator[Problem]:
+    yield from _model_conflicts(recipe.model)
+    yield from _source_conflicts(recipe)
+    yield from _split_conflicts(recipe)
+    yield from _head_conflicts(recipe)
+    yield from _tuning_conflicts(recipe)
+    yield from _stage_conflicts(recipe)
+
+
+def _model_conflicts(model: Model) -> Iterator[Problem]:
     if model.llm.trust_remote_code and not COMMIT.fullmatch(model.llm.revision or ""):
-        message = f"needs model.llm.revision to be a commit of 40 hex digits; it is {seen(model.llm.revision)}."
-        yield ("model", "llm", "trust_remote_code"), message
-    taken = _media(model)
-    orphans = model.projectors.keys() - taken
+        message = f"needs model.llm.revision to be a commit of 40 hex digits; it is {describe(model.llm.revision)}."
+        yield Problem(("model", "llm", "trust_remote_code"), message)
+    unmatched = model.projectors.keys() - _media(model)
     for name, encoder in model.encoders.items():
-        medium = load_part("encoders", encoder.kind).MEDIUM
+        where: Location = ("model", "encoders", name)
+        medium = encoder.medium
         if medium != name:
-            yield ("model", "encoders", name), f"{encoder.kind!r} takes the medium {medium!r}: write encoders.{medium}."
-        elif name not in model.projectors and not nearest(name, orphans):
-            yield ("model", "encoders", name), f"has no projector: add model.projectors.{name}."
-    for name in sorted(orphans):
+            yield Problem(where, f"{encoder.kind!r} takes the medium {medium!r}: write encoders.{medium}.")
+        elif name not in model.projectors and not nearest(name, unmatched):
+            yield Problem(where, f"has no projector: add model.projectors.{name}.")
+    for name in sorted(unmatched):
         near = nearest(name, model.encoders)
         advice = f"Did you mean {near!r}?" if near else f"Add model.encoders.{shorten(name, 40)}."
-        yield ("model", "projectors", name), f"no encoder has this name. {advice}"
+        yield Problem(("model", "projectors", name), f"no encoder has this name. {advice}")
 
 
 def _media(model: Model) -> set[str]:
-    """The media there are encoders for; one under a wrong name counts under both, so that it is one error."""
-    return {*model.encoders, *(load_part("encoders", encoder.kind).MEDIUM for encoder in model.encoders.values())}
+    """The media that have encoders. One under a wrong name counts under both names, so that it is reported once."""
+    return {*model.encoders, *(encoder.medium for encoder in model.encoders.values())}
 
 
-def data_conflicts(recipe: Recipe) -> Iterator[Problem]:
+def _source_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    """Media without an encoder; rows that an earlier source has too."""
     media = _media(recipe.model)
     firsts: dict[tuple[str, str], int] = {}
     for index, source in enumerate(recipe.data):
-        for medium in load_part("tasks", source.task.kind).media(source.task.options):
+        for medium in source.task.media:
             if medium not in media:
-                there = ", ".join(recipe.model.encoders) or "none"
-                yield (
-                    ("data", index, "task"),
-                    f"{source.task.kind!r} needs an encoder for {medium!r}; encoders: {shorten(there)}.",
-                )
-        # Another sheet of the file, or split of the dataset, is other rows.
-        chosen = source.format.options.model_dump_json(exclude_defaults=True) if source.format else "{}"
-        first = firsts.setdefault((os.path.realpath(source.path), chosen), index)
-        other = recipe.data[first]
+                encoders = shorten(", ".join(recipe.model.encoders) or "none")
+                message = f"{source.task.kind!r} needs an encoder for {medium!r}; encoders: {encoders}."
+                yield Problem(("data", index, "task"), message)
+        # Another sheet of the file, or split of the dataset, has other rows.
+        options = source.format.options.model_dump_json(exclude_defaults=True) if source.format else "{}"
+        first = firsts.setdefault((os.path.realpath(source.path), options), index)
+        other, where = recipe.data[first], ("data", index, "path")
         if other.split != source.split:
             message = f"also data.{first}, with split {other.split}; the same rows can't be in {source.split} too."
-            yield ("data", index, "path"), message
+            yield Problem(where, message)
+            continue
         for key in ("hold_out", "hold_out_validation", "group"):
-            if (there := getattr(other, key)) != getattr(source, key) and other.split == source.split:
-                message = f"also data.{first}, with {key} {there}: give both the same, or rows held out leak."
-                yield ("data", index, "path"), message
+            if (value := getattr(other, key)) != getattr(source, key):
+                yield Problem(where, f"also data.{first}, with {key} {value}: make both equal, or held-out rows leak.")
+
+
+def _split_conflicts(recipe: Recipe) -> Iterator[Problem]:
     splits = {source.split for source in recipe.data}
-    held_out = {"test": "hold_out", "validation": "hold_out_validation"}
     if "train" not in splits:
-        yield ("data",), "no source has split train: there is nothing to train on."
-    seen_in = splits | {split for split, key in held_out.items() if any(getattr(s, key) for s in recipe.data)}
-    if (split := recipe.evaluate.split) not in seen_in:
-        advice = f"a source with split: {split}, or {held_out[split]}: 0.1 on one"
-        written = "split" in recipe.evaluate.model_fields_set
-        yield ("evaluate", "split") if written else ("data",), f"no rows to evaluate on: add {advice}."
-    if recipe.train.validation and "validation" not in seen_in:
-        advice = "add a source with split: validation, or hold_out_validation: 0.1 on one."
-        yield ("train", "validation"), f"no rows to look at: {advice}"
+        yield Problem(("data",), "no source has split train: there is nothing to train on.")
+    with_rows = splits | {split for split, key in HOLD_OUT_KEYS.items() if any(getattr(s, key) for s in recipe.data)}
+    if (split := recipe.evaluate.split) not in with_rows:
+        location: Location = ("evaluate", "split") if "split" in recipe.evaluate.model_fields_set else ("data",)
+        yield Problem(location, f"no rows to evaluate on: {_add_rows(split)}.")
+    if recipe.train.validation and "validation" not in with_rows:
+        yield Problem(("train", "validation"), f"no validation rows: {_add_rows('validation')}.")
 
 
-def head_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    """Rows that ask the same are answered by the same head, and a head with weights learns from some of them."""
-    asked = [(source.name, source.task.kind, source.task.options.model_dump_json()) for source in recipe.data]
-    names = source_names(asked)
-    for index, (name, kind, _) in enumerate(asked):
-        if name is not None and name != names[index]:
-            other = names.index(names[index])
-            message = f"rows that ask the same {kind!r} are called {names[index]!r} in data.{other}: one name for both."
-            yield ("data", index, "name"), message
-    learnt = {names[i]: i for i, source in reversed([*enumerate(recipe.data)]) if source.split == "train"}
-    for index, source in enumerate(recipe.data):
+def _add_rows(split: str) -> str:
+    return f"add a source with split: {split}, or {HOLD_OUT_KEYS[split]}: 0.1 to one"
+
+
+def _head_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    """Sources with the same task and options share a name and a head, which learns from the training rows."""
+    names = task_names(recipe.data)
+    training = {names[i]: i for i, source in reversed([*enumerate(recipe.data)]) if source.split == "train"}
+    for index, (name, source) in enumerate(zip(names, recipe.data, strict=True)):
+        task, head = source.task, source.head
+        if source.name not in (None, name):
+            message = f"data.{names.index(name)} has the same task {task.kind!r} and is called {name!r}: use one name."
+            yield Problem(("data", index, "name"), message)
         where: Location = ("data", index, "head")
-        trained = load_part("heads", source.head.kind).TRAINED
-        heads = load_part("tasks", source.task.kind).HEADS
-        if source.head.kind not in heads:
-            yield where, f"{source.head.kind!r} can't answer the task {source.task.kind!r}: write {' or '.join(heads)}."
-        elif getattr(source.head.options, "loss", "") == "pairwise" and not hasattr(source.task.options, "group"):
-            yield where, f"pairwise compares rows of a group, and the task {source.task.kind!r} has none: write 'rank'."
-        elif (first := learnt.get(names[index])) is None:
-            if trained or getattr(source.head.options, "answers", "") == "labels":
-                yield where, "no training rows ask the same: there is nothing to learn its answers from."
-        elif recipe.data[first].head != source.head:
-            kind = recipe.data[first].head.kind
-            yield where, f"rows that ask the same have another head in data.{first} ({kind!r}): write the same."
+        trained, heads = head.trained, task.heads
+        if head.kind not in heads:
+            yield Problem(where, f"{head.kind!r} can't answer the task {task.kind!r}: write {' or '.join(heads)}.")
+        elif getattr(head.options, "loss", "") == "pairwise" and not hasattr(task.options, "group"):
+            yield Problem(where, f"pairwise compares rows of a group, and {task.kind!r} has none: use the task 'rank'.")
+        elif (first := training.get(name)) is None:
+            if trained or getattr(head.options, "answers", "") == "labels":
+                yield Problem(where, "no training rows have this task: there is nothing to learn its answers from.")
+        elif (other := recipe.data[first].head) != head:
+            yield Problem(where, f"data.{first} has the same task with another head ({other.kind!r}): make both equal.")
         elif trained and source.split == "train":
             if not any("heads" in stage.trains for stage in recipe.train.stages):
-                yield where, f"{source.head.kind!r} has weights that no stage trains: add 'heads' to the trains of one."
+                yield Problem(where, f"{head.kind!r} has weights that no stage trains: add 'heads' to one.")
             for stage in recipe.train.stages:
                 if stage.distill and (stage.sources is None or index in stage.sources):
-                    yield where, f"stage {stage.name!r} distills, which is for what the LLM writes: leave it out there."
+                    message = f"stage {stage.name!r} distills, which needs the head 'language': write its sources."
+                    yield Problem(where, message)
     metric = recipe.train.validation.metric if recipe.train.validation else "mean"
     if metric != "mean" and metric.partition(".")[0] not in names:
-        here: Location = ("train", "validation", "metric")
-        yield here, f"got {seen(metric)}; its first part is one of {', '.join(dict.fromkeys(names))}."
+        message = f"got {describe(metric)}; its first part is one of {', '.join(dict.fromkeys(names))}."
+        yield Problem(("train", "validation", "metric"), message)
 
 
-def source_names(asked: Sequence[tuple[str | None, str, str]]) -> list[str]:
-    """(name or None, kind of task, its options as text) of each source -> what its scores are called. Sources that ask
-    the same have one name: one that a source gives, or that of their task, with a number where there are several of
-    that kind.
-    """
-    given = {(kind, options): name for name, kind, options in asked if name}
-    names: dict[tuple[str, str], str] = {}
-    for _, kind, options in asked:
-        if (kind, options) not in names:
-            same = sum(other == kind for other, _ in names.keys() - given.keys())
-            names[kind, options] = given.get((kind, options)) or (f"{kind}_{same + 1}" if same else kind)
-    return [names[kind, options] for _, kind, options in asked]
-
-
-def tuning_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    for name, how in recipe.tune_encoders.items():
+def _tuning_conflicts(recipe: Recipe) -> Iterator[Problem]:
+    for name, tuning in recipe.tune_encoders.items():
+        where: Location = ("tune_encoders", name)
         if name not in recipe.model.encoders:
-            yield ("tune_encoders", name), "no encoder has this name."
-        elif (how.last_layers is None) == (how.rank is None):
-            yield ("tune_encoders", name), "write last_layers, or rank for LoRA: one of them."
+            yield Problem(where, "no encoder has this name.")
+        elif (tuning.last_layers is None) == (tuning.rank is None):
+            yield Problem(where, "write either last_layers, or rank for LoRA.")
         elif not any({"encoders", f"encoders.{name}"} & {*stage.trains} for stage in recipe.train.stages):
-            yield ("tune_encoders", name), f"no stage trains it: add 'encoders.{name}' to the trains of one."
+            yield Problem(where, f"no stage trains it: add 'encoders.{name}' to the trains of one.")
     if recipe.tune_encoders and recipe.train.cache:
-        yield (
-            ("train", "cache"),
-            "keeps what frozen encoders say, but tune_encoders lets one change: set train.cache: false.",
-        )
+        message = "stores features of frozen encoders, but tune_encoders trains one: set train.cache: false."
+        yield Problem(("train", "cache"), message)
 
 
-def stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
-    there = _trainable(recipe)
+def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
     names: dict[str, int] = {}
+    training = [index for index, source in enumerate(recipe.data) if source.split == "train"]
     for index, stage in enumerate(recipe.train.stages):
-        here: Location = ("train", "stages", index)
+        where: Location = ("train", "stages", index)
         if (first := names.setdefault(stage.name, index)) != index:
-            yield (*here, "name"), f"{seen(stage.name)} is train.stages.{first} already: give each its own name."
-        for number, target in enumerate(stage.trains):
-            where = (*here, "trains", number)
-            if target == "adapter" and recipe.adapter is None:
-                yield where, "'adapter' can't be trained: adapter is null."
-            elif target not in there:
-                near = nearest(target, there)
-                advice = f" Did you mean {near!r}?" if near else ""
-                if target.partition(".")[0] == "encoders":
-                    advice = " An encoder that trains stands in tune_encoders."
-                yield where, f"got {seen(target)}; write one of {shorten(', '.join(there), 120)}.{advice}"
-            elif target in stage.trains[:number]:
-                yield where, f"{seen(target)} is written twice."
-            elif target.partition(".")[0] in stage.trains and "." in target:
-                group = target.partition(".")[0]
-                yield where, f"{seen(target)} is one of {group}, which is written too: keep one."
-        for target, rate in stage.learning_rates.items():
-            where = (*here, "learning_rates", target)
-            if target not in there or not (target in stage.trains or target.partition(".")[0] in stage.trains):
-                yield where, f"this stage doesn't train it; it trains {', '.join(stage.trains)}."
-            elif rate <= 0:
-                yield where, f"got {rate:g}; write a number above 0."
-        training = [i for i, source in enumerate(recipe.data) if source.split == "train"]
+            message = f"{describe(stage.name)} is train.stages.{first} already: give each its own name."
+            yield Problem((*where, "name"), message)
+        yield from _target_conflicts(recipe, stage, where)
         for number, source in enumerate(stage.sources or []):
             if source not in training:
-                there_are = ", ".join(map(str, training))
-                yield (*here, "sources", number), f"got {source}; write numbers of training sources: {there_are}."
+                message = f"got {source}; write numbers of training sources: {', '.join(map(str, training))}."
+                yield Problem((*where, "sources", number), message)
         if stage.distill:
             if "heads" in stage.trains:
-                yield (*here, "trains"), "this stage distills, which is for what the LLM writes: heads learn nothing."
-            for number in stage.sources or training:
-                if number in training and getattr(recipe.data[number].task.options, "transcript", None) == "":
-                    message = f"stage {stage.name!r} distills: name the column of what the media show or say."
-                    yield ("data", number, "task", "transcript"), message
-    fusion = recipe.model.fusion.kind
-    if load_part("fusion", fusion).TRAINED and "fusion" not in recipe.train.stages[0].trains:
-        yield (
-            ("train", "stages", 0, "trains"),
-            f"the fusion {fusion!r} begins as if it weren't there, so that nothing else is reached: add 'fusion'.",
-        )
+                yield Problem((*where, "trains"), "this stage distills, which only the LLM can: heads learn nothing.")
+            for source in stage.sources or training:
+                if source in training and getattr(recipe.data[source].task.options, "transcript", None) == "":
+                    message = f"stage {stage.name!r} distills: name the column of the captions or transcripts."
+                    yield Problem(("data", source, "task", "transcript"), message)
+    fusion = recipe.model.fusion
+    if fusion.trained and "fusion" not in recipe.train.stages[0].trains:
+        message = f"the fusion {fusion.kind!r} starts closed, so nothing else gets a gradient: add 'fusion'."
+        yield Problem(("train", "stages", 0, "trains"), message)
 
 
-def _trainable(recipe: Recipe) -> list[str]:
-    """What a stage of this recipe may train."""
+def _target_conflicts(recipe: Recipe, stage: Stage, where: Location) -> Iterator[Problem]:
+    targets = _targets(recipe)
+    for number, target in enumerate(stage.trains):
+        here, group = (*where, "trains", number), target.partition(".")[0]
+        if target == "adapter" and recipe.adapter is None:
+            yield Problem(here, "'adapter' can't be trained: adapter is null.")
+        elif target not in targets:
+            near = nearest(target, targets)
+            advice = f" Did you mean {near!r}?" if near else ""
+            if group == "encoders":
+                advice = " Encoders to train are listed in tune_encoders."
+            message = f"got {describe(target)}; write one of {shorten(', '.join(targets), 120)}.{advice}"
+            yield Problem(here, message)
+        elif target in stage.trains[:number]:
+            yield Problem(here, f"{describe(target)} is written twice.")
+        elif target != group and group in stage.trains:
+            yield Problem(here, f"{describe(target)} is one of {group}, which is written too: keep one.")
+    for target, rate in stage.learning_rates.items():
+        here = (*where, "learning_rates", target)
+        if target not in targets or not {target, target.partition(".")[0]} & {*stage.trains}:
+            yield Problem(here, f"this stage doesn't train it; it trains {', '.join(stage.trains)}.")
+        elif rate <= 0:
+            yield Problem(here, f"got {rate:g}; write a number above 0.")
+
+
+def _targets(recipe: Recipe) -> list[str]:
+    """What the stages of this recipe may train."""
     projectors = [f"projectors.{name}" for name in recipe.model.projectors]
     encoders = [f"encoders.{name}" for name in recipe.tune_encoders]
     return [
         *(["projectors", *projectors] if projectors else []),
-        *(["fusion"] if load_part("fusion", recipe.model.fusion.kind).TRAINED else []),
+        *(["fusion"] if recipe.model.fusion.trained else []),
         *(["adapter"] if recipe.adapter else []),
-        *(["heads"] if any(load_part("heads", source.head.kind).TRAINED for source in recipe.data) else []),
+        *(["heads"] if any(source.head.trained for source in recipe.data) else []),
         *(["encoders", *encoders] if encoders else []),
     ]

@@ -12,12 +12,12 @@ from pydantic import (
 )
 
 from finetune.common.errors import RecipeError
-from finetune.recipe.conflicts import data_conflicts, head_conflicts, model_conflicts, stage_conflicts, tuning_conflicts
-from finetune.recipe.explain import explain, override
+from finetune.recipe.conflicts import conflicts
+from finetune.recipe.explain import explain, override, recipe_error
 from finetune.recipe.parts import Part
 from finetune.recipe.schema import Recipe, cached_schema
-from finetune.recipe.words import Location, Problem, seen, shorten
-from finetune.recipe.yaml_reader import dump_yaml, near_file, read_text, read_yaml, refusal
+from finetune.recipe.words import Location, Problem, describe, shorten
+from finetune.recipe.yaml_reader import dump_yaml, near_file, read_text, read_yaml
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -27,21 +27,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = read_yaml(read_text(path), str(path))
     if not isinstance(document.value, dict):
-        found = "empty" if document.value is None else seen(document.value)
+        found = "empty" if document.value is None else describe(document.value)
         raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
     for assignment in overrides:
         override(document, assignment, cached_schema())
     try:
         recipe: Recipe = Recipe.model_validate(document.value)
     except ValidationError as error:
-        raise refusal(document, explain(document, error.errors(include_url=False), cached_schema())) from None
+        raise recipe_error(document, explain(document, error.errors(include_url=False), cached_schema())) from None
     problems: list[Problem] = []
     recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
-    problems += model_conflicts(recipe.model)
-    for conflicts in (data_conflicts, head_conflicts, tuning_conflicts, stage_conflicts):
-        problems += conflicts(recipe)
+    problems += conflicts(recipe)
     if problems:
-        raise refusal(document, problems)
+        raise recipe_error(document, problems)
     return recipe
 
 
@@ -81,7 +79,7 @@ def _with_paths(value: Any, folder: str, location: Location, problems: list[Prob
             found, what = _FOUND[marker]
             if not found(str(new)):
                 seen_there = f"not a {what}" if os.path.exists(new) else f"no such {what}"
-                problems.append((here, f"{seen_there}: {shorten(new, 150)}.{near_file(str(new))}"))
+                problems.append(Problem(here, f"{seen_there}: {shorten(new, 150)}.{near_file(str(new))}"))
         if new != old:
             changed[key] = new
     return value.model_copy(update=changed) if changed else value

@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from finetune.common.errors import RecipeError
 from finetune.common.registry import PartOptions, load_part, part_names
-from finetune.recipe.words import problem, problem_at, seen
+from finetune.recipe.words import describe, problem, problem_at
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -49,13 +49,13 @@ class Part:
         mapping = {"kind": value} if isinstance(value, str) else value
         kinds = ", ".join(part_names(cls.folder))
         if not isinstance(mapping, dict):
-            raise problem(f"got {seen(value)}; write one of {kinds}, or {{kind: ..., its options}}.")
+            raise problem(f"got {describe(value)}; write one of {kinds}, or {{kind: ..., its options}}.")
         kind = mapping.get("kind")
         below: tuple[str, ...] = ("kind",) if "kind" in mapping and mapping is value else ()
         if "kind" not in mapping:
             raise problem(f"'kind' is missing: one of {kinds}.")
         if not isinstance(kind, str) or not re.fullmatch("[A-Za-z0-9_-]{1,40}", kind):
-            raise problem_at(cls, below, f"got {seen(kind)}; write one of {kinds}.", kind)
+            raise problem_at(cls, below, f"got {describe(kind)}; write one of {kinds}.", kind)
         try:
             options = load_part(cls.folder, kind).Options
         except RecipeError as error:

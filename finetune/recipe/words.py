@@ -1,27 +1,24 @@
-"""Words that messages about recipes are made of."""
+"""What messages about recipes are made of."""
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-Location = tuple[str | int, ...]
+MAX_DEPTH = 20  # levels of a recipe
+
+Location = tuple[str | int, ...]  # keys and indices from the root: ("data", 0, "path")
 
 
-Problem = tuple[Location, str]
-
-
-MAX_DEPTH = 20
-
-
-def below(value: Any, step: str | int) -> Any:
-    known = step in value if isinstance(value, dict) else isinstance(value, list) and step in range(len(value))
-    return value[step] if known else None
+class Problem(NamedTuple):
+    location: Location
+    message: str
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The word with the most similar spelling, if there is one; case, `-` and `_` don't count."""
     spellings = {other.lower().replace("-", "_"): other for other in words}
     near = difflib.get_close_matches(word[:100].lower().replace("-", "_"), spellings, n=1)
     return spellings[near[0]] if near else None
@@ -37,7 +34,8 @@ def dotted(location: Location) -> str:
     return ".".join(shorten(step, 40) for step in location)
 
 
-def seen(value: Any) -> str:
+def describe(value: object) -> str:
+    """A value as messages show it: 'text', 7, true, null, a mapping, an empty list."""
     if isinstance(value, str):
         return f"'{shorten(value)}'"
     if isinstance(value, dict):
@@ -48,10 +46,11 @@ def seen(value: Any) -> str:
 
 
 def problem(message: str) -> PydanticCustomError:
-    """For a validator to raise: its text is the message as it is."""
+    """For a validator to raise; the message is shown as it is."""
     return PydanticCustomError("recipe", "{message}", {"message": message})
 
 
-def problem_at(cls: type, location: tuple[str, ...], message: str, value: Any) -> ValidationError:
+def problem_at(cls: type, location: tuple[str, ...], message: str, value: object) -> ValidationError:
+    """The same, about a key below the value that is validated."""
     detail = InitErrorDetails(type=problem(message), loc=location, input=value)
     return ValidationError.from_exception_data(cls.__name__, [detail])

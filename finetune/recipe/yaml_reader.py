@@ -1,13 +1,12 @@
-"""YAML as people mean it, with the line of every key, and words for what is wrong with a value.
+"""A strict YAML reader that knows the line of every key, and a writer whose output it reads back.
 
-Read from PyYAML's events, so that no object is ever built by a tag and no alias expanded. Plain scalars follow YAML 1.2
-(`2e-4` is a number; `no`, `on`, `0o17`, `1:30` and `2024-01-01` stay text), keys are always text.
+PyYAML parses; the values are built here from its nodes. Plain scalars follow YAML 1.2 (`2e-4` is a number; `no`, `on`,
+`0o17`, `1:30` and `2024-01-01` stay text), keys are always text. Tags, anchors and aliases are refused.
 """
 
 import math
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,51 +14,134 @@ from typing import Any, NamedTuple
 import yaml
 
 from finetune.common.errors import RecipeError
-from finetune.recipe.words import MAX_DEPTH, Location, Problem, dotted, nearest, shorten
+from finetune.recipe.words import MAX_DEPTH, Location, dotted, nearest, shorten
 
 MAX_BYTES = 2**20
 MAX_DIGITS = 18
-MAX_PROBLEMS = 10
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")
-NULLS = ("", "~", "null", "Null", "NULL")
-BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+CONSTANTS: dict[str, bool | None] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
 
 
 class Place(NamedTuple):
-    line: int
+    line: int  # from 1; 0 for what isn't in a file
     text: str  # "recipes/x.yaml:14" or "--set train.seed"
 
 
 @dataclass
 class Document:
+    """A value of dicts, lists and scalars, and where each key and entry of it is written."""
+
     value: Any
     places: dict[Location, Place] = field(default_factory=dict)
 
     def place(self, location: Location) -> Place:
-        """Where a key stands; for a key that isn't written, where the nearest one above it does."""
+        """The place of a key; of a key that isn't written, that of the nearest one above it."""
         while location not in self.places:
             location = location[:-1]
         return self.places[location]
 
 
 def read_yaml(text: str, name: str, numbered: bool = True) -> Document:
-    """Read one document. Raises RecipeError with `name` (and the line, if `numbered`) for all that isn't plain YAML."""
-    builder = _Builder(text, name, numbered)
+    """Read one document. Raises RecipeError with `name`, and the line if `numbered`, for all that isn't plain YAML."""
+    lines: dict[Location, int] = {(): 1}
     try:
-        return builder.document()
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        value = _value(node, (), lines) if node else None
+        return Document(value, {location: _place(name, line, numbered) for location, line in lines.items()})
+    except _Refused as error:
+        line, reason = error.args
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        line = mark.line if mark else 0
+        reason = "invalid YAML: " + shorten(", ".join(part for part in (error.context, error.problem) if part), 200)
         if "'\\t'" in reason:
-            reason = "a tab can't indent: use spaces"
-        advice = " Inside { } or [ ], put text with ? : , or # in quotes." if "flow" in reason else ""
-        raise builder.refusal(mark.line if mark else 0, f"not YAML: {shorten(reason, 200)}.{advice}") from None
+            reason = "a tab can't indent; use spaces"
+        elif "flow" in reason:
+            reason += "; inside { } or [ ], quote text that has ? : , or #"
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
-        raise builder.refusal(line, f"a control character, {text[error.position]!r}: remove it.") from None
+        reason = f"a control character, {text[error.position]!r}; remove it"
     except (ValueError, OverflowError):  # PyYAML lets these through for escapes like "\UFFFFFFFF"
-        raise builder.refusal(builder.line, "not YAML: an escape or directive that can't be read.") from None
+        line = loader.line
+        reason = "invalid YAML: an escape or directive that can't be read"
+    raise RecipeError(f"{_place(name, line + 1, numbered).text}: {reason}.")
+
+
+def _place(name: str, line: int, numbered: bool) -> Place:
+    return Place(line, f"{name}:{line}") if numbered else Place(0, name)
+
+
+class _Refused(Exception):
+    """(line from 0, reason) of valid YAML that has no place in a recipe."""
+
+
+class _Loader(yaml.BaseLoader):
+    """Refuses what could grow without bound, or build an object, while it is still an event."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if event.anchor is not None:
+            raise _Refused(event.start_mark.line, "anchors and aliases (& and *) aren't supported; write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise _Refused(event.start_mark.line, f"tags ({shorten(event.tag, 40)}) aren't supported; remove it")
+        if self.depth > MAX_DEPTH:
+            raise _Refused(event.start_mark.line, f"nested deeper than {MAX_DEPTH} levels")
+        if re.search("[\0\ud800-\udfff]", getattr(event, "value", "")):
+            raise _Refused(event.start_mark.line, "text with a NUL or half a surrogate pair")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _value(node: yaml.Node, location: Location, lines: dict[Location, int]) -> Any:
+    """The value of a node; the lines of what is in it are added to `lines`."""
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        items: list[Any] = []
+        for item in node.value:
+            below = (*location, len(items))
+            lines[below] = item.start_mark.line + 1
+            items.append(_value(item, below, lines))
+        return items
+    mapping: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _Refused(key.start_mark.line, "a list or mapping used as a key; a key is text")
+        below = (*location, key.value)
+        if key.value in mapping:
+            raise _Refused(key.start_mark.line, f"{dotted(below)}: written twice, first in line {lines[below]}")
+        lines[below] = key.start_mark.line + 1
+        mapping[key.value] = _value(value, below, lines)
+    return mapping
+
+
+def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
+    text: str = node.value
+    if node.style is not None:  # quoted, or a block
+        return text
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    if INTEGER.fullmatch(text):
+        if len(text) > MAX_DIGITS:
+            raise _Refused(node.start_mark.line, f"a number of more than {MAX_DIGITS} digits; quote it if it is text")
+        return int(text)
+    if FLOAT.fullmatch(text):
+        if math.isinf(number := float(text)):
+            raise _Refused(
+                node.start_mark.line, f"{shorten(text, 40)} is too large for a number; quote it if it is text"
+            )
+        return number
+    return text
 
 
 def read_text(path: str | Path) -> str:
@@ -91,90 +173,6 @@ def near_file(path: str) -> str:
     return f" Did you mean {shorten(near)!r}?" if near else ""
 
 
-class _Builder:
-    def __init__(self, text: str, name: str, numbered: bool):
-        self.events = yaml.parse(text, Loader=yaml.SafeLoader)
-        self.name = name
-        self.numbered = numbered
-        self.places: dict[Location, Place] = {}
-        self.line = 0
-
-    def document(self) -> Document:
-        self.places[()] = self.place(0)
-        self.next()  # the stream's start
-        if isinstance(self.next(), yaml.StreamEndEvent):
-            return Document(None, self.places)
-        value = self.value(self.next(), ())
-        self.next()  # the document's end
-        if isinstance(self.next(), yaml.DocumentStartEvent):
-            raise self.refusal(self.line, "a second document: a recipe is one document.")
-        return Document(value, self.places)
-
-    def next(self) -> Any:
-        event: Any = next(self.events)
-        self.line = event.start_mark.line
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise self.refusal(self.line, "anchors and aliases (& and *) aren't used here: write the value out.")
-        if getattr(event, "tag", None) is not None:
-            raise self.refusal(self.line, f"tags ({shorten(event.tag, 40)}) aren't used here: remove it.")
-        return event
-
-    def value(self, event: yaml.Event, location: Location) -> Any:
-        if isinstance(event, yaml.ScalarEvent):
-            return self.scalar(event)
-        if len(location) >= MAX_DEPTH:
-            raise self.refusal(self.line, f"nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(event, yaml.SequenceStartEvent):
-            items: list[Any] = []
-            while not isinstance(item := self.next(), yaml.SequenceEndEvent):
-                below = (*location, len(items))
-                self.places[below] = self.place(self.line)
-                items.append(self.value(item, below))
-            return items
-        mapping: dict[str, Any] = {}
-        while not isinstance(key := self.next(), yaml.MappingEndEvent):
-            if not isinstance(key, yaml.ScalarEvent):
-                raise self.refusal(self.line, "a list or mapping used as a key: a key is text.")
-            below = (*location, self.text(key))
-            if key.value in mapping:
-                first = self.places[below].line
-                raise self.refusal(self.line, f"{dotted(below)}: written twice, first in line {first}.")
-            self.places[below] = self.place(self.line)
-            mapping[key.value] = self.value(self.next(), below)
-        return mapping
-
-    def text(self, event: yaml.ScalarEvent) -> str:
-        text: str = event.value
-        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-            raise self.refusal(self.line, "text with a NUL or half a surrogate pair.")
-        return text
-
-    def scalar(self, event: yaml.ScalarEvent) -> Any:
-        text = self.text(event)
-        if not event.implicit[0]:  # quoted, or a block
-            return text
-        if text in NULLS:
-            return None
-        if text in BOOLEANS:
-            return BOOLEANS[text]
-        if INTEGER.fullmatch(text):
-            if len(text) > MAX_DIGITS:
-                raise self.refusal(self.line, f"a number of more than {MAX_DIGITS} digits; quote it if it is text.")
-            return int(text)
-        if FLOAT.fullmatch(text):
-            number = float(text)
-            if math.isinf(number):
-                raise self.refusal(self.line, f"{shorten(text, 40)} is too large for a number; quote it if it is text.")
-            return number
-        return text
-
-    def place(self, line: int) -> Place:
-        return Place(line + 1, f"{self.name}:{line + 1}") if self.numbered else Place(0, self.name)
-
-    def refusal(self, line: int, reason: str) -> RecipeError:
-        return RecipeError(f"{self.place(line).text}: {reason}")
-
-
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -197,20 +195,3 @@ def dump_yaml(value: Any) -> str:
     """Write what `read_yaml` reads back equal."""
     written: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return written
-
-
-# What a value should be, read from the JSON schema.
-
-
-# Words
-
-
-def refusal(document: Document, problems: Iterable[Problem]) -> RecipeError:
-    """One line a problem, in the order of the file."""
-    lines = []
-    for location, message in sorted(problems, key=lambda problem: document.place(problem[0]).line):
-        place = document.place(location).text
-        key = dotted(location)
-        lines.append(f"{place}: {message}" if place == f"--set {key}" or not key else f"{place}: {key}: {message}")
-    hidden = len(lines) - MAX_PROBLEMS
-    return RecipeError("\n".join(lines[:MAX_PROBLEMS] + ([f"... and {hidden} more."] if hidden > 0 else [])))

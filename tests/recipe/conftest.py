@@ -1,0 +1,44 @@
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pydantic import Field
+from recipe_texts import GOOD
+
+from finetune.common.registry import PartOptions, load_part, part_names
+from finetune.recipe import parts
+from finetune.recipe import schema as recipe_module
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A recipe's folder, as the current one so that messages show short names."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/products.csv").write_text("image,caption\n")
+    (tmp_path / "data/more.csv").write_text("image,caption\n")
+    (tmp_path / "x.yaml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def odd_parts(monkeypatch):
+    """Parts that exercise what no real one does: an encoder `probe` with paths, a task `listen` about audio."""
+
+    class Options(PartOptions):
+        weights: Path = Field(description="a file", json_schema_extra={"path": "file"})
+        cache: str | None = Field(None, description="a folder to come", json_schema_extra={"path": "new"})
+        sizes: tuple[int, ...] = Field((1,), description="pixels")
+        mode: int | list[int] = Field(1, description="a union")
+        exact: bool = Field(False, description="a switch")
+
+    probe, listen = ModuleType("probe"), ModuleType("listen")
+    probe.MEDIUM, probe.Options = "image", Options
+    listen.media, listen.Options, listen.HEADS = lambda options: ("audio",), PartOptions, ("language",)
+    odd = {("encoders", "probe"): probe, ("tasks", "listen"): listen}
+    extra = dict(odd.keys())
+    monkeypatch.setattr(parts, "load_part", lambda *where: odd.get(where) or load_part(*where))
+    monkeypatch.setattr(parts, "part_names", lambda f: (*part_names(f), *([extra[f]] if f in extra else [])))
+    recipe_module.cached_schema.cache_clear()
+    yield
+    recipe_module.cached_schema.cache_clear()

@@ -1,0 +1,75 @@
+"""A mistake in a recipe is reported by every verb that takes one, without importing what is slow to import."""
+
+import subprocess
+import sys
+
+import pytest
+from recipe_texts import GOOD, mentions
+
+SLOW = {"torch", "transformers", "trl", "peft", "datasets", "pandas", "sklearn", "scipy", "optuna", "numpy", "PIL"}
+COMMAND = f"""
+import sys
+from finetune.commands import cli
+try:
+    cli.main()
+finally:
+    print(*sorted({SLOW} & sys.modules.keys()))
+"""
+VALIDATED = GOOD.replace("    hold_out: 0.1\n", "    hold_out: 0.1\n    hold_out_validation: 0.1\n").replace(
+    "  tokens_per_batch: 4096\n", "  tokens_per_batch: 4096\n  validation: {}\n"
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["check", "train", "run", "sweep --over seed=1,2", "data check", "data preview", "data label"],
+)
+def test_a_mistake_in_a_recipe_is_reported_by(verb, folder):
+    text = GOOD.replace("quantize: nf4", "quantize: nf5")
+    (folder / "x.yaml").write_text(text)
+    words = verb.split()
+    options = words[words.index("--over") :] if "--over" in words else []
+    done = run(*words[: len(words) - len(options)], "x.yaml", *options)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("x.yaml:6: model.llm.quantize: ")
+    assert mentions(done.stderr, "'nf5'|nf4, int8, none")
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--over", "adapter.rnk=4,8"], "--over adapter.rnk|'adapter.rank'"),
+        (["--over", "adapter.rank=4,0", "--set", "seed=3"], "--over adapter.rank|0|from 1 to 1024"),
+        (["--over", "adapter.rank"], "--over adapter.rank|key=value1,value2"),
+        (["--over", "adapter.rank=2..4"], "--over adapter.rank=2..4|--trials"),
+        (["--over", "adapter.rank=4..2", "--trials", "2"], "--over adapter.rank=4..2|low end"),
+        (["--over", "adapter.rank=4,8", "--set", "sed=3"], "--set sed|'seed'"),
+    ],
+)
+def test_a_wrong_choice_of_a_sweep_is_reported(options, words, folder):
+    (folder / "x.yaml").write_text(VALIDATED)
+    done = run("sweep", "x.yaml", *options)
+    assert done.returncode == 2, done.stderr
+    assert mentions(done.stderr, words), done.stderr
+    assert done.stdout.split() == []
+    assert not (folder / "runs").exists()
+
+
+def test_a_sweep_without_validation_rows_is_reported(folder):
+    done = run("sweep", "x.yaml", "--over", "adapter.rank=4,8")
+    assert done.returncode == 2, done.stderr
+    assert mentions(done.stderr, "x.yaml|train.validation")
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("verb", ["check", "train", "run"])
+def test_a_wrong_option_is_reported(verb, folder):
+    done = run(verb, "x.yaml", "--set", "adapter.rank=0")
+    assert done.returncode == 2, done.stderr
+    assert mentions(done.stderr, "--set adapter.rank|0|from 1 to 1024")
+    assert done.stdout.split() == []
