@@ -18,6 +18,7 @@ from finetune.model.assistant import Assistant, Look
 from finetune.model.build import Parts, segments_by
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
+from finetune.model.heads import HeadSettings
 from finetune.model.language_model import without_adapter
 from finetune.model.tokenize import IGNORED, tokenize, tokenize_prompt
 
@@ -136,14 +137,14 @@ def _log_probabilities(composite: MultimodalModel, batch: Mapping[str, Any]) -> 
         yield row[[place + kept for place in learnt]].float().log_softmax(-1).cpu()
 
 
-def head_logits(scores: Tensor, settings: Mapping[str, Any]) -> Tensor:
+def head_logits(scores: Tensor, settings: HeadSettings) -> Tensor:
     """A head's scores (outputs,) as logits of a choice: among its labels (1, labels); of several labels, whether each
     is right (outputs, 2); of a number, which it is, give or take a tenth of the training rows' deviation, (1, places).
     """
-    if "labels" not in settings:
+    if not settings.labels:
         places = torch.arange(-8, 8.05, 0.1, device=scores.device)
         return -((scores.clamp(-8, 8) - places)[None] ** 2) / (2 * 0.1**2)
-    return torch.stack([scores, torch.zeros_like(scores)], 1) if settings["several"] else scores[None]
+    return torch.stack([scores, torch.zeros_like(scores)], 1) if settings.several else scores[None]
 
 
 def own_look(features: Features) -> Look:

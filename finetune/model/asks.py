@@ -8,15 +8,16 @@ from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_from
 from finetune.data.rows import Entry, Source
 from finetune.data.sample import Answer, Sample
+from finetune.model.heads import HeadSettings
 
 
 @dataclass(frozen=True)
 class Ask:
-    """`task`, `head`: (kind, Options). `settings`: what the head knows of the training rows, as JSON holds it."""
+    """`task`, `head`: (kind, Options). `settings`: what the head learned from the training rows."""
 
     task: tuple[str, Any]
     head: tuple[str, Any]
-    settings: Mapping[str, Any]
+    settings: HeadSettings
 
     @property
     def trained(self) -> bool:
@@ -27,12 +28,13 @@ class Ask:
         return {
             "task": {"kind": self.task[0], "options": self.task[1].model_dump(mode="json")},
             "head": {"kind": self.head[0], "options": self.head[1].model_dump(mode="json")},
-            "settings": dict(self.settings),
+            "settings": self.settings.model_dump(mode="json", exclude_unset=True),
         }
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> "Ask":
-        return cls(part_from("tasks", saved["task"]), part_from("heads", saved["head"]), saved["settings"])
+        settings = HeadSettings.model_validate(saved["settings"])
+        return cls(part_from("tasks", saved["task"]), part_from("heads", saved["head"]), settings)
 
     def target(self, sample: Sample) -> Any:
         """What the sample's prediction is scored against."""
@@ -62,7 +64,7 @@ def asks_of(sources: Sequence[Source], training: Sequence[Entry]) -> dict[str, A
         head = load_part("heads", kind)
         if head.TRAINED:
             refuse_taken(name)
-        ask = Ask(source.task, (kind, options or head.Options()), {})
+        ask = Ask(source.task, (kind, options or head.Options()), HeadSettings())
         own = [entry.sample for entry in training if name_of(sources[entry.source]) == name]
         targets = [ask.target(sample) for sample in own] if ask.trained else [sample.answer for sample in own]
         try:

@@ -124,7 +124,7 @@ class Assistant:
         return float("nan") if said.number is None else said.number
 
     def _ask_one(self, prompt: str, task: str | None, has: str, media: tuple[Medium, ...]) -> Answer:
-        names = [name for name, ask in self.model.asks.items() if has in ask.settings]
+        names = [name for name, ask in self.model.asks.items() if getattr(ask.settings, has)]
         if task is None and len(names) != 1:
             raise DataError(f"name one with task=: {', '.join(names) or 'no task was trained with such a head'}")
         if task is not None and task not in names:
@@ -134,7 +134,7 @@ class Assistant:
 
     def names_without_text(self) -> list[str]:
         """What was trained to be answered otherwise than by free text."""
-        return [name for name, ask in self.model.asks.items() if ask.settings]
+        return [name for name, ask in self.model.asks.items() if not ask.settings.free_text]
 
     def ask(
         self,
@@ -151,7 +151,7 @@ class Assistant:
         if (found := self.model.asks.get(name)) is None:
             there = ", ".join(self.model.asks)
             raise DataError(f"this model knows no {name!r}; it was trained for {there}")
-        if not found.trained and "labels" not in found.settings:
+        if not found.trained and not found.settings.labels:
             written = self.answers(conversations, max_new_tokens=max_new_tokens, look=look, strength=strength)
             return [Answer(text) for text in written]
         weights = self.strengths(strength)
@@ -160,7 +160,7 @@ class Assistant:
                 outputs = self.model.head_outputs(name, **self._batch(conversations, weights, look))
             part = load_part("heads", found.head[0])
             return [part.answer(row, found.settings, found.head[1]) for row in outputs.tolist()]
-        labels = found.settings["labels"]
+        labels = found.settings.labels
         answers = [answer_tokens(label, self.tokenizer) for label in labels]
         longest, shares = max(map(len, answers)), self.model.shares_memory()
         said: list[Answer] = []

@@ -90,7 +90,7 @@ class StageTrainer(SFTTrainer):
             part = load_part("heads", ask.head[0])
             losses = part.loss(scores, head["targets"], head["groups"], ask.settings, ask.head[1])
             total = total + (losses * head["weights"]).sum()
-            if scores.shape[1] > 1 and not ask.settings["several"]:
+            if scores.shape[1] > 1 and not ask.settings.several:
                 right += float((scores.argmax(1) == head["targets"].argmax(1)).sum())
                 told += len(scores)
         return total, right, told
