@@ -22,12 +22,12 @@ class Options(PartOptions):
     loss: Literal["squared", "logistic", "pairwise"] = Field(
         "squared",
         description="squared: squared distance to the target; logistic: cross-entropy, for targets that are "
-        "probabilities in 0..1; pairwise: of two rows of a group, the one with more relevance scores higher (RankNet).",
+        "probabilities in 0..1; pairwise: the more relevant of two rows of a group scores higher (RankNet).",
     )
 
 
 def settings(targets: Sequence[Target], options: Options) -> HeadSettings:
-    """The squared loss scales targets to mean 0 and deviation 1, so that their size doesn't change the learning rate."""
+    """The squared loss scales targets to mean 0 and deviation 1, so that one learning rate fits all."""
     from statistics import fmean, pstdev
 
     numbers = [_number(target) for target in targets]
