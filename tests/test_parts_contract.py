@@ -115,7 +115,7 @@ def task_samples(name: str, folder: Path) -> tuple:
     for number, row in enumerate(columns, 2):
         content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": row.get("answer", "")}]
-        media = dict.fromkeys(task.media(options), "a.png")
+        media = dict.fromkeys(options.media, "a.png")
         rows.append(Row(folder / "rows.csv", number, {**media, "messages": turns, **row}, folder))
     return task, options, [task.sample(row, options) for row in rows], rows
 
@@ -132,7 +132,7 @@ def test_a_task_reads_rows(name, tmp_path):
     task, options, samples, rows = task_samples(name, tmp_path)
     for sample, row in zip(samples, rows, strict=True):
         assert isinstance(sample, Sample) and sample.answer
-        assert sample.media == tuple(Medium(kind, tmp_path / "a.png") for kind in task.media(options))
+        assert sample.media == tuple(Medium(kind, tmp_path / "a.png") for kind in options.media)
         assert sample.messages[-1].role == "assistant" and sample.where == row.where and sample.task == name
     assert task.HEADS and {*task.HEADS} <= {*part_names("heads")}
     with pytest.raises(DataError, match=r"rows.csv:2"):

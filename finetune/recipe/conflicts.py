@@ -38,7 +38,8 @@ def data_conflicts(recipe: Recipe) -> Iterator[Problem]:
     media = _media(recipe.model)
     firsts: dict[tuple[str, str], int] = {}
     for index, source in enumerate(recipe.data):
-        for medium in load_part("tasks", source.task.kind).media(source.task.options):
+        task_options: Any = source.task.options  # the task's own class: it has `media`, see data/tasks/__init__.py
+        for medium in task_options.media:
             if medium not in media:
                 there = ", ".join(recipe.model.encoders) or "none"
                 yield (
