@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from finetune.common.registry import load_part
 from finetune.recipe.schema import Model, Recipe

@@ -1,9 +1,7 @@
 import pytest
 
 from finetune.common.errors import RecipeError
-from finetune.common.registry import load_part, part_names
-
-FOLDERS = ("encoders", "projectors", "fusion", "tasks", "formats")
+from finetune.common.registry import FOLDERS, load_part, part_names
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -11,14 +9,14 @@ def test_every_file_of_a_folder_is_a_part_by_its_exact_name(folder):
     names = part_names(folder)
     assert names == tuple(sorted(names)) != ()
     for name in names:
-        assert load_part(folder, name).__name__ == f"finetune.{folder}.{name}"
+        assert load_part(folder, name).__name__ == f"finetune.{FOLDERS[folder]}.{name}"
 
 
 @pytest.mark.parametrize("name", ["MLP", "mlp.py", "", "__init__", "../tasks/chat", "os", "mpl"])
 def test_an_unknown_name_is_answered_with_those_there_are(name):
     with pytest.raises(RecipeError, match="There are: conv, linear, mlp") as caught:
         load_part("projectors", name)
-    assert f"one file: projectors/{name}.py" in str(caught.value)
+    assert f"one file: finetune/model/projectors/{name}.py" in str(caught.value)
 
 
 def test_the_nearest_name_is_offered():
