@@ -49,7 +49,7 @@ def part_from(folder: str, saved: dict[str, Any]) -> tuple[str, Any]:
 
 
 def load_part(folder: str, name: str) -> Any:
-    """Import a part by its exact name: a module that the folder's protocol describes (`head: HeadPart = load_part(...)`).
+    """Import a part by its exact name: a module of the folder's protocol, as in `head: HeadPart = load_part(...)`.
 
     Raises RecipeError for an unknown name; the message lists the known ones and the file that a new one would be.
     """
