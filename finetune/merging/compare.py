@@ -167,7 +167,7 @@ class EncodedOnce:
 
 
 class Distance:
-    """How far distributions (positions, vocabulary) are from reference ones, sample by sample: KL(reference || these)
+    """Distance of distributions (positions, vocabulary) from reference ones, sample by sample: KL(reference || these)
     in nats per token, the share of equal most likely tokens, and the largest difference of a log-probability, among tokens
     to which the reference gives at least one in ten thousand.
     """

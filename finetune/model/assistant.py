@@ -12,6 +12,7 @@ from finetune.common.errors import DataError
 from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
 from finetune.model.bindings import TaskBinding
 from finetune.model.composite import MultimodalModel
+from finetune.model.encoders import Encoder
 from finetune.model.features import MediaView, encode_one, read_medium
 from finetune.model.language_model import context_length
 from finetune.model.padding import left_padded
@@ -39,7 +40,7 @@ class Assistant:
         model: MultimodalModel,
         tokenizer: Any,
         placeholders: Mapping[str, Placeholder],
-        encoders: Mapping[str, Any],
+        encoders: Mapping[str, Encoder],
         limits: Limits | None = None,
     ) -> None:
         self.model = model
@@ -138,7 +139,7 @@ class Assistant:
 
     def names_without_text(self) -> list[str]:
         """Task bindings that are answered otherwise than by free text."""
-        return [name for name, binding in self.model.bindings.items() if not binding.writes_freely]
+        return [name for name, binding in self.model.bindings.items() if not binding.settings.free_text]
 
     def ask(
         self,
@@ -155,7 +156,7 @@ class Assistant:
         binding = self.model.bindings.get(name)
         if binding is None:
             raise DataError(f"this model has no task {name!r}; it was trained for {', '.join(self.model.bindings)}")
-        if binding.writes_freely:
+        if binding.settings.free_text:
             texts = self.answers(conversations, max_new_tokens=max_new_tokens, view=view, strength=strength)
             return [Answer(text) for text in texts]
         strengths = self.strengths(strength)
@@ -252,7 +253,7 @@ class Assistant:
 class FileView:
     """Media from their files, each read once, for its layout and for its features."""
 
-    def __init__(self, encoders: Mapping[str, Any], limits: Limits) -> None:
+    def __init__(self, encoders: Mapping[str, Encoder], limits: Limits) -> None:
         self.encoders, self.limits = encoders, limits
         self._prepared: dict[Medium, Prepared] = {}
 

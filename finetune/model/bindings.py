@@ -22,11 +22,6 @@ class TaskBinding(Section, strict=False):
         """Whether the head has weights of its own: it then reads the state at the end of the question."""
         return self.head.trained
 
-    @property
-    def writes_freely(self) -> bool:
-        """Whether the LLM writes the answer token by token, rather than choosing a label or giving a number."""
-        return not self.trained and not self.settings.labels
-
     def target(self, sample: Sample) -> Any:
         """What the sample's prediction is scored against."""
         return sample.target if sample.target is not None else self.task.read(Answer(sample.answer))

@@ -11,6 +11,7 @@ from finetune.model import adapter as adapters
 from finetune.model.bindings import TaskBinding
 from finetune.model.composite import MultimodalModel, compose
 from finetune.model.composition import PLACEHOLDERS, Placement
+from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
 from finetune.model.tokenize import Placeholder, add_placeholders
 from finetune.model.tuned_encoder import TunedEncoder, tune_encoder
@@ -24,7 +25,7 @@ class Components:
     model: Model
     tokenizer: Any
     placeholders: dict[str, Placeholder]
-    encoders: dict[str, Any]
+    encoders: dict[str, Encoder]
     dtype: torch.dtype
     device: torch.device
     tuned: dict[str, TunedEncoder]

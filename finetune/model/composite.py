@@ -25,6 +25,7 @@ from finetune.common.errors import ModelError
 from finetune.common.registry import kind_of, load_part
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, SavedEncoder, SavedProjector
+from finetune.model.encoders import Encoder
 from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
 from finetune.recipe.parts import FusionPart, ProjectorPart
@@ -69,7 +70,7 @@ class MultimodalModel(PreTrainedModel):
         self,
         config: MultimodalConfig,
         language_model: nn.Module | None = None,
-        encoders: Mapping[str, Any] | None = None,
+        encoders: Mapping[str, Encoder] | None = None,
     ) -> None:
         """From parts in memory (`compose`), or from the config alone, with weights still to be loaded."""
         super().__init__(config)
@@ -392,7 +393,7 @@ class MultimodalModel(PreTrainedModel):
             self.fusion.forget()
 
 
-def encode_all(encoder: Any, media: Sequence[Tensor], batch: int) -> list[Tensor]:
+def encode_all(encoder: Encoder, media: Sequence[Tensor], batch: int) -> list[Tensor]:
     """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once."""
     features: list[Tensor] = []
     start = 0
@@ -408,7 +409,7 @@ def encode_all(encoder: Any, media: Sequence[Tensor], batch: int) -> list[Tensor
 def compose(
     language_model: PreTrainedModel,
     *,
-    encoders: Mapping[str, Any],
+    encoders: Mapping[str, Encoder],
     projectors: Mapping[str, ProjectorPart],
     fusion: FusionPart,
     placeholder_ids: Mapping[str, int],

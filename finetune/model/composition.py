@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import Field
 
 from finetune.common.errors import ModelError
 from finetune.data.sample import Layout, Medium
 from finetune.model.bindings import TaskBinding
+from finetune.model.encoders import EncoderSettings
 from finetune.recipe.parts import FusionPart, ProjectorPart
 from finetune.recipe.schema import Limits, Section
 
@@ -52,7 +55,7 @@ class SavedEncoder(Section):
     """`settings`: what the encoder's file needs to restore it without its original folder."""
 
     kind: str
-    settings: dict[str, Any]
+    settings: EncoderSettings
 
 
 class SavedProjector(Section):
@@ -66,11 +69,11 @@ class Composition(Section, strict=False):
     """`placeholders`: medium -> token id; `media`: bounds of what is decoded; `format`: of a merged folder."""
 
     format: int = MERGED_FORMAT
-    encoders: dict[str, SavedEncoder] = {}
-    projectors: dict[str, SavedProjector] = {}
+    encoders: dict[str, SavedEncoder] = Field({})
+    projectors: dict[str, SavedProjector] = Field({})
     fusion: FusionPart = FusionPart.of("prefix")
-    placeholders: dict[str, int] = {}
-    bindings: dict[str, TaskBinding] = {}
+    placeholders: dict[str, int] = Field({})
+    bindings: dict[str, TaskBinding] = Field({})
     media: Limits = Limits()
 
     @property

@@ -15,6 +15,7 @@ from finetune.data.media import decode, decoding
 from finetune.data.rows import error_list
 from finetune.data.sample import Layout, Medium, Prepared
 from finetune.model.composite import encode_all
+from finetune.model.encoders import Encoder
 from finetune.model.feature_store import FeatureStore
 from finetune.recipe.schema import Limits
 
@@ -27,18 +28,18 @@ class MediaView(Protocol):
     def features(self, medium: Medium) -> Tensor: ...
 
 
-def encode_one(encoder: Any, prepared: Prepared) -> Tensor:
+def encode_one(encoder: Encoder, prepared: Prepared) -> Tensor:
     """One prepared medium -> its features (S, L, W)."""
     with torch.no_grad():
         return encoder.encode(prepared.values[None])[0]
 
 
-def read_medium(encoder: Any, medium: Medium, limits: Limits) -> Prepared:
+def read_medium(encoder: Encoder, medium: Medium, limits: Limits) -> Prepared:
     """A file, decoded within limits and prepared for its encoder. Raises MediaError."""
     return encoder.prepare(decode(medium.kind, medium.path, where=medium.place, limits=limits, **encoder.sampling))
 
 
-def features_key(kind: str, encoder: Any) -> str:
+def features_key(kind: str, encoder: Encoder) -> str:
     """sha256: equal where the same file gives the same features."""
     return hashlib.sha256(f"{encoder.fingerprint} {decoding(kind)}".encode()).hexdigest()
 
@@ -49,7 +50,9 @@ class Features:
     `encoders`: {medium: a built encoder}.
     """
 
-    def __init__(self, encoders: Mapping[str, Any], cache_folder: Path | None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, encoders: Mapping[str, Encoder], cache_folder: Path | None, limits: Limits | None = None
+    ) -> None:
         self.encoders = dict(encoders)
         self.stores = (
             {name: FeatureStore(cache_folder, features_key(name, e)) for name, e in self.encoders.items()}

@@ -7,7 +7,7 @@ from finetune.common.errors import ArtifactError
 
 
 def load_exactly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(folder, dtype="auto", **kwargs)`, if the folder has the weights of the class exactly.
+    """`model_class.from_pretrained(folder, dtype="auto", **kwargs)`, if the folder has exactly the class's weights.
 
     Raises ArtifactError with the first missing, unexpected and mismatched keys otherwise: transformers would initialize
     what is missing at random and ignore what is unexpected.

@@ -97,7 +97,7 @@ class EncoderPart(Part):
         return self.module.MEDIUM
 
     def build(self, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """The frozen encoder with its weights: see `finetune.model.encoders`."""
+        """The frozen `Encoder` with its weights: see `finetune/model/encoders/__init__.py`."""
         return self.module.build(self.options, dtype, device)
 
 
@@ -145,7 +145,8 @@ class TaskPart(Part):
     @property
     def media(self) -> tuple[str, ...]:
         """The kinds of media that its rows carry."""
-        return self.module.media(self.options)
+        options: Any = self.options
+        return tuple(options.media)
 
     @property
     def heads(self) -> tuple[str, ...]:

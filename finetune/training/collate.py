@@ -46,8 +46,8 @@ class HeadBatch(TypedDict):
 
 
 class Batch(Layout, total=False):
-    """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where a
-    stage distills. Where losses are weighted: `loss_weights` (1, K), `items`, the number of learned tokens and of
+    """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
+    a stage distills. Where losses are weighted: `loss_weights` (1, K), `items`, the number of learned tokens and of
     samples that heads answer, and `heads` {name: HeadBatch}.
     """
 

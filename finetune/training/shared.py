@@ -14,7 +14,7 @@ from finetune.recipe.schema import Recipe
 
 @dataclass
 class Shared:
-    """Encoders, features, and the quantized LLM without adapter. `composite`: that of the training that uses them now."""
+    """Encoders, features, and the quantized LLM without adapter. `composite`: of the training that uses them now."""
 
     components: Components
     features: Features

@@ -16,13 +16,16 @@ from finetune.data.media import Limits
 from finetune.data.sample import Answer
 from finetune.model import load as loading
 from finetune.model.asks import Ask
+from finetune.model.heads import HeadSettings
 
 
 class Model:
     """Says what a picture is called, as often as it is asked."""
 
     def __init__(self, **tasks: Any) -> None:
-        self.model = SimpleNamespace(asks={name: Ask(task, ("language", None), {}) for name, task in tasks.items()})
+        self.model = SimpleNamespace(
+            asks={name: Ask(task, ("language", None), HeadSettings()) for name, task in tasks.items()}
+        )
         self.asked: list[str] = []
 
     def ask(self, name, conversations, *, max_new_tokens):

@@ -15,6 +15,7 @@ from finetune.export._native import Native, NotExact, native_of, write_native
 from finetune.model.asks import Ask
 from finetune.model.assistant import Assistant
 from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders
 
 EXACT = (
@@ -103,7 +104,7 @@ def test_every_other_part_has_its_reason():
     assert native_of(tiny_composite()) == "no class has the encoder 'vision' with the projector 'pixel_shuffle'"
     assert "cross_attention" in native_of(tiny_composite(projector="mlp", fusion="cross_attention"))
     assert "tiles" in native_of(assistant_of(encoder=tiny_encoder(tiles=4)).model)
-    head = Ask(part("tasks", "classify"), part("heads", "label"), {"labels": ["a", "b"], "several": False})
+    head = Ask(part("tasks", "classify"), part("heads", "label"), HeadSettings(labels=("a", "b")))
     parts = {
         "encoders": {"image": ("vision", tiny_encoder())},
         "projectors": {"image": part("projectors", "mlp")},

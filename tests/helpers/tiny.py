@@ -142,7 +142,7 @@ def tiny_backbone(kind: str = "siglip") -> tuple[nn.Module, Any]:
 
 def tiny_encoder(kind: str = "siglip", **options: Any) -> vision.Encoder:
     module, processor = tiny_backbone(kind)
-    return vision._finish(module, processor, vision.Options(name="tiny", **options))
+    return vision.wrap(module, processor, vision.Options(name="tiny", **options))
 
 
 def tiny_vision_folder(folder: Path, kind: str = "siglip") -> Path:

@@ -139,7 +139,7 @@ def tiny_encoder_of(label: str, seed: int = 1, **options: Any) -> Any:
     part = load_part("encoders", KINDS[label][0])
     torch.manual_seed(seed)
     _, tower, processor = KINDS[label][1]()
-    return part._finish(tower, processor, part.Options(name="tiny", **options))
+    return part.wrap(tower, processor, part.Options(name="tiny", **options))
 
 
 def tiny_encoder_folder(folder: Path, label: str, seed: int = 1) -> Path:

@@ -14,6 +14,7 @@ from finetune.data.sample import Medium, Message
 from finetune.model.asks import Ask
 from finetune.model.assistant import Assistant
 from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders
 from finetune.serving.engine.contract import Request
 from finetune.serving.engine.engine import Engine
@@ -34,7 +35,7 @@ def tiny_assistant(family: str = "llama", fusion: str = "prefix", ends: range = 
         llm = tiny_llm(family, vocabulary=len(tokenizer))
     llm.generation_config.eos_token_id = list(ends)
     encoder = tiny_encoder()
-    ask = Ask(part("tasks", "classify"), part("heads", "label"), {"labels": ["blue", "red"], "several": False})
+    ask = Ask(part("tasks", "classify"), part("heads", "label"), HeadSettings(labels=("blue", "red")))
     model = compose(
         llm.eval(),
         encoders={"image": ("vision", encoder)},

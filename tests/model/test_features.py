@@ -81,7 +81,7 @@ def test_each_medium_is_computed_once(tmp_path):
 
 def test_what_changes_features_changes_the_fingerprint():
     encoder = tiny_encoder()
-    same = vision._finish(copy.deepcopy(encoder.module), encoder.processor, vision.Options(name="elsewhere"))
+    same = vision.wrap(copy.deepcopy(encoder.module), encoder.processor, vision.Options(name="elsewhere"))
     assert same.fingerprint == encoder.fingerprint
     module = copy.deepcopy(encoder.module)
     with torch.no_grad():
@@ -89,11 +89,11 @@ def test_what_changes_features_changes_the_fingerprint():
     processor = copy.deepcopy(encoder.processor)
     processor.image_mean = [0.4, 0.5, 0.5]
     others = [
-        vision._finish(module, encoder.processor, encoder.options),
-        vision._finish(encoder.module, processor, encoder.options),
-        vision._finish(encoder.module, encoder.processor, vision.Options(name="tiny", layer=-2)),
-        vision._finish(encoder.module, encoder.processor, vision.Options(name="tiny", tokens="all")),
-        vision._finish(copy.deepcopy(encoder.module).to(torch.bfloat16), encoder.processor, encoder.options),
+        vision.wrap(module, encoder.processor, encoder.options),
+        vision.wrap(encoder.module, processor, encoder.options),
+        vision.wrap(encoder.module, encoder.processor, vision.Options(name="tiny", layer=-2)),
+        vision.wrap(encoder.module, encoder.processor, vision.Options(name="tiny", tokens="all")),
+        vision.wrap(copy.deepcopy(encoder.module).to(torch.bfloat16), encoder.processor, encoder.options),
     ]
     assert len({encoder.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
 

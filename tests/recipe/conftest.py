@@ -32,9 +32,12 @@ def odd_parts(monkeypatch):
         mode: int | list[int] = Field(1, description="a union")
         exact: bool = Field(False, description="a switch")
 
+    class Listen(PartOptions):
+        media: tuple[str, ...] = Field(("audio",), description="kinds of media")
+
     probe, listen = ModuleType("probe"), ModuleType("listen")
     probe.MEDIUM, probe.Options = "image", Options
-    listen.media, listen.Options, listen.HEADS = lambda options: ("audio",), PartOptions, ("language",)
+    listen.Options, listen.HEADS = Listen, ("language",)
     odd = {("encoders", "probe"): probe, ("tasks", "listen"): listen}
     extra = dict(odd.keys())
     monkeypatch.setattr(parts, "load_part", lambda *where: odd.get(where) or load_part(*where))

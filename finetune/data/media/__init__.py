@@ -23,13 +23,13 @@ DECODING = 1
 DECODED_BY = {"image": ("pillow", "pydicom"), "audio": ("soundfile", "soxr", "av"), "video": ("av", "pillow")}
 
 
-def decode(kind: str, source: Path | bytes, *, where: str = "", limits: Limits = Limits(), **sampling: Any) -> Any:
+def decode(kind: str, source: Path | bytes, *, where: str = "", limits: Limits | None = None, **sampling: Any) -> Any:
     """A file, or its bytes -> "image": PIL image, RGB uint8; "audio": float32 (samples,) in [-1, 1] at 16 kHz, mono;
     "video": `finetune.data.media.video.Clip`, whose frames `sampling` chooses (`decode_video` says how).
 
     `where` (file and row) begins the text of the MediaError that is raised for whatever can't be decoded within limits.
     """
-    bounds = {name: getattr(limits, name) for name in BOUNDS[kind]}
+    bounds = {name: getattr(limits or Limits(), name) for name in BOUNDS[kind]}
     return DECODERS[kind](source, where=where, **bounds, **sampling)
 
 

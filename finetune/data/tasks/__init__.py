@@ -1,24 +1,54 @@
-"""Tasks: the question that a row becomes, and how its answers are read and scored. A part's file is its name.
-
-Each file defines, with no torch import at module level:
-
-    class Options(PartOptions)                            what a recipe may set
-    def media(options) -> tuple[str, ...]                 the kinds of media its rows carry: ("image",)
-    def sample(row: Row, options) -> Sample               one row of a file -> one conversation with its media
-    def read(answer: Answer, options) -> Any              what a head said -> a prediction that JSON can hold; None
-                                                          where it can't be read
-    def measure(prediction, target, options) -> dict      one row of what `score` sums up; "good": how good the
-                                                          prediction is, more is better. `target` is the sample's own,
-                                                          or else its answer as `read` reads it. All that costs time
-                                                          is done here
-    def score(rows: list[dict], options) -> dict[str, float]    metric -> finite value over one or more rows of
-                                                          `measure`; less is better where the name holds "error". A
-                                                          metric that these rows can't tell is left out
-    HEADS: tuple[str, ...]                                the heads that can answer it, the usual one first
-    PRIMARY: str                                          the metric that stands for the task
-
-and may define `tables(rows, options) -> dict`, for the report: "confusion" {"labels", "counts"}, "per_label"
-{label: {metric: value}}. The counts have a row for each right label, and one column more: answers that are no label.
-
-Rows of `measure` that are to be resampled together have the same "group".
+"""Tasks: the question that a row becomes, and how its answers are read and scored. Each file is a `TaskContract` and
+imports no torch at module level.
 """
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Protocol, TypeAlias
+
+from pydantic import Field
+
+from finetune.common.registry import PartOptions
+from finetune.data.sample import Answer, Row, Sample
+
+Measure: TypeAlias = dict[str, Any]
+"""One prediction against its target: the counts and values that `score` sums up over rows. "good": how good it is, more
+is better. "group", where rows must be resampled together: equal for those of one group.
+"""
+Tables: TypeAlias = dict[str, Any]
+"""JSON for the report. "confusion": {"labels", "counts"} with a row of counts for each right label, and a last column
+for answers that are no label; "per_label": {label: {metric: value}}; "groups": numbers of groups.
+"""
+
+Media = Annotated[tuple[str, ...], Field(description="Kinds of media, each in the column of its name; [] for none.")]
+Prompt = Annotated[str, Field(description="The question, put after the media and the text; '' for none.")]
+Transcript = Annotated[str, Field(description="Column that describes or transcribes the media, for `distill`.")]
+
+
+class TaskOptions(PartOptions):
+    """Options of every task."""
+
+    media: Media = ("image",)
+
+
+class TaskContract(Protocol):
+    """What the file of a task defines; `tables(rows, options) -> Tables` is optional."""
+
+    HEADS: tuple[str, ...]  # the heads that can answer it, the usual one first
+    PRIMARY: str  # the metric that stands for the task
+    Options: type[TaskOptions]
+
+    def sample(self, row: Row, options: Any) -> Sample:
+        """A row as a conversation with its media. Raises DataError."""
+
+    def read(self, answer: Answer, options: Any) -> Any:
+        """An answer as a prediction, which JSON can hold; None if it can't be read."""
+
+    def measure(self, prediction: Any, target: Any, options: Any) -> Measure:
+        """`target`: `Sample.target`, or if that is None the sample's answer as `read` reads it. Whatever takes time is
+        computed here, since `score` runs a thousand times in the bootstrap.
+        """
+
+    def score(self, rows: Sequence[Measure], options: Any) -> dict[str, float]:
+        """Metric -> finite value over one or more rows; less is better if the name contains "error". Metrics that
+        aren't defined for these rows are left out.
+        """

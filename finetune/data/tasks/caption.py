@@ -1,52 +1,41 @@
-"""Say in words what a picture, a recording or a video shows."""
+"""Describe a picture, a recording or a video in words."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from pydantic import Field
 
-from finetune.common.registry import PartOptions
-from finetune.data.metrics import means
 from finetune.data.metrics.captions import caption_counts, caption_scores
-from finetune.data.metrics.text import FREE_TEXT, free_text
-from finetune.data.sample import Answer, Message, Row, Sample
-from finetune.data.tasks._columns import ask, texts_of
+from finetune.data.sample import Message, Row, Sample
+from finetune.data.tasks import Measure, Prompt, _free_text
+from finetune.data.tasks._columns import QuestionOptions, texts_of, user_turn
 
 HEADS = ("language",)
 PRIMARY = "token_f1"
 
 
-class Options(PartOptions):
-    prompt: str = Field("Describe the picture.", description="The question put after the media.")
-    media: tuple[str, ...] = Field(
-        ("image",), description="Kinds of media, each in the column of its name; [] for none."
-    )
-    text: str = Field("", description="Column of text put before the question; '' for none.")
-    caption: str = Field("caption", description="Column of the caption, or of a list of them; the first is learnt.")
+class Options(QuestionOptions):
+    prompt: Prompt = "Describe the picture."
+    caption: str = Field("caption", description="Column of the caption, or a list of captions; the first is learnt.")
     references: str = Field("", description="Column of further captions that count as right; '' for none.")
 
 
-def media(options: Options) -> tuple[str, ...]:
-    return options.media
+read = _free_text.read
 
 
 def sample(row: Row, options: Options) -> Sample:
     captions = texts_of(row, options.caption)
     if options.references:
         captions += texts_of(row, options.references)
-    question = ask(row, options.prompt, options.media, (options.text,), captions[0])
+    question = user_turn(row, options.media, (options.text,), options.prompt, transcript=captions[0])
     return Sample((question, Message("assistant", (captions[0],))), row.where, "caption", target=captions)
 
 
-def read(answer: Answer, options: Options) -> str:
-    return answer.text.strip()
+def measure(prediction: str, target: list[str], options: Options) -> Measure:
+    return _free_text.measure(prediction, target, options) | caption_counts(prediction, target)
 
 
-def measure(prediction: str, target: list[str], options: Options) -> dict[str, Any]:
-    return free_text(prediction, target) | caption_counts(prediction, target)
-
-
-def score(rows: list[dict[str, Any]], options: Options) -> dict[str, float]:
-    """exact_match (any of the references), and token_f1 and rouge_l against the nearest: means over rows. BLEU and chrF
-    of all rows together, and CIDEr-D, whose 10 is 1 here.
+def score(rows: Sequence[Measure], options: Options) -> dict[str, float]:
+    """The scores of free text against the nearest reference; BLEU and chrF of all rows together, 0 to 1; and CIDEr-D
+    divided by 10.
     """
-    return means(rows, FREE_TEXT) | caption_scores(rows)
+    return _free_text.score(rows, options) | caption_scores(rows)

@@ -1,11 +1,11 @@
-"""One of a set of labels, or several of them, from media and text."""
+"""Choose one label, or several, for the media and text of a row."""
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self, TypeAlias, TypedDict
 
 from pydantic import Field, model_validator
 
 from finetune.common.errors import DataError
-from finetune.common.registry import PartOptions
 from finetune.data.metrics import means
 from finetune.data.metrics.labels import (
     fold,
@@ -16,117 +16,118 @@ from finetune.data.metrics.labels import (
     with_probabilities,
 )
 from finetune.data.sample import Answer, Message, Row, Sample
-from finetune.data.tasks._columns import ask, split_at, text_of, texts_of, transcript_of
+from finetune.data.tasks import Measure, Prompt, Tables
+from finetune.data.tasks._columns import DistillableOptions, question, split_at, text_of, texts_of
 
 HEADS = ("language", "label")
 PRIMARY = "accuracy"
 
 
-class Options(PartOptions):
-    prompt: str = Field("What is this?", description="The question put after the media.")
-    media: tuple[str, ...] = Field(
-        ("image",), description="Kinds of media, each in the column of its name; [] for none."
-    )
-    text: str = Field("", description="Column of text put before the question; '' for none.")
-    label: str = Field("label", description="Column that holds the label, or the labels.")
-    labels: tuple[str, ...] = Field((), description="The labels there are; [] for those that the training rows hold.")
-    separator: str = Field("", description="What stands between a row's labels, like ';'; '' where each row has one.")
-    transcript: str = Field("", description="Column that says in words what the media show or say, for distill.")
+class Options(DistillableOptions):
+    prompt: Prompt = "What is this?"
+    label: str = Field("label", description="Column of the label, or the labels.")
+    labels: tuple[str, ...] = Field((), description="All labels; []: those of the training rows.")
+    separator: str = Field("", description="Separator of a row's labels, like ';'; '' if each row has one.")
 
     @model_validator(mode="after")
-    def _labels_can_be_told_apart(self) -> Self:
-        seen: dict[str, str] = {}
+    def _labels_differ(self) -> Self:
+        labels: dict[str, str] = {}
         for label in self.labels:
             if split_at(label, self.separator) != [label]:
                 raise ValueError(
-                    f"labels: {label!r} is empty, holds the separator, or has spaces around it; write another."
+                    f"labels: {label!r} is empty, contains the separator, or has spaces around it; write another."
                 )
-            if other := seen.get(fold(label)):
-                raise ValueError(f"labels: {other!r} and {label!r} differ in case or a full stop alone; keep one.")
-            seen[fold(label)] = label
+            if other := labels.get(fold(label)):
+                raise ValueError(f"labels: {other!r} and {label!r} differ only in case or a full stop; keep one.")
+            labels[fold(label)] = label
         return self
 
 
-def media(options: Options) -> tuple[str, ...]:
-    return options.media
+class Choice(TypedDict):
+    label: str | list[str]
+    probabilities: dict[str, float]
+
+
+Prediction: TypeAlias = str | list[str] | Choice | None
 
 
 def sample(row: Row, options: Options) -> Sample:
     labels = _labels_of(row, options)
-    question = ask(row, options.prompt, options.media, (options.text,), transcript_of(row, options.transcript))
     gap = " " if options.separator.isascii() and not options.separator.endswith(" ") else ""
     answer = f"{options.separator}{gap}".join(labels)
     target = labels if options.separator else None
-    return Sample((question, Message("assistant", (answer,))), row.where, "classify", target=target)
+    turns = question(row, options), Message("assistant", (answer,))
+    return Sample(turns, row.where, "classify", target=target)
 
 
-def read(answer: Answer, options: Options) -> Any:
-    """A label, or a sorted list of them with a `separator`; {"label": either, "probabilities": {label: p}} where a head
-    gives probabilities: the likeliest, or all that are as likely as not. None where nothing was said.
+def read(answer: Answer, options: Options) -> Prediction:
+    """A label, or with a `separator` a sorted list of labels; a `Choice` if the head gives probabilities: the most
+    probable label, or all of at least one half. None if the answer is empty.
     """
     if answer.probabilities is not None:
-        chances: dict[str, float] = {}
-        for said, chance in answer.probabilities.items():
-            for label in split_at(
-                said, options.separator
-            ):  # a label's own chance, or that of all answers that it is one of
-                chances[label] = min(chances.get(label, 0.0) + float(chance), 1.0)
-        several = sorted(label for label, chance in chances.items() if chance >= 0.5)
-        likeliest = several if options.separator else max(chances, key=chances.__getitem__)
-        return {"label": likeliest, "probabilities": chances}
-    labels = _spelled(split_at(answer.text, options.separator), options)
+        # A label's own probability; or the sum over the answers that contain it, if an answer is a list of labels.
+        probabilities: dict[str, float] = {}
+        for text, probability in answer.probabilities.items():
+            for label in split_at(text, options.separator):
+                probabilities[label] = min(probabilities.get(label, 0.0) + float(probability), 1.0)
+        if options.separator:
+            chosen = sorted(label for label, probability in probabilities.items() if probability >= 0.5)
+            return {"label": chosen, "probabilities": probabilities}
+        return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+    labels = _as_spelled(split_at(answer.text, options.separator), options)
     return (labels if options.separator else labels[0]) if labels else None
 
 
-def measure(prediction: Any, target: Any, options: Options) -> dict[str, Any]:
-    said = prediction["label"] if isinstance(prediction, dict) else prediction
-    row = labelled(*(_listed(labels) for labels in (said, target)))
-    return with_probabilities(row, prediction["probabilities"]) if isinstance(prediction, dict) else row
+def measure(prediction: Prediction, target: str | list[str] | None, options: Options) -> Measure:
+    if isinstance(prediction, dict):
+        row = labelled(_as_list(prediction["label"]), _as_list(target))
+        return with_probabilities(row, prediction["probabilities"])
+    return labelled(_as_list(prediction), _as_list(target))
 
 
-def score(rows: list[dict[str, Any]], options: Options) -> dict[str, float]:
+def score(rows: Sequence[Measure], options: Options) -> dict[str, float]:
     """Accuracy; precision, recall and F1 averaged over the labels that are right in some row (macro), and F1 over all
-    decisions (micro). An answer that is none of the labels counts as wrong, and as no label's false positive. With
-    probabilities also AUROC (each label against the rest) and calibration error.
+    decisions (micro). An answer that is none of the labels is wrong, and no label's false positive. With probabilities
+    also AUROC (each label against the rest) and calibration error.
 
-    Where rows have one label, balanced_accuracy is the mean recall. Where they have several, accuracy is the mean share
-    of labels in common (Godbole & Sarawagi 2004), and exact_match counts the rows with all labels right and no other.
+    With one label per row, balanced_accuracy is the mean recall. With several, accuracy is the mean share of labels in
+    common (Godbole & Sarawagi 2004), and exact_match the share of rows with all right labels and no other.
     """
     several = bool(options.separator)
-    found = label_scores(rows)
-    if not several and found:
-        found["balanced_accuracy"] = found["recall"]
+    scores = label_scores(rows)
+    if not several and scores:
+        scores["balanced_accuracy"] = scores["recall"]
     return {
         "accuracy": means(rows, ("good",))["good"],
         **(means(rows, ("exact_match",)) if several else {}),
-        **found,
+        **scores,
         **probability_scores(rows, several),
     }
 
 
-def tables(rows: list[dict[str, Any]], options: Options) -> dict[str, Any]:
-    """Confusion (rows of one label) and each label's scores."""
-    known = options.labels or tuple(dict.fromkeys(label for row in rows for label in row.get("labels", ())))
-    return label_tables(rows, known, bool(options.separator))
+def tables(rows: Sequence[Measure], options: Options) -> Tables:
+    """The scores of each label, and with one label per row the confusion."""
+    labels = options.labels or tuple(dict.fromkeys(label for row in rows for label in row.get("labels", ())))
+    return label_tables(rows, labels, bool(options.separator))
 
 
 def _labels_of(row: Row, options: Options) -> list[str]:
     if isinstance(row.columns.get(options.label), list) and not options.separator:
         raise DataError(f"{row.where}: column {options.label!r} holds a list; for several labels set task.separator")
-    found = texts_of(row, options.label, options.separator) if options.separator else [text_of(row, options.label)]
-    labels = _spelled(found, options)
+    texts = texts_of(row, options.label, options.separator) if options.separator else [text_of(row, options.label)]
+    labels = _as_spelled(texts, options)
     wrong = [label for label in labels if options.labels and label not in options.labels]
     if wrong:
-        there = ", ".join(options.labels)
-        raise DataError(f"{row.where}: column {options.label!r} holds {wrong[0]!r}; labels are: {there[:300]}")
+        known = ", ".join(options.labels)
+        raise DataError(f"{row.where}: column {options.label!r} holds {wrong[0]!r}; labels are: {known[:300]}")
     return labels
 
 
-def _spelled(labels: list[str], options: Options) -> list[str]:
-    """Sorted, each once, as the options spell them."""
+def _as_spelled(labels: list[str], options: Options) -> list[str]:
+    """Sorted, without duplicates, spelled as in the options."""
     spelled = {fold(label): label for label in options.labels}
     return sorted({fold(label): spelled.get(fold(label), label) for label in labels}.values())
 
 
-def _listed(labels: str | list[str] | None) -> list[str]:
+def _as_list(labels: str | list[str] | None) -> list[str]:
     return [labels] if isinstance(labels, str) else labels or []

@@ -1,85 +1,88 @@
-"""How relevant an item is to a user, a session or a query; the items of a group are put in order by it.
+"""Rank the items of a group (a user, a session or a query) by relevance.
 
-A row is one item of a group. A score head rates it; a language head says whether it is relevant, and its probability of
-that, or else what it says, makes the order.
+Each row is one item of a group. A score head rates it. A language head answers whether it is relevant, and items are
+ordered by the probability of that answer, or else by the answer itself.
 """
 
 import math
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self, TypedDict
 
 from pydantic import Field, model_validator
 
 from finetune.common.errors import DataError
-from finetune.common.registry import PartOptions
 from finetune.data.metrics.labels import fold
 from finetune.data.metrics.ranking import group_counts, ranking_scores
 from finetune.data.sample import Answer, Message, Row, Sample
-from finetune.data.tasks._columns import ask, number_of, text_of, transcript_of
+from finetune.data.tasks import Measure, Media, Prompt, Tables, TaskOptions, Transcript
+from finetune.data.tasks._columns import number_of, text_of, user_turn
 
 HEADS = ("score", "language")
 PRIMARY = "mrr"
 
 
-class Options(PartOptions):
-    prompt: str = Field("Is this relevant?", description="The question put after the media and texts.")
-    media: tuple[str, ...] = Field((), description="Kinds of media, each in the column of its name; [] for none.")
+class Options(TaskOptions):
+    prompt: Prompt = "Is this relevant?"
+    media: Media = ()
     text: tuple[str, ...] = Field(
-        ("history", "item"), description="Columns of text put before the question, each on a line; [] for none."
+        ("history", "item"), description="Columns of text put before the question, each on its own line; [] for none."
     )
     group: str = Field("group", description="Column of the user, session or query whose items are ranked together.")
-    relevance: str = Field("relevance", description="Column of the relevance: a number, 0 for none; clicked is 1.")
-    relevant: str = Field("yes", min_length=1, description="What is answered where the relevance is above 0.")
-    irrelevant: str = Field("no", min_length=1, description="What is answered where it is 0.")
-    k: int = Field(10, ge=1, description="Items of a group that ndcg@k and hit_rate@k look at, from the top.")
-    transcript: str = Field("", description="Column that says in words what the media show or say, for distill.")
+    relevance: str = Field("relevance", description="Column of the relevance, a number: 0 for none; 1 for a click.")
+    relevant: str = Field("yes", min_length=1, description="The answer for relevance above 0.")
+    irrelevant: str = Field("no", min_length=1, description="The answer for relevance 0.")
+    k: int = Field(10, ge=1, description="Number of top items that ndcg@k and hit_rate@k count.")
+    transcript: Transcript = ""
 
     @model_validator(mode="after")
-    def _answers_can_be_told_apart(self) -> Self:
+    def _answers_differ(self) -> Self:
         if fold(self.relevant) == fold(self.irrelevant):
-            raise ValueError(f"relevant: {self.relevant!r} is what irrelevant is; write another.")
+            raise ValueError(f"relevant: {self.relevant!r} is the same answer as irrelevant; write another.")
         return self
 
 
-def media(options: Options) -> tuple[str, ...]:
-    return options.media
+class Target(TypedDict):
+    group: str
+    relevance: float
 
 
 def sample(row: Row, options: Options) -> Sample:
     group, relevance = text_of(row, options.group), _relevance(row, options)
-    question = ask(row, options.prompt, options.media, options.text, transcript_of(row, options.transcript))
+    transcript = row.text(options.transcript) if options.transcript else None
+    question = user_turn(row, options.media, options.text, options.prompt, transcript)
     answer = Message("assistant", (options.relevant if relevance > 0 else options.irrelevant,))
-    target = {"group": group, "relevance": relevance}
+    target: Target = {"group": group, "relevance": relevance}
     return Sample((question, answer), row.where, "rank", target=target, group=group)
 
 
 def read(answer: Answer, options: Options) -> float | None:
-    """What items are ordered by: a head's number; the probability of `relevant` among the two; 1 or 0 where they are
-    written. None where neither is.
+    """The value by which items are ordered: the head's number; the probability of `relevant` among the two answers; or
+    1 or 0 for the written answer. None if it is neither.
     """
     if answer.number is not None:
         return answer.number if math.isfinite(answer.number) else None
     yes, no = fold(options.relevant), fold(options.irrelevant)
     if answer.probabilities is not None:
-        chances = {fold(label): chance for label, chance in answer.probabilities.items()}
-        both = chances.get(yes, 0.0) + chances.get(no, 0.0)
-        return chances.get(yes, 0.0) / both if both else None
+        probabilities = {fold(label): probability for label, probability in answer.probabilities.items()}
+        both = probabilities.get(yes, 0.0) + probabilities.get(no, 0.0)
+        return probabilities.get(yes, 0.0) / both if both else None
     return {yes: 1.0, no: 0.0}.get(fold(answer.text))
 
 
-def measure(prediction: float | None, target: dict[str, Any], options: Options) -> dict[str, Any]:
-    """ "good": the number where the item is relevant, else 1 less the number: a probability's share of the truth."""
+def measure(prediction: float | None, target: Target, options: Options) -> Measure:
+    """ "good": the prediction for a relevant item, 1 - prediction for another: the probability of the truth."""
     relevance = target["relevance"]
     good = 0.0 if prediction is None else prediction if relevance > 0 else 1 - prediction
     return {"good": good, "group": target["group"], "said": prediction, "right": relevance}
 
 
-def score(rows: list[dict[str, Any]], options: Options) -> dict[str, float]:
-    """Means over groups that hold a relevant item; ties count as the mean over the orders they leave open."""
+def score(rows: Sequence[Measure], options: Options) -> dict[str, float]:
+    """Means over groups with a relevant item; ties count as the mean over all orders of the tied items."""
     return ranking_scores(rows, options.k)
 
 
-def tables(rows: list[dict[str, Any]], options: Options) -> dict[str, Any]:
-    """ "groups": how many there are, with a relevant item ("ranked"), with others too ("with_both")."""
+def tables(rows: Sequence[Measure], options: Options) -> Tables:
+    """ "groups": their number, those with a relevant item ("ranked"), and those of them with others ("with_both")."""
     return {"groups": group_counts(rows)}
 
 
@@ -87,7 +90,5 @@ def _relevance(row: Row, options: Options) -> float:
     value = row.columns.get(options.relevance)
     relevance = float(value) if isinstance(value, bool) else number_of(row, options.relevance)
     if relevance < 0:
-        raise DataError(
-            f"{row.where}: column {options.relevance!r} holds {relevance:g}; write 0 for no relevance, or more"
-        )
+        raise DataError(f"{row.where}: column {options.relevance!r} holds {relevance:g}; write 0 or more")
     return relevance

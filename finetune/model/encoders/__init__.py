@@ -1,21 +1,69 @@
-"""Encoders: models that turn media into rows of numbers, frozen unless a recipe tunes them. One file per kind of
-interface, not per brand.
+"""Encoders turn media into features and are frozen unless a recipe tunes them. One file per kind of interface, not per
+brand. Each file is an `EncoderContract` and imports no torch at module level.
 
-Each file defines, with no torch import at module level:
-
-    MEDIUM: str                         the kind of media it takes: "image", "audio" or "video"
-    class Options(PartOptions)          what a recipe may set
-    def build(options, dtype, device) -> Encoder          frozen, with its weights
-    def restore(settings, dtype) -> Encoder               the same from `Encoder.settings()`, weights to be loaded
-
-An Encoder has
-
-    module: torch.nn.Module             holds the weights
-    width: int                          of a row of features
-    fingerprint: str                    equal for equal features: sha256 of weights, preprocessing and options
-    sampling: dict                      keywords for `media.decode`: which frames of a video; {} otherwise
-    layout: Layout | None               of every medium, where it doesn't depend on the medium
-    prepare(decoded) -> Prepared        on CPU, in a data worker
-    encode(batch) -> Tensor             (N, *values.shape) -> (N, S, L, W): S segments of L rows, as `prepare` said
-    settings() -> dict                  what `restore(settings)` needs to rebuild it without its original folder
+Shapes: N media, each of S segments of L rows of width W.
 """
+
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
+
+from finetune.common.registry import PartOptions
+from finetune.data.sample import Layout, Prepared
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EncoderSettings(TypedDict):
+    """Everything but the weights, as JSON: what `restore` rebuilds an encoder from, without its original folder."""
+
+    options: dict[str, Any]
+    config: dict[str, Any]
+    processor: dict[str, Any]
+    rows: NotRequired[int]  # the last two where they can only be measured with the weights in place
+    width: NotRequired[int]
+
+
+class Encoder(Protocol):
+    """A loaded encoder. Its class is defined in its part's own file: `type(encoder).__module__` names its kind."""
+
+    options: PartOptions
+    module: Any  # the torch.nn.Module that holds the weights
+    width: int  # W
+    fingerprint: str  # sha256 of weights, preprocessing and options: equal fingerprints mean equal features
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """Keyword arguments of `data.media.decode`: which frames of a video to read. Empty for other media."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of every medium; None if it depends on the medium."""
+
+    def prepare(self, decoded: Any) -> Prepared:
+        """A decoded medium -> float32 values on the CPU, without batch axis, and their layout. Runs in data workers."""
+
+    def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
+        """Stacked `Prepared.values` (N, ...) -> features (N, S, L, W) as their layout says, in the module's dtype and
+        on its device.
+        """
+
+    def settings(self) -> EncoderSettings:
+        """What `restore` rebuilds the encoder from."""
+
+
+class EncoderContract(Protocol):
+    """What the file of an encoder defines."""
+
+    MEDIUM: Literal["image", "audio", "video"]
+    Options: type[PartOptions]
+
+    def build(self, options: Any, dtype: "torch.dtype", device: "torch.device") -> Encoder:
+        """Load the checkpoint that the options name, frozen, in evaluation mode. Raises ModelError."""
+
+    def restore(self, settings: EncoderSettings, dtype: "torch.dtype") -> Encoder:
+        """Rebuild an encoder from `Encoder.settings()`, frozen; its weights are still to be loaded."""
+
+    def wrap(self, module: Any, processor: Any, options: Any) -> Encoder:
+        """An encoder of a loaded module and the processor of its media; both functions above end here. Raises
+        ModelError if the module doesn't answer as this kind of model does.
+        """

@@ -1,4 +1,4 @@
-"""Sound in windows, for every encoder of it."""
+"""What the encoders of sound share: resampling and cutting a recording into windows."""
 
 from math import ceil
 from typing import TYPE_CHECKING
@@ -8,11 +8,18 @@ from finetune.data.media.audio import RATE
 if TYPE_CHECKING:
     import numpy as np
 
+WINDOW_SECONDS = (
+    "Longest stretch encoded at once, in seconds; a longer recording is cut into equal windows, each a segment."
+)
+KINDS_OF_SOUND = (
+    "`kind: whisper` reads Whisper, `kind: wave` wav2vec 2.0, HuBERT and WavLM, `kind: spectrogram` AST and CLAP"
+)
+
 
 def cut_windows(audio: "np.ndarray", longest: int, unit: int = 1, shortest: int = 1) -> "np.ndarray":
-    """(samples,) -> (windows, size): as few equal windows as there must be for none to be longer than `longest`
-    samples, a multiple of `unit`. The last is padded with zeros: by less than `windows * unit` samples, or where there
-    are fewer than `shortest`.
+    """(samples,) -> (windows, size): the fewest equal windows of at most `longest` samples, `size` being a multiple of
+    `unit`. Zeros pad the last window: fewer than `windows * unit` of them, unless the recording has fewer than
+    `shortest` samples.
     """
     import numpy as np
 
@@ -21,14 +28,14 @@ def cut_windows(audio: "np.ndarray", longest: int, unit: int = 1, shortest: int 
 
 
 def window_sizes(samples: int, longest: int, unit: int = 1, shortest: int = 1) -> tuple[int, int]:
-    """(windows, samples of each)."""
+    """(windows, samples per window)."""
     samples = max(samples, shortest, unit)
     count = ceil(samples / longest)
     return count, ceil(samples / count / unit) * unit
 
 
 def resampled(audio: "np.ndarray", rate: int) -> "np.ndarray":
-    """16 kHz -> `rate` samples a second."""
+    """16 kHz -> `rate` samples per second."""
     if rate == RATE:
         return audio
     import soxr

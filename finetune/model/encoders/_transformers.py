@@ -1,59 +1,152 @@
-"""What the encoders share: loading a checkpoint of transformers, rebuilding one from settings, fingerprints."""
+"""What all encoders share: options, loading a checkpoint of transformers, rebuilding it from settings, fingerprints."""
 
 import hashlib
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field
 
 from finetune.common.errors import ModelError
+from finetune.common.hub import loading
 from finetune.common.registry import PartOptions
+from finetune.data.sample import Layout
+from finetune.model.encoders import EncoderSettings
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
-# Whoever changes what an encoder prepares or gives for the same medium raises this.
+# Raise this when an encoder prepares or encodes the same medium differently than before.
 ENCODING = 1
 
 
-def load(model_class: Any, config: Any, options: Any, dtype: "torch.dtype", **keywords: Any) -> "torch.nn.Module":
-    """Weights of `options.name`, from safetensors only. What the files lack is NaN until `probe` has judged it.
+def checkpoint(models: str) -> Any:
+    """The field `name` of an encoder's options, for a checkpoint of these models."""
+    return Field(description=f"Hub id or folder of {models}, in safetensors.", json_schema_extra={"path": "maybe"})
 
-    Raises what transformers raises: to be called inside `finetune.common.hub.loading`.
+
+class PretrainedOptions(PartOptions):
+    """Options of every encoder."""
+
+    name: str = checkpoint("the model")
+    revision: str | None = Field(None, description="Commit of the Hub repository, 40 hex digits.")
+
+
+class LayerOptions(PretrainedOptions):
+    """Options of an encoder whose features may come from any layer."""
+
+    layer: int = Field(
+        -1, le=-1, description="Layer that gives the features: -1 the last, after the final norm; -2 the one before it."
+    )
+
+
+@dataclass
+class PretrainedEncoder:
+    """The state of an `Encoder`; each part's file adds `prepare` and `encode`."""
+
+    module: Any
+    processor: Any
+    options: PretrainedOptions
+    width: int = field(init=False)
+    fingerprint: str = field(init=False)
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        return {}
+
+    @property
+    def layout(self) -> Layout | None:
+        return None
+
+    def settings(self) -> EncoderSettings:
+        return {
+            "options": self.options.model_dump(),
+            "config": json.loads(self.module.config.to_json_string(use_diff=False)),
+            "processor": json.loads(self.processor.to_json_string()),
+        }
+
+
+E = TypeVar("E", bound=PretrainedEncoder)
+
+
+def load_config(options: PretrainedOptions) -> Any:
+    """The transformers config of a checkpoint. Raises ModelError."""
+    from transformers import AutoConfig
+
+    with loading(f"encoder {options.name!r}"):
+        return AutoConfig.from_pretrained(options.name, revision=options.revision)
+
+
+def load_processor(options: PretrainedOptions, auto_class: Any) -> Any:
+    """The image processor or feature extractor of a checkpoint. Raises ModelError."""
+    with loading(f"encoder {options.name!r}"):
+        return auto_class.from_pretrained(options.name, revision=options.revision)
+
+
+def load(
+    options: PretrainedOptions,
+    model_class: Any,
+    config: Any,
+    dtype: "torch.dtype",
+    device: "torch.device",
+    key_mapping: dict[str, str] | None = None,
+) -> "nn.Module":
+    """The weights of a checkpoint, from safetensors only. Weights missing from its files are NaN until `probe` has
+    checked whether features depend on them. `key_mapping`: regular expression -> replacement, for names of weights.
+
+    Raises ModelError.
     """
     import torch
 
-    module, report = model_class.from_pretrained(
-        options.name,
-        revision=options.revision,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        **keywords,
-    )
+    with loading(f"encoder {options.name!r}"):
+        module, report = model_class.from_pretrained(
+            options.name,
+            revision=options.revision,
+            config=config,
+            dtype=dtype,
+            key_mapping=key_mapping,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     state = module.state_dict()
     for name in report["missing_keys"]:
         if torch.is_floating_point(state[name]):
             state[name].fill_(float("nan"))
-    return module.eval().requires_grad_(False)
+    return module.to(device)
+
+
+def rebuild(settings: EncoderSettings, dtype: "torch.dtype", model_class: Any = None) -> tuple["nn.Module", Any]:
+    """(module, processor) from an encoder's settings, frozen; the weights are still to be loaded."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**settings["config"])
+    if model_class is None:
+        module = transformers.AutoModel.from_config(config, dtype=dtype)
+    else:
+        module = model_class(config).to(dtype)
+    kind = settings["processor"].get("image_processor_type") or settings["processor"]["feature_extractor_type"]
+    return module.eval().requires_grad_(False), getattr(transformers, kind).from_dict(settings["processor"])
 
 
 def probe(
-    name: str, like: str, module: "torch.nn.Module", values: "torch.Tensor", encode: Callable[..., "torch.Tensor"]
+    name: str, model: str, module: "nn.Module", values: "torch.Tensor", encode: Callable[..., "torch.Tensor"]
 ) -> "torch.Tensor":
-    """What a module that has just been loaded answers: `encode(values[None])[0]`. Weights that its files lack must not
-    matter (poolers, masks for pretraining): they become zero, so that equal files have equal fingerprints.
+    """Freeze a module, put it into evaluation mode, and return `encode(values[None])[0]`. Missing weights that don't
+    change the features (poolers, masks for pretraining) become zero, so that equal files have equal fingerprints.
 
-    Raises ModelError where it doesn't answer `like` what it should be, or where a weight that matters is missing.
+    Raises ModelError if the module doesn't answer like a `model`, or if the features depend on a missing weight.
     """
     import torch
 
+    module.eval().requires_grad_(False)
     try:
         with torch.no_grad():
             features = encode(values[None])[0]
     except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        raise ModelError(f"encoder {name!r} ({type(module).__name__}) doesn't answer like {like}: {error}") from None
+        raise ModelError(f"encoder {name!r} ({type(module).__name__}) doesn't answer like {model}: {error}") from None
     missing = {key: t for key, t in module.state_dict().items() if t.is_floating_point() and _is_nan(t)}
     if missing and features.isnan().any():
         raise ModelError(
@@ -69,63 +162,48 @@ def _is_nan(tensor: "torch.Tensor") -> bool:
     return tensor.device.type != "meta" and bool(tensor.isnan().all())
 
 
+def measured(encoder: E, width: int) -> E:
+    """The encoder with its `width`, and the `fingerprint` that belongs to it."""
+    encoder.width = width
+    encoder.fingerprint = fingerprint(encoder.module, encoder.settings())
+    return encoder
+
+
 def each_segment(
     batch: "torch.Tensor",
-    module: "torch.nn.Module",
+    module: "nn.Module",
     run: Callable[["torch.Tensor"], "torch.Tensor"],
     at_once: int = 32,
 ) -> "torch.Tensor":
-    """(N, S, ...) -> (N, S, L, W): `run` gets (at most `at_once`, ...) on the module's device, in its dtype. A clip of
-    256 frames or an hour of speech needs no more memory than `at_once` of them.
+    """(N, S, ...) -> (N, S, L, W). `run` gets at most `at_once` segments (n, ...), on the module's device and in its
+    dtype, so that memory doesn't grow with the frames of a clip or the length of a recording.
     """
     import torch
 
     weight = weight_of(module)
-    parts = batch.flatten(0, 1).split(at_once)
-    return torch.cat([run(part.to(weight.device, weight.dtype)) for part in parts]).unflatten(0, batch.shape[:2])
+    chunks = batch.flatten(0, 1).split(at_once)
+    return torch.cat([run(chunk.to(weight.device, weight.dtype)) for chunk in chunks]).unflatten(0, batch.shape[:2])
 
 
-def weight_of(module: "torch.nn.Module") -> "torch.Tensor":
-    """A weight, for the device and dtype that the module takes: not a vector, some of which (the mask of wav2vec 2.0)
-    are made on the CPU whatever device was asked for.
+def weight_of(module: "nn.Module") -> "torch.Tensor":
+    """A weight that shows the device and dtype of a module: no vector, since some models (the mask of wav2vec 2.0)
+    create vectors on the CPU whatever the device.
     """
     return next(parameter for parameter in module.parameters() if parameter.ndim > 1)
 
 
-def settings(module: Any, processor: Any, options: PartOptions) -> dict[str, Any]:
-    """All that rebuilding needs besides the weights, as JSON."""
-    return {
-        "options": options.model_dump(),
-        "config": json.loads(module.config.to_json_string(use_diff=False)),
-        "processor": json.loads(processor.to_json_string()),
-    }
-
-
-def rebuild(saved: dict[str, Any], dtype: "torch.dtype", model_class: Any = None) -> tuple["torch.nn.Module", Any]:
-    """(module, processor) from `settings`, frozen, its weights still to be loaded."""
-    import transformers
-
-    rest = {key: value for key, value in saved["config"].items() if key != "model_type"}
-    config = transformers.AutoConfig.for_model(saved["config"]["model_type"], **rest)
-    if model_class is None:
-        module = transformers.AutoModel.from_config(config, dtype=dtype)
-    else:
-        module = model_class(config).to(dtype)
-    kind = saved["processor"].get("image_processor_type") or saved["processor"]["feature_extractor_type"]
-    return module.eval().requires_grad_(False), getattr(transformers, kind).from_dict(saved["processor"])
-
-
-def fingerprint(module: "torch.nn.Module", saved: dict[str, Any]) -> str:
-    """sha256 over weights, preprocessing and options: equal fingerprints give equal features. Where the weights came
-    from, and what stood around them there, doesn't matter.
+def fingerprint(module: "nn.Module", settings: EncoderSettings) -> str:
+    """sha256 of weights, preprocessing and options: equal fingerprints mean equal features. Where the weights were
+    loaded from, and which other weights were there, has no influence.
     """
     import torch
 
-    options = {key: value for key, value in saved["options"].items() if key not in ("name", "revision")}
-    origin = ("_name_or_path", "architectures", "dtype")  # the weights tell their dtype
-    config = {key: value for key, value in saved["config"].items() if key not in origin}
+    options = {key: value for key, value in settings["options"].items() if key not in ("name", "revision")}
+    origin = ("_name_or_path", "architectures", "dtype")  # the dtype is hashed with each weight
+    config = {key: value for key, value in settings["config"].items() if key not in origin}
     digest = hashlib.sha256(f"{ENCODING}".encode())
-    digest.update(json.dumps(saved | {"options": options, "config": config}, sort_keys=True, default=str).encode())
+    content = {**settings, "options": options, "config": config}
+    digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta":

@@ -1,6 +1,6 @@
-"""Pictures through a vision backbone: what `vision` (tiles of a picture) and `video` (frames of a clip) share. What
-differs between backbones, the class and register tokens and the shape of the last layer, is read off one pass over a
-blank picture, so that no list of families is kept here.
+"""Pictures through a vision backbone: what `vision` (tiles of a picture) and `video` (frames of a clip) share, and the
+pooled grids and time marks of both encoders of video. Class and register tokens and the shape of the last layer, which
+differ between backbones, are measured on a blank picture, so that there is no list of families here.
 """
 
 from dataclasses import dataclass
@@ -8,40 +8,52 @@ from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import ModelError
-from finetune.model.encoders._transformers import load, probe, weight_of
+from finetune.model.encoders._transformers import (
+    LayerOptions,
+    checkpoint,
+    load,
+    load_config,
+    load_processor,
+    probe,
+    weight_of,
+)
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 
+class BackboneOptions(LayerOptions):
+    """Options of an encoder of pictures or frames."""
+
+    name: str = checkpoint("a vision backbone (for a CLIP or SigLIP pair, its vision tower is used)")
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What a backbone makes of every picture."""
+    """The sizes of a backbone's input and features, the same for every picture."""
 
-    height: int  # of the pixels that its processor gives
-    width: int
-    grid: tuple[int, int]  # features: rows and columns
+    height: int  # pixels, as the processor scales them
+    width: int  # pixels
+    grid: tuple[int, int]  # patches: rows and columns
     features: int  # width of a feature
-    skipped: int  # class and register tokens in front of the grid
-    rows: int  # features per picture; more than the grid where class and register tokens are kept
+    skipped: int  # class and register tokens dropped in front of the grid
+    rows: int  # features per picture: the grid, and class and register tokens if kept
 
 
-def load_tower(options: Any, dtype: "torch.dtype", device: "torch.device") -> tuple["torch.nn.Module", Any]:
+def load_backbone(
+    options: BackboneOptions, dtype: "torch.dtype", device: "torch.device"
+) -> tuple["torch.nn.Module", Any]:
     """(module, processor) of a vision backbone, or of the vision tower of a pair. Raises ModelError."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor, AutoModel
 
-    from finetune.common.hub import loading
-
-    with loading(f"encoder {options.name!r}"):
-        config = AutoConfig.from_pretrained(options.name, revision=options.revision)
-        processor = AutoImageProcessor.from_pretrained(options.name, revision=options.revision)
-        module = load(AutoModel, getattr(config, "vision_config", config), options, dtype)
-    return module.to(device), processor
+    config = load_config(options)
+    processor = load_processor(options, AutoImageProcessor)
+    return load(options, AutoModel, getattr(config, "vision_config", config), dtype, device), processor
 
 
-def measure(module: "torch.nn.Module", processor: Any, name: str, layer: int, keep_all: bool = False) -> Shape:
-    """Blank pictures through processor and backbone. `keep_all`: class and register tokens too. Raises ModelError."""
+def measure(module: "torch.nn.Module", processor: Any, options: LayerOptions, keep_all: bool = False) -> Shape:
+    """The sizes of a backbone, from blank pictures. `keep_all`: keep class and register tokens. Raises ModelError."""
     import PIL.Image
 
     pixels, wide = (
@@ -50,15 +62,16 @@ def measure(module: "torch.nn.Module", processor: Any, name: str, layer: int, ke
     )
     if pixels.ndim != 3 or pixels.shape != wide.shape:
         raise ModelError(
-            f"encoder {name!r}: its processor gives pictures of differing sizes; backbones of one size are read here"
+            f"encoder {options.name!r}: its processor scales pictures to differing sizes; choose a backbone with one "
+            "fixed size"
         )
     weight = weight_of(module)
     hidden = probe(
-        name,
+        options.name,
         "a vision backbone",
         module,
         pixels,
-        lambda batch: _last(module, batch.to(weight.device, weight.dtype), layer),
+        lambda batch: _hidden_states(module, batch.to(weight.device, weight.dtype), options.layer),
     )
     height, width = pixels.shape[-2:]
     if hidden.ndim == 3:
@@ -68,7 +81,7 @@ def measure(module: "torch.nn.Module", processor: Any, name: str, layer: int, ke
     patch = getattr(module.config, "patch_size", None)
     down, across = (height // patch, width // patch) if isinstance(patch, int) else (total, 1)
     if total < down * across or not isinstance(patch, int):
-        # Backbones that merge patches (Swin) end on a smaller grid than they begin with, without extra tokens.
+        # Backbones that merge patches (Swin) end with a smaller grid than they begin with, and have no extra tokens.
         side = isqrt(total)
         down, across = (side, side) if side * side == total else (total, 1)
     skipped = 0 if keep_all else total - down * across
@@ -76,21 +89,21 @@ def measure(module: "torch.nn.Module", processor: Any, name: str, layer: int, ke
 
 
 def encode_pictures(module: "torch.nn.Module", pixels: "torch.Tensor", layer: int, skipped: int) -> "torch.Tensor":
-    """Pixels (N, 3, height, width) -> features (N, L, W), row by row of the grid, top left to bottom right."""
-    hidden = _last(module, pixels, layer)
+    """Pixels (N, 3, height, width) -> features (N, L, W), row by row from the top left of the grid."""
+    hidden = _hidden_states(module, pixels, layer)
     rows = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
     return rows[:, skipped:]
 
 
-def _last(module: Any, pixels: "torch.Tensor", layer: int) -> "torch.Tensor":
+def _hidden_states(module: Any, pixels: "torch.Tensor", layer: int) -> "torch.Tensor":
     if layer == -1:
         return module(pixel_values=pixels).last_hidden_state
     return module(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
 
 
 def pool_grid(rows: "torch.Tensor", grid: tuple[int, int], side: int) -> "torch.Tensor":
-    """(N, grid[0] * grid[1], W) -> (N, side * side, W): means of equal regions. A grid that is already that small, or
-    `side` 0, stays as it is.
+    """(N, grid[0] * grid[1], W) -> (N, side * side, W): means of equal regions. Smaller grids, and all grids for `side`
+    0, stay as they are.
     """
     from torch.nn.functional import adaptive_avg_pool2d
 
@@ -104,14 +117,14 @@ def pooled_grid(grid: tuple[int, int], side: int) -> tuple[int, int]:
     return (min(grid[0], side), min(grid[1], side)) if side else grid
 
 
-def time_marks(seconds: tuple[float, ...], told: bool) -> tuple[str, ...]:
+def time_marks(seconds: tuple[float, ...], show: bool) -> tuple[str, ...]:
     """The text before each segment of a clip: '1.5s ', or nothing."""
-    return tuple(f"{second:.1f}s " if told else "" for second in seconds)
+    return tuple(f"{second:.1f}s " if show else "" for second in seconds)
 
 
 def cut_tiles(picture: "Image", width: int, height: int, most: int, resample: int) -> list["Image"]:
-    """A picture as tiles of width x height pixels, left to right, top to bottom: scaled to the grid of at most `most`
-    tiles whose shape is nearest to its own. In front, where there are more than one: all of it as one tile
+    """Scale a picture to the grid of at most `most` tiles whose shape is nearest to its own, and cut it into tiles of
+    width x height pixels, row by row. If there is more than one, a thumbnail of the whole picture comes first
     (InternVL 1.5, Chen et al. 2024, https://arxiv.org/abs/2404.16821, section 3.2).
     """
     columns, rows = best_grid(picture.width / picture.height, picture.width * picture.height / (width * height), most)
@@ -125,8 +138,8 @@ def cut_tiles(picture: "Image", width: int, height: int, most: int, resample: in
 
 
 def best_grid(aspect: float, area: float, most: int) -> tuple[int, int]:
-    """(columns, rows), at most `most` tiles. `aspect`: width / height of the picture; `area`: in tiles. Of grids of
-    the same shape the finer one is taken if the picture fills more than half of it.
+    """(columns, rows) of at most `most` tiles. `aspect`: width / height of the picture; `area`: its area in tiles. Of
+    grids of the same shape, the finer one is used if the picture fills more than half of it.
     """
     grids = sorted(
         ((columns, rows) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)),
@@ -134,7 +147,7 @@ def best_grid(aspect: float, area: float, most: int) -> tuple[int, int]:
     )
     best, difference = (1, 1), float("inf")
     for columns, rows in grids:
-        here = abs(aspect - columns / rows)
-        if here < difference or (here == difference and area > 0.5 * columns * rows):
-            best, difference = (columns, rows), here
+        distance = abs(aspect - columns / rows)
+        if distance < difference or (distance == difference and area > 0.5 * columns * rows):
+            best, difference = (columns, rows), distance
     return best

@@ -1,17 +1,15 @@
 """Encoders of a spectrogram of fixed length: AST (Gong et al. 2021, https://arxiv.org/abs/2104.01778; 10.24 s) and the
-audio tower of CLAP (Wu et al. 2023, https://arxiv.org/abs/2211.06687; 10 s). For sounds, where Whisper is for speech.
+audio tower of CLAP (Wu et al. 2023, https://arxiv.org/abs/2211.06687; 10 s). For sounds, as Whisper is for speech.
 """
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from finetune.common.errors import ModelError
-from finetune.common.registry import PartOptions
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
-from finetune.model.encoders._audio import RATE, resampled
+from finetune.model.encoders._audio import KINDS_OF_SOUND, RATE, resampled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,45 +18,35 @@ if TYPE_CHECKING:
 MEDIUM = "audio"
 AST, CLAP = "audio-spectrogram-transformer", "clap_audio_model"
 TOKENS = 2  # of AST, in front of its patches: class and distillation
-SHORTEST = 0.1  # seconds: what is shorter is filled up with zeros, a remainder that is shorter is left out
+SHORTEST = 0.1  # seconds: shorter recordings are padded with zeros, shorter remainders of a recording dropped
 
 
-class Options(PartOptions):
-    name: str = Field(
-        description="Hub id or folder of an AST or a CLAP (of which the audio tower is taken), in safetensors.",
-        json_schema_extra={"path": "maybe"},
-    )
-    revision: str | None = Field(None, description="Commit of the hub repository, 40 hex digits.")
+class Options(shared.PretrainedOptions):
+    name: str = shared.checkpoint("an AST or a CLAP (its audio tower is used)")
 
 
 @dataclass
-class Encoder:
+class Encoder(shared.PretrainedEncoder):
     """Media are float32 samples at 16 kHz, cut into windows of the model's length, each a segment; features are the
-    spectrogram's patches, from first to last, of the same moment from low to high.
+    patches of the spectrogram, ordered by time, then from low to high frequency.
     """
 
-    module: Any
-    processor: Any
     options: Options
-    rows: int = 0
-    width: int = 0
-    fingerprint: str = ""
-    sampling: dict[str, Any] = field(default_factory=dict)
-    layout: None = None  # the windows of a recording depend on its length
+    rows: int = field(init=False)  # L
 
     def prepare(self, decoded: "np.ndarray") -> Prepared:
-        """Samples -> spectrograms as the model's own feature extractor makes them (and fills them up, the last one of
-        a recording): float32 (S, frames, bins) for AST, (S, 1 or 4, frames, bins) for CLAP.
+        """Samples (n,) -> spectrograms by the model's own feature extractor, which pads the last window: float32
+        (S, frames, bins) for AST, (S, 1 or 4, frames, bins) for CLAP.
         """
         import numpy as np
         import torch
 
         rate = self.processor.sampling_rate
-        size = self._window()
-        least = int(SHORTEST * rate)
+        shortest = int(SHORTEST * rate)
         audio = resampled(decoded, rate)
-        audio = np.pad(audio, (0, max(least - len(audio), 0)))
-        starts = range(0, max(len(audio) - least, 0) + 1, size)
+        audio = np.pad(audio, (0, max(shortest - len(audio), 0)))
+        size = self._window()
+        starts = range(0, max(len(audio) - shortest, 0) + 1, size)
         windows = [audio[start : start + size] for start in starts]
         values = self.processor(windows, sampling_rate=rate, return_tensors="np")[self.module.main_input_name]
         values = torch.from_numpy(np.asarray(values, np.float32))
@@ -66,11 +54,11 @@ class Encoder:
 
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Spectrograms (N, S, ...) -> features (N, S, L, W), in the module's dtype."""
-        return shared.each_segment(batch, self.module, self._hear)
+        return shared.each_segment(batch, self.module, self._encode_spectrograms)
 
-    def settings(self) -> dict[str, Any]:
-        """All that `restore` needs besides the weights. A CLAP that fuses can't be asked without its weights."""
-        return shared.settings(self.module, self.processor, self.options) | {"rows": self.rows, "width": self.width}
+    def settings(self) -> EncoderSettings:
+        # A CLAP that fuses can't be run, and so not measured, without its weights.
+        return {**super().settings(), "rows": self.rows, "width": self.width}
 
     def _window(self) -> int:
         """Samples of a window."""
@@ -78,11 +66,11 @@ class Encoder:
             return self.processor.nb_max_samples
         return self.processor.max_length * self.processor.sampling_rate // 100  # frames of 10 ms
 
-    def _hear(self, spectrograms: "torch.Tensor") -> "torch.Tensor":
+    def _encode_spectrograms(self, spectrograms: "torch.Tensor") -> "torch.Tensor":
         import torch
 
         if self.module.config.model_type == CLAP:
-            # (N, W, frequencies, times). No window is longer than the model's: nothing for it to fuse.
+            # (n, W, frequencies, times). No window is longer than the model's: there is nothing to fuse.
             longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)
             grid = self.module(input_features=spectrograms, is_longer=longer).last_hidden_state
             return grid.permute(0, 3, 2, 1).flatten(1, 2)
@@ -93,44 +81,39 @@ class Encoder:
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    """Load a model and its feature extractor, frozen, in evaluation mode. Raises ModelError."""
-    from transformers import ASTModel, AutoConfig, AutoFeatureExtractor, ClapAudioModel
+    from transformers import AutoFeatureExtractor
 
-    from finetune.common.hub import loading
-
-    with loading(f"encoder {options.name!r}"):
-        config = AutoConfig.from_pretrained(options.name, revision=options.revision)
-        config = getattr(config, "audio_config", config)
-        if config.model_type not in (AST, CLAP):
-            raise ModelError(
-                f"encoder {options.name!r} is of type {config.model_type!r}, neither AST nor CLAP; `kind: whisper` "
-                "reads Whisper, `kind: wave` wav2vec2, HuBERT and WavLM"
-            )
-        processor = AutoFeatureExtractor.from_pretrained(options.name, revision=options.revision)
-        model_class = ClapAudioModel if config.model_type == CLAP else ASTModel
-        # Whole CLAPs keep the tower's weights under `audio_model.`.
-        module = shared.load(model_class, config, options, dtype, key_mapping={r"^audio_model\.": ""})
-    return _finish(module.to(device), processor, options)
+    config = shared.load_config(options)
+    config = getattr(config, "audio_config", config)
+    if config.model_type not in (AST, CLAP):
+        raise ModelError(
+            f"encoder {options.name!r} is of type {config.model_type!r}, neither AST nor CLAP; {KINDS_OF_SOUND}"
+        )
+    processor = shared.load_processor(options, AutoFeatureExtractor)
+    # Whole CLAPs keep the tower's weights under `audio_model.`.
+    module = shared.load(options, _model_class(config.model_type), config, dtype, device, {r"^audio_model\.": ""})
+    return wrap(module, processor, options)
 
 
-def restore(settings: dict[str, Any], dtype: "torch.dtype") -> Encoder:
-    """Rebuild from `Encoder.settings()`, with weights still to be loaded."""
-    from transformers import ASTModel, ClapAudioModel
-
-    model_class = ClapAudioModel if settings["config"]["model_type"] == CLAP else ASTModel
-    module, processor = shared.rebuild(settings, dtype, model_class)
-    encoder = Encoder(module, processor, Options(**settings["options"]), settings["rows"], settings["width"])
-    encoder.fingerprint = shared.fingerprint(module, settings)
-    return encoder
+def restore(settings: EncoderSettings, dtype: "torch.dtype") -> Encoder:
+    module, processor = shared.rebuild(settings, dtype, _model_class(settings["config"]["model_type"]))
+    encoder = Encoder(module, processor, Options(**settings["options"]))
+    encoder.rows = settings["rows"]
+    return shared.measured(encoder, settings["width"])
 
 
-def _finish(module: Any, processor: Any, options: Options) -> Encoder:
+def wrap(module: Any, processor: Any, options: Options) -> Encoder:
     import numpy as np
 
-    module.eval().requires_grad_(False)
     encoder = Encoder(module, processor, options)
+    encoder.rows = 0  # not known before the first features
     silence = encoder.prepare(np.zeros(RATE, np.float32)).values
     features = shared.probe(options.name, "an AST or a CLAP", module, silence, encoder.encode)
-    _, encoder.rows, encoder.width = features.shape
-    encoder.fingerprint = shared.fingerprint(module, encoder.settings())
-    return encoder
+    encoder.rows = features.shape[1]
+    return shared.measured(encoder, features.shape[2])
+
+
+def _model_class(model_type: str) -> Any:
+    from transformers import ASTModel, ClapAudioModel
+
+    return ClapAudioModel if model_type == CLAP else ASTModel

@@ -1,5 +1,5 @@
-"""A clip as single frames, each through a vision backbone, its rows pooled, its time told in the text before it (as in
-VideoLLaMA 3, Zhang et al. 2025, https://arxiv.org/abs/2501.13106).
+"""A clip as single frames: each goes through a vision backbone, its rows are pooled, and its time stands in the text
+before it (as in VideoLLaMA 3, Zhang et al. 2025, https://arxiv.org/abs/2501.13106).
 """
 
 from dataclasses import dataclass
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from finetune.common.registry import PartOptions
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._vision import (
+    BackboneOptions,
     Shape,
     encode_pictures,
-    load_tower,
+    load_backbone,
     measure,
     pool_grid,
     pooled_grid,
@@ -28,23 +29,13 @@ if TYPE_CHECKING:
 MEDIUM = "video"
 
 
-class Options(PartOptions):
-    name: str = Field(
-        description="Hub id or folder of a vision backbone (of a CLIP or SigLIP pair, its vision tower is taken).",
-        json_schema_extra={"path": "maybe"},
-    )
-    revision: str | None = Field(None, description="Commit of the hub repository, 40 hex digits.")
-    layer: int = Field(
-        -1, le=-1, description="Layer whose output is taken: -1 the last (after the final norm), -2 the one before."
-    )
-    frames: int | None = Field(
-        8, ge=1, description="Frames of a clip, evenly spread over it; null where `per_second` is set."
-    )
-    per_second: float | None = Field(None, gt=0, description="Frames a second, in place of `frames`.")
+class Options(BackboneOptions):
+    frames: int | None = Field(8, ge=1, description="Frames of a clip, evenly spaced; null if `per_second` is set.")
+    per_second: float | None = Field(None, gt=0, description="Frames per second, in place of `frames`.")
     pool: int = Field(
-        2, ge=0, description="A frame's grid becomes pool x pool rows, means of equal regions; 0: all its rows."
+        2, ge=0, description="A frame's grid is pooled to pool x pool rows, means of equal regions; 0: all its rows."
     )
-    time: bool = Field(True, description="Text before each frame: its time, as '1.5s '.")
+    time: bool = Field(True, description="Put each frame's time before it as text, like '1.5s '.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Options":
@@ -54,25 +45,17 @@ class Options(PartOptions):
 
 
 @dataclass
-class Encoder:
-    """A vision backbone over frames. Media are `finetune.data.media.video.Clip`; a frame is a segment."""
+class Encoder(shared.PretrainedEncoder):
+    """Media are `finetune.data.media.video.Clip`; each frame is a segment."""
 
-    module: Any
-    processor: Any
     options: Options
     shape: Shape
-    fingerprint: str
-    layout: None = None  # frames depend on the clip
 
     @property
-    def width(self) -> int:
-        return self.shape.features
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        if self.options.frames is not None:
-            return {"count": self.options.frames}
-        return {"per_second": self.options.per_second}
+    def sampling(self) -> dict[str, float]:
+        if self.options.per_second is not None:
+            return {"per_second": self.options.per_second}
+        return {"count": self.options.frames or 0}
 
     def prepare(self, decoded: "Clip") -> Prepared:
         """Frames -> float32 pixels (S, 3, height, width)."""
@@ -83,29 +66,21 @@ class Encoder:
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Pixels (N, S, 3, height, width) -> features (N, S, L, W), in the backbone's dtype."""
 
-        def see(frames: "torch.Tensor") -> "torch.Tensor":
+        def encode_frames(frames: "torch.Tensor") -> "torch.Tensor":
             rows = encode_pictures(self.module, frames, self.options.layer, self.shape.skipped)
             return pool_grid(rows, self.shape.grid, self.options.pool)
 
-        return shared.each_segment(batch, self.module, see)
-
-    def settings(self) -> dict[str, Any]:
-        """All that `restore` needs besides the weights."""
-        return shared.settings(self.module, self.processor, self.options)
+        return shared.each_segment(batch, self.module, encode_frames)
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    """Load a backbone and its processor, frozen, in evaluation mode. Raises ModelError."""
-    return _finish(*load_tower(options, dtype, device), options)
+    return wrap(*load_backbone(options, dtype, device), options)
 
 
-def restore(settings: dict[str, Any], dtype: "torch.dtype") -> Encoder:
-    """Rebuild from `Encoder.settings()`, with weights still to be loaded."""
-    return _finish(*shared.rebuild(settings, dtype), Options(**settings["options"]))
+def restore(settings: EncoderSettings, dtype: "torch.dtype") -> Encoder:
+    return wrap(*shared.rebuild(settings, dtype), Options(**settings["options"]))
 
 
-def _finish(module: "torch.nn.Module", processor: Any, options: Options) -> Encoder:
-    module.eval().requires_grad_(False)
-    shape = measure(module, processor, options.name, options.layer)
-    fingerprint = shared.fingerprint(module, shared.settings(module, processor, options))
-    return Encoder(module, processor, options, shape, fingerprint)
+def wrap(module: "torch.nn.Module", processor: Any, options: Options) -> Encoder:
+    shape = measure(module, processor, options)
+    return shared.measured(Encoder(module, processor, options, shape), shape.features)

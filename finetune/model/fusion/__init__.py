@@ -1,35 +1,55 @@
-"""Fusion: how projected media meet the text.
+"""Fusion: how projected media meet the text. Each file is a `FusionContract` and imports no torch at module level.
 
-Each file defines, with no torch import at module level:
-
-    TRAINED: bool                                     whether it has weights, which a stage trains as 'fusion'
-    class Options(PartOptions)                        what a recipe may set
-    def placeholders(rows, options) -> int            placeholder tokens of a segment with `rows` projected rows
-    def build(language_model_config, names, options) -> torch.nn.Module       for the media of these names
-
-The module has
-
-    forward(embeddings, media, samples) -> embeddings (B, T, D); media: {name: Projected}; samples (B, T): which packed
-                                          sample a token belongs to
-    attach(decoder_layers)                called once, with the LLM's layers
-    detach_layers()                       called when the LLM goes on without it
-    forget()                              called when the LLM has run and no gradient will follow
-    strength: {name: float} | None        factors of what media add; None where the fusion knows none
+Shapes: B rows of T tokens, D wide as the LLM is.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
+
+from finetune.common.registry import PartOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass
 class Projected:
-    """All media of one kind in a batch. `placeholder` (B, T): where their tokens stand; `rows` (M, D): projected, in
-    the order of the placeholders; `lengths`: rows of each of their segments, M in all.
-    """
+    """All media of one kind in a batch."""
 
-    placeholder: "Tensor"
-    rows: "Tensor"
-    lengths: list[int]
+    placeholder: "Tensor"  # bool (B, T): whether a token is one of their placeholders
+    rows: "Tensor"  # (M, D): the projected rows, in the order of the placeholders
+    lengths: list[int]  # rows of each of their segments, M in all
+
+
+class Fusion(Protocol):
+    """What `FusionContract.build` returns: a torch.nn.Module with these members."""
+
+    strength: dict[str, float] | None  # per medium; None if the fusion has no such factor
+
+    def forward(self, embeddings: "Tensor", media: Mapping[str, Projected], samples: "Tensor") -> "Tensor":
+        """Embeddings (B, T, D) and the media of each name -> embeddings (B, T, D). `samples`, int (B, T): the number of
+        the packed sample that a token belongs to.
+        """
+
+    def attach(self, decoder_layers: "nn.ModuleList") -> None:
+        """Attach to the LLM's layers; called once, before anything runs."""
+
+    def detach_layers(self) -> None:
+        """Undo `attach`; called before the LLM is used without media."""
+
+    def forget(self) -> None:
+        """Release the media of the last batch; called after the LLM has run, if no gradient will follow."""
+
+
+class FusionContract(Protocol):
+    """What the file of a fusion defines."""
+
+    TRAINED: bool  # whether it has weights, which a stage trains as 'fusion'
+    Options: type[PartOptions]
+
+    def placeholders(self, rows: int, options: Any) -> int:
+        """The number of placeholder tokens of a segment with `rows` projected rows."""
+
+    def build(self, language_model_config: Any, names: Sequence[str], options: Any) -> "nn.Module":
+        """A `Fusion` for an LLM of this transformers config and media of these names. Raises ModelError."""

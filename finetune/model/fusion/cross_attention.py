@@ -1,8 +1,8 @@
-"""Gated blocks between the decoder's layers: the text asks (Q), the media answer (K, V), and what they say is added
-times tanh(gate) times `strength` (Flamingo, Alayrac et al. 2022, https://arxiv.org/abs/2204.14198).
+"""Gated cross-attention before some of the LLM's layers: the text gives queries, the media keys and values, and the
+result is added times tanh(gate) times `strength` (Flamingo, Alayrac et al. 2022, https://arxiv.org/abs/2204.14198).
 
-A segment (a picture, a frame, a recording) is one placeholder token in the text, embedded as zeros. A token sees the
-media of its own sample that stand before it. At strength 0, and before training, the LLM is left exactly as it was.
+Each segment has one placeholder token in the text, embedded as zeros. A token attends to the media of its own sample
+that precede it. At strength 0, and before training, the LLM computes exactly what it does without media.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,15 @@ Strength = Annotated[float, Field(ge=0)]
 
 
 class Options(PartOptions):
-    every: int = Field(2, ge=1, description="One block before every n-th layer of the LLM.")
+    every: int = Field(2, ge=1, description="Put a block before every n-th layer of the LLM.")
     heads: int = Field(8, ge=1, description="Attention heads of a block.")
-    head_width: int = Field(64, ge=1, description="Numbers per head.")
-    gate: float = Field(0.0, description="Every gate before training; blocks add tanh(gate) times what they find.")
+    head_width: int = Field(64, ge=1, description="Width of a head.")
+    gate: float = Field(
+        0.0, description="Value of all gates before training; a block adds tanh(gate) times its attention."
+    )
     strength: Strength | dict[str, Strength] = Field(
-        1.0, description="Factor of what media add, or one per medium; 0: the text-only LLM. May be set anew later."
+        1.0,
+        description="Factor of what media add, or one per medium; 0: the text-only LLM. Can be changed after training.",
     )
 
 
@@ -45,7 +48,7 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
     width, inner = language_model_config.hidden_size, options.heads * options.head_width
 
     class Attention(nn.Module):
-        """Q from the text, K and V from one kind of media."""
+        """Queries from the text, keys and values from one kind of media."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -55,40 +58,41 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
             self.out = nn.Linear(inner, width, bias=False)
             self.gate = nn.Parameter(torch.tensor(options.gate))
 
-        def forward(self, tokens: "Tensor", rows: "Tensor", own: "Tensor", visible: "Tensor") -> "Tensor":
-            """Tokens (K, T, D), media (M, D), which of them each of K samples has (K, L), and which of these a token
-            sees (K, T, L) -> (K, T, D), float32.
+        def forward(self, tokens: "Tensor", rows: "Tensor", members: "Tensor", visible: "Tensor") -> "Tensor":
+            """Tokens (K, T, D) of K samples, all media (M, D), the indices of each sample's media (K, L), and whether a
+            token attends to them (K, T, L) -> (K, T, D), float32.
             """
             heads = (options.heads, options.head_width)
             query = self.query(self.norm(tokens)).unflatten(-1, heads).transpose(1, 2)
-            key, value = self.key_value(rows)[own].chunk(2, dim=-1)
+            key, value = self.key_value(rows)[members].chunk(2, dim=-1)
             key, value = (x.unflatten(-1, heads).transpose(1, 2) for x in (key, value))
-            sees_any = visible.any(-1, keepdim=True)
-            # A token that sees nothing attends to everything, and is then multiplied by zero: no softmax over nothing.
-            mask = (visible | ~sees_any)[:, None]
-            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            return self.out(found.transpose(1, 2).flatten(2)) * sees_any * torch.tanh(self.gate)
+            any_visible = visible.any(-1, keepdim=True)
+            # A softmax over nothing is NaN: a token before all media attends to everything, then is multiplied by zero.
+            mask = (visible | ~any_visible)[:, None]
+            attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            return self.out(attended.transpose(1, 2).flatten(2)) * any_visible * torch.tanh(self.gate)
 
     class CrossAttention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             count = max(1, language_model_config.num_hidden_layers // options.every)
             self.blocks: Any = nn.ModuleList(nn.ModuleDict({name: Attention() for name in names}) for _ in range(count))
-            # Of several frames or tiles, which is the first? Rows of a segment carry its number.
+            # Rows carry the number of their segment, so that the order of frames and tiles is known.
             self.order = nn.Parameter(torch.tensor(0.1))
-            given = options.strength if isinstance(options.strength, dict) else dict.fromkeys(names, options.strength)
-            if unknown := given.keys() - set(names):
+            strength = options.strength
+            strengths = strength if isinstance(strength, dict) else dict.fromkeys(names, strength)
+            if unknown := strengths.keys() - set(names):
                 raise ModelError(
-                    f"fusion.strength: {', '.join(unknown)}: no such medium; there are: {', '.join(names)}"
+                    f"fusion.strength: {', '.join(sorted(unknown))}: no such medium; there are: {', '.join(names)}"
                 )
-            self.strength = dict.fromkeys(names, 1.0) | given
-            self.seen: dict[str, _Seen] = {}
+            self.strength = dict.fromkeys(names, 1.0) | strengths
+            self.media: dict[str, _MediaBySample] = {}
             self.hooks: list[Any] = []
 
         def attach(self, decoder_layers: "nn.ModuleList") -> None:
             first = min(options.every, len(decoder_layers)) - 1
             for number, layer in enumerate(decoder_layers[first :: options.every]):
-                # A partial of a method, unlike a closure, is copied together with a model that is copied.
+                # When a model is copied, a partial of a method is rebound to the copy; a closure isn't.
                 self.hooks.append(layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True))
 
         def detach_layers(self) -> None:
@@ -97,37 +101,37 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
             self.forget()
 
         def forward(self, embeddings: "Tensor", media: Mapping[str, Projected], samples: "Tensor") -> "Tensor":
-            self.seen = {}
-            for name, found in media.items():
-                embeddings = embeddings.masked_fill(found.placeholder[..., None], 0.0)
-                if not found.lengths:  # keep the weights in the graph, so that all processes reduce the same ones
-                    used = [p for block in self.blocks for p in block[name].parameters() if p.requires_grad]
-                    idle = sum((0.0 * p.sum() for p in used), found.rows.sum() + 0.0 * self.order)
-                    embeddings = embeddings + idle.to(embeddings.dtype)
+            self.media = {}
+            for name, projected in media.items():
+                embeddings = embeddings.masked_fill(projected.placeholder[..., None], 0.0)
+                if not projected.lengths:  # keep the weights in the graph, so that all processes reduce the same ones
+                    trained = [p for block in self.blocks for p in block[name].parameters() if p.requires_grad]
+                    zero = sum((0.0 * p.sum() for p in trained), projected.rows.sum() + 0.0 * self.order)
+                    embeddings = embeddings + zero.to(embeddings.dtype)
                     continue
-                seen = _lay_out(found, samples)
-                order = self.order * _sinusoid(seen.numbers, width)
-                self.seen[name] = replace(seen, rows=functional.rms_norm(found.rows, (width,)) + order)
+                by_sample = _group_by_sample(projected, samples)
+                order = self.order * _sinusoid(by_sample.segments, width)
+                self.media[name] = replace(by_sample, rows=functional.rms_norm(projected.rows, (width,)) + order)
             return embeddings
 
         def forget(self) -> None:
-            self.seen = {}
+            self.media = {}
 
         def _before(self, number: int, layer: "nn.Module", arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            if not self.seen:
+            if not self.media:
                 return None
             if arguments:
                 return (self._add(self.blocks[number], arguments[0]), *arguments[1:]), keywords
             return arguments, {**keywords, "hidden_states": self._add(self.blocks[number], keywords["hidden_states"])}
 
         def _add(self, block: Any, hidden: "Tensor") -> "Tensor":
-            # Activation checkpoints run this again in the backward pass: `seen` must then still be that of the batch.
-            for name, seen in self.seen.items():
-                if self.strength[name] == 0 and not torch.is_grad_enabled():  # in training all processes reach all
+            # Activation checkpointing repeats this in the backward pass: `media` must outlive the forward pass.
+            for name, media in self.media.items():
+                if self.strength[name] == 0 and not torch.is_grad_enabled():  # in training, all processes need all
                     continue
-                row, columns, own, visible = seen.of(hidden)
+                row, columns, members, visible = media.for_states(hidden)
                 with torch.autocast(hidden.device.type, enabled=False):
-                    added = block[name](hidden[row, columns].float(), seen.rows, own, visible)
+                    added = block[name](hidden[row, columns].float(), media.rows, members, visible)
                 added = (self.strength[name] * added).to(hidden.dtype)
                 hidden = hidden.index_put((row, columns), added, accumulate=True)
             return hidden
@@ -136,59 +140,62 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Media of one kind, sample by sample: K samples of a batch have some, with at most T tokens and L rows of media,
-    so that none is compared with another's. What is short is filled up, and sees and is seen by nothing.
+class _MediaBySample:
+    """Media of one kind, grouped so that tokens are compared with those of their own sample alone: K samples have
+    media, with at most T tokens and L rows of media. Padding attends to nothing, and nothing attends to it.
     """
 
-    rows: "Tensor"  # (M, D): all samples' media
-    numbers: "Tensor"  # (M,): of the segment that a row belongs to, in its sample
+    rows: "Tensor"  # (M, D): the media of all samples
+    segments: "Tensor"  # (M,): the number of a row's segment in its sample
     batch: int  # rows of the batch
-    width: int  # tokens of each
-    row: "Tensor"  # (K, 1): where a sample stands in the batch
-    columns: "Tensor"  # (K, T): its tokens
-    own: "Tensor"  # (K, L): its media, into `rows`
-    visible: "Tensor"  # (K, T, L)
+    width: int  # tokens per row of the batch
+    row: "Tensor"  # (K, 1): the row of the batch that holds a sample
+    columns: "Tensor"  # (K, T): its tokens in that row
+    members: "Tensor"  # (K, L): its media, as indices of `rows`
+    visible: "Tensor"  # (K, T, L): whether a token attends to a row of media
 
-    def of(self, hidden: "Tensor") -> tuple["Tensor", "Tensor", "Tensor", "Tensor"]:
-        """row, columns, own, visible: for hidden states of the batch, or of new tokens behind it; of several beams."""
+    def for_states(self, hidden: "Tensor") -> tuple["Tensor", "Tensor", "Tensor", "Tensor"]:
+        """(row, columns, members, visible) for hidden states (B, T, D) of the batch or of tokens generated after it;
+        B is a multiple of `batch` in a beam search.
+        """
         import torch
 
-        row, columns, own, visible = self.row, self.columns, self.own, self.visible
-        if hidden.shape[1] != self.width:  # new tokens see what the prompt's last one sees
+        row, columns, members, visible = self.row, self.columns, self.members, self.visible
+        if hidden.shape[1] != self.width:  # generated tokens attend to what the prompt's last one attends to
             columns = torch.arange(hidden.shape[1], device=row.device).expand(len(row), -1)
             visible = visible[:, -1:].expand(-1, hidden.shape[1], -1)
         if (beams := len(hidden) // self.batch) > 1:
-            columns, own, visible = (x.repeat_interleave(beams, 0) for x in (columns, own, visible))
+            columns, members, visible = (x.repeat_interleave(beams, 0) for x in (columns, members, visible))
             row = (row * beams + torch.arange(beams, device=row.device)).reshape(-1, 1)
-        return row, columns, own, visible
+        return row, columns, members, visible
 
 
-def _lay_out(found: Projected, samples: "Tensor") -> _Seen:
-    """`samples` (B, T): of which packed sample a token is. Placeholders stand row by row, sample by sample."""
+def _group_by_sample(projected: Projected, samples: "Tensor") -> _MediaBySample:
+    """`samples`, int (B, T): the number of a token's packed sample. Samples are contiguous in a row."""
     import torch
 
     device, width = samples.device, samples.shape[1]
-    places = found.placeholder.nonzero()  # (segments, 2): row, column
+    places = projected.placeholder.nonzero()  # (segments, 2): row, column
     owner_of_segment = places[:, 0] * (width + 1) + samples[places[:, 0], places[:, 1]]
     _, owner, segments = torch.unique_consecutive(owner_of_segment, return_inverse=True, return_counts=True)
-    lengths = torch.tensor(found.lengths, device=device)
+    lengths = torch.tensor(projected.lengths, device=device)
     number = torch.arange(len(places), device=device) - (segments.cumsum(0) - segments)[owner]
-    # Of each sample: the row that it stands in, its tokens, its media.
+    # For each sample: its row of the batch, its tokens, its media.
     first = places[segments.cumsum(0) - segments]
     row = first[:, :1]
     inside = samples[row[:, 0]] == samples[first[:, 0], first[:, 1]][:, None]
-    columns, is_token = _filled(inside.int().argmax(1), inside.sum(1), width)
+    columns, is_token = _ranges(inside.int().argmax(1), inside.sum(1), width)
     media = torch.zeros(len(segments), dtype=torch.long, device=device).index_add(0, owner, lengths)
-    own, is_medium = _filled(media.cumsum(0) - media, media, len(found.rows))
+    members, is_medium = _ranges(media.cumsum(0) - media, media, len(projected.rows))
     column_of_row = places[:, 1].repeat_interleave(lengths)
-    visible = columns[:, :, None] >= column_of_row[own][:, None, :]
+    visible = columns[:, :, None] >= column_of_row[members][:, None, :]
     visible = visible & is_token[:, :, None] & is_medium[:, None, :]
-    return _Seen(found.rows, number.repeat_interleave(lengths), len(samples), width, row, columns, own, visible)
+    segments_of_rows = number.repeat_interleave(lengths)
+    return _MediaBySample(projected.rows, segments_of_rows, len(samples), width, row, columns, members, visible)
 
 
-def _filled(starts: "Tensor", lengths: "Tensor", end: int) -> tuple["Tensor", "Tensor"]:
-    """(K, longest): start, start + 1, ... of each, and which of these belong to it."""
+def _ranges(starts: "Tensor", lengths: "Tensor", end: int) -> tuple["Tensor", "Tensor"]:
+    """Indices (K, longest) from each start on, below `end`, and whether they are within its length."""
     import torch
 
     steps = torch.arange(int(lengths.max()), device=starts.device)

@@ -1,5 +1,5 @@
-"""Media stand in the sequence where their placeholder tokens are, as embeddings among embeddings (LLaVA, Liu et al.
-2023, https://arxiv.org/abs/2304.08485).
+"""Projected rows replace the embeddings of their placeholder tokens (LLaVA, Liu et al. 2023,
+https://arxiv.org/abs/2304.08485).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,17 +29,18 @@ def build(language_model_config: Any, names: Sequence[str], options: Options) ->
         strength = None
 
         def forward(self, embeddings: "Tensor", media: Mapping[str, Projected], samples: "Tensor") -> "Tensor":
-            for found in media.values():
-                embeddings = embeddings.masked_scatter(found.placeholder[..., None], found.rows.to(embeddings.dtype))
+            for projected in media.values():
+                rows = projected.rows.to(embeddings.dtype)
+                embeddings = embeddings.masked_scatter(projected.placeholder[..., None], rows)
             return embeddings
 
         def attach(self, decoder_layers: "nn.ModuleList") -> None:
-            """Nothing happens between the layers."""
+            """Nothing is added between the layers."""
 
         def detach_layers(self) -> None:
             """Nothing was attached."""
 
         def forget(self) -> None:
-            """Nothing is kept."""
+            """No media are kept."""
 
     return Prefix()

@@ -1,5 +1,6 @@
-"""The LLM's own head: it writes its answer, or says how likely it would write each of the labels."""
+"""The LLM's own head: it writes its answer, or gives the probability of writing each of the labels."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -9,21 +10,24 @@ from finetune.common.registry import PartOptions
 from finetune.model.heads import HeadSettings
 
 TRAINED = False
-MOST = 1000  # different answers: more aren't labels
+MAX_LABELS = 1000  # more different answers are free text
 
 
 class Options(PartOptions):
     answers: Literal["written", "labels"] = Field(
         "written",
-        description="written: tokens as they come; labels: the likeliest of the training rows' answers, each read to "
-        "its end, so that there are probabilities and nothing else can be answered.",
+        description="written: generate tokens freely; labels: compute the probability of each answer of the training "
+        "rows, to its last token, and answer with the most probable one.",
     )
 
 
-def settings(targets: list[str], options: Options) -> HeadSettings:
+def settings(targets: Sequence[str], options: Options) -> HeadSettings:
     if options.answers == "written":
         return HeadSettings()
-    labels = sorted({*targets})
-    if len(labels) > MOST:
-        raise DataError(f"head: {len(labels):,} different answers in the training rows; up to {MOST:,} can be labels")
-    return HeadSettings(labels=tuple(labels))
+    labels = tuple(sorted({*targets}))
+    if len(labels) > MAX_LABELS:
+        raise DataError(
+            f"head: the training rows hold {len(labels):,} different answers; `answers: labels` takes at most "
+            f"{MAX_LABELS:,}"
+        )
+    return HeadSettings(labels=labels)

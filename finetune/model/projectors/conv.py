@@ -1,4 +1,4 @@
-"""Strided convolutions along the rows: each row that comes out blends those around it, where stacking joins them (the
+"""Strided convolutions along the rows: each projected row blends its neighbourhood, which `stack` concatenates (the
 length adaptor between wav2vec 2.0 and mBART, Li et al. 2021, https://arxiv.org/abs/2010.12829).
 """
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 
 class Options(PartOptions):
-    kernel: int = Field(3, ge=1, description="Rows that a convolution sees at once.")
-    stride: int = Field(2, ge=1, description="Rows that it moves on: a layer leaves one row of so many.")
-    layers: int = Field(2, ge=1, le=8, description="Convolutions behind one another: 2 of stride 2 leave a quarter.")
-    hidden: int | None = Field(None, ge=1, description="Width of the convolutions; null: as wide as the encoder.")
+    kernel: int = Field(3, ge=1, description="Rows that a convolution covers.")
+    stride: int = Field(
+        2, ge=1, description="Rows between two of its outputs: each layer divides the number of rows by it."
+    )
+    layers: int = Field(2, ge=1, le=8, description="Number of convolutions: 2 of stride 2 leave a quarter of the rows.")
+    hidden: int | None = Field(None, ge=1, description="Width of the convolutions; null: that of the encoder.")
 
 
 def build(width_in: int, width_out: int, options: Options) -> "nn.Module":
@@ -52,6 +54,6 @@ def length(rows: int, options: Options) -> int:
 
 
 def padding(rows: int, options: Options) -> tuple[int, int]:
-    """Zero rows in front and behind, so that ceil(rows / stride) come out."""
+    """Zero rows to add before and after, so that ceil(rows / stride) come out."""
     total = max((ceil(rows / options.stride) - 1) * options.stride + options.kernel - rows, 0)
     return total // 2, total - total // 2

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Options(PartOptions):
-    hidden: int | None = Field(None, ge=1, description="Width of the hidden layer; null: as wide as the LLM.")
+    hidden: int | None = Field(None, ge=1, description="Width of the hidden layer; null: that of the LLM.")
 
 
 def build(width_in: int, width_out: int, options: Options) -> "nn.Module":

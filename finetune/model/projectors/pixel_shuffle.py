@@ -1,4 +1,4 @@
-"""Squares of neighbouring patches become one wider row, then an MLP: fewer tokens for the LLM, nothing thrown away
+"""Squares of neighbouring patches are concatenated to one wider row, then an MLP: fewer tokens for the LLM without loss
 (InternVL 1.5, Chen et al. 2024, https://arxiv.org/abs/2404.16821).
 """
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class Options(PartOptions):
-    factor: int = Field(2, ge=1, description="Side of a square, in patches: factor x factor rows become one.")
-    hidden: int | None = Field(None, ge=1, description="Width of the MLP's hidden layer; null: as wide as the LLM.")
+    factor: int = Field(2, ge=1, description="Side of a square in patches: factor x factor rows become one.")
+    hidden: int | None = Field(None, ge=1, description="Width of the MLP's hidden layer; null: that of the LLM.")
 
 
 def build(width_in: int, width_out: int, options: Options) -> "nn.Module":
@@ -37,14 +37,14 @@ def length(rows: int, options: Options) -> int:
     side = isqrt(rows)
     if side * side != rows or side % options.factor:
         raise ModelError(
-            f"pixel_shuffle: {rows} rows aren't a square grid that {options.factor} divides; choose another "
-            "`factor`, or another projector"
+            f"pixel_shuffle: {rows} rows aren't a square grid whose side is a multiple of {options.factor}; choose "
+            "another `factor`, or another projector"
         )
     return rows // options.factor**2
 
 
 def merge_squares(features: "torch.Tensor", factor: int) -> "torch.Tensor":
-    """(N, side * side, W) -> (N, (side / factor)^2, factor^2 * W): the square's patches stand in a row, row by row."""
+    """(N, side * side, W) -> (N, (side / factor)^2, factor^2 * W): the patches of a square, row by row."""
     count, rows, width = features.shape
     side = isqrt(rows)
     squares = features.view(count, side // factor, factor, side // factor, factor, width)

@@ -1,4 +1,4 @@
-"""Learned queries read the rows: as many tokens for the LLM as there are queries, however many rows there were
+"""Learned queries attend to the rows: the LLM gets as many tokens as there are queries, whatever the number of rows
 (perceiver resampler of Flamingo, Alayrac et al. 2022, https://arxiv.org/abs/2204.14198).
 """
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Options(PartOptions):
-    queries: int = Field(64, ge=1, description="Rows that come out.")
-    layers: int = Field(2, ge=1, description="Blocks of attention and MLP.")
-    width: int = Field(768, ge=2, description="Width inside; even, and `heads` divides it.")
+    queries: int = Field(64, ge=1, description="Number of projected rows.")
+    layers: int = Field(2, ge=1, description="Number of blocks of attention and MLP.")
+    width: int = Field(768, ge=2, description="Inner width; even and a multiple of `heads`.")
     heads: int = Field(8, ge=1, description="Attention heads.")
 
     @model_validator(mode="after")
@@ -40,10 +40,10 @@ def build(width_in: int, width_out: int, options: Options) -> "nn.Module":
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
         def forward(self, queries: "torch.Tensor", rows: "torch.Tensor") -> "torch.Tensor":
-            asking = self.queries_norm(queries)
-            # The queries read one another too: each leaves to the others what they have.
-            read = torch.cat([self.rows_norm(rows), asking], 1)
-            queries = queries + self.attention(asking, read, read, need_weights=False)[0]
+            normed = self.queries_norm(queries)
+            # Queries attend to each other too, so that they can share the rows among themselves.
+            context = torch.cat([self.rows_norm(rows), normed], 1)
+            queries = queries + self.attention(normed, context, context, need_weights=False)[0]
             return queries + self.mlp(self.mlp_norm(queries))
 
     class Resampler(nn.Module):
@@ -70,8 +70,8 @@ def length(rows: int, options: Options) -> int:
 
 
 def positions(rows: int, width: int) -> "torch.Tensor":
-    """(rows, width): sines and cosines of the row's number (Vaswani et al. 2017, section 3.5): attention alone doesn't
-    see in which order rows come.
+    """(rows, width): sines and cosines of the rows' numbers (Vaswani et al. 2017, section 3.5), since attention alone
+    ignores their order.
     """
     import torch
 

@@ -1,5 +1,5 @@
-"""Neighbouring rows become one wider row, then a gated MLP between norms: fewer tokens a second of sound (Ultravox,
-https://github.com/fixie-ai/ultravox; SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202).
+"""Neighbouring rows are concatenated to one wider row, then a gated MLP between norms: fewer tokens per second of sound
+(Ultravox, https://github.com/fixie-ai/ultravox; SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202).
 """
 
 from math import ceil
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Options(PartOptions):
-    factor: int = Field(8, ge=1, description="Rows that become one: of Whisper's 50 a second, 8 leave 6.25.")
-    hidden: int | None = Field(None, ge=1, description="Width of the gated hidden layer; null: as wide as the LLM.")
+    factor: int = Field(8, ge=1, description="Rows that become one: 8 leave 6.25 of Whisper's 50 per second.")
+    hidden: int | None = Field(None, ge=1, description="Width of the gated hidden layer; null: that of the LLM.")
 
 
 def build(width_in: int, width_out: int, options: Options) -> "nn.Module":
@@ -34,7 +34,7 @@ def build(width_in: int, width_out: int, options: Options) -> "nn.Module":
     wide, hidden = width_in * options.factor, options.hidden or width_out
     before, between = nn.RMSNorm(wide, eps=1e-6), nn.RMSNorm(hidden, eps=1e-6)
     for norm in (before, between):
-        nn.init.constant_(norm.weight, 0.4)  # as Ultravox: what it first says to the LLM is quiet
+        nn.init.constant_(norm.weight, 0.4)  # as in Ultravox: the projected rows are small at first
     return nn.Sequential(
         StackRows(),
         before,
@@ -50,7 +50,7 @@ def length(rows: int, options: Options) -> int:
 
 
 def stack_rows(features: "torch.Tensor", factor: int) -> "torch.Tensor":
-    """(N, L, W) -> (N, ceil(L / factor), factor * W); the last row is filled up with zeros."""
+    """(N, L, W) -> (N, ceil(L / factor), factor * W); zeros fill the last row."""
     from torch.nn.functional import pad
 
     count, rows, width = features.shape

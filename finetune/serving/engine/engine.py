@@ -200,7 +200,8 @@ def _check(request: Request) -> None:
 
 def _told_of(assistant: Assistant, path: str | None) -> dict[str, Any]:
     tasks = {
-        name: {"head": ask.head[0], "labels": ask.settings.get("labels")} for name, ask in assistant.model.asks.items()
+        name: {"head": ask.head[0], "labels": list(ask.settings.labels) or None}
+        for name, ask in assistant.model.asks.items()
     }
     return {
         "media": tuple(assistant.encoders),

@@ -12,7 +12,7 @@ def test_a_question_has_its_text_before_it_and_the_prompt_behind(tmp_path):
     assert asked.question(page="P. 3", question="几只猫？", answer="2") == "P. 3\n几只猫？\n一个词。"
     assert asked.sample(page="P. 3", question="Q", answer=2).answer == "2"
     nothing = Asked("answer", tmp_path, media=[], question="")
-    with pytest.raises(DataError, match=r"rows.csv:2: nothing is asked"):
+    with pytest.raises(DataError, match=r"rows.csv:2: the question is empty"):
         nothing.sample(answer="2")
 
 

@@ -237,7 +237,7 @@ def test_ast_s_published_sizes_fit():
     """1024 frames of 128 bins, 10.24 seconds: 12 x 101 patches."""
     config = transformers.ASTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     module, extractor = transformers.ASTModel(config), transformers.ASTFeatureExtractor()
-    encoder = spectrogram._finish(module, extractor, spectrogram.Options(name="tiny"))
+    encoder = spectrogram.wrap(module, extractor, spectrogram.Options(name="tiny"))
     prepared = encoder.prepare(tiny_sound(20.0))
     assert prepared.values.shape == (2, 1024, 128) and prepared.layout.rows == 12 * 101
 

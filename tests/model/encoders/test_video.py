@@ -36,7 +36,7 @@ def noisy_clip(frames: int, size: tuple[int, int] = (40, 30)):
 def test_a_frame_is_seen_as_a_picture_and_pooled(kind):
     torch.manual_seed(3)
     picture = tiny_encoder(kind)
-    encoder = video._finish(picture.module, picture.processor, video.Options(name="tiny"))
+    encoder = video.wrap(picture.module, picture.processor, video.Options(name="tiny"))
     clip = noisy_clip(3)
     features = encode(encoder, encoder.prepare(clip).values)
     assert features.shape == (3, 4, encoder.width)

@@ -169,7 +169,7 @@ def test_tiles_are_neither_scaled_nor_cropped_again(kind):
         "MobileNetV2ImageProcessor": {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}},
     }
     processor = getattr(transformers, kind)(**sizes[kind])
-    encoder = vision._finish(module, processor, vision.Options(name="tiny", tiles=4))
+    encoder = vision.wrap(module, processor, vision.Options(name="tiny", tiles=4))
     values = encoder.prepare(chequered(2, 2)).values
     assert values.shape == (5, 3, 32, 32)
     assert values[1:].std((2, 3)).max() < 1e-4  # a tile of one colour, to its edges
@@ -179,4 +179,4 @@ def test_a_processor_that_keeps_shapes_is_refused():
     module, _ = tiny_backbone("siglip")
     processor = transformers.ViTImageProcessor(size={"shortest_edge": 32})
     with pytest.raises(ModelError, match="differing sizes"):
-        vision._finish(module, processor, vision.Options(name="tiny"))
+        vision.wrap(module, processor, vision.Options(name="tiny"))

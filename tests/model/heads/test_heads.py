@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, ModelError
 from finetune.common.registry import load_part, part_names
-from finetune.model.heads import label, language, score
+from finetune.model.heads import HeadSettings, label, language, score
 
 TRAINED = [name for name in part_names("heads") if load_part("heads", name).TRAINED]
 TARGETS = {"label": ["red", "blue", "red", "green"], "score": [1.0, 5.0, 2.5, 4.0]}
@@ -21,7 +21,9 @@ def test_a_head_gives_one_loss_a_sample_and_an_answer_that_json_can_hold(name):
 
     part = load_part("heads", name)
     options = part.Options()
-    settings = json.loads(json.dumps(part.settings(TARGETS[name], options)))
+    learnt = part.settings(TARGETS[name], options)
+    settings = HeadSettings.model_validate_json(learnt.model_dump_json(exclude_unset=True))
+    assert settings == learnt and not settings.free_text
     targets = torch.tensor([part.encode(target, settings) for target in TARGETS[name]])
     module = part.build(8, settings, options)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
@@ -51,7 +53,7 @@ def test_what_a_head_has_learnt_by_heart_is_what_it_answers(name):
 
 def test_one_label_is_cross_entropy():
     settings = label.settings(["b", "a", "c", "a"], label.Options())
-    assert settings == {"labels": ["a", "b", "c"], "several": False}
+    assert settings.model_dump(mode="json", exclude_unset=True) == {"labels": ["a", "b", "c"], "several": False}
     scores, numbers = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
     targets = functional.one_hot(numbers, 3).float()
     for smoothing in (0.0, 0.2):
@@ -65,7 +67,7 @@ def test_one_label_is_cross_entropy():
 
 def test_rare_labels_weigh_more_where_it_is_asked_for():
     settings = label.settings(["a", "a", "a", "b"], label.Options(balanced=True))
-    assert settings["weights"] == pytest.approx([1 / 1.5, 1 / 0.5], abs=1e-5)
+    assert settings.weights == pytest.approx([1 / 1.5, 1 / 0.5], abs=1e-5)
     scores, targets = torch.zeros(4, 2), torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])
     losses = label.loss(scores, targets, torch.zeros(4), settings, label.Options(balanced=True))
     assert float(losses[:3].sum()) == pytest.approx(float(losses[3]), abs=1e-5)  # both labels pull alike
@@ -85,7 +87,7 @@ def test_a_label_among_several_weighs_as_much_as_its_absence():
 
 def test_several_labels_are_binary_cross_entropy():
     settings = label.settings([["a"], ["a", "b"], []], label.Options())
-    assert settings == {"labels": ["a", "b"], "several": True}
+    assert settings == HeadSettings(labels=("a", "b"), several=True)
     scores = torch.randn(3, 2)
     targets = torch.tensor([label.encode(target, settings) for target in (["a"], ["b", "a"], [])])
     assert targets.tolist() == [[1, 0], [1, 1], [0, 0]]
@@ -97,9 +99,9 @@ def test_several_labels_are_binary_cross_entropy():
 
 def test_a_label_of_no_training_row_is_refused():
     settings = label.settings(["a", "b"], label.Options())
-    with pytest.raises(DataError, match="'z' stands in no training row"):
+    with pytest.raises(DataError, match="'z' is in no training row"):
         label.encode("z", settings)
-    with pytest.raises(DataError, match="needs two labels"):
+    with pytest.raises(DataError, match="at least two labels"):
         label.settings(["a", "a"], label.Options())
 
 
@@ -146,8 +148,14 @@ def test_a_chance_is_read_as_one():
         score.settings([3.0, 1.0], options)
 
 
+def test_labels_are_read_as_no_number():
+    with pytest.raises(ModelError, match="no mean and deviation"):
+        score.answer([0.0], HeadSettings(labels=("a", "b")), score.Options())
+
+
 def test_the_language_head_knows_labels_where_it_is_asked_to():
-    assert language.settings(["b", "a", "b"], language.Options()) == {}
-    assert language.settings(["b", "a", "b"], language.Options(answers="labels")) == {"labels": ["a", "b"]}
+    assert language.settings(["b", "a", "b"], language.Options()) == HeadSettings()
+    assert HeadSettings().free_text and HeadSettings().model_dump(exclude_unset=True) == {}
+    assert language.settings(["b", "a", "b"], language.Options(answers="labels")) == HeadSettings(labels=("a", "b"))
     with pytest.raises(DataError, match="1,001 different answers"):
         language.settings([str(number) for number in range(1001)], language.Options(answers="labels"))
