@@ -5,6 +5,7 @@ Padded on the left, so that all continue in the same column. B answers, T column
 
 from collections.abc import Sequence
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Batch:
         embeddings = self._model.embed(ids, features_of(new))[:, -columns:]
         cache = _cache(_prefix_memory(blocks, longest - columns))
         logits = self._forward(cache, mask, inputs_embeds=embeddings)
-        memory = [(layer.keys, layer.values) for layer in cache.layers]
+        memory = _memory(cache)
         for number, (one, n) in enumerate(zip(new, cached, strict=True)):
             if not one.tokens:
                 one.stream.cached_tokens = n
@@ -107,7 +108,7 @@ class Batch:
         mask = self._mask[rows]
         empty = int(mask.any(0).int().argmax())
         # This may run out of memory: nothing is assigned before everything has been copied.
-        cache = _cache([(layer.keys[rows, :, empty:], layer.values[rows, :, empty:]) for layer in self._cache.layers])
+        cache = _cache([(keys[rows, :, empty:], values[rows, :, empty:]) for keys, values in _memory(self._cache)])
         self.generations, self._mask, self._cache = list(generations), mask[:, empty:], cache
 
     def clear(self) -> None:
@@ -123,26 +124,28 @@ class Batch:
         output = lm(attention_mask=mask, past_key_values=cache, use_cache=True, **inputs, **self._last_only)
         return output.logits[:, -1]
 
-    def _append(self, new: Sequence[Generation], memory: KeysValues, mask: Tensor) -> None:
+    def _append(self, newcomers: Sequence[Generation], memory: KeysValues, mask: Tensor) -> None:
         missing = mask.shape[1] - self._mask.shape[1]
         if self.generations:
             before_old, before_new = (max(0, missing), 0), (max(0, -missing), 0)
             mask = torch.cat([functional.pad(self._mask, before_old), functional.pad(mask, before_new)])
             memory = [
-                (
-                    _stacked(layer.keys, keys, before_old, before_new),
-                    _stacked(layer.values, values, before_old, before_new),
-                )
-                for layer, (keys, values) in zip(self._cache.layers, memory, strict=True)
+                (_stacked(old[0], new[0], before_old, before_new), _stacked(old[1], new[1], before_old, before_new))
+                for old, new in zip(_memory(self._cache), memory, strict=True)
             ]
         self._mask, self._cache = mask, _cache(memory)
-        self.generations = [*self.generations, *new]
+        self.generations = [*self.generations, *newcomers]
 
 
 def _cache(memory: KeysValues) -> Cache:
     if not memory:
         return Cache(layer_class_to_replicate=PreallocatedLayer)
     return Cache(layers=[PreallocatedLayer(keys, values) for keys, values in memory])
+
+
+def _memory(cache: Cache) -> KeysValues:
+    layers: Any = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _with_spare_columns(tensor: Tensor, columns: int) -> Tensor:

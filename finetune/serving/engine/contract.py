@@ -128,10 +128,10 @@ class ModelInfo:
 
 
 class Engine(Protocol):
-    """Generates answers of several models. `models`: by name."""
+    """Generates answers of several models."""
 
-    models: Mapping[str, ModelInfo]
-
+    @property
+    def models(self) -> Mapping[str, ModelInfo]: ...
     @property
     def alive(self) -> bool:
         """Whether it has been started and still answers."""

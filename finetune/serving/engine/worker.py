@@ -152,8 +152,8 @@ class Worker:
         """Report to all requests that are left after the worker has ended."""
         self._receive()
         for model in self.models:
-            unfinished = [generation for generation in (*model.running, *model.ready) if not generation.done]
-            self.fail(STOPPED, *(item.fail for item in (*unfinished, *model.queries)))
+            self.fail(STOPPED, *(one.fail for one in (*model.running, *model.ready) if not one.done))
+            self.fail(STOPPED, *(query.fail for query in model.queries))
 
     def _work(self) -> None:
         while self._wait():
