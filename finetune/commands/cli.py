@@ -269,7 +269,7 @@ def schema(
         elif part == "serve":
             from finetune.serving.http import settings
 
-            options = settings.Options
+            options = settings.ServerOptions
         elif folder not in FOLDERS:
             raise RecipeError(
                 f"{part}: write 'serve', a section of recipes as 'merge', or one of {', '.join(FOLDERS)}, a "

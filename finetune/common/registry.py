@@ -8,11 +8,12 @@ A part is found by the exact name of its file, which imports no torch at module 
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.common.errors import RecipeError
 
@@ -55,11 +56,39 @@ def load_part(folder: str, name: str) -> Any:
     """
     names = part_names(folder)
     if name not in names:
-        similar = difflib.get_close_matches(name, names, n=1)
+        near = _nearest(name, names)
         raise RecipeError(
             f"no {folder.removesuffix('s')} is called {name!r}"
-            + (f": did you mean {similar[0]!r}?" if similar else ".")
+            + (f": did you mean {near!r}?" if near else ".")
             + f" There are: {', '.join(names)}. "
             f"A new one is one file: finetune/{FOLDERS[folder].replace('.', '/')}/{name}.py"
         )
     return importlib.import_module(f"finetune.{FOLDERS[folder]}.{name}")
+
+
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+
+def parse_options(pairs: Sequence[str], model: type[OptionsT]) -> OptionsT:
+    """The values of repeated `--option KEY=VALUE`, validated by `model`; the word null is None. Raises RecipeError."""
+    values: dict[str, str | None] = {}
+    names = ", ".join(model.model_fields)
+    for pair in pairs:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise RecipeError(f"--option {pair}: no '='; write KEY=VALUE, of {names}")
+        if key not in model.model_fields:
+            near = _nearest(key, model.model_fields)
+            advice = f"did you mean {near!r}?" if near else f"there are: {names}"
+            raise RecipeError(f"--option {pair}: unknown key; {advice}")
+        values[key] = None if value == "null" else value
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        raise RecipeError(f"--option {key}={values.get(key)}: {first['msg']}") from None
+
+
+def _nearest(word: str, words: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(words), n=1)), None)

@@ -1,6 +1,5 @@
 """Export: a merged model as another engine loads it, and what that engine answers beside what ours does."""
 
-import difflib
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -8,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from finetune.common import certificate
-from finetune.common.errors import ArtifactError, ExportRefused, RecipeError
+from finetune.common.errors import ArtifactError, ExportRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
-from finetune.common.registry import load_part
+from finetune.common.registry import load_part, parse_options
 from finetune.common.run_folder import RunFolder, read_json, refuse_several_processes, whole_folder, write_json
 from finetune.export._contract import Answered, EngineMissing, Probe, Source
 
@@ -38,7 +37,7 @@ def export_run(
     quiet_libraries()
     refuse_several_processes("`finetune export`")
     target = load_part("export", to)
-    chosen = options_of(options, target.Options)
+    chosen = parse_options(options, target.Options)
     folder = Path(out) if out is not None else place_of(Path(source), to)
     if folder.exists():
         raise ArtifactError(f"{folder} is there already: remove it, or name another place with --out")
@@ -79,26 +78,6 @@ def export_run(
     for note in result["notes"]:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     return result | {"folder": str(folder)}
-
-
-def options_of(given: Sequence[str], model: type[BaseModel]) -> Any:
-    """A target's options from KEY=VALUE each. Raises RecipeError."""
-    values: dict[str, str | None] = {}
-    for one in given:
-        key, equals, value = one.partition("=")
-        if not equals:
-            raise RecipeError(f"--option {one}: no '='; write KEY=VALUE, of {', '.join(model.model_fields)}")
-        if key not in model.model_fields:
-            near = difflib.get_close_matches(key, model.model_fields, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(model.model_fields)}"
-            raise RecipeError(f"--option {one}: unknown key; {advice}")
-        values[key] = None if value == "null" else value
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = str(first["loc"][0]) if first["loc"] else ""
-        raise RecipeError(f"--option {key}={values.get(key)}: {first['msg']}") from None
 
 
 def place_of(path: Path, to: str) -> Path:

@@ -1,1 +1,1 @@
-"""Serving: an engine that batches requests as they come (`engine`), and the HTTP app in front of it (`app`)."""
+"""Serving: an engine that generates answers in batches (`engine`), and the HTTP app in front of it (`http`)."""

@@ -1,4 +1,4 @@
-"""A real browser without a window, driven by its own protocol over a pipe."""
+"""A headless Chromium, driven by its DevTools protocol over a pipe."""
 
 import base64
 import fcntl
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars"),
@@ -23,7 +25,7 @@ FLAGS = (
     ),
     "--remote-debugging-pipe",
 )
-# The browser reads at 3 and writes at 4.
+# Chromium reads commands from file descriptor 3 and writes to 4.
 START = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -32,21 +34,22 @@ os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
-def found() -> str | None:
+def chromium() -> str | None:
+    """The installed program, if any."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
-    """`events` are what it has told of itself; `requests` the addresses that pages have asked."""
+    """`events`: all that the browser has sent; `requests`: the addresses that the page has fetched."""
 
     def __init__(self, read: int, write: int) -> None:
         self.read, self.write = read, write
         self.rest = b""
         self.number = 0
         self.session: str | None = None
-        self.events: list[dict[str, Any]] = []
+        self.events: list[JsonObject] = []
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def call(self, method: str, **parameters: Any) -> JsonObject:
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -59,7 +62,7 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def _next(self) -> dict[str, Any]:
+    def _next(self) -> JsonObject:
         while b"\0" not in self.rest:
             piece = os.read(self.read, 2**16)
             assert piece, "the browser has ended"
@@ -68,7 +71,7 @@ class Browser:
         return json.loads(line)
 
     def open(self, address: str, language: str = "en-US", width: int = 800, height: int = 700) -> None:
-        """A page of its own, with nothing kept from others."""
+        """A page in a browser context of its own."""
         self.session, self.events = None, []
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
@@ -85,21 +88,23 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page; a promise's when it has one."""
-        told = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
-        assert "exceptionDetails" not in told, told["exceptionDetails"]
-        return told["result"].get("value")
+        """The value of an expression in the page; promises are awaited."""
+        result = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
+        )
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 15.0) -> Any:
-        """Until an expression is true."""
+        """Wait until an expression is true."""
         end = time.monotonic() + seconds
         while not (value := self.run(condition)):
-            assert time.monotonic() < end, (condition, self.run("document.body.innerText"), self.complaints())
+            assert time.monotonic() < end, (condition, self.run("document.body.innerText"), self.errors())
             time.sleep(0.03)
         return value
 
     def click(self, name: str) -> None:
-        """With the mouse, where the element is."""
+        """Click into the middle of an element."""
         x, y = self.run(
             f"(() => {{ const r = document.querySelector({json.dumps(name)}).getBoundingClientRect();"
             " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
@@ -125,7 +130,7 @@ class Browser:
         self.press("Enter", 13, "\r")
 
     def choose(self, name: str, *paths: Path) -> None:
-        """Files of a file input."""
+        """Select files in a file input."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=name)["nodeId"]
         self.call("DOM.setFileInputFiles", files=[str(path) for path in paths], nodeId=node)
@@ -137,20 +142,20 @@ class Browser:
             self.run("new Promise(requestAnimationFrame).then(() => 0)")
 
     def names(self) -> list[tuple[str, str]]:
-        """(role, name) of what a screen reader meets."""
+        """(role, name) of the nodes of the accessibility tree."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if not n["ignored"]]
 
-    def complaints(self) -> list[str]:
+    def errors(self) -> list[str]:
         """Errors of scripts, of the content policy, and of loading."""
         self.run("0")
-        told = []
+        errors = []
         for event in self.events:
             if event.get("method") == "Runtime.exceptionThrown":
-                told.append(str(event["params"]["exceptionDetails"]))
+                errors.append(str(event["params"]["exceptionDetails"]))
             if event.get("method") == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
-                told.append(event["params"]["entry"]["text"])
-        return told
+                errors.append(event["params"]["entry"]["text"])
+        return errors
 
     def requests(self) -> list[str]:
         self.run("0")
@@ -175,11 +180,11 @@ def browser(program: str, folder: Path):
     )
     for one in (its_read, its_write, *ends):
         os.close(one)
-    made = Browser(read, write)
+    started = Browser(read, write)
     try:
-        yield made
-        made.session = None
-        made.call("Browser.close")
+        yield started
+        started.session = None
+        started.call("Browser.close")
         process.wait(10)
     finally:
         if process.poll() is None:

@@ -1,4 +1,4 @@
-"""An engine without a model: it answers by a script, and takes down what it is asked."""
+"""An engine without a model: it answers by a script and records its requests."""
 
 import asyncio
 import http.client
@@ -6,31 +6,31 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.media import decode
 from finetune.data.sample import Answer, Medium
-from finetune.serving.engine.contract import Busy, Piece, Request, Stats, TimedOut, Token
+from finetune.serving.engine.contract import Busy, ModelInfo, Piece, Request, Stats, TaskInfo, TimedOut, Token
 
-MODELS: dict[str, dict[str, Any]] = {
-    "shelf": {
-        "media": ("image", "audio", "video"),
-        "tasks": {
-            "mood": {"head": "label", "labels": ["bad", "good"]},
-            "stars": {"head": "score", "labels": None},
-            "words": {"head": "language", "labels": None},
+MODELS = {
+    "shelf": ModelInfo(
+        media=("image", "audio", "video"),
+        tasks={
+            "mood": TaskInfo("label", ("bad", "good")),
+            "stars": TaskInfo("score"),
+            "words": TaskInfo("language"),
         },
-        "context": 512,
-        "path": "/home/someone/runs/shelf",
-    },
-    "写字": {"media": (), "tasks": {}, "context": None, "path": "/home/someone/runs/text"},
+        context=512,
+    ),
+    "写字": ModelInfo(media=(), tasks={}, context=None),
 }
 
 
 class FakeStream:
-    """Writes the last user's words back, one a step, after what it says of each medium."""
+    """Repeats the last user's words, one per step, after a description of each medium."""
 
     def __init__(self, engine: "FakeEngine", request: Request) -> None:
         self.engine, self.request = engine, request
@@ -46,38 +46,40 @@ class FakeStream:
     async def __aiter__(self):
         await asyncio.sleep(self.engine.delay)
         words = self.engine.words(self.request)
-        kept = words[: self.request.max_new_tokens]
+        sent = words[: self.request.max_new_tokens]
         self.prompt_tokens, self.cached_tokens = 10, 4
-        for number, word in enumerate(kept):
+        for number, word in enumerate(sent):
             if self.engine.fails_after == number:
                 raise self.engine.error
             await asyncio.sleep(self.engine.step_seconds)
             if self.engine.stopped:
-                raise TimedOut("the server ends")
+                raise TimedOut("the server stopped")
             self.completion_tokens += 1
-            other = (("otherwise", b"otherwise", float("-inf")),) * (self.request.logprobs or 0)
-            token = (Token(word, word.encode(), -0.5, other),) if self.request.logprobs is not None else ()
-            reason = None if number + 1 < len(kept) else "stop" if len(kept) == len(words) else "length"
+            others = (("otherwise", b"otherwise", float("-inf")),) * (self.request.logprobs or 0)
+            token = (Token(word, word.encode(), -0.5, others),) if self.request.logprobs is not None else ()
+            reason = None if number + 1 < len(sent) else "stop" if len(sent) == len(words) else "length"
             if reason:
                 self.ended = True
             yield Piece(word, token, reason)
 
 
+@dataclass
 class FakeEngine:
-    def __init__(self, **script: Any) -> None:
-        self.models = MODELS
-        self.requests: list[Request] = []
-        self.seen: list[Any] = []  # decoded media
-        self.cancelled = 0
-        self.stopped = False
-        self.alive = True
-        self.step_seconds = script.get("step_seconds", 0.0)
-        self.delay = script.get("delay", 0.0)
-        self.fails_after = script.get("fails_after")
-        self.error = script.get("error", TimedOut("no end after 1 s"))
-        self.busy_from = script.get("busy_from", 10**6)
-        self.refuses_first = script.get("refuses_first", 0)
-        self.streams: list[FakeStream] = []
+    """`busy_from`: the number of the first request to be refused; `refuses_first`: how many are refused first."""
+
+    step_seconds: float = 0.0
+    delay: float = 0.0
+    fails_after: int | None = None
+    error: BaseException = field(default_factory=lambda: TimedOut("no end after 1 s"))
+    busy_from: int = 10**6
+    refuses_first: int = 0
+    requests: list[Request] = field(default_factory=list)
+    decoded: list[Any] = field(default_factory=list)  # media
+    streams: list[FakeStream] = field(default_factory=list)
+    cancelled: int = 0
+    stopped: bool = False
+    alive: bool = True
+    models = MODELS
 
     def start(self) -> None:
         pass
@@ -97,13 +99,13 @@ class FakeEngine:
         text = "".join(part for part in content if isinstance(part, str))
         if request.schema is not None:
             return ['{"colour": ', '"red"}']
-        seen = [f"{self.look(part)} " for part in content if isinstance(part, Medium)]
-        return seen + [f"{word} " for word in text.split(" ")]
+        media = [f"{self.describe(part)} " for part in content if isinstance(part, Medium)]
+        return media + [f"{word} " for word in text.split(" ")]
 
-    def look(self, medium: Medium) -> str:
+    def describe(self, medium: Medium) -> str:
         sampling = {"count": 2} if medium.kind == "video" else {}
         decoded = decode(medium.kind, medium.path, **sampling)
-        self.seen.append(decoded)
+        self.decoded.append(decoded)
         if medium.kind == "image":
             return f"{decoded.width}x{decoded.height}"
         return f"{len(decoded) / 16_000:.1f}s" if medium.kind == "audio" else f"{len(decoded.frames)} frames"
@@ -130,19 +132,16 @@ class FakeEngine:
 
 
 @contextmanager
-def served(engine: FakeEngine, folder: Path, api_key: str | None = None, **options: Any):
-    """(address, app) of a server in a thread."""
-    import uvicorn
-
+def served(engine: Any, folder: Path, api_key: str | None = None, **options: Any):
+    """(address, app) of a server in a thread, configured as `finetune serve` does."""
     from finetune.serving.http.app import build_app
-    from finetune.serving.http.settings import Options
-    from finetune.serving.serve import address, bound
+    from finetune.serving.http.settings import ServerOptions
+    from finetune.serving.serve import address, listening_socket, uvicorn_server
 
-    app = build_app(engine, Options(**options), folder, api_key)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
-    )
-    with bound("127.0.0.1", 0) as listener:
+    server_options = ServerOptions(**options)
+    app = build_app(engine, server_options, folder, api_key)
+    server = uvicorn_server(app, server_options)
+    with listening_socket("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
@@ -155,15 +154,15 @@ def served(engine: FakeEngine, folder: Path, api_key: str | None = None, **optio
 
 
 def call(address: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
-    """(status, headers in lower case, JSON or text) of one request; POST where there is a body, JSON or bytes."""
+    """(status, headers in lower case, JSON or text) of one request; POST if there is a body, JSON or bytes."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
     content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
         connection.request("GET" if body is None else "POST", path, content, headers)
-        reply = connection.getresponse()
-        text = reply.read().decode()
-        found = {name.lower(): value for name, value in reply.getheaders()}
-        return reply.status, found, json.loads(text) if found.get("content-type") == "application/json" else text
+        response = connection.getresponse()
+        text = response.read().decode()
+        lower = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, lower, json.loads(text) if lower.get("content-type") == "application/json" else text
     finally:
         connection.close()

@@ -1,4 +1,4 @@
-"""A model to be served, built in code, and how tests ask an engine."""
+"""A small random model to serve, and helpers that send requests to an engine."""
 
 import asyncio
 import random
@@ -16,8 +16,8 @@ from finetune.model.assistant import Assistant
 from finetune.model.composite import PLACEHOLDERS, compose
 from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders
-from finetune.serving.engine.contract import Request
-from finetune.serving.engine.engine import Engine
+from finetune.serving.engine.contract import EngineLimits, Request
+from finetune.serving.engine.engine import BatchingEngine
 
 WORDS = ("What", "is", "this", "Describe", "the", "picture", "red", "green", "blue", "yellow", "a", "square", "of")
 MORE_FAMILIES: dict[str, dict[str, Any]] = {  # a window shorter than the question; another memory than keys and values
@@ -27,7 +27,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {  # a window shorter than the questi
 
 
 def tiny_assistant(family: str = "llama", fusion: str = "prefix", ends: range = range(40, 60)) -> Assistant:
-    """Random weights, and so many tokens that end an answer that answers are of all lengths."""
+    """Random weights; so many tokens end an answer that answers have all lengths."""
     torch.manual_seed(0)
     tokenizer = fresh_tokenizer()
     placeholders = add_placeholders(tokenizer, ["image"], PLACEHOLDERS)
@@ -57,18 +57,33 @@ def pictures(folder: Path, count: int = 5) -> list[Path]:
     return paths
 
 
-def conversation(chance: random.Random, paths: list[Path], words: int = 12) -> tuple[Message, ...]:
-    """A question of some words, with none to two pictures somewhere in it."""
-    content: list[Any] = [" ".join(chance.choices(WORDS, k=chance.randint(1, words)))]
-    for _ in range(chance.choice([0, 1, 1, 2])):
-        content.insert(chance.randint(0, len(content)), Medium("image", chance.choice(paths)))
+def conversation(generator: random.Random, paths: list[Path], words: int = 12) -> tuple[Message, ...]:
+    """A question of at most `words` words, with none to two pictures somewhere in it."""
+    content: list[str | Medium] = [" ".join(generator.choices(WORDS, k=generator.randint(1, words)))]
+    for _ in range(generator.choice([0, 1, 1, 2])):
+        content.insert(generator.randint(0, len(content)), Medium("image", generator.choice(paths)))
     return (Message("user", tuple(content)),)
 
 
+def questions(paths, count, tokens=None, seed=0, words=12, **options) -> list[Request]:
+    """Random conversations; `tokens`: of each answer, by default 1 to 20."""
+    generator = random.Random(seed)
+    return [
+        request(conversation(generator, paths, words), tokens or generator.randint(1, 20), **options)
+        for _ in range(count)
+    ]
+
+
+def alone(assistant: Assistant, requests: list[Request], **options: Any) -> list[str]:
+    """The model's own answers, one at a time."""
+    return [assistant.answers([r.messages], max_new_tokens=r.max_new_tokens, **options)[0] for r in requests]
+
+
 @contextmanager
-def serving(assistant: Any, **options: Any):
-    """An engine that runs. `assistant`: one, as 'tiny', or several by name."""
-    engine = Engine(assistant if isinstance(assistant, dict) else {"tiny": assistant}, **options)
+def serving(assistants: Assistant | dict[str, Assistant], **limits: int):
+    """A running engine; a single model is named 'tiny'."""
+    models = assistants if isinstance(assistants, dict) else {"tiny": assistants}
+    engine = BatchingEngine(models, EngineLimits(**limits))
     engine.start()
     try:
         yield engine
@@ -77,27 +92,26 @@ def serving(assistant: Any, **options: Any):
 
 
 async def read(stream: Any) -> tuple[str, str | None, list[Any]]:
-    """All of an answer: its text, why it ended, its pieces."""
+    """A whole answer: its text, its finish reason, its pieces."""
     pieces = [piece async for piece in stream]
     return "".join(piece.text for piece in pieces), pieces[-1].finish_reason if pieces else None, pieces
 
 
-def request(messages: tuple[Message, ...], max_new_tokens: int = 16, model: str = "tiny", **more: Any) -> Request:
-    return Request(model, messages, max_new_tokens, **more)
+def request(messages: tuple[Message, ...], max_new_tokens: int = 16, model: str = "tiny", **options: Any) -> Request:
+    return Request(model, messages, max_new_tokens, **options)
 
 
 def ask_all(engine: Any, requests: list[Request], within_seconds: float = 0.0, seed: int = 0) -> list[Any]:
-    """Answers to requests that come at random times, or what they raised."""
-    chance = random.Random(seed)
+    """(text, finish reason, pieces, stream) of requests sent at random times, or the exceptions they raised."""
+    generator = random.Random(seed)
 
-    async def one(wanted: Request, wait: float) -> Any:
-        await asyncio.sleep(wait)
+    async def one(wanted: Request, delay: float) -> Any:
+        await asyncio.sleep(delay)
         stream = engine.submit(wanted)
-        text, reason, pieces = await read(stream)
-        return text, reason, pieces, stream
+        return (*await read(stream), stream)
 
-    async def all_of_them() -> list[Any]:
-        waits = [chance.uniform(0, within_seconds) for _ in requests]
-        return await asyncio.gather(*map(one, requests, waits), return_exceptions=True)
+    async def gathered() -> list[Any]:
+        delays = [generator.uniform(0, within_seconds) for _ in requests]
+        return await asyncio.gather(*map(one, requests, delays), return_exceptions=True)
 
-    return asyncio.run(all_of_them())
+    return asyncio.run(gathered())

@@ -1,4 +1,4 @@
-"""Who may ask, how much, and what becomes of requests that nobody waits for."""
+"""Access, limits, and cancelled requests."""
 
 import base64
 import io
@@ -45,7 +45,7 @@ def clip(frames=6):
     return file.getvalue()
 
 
-def asking(*parts, **more):
+def chat_body(*parts, **more):
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     return {"model": "shelf", "messages": [{"role": "user", "content": content}]} | more
 
@@ -54,9 +54,9 @@ def image(url):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def message_of(reply):
-    assert reply[2]["error"].keys() == {"message", "type", "param", "code"}, reply
-    return reply[2]["error"]["message"]
+def message_of(response):
+    assert response[2]["error"].keys() == {"message", "type", "param", "code"}, response
+    return response[2]["error"]["message"]
 
 
 # ------------------------------------------------------------------ heads
@@ -69,22 +69,23 @@ def plain(tmp_path_factory):
 
 
 def test_labels_with_their_probabilities(plain):
-    status, _, said = call(plain, "/v1/classify", {"model": "shelf", "input": ["one", "two"]})
-    assert status == 200 and said["task"] == "mood" and said["object"] == "list" and said["id"].startswith("classify-")
+    status, _, response = call(plain, "/v1/classify", {"model": "shelf", "input": ["one", "two"]})
+    assert status == 200 and response["task"] == "mood"
+    assert response["object"] == "list" and response["id"].startswith("classify-")
     expected = {"label": "good", "probs": [0.25, 0.75], "num_classes": 2, "probabilities": {"bad": 0.25, "good": 0.75}}
-    assert said["data"] == [{"index": number, **expected} for number in (0, 1)]
-    asked = asking(image(picture_uri()), "what mood?", task="mood")
-    assert call(plain, "/v1/classify", asked)[2]["data"] == [{"index": 0, **expected}]
+    assert response["data"] == [{"index": number, **expected} for number in (0, 1)]
+    body = chat_body(image(picture_uri()), "what mood?", task="mood")
+    assert call(plain, "/v1/classify", body)[2]["data"] == [{"index": 0, **expected}]
 
 
 def test_numbers(plain):
-    said = call(plain, "/v1/score", {"model": "shelf", "input": "seven c", "task": "stars"})[2]
-    assert said["data"] == [{"index": 0, "object": "score", "score": 7.0}]
+    response = call(plain, "/v1/score", {"model": "shelf", "input": "seven c", "task": "stars"})[2]
+    assert response["data"] == [{"index": 0, "object": "score", "score": 7.0}]
     assert call(plain, "/v1/score", {"model": "shelf", "input": "nan"})[2]["data"][0]["score"] is None
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "message"),
     [
         ("/v1/classify", {"model": "shelf", "input": "a", "task": "stars"}, "answer by labels: mood"),
         ("/v1/score", {"model": "shelf", "input": "a", "task": "mood"}, "answer by a number: stars"),
@@ -97,55 +98,56 @@ def test_numbers(plain):
         ("/v1/score", {"input": "a"}, "name one; served are shelf"),
     ],
 )
-def test_what_heads_can_not_be_asked(plain, path, body, said):
-    reply = call(plain, path, body)
-    assert said in message_of(reply) and reply[0] == (404 if "served" in said or "no 'other'" in said else 400)
+def test_invalid_requests_to_heads(plain, path, body, message):
+    response = call(plain, path, body)
+    assert message in message_of(response)
+    assert response[0] == (404 if "served" in message or "no 'other'" in message else 400)
 
 
-# ------------------------------------------------------------------ what is read
+# ------------------------------------------------------------------ bodies and media
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": "a"}'])
-def test_what_is_no_request(plain, body):
-    reply = call(plain, CHAT, body or b" ")
-    assert reply[0] == 400 and message_of(reply)
+def test_bodies_that_are_no_request(plain, body):
+    response = call(plain, CHAT, body or b" ")
+    assert response[0] == 400 and message_of(response)
 
 
-def test_half_a_character(plain):
-    reply = call(plain, CHAT, b'{"model": "shelf", "messages": [{"role": "user", "content": "\\ud800"}]}')
-    assert reply[0] == 400 and "Invalid JSON" in message_of(reply)
+def test_a_lone_surrogate_is_invalid_json(plain):
+    response = call(plain, CHAT, b'{"model": "shelf", "messages": [{"role": "user", "content": "\\ud800"}]}')
+    assert response[0] == 400 and "Invalid JSON" in message_of(response)
 
 
-def test_paths_and_addresses_that_are_not(plain, tmp_path):
+def test_paths_and_invalid_addresses_are_refused(plain, tmp_path):
     secret = tmp_path / "secret.png"
     tiny_picture().save(secret)
     for url in (str(secret), f"file://{secret}", f"FILE://{secret}", "ftp://a.example/a.png", "//a.example/a.png", ""):
-        assert "write a data URI" in message_of(call(plain, CHAT, asking(image(url))))
-    reply = call(plain, CHAT, asking(image("https://a.example/a.png")))
-    assert reply[0] == 400 and "by address are off" in message_of(reply)
-    assert reply[2]["error"]["param"] == "messages[0].content[0]"
+        assert "write a data URI" in message_of(call(plain, CHAT, chat_body(image(url))))
+    response = call(plain, CHAT, chat_body(image("https://a.example/a.png")))
+    assert response[0] == 400 and "downloads no media" in message_of(response)
+    assert response[2]["error"]["param"] == "messages[0].content[0]"
     for url in ("data:image/png;base64,%%%", "data:image/png;base64,???", "data:"):
-        assert "no data URI" in message_of(call(plain, CHAT, asking(image(url))))
-    assert "1 to 33,554,432" in message_of(call(plain, CHAT, asking(image("data:image/png;base64,"))))
+        assert "no data URI" in message_of(call(plain, CHAT, chat_body(image(url))))
+    assert "1 to 33,554,432" in message_of(call(plain, CHAT, chat_body(image("data:image/png;base64,"))))
 
 
-def test_errors_of_media_name_their_place_and_no_path(plain):
+def test_errors_of_media_name_their_field_and_no_path(plain):
     uri = f"data:image/png;base64,{base64.b64encode(b'<svg/>').decode()}"
-    said = message_of(call(plain, CHAT, asking("what?", image(picture_uri()), image(uri))))
-    assert said.startswith("messages[0].content[2]: ") and "/" not in said and "finetune" not in said
+    message = message_of(call(plain, CHAT, chat_body("what?", image(picture_uri()), image(uri))))
+    assert message.startswith("messages[0].content[2]: ") and "/" not in message and "finetune" not in message
 
 
-def test_media_that_the_model_does_not_take(plain):
-    said = message_of(call(plain, CHAT, asking(image(picture_uri())) | {"model": "写字"}))
-    assert said == "messages[0].content[0]: '写字' takes text only, not image"
+def test_media_of_a_kind_that_the_model_does_not_take(plain):
+    message = message_of(call(plain, CHAT, chat_body(image(picture_uri())) | {"model": "写字"}))
+    assert message == "messages[0].content[0]: '写字' takes text only, not image"
     earlier = [{"role": "system", "content": [image(picture_uri())]}, {"role": "user", "content": "a"}]
     assert "the user's turns" in message_of(call(plain, CHAT, {"model": "shelf", "messages": earlier}))
 
 
 def test_a_video_arrives(plain):
     uri = f"data:video/mp4;base64,{base64.b64encode(clip()).decode()}"
-    said = call(plain, CHAT, asking({"type": "video_url", "video_url": {"url": uri}}, "what?"))
-    assert said[2]["choices"][0]["message"]["content"] == "2 frames what? "
+    response = call(plain, CHAT, chat_body({"type": "video_url", "video_url": {"url": uri}}, "what?"))
+    assert response[2]["choices"][0]["message"]["content"] == "2 frames what? "
 
 
 BOUNDED = {"max_request_bytes": 20_000, "max_bytes": 2_000, "max_media": 2, "max_messages": 3, "max_characters": 50}
@@ -157,18 +159,18 @@ def bounded(tmp_path_factory):
         yield address
 
 
-def test_each_bound_is_told(bounded):
+def test_each_limit_is_named(bounded):
     small = picture_uri((4, 4))
-    assert call(bounded, CHAT, asking(image(small), image(small)))[0] == 200
-    for body, status, said in (
-        (asking(*[image(small)] * 3), 400, "3 media; at most 2"),
-        (asking(image(picture_uri((40, 30), "BMP"))), 413, "(`max_bytes`)"),
-        (asking("x" * 51), 400, "51 characters; at most 50"),
+    assert call(bounded, CHAT, chat_body(image(small), image(small)))[0] == 200
+    for body, status, message in (
+        (chat_body(*[image(small)] * 3), 400, "3 media; at most 2"),
+        (chat_body(image(picture_uri((40, 30), "BMP"))), 413, "(`max_bytes`)"),
+        (chat_body("x" * 51), 400, "51 characters; at most 50"),
         ({"model": "shelf", "messages": [{"role": "user", "content": "a"}] * 4}, 400, "4; at most 3"),
-        (asking("a", stop=["x" * 51]), 400, "51 characters"),
+        (chat_body("a", stop=["x" * 51]), 400, "51 characters"),
     ):
-        reply = call(bounded, CHAT, body)
-        assert (reply[0], said in message_of(reply)) == (status, True), reply
+        response = call(bounded, CHAT, body)
+        assert (response[0], message in message_of(response)) == (status, True), response
 
 
 @pytest.mark.parametrize(
@@ -180,34 +182,34 @@ def test_each_bound_is_told(bounded):
         (b"[]", 145_000, 400),
     ],
 )
-def test_a_body_of_many_values_holds_nobody_up(plain, one, count, status):
+def test_a_body_of_many_values_is_refused_quickly(plain, one, count, status):
     body = b'{"model": "shelf", "messages": [' + b",".join([one] * count) + b"]}"
     begin = time.monotonic()
-    reply = call(plain, CHAT, body)
-    assert reply[0] == status and time.monotonic() - begin < 2
-    assert len(message_of(reply)) < 200
+    response = call(plain, CHAT, body)
+    assert response[0] == status and time.monotonic() - begin < 2
+    assert len(message_of(response)) < 200
     more = call(plain, "/v1/classify", {"model": "shelf", "input": ["a"] * 10_001})
     assert more[0] == 400 and "at most 10000 items" in message_of(more)
-    assert call(plain, CHAT, asking("," * 200_000))[0] == 200
+    assert call(plain, CHAT, chat_body("," * 200_000))[0] == 200
 
 
-def test_a_body_is_read_no_further_than_it_may_be(bounded):
-    assert call(bounded, CHAT, asking("x" * 30_000))[0] == 413
-    with raw(bounded, f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n") as open_socket:
+def test_a_body_is_read_only_up_to_its_limit(bounded):
+    assert call(bounded, CHAT, chat_body("x" * 30_000))[0] == 413
+    with raw(bounded, f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n") as connection:
         sent = 0
         try:
             while sent < 50 * 2**20:
-                open_socket.sendall(b"10000\r\n" + b" " * 2**16 + b"\r\n")
+                connection.sendall(b"10000\r\n" + b" " * 2**16 + b"\r\n")
                 sent += 2**16
         except OSError:
-            pass  # it has hung up
+            pass  # the server has closed the connection
         assert sent < 50 * 2**20
 
 
-def test_a_body_that_does_not_come(tmp_path):
+def test_a_body_that_does_not_arrive(tmp_path):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{"
-    with served(FakeEngine(), tmp_path, body_seconds=0.2) as (address, _), raw(address, head) as open_socket:
-        assert b"408" in open_socket.recv(1000)
+    with served(FakeEngine(), tmp_path, body_seconds=0.2) as (address, _), raw(address, head) as connection:
+        assert b"408" in connection.recv(1000)
 
 
 # ------------------------------------------------------------------ media by address
@@ -215,7 +217,7 @@ def test_a_body_that_does_not_come(tmp_path):
 
 @pytest.fixture
 def media_host(monkeypatch):
-    """A server of one picture on loopback; as if loopback were public."""
+    """A server of one picture on loopback."""
     import http.server
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -239,66 +241,66 @@ def media_host(monkeypatch):
     server.server_close()
 
 
-def test_media_by_address_only_from_named_hosts_and_never_private(media_host, engine, tmp_path, monkeypatch):
+def test_media_are_downloaded_only_from_allowed_public_hosts(media_host, engine, tmp_path, monkeypatch):
     (tmp_path / "media").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     here = f"http://127.0.0.1:{media_host}/a.png"
     with served(engine, tmp_path / "media", hosts=("127.0.0.1", "localhost")) as (address, _):
-        said = message_of(call(address, CHAT, asking(image(here.replace("127.0.0.1", "localhost")))))
-        assert said.endswith("leads into a private network") and "127.0.0.1" not in said and "::1" not in said
-        assert "`hosts` doesn't name" in message_of(call(address, CHAT, asking(image("http://a.example/a.png"))))
+        message = message_of(call(address, CHAT, chat_body(image(here.replace("127.0.0.1", "localhost")))))
+        assert message.endswith("leads into a private network") and "127.0.0.1" not in message and "::1" not in message
+        assert "`hosts` doesn't name" in message_of(call(address, CHAT, chat_body(image("http://a.example/a.png"))))
         monkeypatch.setattr(fetch, "_check_public", lambda *_: None)
-        assert call(address, CHAT, asking(image(here)))[2]["choices"][0]["message"]["content"].startswith("9x9 ")
+        assert call(address, CHAT, chat_body(image(here)))[2]["choices"][0]["message"]["content"].startswith("9x9 ")
         for target in (f"http://[::1]:{media_host}/a.png", "http://169.254.169.254/latest", "file:///etc/hostname"):
             moved = f"http://127.0.0.1:{media_host}/moved?{target}"
-            assert message_of(call(address, CHAT, asking(image(moved))))
-    assert len(engine.seen) == 1 and not (tmp_path / "cache").exists()  # kept nowhere
+            assert message_of(call(address, CHAT, chat_body(image(moved))))
+    assert len(engine.decoded) == 1 and not (tmp_path / "cache").exists()  # not cached
 
 
-# ------------------------------------------------------------------ who may ask
+# ------------------------------------------------------------------ access
 
 
-def test_without_a_key_only_this_machine_and_no_other_page(plain):
+def test_without_a_key_only_this_machine_and_its_own_page_have_access(plain):
     port = plain.rpartition(":")[2]
     for host in (f"localhost:{port}", f"127.0.0.1:{port}", "[::1]:80", "LOCALHOST"):
         assert call(plain, "/v1/models", Host=host)[0] == 200, host
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost@evil.example", "", "[::"):
         assert call(plain, "/v1/models", Host=host)[0] == 403, host
         assert call(plain, "/", Host=host)[0] == 403, host
-    body = asking("a")
+    body = chat_body("a")
     for origin in ("http://evil.example", "null", f"https://localhost:{port}", "http://localhost"):
         assert call(plain, CHAT, body, Origin=origin, Host=f"localhost:{port}")[0] == 403, origin
-    reply = call(plain, CHAT, body, Origin=f"http://localhost:{port}", Host=f"localhost:{port}")
-    assert reply[0] == 200 and "access-control-allow-origin" not in reply[1]
+    response = call(plain, CHAT, body, Origin=f"http://localhost:{port}", Host=f"localhost:{port}")
+    assert response[0] == 200 and "access-control-allow-origin" not in response[1]
 
 
-def test_a_page_of_a_named_origin_may_ask(tmp_path):
+def test_pages_of_an_allowed_origin_have_access(tmp_path):
     site = "https://chat.example"
     with served(FakeEngine(), tmp_path, origins=(site,)) as (address, _):
-        reply = call(address, CHAT, asking("a"), Origin=site)
-        assert reply[0] == 200 and reply[1]["access-control-allow-origin"] == site
-        assert call(address, CHAT, asking("a"), Origin="https://other.example")[0] == 403
+        response = call(address, CHAT, chat_body("a"), Origin=site)
+        assert response[0] == 200 and response[1]["access-control-allow-origin"] == site
+        assert call(address, CHAT, chat_body("a"), Origin="https://other.example")[0] == 403
 
 
-def test_a_key_opens_all_but_the_page_and_health(tmp_path):
+def test_a_key_is_required_except_for_the_page_and_health(tmp_path):
     with served(FakeEngine(), tmp_path, api_key="schlüssel", origins=("https://a.example",)) as (address, _):
         right = "Bearer schlüssel".encode().decode("latin-1")
         for path in ("/v1/models", "/metrics", "/v1/none", "/openapi.json", "/docs"):
-            reply = call(address, path)
-            assert reply[0] == 401 and reply[1]["www-authenticate"] == "Bearer", path
+            response = call(address, path)
+            assert response[0] == 401 and response[1]["www-authenticate"] == "Bearer", path
         for wrong in ("", "schlüssel", "Bearer", "Bearer schlüsse", "Bearer schlüssel2", "Basic schlüssel"):
             given = wrong.encode().decode("latin-1")
-            assert call(address, CHAT, asking("a"), Authorization=given)[0] == 401, wrong
+            assert call(address, CHAT, chat_body("a"), Authorization=given)[0] == 401, wrong
         assert call(address, "/")[0] == call(address, "/health")[0] == 200
         for path in ("/v1/models", "/metrics"):
             assert call(address, path, Authorization=right, Host="models.example")[0] == 200
-        assert call(address, CHAT, asking("a"), Authorization=right.replace("Bearer", "bearer"))[0] == 200
+        assert call(address, CHAT, chat_body("a"), Authorization=right.replace("Bearer", "bearer"))[0] == 200
 
 
-def test_nothing_of_a_body_is_read_before_the_key(tmp_path):
+def test_the_key_is_checked_before_the_body_is_read(tmp_path):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
-    with served(FakeEngine(), tmp_path, api_key="key") as (address, _), raw(address, head) as open_socket:
-        assert b"401" in open_socket.recv(1000)
+    with served(FakeEngine(), tmp_path, api_key="key") as (address, _), raw(address, head) as connection:
+        assert b"401" in connection.recv(1000)
 
 
 # ------------------------------------------------------------------ the rest
@@ -311,68 +313,68 @@ def test_other_addresses_and_methods(plain):
         assert call(plain, path)[0] == 404
 
 
-def test_a_failure_of_the_server_tells_no_more_than_that(tmp_path, caplog):
+def test_internal_errors_give_no_details(tmp_path, caplog):
     engine = FakeEngine(fails_after=0, error=RuntimeError("secret at /home/someone"))
     caplog.set_level(logging.CRITICAL)
     with served(engine, tmp_path) as (address, _):
-        reply = call(address, CHAT, asking("a"))
-        assert reply[0] == 500 and message_of(reply) == "the server failed; its log tells more"
+        response = call(address, CHAT, chat_body("a"))
+        assert response[0] == 500 and message_of(response) == "the server failed; see its log"
     assert not list(tmp_path.iterdir())
 
 
-def test_metrics_count(engine, tmp_path):
+def test_metrics(engine, tmp_path):
     with served(engine, tmp_path) as (address, _):
-        call(address, CHAT, asking("a b"))
-        call(address, CHAT, asking("a", stream=True))
-        call(address, CHAT, asking(n=0))
+        call(address, CHAT, chat_body("a b"))
+        call(address, CHAT, chat_body("a", stream=True))
+        call(address, CHAT, chat_body(n=0))
         call(address, "/v1/unknown")
         status, headers, text = call(address, "/metrics")
     assert status == 200 and headers["content-type"].startswith("text/plain; version=")
-    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert found[f'finetune_requests_total{{path="{CHAT}",status="200"}}'] == "2.0"
-    assert found[f'finetune_requests_total{{path="{CHAT}",status="400"}}'] == "1.0"
-    assert found['finetune_requests_total{path="other",status="404"}'] == "1.0"
-    assert found['finetune_prompt_tokens_total{model="shelf"}'] == "20.0"
-    assert found['finetune_cached_tokens_total{model="shelf"}'] == "8.0"
-    assert found['finetune_completion_tokens_total{model="shelf"}'] == "3.0"
-    assert found['finetune_first_token_seconds_count{model="shelf"}'] == "2.0"
-    assert found["finetune_engine_requests_total"] == "2.0" and found["finetune_engine_running"] == "0.0"
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert values[f'finetune_requests_total{{path="{CHAT}",status="200"}}'] == "2.0"
+    assert values[f'finetune_requests_total{{path="{CHAT}",status="400"}}'] == "1.0"
+    assert values['finetune_requests_total{path="other",status="404"}'] == "1.0"
+    assert values['finetune_prompt_tokens_total{model="shelf"}'] == "20.0"
+    assert values['finetune_cached_tokens_total{model="shelf"}'] == "8.0"
+    assert values['finetune_completion_tokens_total{model="shelf"}'] == "3.0"
+    assert values['finetune_first_token_seconds_count{model="shelf"}'] == "2.0"
+    assert values["finetune_engine_requests_total"] == "2.0" and values["finetune_engine_running"] == "0.0"
 
 
-def test_media_that_find_no_room_are_told_to_come_later(tmp_path):
+def test_too_many_waiting_media_get_429(tmp_path):
     with served(FakeEngine(fails_after=0, error=Busy(2.4)), tmp_path) as (address, _):
         for more in ({}, {"stream": True}, {"n": 2}):
-            reply = call(address, CHAT, asking("a", **more))
-            assert reply[0] == 429 and reply[1]["retry-after"] == "3"
+            response = call(address, CHAT, chat_body("a", **more))
+            assert response[0] == 429 and response[1]["retry-after"] == "3"
 
 
-def test_health_tells_that_the_engine_has_ended(engine, tmp_path):
+def test_health_reports_a_failed_engine(engine, tmp_path):
     with served(engine, tmp_path) as (address, _):
         assert call(address, "/health")[0] == 200
         engine.alive = False
         assert call(address, "/health")[::2] == (503, {"status": "failed"})
 
 
-def test_while_draining_nothing_new_is_taken(engine, tmp_path):
+def test_new_requests_are_refused_while_draining(engine, tmp_path):
     with served(engine, tmp_path) as (address, app):
         assert call(address, "/health")[0] == 200
         app.state.server.draining = True
         assert call(address, "/health")[:1] == (503,)
         for path in (CHAT, "/v1/classify", "/v1/score"):
-            reply = call(address, path, asking("a"))
-            assert reply[0] == 503 and reply[1]["retry-after"] == "5", path
+            response = call(address, path, chat_body("a"))
+            assert response[0] == 503 and response[1]["retry-after"] == "5", path
     assert not engine.requests
 
 
 def raw(address, head):
-    """A socket on which a request has begun."""
+    """A socket with the beginning of a request."""
     host, port = address.removeprefix("http://").split(":")
-    made = socket.create_connection((host, int(port)), timeout=5)
-    made.sendall(head.encode())
-    return made
+    connection = socket.create_connection((host, int(port)), timeout=5)
+    connection.sendall(head.encode())
+    return connection
 
 
-def ends(condition, seconds=3.0):
+def becomes_true(condition, seconds=3.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
@@ -380,51 +382,53 @@ def ends(condition, seconds=3.0):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_ends_the_answer(stream, tmp_path):
+def test_disconnecting_cancels_the_answer(stream, tmp_path):
     engine = FakeEngine(step_seconds=0.02)
-    body = json.dumps(asking(image(picture_uri()), "word " * 1000, stream=stream, max_tokens=2000))
+    body = json.dumps(chat_body(image(picture_uri()), "word " * 1000, stream=stream, max_tokens=2000))
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     with served(engine, tmp_path) as (address, _):
-        with raw(address, head + body) as open_socket:
+        with raw(address, head + body) as connection:
             if stream:
                 received = b""
                 while received.count(b"data: ") < 5:
-                    received += open_socket.recv(1000)
+                    received += connection.recv(1000)
             else:
-                assert ends(lambda: engine.streams and engine.streams[0].completion_tokens > 2)
+                assert becomes_true(lambda: engine.streams and engine.streams[0].completion_tokens > 2)
             assert not engine.cancelled and list(tmp_path.iterdir())
-        assert ends(lambda: engine.cancelled == 1)
+        assert becomes_true(lambda: engine.cancelled == 1)
         written = engine.streams[0].completion_tokens
-        assert written < 500 and ends(lambda: not list(tmp_path.iterdir()))
+        assert written < 500 and becomes_true(lambda: not list(tmp_path.iterdir()))
         time.sleep(0.1)
         assert engine.streams[0].completion_tokens <= written + 1
-        told = call(address, "/metrics")[2]
-        assert 'finetune_stopped_total{model="shelf"} 1.0' in told
-        assert f'path="{CHAT}",status="{200 if stream else 499}"}} 1.0' in told
+        metrics = call(address, "/metrics")[2]
+        assert 'finetune_stopped_total{model="shelf"} 1.0' in metrics
+        assert f'path="{CHAT}",status="{200 if stream else 499}"}} 1.0' in metrics
 
 
-def test_who_hangs_up_before_the_first_word_ends_it_too(tmp_path):
+def test_disconnecting_before_the_first_word_cancels_it_too(tmp_path):
     engine = FakeEngine(delay=30)
-    body = json.dumps(asking("a", stream=True))
+    body = json.dumps(chat_body("a", stream=True))
     with served(engine, tmp_path) as (address, _):
         with raw(address, f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}"):
-            assert ends(lambda: engine.streams)
-        assert ends(lambda: engine.cancelled == 1)
+            assert becomes_true(lambda: engine.streams)
+        assert becomes_true(lambda: engine.cancelled == 1)
 
 
-def test_an_engine_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
+def test_a_hung_engine_gives_504(tmp_path, monkeypatch):
     from finetune.serving.http import app as module
 
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
     engine = FakeEngine(delay=30)
     with served(engine, tmp_path, timeout_seconds=0.1) as (address, _):
-        reply = call(address, CHAT, asking("a"))
-        assert reply[0] == 504 and engine.cancelled == 1
+        response = call(address, CHAT, chat_body("a"))
+        assert response[0] == 504 and engine.cancelled == 1
 
 
-def test_sound_of_any_format_by_what_it_holds(plain):
+def test_the_format_of_sound_is_detected(plain):
     file = io.BytesIO()
     soundfile.write(file, np.zeros(8_000, np.float32), 16_000, format="FLAC")
     data = base64.b64encode(file.getvalue()).decode()
-    said = call(plain, CHAT, asking({"type": "input_audio", "input_audio": {"data": data, "format": "mp3"}}, "a"))
-    assert said[2]["choices"][0]["message"]["content"] == "0.5s a "
+    response = call(
+        plain, CHAT, chat_body({"type": "input_audio", "input_audio": {"data": data, "format": "mp3"}}, "a")
+    )
+    assert response[2]["choices"][0]["message"]["content"] == "0.5s a "

@@ -1,11 +1,10 @@
-"""What an engine answers, whatever else it does at the time: what the model answers alone."""
+"""An engine's answers are the model's own, however requests are batched, cached and sampled."""
 
 import json
-import random
 
 import pytest
 import torch
-from tiny_serving import ask_all, conversation, pictures, request, serving, tiny_assistant
+from tiny_serving import alone, ask_all, pictures, questions, request, serving, tiny_assistant
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message
@@ -19,15 +18,6 @@ def assistant():
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     return pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def alone(assistant, requests, **options):
-    return [assistant.answers([r.messages], max_new_tokens=r.max_new_tokens, **options)[0] for r in requests]
-
-
-def questions(paths, count, seed=0, words=12, **more):
-    chance = random.Random(seed)
-    return [request(conversation(chance, paths, words), chance.randint(1, 20), **more) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -47,14 +37,14 @@ def test_answers_are_those_of_each_question_alone(family, fusion, paths):
             found = ask_all(engine, requests, within_seconds)
             assert [text.strip() for text, *_ in found] == expected
         counters = engine.stats().counters
-        if engine._served["tiny"].together == 0:
+        if engine._hosted["tiny"].static == 0:
             assert counters["steps"] < 0.6 * counters["completion_tokens"]  # many in one step
             assert counters["prefix_cache_hit_tokens"] > 0
     if family == "llama":
         assert {reason for _, reason, *_ in found} == {"stop", "length"}
 
 
-def test_what_a_medium_weighs_is_each_request_s_own(paths):
+def test_each_request_has_its_own_strength(paths):
     assistant = tiny_assistant("llama", "cross_attention")
     requests = [request(r.messages, 8, strength=s) for r in questions(paths, 6) for s in (None, 0.0, 0.5)]
     expected = [alone(assistant, [r], strength=r.strength)[0] for r in requests]
@@ -63,14 +53,14 @@ def test_what_a_medium_weighs_is_each_request_s_own(paths):
     assert assistant.model.fusion.strength == {"image": 1.0}
 
 
-BEFORE = "Look at the picture again. "
+PREFIX = "Look at the picture again. "
 
 
-def test_a_long_beginning_is_read_once(assistant, paths):
-    """The same system prompt and picture: what was read before is taken from the cache, and answers stay the same."""
+def test_a_common_prefix_is_read_once(assistant, paths):
+    """The same system prompt and picture come from the prefix cache, and answers stay the same."""
     system = Message("system", ("Describe the picture as it is. " * 4,))
     asked = [
-        request((system, Message("user", (Medium("image", path), BEFORE + text))), 12)
+        request((system, Message("user", (Medium("image", path), PREFIX + text))), 12)
         for path in paths[:2]
         for text in ("What is this?", "What is this, a square?", "red or blue?")
     ]
@@ -94,7 +84,7 @@ def test_a_long_beginning_is_read_once(assistant, paths):
         assert engine.stats().gauges["media_cache_bytes"] == 0
 
 
-def test_what_is_drawn_depends_on_its_seed_alone(assistant, paths):
+def test_samples_depend_on_their_seed_alone(assistant, paths):
     asked = [request(r.messages, 12, temperature=1.5, top_p=0.9, seed=n) for n, r in enumerate(questions(paths, 10))]
     with serving(assistant) as engine:
         single = [ask_all(engine, [one])[0][0] for one in asked]
@@ -116,8 +106,7 @@ def test_log_probabilities_are_those_of_the_whole_text(assistant, paths):
         for token in tokens:
             with torch.no_grad():
                 logits = assistant.model(**batch).logits[0, -1]
-            told = logits.log_softmax(-1)
-            best = told.topk(3)
+            best = logits.log_softmax(-1).topk(3)
             assert token.logprob == pytest.approx(float(best.values[0]), abs=1e-3)
             assert [nats for _, _, nats in token.alternatives] == pytest.approx(best.values.tolist(), abs=1e-3)
             batch["input_ids"] = torch.cat([batch["input_ids"], best.indices[None, :1]], 1)
@@ -125,22 +114,22 @@ def test_log_probabilities_are_those_of_the_whole_text(assistant, paths):
 
 
 def test_an_answer_ends_before_a_stop_string(assistant, paths):
-    """Of several characters, out of several tokens, from wherever it begins."""
+    """Stop strings of several characters and tokens that begin anywhere in a token."""
     asked = questions(paths, 30, seed=5, words=4)
-    whole = [text for text, *_ in _served(assistant, asked)]
+    whole = [text for text, *_ in _answers(assistant, asked)]
     long = [(r, text) for r, text in zip(asked, whole, strict=True) if len(text) > 12][:8]
     assert len(long) >= 4
     stops = [text[n % 3 + 4 : n % 3 + 7] for n, (_, text) in enumerate(long)]
     stopped = [
         request(r.messages, r.max_new_tokens, stop=("\x00", stop)) for (r, _), stop in zip(long, stops, strict=True)
     ]
-    for (_, text), stop, (found, reason, pieces, _) in zip(long, stops, _served(assistant, stopped), strict=True):
+    for (_, text), stop, (found, reason, pieces, _) in zip(long, stops, _answers(assistant, stopped), strict=True):
         assert reason == "stop"
         assert found == text.split(stop)[0]
         assert not any(stop in piece.text for piece in pieces)
 
 
-def _served(assistant, requests):
+def _answers(assistant, requests):
     with serving(assistant) as engine:
         return ask_all(engine, requests)
 
@@ -150,9 +139,9 @@ SCHEMA = {
     "properties": {
         "colour": {"enum": ["red", "green", "blue"]},
         "sides": {"type": "integer", "minimum": 0, "maximum": 9},
-        "seen": {"type": "boolean"},
+        "sure": {"type": "boolean"},
     },
-    "required": ["colour", "sides", "seen"],
+    "required": ["colour", "sides", "sure"],
     "additionalProperties": False,
 }
 
@@ -165,13 +154,13 @@ def test_json_follows_its_schema(paths):
         found = ask_all(engine, bound + free)
     for text, reason, *_ in found[: len(bound)]:
         content = json.loads(text)
-        assert reason == "stop" and set(content) == {"colour", "sides", "seen"}
+        assert reason == "stop" and set(content) == {"colour", "sides", "sure"}
         assert content["colour"] in ("red", "green", "blue") and 0 <= content["sides"] <= 9
-        assert isinstance(content["seen"], bool)
+        assert isinstance(content["sure"], bool)
     assert [text.strip() for text, *_ in found[len(bound) :]] == alone(assistant, free)
 
 
-def test_any_json_is_json_as_far_as_it_goes(paths):
+def test_any_object_is_json_as_far_as_it_goes(paths):
     with serving(tiny_assistant(ends=range(2, 3))) as engine:
         for text, reason, *_ in ask_all(engine, [request(r.messages, 40, schema={}) for r in questions(paths, 4)]):
             assert text.startswith("{")
@@ -179,7 +168,7 @@ def test_any_json_is_json_as_far_as_it_goes(paths):
                 assert isinstance(json.loads(text), dict)
 
 
-def test_a_schema_that_cannot_be_followed_is_a_data_error(assistant, paths):
+def test_an_unsupported_schema_is_a_data_error(assistant, paths):
     (one,) = questions(paths, 1)
     with serving(assistant) as engine:
         (found,) = ask_all(engine, [request(one.messages, 8, schema={"type": "colour"})])

@@ -1,4 +1,4 @@
-"""Serving as a process: what it refuses, how it begins, and how it ends."""
+"""`finetune serve`: its arguments, and how a server starts and stops."""
 
 import contextlib
 import json
@@ -7,27 +7,30 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from fake_engine import FakeEngine, call, served
 
 import finetune
 from finetune.common.errors import RecipeError
-from finetune.serving import serve as stage
+from finetune.serving.http.settings import ServerOptions
+from finetune.serving.serve import address, listening_socket, parse_models, serve_until, stop_on_signals
 
-TESTS = Path(__file__).parents[1] / "helpers"
+TESTS = Path(__file__).parents[1]
 CHAT = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{}"
+STEP_SECONDS = 0.05
 
-# A server over an engine that writes a word each 50 ms.
+# A server process whose engine writes a word each 50 ms.
 SERVER = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from fake_engine import FakeEngine
-from finetune.serving.http.settings import options_of
-from finetune.serving.serve import bound, run_server
-with bound("127.0.0.1", 0) as listener:
-    run_server(FakeEngine(step_seconds=0.05), options_of(sys.argv[2:]), listener)
+from finetune.serving.http.settings import ServerOptions
+from finetune.serving.serve import listening_socket, run_server
+with listening_socket("127.0.0.1", 0) as listener:
+    run_server(FakeEngine(step_seconds=0.05), ServerOptions(), listener)
 """
 
 
@@ -38,7 +41,7 @@ def test_another_address_needs_a_key(host, key):
         finetune.serve(["run"], host=host, api_key=key)
 
 
-def test_an_address_that_can_not_be_had(tmp_path):
+def test_unusable_addresses_and_options(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -52,11 +55,11 @@ def test_an_address_that_can_not_be_had(tmp_path):
         finetune.serve([str(tmp_path)], options=["max_batches=4"])
 
 
-def test_names(tmp_path, monkeypatch):
+def test_names_of_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/shelf/merged", "runs/mood/adapter", "a=b"):
         (tmp_path / folder).mkdir(parents=True)
-    assert stage.named(
+    assert parse_models(
         ["runs/shelf", "m=runs/mood", "runs/mood/adapter", "x=a=b", "a=b", "user/name", "c=user/name"]
     ) == {
         "shelf": "runs/shelf",
@@ -67,95 +70,129 @@ def test_names(tmp_path, monkeypatch):
         "user/name": "user/name",
         "c": "user/name",
     }
-    for given, said in ((["runs/shelf", "runs/shelf/merged"], "'shelf' is runs/shelf already"), (["=a"], "NAME=RUN")):
-        with pytest.raises(RecipeError, match=said):
-            stage.named(given)
+    for models, message in (
+        (["runs/shelf", "runs/shelf/merged"], "runs/shelf has the name 'shelf' already"),
+        (["=a"], "NAME=RUN"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            parse_models(models)
 
 
-@pytest.fixture
-def server(tmp_path):
-    started = []
-
-    def start(*options):
-        environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(TESTS / "serving"), *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        started.append(process)
-        line = process.stderr.readline().strip()
-        assert line.startswith("http://127.0.0.1:") and line.endswith("  shelf, 写字"), line
-        return process, line.split()[0]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+def test_missing_libraries_are_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(RecipeError, match=r"pip install 'finetune\[serve\]'"):
+        finetune.serve([str(tmp_path)])
 
 
-def ask(address, words, stream=True):
-    """A socket on which an answer of so many words has begun to come, and what has come."""
+# ------------------------------------------------------------------ stopping
+
+
+@contextlib.contextmanager
+def running(folder, stop, **options):
+    """(address, engine) of a server in a thread until `stop` is set."""
+    engine = FakeEngine(step_seconds=STEP_SECONDS)
+    with listening_socket("127.0.0.1", 0) as listener:
+        arguments = (stop, engine, ServerOptions(**options), listener, folder)
+        thread = threading.Thread(target=serve_until, args=arguments, daemon=True)
+        thread.start()
+        wait_until(lambda: status(address(listener)) == 200)
+        yield address(listener), thread
+        stop.set()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def ask(address, words):
+    """A socket on which a streamed answer of so many words has begun, and the bytes received so far."""
     host, port = address.removeprefix("http://").split(":")
-    opened = socket.create_connection((host, int(port)), timeout=10)
-    messages = [{"role": "user", "content": " ".join("w" * words)}]
-    body = json.dumps({"model": "shelf", "stream": stream, "messages": messages})
-    opened.sendall(CHAT.format(len(body), body).encode())
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    body = json.dumps(
+        {"model": "shelf", "stream": True, "messages": [{"role": "user", "content": " ".join("w" * words)}]}
+    )
+    connection.sendall(CHAT.format(len(body), body).encode())
     received = b""
     while b"data: " not in received:
-        received += opened.recv(1000)
-    return opened, received
+        received += connection.recv(1000)
+    return connection, received
 
 
-def status(address, path="/health"):
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as opened:
-        opened.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        return int(opened.recv(1000).split()[1])
+def rest(connection, received):
+    """All that a connection receives until it is closed."""
+    with connection:
+        while chunk := connection.recv(10_000):
+            received += chunk
+    return received
+
+
+def status(address):
+    """Of /health; None without a connection."""
+    try:
+        return call(address, "/health")[0]
+    except OSError:
+        return None
+
+
+def wait_until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_what_runs_end(number, server, tmp_path):
-    process, address = server()
-    assert status(address) == 200
-    opened, received = ask(address, 20)
-    process.send_signal(number)
-    end = time.monotonic() + 5
-    while status(address) == 200 and time.monotonic() < end:
-        time.sleep(0.02)
-    assert status(address) == 503  # and balancers send no more
-    while chunk := opened.recv(10_000):
-        received += chunk
-    assert received.count(b'"content": "w ') == 20 and b"data: [DONE]" in received
-    assert process.wait(10) == 0 and not process.stderr.read()
-    assert not list(tmp_path.glob("finetune-serve-*"))
-    with pytest.raises(OSError):
-        status(address)
+def test_a_signal_lets_running_answers_finish(number, tmp_path):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with stop_on_signals(tmp_path) as stop, running(tmp_path, stop) as (address, thread):
+        connection, received = ask(address, 20)
+        os.kill(os.getpid(), number)
+        wait_until(lambda: status(address) == 503)  # so that load balancers send no more
+        assert thread.is_alive()
+        received = rest(connection, received)
+        assert received.count(b'"content": "w ') == 20 and b"data: [DONE]" in received
+        thread.join(10)
+        assert status(address) is None and not list(tmp_path.iterdir())
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
-def test_what_takes_too_long_is_cut_off(server):
-    process, address = server("drain_seconds=0.2")
-    opened, received = ask(address, 1000)
-    process.send_signal(signal.SIGTERM)
-    while chunk := opened.recv(10_000):
-        received += chunk
-    assert b'"error": {"message": "the server ends"' in received and b"[DONE]" not in received
-    assert process.wait(10) == 0
-    opened.close()
+def test_draining_has_a_time_limit(tmp_path):
+    stop = threading.Event()
+    with running(tmp_path, stop, drain_seconds=0.2) as (address, _):
+        connection, received = ask(address, 1000)
+        stop.set()
+        received = rest(connection, received)
+    assert b'"error": {"message": "the server stopped"' in received and b"[DONE]" not in received
 
 
-def test_a_second_signal_ends_at_once(server, tmp_path):
-    process, address = server()
-    opened, _ = ask(address, 1000)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(2) == 128 + signal.SIGTERM
-    assert not list(tmp_path.glob("finetune-serve-*"))
-    opened.close()
+@pytest.mark.slow
+def test_a_process_ends_with_its_answers_or_at_the_second_signal(tmp_path):
+    paths = os.pathsep.join((str(TESTS.parent), str(TESTS / "helpers")))
+    environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for words, signals, expected in ((20, 1, 0), (1000, 2, 128 + signal.SIGTERM)):
+        command = [sys.executable, "-c", SERVER]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            line = process.stderr.readline().strip()
+            assert line.startswith("http://127.0.0.1:") and line.endswith("  shelf, 写字"), line
+            connection, received = ask(line.split()[0], words)
+            assert list(tmp_path.glob("finetune-serve-*"))
+            process.send_signal(signal.SIGTERM)
+            if signals == 2:
+                time.sleep(0.3)
+                assert process.poll() is None
+                process.send_signal(signal.SIGTERM)
+                connection.close()
+            else:
+                received = rest(connection, received)
+                assert received.count(b'"content": "w ') == words and b"data: [DONE]" in received
+            assert process.wait(10) == expected and not process.stderr.read()
+            assert not list(tmp_path.glob("finetune-serve-*"))
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+# ------------------------------------------------------------------ connections
 
 
 @pytest.mark.parametrize(
@@ -167,40 +204,33 @@ def test_a_second_signal_ends_at_once(server, tmp_path):
         "POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n",
     ],
 )
-def test_connections_on_which_nothing_is_asked_are_closed(beginning, server):
-    """Whoever sends a byte now and then, too."""
-    _, address = server("body_seconds=0.5", "max_connections=4")
-    host, port = address.removeprefix("http://").split(":")
-    opened = []
-    for _ in range(4):
-        opened.append(socket.create_connection((host, int(port)), timeout=10))
-        opened[-1].sendall(beginning.encode())
-        if "\r\n\r\n" in beginning:
-            assert opened[-1].recv(1000).startswith(b"HTTP/1.1 ")
-    assert status(address) == 503
-    end = time.monotonic() + 4
-    while status(address) == 503 and time.monotonic() < end:
-        for one in opened:
-            with contextlib.suppress(OSError):
-                one.sendall(b"x")
-        time.sleep(0.1)
-    assert status(address) == 200
-    for one in opened:
-        one.close()
+def test_connections_without_a_request_are_closed(beginning, tmp_path):
+    """Also those on which a byte arrives now and then."""
+    with served(FakeEngine(), tmp_path, body_seconds=0.5, max_connections=4) as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as stack:
+            connections = []
+            for _ in range(4):
+                connections.append(stack.enter_context(socket.create_connection((host, int(port)), timeout=10)))
+                connections[-1].sendall(beginning.encode())
+                if "\r\n\r\n" in beginning:
+                    assert connections[-1].recv(1000).startswith(b"HTTP/1.1 ")
+            assert status(address) == 503
+            end = time.monotonic() + 4
+            while status(address) == 503 and time.monotonic() < end:
+                for connection in connections:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b"x")
+                time.sleep(0.1)
+            assert status(address) == 200
 
 
-def test_an_answer_may_take_longer_than_a_head(server):
-    _, address = server("body_seconds=0.3")
-    opened, received = ask(address, 20)
-    while b"[DONE]" not in received:
-        received += opened.recv(10_000) or pytest.fail("closed too early")
-    opened.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # and the connection goes on
-    while b'"ok"' not in received:
-        received += opened.recv(10_000) or pytest.fail("closed too early")
-    opened.close()
-
-
-def test_without_its_libraries_it_says_how_to_get_them(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    with pytest.raises(RecipeError, match=r"pip install 'finetune\[serve\]'"):
-        finetune.serve([str(tmp_path)])
+def test_an_answer_may_take_longer_than_headers(tmp_path):
+    with served(FakeEngine(step_seconds=STEP_SECONDS), tmp_path, body_seconds=0.3) as (address, _):
+        connection, received = ask(address, 20)
+        with connection:
+            while b"[DONE]" not in received:
+                received += connection.recv(10_000) or pytest.fail("closed too early")
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # the connection can be used again
+            while b'"ok"' not in received:
+                received += connection.recv(10_000) or pytest.fail("closed too early")

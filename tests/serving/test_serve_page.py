@@ -1,4 +1,4 @@
-"""The chat page in a real browser; skipped where there is none."""
+"""The chat page in Chromium; skipped if there is none."""
 
 import base64
 import io
@@ -7,21 +7,21 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from browser import browser, found
+from browser import browser, chromium
 from fake_engine import FakeEngine, served
 from tiny import tiny_picture
 
 from finetune.serving.http.page import page
 
-pytestmark = pytest.mark.skipif(found() is None, reason="no browser: apt-get install chromium")
+pytestmark = pytest.mark.skipif(chromium() is None, reason="no browser: apt-get install chromium")
 EMPTY = "!at('question').value && !chosen.length"
 SHIFT = 8
 
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
-    with browser(found(), tmp_path_factory.mktemp("profile")) as made:
-        yield made
+    with browser(chromium(), tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def engine(running):
 
 @pytest.fixture
 def chat(window, engine, running):
-    """A fresh page; at its end nothing was wrong, and nothing came from elsewhere."""
+    """A fresh page; at the end it has had no errors, and has fetched nothing from elsewhere."""
     window.open(running[1])
     window.wait("models.length")
     yield window
-    assert not window.complaints()
+    assert not window.errors()
     addresses = (one for one in window.requests() if not one.startswith(("data:", "blob:")))
     assert all(one.startswith(running[1]) for one in addresses)
 
@@ -76,7 +76,7 @@ def test_a_conversation_about_a_picture(chat, engine, picture):
     assert answers(chat)[1] == "and now? " and "2 tokens" in chat.run("at('log').innerText")
     first, second = (request.messages for request in engine.requests)
     assert second[:1] == (first[0],) or [m.role for m in second] == ["user", "assistant", "user"]
-    assert np.array_equal(np.asarray(engine.seen[0]), np.asarray(tiny_picture(size=(60, 40))))
+    assert np.array_equal(np.asarray(engine.decoded[0]), np.asarray(tiny_picture(size=(60, 40))))
     chat.click("#clear")
     assert chat.run("turns.length") == 0 and "pictures" in chat.run("at('log').innerText")
 
@@ -108,11 +108,11 @@ def test_speech_is_recorded(chat, engine):
     chat.click("#record")
     chat.wait("chosen.length === 1")
     ask(chat, "what?", 2)
-    samples = engine.seen[0]
+    samples = engine.decoded[0]
     assert 0.8 < len(samples) / 16_000 < 10 and np.abs(samples).max() > 0.01
     sent = base64.b64decode(chat.run("turns[0].content[0].input_audio.data"))
-    told = soundfile.info(io.BytesIO(sent))
-    assert (told.format, told.subtype, told.samplerate, told.channels) == ("WAV", "PCM_16", 16_000, 1)
+    info = soundfile.info(io.BytesIO(sent))
+    assert (info.format, info.subtype, info.samplerate, info.channels) == ("WAV", "PCM_16", 16_000, 1)
 
 
 def test_sound_and_video_are_files_too(chat, engine, tmp_path):
@@ -142,10 +142,10 @@ def test_an_answer_is_stopped(chat, engine, how):
         time.sleep(0.02)
     assert engine.cancelled == 1 and "Stopped" in chat.run("at('log').innerText")
     engine.step_seconds = 0
-    ask(chat, "go on", 4)  # what was said stays
+    ask(chat, "go on", 4)  # the conversation stays
 
 
-def test_what_goes_wrong_is_told_and_the_question_comes_back(chat, engine, picture):
+def test_errors_are_shown_and_the_question_comes_back(chat, engine, picture):
     engine.busy_from = 0
     chat.choose("#file", picture)
     chat.wait("chosen.length === 1")
@@ -171,7 +171,7 @@ def test_an_answer_that_breaks_off_says_so(chat, engine):
     assert answers(chat) == ["a b "] and "broke off" in chat.run("at('log').innerText")
 
 
-def test_what_a_model_says_is_text(chat):
+def test_answers_are_shown_as_text(chat):
     hostile = "<img/src=x/onerror=window.hurt=1><script>window.hurt=1</script>"
     ask(chat, hostile, 2)
     assert answers(chat) == [hostile + " "] and not chat.run("window.hurt")
@@ -186,7 +186,7 @@ def test_labels_and_numbers(chat):
     assert answers(chat)[1] == "7"
 
 
-def test_keys_alone_do(chat):
+def test_the_keyboard_is_enough(chat):
     chat.run("at('question').focus()")
     chat.type("one")
     chat.press("Enter", 13, "\r", SHIFT)
@@ -226,7 +226,7 @@ def test_in_chinese(window, running):
     assert window.run("Object.keys(WORDS.en).join() === Object.keys(WORDS.zh).join()")
 
 
-def test_a_model_of_text_alone(chat):
+def test_a_model_for_text_only(chat):
     chat.run("at('model').value = '写字', at('model').dispatchEvent(new Event('change'))")
     assert chat.run("at('attach').hidden && at('record').hidden && at('task-field').hidden")
     assert "text only" in chat.run("at('log').innerText")
@@ -246,14 +246,14 @@ def test_the_key_is_asked_for(window, tmp_path):
         assert answers(window) == ["hello "]
 
 
-def test_the_page_can_ask_nobody_else(chat, running):
-    told = "(() => fetch('http://localhost:1/').then(() => 'asked', () => 'refused'))()"
-    assert chat.run(told) == "refused"
-    assert any("Content Security Policy" in one for one in chat.complaints())
+def test_the_page_can_fetch_from_nowhere_else(chat, running):
+    script = "(() => fetch('http://localhost:1/').then(() => 'asked', () => 'refused'))()"
+    assert chat.run(script) == "refused"
+    assert any("Content Security Policy" in one for one in chat.errors())
     chat.events = []
 
 
-def test_the_file_needs_nothing_else():
+def test_the_file_refers_to_nothing_else():
     html, headers = page()
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert "unsafe" not in headers["Content-Security-Policy"]

@@ -1,35 +1,45 @@
-"""The bounds that a server is started with."""
+"""The options of a server."""
 
 from pathlib import Path
 
 import pytest
 
 from finetune.common.errors import RecipeError
-from finetune.serving.http.settings import Options, options_of
+from finetune.common.registry import parse_options
+from finetune.data.media import Limits
+from finetune.serving.engine.contract import EngineLimits
+from finetune.serving.http.settings import ServerOptions
 
 
-def test_options_are_read_and_named():
-    options = options_of(["max_bytes=5", " hosts = a.example, *.b.example ", "origins="])
+def test_options_are_parsed_and_validated():
+    options = parse_options(["max_bytes=5", " hosts = a.example, *.b.example ", "origins="], ServerOptions)
     assert options.max_bytes == 5 and options.hosts == ("a.example", "*.b.example") and options.origins == ()
-    assert options_of([]) == Options()
-    for given, said in (
+    assert parse_options([], ServerOptions) == ServerOptions()
+    for pair, message in (
         ("max_byte=5", "did you mean 'max_bytes'"),
-        ("zzz=5", "there are max_request_bytes, "),
-        ("max_bytes", "write key=value"),
-        ("max_bytes=many", "max_bytes=many: input should be a valid integer"),
+        ("zzz=5", "there are: max_request_bytes, "),
+        ("max_bytes", "write KEY=VALUE"),
+        ("max_bytes=many", "max_bytes=many: Input should be a valid integer"),
         ("max_bytes=0", "greater than or equal to 1"),
+        ("max_stops=10001", "less than or equal to 10000"),
     ):
         with pytest.raises(RecipeError, match="--option") as caught:
-            options_of([given])
-        assert said in str(caught.value)
-    assert all(field.description for field in Options.model_fields.values())
+            parse_options([pair], ServerOptions)
+        assert message in str(caught.value)
+
+
+def test_limits_reach_the_engine_and_its_models():
+    assert ServerOptions().engine_limits() == EngineLimits()
+    assert ServerOptions(max_batch=3, queue_limit=4).engine_limits() == EngineLimits(max_batch=3, queue_limit=4)
+    tighter = ServerOptions(max_pixels=5).media_limits(Limits(max_bytes=7))
+    assert (tighter.max_bytes, tighter.max_pixels) == (7, 5)
 
 
 def test_the_documents_list_every_option():
     text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
-    listed = [line.split(" | ") for line in text.splitlines() if line.startswith("| `") and line.count("|") == 4]
-    found = {name.strip("|` "): (value.strip(), about.rstrip(" |")) for name, value, about in listed}
-    for name, field in Options.model_fields.items():
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| `") and line.count("|") == 4]
+    rows = {name.strip("|` "): (value.strip(), about.rstrip(" |")) for name, value, about in lines}
+    for name, field in ServerOptions.model_fields.items():
         value = field.default
         shown = "" if value == () else f"{value:,}" if isinstance(value, int) else f"{value:g}"
-        assert found[name] == (shown, field.description)
+        assert rows[name] == (shown, field.description)

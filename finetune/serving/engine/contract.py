@@ -1,29 +1,57 @@
-"""What the HTTP app asks of the engine, and what it gets: plain values, no torch."""
+"""What the HTTP app and an engine exchange: plain values, no torch."""
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from finetune.data.sample import Answer, Message
 
+MEBIBYTE = 2**20
+JsonSchema = Mapping[str, object]
+
 
 class Busy(Exception):
-    """The queue is full; `retry_after_seconds` tells when there will likely be room."""
+    """There is no room for the request; `retry_after_seconds` estimates when there will be."""
 
     def __init__(self, retry_after_seconds: float) -> None:
-        super().__init__(f"too many requests wait; try again in {retry_after_seconds:.0f} s")
+        super().__init__(f"too many requests are waiting; try again in {retry_after_seconds:.0f} s")
         self.retry_after_seconds = retry_after_seconds
 
 
 class TimedOut(Exception):
-    """A request took longer than it may."""
+    """A request took longer than its time limit."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Sizes of an engine.
+
+    max_batch: answers of one model generated at a time
+    max_batch_tokens: tokens of these answers, padding and prompts included; also the most for a single request
+    prefill_tokens: prompt tokens read between two steps; a single prompt may be longer
+    queue_limit: waiting requests
+    media_cache_bytes, prefix_cache_bytes: cached features of media and keys and values of prompts; 0 caches nothing
+    media_waiting_bytes: decoded media that haven't been encoded yet
+    """
+
+    max_batch: int = 32
+    max_batch_tokens: int = 65_536
+    prefill_tokens: int = 4096
+    queue_limit: int = 128
+    media_cache_bytes: int = 256 * MEBIBYTE
+    prefix_cache_bytes: int = 256 * MEBIBYTE
+    media_waiting_bytes: int = 1024 * MEBIBYTE
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to one conversation that ends on the user's turn. `temperature` 0 is greedy. `logprobs`: None, or how
-    many alternatives to tell of each token (0: only the token's own). `schema`: JSON schema that the answer must
-    satisfy; {} is any JSON. `strength`: as in `Assistant.answer`.
+    """One answer to a conversation that ends on the user's turn.
+
+    temperature: 0 is greedy
+    stop: non-empty strings
+    logprobs: None, or the number of alternatives to report for each token; 0 reports the chosen token alone
+    schema: the JSON schema of the answer; {} allows any object
+    strength: as in `Assistant.answer`
     """
 
     model: str
@@ -34,7 +62,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    schema: Mapping[str, Any] | None = None
+    schema: JsonSchema | None = None
     strength: float | Mapping[str, float] | None = None
     timeout_seconds: float = 120.0
 
@@ -51,8 +79,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become certain since the last piece: whole characters, nothing of a stop string. The last piece has
-    a `finish_reason`: 'stop', 'length'.
+    """The next final text of an answer: whole characters, no part of a stop string. The last piece has a
+    `finish_reason`, 'stop' or 'length'.
     """
 
     text: str
@@ -61,9 +89,9 @@ class Piece:
 
 
 class Stream(Protocol):
-    """Pieces of one answer, to be read in an event loop. Iterating raises DataError for what can't be read, TimedOut,
-    MemoryError, or Busy before the first piece. `prompt_tokens`, `completion_tokens`, `cached_tokens` are known once
-    the first piece has come.
+    """Pieces of one answer, iterated in an event loop. Iteration raises DataError for media or text that can't be
+    used, TimedOut, MemoryError, or Busy before the first piece. The token counts are valid once the first piece has
+    arrived.
     """
 
     prompt_tokens: int
@@ -76,34 +104,49 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Stats:
-    """`counters` only grow: requests, tokens, hits and misses of caches; `gauges` are now: running, waiting, bytes."""
+    """`counters` only grow: requests, tokens, cache hits and misses. `gauges` are current values."""
 
     counters: Mapping[str, float] = field(default_factory=dict)
     gauges: Mapping[str, float] = field(default_factory=dict)
 
 
-class Engine(Protocol):
-    """`models`: {name: {"media": kinds it takes, "tasks": {name: {"head", "labels" or None}}, "context": tokens or
-    None, "path": where from}}.
-    """
+@dataclass(frozen=True)
+class TaskInfo:
+    """The head of a task that a model was trained on, and its labels, if it has any."""
 
-    models: Mapping[str, Mapping[str, Any]]
+    head: str
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The kinds of media that a model accepts, its tasks by name, and its context length in tokens, if limited."""
+
+    media: tuple[str, ...]
+    tasks: Mapping[str, TaskInfo]
+    context: int | None
+
+
+class Engine(Protocol):
+    """Generates answers of several models."""
 
     @property
+    def models(self) -> Mapping[str, ModelInfo]: ...
+    @property
     def alive(self) -> bool:
-        """Whether it has been started, and still answers."""
+        """Whether it has been started and still answers."""
         ...
 
     def start(self) -> None: ...
     def submit(self, request: Request) -> Stream:
-        """Raises Busy, and DataError for an unknown model."""
+        """Raises Busy; DataError for an unknown model or an invalid strength."""
         ...
 
     async def ask(self, model: str, task: str, messages: tuple[Message, ...], timeout_seconds: float) -> Answer:
-        """What `task`'s labels or score head say. Raises Busy, TimedOut, DataError."""
+        """The output of `task`'s labels or score head. Raises Busy, TimedOut, DataError."""
         ...
 
     def stats(self) -> Stats: ...
     def stop(self, drain_seconds: float) -> None:
-        """Take nothing new, finish what runs within the time, then end."""
+        """Refuse new requests, finish the running ones within the time limit, then end."""
         ...

@@ -1,69 +1,69 @@
-"""Tokens to text that won't change any more: whole characters, nothing of a stop string."""
+"""Tokens to final text: whole characters, no part of a stop string."""
 
 from collections.abc import Sequence
 from typing import Any
 
-HALF = "\ufffd"  # what decoders put where bytes make no character, or none yet
+REPLACEMENT = "\ufffd"  # decoders write it for bytes that make no character, or not yet
 
 
-class Text:
-    """Grows token by token. `released` is what may be shown; once `stopped`, it is all there is."""
+class IncrementalDecoder:
+    """The text of an answer as its tokens arrive. `release` gives what is final; once `stopped`, no more will come."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self.stopped = False
-        self._tokenizer, self._stop = tokenizer, tuple(one for one in stop if one)
+        self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
-        # Tokens are decoded with those before them, from a point between characters: many decoders put or drop a space
-        # at the beginning. `_begin` to `_read` has been seen, and read as `_seen`.
-        self._begin = self._read = 0
-        self._seen = ""
-        self._text = ""  # of all tokens up to `_read`
-        self._end = 0  # of what has been released
+        # Tokens are decoded together with those before them, from a boundary between characters on: many decoders add
+        # or drop a space at the beginning. Tokens `_begin` to `_decoded` gave `_context`, which is in `_text` already.
+        self._begin = self._decoded = 0
+        self._context = ""
+        self._text = ""  # of all tokens up to `_decoded`
+        self._released = 0
 
     @property
     def whole(self) -> bool:
-        """Whether all tokens' text has been released."""
-        return self._read == len(self._ids) and self._end == len(self._text)
+        """Whether the text of all tokens has been released."""
+        return self._decoded == len(self._ids) and self._released == len(self._text)
 
     @property
     def length(self) -> int:
-        """Characters that are certain so far."""
+        """Characters decoded so far."""
         return len(self._text)
 
     @property
-    def end(self) -> int:
+    def released(self) -> int:
         """Characters released so far."""
-        return self._end
+        return self._released
 
     def add(self, token: int) -> None:
         self._ids.append(token)
         self._grow()
 
     def release(self, last: bool = False) -> str:
-        """What has become certain since the last call; with `last`, all that is left, half characters too."""
+        """The text that has become final since the last call; with `last`, all of it, broken characters included."""
         if last and not self.stopped:
             self._grow(last=True)
-        end = len(self._text) if last or self.stopped else len(self._text) - self._held()
-        found = self._text[self._end : end]
-        self._end = max(end, self._end)
-        return found
+        end = len(self._text) if last or self.stopped else len(self._text) - self._stop_prefix()
+        text = self._text[self._released : end]
+        self._released = max(end, self._released)
+        return text
 
     def _grow(self, last: bool = False) -> None:
         text = self._decode(self._ids[self._begin :])
-        if len(text) <= len(self._seen) or (text.endswith(HALF) and not last):
+        if len(text) <= len(self._context) or (text.endswith(REPLACEMENT) and not last):
             return
         before = len(self._text)
-        self._text += text[len(self._seen) :]
-        self._begin, self._read = self._read, len(self._ids)
-        self._seen = self._decode(self._ids[self._begin :])
+        self._text += text[len(self._context) :]
+        self._begin, self._decoded = self._decoded, len(self._ids)
+        self._context = self._decode(self._ids[self._begin :])
         for stop in self._stop:
-            if (found := self._text.find(stop, max(self._end, before - len(stop) + 1))) >= 0:
-                self._text, self.stopped = self._text[:found], True
+            if (start := self._text.find(stop, max(self._released, before - len(stop) + 1))) >= 0:
+                self._text, self.stopped = self._text[:start], True
 
-    def _held(self) -> int:
-        """How many characters at the end may begin a stop string."""
-        tails = (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n]))
-        return max(tails, default=0)
+    def _stop_prefix(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        prefixes = (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n]))
+        return max(prefixes, default=0)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

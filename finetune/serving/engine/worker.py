@@ -1,5 +1,5 @@
-"""The thread that owns the models. It takes what is ready, model by model in turn: newcomers join the model's batch,
-and every row of it gets one more token. Between two steps it also asks heads.
+"""The thread that owns the models. Model by model in turn, new answers join the model's batch and every answer in it
+gets one more token. Between two steps it also runs heads.
 """
 
 import logging
@@ -10,17 +10,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 from finetune.common.errors import FinetuneError
 from finetune.data.sample import Answer, Message
-from finetune.model.assistant import Assistant, Look
-from finetune.serving.engine import window
+from finetune.model.assistant import Assistant
+from finetune.model.features import MediaView
+from finetune.serving.engine import static_batch
 from finetune.serving.engine.batch import Batch
 from finetune.serving.engine.cache import PrefixCache
-from finetune.serving.engine.contract import Busy, TimedOut
-from finetune.serving.engine.reading import Media
-from finetune.serving.engine.row import Row
+from finetune.serving.engine.contract import Busy, EngineLimits, TimedOut
+from finetune.serving.engine.generation import Generation
+from finetune.serving.engine.prompt import MediaReader
 from finetune.serving.engine.sampling import Vocabulary
 
 COUNTERS = (
@@ -28,65 +28,71 @@ COUNTERS = (
     *("prompt_tokens", "completion_tokens", "prefix_cache_hit_tokens", "prefix_cache_miss_tokens"),
     *("media_cache_hits", "media_cache_misses"),
 )
-STOPPED = TimedOut("the server stopped before this was answered")
+OUTCOMES = {"stop": "finished", "length": "finished", "error": "failed", None: "cancelled"}  # of finish reasons
+STOPPED = TimedOut("the server stopped before this request was answered")
 OUT_OF_MEMORY = re.compile("(out of|allocate) memory")  # by torch's allocators, as a RuntimeError
+Fail = Callable[[BaseException], None]
 
 
-@dataclass
-class Question:
-    """What a head is asked. `look` is known once its media are decoded."""
+@dataclass(eq=False)
+class HeadQuery:
+    """A question to a task's labels or score head. `view` is set once its media have been decoded."""
 
     task: str
     messages: tuple[Message, ...]
     future: "Future[Answer]" = field(default_factory=Future)
-    look: Look | None = None
+    view: MediaView | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.future.done()
 
     def fail(self, error: BaseException) -> None:
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
 
-@dataclass
-class Served:
-    """A model, what waits for it, and its batch.
+@dataclass(eq=False)
+class HostedModel:
+    """A model, its batch, and what is ready for it; only the worker touches the queues.
 
-    weights: what each medium weighs unless a request says otherwise; the model's own change while a window runs
-    together: how many rows may begin at once where none can join later; 0 where they can
-    room: rows that its batch may have: fewer when memory ran out
-    joining: rows that have left `ready`, and aren't in the batch yet, or never will be: those of a window
+    strengths: the default factor of each kind of media; the model's own change while a static batch runs
+    batch_size: the most answers at a time; smaller after memory ran out
+    static: how many answers may begin together if none can join later (`static_batch`); 0 if they can
+    joining: answers that have left `ready` and aren't in the batch yet; those of a static batch never are
     """
 
     assistant: Assistant
-    media: Media
+    media: MediaReader
     batch: Batch
     ends: frozenset[int]
-    weights: dict[str, float] | None
-    together: int
-    room: int
-    ready: deque[Row] = field(default_factory=deque)
-    questions: deque[Question] = field(default_factory=deque)
-    joining: list[Row] = field(default_factory=list)
-    vocabulary: Vocabulary | None = None  # made when it is first needed: it takes a second
+    strengths: dict[str, float] | None
+    batch_size: int
+    static: int
+    ready: deque[Generation] = field(default_factory=deque)
+    queries: deque[HeadQuery] = field(default_factory=deque)
+    joining: list[Generation] = field(default_factory=list)
+    vocabulary: Vocabulary | None = None  # made when first needed: it takes a second
 
     @property
-    def running(self) -> list[Row]:
-        return list(dict.fromkeys([*self.batch.rows, *self.joining]))
+    def running(self) -> list[Generation]:
+        return list(dict.fromkeys([*self.batch.generations, *self.joining]))
 
 
 class Worker:
-    """`max_batch`, `max_batch_tokens`, `prefill_tokens`: as in `Engine`. `waiting`: requests taken, and neither in a
-    batch nor answered; changed under `wake`.
+    """`waiting`: accepted requests that are neither in a batch nor answered; changed under `wake`. Reader threads
+    hand over requests by `deliver`.
     """
 
-    def __init__(self, prefixes: PrefixCache, max_batch: int, max_batch_tokens: int, prefill_tokens: int) -> None:
-        self.served: Sequence[Served] = ()
-        self.prefixes = prefixes
-        self.max_batch, self.max_batch_tokens, self.prefill_tokens = max_batch, max_batch_tokens, prefill_tokens
+    def __init__(self, prefixes: PrefixCache, limits: EngineLimits) -> None:
+        self.models: Sequence[HostedModel] = ()
+        self.prefixes, self.limits = prefixes, limits
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
-        self.seconds = 1.0  # that an answer took lately
+        self.seconds = 1.0  # moving average of an answer's duration
         self.wake = threading.Condition()
         self.waiting = 0
         self.draining = self.stopped = False
+        self._inbox: list[tuple[HostedModel, Generation | HeadQuery]] = []  # under `wake`
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
 
     def start(self) -> None:
@@ -97,7 +103,7 @@ class Worker:
         return self._thread.is_alive()
 
     def stop(self, drain_seconds: float) -> None:
-        """Finish what is there within the time, then end."""
+        """Finish all accepted requests within the time limit, then end."""
         if self._thread.ident is None:
             return
         with self.wake:
@@ -107,159 +113,178 @@ class Worker:
         with self.wake:
             self.stopped = True
             self.wake.notify_all()
-        for served in self.served:
-            for row in served.running:
-                row.stream.deadline = 0.0
-        self._thread.join()
+        while self._thread.is_alive():  # again and again: an answer may join its batch at this moment
+            for model in self.models:
+                for generation in model.running:
+                    generation.stream.deadline = 0.0
+            self._thread.join(0.1)
+
+    def deliver(self, model: HostedModel, item: Generation | HeadQuery) -> None:
+        """Hand over a request that has been read."""
+        with self.wake:
+            self._inbox.append((model, item))
+            self.wake.notify_all()
 
     def notify(self) -> None:
         with self.wake:
             self.wake.notify_all()
 
-    def wait_less(self, count: int = 1) -> None:
+    def count(self, name: str, number: int = 1) -> None:
         with self.wake:
-            self.waiting -= count
+            self.counters[name] += number
 
-    def failed(self, error: Exception, *fails: Callable[[BaseException], Any]) -> None:
-        """Tell those whom an error concerns."""
-        self.counters["requests_failed"] += len(fails)
-        told: Exception = error
+    def leave_queue(self, number: int = 1) -> None:
+        with self.wake:
+            self.waiting -= number
+            self.wake.notify_all()
+
+    def fail(self, error: Exception, *requests: Fail) -> None:
+        """Report an error to the requests that it concerns, each given by its `fail`."""
+        self.count("requests_failed", len(requests))
+        reported: Exception = error
         if _is_memory(error):
-            told = MemoryError("not enough memory for this request here: fewer or smaller media, or shorter text")
+            reported = MemoryError("not enough memory for this request: send fewer or smaller media, or shorter text")
         elif not isinstance(error, FinetuneError | TimedOut | Busy):
             logging.getLogger(__name__).error("a request failed", exc_info=error)
-        for fail in fails:
-            fail(told)
+        for fail in requests:
+            fail(reported)
+
+    def fail_unanswered(self) -> None:
+        """Report to all requests that are left after the worker has ended."""
+        self._receive()
+        for model in self.models:
+            self.fail(STOPPED, *(one.fail for one in (*model.running, *model.ready) if not one.done))
+            self.fail(STOPPED, *(query.fail for query in model.queries))
 
     def _work(self) -> None:
         while self._wait():
-            for served in self.served:
+            for model in self.models:
                 try:
-                    self._turn(served)
+                    self._turn(model)
                 except Exception as error:  # whatever a model raises, the worker goes on
-                    self._recover(served, error)
-
-    def abandon(self) -> None:
-        """Tell all whom the worker, which has ended, left unanswered."""
-        for served in self.served:
-            self.failed(STOPPED, *(row.fail for row in (*served.batch.rows, *served.ready) if not row.done))
-            self.failed(STOPPED, *(question.fail for question in served.questions))
+                    self._recover(model, error)
 
     def _wait(self) -> bool:
-        """Until there is something to do; False when all is over."""
+        """Block until there is something to do; False when the worker is to end."""
         with self.wake:
             self.wake.wait_for(lambda: self.stopped or self._busy() or (self.draining and not self.waiting))
+            self._receive()
             return not self.stopped and self._busy()
 
+    def _receive(self) -> None:
+        with self.wake:
+            for model, item in self._inbox:
+                if isinstance(item, Generation):
+                    model.ready.append(item)
+                else:
+                    model.queries.append(item)
+            self._inbox.clear()
+
     def _busy(self) -> bool:
-        return any(served.ready or served.questions or served.batch.rows for served in self.served)
+        return bool(self._inbox) or any(m.ready or m.queries or m.batch.generations for m in self.models)
 
-    def _turn(self, served: Served) -> None:
-        """One question to a head, newcomers, one step."""
-        self._tidy(served)
-        if served.questions:
-            self._ask(served, served.questions.popleft())
-        self._let_in(served)
-        if served.joining and served.together:
-            window.generate(served.assistant, served.joining)
-        elif served.joining:
-            served.batch.join(served.joining)
-        self._tidy(served)
-        if served.batch.rows:
-            served.batch.step()
-            self.counters["steps"] += 1
-            self._tidy(served)
+    def _turn(self, model: HostedModel) -> None:
+        """One query to a head, new answers, one step."""
+        self._tidy(model)
+        if model.queries:
+            self._answer_query(model, model.queries.popleft())
+        self._admit(model)
+        if model.joining and model.static:
+            static_batch.generate(model.assistant, model.joining)
+        elif model.joining:
+            model.batch.join(model.joining)
+        self._tidy(model)
+        if model.batch.generations:
+            model.batch.step()
+            self.count("steps")
+            self._tidy(model)
 
-    def _let_in(self, served: Served) -> None:
-        """Find who may join now, in the order in which they became ready."""
-        found = served.joining
-        running, limit = served.batch.rows, min(served.room, served.together or served.room)
-        while served.ready and len(running) + len(found) < limit:
-            row = served.ready[0]
-            rows = [*running, *found, row]
-            longest = max(len(other.prompt.input_ids) + other.limit for other in rows)
-            if len(rows) > 1 and len(rows) * longest > self.max_batch_tokens:
+    def _admit(self, model: HostedModel) -> None:
+        """Move answers from `ready` to `joining`, in order, as far as there is room."""
+        joining = model.joining
+        running, most = model.batch.generations, min(model.batch_size, model.static or model.batch_size)
+        while model.ready and len(running) + len(joining) < most:
+            new = model.ready[0]
+            together = [*running, *joining, new]
+            longest = max(len(one.prompt.input_ids) + one.limit for one in together)
+            if len(together) > 1 and len(together) * longest > self.limits.max_batch_tokens:
                 break
-            if found and sum(other.length for other in (*found, row)) > self.prefill_tokens:
+            if joining and sum(one.length for one in (*joining, new)) > self.limits.prefill_tokens:
                 break
-            if found and served.together and row.weights != found[0].weights:
+            if joining and model.static and new.strengths != joining[0].strengths:
                 break
-            self.wait_less()
-            found.append(served.ready.popleft())
-            if not self._encoded(served, row):
-                found.pop()
+            self.leave_queue()
+            joining.append(model.ready.popleft())
+            if not self._encode_media(model, new):
+                joining.pop()
 
-    def _encoded(self, served: Served, row: Row) -> bool:
-        """Its media's features are there. Of a medium that can't be encoded, others never know."""
+    def _encode_media(self, model: HostedModel, generation: Generation) -> bool:
+        """Whether its media could be encoded; if not, it fails alone."""
         try:
-            for kind, seen in row.prompt.media.items():
-                for one in seen:
-                    served.media.features(kind, one)
-        except Exception as error:  # whatever an encoder raises: the worker goes on
-            self.failed(error, row.fail)
-        return not row.done
+            for kind, media in generation.prompt.media.items():
+                for medium in media:
+                    model.media.encode(kind, medium)
+        except Exception as error:  # whatever an encoder raises, the worker goes on
+            self.fail(error, generation.fail)
+        return not generation.done
 
-    def _recover(self, served: Served, error: Exception) -> None:
-        """A row that is alone fails; several are put back, to be read again by fewer at once, so that in the end only
-        those fail whose fault it is.
+    def _recover(self, model: HostedModel, error: Exception) -> None:
+        """After an error in a batch: an answer that was alone fails; several go back to the queue, to be tried again
+        by fewer at a time, so that only those fail that cause the error.
         """
-        running = served.running
-        served.batch.clear()
-        served.joining = []
-        self.prefixes.kept.clear()
-        rows = [row for row in running if not row.done]
-        self._end(served, [row for row in running if row not in rows])
-        if len(running) == 1 or not rows:
-            self.failed(error, *(row.fail for row in rows))
+        running = model.running
+        model.batch.clear()
+        model.joining = []
+        self.prefixes.blocks.clear()
+        unfinished = [generation for generation in running if not generation.done]
+        self._finish(model, [generation for generation in running if generation not in unfinished])
+        if len(running) == 1 or not unfinished:
+            self.fail(error, *(generation.fail for generation in unfinished))
             return
-        served.room = max(1, len(rows) // 2) if _is_memory(error) else 1
-        served.ready.extendleft(reversed(rows))
-        self.wait_less(-len(rows))
+        model.batch_size = max(1, len(unfinished) // 2) if _is_memory(error) else 1
+        model.ready.extendleft(reversed(unfinished))
+        self.leave_queue(-len(unfinished))
 
-    def _ask(self, served: Served, question: Question) -> None:
-        self.wait_less()
-        if not question.future.set_running_or_notify_cancel():
-            self.counters["requests_cancelled"] += 1
+    def _answer_query(self, model: HostedModel, query: HeadQuery) -> None:
+        self.leave_queue()
+        if not query.future.set_running_or_notify_cancel():
+            self.count("requests_cancelled")
             return
         try:
-            (answer,) = served.assistant.ask(question.task, [question.messages], look=question.look)
+            (answer,) = model.assistant.ask(query.task, [query.messages], view=query.view)
         except Exception as error:  # as above
-            self.failed(error, question.future.set_exception)
+            self.fail(error, query.future.set_exception)
             return
-        self.counters["requests_finished"] += 1
-        question.future.set_result(answer)
+        self.count("requests_finished")
+        query.future.set_result(answer)
 
-    def _tidy(self, served: Served) -> None:
-        """Let go of what has ended, and of what nobody waits for."""
-        for row in (*served.running, *served.ready):
-            row.look_at_clock()
-        ended = [row for row in served.running if row.done]
-        served.batch.keep([row for row in served.batch.rows if row not in ended])
-        served.joining = []
-        self._end(served, ended)
-        here = [row for row in served.ready if not row.done]
-        asked = [question for question in served.questions if not question.future.done()]
-        if gone := len(served.ready) - len(here) + len(served.questions) - len(asked):
-            self.wait_less(gone)
-            self.counters["requests_cancelled"] += gone
-            served.ready, served.questions = deque(here), deque(asked)
+    def _tidy(self, model: HostedModel) -> None:
+        """Drop what has ended or was cancelled."""
+        for generation in (*model.running, *model.ready):
+            generation.check_deadline()
+        ended = [generation for generation in model.running if generation.done]
+        model.batch.keep([generation for generation in model.batch.generations if generation not in ended])
+        model.joining = []
+        self._finish(model, ended)
+        ready = deque(generation for generation in model.ready if not generation.done)
+        queries = deque(query for query in model.queries if not query.done)
+        if dropped := len(model.ready) - len(ready) + len(model.queries) - len(queries):
+            self.leave_queue(dropped)
+            self.count("requests_cancelled", dropped)
+            model.ready, model.queries = ready, queries
 
-    def _end(self, served: Served, ended: Sequence[Row]) -> None:
-        """Count them, then tell their ends: whoever has all of an answer finds it counted."""
-        served.room = min(self.max_batch, served.room + len(ended))
-        for row in ended:
-            self._count(row)
-            row.tell_end()
-
-    def _count(self, row: Row) -> None:
-        ends = {"stop": "finished", "length": "finished", "error": "failed", None: "cancelled"}
-        self.counters[f"requests_{ends[row.finish_reason]}"] += 1
-        self.counters["prompt_tokens"] += row.stream.prompt_tokens
-        self.counters["completion_tokens"] += len(row.tokens)
-        self.counters["prefix_cache_hit_tokens"] += row.stream.cached_tokens
-        self.counters["prefix_cache_miss_tokens"] += row.stream.prompt_tokens - row.stream.cached_tokens
-        took = time.monotonic() - row.begun
-        self.seconds += 0.1 * (took - self.seconds)
+    def _finish(self, model: HostedModel, ended: Sequence[Generation]) -> None:
+        """Count answers before their last pieces are sent: a client that has a whole answer finds it counted."""
+        model.batch_size = min(self.limits.max_batch, model.batch_size + len(ended))
+        for generation in ended:
+            stream = generation.stream
+            self.count(f"requests_{OUTCOMES[generation.finish_reason]}")
+            self.count("prompt_tokens", stream.prompt_tokens)
+            self.count("completion_tokens", len(generation.tokens))
+            self.count("prefix_cache_hit_tokens", stream.cached_tokens)
+            self.count("prefix_cache_miss_tokens", stream.prompt_tokens - stream.cached_tokens)
+            self.seconds += 0.1 * (time.monotonic() - generation.begun - self.seconds)
+            generation.send_last()
 
 
 def _is_memory(error: Exception) -> bool:

@@ -2,11 +2,13 @@
 
 import asyncio
 import math
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -15,36 +17,33 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Answer
 from finetune.serving.engine.contract import Busy, Engine, TimedOut
-from finetune.serving.http.answers import Chat
-from finetune.serving.http.gate import Gate
-from finetune.serving.http.intake import Intake, read_chat, read_heads
-from finetune.serving.http.metrics import Counted, Metrics
+from finetune.serving.http.access import AccessControl
+from finetune.serving.http.completion import ChatCompletion
+from finetune.serving.http.metrics import Metrics, RequestMetrics
 from finetune.serving.http.page import page
-from finetune.serving.http.protocol import ApiError, new_id, now
-from finetune.serving.http.settings import Options
+from finetune.serving.http.protocol import ApiError, JsonObject, new_id, now
+from finetune.serving.http.reader import HeadOutput, RequestReader
+from finetune.serving.http.settings import ServerOptions
 
 T = TypeVar("T")
-GRACE_SECONDS = 5.0  # the engine keeps the time itself; after so much more it is given up
-GONE = 499  # nobody reads it
-SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+GRACE_SECONDS = 5.0  # the engine observes the time limit itself; after this much more it is considered hung
+CLIENT_CLOSED_REQUEST = 499  # as in nginx: nobody reads it
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class Gone(Exception):
-    """The client has gone away."""
-
-
-def build_app(engine: Engine, options: Options, folder: Path, api_key: str | None = None) -> FastAPI:
-    """`folder`: private, for media of requests while they are answered. `app.state.server.draining = True` makes it
-    refuse what is new. The engine must have been started.
+def build_app(engine: Engine, options: ServerOptions, folder: Path, api_key: str | None = None) -> FastAPI:
+    """The app for an engine that has been started. `folder`: private, for the media of requests in progress.
+    `app.state.server.draining = True` makes it refuse new requests.
     """
     server = Server(engine, options, folder)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
-    routes: dict[str, tuple[str, Any]] = {
+    routes: dict[str, tuple[str, Callable[..., Awaitable[Response]]]] = {
         "/": ("GET", server.chat_page),
         "/health": ("GET", server.health),
         "/metrics": ("GET", server.metrics_text),
@@ -56,9 +55,9 @@ def build_app(engine: Engine, options: Options, folder: Path, api_key: str | Non
     }
     for path, (method, endpoint) in routes.items():
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    for kind in (ApiError, Busy, TimedOut, MemoryError, HTTPException, Gone, Exception):
-        app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(Gate, api_key=api_key, origins=options.origins)
+    for kind in (ApiError, Busy, TimedOut, MemoryError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _error_response)
+    app.add_middleware(AccessControl, api_key=api_key, origins=options.origins)
     if options.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -67,17 +66,17 @@ def build_app(engine: Engine, options: Options, folder: Path, api_key: str | Non
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    app.add_middleware(Counted, metrics=server.metrics, paths=tuple(routes))
+    app.add_middleware(RequestMetrics, metrics=server.metrics, paths=tuple(routes))
     return app
 
 
 class Server:
-    """What the endpoints do."""
+    """The endpoints."""
 
-    def __init__(self, engine: Engine, options: Options, folder: Path) -> None:
+    def __init__(self, engine: Engine, options: ServerOptions, folder: Path) -> None:
         self.engine, self.options, self.folder = engine, options, folder
         self.metrics = Metrics(engine.stats)
-        self.begin = now()
+        self.started = now()
         self.draining = False
 
     async def chat_page(self) -> Response:
@@ -96,46 +95,45 @@ class Server:
 
     async def model(self, name: str) -> Response:
         if name not in self.engine.models:
-            there = ", ".join(self.engine.models)
-            raise ApiError(404, f"there is no {name[:100]!r}; served are {there}", code="model_not_found")
+            names = ", ".join(self.engine.models)
+            raise ApiError(404, f"there is no {name[:100]!r}; served are {names}", code="model_not_found")
         return JSONResponse(self._model(name))
 
-    def _model(self, name: str) -> dict[str, Any]:
-        about = self.engine.models[name]
+    def _model(self, name: str) -> JsonObject:
+        info = self.engine.models[name]
         return {
             "id": name,
             "object": "model",
-            "created": self.begin,
+            "created": self.started,
             "owned_by": "finetune",
-            "max_model_len": about["context"],
-            "media": list(about["media"]),
-            "tasks": {task: dict(its) for task, its in about["tasks"].items()},
+            "max_model_len": info.context,
+            "media": info.media,
+            "tasks": {task: asdict(about) for task, about in info.tasks.items()},
         }
 
     async def chat(self, request: Request) -> Response:
         begin = perf_counter()
         body = await self._body(request)
         with ExitStack() as stack:
-            intake = Intake(self.options, self.folder)
-            stack.callback(intake.close)
-            asked, wanted = await run_in_threadpool(read_chat, body, self.engine.models, self.options, intake)
+            reader = stack.enter_context(self._reader())
             try:
-                chat = Chat(self.engine, asked, wanted, self.options.timeout_seconds + GRACE_SECONDS)
-                stack.callback(self._close, chat)
-                await while_connected(request, chat.first())
-                self.metrics.first_seconds.labels(chat.model).observe(perf_counter() - begin)
-                if not asked.stream:
-                    return JSONResponse(await while_connected(request, chat.content()))
+                chat, requests = await run_in_threadpool(reader.chat, body)
+                seconds = self.options.timeout_seconds + GRACE_SECONDS
+                completion = ChatCompletion(self.engine, chat, requests, seconds)
+                stack.callback(self._close, completion)
+                await while_connected(request, completion.start())
+                self.metrics.first_seconds.labels(completion.model).observe(perf_counter() - begin)
+                if not chat.stream:
+                    return JSONResponse(await while_connected(request, completion.content()))
             except DataError as error:
-                raise ApiError(400, intake.told(error)) from None
-            told = lambda error: api_error(error, intake)  # noqa: E731
-            return _Held(chat.events(told), stack.pop_all())
+                raise reader.api_error(error) from None
+            return _EventStream(completion.events(partial(api_error, reader=reader)), stack.pop_all())
 
-    def _close(self, chat: Chat) -> None:
-        chat.close()
-        self.metrics.count(chat.model, chat.streams)
-        if not chat.ended:
-            self.metrics.stopped.labels(chat.model).inc()
+    def _close(self, completion: ChatCompletion) -> None:
+        completion.close()
+        self.metrics.count_tokens(completion.model, completion.streams)
+        if not completion.ended:
+            self.metrics.stopped.labels(completion.model).inc()
 
     async def classify(self, request: Request) -> Response:
         return await self._heads(request, "labels")
@@ -143,37 +141,38 @@ class Server:
     async def score(self, request: Request) -> Response:
         return await self._heads(request, "score")
 
-    async def _heads(self, request: Request, heads: str) -> Response:
+    async def _heads(self, request: Request, output: HeadOutput) -> Response:
         body = await self._body(request)
-        with ExitStack() as stack:
-            intake = Intake(self.options, self.folder)
-            stack.callback(intake.close)
-            model, task, questions = await run_in_threadpool(
-                read_heads, body, self.engine.models, self.options, intake, heads
-            )
+        seconds = self.options.timeout_seconds
+        with self._reader() as reader:
             try:
-                found = [
-                    await while_connected(request, self.engine.ask(model, task, question, self.options.timeout_seconds))
-                    for question in questions
+                questions = await run_in_threadpool(reader.heads, body, output)
+                model, task = questions.model, questions.task
+                answers = [
+                    await while_connected(request, self.engine.ask(model, task, messages, seconds))
+                    for messages in questions.conversations
                 ]
             except DataError as error:
-                raise ApiError(400, intake.told(error)) from None
-        reply = _labels if heads == "labels" else _number
+                raise reader.api_error(error) from None
+        prefix, entry = ("classify", _label_entry) if output == "labels" else ("score", _score_entry)
         return JSONResponse(
             {
-                "id": new_id("classify" if heads == "labels" else "score"),
+                "id": new_id(prefix),
                 "object": "list",
                 "created": now(),
                 "model": model,
                 "task": task,
-                "data": [{"index": number, **reply(answer)} for number, answer in enumerate(found)],
+                "data": [{"index": number, **entry(answer)} for number, answer in enumerate(answers)],
             }
         )
 
+    def _reader(self) -> RequestReader:
+        return RequestReader(self.engine.models, self.options, self.folder)
+
     async def _body(self, request: Request) -> bytes:
-        """Raises ApiError while draining, for too much, and for what doesn't come."""
+        """Raises ApiError while draining, for a body that is too large, and for one that doesn't arrive in time."""
         if self.draining:
-            raise ApiError(503, "the server is about to end; ask another", retry_after=5)
+            raise ApiError(503, "the server is shutting down; send the request to another", retry_after=5)
         most = self.options.max_request_bytes
         content = bytearray()
         try:
@@ -183,55 +182,57 @@ class Server:
                     if len(content) > most:
                         raise ApiError(413, f"more than {most:,} bytes in one request (`max_request_bytes`)")
         except TimeoutError:
-            raise ApiError(408, f"the request wasn't there after {self.options.body_seconds:g} s") from None
-        except ClientDisconnect:
-            raise Gone from None
+            raise ApiError(408, f"the body didn't arrive within {self.options.body_seconds:g} s") from None
         return bytes(content)
 
 
-class _Held(StreamingResponse):
-    """Events; what they hold is let go of when the last is sent, or the reader goes away."""
+class _EventStream(StreamingResponse):
+    """Server-sent events; `resources` are closed after the last one, or when the client disconnects."""
 
-    def __init__(self, events: Any, held: ExitStack) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=SSE)
-        self.held = held
+    def __init__(self, events: AsyncIterator[str], resources: ExitStack) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=SSE_HEADERS)
+        self.resources = resources
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        with self.held:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.resources:
             await super().__call__(scope, receive, send)
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives. Raises Gone, and ends `work`, where the client goes away first."""
+async def while_connected(request: Request, work: Coroutine[object, object, T]) -> T:
+    """The result of `work`, which is cancelled if the client disconnects first. Raises ClientDisconnect."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    working, leaving = asyncio.create_task(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise ClientDisconnect
         return working.result()
     finally:
         working.cancel()
         leaving.cancel()
 
 
-def _labels(answer: Answer) -> dict[str, Any]:
-    chances = dict(answer.probabilities or {})
-    label = answer.text or max(chances, key=chances.__getitem__)
-    return {"label": label, "probs": list(chances.values()), "num_classes": len(chances), "probabilities": chances}
+def _label_entry(answer: Answer) -> JsonObject:
+    probabilities = dict(answer.probabilities or {})
+    return {
+        "label": answer.text or max(probabilities, key=probabilities.__getitem__),
+        "probs": list(probabilities.values()),
+        "num_classes": len(probabilities),
+        "probabilities": probabilities,
+    }
 
 
-def _number(answer: Answer) -> dict[str, Any]:
+def _score_entry(answer: Answer) -> JsonObject:
     number = answer.number
     return {"object": "score", "score": number if number is not None and math.isfinite(number) else None}
 
 
-def api_error(error: BaseException, intake: Intake | None = None) -> ApiError:
-    """What a client is told; of what isn't its affair only that there was something."""
+def api_error(error: BaseException, reader: RequestReader | None = None) -> ApiError:
+    """The error as the client gets it; without details if the client isn't the cause."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
@@ -239,18 +240,18 @@ def api_error(error: BaseException, intake: Intake | None = None) -> ApiError:
     if isinstance(error, TimedOut):
         return ApiError(504, str(error) or "the answer took too long", code="timeout")
     if isinstance(error, MemoryError):
-        return ApiError(503, "out of memory: fewer or smaller media, or shorter text", retry_after=5)
-    if isinstance(error, DataError) and intake is not None:
-        return ApiError(400, intake.told(error))
+        return ApiError(503, "out of memory: send fewer or smaller media, or shorter text", retry_after=5)
+    if isinstance(error, DataError) and reader is not None:
+        return reader.api_error(error)
     if isinstance(error, HTTPException):
         wrong = ApiError(error.status_code, f"{error.detail}; the endpoints are under /v1")
         wrong.headers = dict(error.headers or {})
         return wrong
-    return ApiError(500, "the server failed; its log tells more")
+    return ApiError(500, "the server failed; see its log")
 
 
-async def _answer_error(_: Request, error: Exception) -> Response:
-    if isinstance(error, Gone):
-        return Response(status_code=GONE)
-    told = api_error(error)
-    return JSONResponse(told.content(), told.status, told.headers)
+async def _error_response(_: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    reported = api_error(error)
+    return JSONResponse(reported.content(), reported.status, reported.headers)

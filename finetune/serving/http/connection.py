@@ -1,39 +1,37 @@
-"""Connections that nobody asks anything on are closed: uvicorn itself would wait for a request's head for ever."""
+"""Idle connections are closed: uvicorn itself waits for a request's headers without a time limit."""
 
 import asyncio
-from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
-def patient_for(seconds: float) -> type[H11Protocol]:
-    """What uvicorn's `http` takes: a connection on which no request has begun in the time, s, is closed."""
+def protocol_with_timeout(seconds: float) -> type[H11Protocol]:
+    """For uvicorn's `http`: connections on which no request begins within the time are closed."""
 
-    class Patient(H11Protocol):
-        waiting: asyncio.TimerHandle | None = None
+    class TimeoutProtocol(H11Protocol):
+        timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.look()
+            self.update_timer()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self.look()
+            self.update_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.unset()
+            self.stop_timer()
             super().connection_lost(exc)
 
-        def look(self) -> None:
-            cycle: Any = self.cycle  # the last request; none at first
-            if cycle is not None and not cycle.response_complete:
-                self.unset()
-            elif self.waiting is None:  # what has come since may be the beginning of a head: the time goes on
-                self.waiting = self.loop.call_later(seconds, self.transport.close)
+        def update_timer(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.stop_timer()
+            elif self.timer is None:  # partial headers don't restart it
+                self.timer = self.loop.call_later(seconds, self.transport.close)
 
-        def unset(self) -> None:
-            if self.waiting is not None:
-                self.waiting.cancel()
-                self.waiting = None
+        def stop_timer(self) -> None:
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
 
-    return Patient
+    return TimeoutProtocol

@@ -1,11 +1,12 @@
-"""What the server tells Prometheus."""
+"""Prometheus metrics of a server."""
 
 from collections.abc import Callable, Iterable
 from time import perf_counter
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.serving.engine.contract import Stats, Stream
 
@@ -13,88 +14,77 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Of one server. `stats`: the engine's own."""
+    """`stats`: the engine's own metrics."""
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "finetune_requests", "Answered, by path and HTTP status.", ("path", "status"), registry=self.registry
+
+        def counter(name: str, description: str, *labels: str) -> Counter:
+            return Counter(f"finetune_{name}", description, labels, registry=self.registry)
+
+        def histogram(name: str, description: str, *labels: str) -> Histogram:
+            return Histogram(f"finetune_{name}", description, labels, buckets=SECONDS, registry=self.registry)
+
+        self.requests = counter("requests", "Responses by path and HTTP status.", "path", "status")
+        self.seconds = histogram("request_seconds", "From a request's arrival to the end of its response, s.", "path")
+        self.first_seconds = histogram(
+            "first_token_seconds", "From a request's arrival to the first text of its answer, s.", "model"
         )
-        self.seconds = Histogram(
-            "finetune_request_seconds",
-            "From a request's arrival to the end of its answer, s.",
-            ("path",),
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.first_seconds = Histogram(
-            "finetune_first_token_seconds",
-            "From a request's arrival to the first of its text, s.",
-            ("model",),
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.tokens = {
-            kind: Counter(f"finetune_{kind}_tokens", about, ("model",), registry=self.registry)
-            for kind, about in {
-                "prompt": "Tokens of prompts, media included.",
-                "cached": "Tokens of prompts that were in memory from an earlier one.",
-                "completion": "Tokens written.",
-            }.items()
-        }
-        self.stopped = Counter(
-            "finetune_stopped", "Answers whose reader went away.", ("model",), registry=self.registry
-        )
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, media included.", "model")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the prefix cache.", "model")
+        self.completion_tokens = counter("completion_tokens", "Generated tokens.", "model")
+        self.stopped = counter("stopped", "Requests cancelled by their client.", "model")
         self.registry.register(_EngineStats(stats))
 
-    def count(self, model: str, streams: Iterable[Stream]) -> None:
-        """What has been written to one prompt."""
+    def count_tokens(self, model: str, streams: Iterable[Stream]) -> None:
+        """The tokens of all answers to one prompt, which counts once."""
         for number, stream in enumerate(streams):
             if number == 0:
-                self.tokens["prompt"].labels(model).inc(stream.prompt_tokens)
-                self.tokens["cached"].labels(model).inc(stream.cached_tokens)
-            self.tokens["completion"].labels(model).inc(stream.completion_tokens)
+                self.prompt_tokens.labels(model).inc(stream.prompt_tokens)
+                self.cached_tokens.labels(model).inc(stream.cached_tokens)
+            self.completion_tokens.labels(model).inc(stream.completion_tokens)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class Counted:
-    """ASGI middleware: counts and times whatever is answered; `paths` are told apart."""
+class RequestMetrics:
+    """ASGI middleware that counts and times all responses, by path for `paths`."""
 
-    def __init__(self, app: Any, metrics: Metrics, paths: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Iterable[str]) -> None:
         self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         path = scope["path"] if scope["path"] in self.paths else "other"
         begin, status = perf_counter(), 0
 
-        async def noting(message: Any) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
-            return await self.app(scope, receive, noting)
+            await self.app(scope, receive, send_and_note)
         finally:
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(perf_counter() - begin)
 
 
-class _EngineStats:
-    """The engine's counters and gauges, read when they are asked for."""
+class _EngineStats(Collector):
+    """The engine's counters and gauges at the time of a scrape."""
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
         self.stats = stats
 
-    def describe(self) -> list[Any]:
+    def describe(self) -> list[Metric]:
         return []
 
-    def collect(self) -> Iterable[Any]:
-        found = self.stats()
-        for name, value in found.counters.items():
+    def collect(self) -> Iterable[Metric]:
+        stats = self.stats()
+        for name, value in stats.counters.items():
             yield CounterMetricFamily(f"finetune_engine_{name}", "Of the engine, since its start.", value=value)
-        for name, value in found.gauges.items():
+        for name, value in stats.gauges.items():
             yield GaugeMetricFamily(f"finetune_engine_{name}", "Of the engine, now.", value=value)

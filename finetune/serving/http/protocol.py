@@ -1,24 +1,26 @@
-"""OpenAI's requests as far as they are served, its errors, and its answers."""
+"""OpenAI's requests as far as they are supported, its errors, and parts of its responses."""
 
 import math
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune.serving.engine.contract import Stream, Token
 from finetune.serving.http.settings import MOST_IN_A_LIST
 
-# OpenAI's kinds of error by HTTP status.
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-MARKS = 100_000  # commas and brackets of a request beside those of its texts
-UNREAD = (401, 403, 408, 413)  # told before a body's end: nobody reads the rest
-LEAST = -9999.0  # nats; JSON has no infinity
+JsonObject = dict[str, object]
 
-# Fields that would change the answer, and with which values they don't.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+# OpenAI's error types by HTTP status.
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+BODY_UNREAD = (401, 403, 408, 413)  # sent before the body has been read: the connection can't be used again
+EXTRA_MARKS = 100_000  # commas and brackets of a request besides those in its texts
+LOWEST_LOGPROB = -9999.0  # nats; JSON has no infinity
+
+# Unsupported fields that would change the answer, and their values that don't.
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
@@ -53,7 +55,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """What a client is told, and with which HTTP status."""
+    """An error response of OpenAI's form."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
@@ -63,12 +65,18 @@ class ApiError(Exception):
         self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
-        if status in UNREAD:
+        if status in BODY_UNREAD:
             self.headers["Connection"] = "close"
 
-    def content(self) -> dict[str, Any]:
-        kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+    def content(self) -> JsonObject:
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        error_type = ERROR_TYPES.get(self.status, default)
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
+
+
+def invalid(param: str, problem: str, status: int = 400) -> ApiError:
+    """The error of one field."""
+    return ApiError(status, f"{param}: {problem}", param=param)
 
 
 class TextPart(BaseModel):
@@ -96,7 +104,7 @@ class AudioAddressPart(BaseModel):
 
 
 class Recording(BaseModel):
-    """`data`: base64. Its format is seen from the data."""
+    """`data`: base64; its format is detected."""
 
     data: str
 
@@ -112,7 +120,7 @@ Short = Field(max_length=MOST_IN_A_LIST, fail_fast=True)
 Texts = Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
-def _parts(content: Any) -> Any:
+def _parts(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -126,7 +134,7 @@ class StreamOptions(BaseModel):
 
 
 class NamedSchema(BaseModel):
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
 
 
 class ResponseFormat(BaseModel):
@@ -134,14 +142,14 @@ class ResponseFormat(BaseModel):
     json_schema: NamedSchema | None = None
 
 
-class Asking(BaseModel):
-    """What every request has; fields that it doesn't know are kept, to be looked through."""
+class ApiRequest(BaseModel):
+    """Unknown fields are stored, to be checked against UNSUPPORTED."""
 
     model_config = ConfigDict(extra="allow")
     model: str | None = None
 
 
-class ChatRequest(Asking):
+class ChatRequest(ApiRequest):
     messages: Annotated[list[Turn], Short] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -158,32 +166,32 @@ class ChatRequest(Asking):
     strength: Annotated[float, Field(ge=0)] | dict[str, float] | None = None
 
 
-class HeadRequest(Asking):
-    """`task`: what was trained under this name; needed where several would do. `messages`, or one or more texts."""
+class HeadRequest(ApiRequest):
+    """Either `messages`, or `input` of one or more texts. `task`: required if several tasks have such a head."""
 
     task: str | None = None
     messages: Annotated[list[Turn], Short] | None = Field(None, min_length=1)
     input: Texts = Field(None, min_length=1)
 
 
-AskingT = TypeVar("AskingT", bound=Asking)
+ApiRequestT = TypeVar("ApiRequestT", bound=ApiRequest)
 
 
-def parsed(kind: type[AskingT], body: bytes, max_characters: int) -> AskingT:
-    """A request from its JSON, whose texts have up to `max_characters`. Raises ApiError, which names the field."""
-    # Whatever JSON says takes a mark for each value; many millions of values would hold up everybody's answers.
-    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > max_characters + MARKS:
-        raise ApiError(413, f"more than {max_characters + MARKS:,} commas and brackets (`max_characters`)")
+def parse_request(kind: type[ApiRequestT], body: bytes, max_characters: int) -> ApiRequestT:
+    """A request from its JSON. Raises ApiError, which names the field."""
+    # Every JSON value costs one of these marks; parsing many millions of values would delay all other requests.
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > max_characters + EXTRA_MARKS:
+        raise ApiError(413, f"more than {max_characters + EXTRA_MARKS:,} commas and brackets (`max_characters`)")
     try:
-        asked = kind.model_validate_json(body)
+        request = kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         param = field_name(first["loc"])
-        raise ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param=param or None) from None
-    for name, meaningless in UNSUPPORTED.items():
-        if (asked.model_extra or {}).get(name) not in meaningless:
+        raise (invalid(param, first["msg"]) if param else ApiError(400, first["msg"])) from None
+    for name, harmless in UNSUPPORTED.items():
+        if (request.model_extra or {}).get(name) not in harmless:
             raise ApiError(400, f"{name}: not supported here; leave it out", param=name, code="unsupported_parameter")
-    return asked
+    return request
 
 
 def field_name(path: Sequence[str | int]) -> str:
@@ -192,7 +200,7 @@ def field_name(path: Sequence[str | int]) -> str:
     for place, key in enumerate(path):
         if isinstance(key, int):
             name += f"[{key}]"
-        elif not (key in TAGS and place and isinstance(path[place - 1], int)):  # pydantic's name for the kind of part
+        elif not (key in TAGS and place and isinstance(path[place - 1], int)):  # pydantic's name of the union's member
             name += f".{key}"
     return name.lstrip(".")
 
@@ -206,24 +214,25 @@ def now() -> int:
     return int(time.time())
 
 
-def usage(streams: Sequence[Stream]) -> dict[str, Any]:
+def usage_of(streams: Sequence[Stream]) -> JsonObject:
     """Tokens of all answers to one prompt, which counts once."""
-    prompt, written = streams[0].prompt_tokens, sum(stream.completion_tokens for stream in streams)
+    prompt, completion = streams[0].prompt_tokens, sum(stream.completion_tokens for stream in streams)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": max(stream.cached_tokens for stream in streams)},
     }
 
 
-def logprobs_of(tokens: Sequence[Token]) -> dict[str, Any]:
-    def one(text: str, raw: bytes, nats: float) -> dict[str, Any]:
-        return {"token": text, "logprob": nats if math.isfinite(nats) else LEAST, "bytes": list(raw)}
+def logprobs_of(tokens: Sequence[Token]) -> JsonObject:
+    def entry(text: str, raw: bytes, nats: float) -> JsonObject:
+        return {"token": text, "logprob": nats if math.isfinite(nats) else LOWEST_LOGPROB, "bytes": list(raw)}
 
     return {
         "content": [
-            one(token.text, token.raw, token.logprob) | {"top_logprobs": [one(*other) for other in token.alternatives]}
+            entry(token.text, token.raw, token.logprob)
+            | {"top_logprobs": [entry(*other) for other in token.alternatives]}
             for token in tokens
         ],
         "refusal": None,

@@ -1,4 +1,4 @@
-"""From the worker's thread to an event loop: one answer, piece by piece."""
+"""One answer, piece by piece, from the worker's thread to an event loop."""
 
 import asyncio
 import threading
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from finetune.serving.engine.contract import Piece, TimedOut
 
 
-class Stream:
-    """One answer. The worker calls `put` and `fail`; an event loop iterates, and may `cancel`."""
+class AnswerStream:
+    """The worker calls `put`; an event loop iterates, and may `cancel`. `deadline`: as `time.monotonic()`."""
 
     def __init__(self, timeout_seconds: float, wake_worker: Callable[[], None]) -> None:
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
@@ -26,21 +26,30 @@ class Stream:
     @property
     def timed_out(self) -> TimedOut:
         if self.deadline == 0:  # set by a worker that stops
-            return TimedOut("the server ended before this answer was whole; ask again")
-        return TimedOut(f"no whole answer within {self._timeout_seconds:g} s; ask for fewer tokens, or allow more time")
+            return TimedOut("the server stopped before this answer was complete; ask again")
+        return TimedOut(
+            f"the answer wasn't complete after {self._timeout_seconds:g} s; ask for fewer tokens, or raise "
+            "`timeout_seconds`"
+        )
 
-    def put(self, piece: Piece) -> None:
-        self._add(piece)
-
-    def fail(self, error: BaseException) -> None:
-        self._add(error)
+    def put(self, item: Piece | BaseException) -> None:
+        """The next piece, or the error that ends the answer."""
+        with self._lock:
+            self._ready.append(item)
+            reader = self._reader
+            if reader is None or reader[1].is_set():
+                return
+        try:
+            reader[0].call_soon_threadsafe(reader[1].set)
+        except RuntimeError:  # that event loop is closed
+            self.cancelled = True
 
     def cancel(self) -> None:
-        """Nobody reads on: the worker lets go of the answer before its next step."""
+        """Stop the answer: the worker drops it before its next step."""
         self.cancelled = True
         self._wake_worker()
 
-    def __aiter__(self) -> "Stream":
+    def __aiter__(self) -> "AnswerStream":
         return self
 
     async def __anext__(self) -> Piece:
@@ -57,26 +66,15 @@ class Stream:
                 event.clear()
             try:
                 await asyncio.wait_for(event.wait(), self.deadline - time.monotonic())
-            except TimeoutError:  # the worker may be busy with a long step: whoever waits needn't
+            except TimeoutError:  # not left to the worker, which may be in a long step
                 self._ended = True
                 self.cancel()
                 raise self.timed_out from None
 
     def _next(self) -> Piece:
-        found = self._ready.popleft()
-        if isinstance(found, Piece):
-            self._ended = found.finish_reason is not None
-            return found
+        item = self._ready.popleft()
+        if isinstance(item, Piece):
+            self._ended = item.finish_reason is not None
+            return item
         self._ended = True
-        raise found
-
-    def _add(self, found: Piece | BaseException) -> None:
-        with self._lock:
-            self._ready.append(found)
-            reader = self._reader
-            if reader is None or reader[1].is_set():
-                return
-        try:
-            reader[0].call_soon_threadsafe(reader[1].set)
-        except RuntimeError:  # that event loop is closed
-            self.cancelled = True
+        raise item
