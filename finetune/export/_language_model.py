@@ -1,4 +1,4 @@
-"""What every written folder with a composite shares: the LLM's weights by their new names, its config, the tokenizer."""
+"""What the written folders share: the LLM's weights by their new names, its config, and the tokenizer."""
 
 import copy
 from typing import Any

@@ -84,12 +84,11 @@ def native_class(composite: MultimodalModel) -> NativeClass:
     if kind == "vision" and projector == "mlp":
         return _llava(encoder)
     if kind == "whisper" and projector in AUDIO_CLASSES:
-        if encoder.options.pool != 2 or encoder.options.layer != -1:
+        options = encoder.options
+        if options.pool != 2 or options.layer != -1:
             raise NotExact("its Whisper isn't read as in those classes (`pool: 2`, `layer: -1`)")
-        if encoder.options.window_seconds != 30:
-            raise NotExact(
-                f"its Whisper encodes windows of {encoder.options.window_seconds:g} seconds, those classes of 30"
-            )
+        if options.window_seconds != 30:
+            raise NotExact(f"its Whisper encodes windows of {options.window_seconds:g} seconds, those classes of 30")
         return NativeClass(AUDIO_CLASSES[projector], name)
     raise NotExact(f"no class has the encoder {kind!r} with the projector {projector!r}")
 

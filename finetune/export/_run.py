@@ -59,7 +59,8 @@ def export_run(
             exported = target.write(model, partial, target_options)
             fresh_memory()
             step()
-            verification, not_verified = None, "left out by --no-verify"
+            verification: Verification | None = None
+            not_verified: str | None = "left out by --no-verify"
             if verify:
                 try:
                     answers = target.answer(partial, probes, target_options, MAX_NEW_TOKENS)

@@ -1,5 +1,5 @@
-"""For llama.cpp (https://github.com/ggml-org/llama.cpp) and Ollama: the LLM in one GGUF file, encoders and projectors in
-another, and a Modelfile. llama.cpp's own converter and quantizer write the LLM, so its folder is needed.
+"""For llama.cpp (https://github.com/ggml-org/llama.cpp) and Ollama: a GGUF file of the LLM, one of encoders and
+projectors, and a Modelfile. llama.cpp's own converter and quantizer write the LLM, so its folder is needed.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""For vLLM (https://docs.vllm.ai): a class of transformers if one holds the model exactly, else the kit's own class; both
-run in vLLM's transformers backend, which takes any attention-based LLM with its own logit scale, cap and bias.
+"""For vLLM (https://docs.vllm.ai): a class of transformers if one holds the model exactly, else the kit's own class.
+Both run in vLLM's transformers backend, which takes any attention-based LLM with its own logit scale, cap and bias.
 
-The kit's own class is no remote code: vLLM finds it by an entry point of this package, which must be installed in vLLM's
-environment, without its dependencies.
+The kit's own class is no remote code: vLLM finds it by an entry point of this package, which must be installed in
+vLLM's environment, without its dependencies.
 """
 
 from collections.abc import Sequence

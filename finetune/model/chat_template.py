@@ -15,8 +15,8 @@ FIRST_LINE = "{#- media are parts of a message -#}"
 
 
 def with_media_parts(tokenizer: Any, placeholders: Mapping[str, Placeholder]) -> str:
-    """The tokenizer's chat template, preceded by lines that join a message's parts to one text, and that set the options
-    it was trained with (Qwen3's `enable_thinking`). A template that has these lines already is returned unchanged.
+    """The tokenizer's chat template, preceded by lines that join a message's parts to one text, and that set the
+    options of training (Qwen3's `enable_thinking`). A template that has these lines already is returned unchanged.
     """
     if str(tokenizer.chat_template).startswith(FIRST_LINE):
         return str(tokenizer.chat_template)

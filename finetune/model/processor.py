@@ -30,8 +30,8 @@ MEDIUM_KEYS = ("url", "path", "base64", "data")  # of a part of a message, besid
 class MultimodalProcessor(ProcessorMixin):
     """Conversations, or texts with placeholders and their media -> inputs of the model's `generate` and `forward`.
 
-    `parts`: of the model's config. A medium is a path, bytes, a data URI (decoded within the limits of the training run),
-    or decoded: a Pillow image, samples at 16 kHz, a `finetune.data.media.video.Clip`.
+    `parts`: of the model's config. A medium is a path, bytes or a data URI, which are decoded within the limits of the
+    training run, or decoded: a Pillow image, samples at 16 kHz, a `finetune.data.media.video.Clip`.
     """
 
     def __init__(self, tokenizer: Any = None, chat_template: str | None = None, parts: Any = None) -> None:

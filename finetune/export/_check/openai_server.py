@@ -85,8 +85,9 @@ def chat_completion(server: Server, messages: Sequence[Message], max_new_tokens:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
             return json.load(response)["choices"][0]
     except (OSError, ValueError, LookupError) as error:
-        is_response = isinstance(error, urllib.error.HTTPError)
-        reason = error.read().decode(errors="replace")[:400] if is_response else error
+        reason: object = error
+        if isinstance(error, urllib.error.HTTPError):
+            reason = error.read().decode(errors="replace")[:400]
         raise ExportRefused(f"{server.engine} doesn't answer a question: {reason}\n{server.log_excerpt()}") from None
 
 

@@ -111,18 +111,13 @@ def without_media(messages: Conversation) -> Conversation:
 
 def as_chat(messages: Sequence[Message], values: Mapping[Medium, Any]) -> list[dict[str, Any]]:
     """The conversation in the form that processors of transformers take, with a value in place of each medium."""
-    return [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "text", "text": part}
-                if isinstance(part, str)
-                else {"type": part.kind, part.kind: values[part]}
-                for part in message.content
-            ],
-        }
-        for message in messages
-    ]
+
+    def as_part(part: str | Medium) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        return {"type": part.kind, part.kind: values[part]}
+
+    return [{"role": message.role, "content": [*map(as_part, message.content)]} for message in messages]
 
 
 def noise(kind: str, seed: int = 0) -> Any:

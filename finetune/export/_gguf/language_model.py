@@ -18,7 +18,7 @@ from finetune.model.tokenize import answer_tokens, template_options
 
 CONVERTER_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # written without the quantizer
 UNQUANTIZED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-# llama.cpp's names for pre-tokenizers, by their steps in tokenizer.json: for tokenizers whose hash its converter doesn't
+# {llama.cpp's name for a pre-tokenizer: its steps in tokenizer.json}, for tokenizers whose hash the converter doesn't
 # know, such as newly trained ones.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 PRE_TOKENIZERS: dict[str, list[dict[str, object]]] = {

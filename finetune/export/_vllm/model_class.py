@@ -1,8 +1,8 @@
 """The composite as vLLM's transformers backend takes one: config, model and processor, registered by a plugin.
 
 vLLM needs an older transformers than the rest of this package. This file works with both, and imports nothing of the
-package but encoders and projectors, so the package is installed in vLLM's environment without its dependencies. vLLM puts
-its own attention and output head around `language_model`, and calls everything else by name.
+package but encoders and projectors, so the package can be installed in vLLM's environment without its dependencies.
+vLLM puts its own attention and output head around `language_model`, and calls everything else by name.
 """
 
 from dataclasses import replace
