@@ -211,14 +211,10 @@ def test_the_tokenizer_goes_without_placeholders(tmp_path):
 )
 def test_llama_cpp_s_name_of_the_pre_tokenizer(steps, name):
     pre_tokenizer = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
-    assert language_model._pre_tokenizer({"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE"}}) == name
-    assert language_model._pre_tokenizer({"pre_tokenizer": pre_tokenizer, "model": {"type": "Unigram"}}) == ""
-    assert (
-        language_model._pre_tokenizer(
-            {"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE"}, "normalizer": {"type": "NFC"}}
-        )
-        == ""
-    )
+    tokenizer = {"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE"}}
+    assert language_model._pre_tokenizer(tokenizer) == name
+    assert language_model._pre_tokenizer(tokenizer | {"model": {"type": "Unigram"}}) == ""
+    assert language_model._pre_tokenizer(tokenizer | {"normalizer": {"type": "NFC"}}) == ""
 
 
 def test_thinking_is_off_in_the_template_where_it_was_in_training():
@@ -281,7 +277,7 @@ def test_templates_that_are_more_than_turns_are_left_to_ollama(tmp_path):
     assert turns_of(tokenizer) is None
     merged = tiny_merged(tmp_path / "m", {"image": ("vision", tiny_encoder())}, {"image": MLP}, tokenizer=tokenizer)
     text, note = modelfile(load_merged(merged, CPU), ["model.gguf", "mmproj.gguf"])
-    assert "TEMPLATE" not in text and "Ollama takes the one in model.gguf" in note
+    assert "TEMPLATE" not in text and "Ollama uses the one in model.gguf" in note
     assert text.splitlines()[:2] == ["FROM ./model.gguf", "FROM ./mmproj.gguf"]
     assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER num_ctx 256" in text
 
