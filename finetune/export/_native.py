@@ -228,12 +228,12 @@ def _vision_config(encoder: Any, native: NativeClass) -> dict[str, object]:
 
 
 def _audio_config(encoder: Any, config_class: Any) -> dict[str, object]:
-    kept = (
+    names = (
         *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim"),
         *("num_mel_bins", "max_source_positions", "activation_function"),
     )
     model_type = config_class.sub_configs_defaults["audio_config"].model_type
-    values = {name: getattr(encoder.module.config, name) for name in kept}
+    values = {name: getattr(encoder.module.config, name) for name in names}
     return {"audio_config": transformers.AutoConfig.for_model(model_type, **values)}
 
 

@@ -41,7 +41,7 @@ class Options(TargetOptions):
         "FINETUNE_LLAMA_CPP, and programs from the PATH.",
         json_schema_extra={"path": "maybe"},
     )
-    start_seconds: float = Field(300.0, gt=0, description="How long llama-server may take to start in verification.")
+    start_seconds: float = Field(300.0, gt=0, description="Longest start of llama-server during verification.")
 
     @model_validator(mode="before")
     @classmethod

@@ -37,7 +37,7 @@ class Options(TargetOptions):
         description="Write the adapter separately from its base, which includes the projectors, for a server of "
         "several adapters; needs a run with plain LoRA.",
     )
-    start_seconds: float = Field(600.0, gt=0, description="How long vLLM may take to start during verification.")
+    start_seconds: float = Field(600.0, gt=0, description="Longest start of vLLM during verification.")
 
 
 def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
@@ -98,9 +98,10 @@ def lora_rank(config: dict[str, Any]) -> int:
     that vLLM can't apply.
     """
     largest = max([config["r"], *config.get("rank_pattern", {}).values()])
-    wrong = [name for name in ("use_dora", "modules_to_save", "lora_bias") if config.get(name)]
-    if wrong or largest > RANKS[-1]:
-        raise ExportRefused(f"vLLM takes plain LoRA up to rank {RANKS[-1]}; this adapter has {wrong or largest}")
+    unsupported_keys = [name for name in ("use_dora", "modules_to_save", "lora_bias") if config.get(name)]
+    if unsupported_keys or largest > RANKS[-1]:
+        reason = unsupported_keys or f"rank {largest}"
+        raise ExportRefused(f"vLLM takes plain LoRA up to rank {RANKS[-1]}; this adapter has {reason}")
     return next(rank for rank in RANKS if rank >= largest)
 
 

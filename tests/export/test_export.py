@@ -135,7 +135,7 @@ def test_probes_have_media_that_any_decoder_reads_alike(tmp_path):
     """A JPEG turned by its EXIF tag, and a stereo recording at 8 kHz: decoded once, kept without loss."""
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
-    PIL.Image.effect_noise((40, 24), 90).save(tmp_path / "a.jpg", exif=exif)
+    noise("image").save(tmp_path / "a.jpg", exif=exif)
     soundfile.write(tmp_path / "a.wav", np.stack([tiny_sound(0.5), tiny_sound(0.5, seed=1)], 1), 8_000)
     encoders = {"image": ("vision", tiny_encoder()), "audio": ("whisper", tiny_encoder_of("whisper"))}
     projectors = {"image": part("projectors", "mlp"), "audio": part("projectors", "stack")}

@@ -51,6 +51,6 @@ def server_environment(python: str) -> dict[str, str]:
     """Environment variables of its server: no network, no usage statistics, and 1 GiB for keys and values on a CPU if
     nothing else is set.
     """
-    path = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # it searches its compilers there
+    path = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # it looks for its compilers there
     offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **offline, "PATH": path}
