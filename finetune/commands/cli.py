@@ -6,12 +6,15 @@ import re
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.common.errors import FinetuneError, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
+
+if TYPE_CHECKING:
+    from finetune.export._contract import ExportResult
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -393,16 +396,16 @@ def strength_of(given: list[str]) -> float | dict[str, float] | None:
         raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
 
 
-def print_export(result: dict[str, Any]) -> None:
-    print(f"{result['to']}: {result['class']} ({result['why']})")
-    if (checked := result["verified"]) is None:
-        print(f"not compared: {result['not_verified']}")
+def print_export(result: "ExportResult") -> None:
+    print(f"{result.target}: {result.model_class} ({result.reason})")
+    if (checked := result.verification) is None:
+        print(f"not compared: {result.not_verified}")
     else:
         print(
-            f"{checked['rows']} answers in {checked['engine']}: {checked['equal_first_tokens']} begin alike, "
-            f"{checked['equal']} are equal to the end"
+            f"{checked.rows} answers in {checked.engine}: {checked.equal_first_tokens} begin with the merged model's "
+            f"tokens, {checked.equal} are equal to the end"
         )
-    print(result["folder"])
+    print(result.folder)
 
 
 def print_push(result: dict[str, Any]) -> None:

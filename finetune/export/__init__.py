@@ -1,17 +1,9 @@
-"""Targets: a merged model as another engine loads it. A part's file is its name.
+"""Targets of `finetune export`: a merged model in the form another engine loads. One file per target, named after it.
 
-Each file defines, with no torch import at module level:
+A target file imports no torch at module level and defines what `finetune.export._contract.Target` documents:
 
-    class Options(PartOptions)                     what `--option` may set; among them `min_equal`: the share of probes
-                                                   whose first tokens must be those of our own generation
-    def write(source: Source, folder, options)     -> Written: what it is loaded as, and why so. Raises ExportRefused
-                                                   where the target can't hold this model exactly, with the reason
-    def answer(folder, probes: Sequence[Probe], options, max_new_tokens) -> Answered
-                                                   the same questions, greedily, in the target, in a process of its own.
-                                                   Raises EngineMissing where the target isn't installed, with what to
-                                                   install
-    TAKES_MEDIA = False                            where the target takes text alone: questions then come without media
-
-`folder` exists and is empty; it appears under its name only when all has gone well. Files of which packages know
-nothing begin with an underscore.
+    class Options(TargetOptions)        what `--option` sets
+    TAKES_MEDIA: bool                   whether its answers are compared on questions with media, or on their text only
+    def write(model, folder, options) -> ExportedModel
+    def answer(folder, probes, options, max_new_tokens) -> EngineAnswers
 """

@@ -1,48 +1,124 @@
-"""What every target is given, and what it gives back."""
+"""The types that `export_run` and the targets exchange."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from pydantic import Field
+
+from finetune.common.errors import ExportRefused
+from finetune.common.registry import PartOptions
 from finetune.data.sample import Message
+
+FIRST_TOKENS = 4  # of an answer: what `min_equal` counts
+
+TokenIds = tuple[int, ...]
+
+
+class TargetOptions(PartOptions):
+    min_equal: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description=f"Smallest share of questions whose first {FIRST_TOKENS} tokens must equal the merged model's; "
+        "below it the export is refused.",
+    )
 
 
 @dataclass(frozen=True)
-class Source:
-    """`merged`: a folder that `finetune merge` wrote. `adapter`: that of its run, if there is a run."""
+class MergedModel:
+    """`folder`: what `finetune merge` wrote. `adapter`: the adapter folder of its run, if the run is known."""
 
-    merged: Path
+    folder: Path
     adapter: Path | None = None
+
+    def adapter_folder(self) -> Path:
+        """Raises ExportRefused if there is no adapter."""
+        if self.adapter is None:
+            raise ExportRefused(f"{self.folder}: a merged folder has no adapter: name the run that it came from")
+        if not (self.adapter / "adapter_config.json").is_file():
+            raise ExportRefused(f"{self.adapter}: this run trained no adapter (`adapter: null`), only other parts")
+        return self.adapter
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A conversation that ends on the user's turn, and what the merged model answers to it, greedily: token ids without
-    the end token, and their text.
+    """A conversation that ends with the user's turn, and the merged model's greedy `answer` without its end token.
+
+    Pictures are PNG files and recordings 32-bit float WAV files at 16 kHz, so that engines are compared rather than
+    decoders; videos are the original files.
     """
 
     messages: tuple[Message, ...]
-    token_ids: tuple[int, ...]
-    text: str
+    answer: TokenIds
 
 
 @dataclass(frozen=True)
-class Written:
-    """`loads_as`: a class of transformers, or an architecture of the engine. `notes`: what else one should know."""
+class ExportedModel:
+    """`model_class`: a class of transformers, or an architecture of the engine; `reason`: why this one. In `notes` and
+    `details` FOLDER stands for the folder of the export.
+    """
 
-    loads_as: str
-    why: str
+    model_class: str
+    reason: str
     notes: tuple[str, ...] = ()
-    details: dict[str, Any] | None = None
+    details: Mapping[str, str | Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)
-class Answered:
-    """`engine`: its name and version. `answers`: one a probe, as token ids, or as text where that is all it tells."""
+class EngineAnswers:
+    """`engine`: name and version. `answers`: one per probe, without end tokens."""
 
     engine: str
-    answers: tuple[tuple[int, ...] | str, ...]
+    answers: tuple[TokenIds, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How many of `rows` answers of the engine equal the merged model's in their first tokens, and entirely."""
+
+    engine: str
+    rows: int
+    equal_first_tokens: int
+    equal: int
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Exactly one of `verification` and `not_verified`, the reason for its absence, is set."""
+
+    target: str
+    model_class: str
+    reason: str
+    notes: tuple[str, ...]
+    folder: Path
+    verification: Verification | None
+    not_verified: str | None
 
 
 class EngineMissing(Exception):
-    """The target isn't installed here; the text says how to install it."""
+    """The engine isn't installed; the message says how to install it."""
+
+
+class Target(Protocol):
+    """A target file. `write` and `answer` receive an instance of the file's own `Options`."""
+
+    Options: type[TargetOptions]
+    TAKES_MEDIA: bool
+
+    def write(self, model: MergedModel, folder: Path, options: Any) -> ExportedModel:
+        """Write the model into `folder`, which exists, is empty, and gets its final name only after verification.
+
+        Raises ExportRefused with the reason if the engine can't run this model exactly as trained.
+        """
+
+    def answer(self, folder: Path, probes: Sequence[Probe], options: Any, max_new_tokens: int) -> EngineAnswers:
+        """Answer the probes greedily in the engine, in a separate process.
+
+        Raises EngineMissing if the engine isn't installed, and ExportRefused if it fails.
+        """
+
+
+def without_end(token_ids: Sequence[int], end_ids: Sequence[int]) -> TokenIds:
+    return tuple(token_ids[:-1] if token_ids and token_ids[-1] in end_ids else token_ids)

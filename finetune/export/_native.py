@@ -1,8 +1,9 @@
-"""A composite as one of transformers' own classes, where one fits exactly: LLaVA for pictures, Qwen2-Audio and Audio
-Flamingo 3 for sound. Whether it does is measured, on the LLM's head, on the tower, and on the folder that was written.
+"""A composite as one of transformers' own classes, if one holds it exactly: LLaVA for pictures, Qwen2-Audio and Audio
+Flamingo 3 for sound. Exactness is measured: on the LLM's head, on the encoder, and on the folder as it is read back.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,108 +13,135 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.common.errors import DataError, ExportRefused
-from finetune.common.registry import part_from
+from finetune.common.errors import ArtifactError, DataError, ExportRefused
 from finetune.data.sample import Medium, Message
 from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
+from finetune.export._language_model import NAME, language_model_state, media_tokenizer, text_config
 from finetune.model.assistant import Assistant
-from finetune.model.chat_template import with_media_parts
 from finetune.model.composite import MultimodalModel
+from finetune.model.loading import load_exactly
 
-# Of the norm of the logits. In half precision the projector is rounded too, which ours keeps in float32.
+# Of the logits, as a share of their norm. In half precision the projector, which ours keeps in float32, is rounded too.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-LAYERS = {
-    "mlp": {"0": "linear_1", "2": "linear_2"},
-    "linear": {"": "linear"},
-}
+PROJECTOR_LAYERS = {"mlp": {"0": "linear_1", "2": "linear_2"}, "linear": {"": "linear"}}
 AUDIO_CLASSES = {"linear": "Qwen2AudioForConditionalGeneration", "mlp": "AudioFlamingo3ForConditionalGeneration"}
 
 
 class NotExact(ExportRefused):
-    """The class that seemed to fit gives something else; the text says what."""
+    """No class of transformers holds this model exactly; the message is the reason, as half a sentence."""
 
 
 @dataclass(frozen=True)
-class Native:
-    """`model_class`: its name in transformers. `medium`: what it takes, 'image' or 'audio'. `last_is_normed`: features
-    come from behind the tower's last norm, which its class leaves out unless told.
+class NativeClass:
+    """`name`: in transformers. `medium`: 'image' or 'audio'. `last_is_normed`: features are read after the encoder's
+    last norm, which the class applies only if its config says so.
     """
 
-    model_class: str
+    name: str
     medium: str
     last_is_normed: bool = False
 
 
-def native_of(composite: MultimodalModel) -> Native | str:
-    """The class that holds this model exactly, as far as its parts tell; or why there is none, as half a sentence."""
-    parts = composite.config.parts
-    if len(parts["encoders"]) != 1:
-        return f"it has {len(parts['encoders'])} encoders ({', '.join(parts['encoders'])}), and no class takes them all"
-    if parts["fusion"]["kind"] != "prefix":
-        return f"its fusion is {parts['fusion']['kind']!r}, which no other class has"
+def write_native(assistant: Assistant, folder: Path, refused: Mapping[str, str] = {}) -> NativeClass:
+    """Write the model as the class that holds it, read it back, and compare it with the composite.
+
+    `refused`: {class: reason} of classes that the target can't run. Raises NotExact, with `folder` left empty, if no
+    class holds the model. Needs memory for the model twice.
+    """
+    native = native_class(assistant.model)
+    if native.name in refused:
+        raise NotExact(f"{native.name} {refused[native.name]}")
+    try:
+        write_files(assistant, folder, native)
+        compare_files(assistant, folder, native)
+    except NotExact:
+        for path in folder.iterdir():
+            path.unlink()
+        raise
+    return native
+
+
+def native_class(composite: MultimodalModel) -> NativeClass:
+    """The class that holds this model as far as its parts tell. Raises NotExact."""
+    composition = composite.composition
+    if len(composition.encoders) != 1:
+        names = ", ".join(composition.encoders)
+        raise NotExact(f"it has {len(composition.encoders)} encoders ({names}), and no class takes them all")
+    if composition.fusion.kind != "prefix":
+        raise NotExact(f"its fusion is {composition.fusion.kind!r}, which no other class has")
     if composite.heads:
-        return f"it has a head of its own ({', '.join(composite.heads)}), which other classes would leave out"
-    (name,) = parts["encoders"]
-    kind, options = parts["encoders"][name]["kind"], parts["encoders"][name]["settings"]["options"]
-    projector, settings = part_from("projectors", parts["projectors"][name])
-    if projector == "mlp" and settings.hidden not in (None, composite.config.text_config.hidden_size):
-        return f"its projector's hidden layer is {settings.hidden} wide, not as wide as the LLM"
-    if (reason := _head_reason(composite.causal_lm)) is not None:
-        return reason
-    encoder = composite.encoder_parts[name]
+        raise NotExact(
+            f"it has a head with weights ({', '.join(composite.heads)}), which other classes would leave out"
+        )
+    (name,) = composition.encoders
+    kind = composition.encoders[name].kind
+    encoder: Any = composite.encoder_parts[name]  # its own kind's class: which one the checks below tell
+    projector = composition.projectors[name].part.kind
+    hidden = getattr(composition.projectors[name].part.options, "hidden", None)
+    if projector == "mlp" and hidden not in (None, composite.config.text_config.hidden_size):
+        raise NotExact(f"its projector's hidden layer is {hidden} wide, not as wide as the LLM")
+    _require_plain_head(composite.causal_lm)
     if kind == "vision" and projector == "mlp":
-        return _llava(encoder, options)
+        return _llava(encoder)
     if kind == "whisper" and projector in AUDIO_CLASSES:
-        if options["pool"] != 2 or options["layer"] != -1:
-            return "its Whisper isn't read as those classes do it (`pool: 2`, `layer: -1`)"
-        if options["window_seconds"] != 30:
-            return f"its Whisper hears {options['window_seconds']:g} seconds at once, those classes 30"
-        return Native(AUDIO_CLASSES[projector], name)
-    return f"no class has the encoder {kind!r} with the projector {projector!r}"
+        options = encoder.options
+        if options.pool != 2 or options.layer != -1:
+            raise NotExact("its Whisper isn't read as in those classes (`pool: 2`, `layer: -1`)")
+        if options.window_seconds != 30:
+            raise NotExact(f"its Whisper encodes windows of {options.window_seconds:g} seconds, those classes of 30")
+        return NativeClass(AUDIO_CLASSES[projector], name)
+    raise NotExact(f"no class has the encoder {kind!r} with the projector {projector!r}")
 
 
 @torch.no_grad()
-def _head_reason(causal_lm: Any) -> str | None:
-    """Why the LLM's logits aren't its last states times its head's weights, which is all that other classes do."""
+def _require_plain_head(causal_lm: Any) -> None:
+    """Raises NotExact unless the LLM's logits are its last states times its head's weights: other classes compute no
+    more than that.
+    """
     family = causal_lm.config.get_text_config().model_type
     head, table = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
     if getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None):
-        return f"{family} caps its logits, which other classes would leave out"
-    embedded = table(torch.arange(3, 35, device=table.weight.device)[None] % len(table.weight))
-    mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
-    logits = causal_lm(inputs_embeds=embedded, attention_mask=mask).logits.float()
-    states = causal_lm.base_model(inputs_embeds=embedded, attention_mask=mask)[0]
+        raise NotExact(f"{family} caps its logits, which other classes would leave out")
+    embeddings = table(torch.arange(3, 35, device=table.weight.device)[None] % len(table.weight))
+    mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    logits = causal_lm(inputs_embeds=embeddings, attention_mask=mask).logits.float()
+    states = causal_lm.base_model(inputs_embeds=embeddings, attention_mask=mask)[0]
     if states.shape[-1] != head.weight.shape[-1] or _distance(functional.linear(states, head.weight), logits) > 1e-3:
-        return f"{family} scales its logits, or adds a bias to them, which other classes would leave out"
-    return None
+        raise NotExact(f"{family} scales its logits, or adds a bias to them, which other classes would leave out")
 
 
-def _llava(encoder: Any, options: dict[str, Any]) -> Native | str:
-    """Whether LLaVA reads the tower as this encoder does."""
-    if options["tiles"] > 1:
-        return "it cuts pictures into tiles, which LLaVA doesn't"
-    shape, module = encoder.shape, encoder.module
+def _llava(encoder: Any) -> NativeClass:
+    """Raises NotExact unless LLaVA reads the same features from the backbone as this encoder."""
+    shape, module, layer = encoder.shape, encoder.module, encoder.options.layer
     kind = module.config.model_type
+    if encoder.options.tiles > 1:
+        raise NotExact("it cuts pictures into tiles, which LLaVA doesn't")
     if shape.skipped > 1:
-        return f"{kind} has {shape.skipped} class and register tokens; LLaVA drops one or none (see `tokens: all`)"
+        raise NotExact(
+            f"{kind} has {shape.skipped} class and register tokens; LLaVA drops one or none (see `tokens: all`)"
+        )
     values = encoder.prepare(noise("image")).values.to(module.device, module.dtype)
-    hidden, last = _read_by_llava(module, values, options["layer"])
+    features, last = _states_of_llava(module, values, layer)
     patch = getattr(module.config, "patch_size", None)
-    if hidden.ndim != 3 or not isinstance(patch, int):
-        return f"{kind} doesn't give rows of patches, which LLaVA takes"
-    grid = (shape.height // patch) * (shape.width // patch)
-    if shape.rows < grid or hidden.shape[1] != shape.rows + shape.skipped:
-        return f"{kind} gives {shape.rows} rows, not one a patch, as LLaVA counts them"
-    normed = options["layer"] == -1 and _distance(hidden, last) > 1e-6
-    if normed and _distance(_read_by_llava(module, values, -1, tie=True)[0], last) > 1e-6:
-        return f"LLaVA reads {kind} before its last norm, here it is read behind it (not so with `layer: -2`)"
-    return Native("LlavaForConditionalGeneration", "image", last_is_normed=normed)
+    if features.ndim != 3 or not isinstance(patch, int):
+        raise NotExact(f"{kind} doesn't give rows of patches, which LLaVA takes")
+    if shape.rows < _patches(encoder) or features.shape[1] != shape.rows + shape.skipped:
+        raise NotExact(f"{kind} gives {shape.rows} rows, not one per patch, as LLaVA counts them")
+    normed = layer == -1 and _distance(features, last) > 1e-6
+    if normed and _distance(_states_of_llava(module, values, -1, tie=True)[0], last) > 1e-6:
+        raise NotExact(f"LLaVA reads {kind} before its last norm, this model after it (not so with `layer: -2`)")
+    return NativeClass("LlavaForConditionalGeneration", "image", last_is_normed=normed)
+
+
+def _patches(encoder: Any) -> int:
+    patch = encoder.module.config.patch_size
+    return (encoder.shape.height // patch) * (encoder.shape.width // patch)
 
 
 @torch.no_grad()
-def _read_by_llava(module: Any, pixels: Tensor, layer: int, tie: bool = False) -> tuple[Tensor, Tensor]:
-    """The hidden state that LLaVA takes (nothing, where there is none), and the last one. `tie`: transformers' switch
-    that puts the last one, behind the norm, among the hidden states.
+def _states_of_llava(module: Any, pixels: Tensor, layer: int, tie: bool = False) -> tuple[Tensor, Tensor]:
+    """The hidden state that LLaVA reads (empty if the backbone gives none), and the last one. `tie`: transformers'
+    setting that makes the last one, after the norm, one of the hidden states.
     """
     before = vars(module.config).get("tie_last_hidden_states")
     if tie:
@@ -126,87 +154,67 @@ def _read_by_llava(module: Any, pixels: Tensor, layer: int, tie: bool = False) -
     return (states.hidden_states or [torch.empty(0)])[layer], states.last_hidden_state
 
 
-def write_native(assistant: Assistant, folder: Path, native: Native, *, check: bool = True) -> None:
-    """Write weights, config, processor, chat template and generation config of the class `native` names; with `check`,
-    read them back and compare with the composite.
-
-    Raises NotExact where the class holds it otherwise than it seemed. Memory: the model twice.
+def write_files(assistant: Assistant, folder: Path, native: NativeClass) -> None:
+    """Write weights, config, processor, chat template and generation config. Raises NotExact if the class can't be
+    built around this LLM.
     """
     composite = assistant.model
-    state = _state(composite, native, rows=len(assistant.tokenizer))
+    state = _state(assistant, native)
     config = _config(assistant, native, state)
     try:
         with torch.device("meta"):
-            model = getattr(transformers, native.model_class)(config)
+            model = getattr(transformers, native.name)(config)
         model.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         family = composite.config.text_config.model_type
         reason = " ".join(str(error).split())[:200]
-        raise NotExact(f"{native.model_class} can't be built around {family} ({reason})") from None
+        raise NotExact(f"{native.name} can't be built around {family} ({reason})") from None
     model.config.dtype = composite.causal_lm.dtype
     model.generation_config = copy.deepcopy(composite.language_model.generation_config)
     model.save_pretrained(folder)
     _processor(assistant, native, config).save_pretrained(folder)
-    if check:
-        _compare(assistant, folder, native)
 
 
-def _state(composite: MultimodalModel, native: Native, rows: int) -> dict[str, Tensor]:
-    """Weights by the names of the class. The LLM's table is made as long as the tokenizer, if it is shorter."""
-    causal_lm, encoder = composite.causal_lm, composite.encoders[native.medium]
+def _state(assistant: Assistant, native: NativeClass) -> dict[str, Tensor]:
+    """Weights by the names of the class, in the dtype of the LLM."""
+    composite = assistant.model
+    state, _ = language_model_state(composite.causal_lm, len(assistant.tokenizer))
+    state.pop("lm_head.bias", None)  # 0, or `native_class` would have refused it
     tower = "vision_tower" if native.medium == "image" else "audio_tower"
-    table = causal_lm.get_input_embeddings().weight
-    head = causal_lm.get_output_embeddings().weight
-    long = lengthened(table, rows)
-    head = long if head.data_ptr() == table.data_ptr() else lengthened(head, rows)
-    state = {f"model.language_model.{name}": tensor for name, tensor in causal_lm.base_model.state_dict().items()}
-    (place,) = {name for name, tensor in state.items() if tensor.data_ptr() == table.data_ptr()}
-    state |= {place: long, "lm_head.weight": head}
-    state |= {f"model.{tower}.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    layers = LAYERS[composite.config.parts["projectors"][native.medium]["kind"]]
+    state |= {f"model.{tower}.{name}": t.detach() for name, t in composite.encoders[native.medium].state_dict().items()}
+    layers = PROJECTOR_LAYERS[composite.composition.projectors[native.medium].part.kind]
     for name, tensor in composite.projectors[native.medium].state_dict().items():
         layer, _, kind = name.rpartition(".")
-        state[f"model.multi_modal_projector.{layers[layer]}.{kind}"] = tensor
-    dtype = causal_lm.dtype
-    return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        state[f"model.multi_modal_projector.{layers[layer]}.{kind}"] = tensor.detach()
+    dtype = composite.causal_lm.dtype
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-def lengthened(table: Tensor, rows: int) -> Tensor:
-    """A table (V, D) with the mean of its rows behind them: as an output that is the mean of all logits, which is never
-    the largest, so that no new token is ever written.
+def _config(assistant: Assistant, native: NativeClass, state: dict[str, Tensor]) -> Any:
+    """The config of the class. If it doesn't tie the head to the embedding table, they become two tensors in `state`:
+    shared weights would be written once, and the head would be missing.
     """
-    if rows <= len(table):
-        return table
-    mean = table.float().mean(0, keepdim=True).to(table.dtype)
-    return torch.cat([table, mean.expand(rows - len(table), -1)])
-
-
-def _config(assistant: Assistant, native: Native, state: dict[str, Tensor]) -> Any:
     composite = assistant.model
-    text = copy.deepcopy(composite.config.text_config)
-    text.vocab_size = len(state["lm_head.weight"])
-    text.architectures = [type(composite.causal_lm).__name__]
-    text.name_or_path = ""  # where its weights once were
-    embedded = state.get("model.language_model.embed_tokens.weight")
-    # Only LLaVA's class knows that the two may be one, and only under this name.
-    text.tie_word_embeddings = (
-        native.medium == "image" and embedded is not None and embedded.data_ptr() == state["lm_head.weight"].data_ptr()
-    )
-    if not text.tie_word_embeddings:  # shared weights would be written once, and the head be missing
-        state["lm_head.weight"] = state["lm_head.weight"].clone()
+    text, head = text_config(assistant), state["lm_head.weight"]
+    # Only LLaVA's class can tie the two, and only under this name.
+    table = state.get(f"{NAME}.embed_tokens.weight") if native.medium == "image" else None
+    text.tie_word_embeddings = table is not None and table.data_ptr() == head.data_ptr()
+    if not text.tie_word_embeddings:
+        state["lm_head.weight"] = head.clone()
     encoder = composite.encoder_parts[native.medium]
-    config_class = getattr(transformers, native.model_class).config_class
-    tower = _vision(encoder, native) if native.medium == "image" else _audio(encoder, config_class)
-    config = config_class(text_config=text, **tower, tie_word_embeddings=text.tie_word_embeddings)
-    token = assistant.placeholders[native.medium].id
-    setattr(config, f"{native.medium}_token_id", token)
+    config_class = getattr(transformers, native.name).config_class
+    medium_config = (
+        _vision_config(encoder, native) if native.medium == "image" else _audio_config(encoder, config_class)
+    )
+    config = config_class(text_config=text, **medium_config, tie_word_embeddings=text.tie_word_embeddings)
+    setattr(config, f"{native.medium}_token_id", assistant.placeholders[native.medium].id)
     generation = composite.language_model.generation_config
     config.eos_token_id, config.bos_token_id = generation.eos_token_id, generation.bos_token_id
     config.pad_token_id = assistant.tokenizer.pad_token_id
     return config
 
 
-def _vision(encoder: Any, native: Native) -> dict[str, Any]:
+def _vision_config(encoder: Any, native: NativeClass) -> dict[str, object]:
     config = copy.deepcopy(encoder.module.config)
     config.name_or_path = ""
     if native.last_is_normed:
@@ -219,107 +227,94 @@ def _vision(encoder: Any, native: Native) -> dict[str, Any]:
     }
 
 
-def _audio(encoder: Any, config_class: Any) -> dict[str, Any]:
-    own = encoder.module.config
-    tower_class = config_class.sub_configs_defaults["audio_config"]
-    config = transformers.AutoConfig.for_model(
-        tower_class.model_type,
-        d_model=own.d_model,
-        encoder_layers=own.encoder_layers,
-        encoder_attention_heads=own.encoder_attention_heads,
-        encoder_ffn_dim=own.encoder_ffn_dim,
-        num_mel_bins=own.num_mel_bins,
-        max_source_positions=own.max_source_positions,
-        activation_function=own.activation_function,
+def _audio_config(encoder: Any, config_class: Any) -> dict[str, object]:
+    names = (
+        *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim"),
+        *("num_mel_bins", "max_source_positions", "activation_function"),
     )
-    return {"audio_config": config}
+    model_type = config_class.sub_configs_defaults["audio_config"].model_type
+    values = {name: getattr(encoder.module.config, name) for name in names}
+    return {"audio_config": transformers.AutoConfig.for_model(model_type, **values)}
 
 
-def _processor(assistant: Assistant, native: Native, config: Any) -> Any:
-    """The class's own processor, with a chat template that puts media where ours stand."""
-    encoder = assistant.encoders[native.medium]
-    tokenizer = copy.deepcopy(assistant.tokenizer)
-    tokenizer.chat_template = with_media_parts(tokenizer, assistant.placeholders)
-    how = {"tokenizer": tokenizer, "chat_template": tokenizer.chat_template}
+def _processor(assistant: Assistant, native: NativeClass, config: Any) -> Any:
+    """The class's processor, with a chat template that puts media where the composite has them."""
+    encoder: Any = assistant.encoders[native.medium]
     token = assistant.placeholders[native.medium].token
+    tokenizer = media_tokenizer(assistant)
+    text = {"tokenizer": tokenizer, "chat_template": tokenizer.chat_template}
     if native.medium == "image":
         images = copy.deepcopy(encoder.processor)
-        # Pixels don't depend on it where nothing is cropped; those who count tokens beforehand read the size off it.
+        # Pixels don't depend on it if nothing is cropped; vLLM reads the size from it to count tokens.
         if not getattr(images, "crop_size", None):
             images.crop_size = {"height": encoder.shape.height, "width": encoder.shape.width}
         images.do_convert_rgb = True
-        patch = encoder.module.config.patch_size
-        patches = (encoder.shape.height // patch) * (encoder.shape.width // patch)
         return transformers.LlavaProcessor(
             images,
-            patch_size=patch,
+            patch_size=encoder.module.config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=encoder.shape.rows + encoder.shape.skipped - patches,
+            num_additional_image_tokens=encoder.shape.rows + encoder.shape.skipped - _patches(encoder),
             image_token=token,
-            **how,
+            **text,
         )
-    settings = encoder.processor.to_dict() | {"return_attention_mask": True}
-    sounds = type(encoder.processor).from_dict(settings)
-    if native.model_class.startswith("Qwen2Audio"):
-        # Nothing marks where sound begins and ends: both are the placeholder, and the template writes neither.
+    sounds = type(encoder.processor).from_dict(encoder.processor.to_dict() | {"return_attention_mask": True})
+    if native.name.startswith("Qwen2Audio"):
+        # Nothing marks the beginning and end of sound: both are the placeholder, and the template writes neither.
         marks = {"audio_bos_token": token, "audio_eos_token": token}
-        return transformers.Qwen2AudioProcessor(sounds, audio_token=token, **marks, **how)
-    return transformers.AudioFlamingo3Processor(sounds, audio_token=token, **how)
+        return transformers.Qwen2AudioProcessor(sounds, audio_token=token, **marks, **text)
+    return transformers.AudioFlamingo3Processor(sounds, audio_token=token, **text)
 
 
 @torch.no_grad()
-def _compare(assistant: Assistant, folder: Path, native: Native) -> None:
-    """Token ids and logits of what stands in the folder, on noise. Raises NotExact."""
-    model, report = getattr(transformers, native.model_class).from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
-    wrong = sorted(key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind])
-    if wrong:
-        raise NotExact(f"{native.model_class} reads back other weights than were written ({wrong[0]})")
-    processor = transformers.AutoProcessor.from_pretrained(folder)
+def compare_files(assistant: Assistant, folder: Path, native: NativeClass) -> None:
+    """Raises NotExact unless the folder gives the composite's token ids and logits for conversations about noise."""
     composite = assistant.model
     device = composite.get_input_embeddings().weight.device
-    model = model.to(device).eval()
-    for messages, decoded in _conversations(native.medium):
+    try:
+        model = load_exactly(getattr(transformers, native.name), folder).to(device).eval()
+    except ArtifactError as error:
+        raise NotExact(f"{native.name} reads back other weights than were written ({error})") from None
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    for seed, messages in enumerate(_conversations(native.medium)):
+        decoded = noise(native.medium, seed)
         prepared = assistant.encoders[native.medium].prepare(decoded)
         try:
             ours = prompt_batch(assistant, messages, dict.fromkeys(media_of(messages), prepared))
         except DataError:  # a chat template that takes no system turn
             continue
-        chat = as_chat(messages, dict.fromkeys(media_of(messages), decoded))
         inputs = processor.apply_chat_template(
-            chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            as_chat(messages, dict.fromkeys(media_of(messages), decoded)),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
         )
         if inputs["input_ids"].tolist() != ours["input_ids"].tolist():
             raise NotExact(
-                f"{native.model_class} and its processor make {inputs['input_ids'].shape[1]} tokens of a question "
+                f"{native.name} and its processor make {inputs['input_ids'].shape[1]} tokens of a question "
                 f"that is {ours['input_ids'].shape[1]} here"
             )
-        inputs = inputs.to(device, dtype=model.dtype)
-        found = model(**inputs).logits
+        logits = model(**inputs.to(device, dtype=model.dtype)).logits
         expected = composite(**ours).logits
-        distance, most = _distance(found[..., : expected.shape[-1]], expected), TOLERANCE[model.dtype]
-        if not distance <= most:
+        distance, bound = _distance(logits[..., : expected.shape[-1]], expected), TOLERANCE[model.dtype]
+        if not distance <= bound:
             raise NotExact(
-                f"{native.model_class} around {composite.config.text_config.model_type} gives other logits, by "
-                f"{distance:.2g} of their norm where {most:g} is rounding"
+                f"{native.name} around {composite.config.text_config.model_type} gives other logits, by "
+                f"{distance:.2g} of their norm where {bound:g} is rounding"
             )
 
 
-def _conversations(kind: str) -> list[tuple[tuple[Message, ...], Any]]:
-    """Each with the decoded medium that stands for all of its media."""
+def _conversations(kind: str) -> list[tuple[Message, ...]]:
     medium = Medium(kind, Path(kind))
-    asked = Message("user", (medium, "What is this?"))
-    turns = (asked, Message("assistant", ("A square.",)), Message("user", ("Say it again.",)))
-    brief = Message("system", ("Be brief.",))
+    question = Message("user", (medium, "What is this?"))
     return [
-        ((asked,), noise(kind)),
-        ((brief, Message("user", ("Before ", medium, " behind"))), noise(kind, 1)),
-        (turns, noise(kind, 2)),
+        (question,),
+        (Message("system", ("Be brief.",)), Message("user", ("Before ", medium, " behind"))),
+        (question, Message("assistant", ("A square.",)), Message("user", ("Say it again.",))),
     ]
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, as a share of the norm of what is expected."""
-    found, expected = found.float(), expected.float()
-    return float((found - expected).norm() / expected.norm())
+def _distance(values: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, as a share of the norm of `expected`."""
+    values, expected = values.float(), expected.float()
+    return float((values - expected).norm() / expected.norm())

@@ -1,8 +1,8 @@
-"""For vLLM (https://docs.vllm.ai): a class of transformers where one fits exactly, the kit's own elsewhere; both run in
-vLLM's transformers backend, which takes any attention-based LLM with its own logit scale, cap and bias.
+"""For vLLM (https://docs.vllm.ai): a class of transformers if one holds the model exactly, else the kit's own class.
+Both run in vLLM's transformers backend, which takes any attention-based LLM with its own logit scale, cap and bias.
 
-The kit's own class is no remote code: vLLM finds it by an entry point of this package, which must be installed beside
-it, without what it depends on: `pip install --no-deps finetune`.
+The kit's own class is no remote code: vLLM finds it by an entry point of this package, which must be installed in
+vLLM's environment, without its dependencies.
 """
 
 from collections.abc import Sequence
@@ -12,149 +12,134 @@ from typing import Any
 from pydantic import Field
 
 from finetune.common.errors import ExportRefused
-from finetune.common.registry import PartOptions
-from finetune.export._contract import Answered, Probe, Source, Written
+from finetune.export._contract import EngineAnswers, ExportedModel, MergedModel, Probe, TargetOptions, without_end
 
-BACKEND = "TransformersMultiModalForCausalLM"  # vLLM's name of its transformers backend, for models that take media
-TAKEN = ("image", "audio")
-MODEL = "exported"  # its name in the API, while comparing
-ADAPTER = "adapter"  # its folder, and the name by which it is asked
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM makes room for
-LEFT_OUT = {
-    "Qwen2AudioForConditionalGeneration": "doesn't run in vLLM's transformers backend, and vLLM's own knows no LLM but "
-    "Qwen2"
+TAKES_MEDIA = True
+BACKEND = "TransformersMultiModalForCausalLM"  # vLLM's transformers backend for models that take media
+MEDIA = ("image", "audio")
+MODEL = "exported"  # its name in the API during verification
+ADAPTER = "adapter"  # the adapter's folder, and its name in the API
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM reserves room for
+REFUSED = {
+    "Qwen2AudioForConditionalGeneration": "doesn't run in vLLM's transformers backend, and vLLM's own class takes no "
+    "LLM but Qwen2"
 }
 
 
-class Options(PartOptions):
-    min_equal: float = Field(
-        0.9, ge=0, le=1, description="Share of questions whose first tokens in vLLM must be ours; else it is refused."
-    )
+class Options(TargetOptions):
     python: str | None = Field(
         None,
-        description="The python of the environment that has vLLM; null: that of the variable FINETUNE_VLLM.",
+        description="The python of vLLM's environment; null: that of the variable FINETUNE_VLLM.",
         json_schema_extra={"path": "maybe"},
     )
     adapter: bool = Field(
         False,
-        description="Leave the adapter beside its base, projectors in it, for a server of several adapters; it takes a "
-        "run, with plain LoRA.",
+        description="Write the adapter separately from its base, which includes the projectors, for a server of "
+        "several adapters; needs a run with plain LoRA.",
     )
-    start_seconds: float = Field(600.0, gt=0, description="How long vLLM may take to start, while comparing.")
+    start_seconds: float = Field(600.0, gt=0, description="Longest start of vLLM during verification.")
 
 
-def write(source: Source, folder: Path, options: Options) -> Written:
-    """Write what `vllm serve FOLDER` takes. Raises ExportRefused for what its transformers backend can't run."""
+def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
+    """Write what `vllm serve FOLDER` loads. Raises ExportRefused for what its transformers backend can't run."""
     import torch
 
     from finetune.common.run_folder import read_json, write_json
-    from finetune.export._native import Native, NotExact, native_of, write_native
-    from finetune.export._vllm.adapter import take_out, write_adapter
+    from finetune.export._native import NotExact, write_native
+    from finetune.export._vllm.adapter import subtract_adapter, write_adapter
+    from finetune.export._vllm.environment import INSTALL_PLUGIN
     from finetune.export._vllm.folder import write_served
     from finetune.model.load import load_merged
 
-    assistant = load_merged(source.merged, torch.device("cpu"))
-    if (reason := lacking(assistant.model)) is not None:
-        raise ExportRefused(f"{source.merged}: vLLM can't serve it: {reason}; `finetune serve` does")
-    for tower in assistant.model.encoders.values():
-        drop_pooling(tower)
-    dtype = str(assistant.model.causal_lm.dtype).removeprefix("torch.")
-    command = f"vllm serve FOLDER --dtype {dtype}"
-    install = "in vLLM's environment, once: pip install --no-deps finetune"
+    assistant = load_merged(model.folder, torch.device("cpu"))
+    if (reason := unsupported(assistant.model)) is not None:
+        raise ExportRefused(f"{model.folder}: vLLM can't serve it: {reason}; `finetune serve` does")
+    for encoder in assistant.model.encoders.values():
+        drop_pooling(encoder)
+    command = f"vllm serve FOLDER --dtype {str(assistant.model.causal_lm.dtype).removeprefix('torch.')}"
     if options.adapter:
-        if source.adapter is None:
-            raise ExportRefused(f"{source.merged}: a merged folder holds no adapter: name the run that it came from")
-        if not (source.adapter / "adapter_config.json").is_file():
-            raise ExportRefused(f"{source.adapter}: this run trained no adapter (`adapter: null`), only other parts")
-        rank = lora_rank(read_json(source.adapter / "adapter_config.json"))
-        assistant.model.language_model = take_out(assistant.model.causal_lm, source.adapter)
-        write_adapter(assistant.model.causal_lm, source.adapter, folder / ADAPTER)
-        write_served(assistant, folder, BACKEND)
+        adapter = model.adapter_folder()
+        rank = lora_rank(read_json(adapter / "adapter_config.json"))
+        assistant.model.language_model = subtract_adapter(assistant.model.causal_lm, adapter)
+        write_adapter(assistant.model.causal_lm, adapter, folder / ADAPTER)
         command += f" --enable-lora --max-lora-rank {rank} --lora-modules {ADAPTER}=FOLDER/{ADAPTER}"
-        why = f"the adapter stands beside its base, and answers as {ADAPTER!r}"
-        return Written("ServedModel", why, (install, f"to serve it: {command}"), {"command": command})
-    native = native_of(assistant.model)
-    if isinstance(native, Native) and native.model_class in LEFT_OUT:
-        native = f"{native.model_class} {LEFT_OUT[native.model_class]}"
-    if isinstance(native, Native):
+        reason = f"the adapter is separate from its base, and is called {ADAPTER!r}"
+    else:
         try:
-            write_native(assistant, folder, native)
-            config = read_json(folder / "config.json")
-            write_json(folder / "config.json", config | {"architectures": [BACKEND]})
-            notes = (f"to serve it: {command}",)
-            return Written(native.model_class, "it fits exactly", notes, {"command": command})
+            native = write_native(assistant, folder, REFUSED)
         except NotExact as error:
-            native = str(error)
-    for left in folder.iterdir():
-        left.unlink()
+            reason = str(error)
+        else:
+            write_json(folder / "config.json", read_json(folder / "config.json") | {"architectures": [BACKEND]})
+            return ExportedModel(native.name, "it fits exactly", (f"to serve it: {command}",), {"command": command})
     write_served(assistant, folder, BACKEND)
-    return Written("ServedModel", native, (install, f"to serve it: {command}"), {"command": command})
+    notes = (INSTALL_PLUGIN, f"to serve it: {command}")
+    return ExportedModel("ServedModel", reason, notes, {"command": command})
 
 
-def lacking(model: Any) -> str | None:
+def unsupported(composite: Any) -> str | None:
     """Why vLLM can't run a composite, or None."""
-    parts = model.config.parts
-    if unknown := [name for name in parts["encoders"] if name not in TAKEN]:
-        return f"its transformers backend takes {' and '.join(TAKEN)}, no {unknown[0]}"
-    if parts["fusion"]["kind"] != "prefix":
-        return f"it has no place for the fusion {parts['fusion']['kind']!r}"
-    if model.heads:
-        return f"it has no place for a head of its own ({', '.join(model.heads)})"
-    text = model.config.text_config
-    if not model.causal_lm._supports_attention_backend:
-        return f"the LLM ({text.model_type}) computes attention in its own way, which vLLM can't replace by its own"
+    composition, text = composite.composition, composite.config.text_config
+    if unknown := [name for name in composition.encoders if name not in MEDIA]:
+        return f"its transformers backend takes {' and '.join(MEDIA)}, no {unknown[0]}"
+    if composition.fusion.kind != "prefix":
+        return f"it has no place for the fusion {composition.fusion.kind!r}"
+    if composite.heads:
+        return f"it has no place for a head with weights ({', '.join(composite.heads)})"
+    if not composite.causal_lm._supports_attention_backend:
+        return f"vLLM can't replace the attention of this LLM ({text.model_type}) by its own"
     if max(getattr(text, name, 0) or 0 for name in ("num_experts", "num_local_experts", "n_routed_experts")) > 1:
         return f"the LLM ({text.model_type}) is a mixture of experts, which this export doesn't write yet"
     return None
 
 
 def lora_rank(config: dict[str, Any]) -> int:
-    """For what rank vLLM must make room. Raises ExportRefused for an adapter that it can't put over a base."""
+    """The rank that vLLM must reserve room for. `config`: of adapter_config.json. Raises ExportRefused for an adapter
+    that vLLM can't apply.
+    """
     largest = max([config["r"], *config.get("rank_pattern", {}).values()])
-    wrong = [name for name in ("use_dora", "modules_to_save", "lora_bias") if config.get(name)]
-    if wrong or largest > RANKS[-1]:
-        raise ExportRefused(f"vLLM takes plain LoRA up to rank {RANKS[-1]}; this adapter has {wrong or largest}")
+    unsupported_keys = [name for name in ("use_dora", "modules_to_save", "lora_bias") if config.get(name)]
+    if unsupported_keys or largest > RANKS[-1]:
+        reason = unsupported_keys or f"rank {largest}"
+        raise ExportRefused(f"vLLM takes plain LoRA up to rank {RANKS[-1]}; this adapter has {reason}")
     return next(rank for rank in RANKS if rank >= largest)
 
 
-def drop_pooling(tower: Any) -> None:
-    """Take off the head that makes one vector of a picture (SigLIP, AIMv2): features come from before it, and on a CPU
-    vLLM can't run it.
+def drop_pooling(encoder: Any) -> None:
+    """Remove the head that makes one vector of a picture (SigLIP, AIMv2): features are read before it, and vLLM can't
+    run it on a CPU.
     """
-    for module in tower.modules():
+    for module in encoder.modules():
         if getattr(module, "use_head", False):
             del module.head
             module.use_head = False
     for name in ("vision_use_head", "use_head"):
-        if hasattr(tower.config, name):
-            setattr(tower.config, name, False)
+        if hasattr(encoder.config, name):
+            setattr(encoder.config, name, False)
 
 
-def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> Answered:
-    """Ask a vLLM of its own, over OpenAI's API. Raises EngineMissing, ExportRefused."""
+def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> EngineAnswers:
+    """In a vLLM server, over OpenAI's API."""
     from finetune.common.run_folder import read_json
-    from finetune.export._check.openai_server import ask, serving
-    from finetune.export._vllm import environment as environment
+    from finetune.export._check.openai_server import chat_completion, serving
+    from finetune.export._vllm import environment
 
     config = read_json(folder / "config.json")
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    python = environment.python_of(options.python)
+    end_ids = read_json(folder / "generation_config.json").get("eos_token_id")
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    python = environment.find_python(options.python)
     version = environment.version_of(python, plugin=config["model_type"] == "finetune_served")
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.absolute())]
     # No longer prompts than there is memory for, and nothing compiled: these are few and short questions.
     command += ["--dtype", config["dtype"], "--max-model-len", "auto", "--enforce-eager"]
-    model = MODEL
+    command += ["--served-model-name", MODEL]
+    name = MODEL
     if (folder / ADAPTER).is_dir():
-        model, rank = ADAPTER, lora_rank(read_json(folder / ADAPTER / "adapter_config.json"))
+        name, rank = ADAPTER, lora_rank(read_json(folder / ADAPTER / "adapter_config.json"))
         command += ["--enable-lora", "--max-lora-rank", str(rank)]
         command += ["--lora-modules", f"{ADAPTER}={(folder / ADAPTER).absolute()}"]
-    command += ["--served-model-name", MODEL]
-    # Else the LLM's generation config may say otherwise.
-    how = {"model": model, "repetition_penalty": 1.0, "return_token_ids": True}
-    answers = []
-    with serving("vLLM", command, options.start_seconds, environment.environment_of(python)) as server:
-        for probe in probes:
-            ids = ask(server, probe.messages, max_new_tokens, **how)["token_ids"]
-            answers.append(tuple(ids[:-1] if ids[-1:] and ids[-1] in ends else ids))
-    return Answered(f"vLLM {version}", tuple(answers))
+    # Without it the LLM's generation config may set another penalty.
+    fields = {"model": name, "repetition_penalty": 1.0, "return_token_ids": True}
+    with serving("vLLM", command, options.start_seconds, environment.server_environment(python)) as server:
+        choices = [chat_completion(server, probe.messages, max_new_tokens, **fields) for probe in probes]
+    return EngineAnswers(f"vLLM {version}", tuple(without_end(choice["token_ids"], end_ids) for choice in choices))

@@ -168,8 +168,8 @@ class EncodedOnce:
 
 class Distance:
     """Distance of distributions (positions, vocabulary) from reference ones, sample by sample: KL(reference || these)
-    in nats per token, the share of equal most likely tokens, and the largest difference of a log-probability, among tokens
-    to which the reference gives at least one in ten thousand.
+    in nats per token, the share of equal most likely tokens, and the largest difference of a log-probability, among
+    tokens to which the reference gives at least one in ten thousand.
     """
 
     def __init__(self) -> None:

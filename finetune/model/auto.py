@@ -1,4 +1,4 @@
-"""After `import finetune.model.auto` transformers' Auto classes load what `finetune merge` and `finetune export` wrote:
+"""After `import finetune.model.auto` transformers' Auto classes load what `finetune merge` and `finetune export` write:
 
 import finetune.model.auto
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -27,8 +27,8 @@ from finetune.model.processor import MultimodalProcessor
 
 
 class MultimodalForConditionalGeneration(MultimodalModel, GenerationMixin):
-    """The composite with the manners of transformers: `generate` gives the prompt and what follows, by the generation
-    config that stands in the folder. (The composite alone gives new tokens only: its prompts are embeddings.)
+    """The composite with transformers' conventions: `generate` returns the prompt and the new tokens, and uses the
+    folder's generation config. (The composite itself returns new tokens only: its prompts are embeddings.)
     """
 
     @torch.no_grad()
@@ -40,19 +40,19 @@ class MultimodalForConditionalGeneration(MultimodalModel, GenerationMixin):
         media: Mapping[str, Sequence[Tensor]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Prompts (B, T), padded on the left, and prepared media -> tokens (B, T + T'), or what
-        `return_dict_in_generate` asks for. `kwargs`: any of transformers' `generate`.
+        """Prompts (B, T), padded on the left, and prepared media -> tokens (B, T + T'), or a `ModelOutput` of them with
+        `return_dict_in_generate`. `kwargs`: any of transformers' `generate`.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         kwargs.setdefault("generation_config", self.generation_config)
-        found: Any = super().generate(input_ids, mask, features, media, **kwargs)
-        new = found if isinstance(found, Tensor) else found.sequences
+        output: Any = super().generate(input_ids, mask, features, media, **kwargs)
+        new = output if isinstance(output, Tensor) else output.sequences
         prompts = input_ids.repeat_interleave(len(new) // len(input_ids), 0)
         tokens = torch.cat([prompts.to(new.device), new], 1)
-        if isinstance(found, Tensor):
+        if isinstance(output, Tensor):
             return tokens
-        found.sequences = tokens
-        return found
+        output.sequences = tokens
+        return output
 
 
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):

@@ -1,26 +1,24 @@
-"""A chat template that takes media as parts of a message, made of one that takes text alone."""
+"""Turns a chat template for text into one that takes media as parts of a message."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from finetune.model.tokenize import Placeholder, template_options
 
-# What clients call the parts; each becomes its placeholder, without anything around it.
+# Clients' names of the parts; each becomes its placeholder, with nothing around it.
 PART_TYPES = {
     "image": ("image", "image_url", "input_image"),
     "audio": ("audio", "audio_url", "input_audio"),
     "video": ("video", "video_url", "input_video"),
 }
-
-
-FIRST = "{#- media are parts of a message -#}"
+FIRST_LINE = "{#- media are parts of a message -#}"
 
 
 def with_media_parts(tokenizer: Any, placeholders: Mapping[str, Placeholder]) -> str:
-    """The tokenizer's chat template behind a few lines that write a message's parts as one text. Where ours is rendered
-    with an option (Qwen3's thinking off), it is set. A template that has these lines stays as it is.
+    """The tokenizer's chat template, preceded by lines that join a message's parts to one text, and that set the
+    options of training (Qwen3's `enable_thinking`). A template that has these lines already is returned unchanged.
     """
-    if str(tokenizer.chat_template).startswith(FIRST):
+    if str(tokenizer.chat_template).startswith(FIRST_LINE):
         return str(tokenizer.chat_template)
     branches = "".join(
         f"{{%- elif part['type'] in {PART_TYPES[kind]!r} -%}}{{%- set text.all = text.all + {placeholder.token!r} -%}}"
@@ -30,7 +28,7 @@ def with_media_parts(tokenizer: Any, placeholders: Mapping[str, Placeholder]) ->
         f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in template_options(tokenizer).items()
     )
     return (
-        f"{FIRST}{options}{{%- set whole = namespace(messages=[]) -%}}"
+        f"{FIRST_LINE}{options}{{%- set whole = namespace(messages=[]) -%}}"
         "{%- for message in messages -%}"
         "{%- if message['content'] is string -%}"
         "{%- set whole.messages = whole.messages + [message] -%}"

@@ -67,7 +67,7 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     with hub.reading(folder / "config.json"):
         composition = read_composition(folder)
         hub.verify_weights(folder)
-        model: MultimodalModel = load_exactly(MultimodalModel, folder)
+        model: Any = load_exactly(MultimodalModel, folder)
     model = model.to(device).eval()
     if (folder / "generation_config.json").is_file():
         with hub.reading(folder / "generation_config.json"):

@@ -1,4 +1,4 @@
-"""Reading a folder of transformers without accepting weights that don't fit."""
+"""Reads a folder of transformers without accepting weights that don't fit."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,13 @@ from finetune.common.errors import ArtifactError
 
 
 def load_exactly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(folder, dtype="auto", **kwargs)`, if the folder has exactly the class's weights.
+    """`model_class.from_pretrained(folder, dtype="auto", **kwargs)`, refused if any of its weights don't fit.
 
-    Raises ArtifactError with the first missing, unexpected and mismatched keys otherwise: transformers would initialize
-    what is missing at random and ignore what is unexpected.
+    transformers would initialize missing weights at random and ignore unexpected ones. Raises ArtifactError with the
+    first missing, unexpected and mismatched keys.
     """
     model, report = model_class.from_pretrained(folder, output_loading_info=True, **{"dtype": "auto", **kwargs})
-    wrong = {
-        kind: sorted(report[kind])[:3]
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if report[kind]
-    }
-    if wrong:
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    if wrong := {kind: sorted(report[kind])[:3] for kind in kinds if report[kind]}:
         raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
     return model

@@ -1,48 +1,50 @@
-"""What the composite takes, made of text and media the way processors of transformers do it."""
+"""A processor of transformers for the composite: text and media to the model's inputs."""
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part
-from finetune.data.media import Limits, decode
+from finetune.data.media import decode
+from finetune.data.media.audio import RATE
 from finetune.data.media.image import over_white
 from finetune.data.sample import Prepared
 from finetune.model.chat_template import PART_TYPES, with_media_parts
-from finetune.model.composite import PLACEHOLDERS, MultimodalConfig, segments_of
+from finetune.model.composite import MultimodalConfig
+from finetune.model.composition import PLACEHOLDERS, Composition
+from finetune.model.padding import left_padded
 from finetune.model.tokenize import Placeholder
 
 if TYPE_CHECKING:
     import numpy as np
 
-KEYS = ("url", "path", "base64", "data")  # under which clients give a medium, besides its kind
+Media = dict[str, list[Any]]  # {kind: media as clients give them}
+MEDIUM_KEYS = ("url", "path", "base64", "data")  # of a part of a message, besides its kind
 
 
 class MultimodalProcessor(ProcessorMixin):
-    """Conversations, or text with placeholders beside media, -> what the model's `generate` and `forward` take.
+    """Conversations, or texts with placeholders and their media -> inputs of the model's `generate` and `forward`.
 
-    `parts`: those of the model's config. Media are files (within the bounds that the model was trained with), their
-    bytes, data URIs, or decoded: pictures of Pillow, samples at 16 kHz, `finetune.data.media.video.Clip`.
+    `parts`: of the model's config. A medium is a path, bytes or a data URI, which are decoded within the limits of the
+    training run, or decoded: a Pillow image, samples at 16 kHz, a `finetune.data.media.video.Clip`.
     """
 
     def __init__(self, tokenizer: Any = None, chat_template: str | None = None, parts: Any = None) -> None:
         self.parts: dict[str, Any] = parts or MultimodalConfig().parts
-        ids = self.parts["placeholders"]
+        self._composition = Composition.model_validate(self.parts)
+        ids = self._composition.placeholders
         self._placeholders = {kind: Placeholder(PLACEHOLDERS[kind], ids[kind]) for kind in ids}
         with torch.device("meta"):  # preprocessing and shapes; no weights
             self._encoders = {
-                kind: load_part("encoders", part["kind"]).restore(part["settings"], torch.float32)
-                for kind, part in self.parts["encoders"].items()
+                kind: load_part("encoders", saved.kind).restore(saved.settings, torch.float32)
+                for kind, saved in self._composition.encoders.items()
             }
-        known = {field.name for field in fields(Limits)}
-        self._limits = Limits(**{k: v for k, v in self.parts.get("media", {}).items() if k in known})
         if tokenizer is not None:
             tokenizer.chat_template = chat_template or tokenizer.chat_template
             chat_template = tokenizer.chat_template = with_media_parts(tokenizer, self._placeholders)
@@ -52,12 +54,11 @@ class MultimodalProcessor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> "MultimodalProcessor":
-        """Of a folder or Hub id that `save_pretrained` or `finetune merge` wrote."""
-        where = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
-        processor_parts, _ = cls.get_processor_dict(pretrained_model_name_or_path, **where)
-        if "parts" not in processor_parts:
-            config = MultimodalConfig.from_pretrained(pretrained_model_name_or_path, **where)
-            kwargs["parts"] = config.parts
+        """From a folder or Hub repository that `save_pretrained` or `finetune merge` wrote."""
+        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
+        if "parts" not in saved:
+            kwargs["parts"] = MultimodalConfig.from_pretrained(pretrained_model_name_or_path, **hub).parts
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
 
     @property
@@ -76,9 +77,9 @@ class MultimodalProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> Any:
         """One conversation or several, in the form of transformers or of OpenAI's API -> text; with `tokenize` token
-        ids (B, T), with `return_dict` too all that the model takes. `kwargs` go to the chat template.
+        ids (B, T), with `return_dict` as well all inputs of the model. `kwargs` go to the chat template.
         """
-        several = [conversation] if isinstance(conversation[0], dict) else list(conversation)
+        conversations = [conversation] if isinstance(conversation[0], dict) else list(conversation)
         texts = [
             self.tokenizer.apply_chat_template(
                 turns,
@@ -87,17 +88,17 @@ class MultimodalProcessor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
             )
-            for turns in several
+            for turns in conversations
         ]
         if not tokenize:
             return texts[0] if isinstance(conversation[0], dict) else texts
-        media: dict[str, list[Any]] = {kind: [] for kind in self._encoders}
-        for kind, medium in media_in(several):
+        media: Media = {kind: [] for kind in self._encoders}
+        for kind, medium in media_in(conversations):
             if kind not in media:
-                raise DataError(f"holds {kind}, but this model takes {', '.join(media) or 'text only'}")
+                self._refuse(kind)
             media[kind].append(medium)
-        found = self._of(texts, media, return_tensors)
-        return found if return_dict else found["input_ids"]
+        inputs = self._inputs(texts, media, return_tensors)
+        return inputs if return_dict else inputs["input_ids"]
 
     def __call__(  # type: ignore[override]
         self,
@@ -108,49 +109,49 @@ class MultimodalProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Texts, with a placeholder where each medium stands -> `input_ids`, `attention_mask` (B, T), padded on the
-        left, and `media` {kind: prepared media, in the order of their placeholders}. Special tokens aren't added: the
-        chat template has written them. Raises DataError where the media don't fit.
+        """Texts, with a placeholder for each medium -> `input_ids`, `attention_mask` (B, T), padded on the left, and
+        `media` {kind: prepared media, in the order of their placeholders}. Special tokens aren't added: the chat
+        template writes them. Raises DataError if the media don't fit the text or the model.
         """
-        given = {"image": images, "audio": audio, "video": videos}
-        if (rate := kwargs.get("sampling_rate", 16_000)) != 16_000:
-            raise DataError(f"sampling_rate is {rate}; give samples at 16,000 a second, or a file")
-        if unknown := [kind for kind, media in given.items() if media is not None and kind not in self._encoders]:
-            raise DataError(f"holds {unknown[0]}, but this model takes {', '.join(self._encoders) or 'text only'}")
-        media = {kind: list(_flat(found)) for kind, found in given.items() if found is not None}
-        return self._of([text] if isinstance(text, str) else list(text or [""]), media, return_tensors)
+        if (rate := kwargs.get("sampling_rate", RATE)) != RATE:
+            raise DataError(f"sampling_rate is {rate}; give samples at {RATE:,} a second, or a file")
+        media: Media = {}
+        for kind, values in (("image", images), ("audio", audio), ("video", videos)):
+            if values is not None:
+                if kind not in self._encoders:
+                    self._refuse(kind)
+                media[kind] = list(_flat(values))
+        return self._inputs([text] if isinstance(text, str) else list(text or [""]), media, return_tensors)
 
-    def _of(self, texts: Sequence[str], media: dict[str, list[Any]], return_tensors: str | None) -> BatchFeature:
+    def _refuse(self, kind: str) -> NoReturn:
+        raise DataError(f"the input has {kind}, but this model takes {', '.join(self._encoders) or 'text only'}")
+
+    def _inputs(self, texts: Sequence[str], media: Media, return_tensors: str | None) -> BatchFeature:
         if return_tensors not in ("pt", None):
             raise DataError(f"return_tensors is {return_tensors!r}; write 'pt'")
-        prepared = {kind: [self._prepared(kind, one) for one in found] for kind, found in media.items()}
-        waiting = {kind: iter(found) for kind, found in prepared.items()}
-        rows = [self._expanded(text, waiting) for text in texts]
-        if left := [kind for kind, found in waiting.items() if next(found, None) is not None]:
-            raise DataError(f"more {left[0]} than there are {PLACEHOLDERS[left[0]]} in the text")
-        longest, pad = max(map(len, rows)), self.tokenizer.pad_token_id
-        padding = [longest - len(row) for row in rows]
-        found: dict[str, Any] = {
-            "input_ids": torch.tensor([[pad] * n + row for n, row in zip(padding, rows, strict=True)]),
-            "attention_mask": torch.tensor([[0] * n + [1] * (longest - n) for n in padding]),
-        }
+        prepared = {kind: [self._prepared(kind, one) for one in values] for kind, values in media.items()}
+        remaining = {kind: iter(values) for kind, values in prepared.items()}
+        rows = [self._expanded(text, remaining) for text in texts]
+        if unused := [kind for kind, values in remaining.items() if next(values, None) is not None]:
+            raise DataError(f"more {unused[0]} than there are {PLACEHOLDERS[unused[0]]} in the text")
+        ids, mask = left_padded(rows, self.tokenizer.pad_token_id)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if any(prepared.values()):
-            found["media"] = {kind: [one.values for one in all_of] for kind, all_of in prepared.items() if all_of}
-        return BatchFeature(found)
+            inputs["media"] = {kind: [one.values for one in values] for kind, values in prepared.items() if values}
+        return BatchFeature(inputs)
 
-    def _expanded(self, text: str, waiting: dict[str, Iterator[Prepared]]) -> list[int]:
-        """Token ids, each placeholder as its medium's segments: a mark, and as many placeholders as it has rows."""
+    def _expanded(self, text: str, remaining: Mapping[str, Iterator[Prepared]]) -> list[int]:
+        """Token ids, with each placeholder replaced by its medium's segments: a mark, and a placeholder per row."""
         kinds = {placeholder.id: kind for kind, placeholder in self._placeholders.items()}
-        config = MultimodalConfig(parts=self.parts)
         ids: list[int] = []
         for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
             if token not in kinds:
                 ids.append(token)
                 continue
-            medium = next(waiting.get(kinds[token], iter(())), None)
+            medium = next(remaining.get(kinds[token], iter(())), None)
             if medium is None:
                 raise DataError(f"fewer {kinds[token]} than there are {PLACEHOLDERS[kinds[token]]} in the text")
-            for mark, count in segments_of(config, kinds[token], medium.layout):
+            for mark, count in self._composition.placement.segments(kinds[token], medium.layout):
                 ids += self.tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
                 ids += [token] * count
         return ids
@@ -160,31 +161,31 @@ class MultimodalProcessor(ProcessorMixin):
         if isinstance(medium, str) and medium.startswith("data:"):
             medium = base64.b64decode(medium.partition(",")[2])
         if isinstance(medium, str) and "://" in medium:
-            raise DataError(f"{medium[:60]}: media are read from files; download it first")
+            raise DataError(f"{medium[:60]}: nothing is downloaded here; download it, and give the file's path")
         if isinstance(medium, str | Path):
             medium = Path(medium)
         if isinstance(medium, io.BytesIO):
             medium = medium.getvalue()
         if isinstance(medium, Path | bytes):
-            medium = decode(kind, medium, limits=self._limits, **encoder.sampling)
+            medium = decode(kind, medium, limits=self._composition.media, **encoder.sampling)
         return encoder.prepare(_canonical(kind, medium))
 
 
 def media_in(conversations: Iterable[Sequence[Any]]) -> Iterator[tuple[str, Any]]:
-    """(kind, medium) of every part that is one, in order. Raises DataError for a part without any."""
+    """(kind, medium) of every media part, in order. Raises DataError for a media part without a medium."""
     kinds = {name: kind for kind, names in PART_TYPES.items() for name in names}
     for turns in conversations:
         for turn in turns:
             for part in turn["content"] if not isinstance(turn["content"], str) else ():
                 if (kind := kinds.get(part["type"])) is None:
                     continue
-                inside = part.get(part["type"], part.get(kind))
-                given = inside if isinstance(inside, dict) else {"data": inside} if inside is not None else part
-                found = next((key for key in KEYS if given.get(key) is not None), None)
-                if found is None:
-                    raise DataError(f"a part of type {part['type']!r} holds no medium: give a file's path as {kind!r}")
-                encoded = found == "base64" or (isinstance(inside, dict) and found == "data")
-                yield kind, base64.b64decode(given[found]) if encoded else given[found]
+                content = part.get(part["type"], part.get(kind))
+                values = content if isinstance(content, dict) else part if content is None else {"data": content}
+                key = next((key for key in MEDIUM_KEYS if values.get(key) is not None), None)
+                if key is None:
+                    raise DataError(f"a part of type {part['type']!r} has no medium: give a file's path as {kind!r}")
+                encoded = key == "base64" or (isinstance(content, dict) and key == "data")
+                yield kind, base64.b64decode(values[key]) if encoded else values[key]
 
 
 def _flat(media: Any) -> Iterator[Any]:
@@ -196,7 +197,7 @@ def _flat(media: Any) -> Iterator[Any]:
 
 
 def _canonical(kind: str, medium: Any) -> Any:
-    """A decoded medium in the form that encoders take. Raises DataError for what is none."""
+    """A decoded medium in the form that encoders take. Raises DataError for other types."""
     import numpy as np
     import PIL.Image
 
@@ -208,7 +209,7 @@ def _canonical(kind: str, medium: Any) -> Any:
         return _samples(medium)
     if kind == "video" and isinstance(medium, Clip):
         return medium
-    raise DataError(f"{kind}: give a file's path, its bytes, or it decoded, not a {type(medium).__name__}")
+    raise DataError(f"{kind}: give a file's path, its bytes, or a decoded medium, not a {type(medium).__name__}")
 
 
 def _samples(sound: Any) -> "np.ndarray":
@@ -216,5 +217,5 @@ def _samples(sound: Any) -> "np.ndarray":
 
     samples = np.asarray(sound, np.float32).squeeze()
     if samples.ndim != 1:
-        raise DataError(f"audio: samples of shape {samples.shape}; give one channel, at 16,000 a second")
+        raise DataError(f"audio: samples of shape {samples.shape}; give one channel, at {RATE:,} samples a second")
     return samples

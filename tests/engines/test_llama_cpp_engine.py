@@ -18,8 +18,8 @@ from tiny_merged import tiny_merged, wide_llm
 from finetune.common.errors import ExportRefused
 from finetune.data.sample import Medium, Message
 from finetune.export import gguf
-from finetune.export._check.probes import own_answers
-from finetune.export._contract import Source
+from finetune.export._check.probes import answered
+from finetune.export._contract import MergedModel
 from finetune.export._run import export_run
 from finetune.model.language_model import load_tokenizer
 from finetune.model.load import load_merged
@@ -34,12 +34,12 @@ TOKENS = 8
 
 def encoders_of(*kinds: str):
     """Random encoders, whose projected rows are loud enough for the LLM to mind them."""
-    there = {
+    encoders = {
         "image": ("vision", tiny_encoder_of("siglip")),
         "audio": ("whisper", tiny_encoder_of("whisper", pad_to_30_seconds=True)),
     }
     projectors = {"image": part("projectors", "mlp"), "audio": part("projectors", "stack", factor=4)}
-    return {kind: there[kind] for kind in kinds}, {kind: projectors[kind] for kind in kinds}
+    return {kind: encoders[kind] for kind in kinds}, {kind: projectors[kind] for kind in kinds}
 
 
 @pytest.fixture(scope="module")
@@ -65,37 +65,37 @@ def questions_of(folder: Path) -> list[tuple[Message, ...]]:
     for number, seconds in enumerate((0.4, 2.1, 7.0)):
         soundfile.write(folder / f"{number}.wav", 3 * tiny_sound(seconds, seed=number), 16_000, subtype="FLOAT")
         media.append(Medium("audio", folder / f"{number}.wav"))
-    asked = [(Message("user", (medium, "what is this?")),) for medium in media]
-    turns = (*asked[0], Message("assistant", ("A square.",)), Message("user", ("And ", media[4], " this?")))
-    return [*asked, (Message("system", ("be brief",)), Message("user", ("before ", media[1], " behind"))), turns]
+    questions = [(Message("user", (medium, "what is this?")),) for medium in media]
+    turns = (*questions[0], Message("assistant", ("A square.",)), Message("user", ("And ", media[4], " this?")))
+    return [*questions, (Message("system", ("be brief",)), Message("user", ("before ", media[1], " behind"))), turns]
 
 
 @pytest.fixture(scope="module")
-def asked(merged, tmp_path_factory):
+def probes(merged, tmp_path_factory):
     """What the merged model answers."""
     torch.manual_seed(0)
-    conversations = questions_of(tmp_path_factory.mktemp("media"))
-    assistant = load_merged(merged, torch.device("cpu"))
-    return own_answers(assistant, [*conversations, (Message("user", ("what is this?",)),)], TOKENS)
+    folder = tmp_path_factory.mktemp("media")
+    conversations = [*questions_of(folder), (Message("user", ("what is this?",)),)]
+    return answered(load_merged(merged, torch.device("cpu")), conversations, folder, TOKENS)
 
 
 @pytest.mark.parametrize("quantization, least", [("F32", 1.0), ("Q6_K", 0.5)])
-def test_llama_cpp_answers_as_the_merged_model(tmp_path, merged, asked, quantization, least):
+def test_llama_cpp_answers_as_the_merged_model(tmp_path, merged, probes, quantization, least):
     options = gguf.Options(quantization=quantization)
-    written = gguf.write(Source(merged), tmp_path, options)
+    exported = gguf.write(MergedModel(merged), tmp_path, options)
     assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "mmproj.gguf", "Modelfile"}
-    assert written.details["projector_types"] == {"image": "mlp", "audio": "ultravox"}
-    answered = gguf.answer(tmp_path, asked, options, TOKENS)
-    alike = [got[:4] == probe.token_ids[:4] for got, probe in zip(answered.answers, asked, strict=True)]
-    assert len(asked) == 10 and sum(alike) >= least * len(alike), (answered.answers, asked)
+    assert exported.details["projector_types"] == {"image": "mlp", "audio": "ultravox"}
+    answers = gguf.answer(tmp_path, probes, options, TOKENS).answers
+    alike = [answer[:4] == probe.answer[:4] for answer, probe in zip(answers, probes, strict=True)]
+    assert len(probes) == 10 and sum(alike) >= least * len(alike), (answers, probes)
     # Two pictures, a sound and text alone: what it answers is about what it is given.
-    assert len({answered.answers[which] for which in (0, 1, 4, -1)}) == 4
+    assert len({answers[which] for which in (0, 1, 4, -1)}) == 4
 
 
 def test_the_stage_compares(tmp_path, merged):
-    done = export_run(merged, "gguf", tmp_path / "out")
-    assert done["verified"]["equal_first_tokens"] >= 0.9 * done["verified"]["rows"] > 3
-    assert "llama.cpp" in done["verified"]["engine"] and done["class"] == "llama Q8_0"
+    result = export_run(merged, "gguf", tmp_path / "out")
+    assert result.verification.equal_first_tokens >= 0.9 * result.verification.rows > 3
+    assert "llama.cpp" in result.verification.engine and result.model_class == "llama Q8_0"
 
 
 def test_an_llm_that_llama_cpp_does_not_know_is_refused(tmp_path):

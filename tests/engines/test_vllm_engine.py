@@ -17,8 +17,8 @@ from tiny_merged import merged_with_adapter, tiny_merged
 from finetune.common.registry import load_part
 from finetune.data.sample import Medium, Message
 from finetune.export import vllm
-from finetune.export._check.probes import own_answers
-from finetune.export._contract import Source
+from finetune.export._check.probes import answered
+from finetune.export._contract import MergedModel
 from finetune.model.load import load_merged
 
 pytestmark = [
@@ -66,30 +66,30 @@ def recordings(folder: Path) -> list[Medium]:
 
 def questions(media: list[tuple[Medium, ...]], text: str) -> list[tuple[Message, ...]]:
     """The same text about each, and the first once more behind a system turn and an answer."""
-    asked = [(Message("user", (*shown, text)),) for shown in media]
-    before = (Message("system", ("Be brief.",)), *asked[0], Message("assistant", ("A square.",)))
-    return [*asked, (*before, Message("user", ("Once more.",)))]
+    conversations = [(Message("user", (*shown, text)),) for shown in media]
+    before = (Message("system", ("Be brief.",)), *conversations[0], Message("assistant", ("A square.",)))
+    return [*conversations, (*before, Message("user", ("Once more.",)))]
 
 
 def answers_about(
     media: list[tuple[Medium, ...]], folder: Path, adapter: Path | None = None, text: str = "What is this?"
-) -> tuple[str, list[tuple[int, ...]], list[tuple[int, ...] | str]]:
-    """As what FOLDER/merged is written, and the token ids that we and vLLM answer."""
-    probes = own_answers(load_merged(folder / "merged", CPU), questions(media, text), NEW_TOKENS)
+) -> tuple[str, list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(the class that FOLDER/merged is written as, our answers, vLLM's answers) as token ids."""
+    probes = answered(load_merged(folder / "merged", CPU), questions(media, text), folder, NEW_TOKENS)
     assert len(probes) == len(media) + 1
     (folder / "out").mkdir()
     options = vllm.Options(adapter=adapter is not None)
-    written = vllm.write(Source(folder / "merged", adapter), folder / "out", options)
-    answered = vllm.answer(folder / "out", probes, options, NEW_TOKENS)
-    return written.loads_as, [probe.token_ids for probe in probes], list(answered.answers)
+    exported = vllm.write(MergedModel(folder / "merged", adapter), folder / "out", options)
+    answers = vllm.answer(folder / "out", probes, options, NEW_TOKENS).answers
+    return exported.model_class, [probe.answer for probe in probes], list(answers)
 
 
 def test_llava_with_a_siglip_tower(tmp_path):
     encoders = {"image": ("vision", tiny_encoder_of("siglip"))}
     tiny_merged(tmp_path / "merged", encoders, {"image": part("projectors", "mlp")}, louder=5)
     shown = pictures(tmp_path)
-    loads_as, ours, theirs = answers_about([*((one,) for one in shown), tuple(shown), ()], tmp_path)
-    assert loads_as == "LlavaForConditionalGeneration"
+    model_class, ours, theirs = answers_about([*((one,) for one in shown), tuple(shown), ()], tmp_path)
+    assert model_class == "LlavaForConditionalGeneration"
     assert theirs == ours
     assert len(set(theirs[:4])) == 4
 
@@ -99,8 +99,8 @@ def test_the_own_class_with_a_real_mobilenet_and_a_real_llm(tmp_path):
     encoders = {"image": real("vision", "mobilenet-v2")}
     tiny_merged(tmp_path / "merged", encoders, {"image": part("projectors", "mlp")}, louder=2, **real_llm())
     media = [*((one,) for one in pictures(tmp_path)), ()]
-    loads_as, ours, theirs = answers_about(media, tmp_path, text="这是什么？")
-    assert loads_as == "ServedModel"
+    model_class, ours, theirs = answers_about(media, tmp_path, text="这是什么？")
+    assert model_class == "ServedModel"
     assert theirs == ours
     assert len(set(theirs[:3])) == 3
 
@@ -127,8 +127,8 @@ def test_pictures_and_sound_in_one_model(tmp_path):
         louder=5,
     )
     (red, ramp), (short, long) = pictures(tmp_path), recordings(tmp_path)
-    loads_as, ours, theirs = answers_about([(red,), (short,), (ramp, long), (long, red, short)], tmp_path)
-    assert loads_as == "ServedModel"
+    model_class, ours, theirs = answers_about([(red,), (short,), (ramp, long), (long, red, short)], tmp_path)
+    assert model_class == "ServedModel"
     assert theirs == ours
     assert len(set(theirs[:4])) == 4
 

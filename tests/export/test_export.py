@@ -1,143 +1,152 @@
-"""Export of runs and merged folders: loaded in a process of its own, refused where it is something else."""
+"""Export of runs and merged folders: loaded in a process of its own, refused if the answers differ."""
 
 import json
 import shutil
-from types import SimpleNamespace
 
+import numpy as np
+import PIL.Image
 import pytest
+import soundfile
 from safetensors.torch import load_file, save_file
-from tiny import part, tiny_encoder, tiny_recipe
-from tiny_encoders import tiny_encoder_of
+from tiny import part, tiny_encoder
+from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import tiny_merged
 
 import finetune
 from finetune.common.certificate import file_hashes
 from finetune.common.errors import ArtifactError, ExportRefused, RecipeError
 from finetune.common.registry import load_part, part_names
+from finetune.data.media import decode
+from finetune.data.sample import Medium, Message
 from finetune.export import _run as stage
 from finetune.export import adapter as adapter_target
-from finetune.export import transformers as transformers_target
-from finetune.export._check.probes import held_out, noise
-from finetune.export._check.process import asked_in_process
-from finetune.export._contract import Answered, EngineMissing, Probe
-from finetune.export._run import compared, export_run
+from finetune.export._check.probes import answered, held_out_questions, noise
+from finetune.export._check.process import answers_of_process
+from finetune.export._contract import (
+    EngineAnswers,
+    EngineMissing,
+    ExportedModel,
+    Probe,
+    TargetOptions,
+    Verification,
+)
+from finetune.export._run import compare, export_run
+from finetune.model.load import load_merged
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that LLaVA's class fits."""
-    folder = tmp_path_factory.mktemp("run")
-    recipe = finetune.load_recipe(tiny_recipe(folder, model__projectors={"image": {"kind": "mlp"}}))
-    path = finetune.train(recipe, folder / "run").path
-    finetune.evaluate(path)
-    finetune.merge(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory):
-    encoders = {"image": ("vision", tiny_encoder()), "video": ("video", tiny_encoder_of("siglip_frames"))}
-    projectors = {"image": part("projectors", "mlp"), "video": part("projectors", "linear")}
-    return tiny_merged(tmp_path_factory.mktemp("bare") / "model", encoders, projectors, louder=4.0)
-
-
+@pytest.mark.slow
 def test_a_run_becomes_llava_that_another_process_loads(run):
     result = export_run(run, "transformers")
     folder = run / "exports" / "transformers"
-    assert result["folder"] == str(folder) and result["class"] == "LlavaForConditionalGeneration"
-    assert result["verified"]["rows"] == 4 == result["verified"]["equal"] == result["verified"]["equal_first_tokens"]
-    assert result["verified"]["engine"].startswith("transformers 5") and result["not_verified"] is None
-    told = json.loads((folder / "export.json").read_text())
-    assert told["verified"] == result["verified"] and told["options"] == {"min_equal": 0.9}
+    assert result.folder == folder and result.model_class == "LlavaForConditionalGeneration"
+    engine = result.verification.engine
+    assert engine.startswith("transformers 5") and result.not_verified is None
+    assert result.verification == Verification(engine, rows=4, equal_first_tokens=4, equal=4)
+    content = json.loads((folder / "export.json").read_text())
+    assert content["verified"] == {"engine": engine, "rows": 4, "equal_first_tokens": 4, "equal": 4}
+    assert content["options"] == {"min_equal": 0.9} and content["notes"] == [] and content["not_verified"] is None
+    assert content["to"] == "transformers" and content["class"] == result.model_class
     hashes = file_hashes(folder)
     hashes.pop("export.json")
-    assert told["sha256"] == hashes and "model.safetensors" in hashes
+    assert content["sha256"] == hashes and "model.safetensors" in hashes
     assert not any(str(run.parent) in path.read_text() for path in folder.glob("*.json"))
-    with pytest.raises(ArtifactError, match="is there already: remove it, or name another place with --out"):
+    with pytest.raises(ArtifactError, match="exists already: remove it, or choose another folder with --out"):
         export_run(run, "transformers", verify=False)
     assert file_hashes(folder).keys() == {*hashes, "export.json"}
 
 
+@pytest.mark.slow
 def test_a_merged_folder_becomes_the_own_class_beside_it(merged, monkeypatch):
     monkeypatch.setattr(stage, "MAX_NEW_TOKENS", 8)
     result = export_run(merged, "transformers")
-    assert result["folder"] == str(merged.with_name("model-transformers"))
-    assert result["class"] == "MultimodalForConditionalGeneration" and "2 encoders (image, video)" in result["why"]
-    assert result["verified"]["rows"] == result["verified"]["equal"] == 11  # 3 of each, both, and 4 of text alone
+    assert result.folder == merged.with_name("model-transformers")
+    assert result.model_class == "MultimodalForConditionalGeneration" and "2 encoders (image, video)" in result.reason
+    assert result.verification.rows == result.verification.equal == 11  # 3 of each, both, and 4 of text alone
     picture = merged.parent / "picture.png"
     noise("image").save(picture)
-    answers = [finetune.load(folder).answer("What?", image=picture) for folder in (merged, result["folder"])]
+    answers = [finetune.load(folder).answer("What?", image=picture) for folder in (merged, result.folder)]
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, tmp_path):
     result = export_run(run, "adapter", tmp_path / "adapter")
-    assert result["verified"]["engine"].startswith("peft") and result["verified"]["rows"] >= 4
-    assert result["verified"]["equal"] == result["verified"]["rows"]
+    assert result.verification.engine.startswith("peft") and result.verification.rows >= 4
+    assert result.verification.equal == result.verification.rows
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "projectors.safetensors", "tokenizer.json"} <= names
     assert "README.md" not in names
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(run.parent / "llm") and config["revision"] is None
-    assert any("others name their own copy" in note for note in result["notes"])
+    assert any("other machines need their own" in note for note in result.notes)
 
 
-class Target:
-    """A target of the test's own: `says` makes an answer of a probe."""
+class FakeTarget:
+    """`answer_to` makes an answer of a probe."""
 
-    Options = transformers_target.Options
+    Options = TargetOptions
+    TAKES_MEDIA = True
 
-    def __init__(self, says):
-        self.says, self.asked = says, []
+    def __init__(self, answer_to):
+        self.answer_to, self.probes = answer_to, []
 
-    def write(self, source, folder, options):
+    def write(self, model, folder, options):
         (folder / "model").write_text("x")
-        return SimpleNamespace(loads_as="Test", why="because", notes=(), details=None)
+        return ExportedModel("Test", "because")
 
     def answer(self, folder, probes, options, max_new_tokens):
-        self.asked = list(probes)
-        return Answered("test 1", tuple(self.says(probe) for probe in probes))
+        self.probes = list(probes)
+        return EngineAnswers("test 1", tuple(self.answer_to(probe) for probe in probes))
 
 
-def with_target(monkeypatch, says):
-    target = Target(says)
+def with_target(monkeypatch, answer_to):
+    target = FakeTarget(answer_to)
     monkeypatch.setattr(stage, "load_part", lambda folder, name: target)
     monkeypatch.setattr(stage, "MAX_NEW_TOKENS", 5)
     return target
 
 
-def test_an_engine_that_tells_only_text_is_compared_by_text(merged, tmp_path, monkeypatch):
-    target = with_target(monkeypatch, lambda probe: probe.text)
-    result = export_run(merged, "test", tmp_path / "text")
-    assert result["verified"]["equal"] == len(target.asked) == 11
-    assert all(probe.token_ids and probe.messages for probe in target.asked)
-
-
-def test_an_engine_that_is_not_there_leaves_what_was_written(merged, tmp_path, monkeypatch):
+def test_a_missing_engine_leaves_the_export(merged, tmp_path, monkeypatch):
     def missing(probe):
         raise EngineMissing("pip install engine")
 
     with_target(monkeypatch, missing)
     result = export_run(merged, "test", tmp_path / "out")
-    assert result["not_verified"] == "pip install engine" and result["verified"] is None
+    assert result.not_verified == "pip install engine" and result.verification is None
     assert (tmp_path / "out" / "model").is_file()
 
 
 def test_other_answers_leave_nothing(merged, tmp_path, monkeypatch):
-    with_target(monkeypatch, lambda probe: (probe.token_ids[0], 7, *probe.token_ids[2:]))
-    with pytest.raises(
-        ExportRefused, match=r"test 1 begins 0 of 11 answers as the merged model does; min_equal is 0.9"
-    ):
+    target = with_target(monkeypatch, lambda probe: (probe.answer[0], 7, *probe.answer[2:]))
+    with pytest.raises(ExportRefused, match=r"test 1 begins 0 of 11 answers like the merged model; min_equal is 0.9"):
         export_run(merged, "test", tmp_path / "out")
+    assert all(probe.answer and probe.messages for probe in target.probes)
     assert list(tmp_path.iterdir()) == []
-    assert export_run(merged, "test", tmp_path / "out", ["min_equal=0"])["verified"]["equal_first_tokens"] == 0
+    assert export_run(merged, "test", tmp_path / "out", ["min_equal=0"]).verification.equal_first_tokens == 0
 
 
-def test_what_counts_as_begun_alike():
-    probes = [Probe((), ids, "") for ids in ((1, 2, 3, 4, 5), (1, 2), (), (1, 2, 3, 4, 5))]
+def test_first_tokens_and_whole_answers_are_counted():
+    probes = [Probe((), ids) for ids in ((1, 2, 3, 4, 5), (1, 2), (), (1, 2, 3, 4, 5))]
     answers = ((1, 2, 3, 4, 9), (1, 2, 3), (), (1, 2, 3, 9, 5))
-    found = compared(probes, Answered("e", answers), None)
-    assert found == {"engine": "e", "rows": 4, "equal_first_tokens": 2, "equal": 1}
+    assert compare(probes, EngineAnswers("e", answers)) == Verification("e", 4, equal_first_tokens=2, equal=1)
+
+
+def test_probes_have_media_that_any_decoder_reads_alike(tmp_path):
+    """A JPEG turned by its EXIF tag, and a stereo recording at 8 kHz: decoded once, kept without loss."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    noise("image").save(tmp_path / "a.jpg", exif=exif)
+    soundfile.write(tmp_path / "a.wav", np.stack([tiny_sound(0.5), tiny_sound(0.5, seed=1)], 1), 8_000)
+    encoders = {"image": ("vision", tiny_encoder()), "audio": ("whisper", tiny_encoder_of("whisper"))}
+    projectors = {"image": part("projectors", "mlp"), "audio": part("projectors", "stack")}
+    folder = tiny_merged(tmp_path / "merged", encoders, projectors)
+    media = (Medium("image", tmp_path / "a.jpg"), Medium("audio", tmp_path / "a.wav"))
+    (probe,) = answered(load_merged(folder), [(Message("user", (*media, "What?")),)], tmp_path, 3)
+    picture, sound, text = probe.messages[0].content
+    assert picture.path.suffix == ".png" and sound.path.suffix == ".wav" and text == "What?"
+    assert PIL.Image.open(picture.path).tobytes() == decode("image", media[0].path).tobytes()
+    samples, rate = soundfile.read(sound.path, dtype="float32")
+    assert rate == 16_000 and np.array_equal(samples, decode("audio", media[1].path))
 
 
 def test_held_out_rows_are_of_all_tasks_and_kinds_in_turn(tmp_path):
@@ -145,12 +154,12 @@ def test_held_out_rows_are_of_all_tasks_and_kinds_in_turn(tmp_path):
     rows += [{"task": "a", "kinds": [], "media": [], "question": "text"}]
     rows += [{"task": "b", "kinds": ["image", "audio"], "media": ["a.png", "a.wav"], "question": "both"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = held_out(tmp_path / "p.jsonl", 5)
-    assert [messages[0].content[-1] for messages in found] == ["q0", "text", "both", "q1", "q2"]
-    assert [medium.kind for medium in found[2][0].content[:2]] == ["image", "audio"]
+    questions = held_out_questions(tmp_path / "p.jsonl", 5)
+    assert [messages[0].content[-1] for messages in questions] == ["q0", "text", "both", "q1", "q2"]
+    assert [medium.kind for medium in questions[2][0].content[:2]] == ["image", "audio"]
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n{}\n")
     with pytest.raises(ArtifactError, match=r"p.jsonl:2 is damaged .*evaluate` again"):
-        held_out(tmp_path / "p.jsonl", 5)
+        held_out_questions(tmp_path / "p.jsonl", 5)
 
 
 def test_media_that_are_gone_leave_noise_to_ask_about(run, tmp_path, monkeypatch):
@@ -158,16 +167,16 @@ def test_media_that_are_gone_leave_noise_to_ask_about(run, tmp_path, monkeypatch
     lines = [json.loads(line) for line in (copied / "predictions.jsonl").read_text().splitlines()]
     gone = [line | {"media": ["/nowhere/gone.png"]} for line in lines]
     (copied / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in gone))
-    target = with_target(monkeypatch, lambda probe: probe.token_ids)
+    target = with_target(monkeypatch, lambda probe: probe.answer)
     export_run(copied, "test")
-    assert len(target.asked) == 7  # three pictures, four texts
+    assert len(target.probes) == 7  # three pictures, four texts
 
 
 @pytest.mark.parametrize("name", part_names("export"))
 def test_every_target_keeps_the_contract(name):
     target = load_part("export", name)
-    assert callable(target.write) and callable(target.answer)
-    assert 0 <= target.Options().min_equal <= 1
+    assert callable(target.write) and callable(target.answer) and isinstance(target.TAKES_MEDIA, bool)
+    assert issubclass(target.Options, TargetOptions) and 0 <= target.Options().min_equal <= 1
     assert all(field.description for field in target.Options.model_fields.values())
 
 
@@ -179,15 +188,15 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(run, merged, tmp_p
         export_run(run, "transformers", tmp_path / "out", ["min_equl=1"])
     with pytest.raises(RecipeError, match="--option min_equal=2: Input should be less than or equal to 1"):
         export_run(run, "transformers", tmp_path / "out", ["min_equal=2"])
-    with pytest.raises(RecipeError, match="--option min_equal: no '='; write KEY=VALUE, of min_equal"):
+    with pytest.raises(RecipeError, match="--option min_equal: no '='; write KEY=VALUE with one of the keys min_equal"):
         export_run(run, "transformers", tmp_path / "out", ["min_equal"])
     with pytest.raises(ArtifactError, match="no such folder: name a run, or a merged folder"):
         export_run(tmp_path / "nowhere", "transformers")
-    with pytest.raises(ArtifactError, match="an adapter folder; what is exported is merged first"):
+    with pytest.raises(ArtifactError, match="an adapter folder; only merged models are exported"):
         export_run(run / "adapter", "transformers", tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"neither a run nor a folder .* \(its config.json is of type 'llama'\)"):
         export_run(run.parent / "llm", "transformers", tmp_path / "out")
-    with pytest.raises(ExportRefused, match="a merged folder holds no adapter: name the run"):
+    with pytest.raises(ExportRefused, match="a merged folder has no adapter: name the run"):
         export_run(merged, "adapter", tmp_path / "out", verify=False)
     assert set(tmp_path.rglob("*")) == before
 
@@ -214,12 +223,12 @@ def test_an_adapter_trained_since_the_merge_is_not_exported_as_it_was(run, tmp_p
     with pytest.raises(ArtifactError, match=r"adapter_model.safetensors: sha256 .*merge again"):
         export_run(copied, "transformers")
     shutil.rmtree(copied / "adapter")
-    assert export_run(copied, "transformers", verify=False)["class"] == "LlavaForConditionalGeneration"
+    assert export_run(copied, "transformers", verify=False).model_class == "LlavaForConditionalGeneration"
 
 
 def test_a_process_that_fails_says_why(tmp_path):
-    with pytest.raises(ExportRefused, match=r"can't be asked in a process of its own: ModuleNotFoundError: .*nowhere"):
-        asked_in_process(tmp_path, {"chats": []}, ["nowhere"])
+    with pytest.raises(ExportRefused, match=r"fails in a process of its own: ModuleNotFoundError: .*nowhere"):
+        answers_of_process(tmp_path, {"chats": [], "max_new_tokens": 1}, ["nowhere"])
 
 
 def test_an_adapter_over_a_gguf_base_is_not_compared(tmp_path):

@@ -21,10 +21,9 @@ from finetune.common.errors import ExportRefused
 from finetune.data.sample import Medium, Message
 from finetune.export import gguf
 from finetune.export._check import openai_server as server
-from finetune.export._contract import EngineMissing, Probe, Source
-from finetune.export._gguf import language_model as language_model
-from finetune.export._gguf import programs as programs
-from finetune.export._gguf.media import _stacks_alike, readers_of, write_media
+from finetune.export._contract import EngineMissing, MergedModel, Probe
+from finetune.export._gguf import language_model, programs
+from finetune.export._gguf.media import _stacks_alike, media_models, write_media
 from finetune.export._gguf.modelfile import go_template, modelfile, turns_of
 from finetune.model.language_model import load_tokenizer
 from finetune.model.load import load_merged
@@ -101,7 +100,7 @@ def heard_by_llama_cpp(frames, keys, tensors):
 def test_pictures_are_seen_as_by_the_composite(tmp_path, layer, projector, half):
     encoder = tiny_encoder_of("siglip", layer=layer)
     assistant = assistant_of(tmp_path, {"image": ("vision", encoder)}, {"image": projector})
-    write_media(readers_of(assistant.model), tmp_path / "mmproj.gguf", half=half)
+    write_media(media_models(assistant.model), tmp_path / "mmproj.gguf", half=half)
     keys, tensors = read(tmp_path / "mmproj.gguf")
     assert keys["general.architecture"] == "clip" and keys["clip.has_vision_encoder"]
     assert keys["clip.vision.projector_type"] == "mlp" and keys["clip.use_gelu"]
@@ -120,7 +119,7 @@ def test_sound_is_heard_as_by_the_composite(tmp_path, layer):
     for convolution in (encoder.module.conv1, encoder.module.conv2):  # llama.cpp keeps these in 16 bit
         convolution.weight.data = convolution.weight.data.half().float()
     assistant = assistant_of(tmp_path, {"audio": ("whisper", encoder)}, {"audio": STACK})
-    write_media(readers_of(assistant.model), tmp_path / "mmproj.gguf", half=False)
+    write_media(media_models(assistant.model), tmp_path / "mmproj.gguf", half=False)
     keys, tensors = read(tmp_path / "mmproj.gguf")
     assert keys["clip.has_audio_encoder"] and keys["clip.audio.projector_type"] == "ultravox"
     prepared = assistant.encoders["audio"].prepare(tiny_sound(1.3)).values
@@ -132,7 +131,7 @@ def test_sound_is_heard_as_by_the_composite(tmp_path, layer):
 def test_both_are_in_one_file(tmp_path):
     encoders = {"image": ("vision", tiny_encoder()), "audio": ("whisper", tiny_encoder_of("whisper", **HEARS))}
     assistant = assistant_of(tmp_path, encoders, {"image": MLP, "audio": STACK})
-    write_media(readers_of(assistant.model), tmp_path / "mmproj.gguf", half=True)
+    write_media(media_models(assistant.model), tmp_path / "mmproj.gguf", half=True)
     keys, tensors = read(tmp_path / "mmproj.gguf")
     assert keys["clip.vision.projector_type"] == "mlp" and keys["clip.audio.projector_type"] == "ultravox"
     assert "clip.projector_type" not in keys  # it would hold for both
@@ -168,7 +167,7 @@ def test_what_llama_cpp_does_otherwise_is_refused(tmp_path, encoder, projector, 
     name, kind, built = encoder()
     assistant = assistant_of(tmp_path, {name: (kind, built)}, {name: projector}, fusion=fusion)
     with pytest.raises(ExportRefused, match=reason):
-        readers_of(assistant.model)
+        media_models(assistant.model)
 
 
 def test_pictures_that_are_cropped_are_refused(tmp_path):
@@ -176,7 +175,7 @@ def test_pictures_that_are_cropped_are_refused(tmp_path):
     encoder.processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     assistant = assistant_of(tmp_path, {"image": ("vision", encoder)}, {"image": MLP})
     with pytest.raises(ExportRefused, match="crops"):
-        readers_of(assistant.model)
+        media_models(assistant.model)
 
 
 def test_rows_are_counted_as_llama_cpp_counts_them():
@@ -196,7 +195,7 @@ def test_the_tokenizer_goes_without_placeholders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "steps, cut",
+    "steps, name",
     [
         ([{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}], "gpt-2"),
         (
@@ -210,13 +209,12 @@ def test_the_tokenizer_goes_without_placeholders(tmp_path):
         ([{"type": "Split", "pattern": {"Regex": "x"}}, {"type": "ByteLevel", "add_prefix_space": False}], ""),
     ],
 )
-def test_how_text_is_cut_is_read_off_the_tokenizer(steps, cut):
-    cutter = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
-    assert language_model._cut_of({"pre_tokenizer": cutter, "model": {"type": "BPE"}}) == cut
-    assert language_model._cut_of({"pre_tokenizer": cutter, "model": {"type": "Unigram"}}) == ""
-    assert (
-        language_model._cut_of({"pre_tokenizer": cutter, "model": {"type": "BPE"}, "normalizer": {"type": "NFC"}}) == ""
-    )
+def test_llama_cpp_s_name_of_the_pre_tokenizer(steps, name):
+    pre_tokenizer = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+    tokenizer = {"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE"}}
+    assert language_model._pre_tokenizer(tokenizer) == name
+    assert language_model._pre_tokenizer(tokenizer | {"model": {"type": "Unigram"}}) == ""
+    assert language_model._pre_tokenizer(tokenizer | {"normalizer": {"type": "NFC"}}) == ""
 
 
 def test_thinking_is_off_in_the_template_where_it_was_in_training():
@@ -279,7 +277,7 @@ def test_templates_that_are_more_than_turns_are_left_to_ollama(tmp_path):
     assert turns_of(tokenizer) is None
     merged = tiny_merged(tmp_path / "m", {"image": ("vision", tiny_encoder())}, {"image": MLP}, tokenizer=tokenizer)
     text, note = modelfile(load_merged(merged, CPU), ["model.gguf", "mmproj.gguf"])
-    assert "TEMPLATE" not in text and "Ollama takes the one in model.gguf" in note
+    assert "TEMPLATE" not in text and "Ollama uses the one in model.gguf" in note
     assert text.splitlines()[:2] == ["FROM ./model.gguf", "FROM ./mmproj.gguf"]
     assert 'PARAMETER stop "<|im_end|>"' in text and "PARAMETER num_ctx 256" in text
 
@@ -301,11 +299,11 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self):
         self.say(200, {{}})
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        parts = asked["messages"][0]["content"]
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        parts = request["messages"][0]["content"]
         if parts[-1].get("text") == "refuse":
             return self.say(400, {{"error": "too long"}})
-        ids = [len(parts), asked["temperature"], 2]
+        ids = [len(parts), request["temperature"], 2]
         self.say(200, {{"choices": [{{"logprobs": {{"content": [{{"id": i}} for i in ids]}}}}]}})
     def log_message(self, *_): pass
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answers).serve_forever()
@@ -334,17 +332,17 @@ def test_a_server_is_asked_and_stopped(tmp_path, llama_cpp, monkeypatch):
     started = []
     popen = server.subprocess.Popen
     monkeypatch.setattr(server.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    asked = (Message("user", (Medium("image", picture), "What ", "is this?")),)
-    answered = gguf.answer(folder, [Probe(asked, (), "")] * 2, gguf.Options(llama_cpp=str(llama_cpp)), 4)
-    assert answered.answers == ((2, 0), (2, 0)) and answered.engine == "llama.cpp 9 (pretended)"
+    messages = (Message("user", (Medium("image", picture), "What ", "is this?")),)
+    engine = gguf.answer(folder, [Probe(messages, ())] * 2, gguf.Options(llama_cpp=str(llama_cpp)), 4)
+    assert engine.answers == ((2, 0), (2, 0)) and engine.engine == "llama.cpp 9 (pretended)"
     with pytest.raises(ExportRefused, match="too long"):
-        gguf.answer(folder, [Probe((Message("user", ("refuse",)),), (), "")], gguf.Options(llama_cpp=str(llama_cpp)), 4)
+        gguf.answer(folder, [Probe((Message("user", ("refuse",)),), ())], gguf.Options(llama_cpp=str(llama_cpp)), 4)
     served = [process for process in started if "--port" in process.args]
     assert len(served) == 2 and all(process.poll() is not None for process in served)
 
 
 def test_a_server_that_does_not_start_says_why(llama_cpp):
-    program = programs.program("llama-server", str(llama_cpp))
+    program = programs.find_program("llama-server", str(llama_cpp))
     with pytest.raises(ExportRefused, match="no such model"), server.serving("it", [program, "broken"], 10):
         pass
 
@@ -353,10 +351,10 @@ def test_what_is_missing_is_said_with_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.delenv("FINETUNE_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineMissing, match=r"install_llama_cpp\.sh"):
-        programs.program("llama-server", None)
-    for given, said in ((None, "converter is needed"), (str(tmp_path), "holds no convert_hf_to_gguf.py")):
-        with pytest.raises(ExportRefused, match=said):
-            gguf.write(Source(tmp_path), tmp_path, gguf.Options(llama_cpp=given))
+        programs.find_program("llama-server", None)
+    for option, reason in ((None, "converter is needed"), (str(tmp_path), "has no convert_hf_to_gguf.py")):
+        with pytest.raises(ExportRefused, match=reason):
+            gguf.write(MergedModel(tmp_path), tmp_path, gguf.Options(llama_cpp=option))
 
 
 def test_coarser_types_may_answer_otherwise_more_often():

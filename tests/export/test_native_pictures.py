@@ -9,13 +9,12 @@ from tiny import BACKBONES, fresh_tokenizer, part, tiny_composite, tiny_encoder,
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from finetune.data.sample import Medium, Message
-from finetune.export import _native
 from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
-from finetune.export._native import Native, NotExact, native_of, write_native
+from finetune.export._language_model import lengthened
+from finetune.export._native import NotExact, compare_files, native_class, write_files, write_native
 from finetune.model.asks import Ask
 from finetune.model.assistant import Assistant
 from finetune.model.composite import PLACEHOLDERS, compose
-from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders
 
 EXACT = (
@@ -45,6 +44,13 @@ def question(*parts):
     return (Message("user", tuple(picture if one is None else one for one in parts)),)
 
 
+def reason_against(model):
+    """Why no class of transformers holds the composite."""
+    with pytest.raises(NotExact) as refusal:
+        native_class(model)
+    return str(refusal.value)
+
+
 def compared(assistant, folder, messages):
     """(inputs of the native class, its logits, ours), each for the same conversation about noise."""
     picture = noise("image", 3)
@@ -64,9 +70,7 @@ def compared(assistant, folder, messages):
 @pytest.mark.parametrize("family,tied", [*((f, False) for f in EXACT), *((f, True) for f in TIED)])
 def test_logits_of_llava_are_the_composite_s(tmp_path, family, tied):
     assistant = assistant_of(family, tie_word_embeddings=tied)
-    native = native_of(assistant.model)
-    assert isinstance(native, Native), native
-    write_native(assistant, tmp_path, native, check=False)
+    write_files(assistant, tmp_path, native_class(assistant.model))
     inputs, found, ours, expected = compared(assistant, tmp_path, question("What", None, " is this?", None))
     assert inputs["input_ids"].tolist() == ours["input_ids"].tolist()
     torch.testing.assert_close(found[..., :320], expected, atol=1e-4, rtol=1e-4)
@@ -77,76 +81,74 @@ def test_logits_of_llava_are_the_composite_s(tmp_path, family, tied):
 @pytest.mark.parametrize("layer,tokens", [(-1, "patches"), (-2, "patches"), (-2, "all")])
 def test_what_fits_is_exact_and_what_does_not_is_told(tmp_path, kind, layer, tokens):
     assistant = assistant_of(encoder=tiny_encoder(kind, layer=layer, tokens=tokens))
-    native = native_of(assistant.model)
     if kind == "dinov2_registers" and tokens == "patches":
-        assert "4 class and register tokens" in native
+        assert "4 class and register tokens" in reason_against(assistant.model)
         return
     if kind.startswith("dinov2") and layer == -1:
-        assert "before its last norm" in native
+        assert "before its last norm" in reason_against(assistant.model)
         return
-    write_native(assistant, tmp_path, native, check=False)
+    write_files(assistant, tmp_path, native_class(assistant.model))
     _, found, _, expected = compared(assistant, tmp_path, question(None, "What is this?"))
     torch.testing.assert_close(found[..., :320], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["phi", "granite", "cohere", "gemma2"])
 def test_llms_whose_heads_do_more_are_refused(family):
-    reason = native_of(assistant_of(family).model)
+    reason = reason_against(assistant_of(family).model)
     assert reason.startswith(family) and ("scales its logits" in reason or "caps its logits" in reason)
 
 
 @pytest.mark.parametrize("kind", sorted({"mobilenet_v2", "convnext", "resnet"} & BACKBONES.keys()))
 def test_convolutions_are_refused(kind):
-    assert "rows of patches" in native_of(assistant_of(encoder=tiny_encoder(kind)).model)
+    assert "rows of patches" in reason_against(assistant_of(encoder=tiny_encoder(kind)).model)
 
 
 def test_every_other_part_has_its_reason():
-    assert native_of(tiny_composite()) == "no class has the encoder 'vision' with the projector 'pixel_shuffle'"
-    assert "cross_attention" in native_of(tiny_composite(projector="mlp", fusion="cross_attention"))
-    assert "tiles" in native_of(assistant_of(encoder=tiny_encoder(tiles=4)).model)
-    head = Ask(part("tasks", "classify"), part("heads", "label"), HeadSettings(labels=("a", "b")))
+    assert reason_against(tiny_composite()) == "no class has the encoder 'vision' with the projector 'pixel_shuffle'"
+    assert "cross_attention" in reason_against(tiny_composite(projector="mlp", fusion="cross_attention"))
+    assert "tiles" in reason_against(assistant_of(encoder=tiny_encoder(tiles=4)).model)
+    head = Ask(part("tasks", "classify"), part("heads", "label"), {"labels": ["a", "b"], "several": False})
     parts = {
         "encoders": {"image": ("vision", tiny_encoder())},
         "projectors": {"image": part("projectors", "mlp")},
         "fusion": part("fusion", "prefix"),
         "placeholder_ids": {"image": 130},
     }
-    assert "a head of its own (mood)" in native_of(compose(tiny_llm(), **parts, asks={"mood": head}))
+    assert "a head with weights (mood)" in reason_against(compose(tiny_llm(), **parts, asks={"mood": head}))
     parts["projectors"] = {"image": part("projectors", "mlp", hidden=7)}
-    assert "7 wide" in native_of(compose(tiny_llm(), **parts))
+    assert "7 wide" in reason_against(compose(tiny_llm(), **parts))
     two = parts | {"placeholder_ids": {"image": 130, "video": 131}}
     two["encoders"] = {"image": ("vision", tiny_encoder()), "video": ("vision", tiny_encoder())}
     two["projectors"] = dict.fromkeys(("image", "video"), part("projectors", "mlp"))
-    assert "2 encoders (image, video)" in native_of(compose(tiny_llm(), **two))
+    assert "2 encoders (image, video)" in reason_against(compose(tiny_llm(), **two))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept_and_within_its_rounding(tmp_path, dtype):
     assistant = assistant_of(dtype=dtype)
-    write_native(assistant, tmp_path, native_of(assistant.model))
+    write_native(assistant, tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
 
 
 def test_a_folder_that_gives_other_logits_is_refused(tmp_path):
     """The comparison reads what stands on disk: one weight of the projector is enough."""
     assistant = assistant_of()
-    native = native_of(assistant.model)
-    write_native(assistant, tmp_path, native)
+    native = write_native(assistant, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (name,) = (name for name in state if name.endswith("multi_modal_projector.linear_1.weight"))
     state[name][0] += 1
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotExact, match="gives other logits, by"):
-        _native._compare(assistant, tmp_path, native)
+        compare_files(assistant, tmp_path, native)
     config = json.loads((tmp_path / "processor_config.json").read_text())
     (tmp_path / "processor_config.json").write_text(json.dumps(config | {"num_additional_image_tokens": 1}))
     with pytest.raises(NotExact, match="tokens of a question"):
-        _native._compare(assistant, tmp_path, native)
+        compare_files(assistant, tmp_path, native)
 
 
 def test_tokens_that_the_llm_did_not_know_are_never_the_likeliest():
     table = torch.randn(50, 16) + 3  # all logits far below zero: rows of nothing would be the largest
-    longer = _native.lengthened(table, 60)
+    longer = lengthened(table, 60)
     logits = (torch.randn(1000, 16) - 3) @ longer.T
     assert logits.argmax(-1).max() < 50 and torch.equal(longer[:50], table)
 
@@ -167,7 +169,7 @@ def test_the_processor_s_tokens_are_ours_in_conversations_of_every_shape(tmp_pat
     tokenizer = fresh_tokenizer()
     tokenizer.chat_template = TEMPLATES[name] or tokenizer.chat_template
     assistant = assistant_of(tokenizer=tokenizer)
-    write_native(assistant, tmp_path, native_of(assistant.model), check=False)
+    write_files(assistant, tmp_path, native_class(assistant.model))
     picture = Medium("image", "picture")
     turns = [Message("user", (picture, "What is", picture, "this?")), Message("assistant", ("A red square.",))]
     turns.append(Message("user", ("And", picture)))
@@ -188,7 +190,7 @@ def test_the_processor_s_tokens_are_ours_in_conversations_of_every_shape(tmp_pat
 def test_ids_and_ends_stand_in_the_config(tmp_path):
     assistant = assistant_of()
     assistant.model.language_model.generation_config.eos_token_id = [2, 5]
-    write_native(assistant, tmp_path, native_of(assistant.model))
+    write_native(assistant, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     token = assistant.placeholders["image"].id
     assert config["image_token_index"] == token == 320 and config["text_config"]["vocab_size"] == 321

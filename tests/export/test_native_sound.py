@@ -12,7 +12,7 @@ from tiny_encoders import tiny_encoder_of
 
 from finetune.data.sample import Medium, Message
 from finetune.export._check.probes import as_chat, prompt_batch
-from finetune.export._native import NotExact, native_of, write_native
+from finetune.export._native import NotExact, native_class, write_files, write_native
 from finetune.model.assistant import Assistant
 from finetune.model.composite import PLACEHOLDERS, compose
 from finetune.model.encoders import whisper
@@ -65,8 +65,7 @@ def both(assistant, folder, name, sound):
 )
 def test_logits_are_the_composite_s_whatever_the_length(tmp_path, projector, family):
     assistant = assistant_of(projector, family)
-    native = native_of(assistant.model)
-    write_native(assistant, tmp_path, native, check=False)
+    write_files(assistant, tmp_path, native_class(assistant.model))
     full = (480_000,) if family == "llama" else ()
     for samples in (8_001, 8_170, 8_330, *full):  # every way to end inside a row, and all that is heard at once
         ids, found, ours, expected = both(assistant, tmp_path, CLASSES[projector], noise_of(samples))
@@ -77,7 +76,7 @@ def test_logits_are_the_composite_s_whatever_the_length(tmp_path, projector, fam
 def test_a_table_that_is_the_head_too_is_written_as_both(tmp_path):
     """Neither class ties them: a head left out would be random."""
     assistant = assistant_of(tie_word_embeddings=True)
-    write_native(assistant, tmp_path, native_of(assistant.model))
+    write_native(assistant, tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (head,) = (state[name] for name in state if name.endswith("lm_head.weight"))
     torch.testing.assert_close(head[:320], assistant.model.get_output_embeddings().weight)
@@ -86,20 +85,22 @@ def test_a_table_that_is_the_head_too_is_written_as_both(tmp_path):
 @pytest.mark.parametrize(
     "options,projector,reason",
     [
-        ({}, "linear", "isn't read as those classes do it"),
-        ({"pool": 2, "layer": -2}, "linear", "isn't read as those classes do it"),
-        ({"pool": 2, "window_seconds": 10}, "mlp", "hears 10 seconds at once, those classes 30"),
+        ({}, "linear", "isn't read as in those classes"),
+        ({"pool": 2, "layer": -2}, "linear", "isn't read as in those classes"),
+        ({"pool": 2, "window_seconds": 10}, "mlp", "windows of 10 seconds, those classes of 30"),
         ({"pool": 2}, "stack", "no class has the encoder 'whisper' with the projector 'stack'"),
     ],
 )
 def test_what_does_not_fit_is_told(options, projector, reason):
-    assert reason in native_of(assistant_of(projector, encoder=tiny_encoder_of("whisper", **options)).model)
+    with pytest.raises(NotExact, match=reason):
+        native_class(assistant_of(projector, encoder=tiny_encoder_of("whisper", **options)).model)
 
 
 def test_sound_always_padded_is_not_what_the_processor_counts(tmp_path):
     assistant = assistant_of(encoder=tiny_encoder_of("whisper", pool=2, pad_to_30_seconds=True))
     with pytest.raises(NotExact, match=r"make \d\d tokens of a question that is 7\d\d here"):
-        write_native(assistant, tmp_path, native_of(assistant.model))
+        write_native(assistant, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not (WEIGHTS / "whisper-tiny").is_dir(), reason="weights/whisper-tiny is fetched by make weights")
@@ -114,7 +115,7 @@ def test_real_weights_answer_the_same(tmp_path):
         llm=transformers.AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).eval(),
         tokenizer=load_tokenizer(str(llm)),
     )
-    write_native(assistant, tmp_path, native_of(assistant.model), check=False)
+    write_files(assistant, tmp_path, native_class(assistant.model))
     ids, found, ours, expected = both(assistant, tmp_path, CLASSES["linear"], noise_of(20_010))
     assert ids.tolist() == ours.tolist()
     assert (found[..., : expected.shape[-1]] - expected).norm() < 1e-4 * expected.norm()

@@ -2,6 +2,7 @@
 is started and stopped, tried on a program that only pretends to be one.
 """
 
+import ast
 import json
 import os
 import sys
@@ -13,24 +14,22 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_import_direction import imports_of
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import merged_with_adapter, tiny_merged, wide_llm
 from transformers import AutoConfig, AutoProcessor
 
+import finetune
 from finetune.common.errors import ExportRefused
 from finetune.common.registry import part_names
 from finetune.data.sample import Medium, Message
 from finetune.export import vllm
 from finetune.export._check.probes import as_chat, noise, prompt_batch
-from finetune.export._contract import EngineMissing, Probe, Source
-from finetune.export._vllm import environment as environment
-from finetune.export._vllm import model_class as _serving_class
+from finetune.export._contract import EngineMissing, MergedModel, Probe
+from finetune.export._vllm import environment, model_class
 from finetune.model.load import load_merged
 
 CPU = torch.device("cpu")
-ASKED = (Message("system", ("Be brief.",)), Message("user", ("Before ", Medium("image", Path("a")), " behind")))
 # label: (encoders by label and options, projectors)
 COMPOSITES = {
     "pixel_shuffle": ({"image": ("siglip", {})}, {"image": part("projectors", "pixel_shuffle")}),
@@ -59,18 +58,18 @@ def exported_of(folder: Path, label: str, **kwargs):
         built[name] = (of_kind, tiny_encoder_of(kind, **options))
     merged = tiny_merged(folder / "merged", built, projectors, **kwargs)
     (folder / "out").mkdir()
-    found = vllm.write(Source(merged), folder / "out", vllm.Options())
-    assert found.loads_as == "ServedModel"
+    exported_model = vllm.write(MergedModel(merged), folder / "out", vllm.Options())
+    assert exported_model.model_class == "ServedModel"
     return load_merged(merged, CPU), folder / "out"
 
 
 def served(folder: Path):
     """(model, processor, table of outputs) as vLLM puts them together."""
-    _serving_class.register()
+    model_class.register()
     config = AutoConfig.from_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     head = state.pop("lm_head.weight", None)
-    model = _serving_class.ServedModel(config).eval()
+    model = model_class.ServedModel(config).eval()
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
     head = model.get_input_embeddings().weight if head is None else head
     return model, AutoProcessor.from_pretrained(folder), head
@@ -125,11 +124,11 @@ def test_placeholders_are_counted_from_the_size_of_a_picture_alone(tmp_path, lab
     _, folder = exported_of(tmp_path, label)
     _, processor, _ = served(folder)
     sizes = [(64, 64), (30, 200), (300, 31), (100, 150)]
-    told = processor._get_num_multimodal_tokens(image_sizes=sizes)
+    counts = processor._get_num_multimodal_tokens(image_sizes=sizes)
     for number, (height, width) in enumerate(sizes):
         inputs = processor(text="<|image|>", images=[PIL.Image.new("RGB", (width, height))])
-        assert told["num_image_patches"][number] == len(inputs["pixel_values"])
-        assert told["num_image_tokens"][number] == inputs["input_ids"].shape[1]
+        assert counts["num_image_patches"][number] == len(inputs["pixel_values"])
+        assert counts["num_image_tokens"][number] == inputs["input_ids"].shape[1]
 
 
 def test_each_placeholder_is_told_with_what_stands_in_its_place(tmp_path):
@@ -141,8 +140,8 @@ def test_each_placeholder_is_told_with_what_stands_in_its_place(tmp_path):
         audio=[tiny_sound(0.32)],
         return_text_replacement_offsets=True,
     )
-    told = [(entry["type"], entry["replacement"]) for entry in inputs["text_replacement_offsets"][0]]
-    assert told == [("audio", "<|audio|>" * 2), ("image", "<|image|>" * 3)]  # 16 rows of 20 ms, by 8; queries
+    replacements = [(entry["type"], entry["replacement"]) for entry in inputs["text_replacement_offsets"][0]]
+    assert replacements == [("audio", "<|audio|>" * 2), ("image", "<|image|>" * 3)]  # 16 rows of 20 ms, by 8; queries
 
 
 def test_the_config_tells_vllm_what_it_asks_for(tmp_path):
@@ -168,8 +167,8 @@ def test_llava_is_taken_where_it_fits_and_runs_in_the_same_backend(tmp_path, tow
         tmp_path / "merged", {"image": ("vision", tiny_encoder(tower, **options))}, {"image": part("projectors", "mlp")}
     )
     (tmp_path / "out").mkdir()
-    found = vllm.write(Source(merged), tmp_path / "out", vllm.Options())
-    assert found.loads_as == "LlavaForConditionalGeneration"
+    exported_model = vllm.write(MergedModel(merged), tmp_path / "out", vllm.Options())
+    assert exported_model.model_class == "LlavaForConditionalGeneration"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["TransformersMultiModalForCausalLM"]
     assert "auto_map" not in config
@@ -181,15 +180,15 @@ def test_qwen2_audio_is_left_out_with_the_reason(tmp_path):
     encoders = {"audio": ("whisper", tiny_encoder_of("whisper", pool=2))}
     merged = tiny_merged(tmp_path / "merged", encoders, {"audio": part("projectors", "linear")})
     (tmp_path / "out").mkdir()
-    found = vllm.write(Source(merged), tmp_path / "out", vllm.Options())
-    assert (found.loads_as, "backend" in found.why) == ("ServedModel", True)
+    exported_model = vllm.write(MergedModel(merged), tmp_path / "out", vllm.Options())
+    assert (exported_model.model_class, "backend" in exported_model.reason) == ("ServedModel", True)
 
 
 def test_an_adapter_beside_its_base_makes_the_merged_model_again(tmp_path):
     encoders, projectors = {"image": ("vision", tiny_encoder())}, {"image": part("projectors", "mlp")}
     merged = merged_with_adapter(tmp_path, encoders, projectors)
     (tmp_path / "out").mkdir()
-    source = Source(merged, tmp_path / "adapter")
+    source = MergedModel(merged, tmp_path / "adapter")
     written = vllm.write(source, tmp_path / "out", vllm.Options(adapter=True))
     assert "--enable-lora --max-lora-rank 8" in written.details["command"]
     base = served(tmp_path / "out")[0]
@@ -230,34 +229,42 @@ def test_what_vllm_cannot_hold_is_refused_with_the_reason(tmp_path, changes, rea
     merged = tiny_merged(tmp_path / "merged", encoders, projectors, **changes)
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportRefused, match=reason):
-        vllm.write(Source(merged), tmp_path / "out", vllm.Options())
+        vllm.write(MergedModel(merged), tmp_path / "out", vllm.Options())
     assert not list((tmp_path / "out").iterdir())
 
 
+def file_of(module: str) -> Path | None:
+    path = Path(finetune.__file__).parents[1].joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def imports_at_module_level(module: str) -> set[str]:
+    """Modules of this package that importing `module` imports."""
+    body = ast.parse(file_of(module).read_text()).body
+    nodes = [node for node in body if isinstance(node, ast.ImportFrom) and node.module.startswith("finetune")]
+    names = {node.module for node in nodes} | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+    return {name for name in names if file_of(name)}
+
+
 def test_the_plugin_imports_nothing_that_needs_newer_transformers():
-    """It runs beside those that vLLM needs: only encoders and projectors, of which any imports as little."""
-    seen: set[str] = set()
-    to_see = {"export._serving_class"} | {f"{f}.{name}" for f in ("encoders", "projectors") for name in part_names(f)}
-    while to_see:
-        seen |= to_see
-        to_see = {name for one in to_see for name in imports_of(one, module_level_only=True)} - seen
-    assert {name.split(".")[0] for name in seen} <= {
-        "errors",
-        "parts",
-        "media",
-        "data",
-        "encoders",
-        "projectors",
-        "export",
-    }
+    """It runs with vLLM's transformers: of this package it imports encoders, projectors and what those import."""
+    plugin = "finetune.export._vllm.model_class"
+    parts = {f"finetune.model.{role}.{name}" for role in ("encoders", "projectors") for name in part_names(role)}
+    found, to_read = set(), {plugin, *parts}
+    while to_read:
+        found |= to_read
+        to_read = {other for name in to_read for other in imports_at_module_level(name)} - found
+    assert {"finetune.common.registry", "finetune.model.encoders._transformers", "finetune.data.sample"} <= found
+    allowed = ("finetune.common.", "finetune.data.", "finetune.model.encoders", "finetune.model.projectors")
+    assert not [name for name in found - {plugin} if not name.startswith(allowed)]
 
 
 def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.delenv("FINETUNE_VLLM", raising=False)
     with pytest.raises(EngineMissing, match="FINETUNE_VLLM"):
-        environment.python_of(None)
-    with pytest.raises(EngineMissing, match="isn't there"):
-        environment.python_of(str(tmp_path / "python"))
+        environment.find_python(None)
+    with pytest.raises(EngineMissing, match="doesn't exist"):
+        environment.find_python(str(tmp_path / "python"))
     with pytest.raises(EngineMissing, match="has no vLLM"):
         environment.version_of(sys.executable, plugin=False)
 
@@ -280,11 +287,11 @@ PRETENDS = """
             self.send_response(200), self.end_headers()
 
         def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            open({pids!r} + ".asked", "w").write(json.dumps(asked))
-            said = dict(token_ids=[5, 6, 2], message=dict(content="ab"))
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            open({pids!r} + ".request", "w").write(json.dumps(request))
+            choice = dict(token_ids=[5, 6, 2], message=dict(content="ab"))
             self.send_response(200), self.end_headers()
-            self.wfile.write(json.dumps(dict(choices=[said])).encode())
+            self.wfile.write(json.dumps(dict(choices=[choice])).encode())
 
         def log_message(self, *args):
             pass
@@ -325,13 +332,13 @@ def gone(pid: int) -> bool:
 def test_questions_go_over_the_api_and_no_process_is_left(tmp_path):
     python = pretended(tmp_path)
     noise("image").save(tmp_path / "a.png")
-    probe = Probe((Message("user", (Medium("image", tmp_path / "a.png"), "What?")),), (5, 6), "ab")
-    answered = vllm.answer(exported(tmp_path, "llava"), [probe], vllm.Options(python=str(python)), 8)
-    assert answered.engine == "vLLM 9.9"
-    assert answered.answers == ((5, 6),)  # without the end token
-    asked = json.loads((tmp_path / "pid.asked").read_text())
-    assert (asked["temperature"], asked["max_tokens"]) == (0, 8)
-    image, text = asked["messages"][0]["content"]
+    probe = Probe((Message("user", (Medium("image", tmp_path / "a.png"), "What?")),), (5, 6))
+    engine = vllm.answer(exported(tmp_path, "llava"), [probe], vllm.Options(python=str(python)), 8)
+    assert engine.engine == "vLLM 9.9"
+    assert engine.answers == ((5, 6),)  # without the end token
+    request = json.loads((tmp_path / "pid.request").read_text())
+    assert (request["temperature"], request["max_tokens"]) == (0, 8)
+    image, text = request["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert text == {"type": "text", "text": "What?"}
     assert gone(int((tmp_path / "pid").read_text()))
@@ -346,5 +353,5 @@ def test_a_server_that_does_not_start_is_quoted_and_stopped(tmp_path):
 
 def test_the_own_class_needs_its_plugin(tmp_path):
     python = pretended(tmp_path, plugins="[]")
-    with pytest.raises(EngineMissing, match="pip install --no-deps finetune"):
+    with pytest.raises(EngineMissing, match="pip install --no-deps"):
         vllm.answer(exported(tmp_path, "finetune_served"), [], vllm.Options(python=str(python)), 8)

@@ -1,7 +1,7 @@
-"""What is asked of an exported model: held-out rows or noise, and what the merged model answers to it."""
+"""The questions that a merged model and its export both answer: held-out rows, or noise."""
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -9,54 +9,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.common.errors import ArtifactError, DataError
+from finetune.common.errors import DataError
+from finetune.data.media import decode
+from finetune.data.media.audio import RATE
+from finetune.data.predictions import read_predictions
 from finetune.data.sample import Medium, Message, Prepared
-from finetune.export._contract import Probe
+from finetune.export._contract import Probe, without_end
 from finetune.model.assistant import Assistant
-from finetune.model.build import segments_by
-from finetune.model.features import encode_one, read_medium
+from finetune.model.features import encode_one
 from finetune.model.language_model import context_length
 from finetune.model.tokenize import answer_ends, tokenize_prompt
 
 TEXTS = ("What is this?", "Describe a red square.", "Who are you?", "Count: one, two,")
 
+Conversation = tuple[Message, ...]
 
-def held_out(predictions: Path, limit: int) -> list[tuple[Message, ...]]:
-    """At most `limit` questions of predictions.jsonl, from all tasks and kinds of media in turn."""
-    groups: dict[tuple[str, ...], list[tuple[Message, ...]]] = {}
-    for number, line in enumerate(predictions.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            media = tuple(Medium(*pair) for pair in zip(row["kinds"], map(Path, row["media"]), strict=True))
-            group, question = (row["task"], *row["kinds"]), row["question"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{predictions}:{number} is damaged ({error!r}): run `finetune evaluate` again"
-            ) from None
-        groups.setdefault(group, []).append((Message("user", (*media, question)),))
+
+def held_out_questions(predictions: Path, limit: int) -> list[Conversation]:
+    """At most `limit` questions of predictions.jsonl, taking tasks and kinds of media in turn. Raises ArtifactError."""
+    groups: dict[tuple[str, ...], list[Conversation]] = {}
+    for prediction in read_predictions(predictions):
+        kinds = [medium.kind for medium in prediction.media]
+        groups.setdefault((prediction.task, *kinds), []).append(prediction.conversation)
     in_turn = chain.from_iterable(zip_longest(*groups.values()))
-    return [messages for messages in in_turn if messages is not None][:limit]
+    return [conversation for conversation in in_turn if conversation is not None][:limit]
 
 
-def examples(kinds: Sequence[str], folder: Path) -> list[tuple[Message, ...]]:
-    """Questions about noise, written into `folder`, each kind by itself and all at once; and some of text alone."""
-    seen = [[_written(kind, seed, folder) for kind in kinds] for seed in range(3)]
-    shown = [(medium,) for media in seen for medium in media] + [tuple(seen[0])] * (len(kinds) > 1)
-    asked = [(*media, "What is this?") for media in shown] + [(text,) for text in TEXTS]
-    return [(Message("user", parts),) for parts in asked]
+def noise_questions(kinds: Sequence[str], folder: Path) -> list[Conversation]:
+    """Questions about noise, which is written into `folder`: each kind of medium alone, all together, and none."""
+    media = [[_noise_file(kind, seed, folder) for kind in kinds] for seed in range(3)]
+    shown = [(medium,) for row in media for medium in row] + [tuple(media[0])] * (len(kinds) > 1)
+    contents = [(*row, "What is this?") for row in shown] + [(text,) for text in TEXTS]
+    return [(Message("user", content),) for content in contents]
 
 
-def own_answers(assistant: Assistant, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> list[Probe]:
-    """What the merged model writes, greedily. Questions that it can't be asked any more (a file that is gone, a text
-    that is too long) are left out.
+def answered(
+    assistant: Assistant, conversations: Sequence[Conversation], folder: Path, max_new_tokens: int
+) -> list[Probe]:
+    """Probes with the merged model's greedy answers; decoded media are written into `folder`.
+
+    Conversations whose files can't be read, or that are too long for the LLM, are left out.
     """
     tokenizer, causal_lm = assistant.tokenizer, assistant.model.causal_lm
-    ends, context = answer_ends(tokenizer, causal_lm.generation_config), context_length(causal_lm)
-    found = []
+    end_ids, context = answer_ends(tokenizer, causal_lm.generation_config), context_length(causal_lm)
+    files: dict[Medium, Medium] = {}
+    prepared: dict[Medium, Prepared] = {}
+    probes = []
     for messages in conversations:
         try:
-            media = media_of(messages)
-            prepared = {m: read_medium(assistant.encoders[m.kind], m.kind, m.path, assistant.limits) for m in media}
+            for medium in media_of(messages):
+                if medium not in prepared:
+                    encoder = assistant.encoders[medium.kind]
+                    sampling: dict[str, Any] = encoder.sampling
+                    decoded = decode(medium.kind, medium.path, limits=assistant.limits, **sampling)
+                    prepared[medium] = encoder.prepare(decoded)
+                    files[medium] = _lossless(medium, decoded, folder / f"decoded-{len(files)}")
             batch = prompt_batch(assistant, messages, prepared)
         except DataError:
             continue
@@ -68,18 +75,17 @@ def own_answers(assistant: Assistant, conversations: Sequence[Sequence[Message]]
             do_sample=False,
             repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
+            eos_token_id=end_ids,
         )[0].tolist()
-        ids = tuple(tokens[:-1] if tokens[-1:] and tokens[-1] in ends else tokens)
-        found.append(Probe(tuple(messages), ids, tokenizer.decode(ids, skip_special_tokens=True).strip()))
-    return found
+        probes.append(Probe(_with_files(messages, files), without_end(tokens, end_ids)))
+    return probes
 
 
 def prompt_batch(
     assistant: Assistant, messages: Sequence[Message], prepared: Mapping[Medium, Prepared]
 ) -> dict[str, Any]:
-    """Keywords of the composite's `forward` and `generate` for a conversation. Raises DataError."""
-    segments = segments_by(assistant.model.config, lambda medium: prepared[medium].layout)
+    """Keywords of the composite's `forward` and `generate` for one conversation. Raises DataError."""
+    segments = assistant.model.composition.placement.segments_by(lambda medium: prepared[medium].layout)
     tokens = tokenize_prompt(messages, assistant.tokenizer, assistant.placeholders, segments)
     ids = torch.tensor([tokens.input_ids], device=assistant.model.get_input_embeddings().weight.device)
     features: dict[str, list[Tensor]] = {}
@@ -92,23 +98,24 @@ def media_of(messages: Sequence[Message]) -> list[Medium]:
     return [part for message in messages for part in message.content if isinstance(part, Medium)]
 
 
-def as_chat(messages: Sequence[Message], given: Mapping[Medium, Any]) -> list[dict[str, Any]]:
-    """The conversation as processors of transformers take it, with what is given for each medium."""
-    return [
-        {
-            "role": message.role,
-            "content": [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": part.kind, part.kind: given[part]}
-                for part in message.content
-            ],
-        }
-        for message in messages
-    ]
+def without_media(messages: Conversation) -> Conversation:
+    return tuple(replace(m, content=tuple(part for part in m.content if isinstance(part, str))) for m in messages)
+
+
+def as_chat(messages: Sequence[Message], values: Mapping[Medium, Any]) -> list[dict[str, Any]]:
+    """The conversation in the form that processors of transformers take, with a value in place of each medium."""
+
+    def as_part(part: str | Medium) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        return {"type": part.kind, part.kind: values[part]}
+
+    return [{"role": message.role, "content": [*map(as_part, message.content)]} for message in messages]
 
 
 def noise(kind: str, seed: int = 0) -> Any:
-    """A decoded picture, recording or clip of which no two places are alike: pictures of odd sizes, recordings that end
-    inside a row of features, everywhere else inside it for each seed.
+    """A decoded medium in which no two places are alike. Pictures have odd sizes; recordings end inside a row of
+    features, at a different place for each seed.
     """
     import numpy as np
     import PIL.Image
@@ -123,17 +130,30 @@ def noise(kind: str, seed: int = 0) -> Any:
     return frames[0] if kind == "image" else Clip(tuple(frames), (0.0, 0.5, 1.0))
 
 
-def _written(kind: str, seed: int, folder: Path) -> Medium:
-    """Noise as a file."""
+def _noise_file(kind: str, seed: int, folder: Path) -> Medium:
+    medium, decoded = Medium(kind, folder / f"noise-{kind}-{seed}.gif"), noise(kind, seed)
+    if kind != "video":
+        return _lossless(medium, decoded, medium.path)
+    first, *others = decoded.frames
+    first.save(medium.path, save_all=True, append_images=others, duration=500)
+    return medium
+
+
+def _lossless(medium: Medium, decoded: Any, path: Path) -> Medium:
+    """The medium as a file that every decoder reads to the same values (see `Probe`)."""
     import soundfile
 
-    made, path = noise(kind, seed), folder / f"{kind}{seed}"
-    if kind == "image":
-        made.save(path := path.with_suffix(".png"))
-    elif kind == "audio":
-        soundfile.write(path := path.with_suffix(".wav"), made, 16_000)
-    else:
-        made.frames[0].save(
-            path := path.with_suffix(".gif"), save_all=True, append_images=made.frames[1:], duration=500
-        )
-    return Medium(kind, path)
+    if medium.kind == "image":
+        decoded.save(path := path.with_suffix(".png"))
+    elif medium.kind == "audio":
+        soundfile.write(path := path.with_suffix(".wav"), decoded, RATE, subtype="FLOAT")
+    else:  # only the kit's own class takes it, and decodes it the same way
+        path = medium.path.absolute()
+    return replace(medium, path=path)
+
+
+def _with_files(messages: Conversation, files: Mapping[Medium, Medium]) -> Conversation:
+    return tuple(
+        replace(m, content=tuple(files[part] if isinstance(part, Medium) else part for part in m.content))
+        for m in messages
+    )

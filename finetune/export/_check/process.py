@@ -1,4 +1,4 @@
-"""Questions to an exported folder, in a clean process (`_ask.py`)."""
+"""Runs `ask.py`, which loads an exported folder and answers questions, in a process of its own."""
 
 import os
 import subprocess
@@ -6,26 +6,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.common.errors import ExportRefused
 from finetune.common.run_folder import read_json, write_json
-from finetune.export._contract import Answered
+from finetune.export._check.ask import Questions
+from finetune.export._contract import EngineAnswers
 
 
-def asked_in_process(folder: Path, questions: dict[str, Any], modules: Sequence[str] = ()) -> Answered:
-    """`modules` of this package are imported there. Raises ExportRefused with the last line said, if it fails."""
-    with tempfile.TemporaryDirectory() as place:
-        asked, answers = Path(place) / "questions.json", Path(place) / "answers.json"
-        write_json(asked, questions)
-        # -P: a folder of programs is no place to import from: one here is called transformers.
+def answers_of_process(folder: Path, questions: Questions, modules: Sequence[str] = ()) -> EngineAnswers:
+    """`modules` of this package are imported there. Raises ExportRefused with the process's last line if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        questions_file, answers_file = Path(scratch) / "questions.json", Path(scratch) / "answers.json"
+        write_json(questions_file, questions)
+        # -P: without it the script's folder is searched for modules before the libraries.
         command = [sys.executable, "-P", str(Path(__file__).with_name("ask.py")), str(folder.absolute())]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            [*command, str(asked), str(answers), *modules], capture_output=True, text=True, env=environment, cwd=place
+        process = subprocess.run(
+            [*command, str(questions_file), str(answers_file), *modules],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=scratch,
         )
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-            raise ExportRefused(f"what was written can't be asked in a process of its own: {said[-1].strip()[:300]}")
-        found = read_json(answers)
-    return Answered(found["engine"], tuple(tuple(one) for one in found["answers"]))
+        if process.returncode:
+            raise ExportRefused(f"the export fails in a process of its own: {last_line(process)}")
+        content = read_json(answers_file)
+    return EngineAnswers(content["engine"], tuple(map(tuple, content["answers"])))
+
+
+def last_line(process: "subprocess.CompletedProcess[str]") -> str:
+    """The last line that a failed process wrote, or its exit status."""
+    lines = (process.stderr.strip() or process.stdout.strip()).splitlines()
+    return lines[-1].strip()[:300] if lines else f"exit status {process.returncode}"

@@ -1,11 +1,10 @@
-"""Encoders and projectors as the second file that llama.cpp reads beside the LLM's, its `mmproj`.
+"""Encoders and projectors as `mmproj`, the second file that llama.cpp reads.
 
-llama.cpp has one fixed graph for each type of projector, with its own preprocessing, and most put tokens around the
-media. Here are those that give what the composite gives, to rounding: SigLIP with `mlp` or `linear`, Whisper with
-`stack`.
+llama.cpp has a fixed graph with its own preprocessing for each type of projector, and most put tokens around the media.
+This file has those that equal the composite up to rounding: SigLIP with `mlp` or `linear`, Whisper with `stack`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -16,34 +15,33 @@ import torch
 from torch import Tensor
 
 from finetune.common.errors import ExportRefused
-from finetune.common.registry import part_from
 from finetune.model.composite import MultimodalModel
 
-BICUBIC = 3  # Pillow's number; llama.cpp resizes as Pillow does, to the bit
+GgufValue = bool | int | float | str | Sequence[int] | Sequence[float]
+
+BICUBIC = 3  # Pillow's constant; llama.cpp resizes bit for bit like Pillow
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "quick_gelu": "", "silu": "silu"}
-# What llama.cpp's own projectors of these kinds write as text around each medium.
-AROUND = {
+# The text that llama.cpp's own projectors of these kinds put around each medium.
+ADDED_TEXT = {
     ("vision", "pixel_shuffle"): "<img> and </img>",
     ("whisper", "linear"): "<|audio_bos|> and <|audio_eos|>",
     ("whisper", "mlp"): "<sound>",
 }
-FRAMES = 3000  # of 30 seconds, to which llama.cpp fills every recording up
+FRAMES = 3000  # of 30 seconds, to which llama.cpp pads every recording
 
-SIGLIP_LAYER = {
+ATTENTION = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.out_proj": "attn_out",
+}
+SIGLIP_LAYER = ATTENTION | {
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
-WHISPER_LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out",
+WHISPER_LAYER = ATTENTION | {
     "self_attn_layer_norm": "ln1",
     "final_layer_norm": "ln2",
     "fc1": "ffn_up",
@@ -52,65 +50,60 @@ WHISPER_LAYER = {
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What llama.cpp needs to read one kind of media: keys below `clip.`, and tensors by its names."""
+class MediaModel:
+    """An encoder with its projector in llama.cpp's form: `keys` by their full names, tensors by llama.cpp's names."""
 
     projector_type: str
-    keys: dict[str, Any]
-    tensors: dict[str, Tensor]
+    keys: Mapping[str, GgufValue]
+    tensors: Mapping[str, Tensor]
 
 
-def readers_of(model: MultimodalModel) -> dict[str, Reader]:
-    """{"image": ..., "audio": ...} of what the composite takes.
+def media_models(model: MultimodalModel) -> dict[str, MediaModel]:
+    """{"image": ..., "audio": ...} for the media that the composite takes.
 
-    Raises ExportRefused where llama.cpp doesn't do the same.
+    Raises ExportRefused if llama.cpp computes something else.
     """
-    parts = model.config.parts
-    require(parts["fusion"]["kind"] == "prefix", f"llama.cpp has no fusion {parts['fusion']['kind']!r}, only 'prefix'")
+    composition = model.composition
+    fusion = composition.fusion.kind
+    require(fusion == "prefix", f"llama.cpp has no fusion {fusion!r}, only 'prefix'")
     require(not model.heads, f"llama.cpp only writes text, but {', '.join(model.heads)} is answered by a head")
-    found = {}
+    models = {}
     for name, encoder in model.encoder_parts.items():
-        kind, (projector, options) = (
-            parts["encoders"][name]["kind"],
-            part_from("projectors", parts["projectors"][name]),
-        )
-        make = MAKERS.get((kind, projector))
-        there = ", ".join(f"{one} with {other}" for one, other in MAKERS)
-        why = (
-            f" (it puts {AROUND[kind, projector]} around them, unlike in training)"
-            if (kind, projector) in AROUND
-            else ""
-        )
-        require(make is not None, f"llama.cpp can't read {name} by {kind} with {projector}{why}; it can by {there}")
-        found[name] = make(encoder, options, model.projectors[name].state_dict())  # type: ignore[misc]
-    return found
+        projector = composition.projectors[name].part
+        pair = (composition.encoders[name].kind, projector.kind)
+        if pair not in BUILDERS:
+            supported = ", ".join(" with ".join(known) for known in BUILDERS)
+            added = f" (it puts {ADDED_TEXT[pair]} around them, unlike in training)" if pair in ADDED_TEXT else ""
+            require(False, f"llama.cpp can't read {name} by {' with '.join(pair)}{added}; it supports {supported}")
+        models[name] = BUILDERS[pair](encoder, projector.options, model.projectors[name].state_dict())
+    return models
 
 
 def require(fits: bool, reason: str) -> None:
     if not fits:
-        raise ExportRefused(f"gguf: {reason}. `--to transformers` holds every model")
+        raise ExportRefused(f"gguf: {reason}. `--to transformers` takes every model")
 
 
-def _siglip_mlp(encoder: Any, options: Any, projector: dict[str, Tensor]) -> Reader:
+def _siglip_mlp(encoder: Any, options: Any, projector: dict[str, Tensor]) -> MediaModel:
     return _siglip(encoder, {**_pair("mm.0", projector, "0"), **_pair("mm.2", projector, "2")})
 
 
-def _siglip_linear(encoder: Any, options: Any, projector: dict[str, Tensor]) -> Reader:
-    """As linear, GELU, linear: x is GELU(x) - GELU(-x)."""
+def _siglip_linear(encoder: Any, options: Any, projector: dict[str, Tensor]) -> MediaModel:
+    """Written as linear, GELU, linear: x = GELU(x) - GELU(-x)."""
     weight, bias = projector["weight"].float(), projector["bias"].float()
     one = torch.eye(len(bias), device=bias.device)
     first = {"mm.0.weight": torch.cat([weight, -weight]), "mm.0.bias": torch.cat([bias, -bias])}
     return _siglip(encoder, first | {"mm.2.weight": torch.cat([one, -one], 1), "mm.2.bias": 0 * bias})
 
 
-def _siglip(encoder: Any, projector: dict[str, Tensor]) -> Reader:
-    """llama.cpp's `mlp`: patches, layers, the last norm where there is one, linear, GELU, linear."""
+def _siglip(encoder: Any, projector: dict[str, Tensor]) -> MediaModel:
+    """llama.cpp's `mlp`: patches, layers, the last norm if the features have it, linear, GELU, linear."""
     config, shape, layer = encoder.module.config, encoder.shape, encoder.options.layer
     family = config.model_type
     require(
         family == "siglip_vision_model",
-        f"of vision backbones llama.cpp reads only SigLIP as it is, not {family}"
-        + (": it mistakes the last patch for the class token" if shape.skipped else ""),
+        f"of vision backbones llama.cpp reads only SigLIP unchanged, not {family}"
+        + (": it takes the last patch for the class token" if shape.skipped else ""),
     )
     require(encoder.options.tiles == 1, "llama.cpp doesn't cut a picture into tiles as `tiles` does")
     require(config.hidden_act in ACTIVATIONS, f"llama.cpp has no activation {config.hidden_act!r} in its layers")
@@ -127,8 +120,8 @@ def _siglip(encoder: Any, projector: dict[str, Tensor]) -> Reader:
         "attention.head_count": config.num_attention_heads,
         "attention.layer_norm_epsilon": float(config.layer_norm_eps),
         "block_count": layers,
-        "feature_layer": [layers],  # else the last one is left out
-        # A grid of no tiles: the picture is stretched to the square as SigLIP does it, instead of being padded.
+        "feature_layer": [layers],  # without it the last layer is left out
+        # A grid without tiles: the picture is stretched to a square as for SigLIP, instead of being padded.
         "image_grid_pinpoints": [0, 0],
         "image_mean": [float(value) for value in encoder.processor.image_mean],
         "image_std": [float(value) for value in encoder.processor.image_std],
@@ -143,11 +136,11 @@ def _siglip(encoder: Any, projector: dict[str, Tensor]) -> Reader:
         **projector,
     }
     use = ACTIVATIONS[config.hidden_act]
-    return Reader("mlp", _named("vision", keys) | ({f"clip.use_{use}": True} if use else {}), tensors)
+    return MediaModel("mlp", _full_names("vision", keys) | ({f"clip.use_{use}": True} if use else {}), tensors)
 
 
 def _require_stretching(processor: dict[str, Any]) -> None:
-    """Pictures must become squares as llama.cpp makes them so."""
+    """Raises ExportRefused unless pictures become squares as in llama.cpp."""
     size = dict(processor.get("size") or {})
     stretches = size.keys() == {"height", "width"} and not processor.get("do_center_crop")
     require(stretches, f"llama.cpp stretches pictures to a square; this model's processor crops or pads them ({size})")
@@ -162,12 +155,12 @@ def _require_stretching(processor: dict[str, Any]) -> None:
     )
 
 
-def _whisper(encoder: Any, options: Any, projector: dict[str, Tensor]) -> Reader:
+def _whisper(encoder: Any, options: Any, projector: dict[str, Tensor]) -> MediaModel:
     """llama.cpp's `ultravox`, which puts no tokens around the sound: layers, the last norm, rows stacked, SwiGLU."""
     config, layer = encoder.module.config, encoder.options.layer
     require(
         encoder.options.pad_to_30_seconds and encoder.options.window_seconds == 30,
-        "llama.cpp fills every recording up to 30 seconds: train with `pad_to_30_seconds: true`, `window_seconds: 30`",
+        "llama.cpp pads every recording to 30 seconds: train with `pad_to_30_seconds: true`, `window_seconds: 30`",
     )
     require(encoder.options.pool == 1, "llama.cpp doesn't average rows (`pool`) where `stack` joins them")
     rows = config.max_source_positions
@@ -208,30 +201,30 @@ def _whisper(encoder: Any, options: Any, projector: dict[str, Tensor]) -> Reader
         "mm.a.norm_mid.weight": projector["4.weight"],
         "mm.a.mlp.2.weight": projector["5.weight"],
     }
-    return Reader("ultravox", _named("audio", keys), tensors)
+    return MediaModel("ultravox", _full_names("audio", keys), tensors)
 
 
 def _stacks_alike(width: int, factor: int) -> bool:
-    """Whether llama.cpp's arithmetic, exact for powers of two, gives as many rows as `stack` does."""
+    """Whether llama.cpp's arithmetic, exact for powers of two, gives as many rows as `stack`."""
     rows, wide = FRAMES // 2, width * factor
     padded = (rows * width + wide - 1) & ~(wide - 1)
-    told = ceil(FRAMES / factor) // 2
-    return padded >= rows * width and padded // wide == told == ceil(rows / factor)
+    return padded >= rows * width and padded // wide == ceil(FRAMES / factor) // 2 == ceil(rows / factor)
 
 
-MAKERS: dict[tuple[str, str], Callable[[Any, Any, dict[str, Tensor]], Reader]] = {
+# {(encoder, projector): function of the encoder, the projector's options and its weights}
+BUILDERS: dict[tuple[str, str], Callable[[Any, Any, dict[str, Tensor]], MediaModel]] = {
     ("vision", "mlp"): _siglip_mlp,
     ("vision", "linear"): _siglip_linear,
     ("whisper", "stack"): _whisper,
 }
 
 
-def _named(modality: str, keys: dict[str, Any]) -> dict[str, Any]:
+def _full_names(modality: str, keys: Mapping[str, GgufValue]) -> dict[str, GgufValue]:
     return {f"clip.{modality}.{name}": value for name, value in keys.items()}
 
 
 def _pair(name: str, state: dict[str, Tensor], module: str) -> dict[str, Tensor]:
-    """Weight and bias, where there is one."""
+    """A module's weight, and its bias if it has one."""
     return {f"{name}.{kind}": state[f"{module}.{kind}"] for kind in ("weight", "bias") if f"{module}.{kind}" in state}
 
 
@@ -243,21 +236,21 @@ def _layers(
             yield from _pair(f"{prefix}.blk.{number}.{name}", state, f"{module}.{number}.{theirs}").items()
 
 
-def write_media(readers: dict[str, Reader], path: Path, *, half: bool) -> None:
-    """One file of all readers. `half`: matrices in 16 bit."""
+def write_media(models: Mapping[str, MediaModel], path: Path, *, half: bool) -> None:
+    """Write all of them into one file. `half`: matrices in 16 bit."""
     import gguf
 
-    names = {"image": "vision", "audio": "audio"}
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_string("general.type", "mmproj")
     writer.add_uint32("general.file_type", int(half))
-    for kind, reader in readers.items():
-        writer.add_bool(f"clip.has_{names[kind]}_encoder", True)
-        writer.add_string(f"clip.{names[kind]}.projector_type", reader.projector_type)
-        for key, value in reader.keys.items():
+    for kind, model in models.items():
+        modality = "vision" if kind == "image" else kind
+        writer.add_bool(f"clip.has_{modality}_encoder", True)
+        writer.add_string(f"clip.{modality}.projector_type", model.projector_type)
+        for key, value in model.keys.items():
             add_key(writer, key, value)
-        for name, tensor in reader.tensors.items():
-            # llama.cpp's convolution over time takes its kernel in 16 bit only; norms and biases stay in 32.
+        for name, tensor in model.tensors.items():
+            # llama.cpp's convolution over time takes its kernel in 16 bit only; norms and biases stay in 32 bit.
             kernel = ".conv1d." in name and name.endswith(".weight")
             matrix = tensor.ndim > 1 and name.endswith(".weight") and "position_embd" not in name
             dtype = np.float16 if kernel or (half and matrix) else np.float32
@@ -268,6 +261,6 @@ def write_media(readers: dict[str, Reader], path: Path, *, half: bool) -> None:
     writer.close()
 
 
-def add_key(writer: Any, key: str, value: Any) -> None:
+def add_key(writer: Any, key: str, value: GgufValue) -> None:
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
     add[type(value)](key, value)

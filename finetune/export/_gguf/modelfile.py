@@ -16,8 +16,9 @@ CONVERSATIONS = (("user",), ("system", "user"), ("user", "assistant", "user"), (
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template that is turns one behind the other: what text begins with, what stands around what each role
-    says, what asks for an answer, and what the system says where nobody sets it.
+    """A chat template that only concatenates turns: `begin` + turns + `ask`, which begins the answer.
+
+    `around`: {role: text before and after its content}. `system`: the system turn's content if a conversation has none.
     """
 
     begin: str
@@ -27,7 +28,7 @@ class Turns:
 
 
 def modelfile(assistant: Assistant, files: Sequence[str]) -> tuple[str, str]:
-    """Its text, and what a person should know of it, or ''."""
+    """(text of the Modelfile, a note for the user or '')."""
     tokenizer = assistant.tokenizer
     turns = turns_of(tokenizer)
     lines = [f"FROM ./{name}" for name in files]
@@ -38,12 +39,12 @@ def modelfile(assistant: Assistant, files: Sequence[str]) -> tuple[str, str]:
     lines += ["PARAMETER temperature 0", f'PARAMETER stop "{end}"']
     if context := context_length(assistant.model.causal_lm):
         lines.append(f"PARAMETER num_ctx {context}")
-    note = " (its chat template isn't turns alone: Ollama takes the one in model.gguf, if it knows it)"
+    note = " (its chat template does more than concatenate turns: Ollama uses the one in model.gguf if it knows it)"
     return "\n".join(lines) + "\n", "" if turns is not None else note
 
 
 def go_template(turns: Turns) -> str:
-    """In Go's language, as Ollama reads it: media stand in front of what their message says."""
+    """The template in Go's language, for Ollama, which puts a message's media before its text."""
     cases = "".join(
         f'{{{{ {"else " * bool(number)}if eq .Role "{role}" }}}}{head}{{{{ .Content }}}}{tail}'
         for number, (role, (head, tail)) in enumerate(turns.around.items())
@@ -52,38 +53,38 @@ def go_template(turns: Turns) -> str:
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """Whether a chat template is no more than turns, rendering tells; None where it is more."""
+    """The turns of a chat template; None if it renders some of CONVERSATIONS as more than turns."""
 
-    def rendered(*roles: str, ask: bool = True) -> str:
-        said = [{"role": role, "content": f"<{number}>"} for number, role in enumerate(roles)]
+    def render(*roles: str, ask: bool = True) -> str:
+        messages = [{"role": role, "content": f"<{number}>"} for number, role in enumerate(roles)]
         options = template_options(tokenizer)
-        return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=ask, **options))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options))
 
     try:
-        told = {roles: rendered(*roles) for roles in CONVERSATIONS}
-        closed = [rendered(*ROLES[: count + 1], ask=False) for count in range(len(ROLES))]
-    except TemplateError:  # a role, or an order of them, that it doesn't take
+        rendered = {roles: render(*roles) for roles in CONVERSATIONS}
+        closed = [render(*ROLES[: count + 1], ask=False) for count in range(len(ROLES))]
+    except TemplateError:  # a role, or an order of roles, that the template refuses
         return None
     bos = tokenizer.bos_token or ""
-    begin = bos if bos and all(whole.startswith(bos) and whole.count(bos) == 1 for whole in told.values()) else ""
+    begin = bos if bos and all(text.startswith(bos) and text.count(bos) == 1 for text in rendered.values()) else ""
     around = {}
     for number, role in enumerate(ROLES):
         turn = closed[number].removeprefix(closed[number - 1] if number else begin)
-        head, found, tail = turn.partition(f"<{number}>")
-        if not found or '"""' in turn or "{{" in turn:
+        head, content, tail = turn.partition(f"<{number}>")
+        if not content or '"""' in turn or "{{" in turn:
             return None
         around[role] = (head, tail)
-    ask = told["system", "user"].removeprefix(closed[1])
+    ask = rendered["system", "user"].removeprefix(closed[1])
 
-    def joined(*turns: tuple[str, str]) -> str:
-        return begin + "".join(around[role][0] + said + around[role][1] for role, said in turns) + ask
+    def join(*turns: tuple[str, str]) -> str:
+        return begin + "".join(around[role][0] + content + around[role][1] for role, content in turns) + ask
 
     head, tail = around["system"]
-    system = told["user",].removeprefix(begin).removesuffix(joined(("user", "<0>")).removeprefix(begin))
+    system = rendered["user",].removeprefix(begin).removesuffix(join(("user", "<0>")).removeprefix(begin))
     system = system.removeprefix(head).removesuffix(tail)
-    unset = [("system", system)] if system else []
-    for roles, whole in told.items():
-        said = [(role, f"<{number}>") for number, role in enumerate(roles)]
-        if joined(*(said if roles[0] == "system" else unset + said)) != whole:
+    default_turn = [("system", system)] if system else []
+    for roles, text in rendered.items():
+        turns = [(role, f"<{number}>") for number, role in enumerate(roles)]
+        if join(*(turns if roles[0] == "system" else default_turn + turns)) != text:
             return None
     return Turns(begin, around, ask, system)

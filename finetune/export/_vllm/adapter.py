@@ -1,13 +1,15 @@
-"""The merged LLM taken apart again: a base, which vLLM serves with the projectors in it, and a LoRA over it."""
+"""Splits a merged LLM again: into a base, which vLLM serves with the projectors in it, and a LoRA on top."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from finetune.common.run_folder import read_json, write_json
+from finetune.export._language_model import NAME
 
-def take_out(causal_lm: Any, adapter: Path) -> Any:
+
+def subtract_adapter(causal_lm: Any, adapter: Path) -> Any:
     """The merged LLM less what the adapter added: whichever base the merge chose, without loading it."""
     from peft import PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
@@ -22,12 +24,14 @@ def take_out(causal_lm: Any, adapter: Path) -> Any:
 
 
 def write_adapter(causal_lm: Any, adapter: Path, folder: Path) -> None:
-    """The adapter by the names that `ServedModel` has."""
-    before = f"base_model.model.{causal_lm.base_model_prefix}."
+    """Write the adapter with the module names of `ServedModel`."""
     state = load_file(adapter / "adapter_model.safetensors")
-    renamed = {name.replace(before, "base_model.model.model.language_model.", 1): t for name, t in state.items()}
+    old, new = f"base_model.model.{causal_lm.base_model_prefix}.", f"base_model.model.{NAME}."
     folder.mkdir()
-    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = None
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(
+        {name.replace(old, new, 1): tensor for name, tensor in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": None}
+    write_json(folder / "adapter_config.json", config)

@@ -1,8 +1,8 @@
 """The composite as vLLM's transformers backend takes one: config, model and processor, registered by a plugin.
 
-vLLM needs older transformers than the rest of this package, so this file runs beside both, and imports nothing of the
-package but encoders and projectors: `pip install --no-deps finetune` in vLLM's environment is all that it takes. vLLM
-puts its own attention and output head around `language_model`, and asks for everything else by name.
+vLLM needs an older transformers than the rest of this package. This file works with both, and imports nothing of the
+package but encoders and projectors, so the package can be installed in vLLM's environment without its dependencies.
+vLLM puts its own attention and output head around `language_model`, and calls everything else by name.
 """
 
 from dataclasses import replace
@@ -24,15 +24,16 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import MultiModalData
 
-from finetune.common.registry import load_part, part_from
+from finetune.common.registry import load_part
+from finetune.model.composition import Composition
 from finetune.model.encoders._vision import best_grid
 
 MEDIA = ("image", "audio")
 
 
 class ServedConfig(PreTrainedConfig):
-    """`text_config`: the LLM's. `parts`: those of the merged model's config; `tokens`: {medium: its placeholder token}.
-    `max_source_positions`: tokens of half a minute of sound, under the name that vLLM looks for.
+    """`text_config`: the LLM's. `parts`: encoders and projectors in the form of the merged model's config. `tokens`:
+    {medium: its placeholder token}. `max_source_positions`: tokens of half a minute of sound, by the name vLLM reads.
     """
 
     model_type = "finetune_served"
@@ -50,14 +51,14 @@ class ServedConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         super().__init__(**kwargs)
         self.text_config = text_config
-        self.parts = parts or {"encoders": {}, "projectors": {}}
+        self.parts = parts or Composition().model_dump(mode="json")
         self.tokens = tokens or {}
         self.max_source_positions = max_source_positions
 
 
-class Held(nn.Module):
-    """The weights of a linear layer that its parent applies itself, and not by calling it: vLLM would put another layer
-    in the place of an `nn.Linear`, which on a CPU gives its weights away.
+class LinearWeights(nn.Module):
+    """The weights of a linear layer that its parent applies without calling it. vLLM would replace an `nn.Linear` by a
+    layer of its own, which on a CPU gives its weights away.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -76,20 +77,20 @@ class ServedModel(PreTrainedModel):
 
     def __init__(self, config: ServedConfig) -> None:
         super().__init__(config)
-        parts, width = config.parts, config.text_config.hidden_size
+        self.composition = Composition.model_validate(config.parts)
+        width = config.text_config.hidden_size
         self.language_model = AutoModel.from_config(config.text_config)
         self.encoder_parts = encoders_of(config)
         self.encoders = nn.ModuleDict(
-            # Built anew: those that tell shapes are on no device, and so are the buffers that no file holds.
+            # Built anew: `encoders_of` leaves modules, and buffers that no file has, on the meta device.
             {name: type(e.module)(e.module.config) for name, e in self.encoder_parts.items()}
         )
-        self.projectors = nn.ModuleDict()
-        for name, part in parts["projectors"].items():
-            kind, options = part_from("projectors", part)
-            self.projectors[name] = load_part("projectors", kind).build(part["width_in"], width, options)
+        self.projectors = nn.ModuleDict(
+            {name: saved.part.build(saved.width_in, width) for name, saved in self.composition.projectors.items()}
+        )
         for module in [*self.encoders.modules(), *self.projectors.modules()]:
             if isinstance(module, nn.MultiheadAttention):
-                module.out_proj = Held(module.out_proj)  # type: ignore[assignment]
+                module.out_proj = LinearWeights(module.out_proj)  # type: ignore[assignment]
         self.post_init()
 
     def get_input_embeddings(self) -> Any:
@@ -118,14 +119,15 @@ class ServedModel(PreTrainedModel):
 
 
 class ServedProcessor(ProcessorMixin):
-    """Text, pictures and recordings -> token ids with as many placeholders as the model makes rows, and what the
-    encoders take. It has an `image_processor`, a `feature_extractor`, where the model has such an encoder.
+    """Text, pictures and recordings -> token ids with a placeholder per projected row, and the encoders' inputs. Has an
+    `image_processor` or `feature_extractor` if the model has such an encoder.
     """
 
     def __init__(self, tokenizer: Any = None, config: ServedConfig | None = None, **kwargs: Any) -> None:
         self.tokenizer = tokenizer
         self.chat_template = getattr(tokenizer, "chat_template", None)
         self.config = config or ServedConfig()
+        self._placement = Composition.model_validate(self.config.parts).placement
         self.encoders = encoders_of(self.config)
         for medium, name in zip(MEDIA, ("image_processor", "feature_extractor"), strict=True):
             if medium in self.encoders:
@@ -142,11 +144,9 @@ class ServedProcessor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> "ServedProcessor":
-        where = {
-            name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs
-        }
-        config = ServedConfig.from_pretrained(pretrained_model_name_or_path, **where)
-        return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **where), config)
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in kwargs}
+        config = ServedConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub), config)
 
     def __call__(  # type: ignore[override]
         self,
@@ -159,13 +159,13 @@ class ServedProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """`images`: RGB pictures; `audio`: samples at 16 kHz. One text, with a placeholder for each of them."""
-        found: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         replacements: dict[str, list[str]] = {}
         for medium, media in (("image", images), ("audio", audio)):
             if media is not None and medium in self.encoders:
-                prepared = [self.encoders[medium].prepare(one) for one in _several(media)]
+                prepared = [self.encoders[medium].prepare(decoded) for decoded in _as_list(media)]
                 values = [one.values for one in prepared]
-                found[self._key(medium)] = torch.cat(values) if medium == "image" else values
+                inputs[self._key(medium)] = torch.cat(values) if medium == "image" else values
                 replacements[medium] = [
                     self.config.tokens[medium] * self._count(medium, one.layout.rows, len(one.layout.marks))
                     for one in prepared
@@ -175,13 +175,13 @@ class ServedProcessor(ProcessorMixin):
             texts, replacements.get("image", []), [], replacements.get("audio", [])
         )
         ids = self.tokenizer(texts, add_special_tokens=kwargs.get("add_special_tokens", False))
-        found |= {name: torch.tensor(ids[name]) for name in ("input_ids", "attention_mask")}
+        inputs |= {name: torch.tensor(ids[name]) for name in ("input_ids", "attention_mask")}
         if return_text_replacement_offsets:
-            found["text_replacement_offsets"] = offsets
-        return BatchFeature(found)
+            inputs["text_replacement_offsets"] = offsets
+        return BatchFeature(inputs)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """Of pictures of these (height, width): tokens, and rows of `pixel_values`."""
+        """Tokens, and rows of `pixel_values`, of pictures of these sizes (height, width)."""
         encoder = self.encoders["image"]
         segments = [_segments(encoder, *size) for size in image_sizes or ()]
         rows = encoder.shape.rows
@@ -189,11 +189,10 @@ class ServedProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=tokens, num_image_patches=segments)
 
     def _count(self, medium: str, rows: int, segments: int) -> int:
-        kind, options = part_from("projectors", self.config.parts["projectors"][medium])
-        return load_part("projectors", kind).length(rows, options) * segments
+        return self._placement.projectors[medium].length(rows) * segments
 
     def _key(self, medium: str) -> str:
-        """The name by which vLLM knows of which medium values are."""
+        """The input's name, by which vLLM recognizes its medium."""
         if medium == "image":
             return "pixel_values"
         names = self.feature_extractor.model_input_names
@@ -201,22 +200,22 @@ class ServedProcessor(ProcessorMixin):
 
 
 def encoders_of(config: ServedConfig) -> dict[str, Any]:
-    """{name: Encoder}: on no device, which is all that preparing media and telling shapes takes."""
+    """{name: Encoder} on the meta device: enough to prepare media and to know shapes."""
     with torch.device("meta"):
         return {
-            name: load_part("encoders", part["kind"]).restore(part["settings"], torch.get_default_dtype())
-            for name, part in config.parts["encoders"].items()
+            name: load_part("encoders", saved.kind).restore(saved.settings, torch.get_default_dtype())
+            for name, saved in Composition.model_validate(config.parts).encoders.items()
         }
 
 
 def _segments(encoder: Any, height: int, width: int) -> int:
-    """Tiles of a picture, and the whole before them, where it is cut."""
-    shape, most = encoder.shape, encoder.options.tiles
-    columns, rows = best_grid(width / height, width * height / (shape.width * shape.height), most)
+    """Tiles of a picture, plus the whole picture if it is cut."""
+    shape, limit = encoder.shape, encoder.options.tiles
+    columns, rows = best_grid(width / height, width * height / (shape.width * shape.height), limit)
     return 1 if columns * rows == 1 else columns * rows + 1
 
 
-def _several(media: Any) -> list[Any]:
+def _as_list(media: Any) -> list[Any]:
     return list(media) if isinstance(media, list | tuple) else [media]
 
 

@@ -1,5 +1,5 @@
-"""Heads read the answer from the LLM's last hidden state at the end of the question. Each file is a `HeadContract`, or with
-weights of its own a `TrainedHeadContract`, and imports no torch at module level.
+"""Heads read the answer from the LLM's last hidden state at the end of the question. Each file is a `HeadContract`, or
+with weights of its own a `TrainedHeadContract`, and imports no torch at module level.
 """
 
 from collections.abc import Sequence
