@@ -60,7 +60,7 @@ def content_at(
         url, written_out = _parsed(address, hosts, where)
         check = None if written_out and private else partial(_check_public, address, where, private)
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        headers = {"Host": url.netloc, "User-Agent": "finetune", "Accept-Encoding": "identity"}
+        headers = [(b"Host", url.netloc), (b"User-Agent", b"finetune"), (b"Accept-Encoding", b"identity")]
         try:
             with (
                 httpcore2.ConnectionPool(network_backend=Connections(deadline, check)) as pool,

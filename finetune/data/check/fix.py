@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from finetune.common.errors import DataError
 from finetune.data.check.ledger import ERRORS, Ledger
-from finetune.data.check.lenient import TABLES, lenient_rows
+from finetune.data.check.lenient import DELIMITERS, lenient_rows
 from finetune.data.media_store import suffix_of
 from finetune.data.rows import Source, detected
 from finetune.data.sample import KINDS, Row
@@ -124,13 +124,13 @@ def _reasons(ledger: Ledger, row: int) -> Iterator[str]:
 
 def _writer(file: TextIO, suffix: str) -> Callable[[dict[str, Any] | None, list[str]], None]:
     """Takes a row, or None for one that is left out, and the names of its columns."""
-    if suffix not in TABLES:
+    if suffix not in DELIMITERS:
         return lambda columns, _: _line(file, columns)
     writer: list[Any] = []
 
     def write(columns: dict[str, Any] | None, names: list[str]) -> None:
         if not writer:
-            writer.append(csv.DictWriter(file, names, delimiter=TABLES[suffix], lineterminator="\n"))
+            writer.append(csv.DictWriter(file, names, delimiter=DELIMITERS[suffix], lineterminator="\n"))
             writer[0].writeheader()
         if columns is not None:
             writer[0].writerow(columns)

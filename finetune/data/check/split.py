@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_json
 from finetune.data.check.inspect import digest_of
-from finetune.data.check.lenient import TABLES, is_array
-from finetune.data.formats._json import array_of
+from finetune.data.check.lenient import DELIMITERS
+from finetune.data.formats._json import array_of, is_array
 from finetune.data.rows import Source, detected, read_rows
 from finetune.data.sample import KINDS, Row
 
@@ -195,8 +195,8 @@ def _counts(chosen: Sequence[str], labels: Sequence[str], split: str) -> Counter
 def _write(source: Source, into: Path, chosen: Sequence[str]) -> dict[str, Path]:
     """Write each row to its split's file; splits without rows have none."""
     suffix = source.path.suffix.lower() if source.path.is_file() else ""
-    table = suffix in (*TABLES, *SHEETS)
-    suffix = ".csv" if suffix in SHEETS else suffix if suffix in (*TABLES, ".json", ".ndjson") else ".jsonl"
+    table = suffix in (*DELIMITERS, *SHEETS)
+    suffix = ".csv" if suffix in SHEETS else suffix if suffix in (*DELIMITERS, ".json", ".ndjson") else ".jsonl"
     if suffix == ".json" and not is_array(source.path):
         suffix = ".jsonl"
     files = {split: into / f"{split}{suffix}" for split in SPLITS if split in chosen}
@@ -207,7 +207,7 @@ def _write(source: Source, into: Path, chosen: Sequence[str]) -> dict[str, Path]
         (into / f"{split}{suffix}").unlink(missing_ok=True)
     opened = {split: path.open("w", encoding="utf-8", newline="") for split, path in files.items()}
     try:
-        write: Callable[[str, Any], None] = _table(opened, TABLES[suffix]) if table else _lines(opened, suffix)
+        write: Callable[[str, Any], None] = _table(opened, DELIMITERS[suffix]) if table else _lines(opened, suffix)
         content: Iterator[Any] = read_rows(source) if table else _raw(source)
         for split, one in zip(chosen, content, strict=True):
             write(split, one)

@@ -140,11 +140,15 @@ def _first_keys(text: str, whole: bool) -> set[str]:
     return keys
 
 
+def is_array(path: Path) -> bool:
+    """Whether a JSON file is one array, rather than an object or a value per line."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        return Scanner(file).peek() == "["
+
+
 def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line of JSON lines, or number in the array, object). Raises DataError."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        array = Scanner(file).peek() == "["
-    for number, found in array_of(path) if array else _lines(path):
+    for number, found in array_of(path) if is_array(path) else _lines(path):
         if not isinstance(found, dict):
             raise DataError(f"{path.name}:{number}: a {type(found).__name__}, not an object")
         yield number, found
