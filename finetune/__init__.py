@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_preview import data_preview
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
-    from finetune.data.check.split import data_split
+    from finetune.data.check.split import SplitPlan, data_split
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
     from finetune.export._run import export_run
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Recipe": "recipe.schema",
+    "SplitPlan": "data.check.split",
     "chat": "commands.chat",
     "check": "commands.check",
     "data_check": "commands.data_check",
@@ -53,6 +54,7 @@ _HOME = {
 
 __all__ = [
     "Recipe",
+    "SplitPlan",
     "chat",
     "check",
     "data_check",

@@ -1,139 +1,123 @@
-"""Rows as training will see them, without the LLM's weights: what the stages that look at data share."""
+"""Rows as training will read them, without the LLM's weights: shared by the commands that examine data."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from finetune.common.errors import DataError, MediaError
-from finetune.common.registry import load_part
 from finetune.data.check.inspect import View, text_remarks, view
-from finetune.data.check.ledger import Examined, Finding
+from finetune.data.check.ledger import Examined, Finding, MediumUse
 from finetune.data.media import decode
-from finetune.data.rows import Source, group_of, split_of
-from finetune.data.sample import Layout, Medium, Row, Sample
-from finetune.data.sources import limits_of, model_arguments, sources_of
+from finetune.data.rows import group_of, split_of
+from finetune.data.sample import Layout, Medium, Message, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
-from finetune.recipe.schema import Limits, Recipe
+from finetune.recipe.schema import Llm, Recipe, task_names
 
-KEPT = 512  # media whose view is kept: questions about one picture stand side by side
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What rows are read with. `model`: keywords of `assemble.load_parts`."""
-
-    sources: Sequence[Source]
-    model: Mapping[str, Any]
-    limits: Limits
-    seed: int
-    tokens_per_batch: int
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> "Asked":
-        # Whether an encoder is tuned changes nothing about what it reads.
-        model = model_arguments(recipe) | {"tune_encoders": {}}
-        return cls(sources_of(recipe), model, limits_of(recipe), recipe.seed, recipe.train.tokens_per_batch)
+CACHED_MEDIA = 512  # media whose view is kept: questions about one picture follow each other
 
 
 class Reader:
-    """Tokenizer and encoders of a recipe, on the CPU. Raises ModelError where they can't be loaded."""
+    """Tokenizer and encoders of a recipe, on the CPU. Raises ModelError if they can't be loaded."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         import torch
 
         from finetune.common.progress import quiet_libraries
-        from finetune.model.build import composite_config, load_parts, segments_by
+        from finetune.model.build import load_components
 
         quiet_libraries()
-        self.asked = asked
-        self.parts = load_parts(**asked.model, seed=asked.seed, device=torch.device("cpu"))
-        self.segments = segments_by(composite_config(self.parts), lambda m: self.look(m.kind, m.path)[1])
-        self.context = context_of(asked.model["llm"])
-        self.look = lru_cache(KEPT)(self._look)
+        self.recipe = recipe
+        self.names = task_names(recipe.data)
+        # Tuning an encoder doesn't change what it reads.
+        self.components = load_components(recipe.model, {}, recipe.seed, torch.device("cpu"))
+        self.segments = self.components.placement.segments_by(lambda m: self.inspected(m.kind, m.path)[1])
+        self.context = context_of(recipe.model.llm)
+        self.inspected = lru_cache(CACHED_MEDIA)(self._inspected)
 
     def sample(self, source: int, row: Row) -> Sample:
         """Raises DataError."""
-        kind, options = self.asked.sources[source].task
-        return load_part("tasks", kind).sample(row, options)
+        return self.recipe.data[source].task.sample(row)
 
     def tokens(self, sample: Sample, source: int, split: str = "train") -> Tokens:
-        """As training has them where they are learnt from, and else up to the answer. Raises DataError."""
-        head, _ = self.asked.sources[source].head
-        given = self.parts.tokenizer, self.parts.placeholders, self.segments
-        if split != "train" or load_part("heads", head).TRAINED:
-            return tokenize_prompt(sample.question, *given, sample.where)
-        return tokenize(sample, *given)
+        """The whole conversation if its answer is learnt as text, else up to the answer. Raises DataError."""
+        tokenizer, placeholders = self.components.tokenizer, self.components.placeholders
+        if split != "train" or self.recipe.data[source].head.trained:
+            return tokenize_prompt(sample.question, tokenizer, placeholders, self.segments, sample.where)
+        return tokenize(sample, tokenizer, placeholders, self.segments)
 
-    def _look(self, kind: str, path: Path) -> tuple[View, Layout]:
-        """What a medium shows, and how many features it becomes. Raises MediaError, DataError."""
-        if kind not in self.parts.encoders:
-            takes = ", ".join(self.parts.encoders) or "text only"
-            raise DataError(f"holds {kind}, but this model takes {takes}")
-        encoder = self.parts.encoders[kind][1]
-        decoded = decode(kind, path, limits=self.asked.limits, **encoder.sampling)
+    def _inspected(self, kind: str, path: Path) -> tuple[View, Layout]:
+        """What a medium shows, and its layout. Raises DataError, and MediaError if it can't be decoded."""
+        if kind not in self.components.encoders:
+            kinds = ", ".join(self.components.encoders) or "text only"
+            raise DataError(f"holds {kind}, but this model reads {kinds}")
+        encoder = self.components.encoders[kind]
+        sampling: dict[str, Any] = encoder.sampling
+        decoded = decode(kind, path, limits=self.recipe.media, **sampling)
         return view(kind, path, decoded), encoder.layout or encoder.prepare(decoded).layout
 
     def examine(self, number: int, source: int, row: Row) -> Examined:
-        """Everything about one row by itself. `number`: of the row, over all sources."""
+        """All findings about one row by itself. `number`: of the row, over all sources."""
         result = Examined(number, source, row.number)
 
-        def found(code: str, text: str, path: Path | str = "") -> None:
+        def add(code: str, text: str, path: Path | str = "") -> None:
             result.findings.append(Finding(code, text, number, source, row.number, str(path)))
 
         if not any(value for value in row.columns.values() if value != "" and not str(value).isspace()):
-            found("empty", f"{row.where}: all of its columns are empty")
+            add("empty", f"{row.where}: all of its columns are empty")
             return result
         try:
             sample = self.sample(source, row)
-            group = group_of(row, self.asked.sources[source])
+            group = group_of(row, self.recipe.data[source])
         except DataError as error:
-            found("medium" if isinstance(error, MediaError) else "row", str(error))
+            add("medium" if isinstance(error, MediaError) else "row", str(error))
             return result
         views: dict[Medium, View] = {}
         for medium in sample.media:
             try:
-                views[medium] = self.look(medium.kind, medium.path)[0]
+                views[medium] = self.inspected(medium.kind, medium.path)[0]
             except DataError as error:
-                found("medium", str(error), medium.path)
+                add("medium", str(error), medium.path)
         if result.findings:
             return result
         for medium, seen in views.items():
-            result.media.append((seen.digest, medium.kind, str(medium.path), seen.hash, seen.thumbnail))
-            for code, text in seen.remarks:
-                found(code, text, medium.path)
+            result.media.append(MediumUse(seen.digest, medium.kind, str(medium.path), seen.hash, seen.thumbnail))
+            for remark in seen.remarks:
+                add(*remark, medium.path)
         for text in dict.fromkeys(p for m in sample.messages for p in m.content if isinstance(p, str)):
-            for code, remark in text_remarks(text):
-                found(code, remark)
-        self._measure(result, sample, group, views, found)
+            for remark in text_remarks(text):
+                add(*remark)
+        try:
+            self._measure(result, sample, group, views)
+        except DataError as error:
+            add("tokens", str(error))
         return result
 
-    def _measure(self, result: Examined, sample: Sample, group: str, views: Mapping[Medium, View], found: Any) -> None:
-        source = self.asked.sources[result.source]
-        split = split_of(sample, group, source, self.asked.seed, lambda medium: views[medium].digest.hex())
-        try:
-            tokens = len(self.tokens(sample, result.source, split).input_ids)
-        except DataError as error:
-            found("tokens", str(error))
-            return
-        if split == "train" and tokens > self.asked.tokens_per_batch:
-            found("long", f"{tokens:,} tokens, more than train.tokens_per_batch ({self.asked.tokens_per_batch:,})")
+    def _measure(self, result: Examined, sample: Sample, group: str, views: Mapping[Medium, View]) -> None:
+        """Add split, tokens, contents and labels. Raises DataError if the row can't be tokenized."""
+        source = self.recipe.data[result.source]
+        split = split_of(sample, group, source, self.recipe.seed, lambda medium: views[medium].digest.hex())
+        tokens = len(self.tokens(sample, result.source, split).input_ids)
+        problem = None
+        if split == "train" and tokens > (limit := self.recipe.train.tokens_per_batch):
+            problem = "long", f"{tokens:,} tokens, more than train.tokens_per_batch ({limit:,})"
         elif self.context and tokens >= self.context + (split == "train"):
-            found("context", f"{tokens:,} tokens, but the LLM reads {self.context:,}")
+            problem = "context", f"{tokens:,} tokens, more than the LLM's context of {self.context:,}"
+        if problem:
+            result.findings.append(Finding(*problem, result.row, result.source, result.number))
         result.split, result.tokens = split, tokens
         result.question = content_of(sample.question, views)
         result.content = content_of(sample.messages, views)
-        if "label" in load_part("tasks", source.task[0]).HEADS:
-            several = sample.target if isinstance(sample.target, list) else [sample.answer]
-            result.labels = tuple(str(label) for label in several)
-            result.asked = f"{source.name or source.task[0]} {source.task[1].model_dump_json()}"
+        if "label" in source.task.heads:
+            labels = sample.target if isinstance(sample.target, list) else [sample.answer]
+            result.labels = tuple(str(label) for label in labels)
+            result.label_set = f"{self.names[result.source]} {source.task.options.model_dump_json()}"
             result.answer = sample.answer
 
 
-def content_of(messages: Sequence[Any], views: Mapping[Medium, View]) -> bytes:
-    """16 bytes, equal for what says and shows the same, whatever its files are called."""
+def content_of(messages: Sequence[Message], views: Mapping[Medium, View]) -> bytes:
+    """16 bytes, equal for messages with the same text and media, whatever the files are called."""
     digest = hashlib.sha256()
     for message in messages:
         for part in (message.role, *message.content):
@@ -142,17 +126,18 @@ def content_of(messages: Sequence[Any], views: Mapping[Medium, View]) -> bytes:
     return digest.digest()[:16]
 
 
-def context_of(llm: Mapping[str, Any]) -> int | None:
-    """Tokens that the LLM reads at once, by its config; None where it names no end. Raises ModelError."""
+def context_of(llm: Llm) -> int | None:
+    """Tokens of the LLM's context, by its config; None if it names none. Raises ModelError."""
     from transformers import AutoConfig
 
     from finetune.common.hub import loading
 
-    name, revision = llm["name"], llm["revision"]
-    with loading(f"LLM {name!r}"):
-        if name.endswith(".gguf"):
-            config = AutoConfig.from_pretrained(str(Path(name).parent), gguf_file=Path(name).name)
+    with loading(f"LLM {llm.name!r}"):
+        if llm.name.endswith(".gguf"):
+            config = AutoConfig.from_pretrained(str(Path(llm.name).parent), gguf_file=Path(llm.name).name)
         else:
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=llm["trust_remote_code"])
+            config = AutoConfig.from_pretrained(
+                llm.name, revision=llm.revision, trust_remote_code=llm.trust_remote_code
+            )
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)

@@ -1,13 +1,11 @@
 """Chat: questions to a run, a merged folder or an adapter folder."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.common.progress import quiet_libraries
-from finetune.data.sample import Medium, Message
-from finetune.model.assistant import Assistant, Media, media_of
+from finetune.data.sample import Answer, Medium, Message
+from finetune.model.assistant import MediaPaths, Strength, media_of
 from finetune.model.load import load
 
 SHOWN = 5  # labels
@@ -16,12 +14,12 @@ SHOWN = 5  # labels
 def chat(
     folder: Path | str,
     prompt: str | None = None,
-    image: Media = None,
-    audio: Media = None,
-    video: Media = None,
+    image: MediaPaths = None,
+    audio: MediaPaths = None,
+    video: MediaPaths = None,
     *,
     task: str | None = None,
-    strength: float | Mapping[str, float] | None = None,
+    strength: Strength = None,
     max_new_tokens: int = 256,
 ) -> str:
     """Answer one prompt; without one, talk at the terminal until an empty line. Returns the last answer.
@@ -36,30 +34,34 @@ def chat(
         if not medium.path.is_file():
             raise DataError(f"no such {medium.kind}: {medium.path}")
     assistant = load(folder)
+    names = assistant.names_without_text()
+    if task is None and len(names) == len(assistant.model.bindings) == 1:
+        task = names[0]
+
+    def answer_to(turns: list[Message]) -> Answer:
+        if task is None:
+            return Answer(assistant.answers([turns], max_new_tokens=max_new_tokens, strength=strength)[0])
+        return assistant.ask(task, [turns], max_new_tokens=max_new_tokens, strength=strength)[0]
+
     turns: list[Message] = []
-    answer = ""
+    text = ""
     while (question := _ask() if prompt is None else prompt) or prompt is not None:
         turns.append(Message("user", (*first, question)))
-        said, answer = _answer(assistant, turns, task, {"max_new_tokens": max_new_tokens, "strength": strength})
+        answer = answer_to(turns)
+        text = as_text(answer)
         if prompt is not None:
             break
-        print(answer)
-        turns.append(Message("assistant", (said,)))
+        print(text)
+        turns.append(Message("assistant", (answer.text or text,)))
         first = ()
-    return answer
+    return text
 
 
-def _answer(assistant: Assistant, turns: list[Message], task: str | None, how: dict[str, Any]) -> tuple[str, str]:
-    """What the assistant's turn is, and how it is shown."""
-    names = assistant.names_without_text()
-    if task is None and len(names) == len(assistant.model.asks) == 1:
-        task = names[0]
-    if task is None:
-        return (assistant.answers([turns], **how)[0],) * 2
-    said = assistant.ask(task, [turns], **how)[0]
-    likely = sorted((said.probabilities or {}).items(), key=lambda one: -one[1])[:SHOWN]
-    shown = ", ".join(f"{label}: {chance:.3f}" for label, chance in likely)
-    return said.text or shown, "  ".join(filter(None, [said.text, shown]))
+def as_text(answer: Answer) -> str:
+    """The answer, and the likeliest labels behind it."""
+    likeliest = sorted((answer.probabilities or {}).items(), key=lambda one: -one[1])[:SHOWN]
+    labels = ", ".join(f"{label}: {probability:.3f}" for label, probability in likeliest)
+    return "  ".join(filter(None, [answer.text, labels]))
 
 
 def _ask() -> str:

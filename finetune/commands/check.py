@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from finetune.data.rows import read_splits, summary
-from finetune.data.sources import sources_of
+from finetune.data.rows import SplitSummary, read_splits, summary
 from finetune.recipe.load import load_recipe
 
 
-def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe and every row, and look for its media. Returns counts per split. Raises RecipeError, DataError."""
+def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, SplitSummary]:
+    """Read a recipe and every row, and look for its media. Returns {split: counts}. Raises RecipeError, DataError."""
     loaded = load_recipe(recipe, overrides)
-    return {"name": loaded.name, **summary(read_splits(sources_of(loaded), loaded.seed))}
+    return summary(read_splits(loaded.data, loaded.seed, loaded.media.max_bytes))

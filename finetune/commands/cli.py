@@ -14,6 +14,8 @@ from finetune.common.errors import FinetuneError, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
 
 if TYPE_CHECKING:
+    from finetune.commands.data_check import CheckResult
+    from finetune.commands.data_preview import Preview
     from finetune.export._contract import ExportResult
 
 OUT_OF_MEMORY = (
@@ -48,12 +50,10 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     from finetune.commands.check import check
 
     counts = check(recipe, set_ or [])
-    print(f"{recipe}: {counts.pop('name')} is fine")
-    for split, found in counts.items():
-        if found["rows"]:
-            print(
-                f"  {split}: {found['rows']:,} rows, {found['media']:,} media, {found['different_answers']:,} answers"
-            )
+    print(f"{recipe}: OK")
+    for split, count in counts.items():
+        if count.rows:
+            print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
 
 
 @app.command()
@@ -338,26 +338,15 @@ def data_split(
     sheet: Annotated[str | None, typer.Option(help="Of an .xlsx; default: the first.")] = None,
 ) -> None:
     """Split rows into training, validation and test; no medium, and no group, ends up on two sides."""
-    from finetune.data.check.split import data_split
+    from finetune.data.check.split import SplitPlan, data_split
 
-    shares = {"train": train, "validation": validation, "test": test}
-    result = data_split(
-        path,
-        into,
-        **shares,
-        group=group,
-        stratify=stratify,
-        seed=seed,
-        media=media or (),
-        media_folder=media_folder,
-        encoding=encoding,
-        sheet=sheet,
-    )
+    plan = SplitPlan(train, validation, test, group, stratify, seed)
+    result = data_split(path, into, plan, media=media or (), media_folder=media_folder, encoding=encoding, sheet=sheet)
     if not result["media"]:
         print("# no media found: if a column holds some, name it with --media COLUMN", file=sys.stderr)
-    if empty := [split for split, share in shares.items() if share and split not in result["files"]]:
-        told = f"{result['sets']:,} sets of rows stay together, the largest has {result['largest']:,} rows"
-        print(f"# nothing for {', '.join(empty)}: {told}", file=sys.stderr)
+    if empty := [split for split, share in plan.shares.items() if share and split not in result["files"]]:
+        reason = f"{result['sets']:,} sets of rows stay together, the largest has {result['largest']:,} rows"
+        print(f"# no rows for {', '.join(empty)}: {reason}", file=sys.stderr)
     print("data:")
     for split, file in result["files"].items():
         print(f"  # {result['rows'][split]:,} rows")
@@ -381,8 +370,8 @@ def data_label(
     """Label rows: a trained run proposes, you decide, in a CSV or on a page."""
     from finetune.commands.data_label import data_label
 
-    given = [label.strip() for label in labels.split(",") if label.strip()]
-    result = data_label(rows, run, out=out, task=task, labels=given, page=page, port=port)
+    names = [label.strip() for label in labels.split(",") if label.strip()]
+    result = data_label(rows, run, out=out, task=task, labels=names, page_port=port if page else None)
     print(f"{result['out']}: {result['rows']:,} rows, {result['proposed']:,} proposals, {result['labelled']:,} labels")
 
 
@@ -457,7 +446,7 @@ def print_scores(scores: dict[str, Any], intervals: dict[str, Any]) -> None:
         Console().print(table)
 
 
-def print_findings(result: dict[str, Any]) -> None:
+def print_findings(result: "CheckResult") -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -465,7 +454,7 @@ def print_findings(result: dict[str, Any]) -> None:
 
     from finetune.data.check.ledger import CODES
 
-    splits = ", ".join(f"{found['rows']:,} {split}" for split, found in result["splits"].items()) or "none can be used"
+    splits = ", ".join(f"{found['rows']:,} {split}" for split, found in result["splits"].items()) or "none usable"
     print(f"{result['name']}: {result['rows']:,} rows read ({splits})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
@@ -483,15 +472,14 @@ def print_findings(result: dict[str, Any]) -> None:
         print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
 
 
-def print_previews(previews: list[Any]) -> None:
+def print_previews(previews: "list[Preview]") -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     for preview in previews:
-        told = f"{preview.tokens:,} tokens, {preview.learnt:,} learnt" if preview.pieces else "can't be used"
-        console.print(Text(f"{preview.where}  {told}", "bold"))
-        text = Text(preview.wrong, "red")
+        console.print(Text(f"{preview.where}  {preview.summary}", "bold"))
+        text = Text(preview.problem, "red")
         for piece in preview.pieces:
             shown = piece.text
             if piece.medium:
@@ -501,9 +489,9 @@ def print_previews(previews: list[Any]) -> None:
             text.append(shown, "cyan" if piece.medium else "bold green" if piece.learnt else "")
         console.print(text)
         if preview.answer:
-            console.print(Text(f"to be answered: {preview.answer}", "dim"))
+            console.print(Text(f"the answer is to be: {preview.answer}", "dim"))
         console.print()
-    console.print(Text.assemble(("green", "bold green"), ": learnt; all else is read"))
+    console.print(Text.assemble(("green", "bold green"), ": learnt; the rest is only read"))
 
 
 def main() -> None:

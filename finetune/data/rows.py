@@ -11,7 +11,7 @@ from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
 from finetune.data.sample import Medium, Row, Sample
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import Limits, Source, task_names
+from finetune.recipe.schema import Limits, RowFile, Source, task_names
 
 SHOWN = 10  # errors listed at once
 
@@ -26,16 +26,15 @@ class Splits:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
-def read_rows(source: Source, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
-    """The rows of one source, one at a time, columns renamed as the recipe says; `max_bytes` limits embedded and
-    downloaded media. Raises DataError.
+def read_rows(file: RowFile, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
+    """The rows of one file or source, one at a time, columns renamed as the recipe says; `max_bytes` limits embedded
+    and downloaded media. Raises DataError.
     """
-    part = source.format or detected(source.path)
-    folder = source.media_folder or (source.path if source.path.is_dir() else source.path.parent)
-    hosts = tuple(source.hosts)
-    for number, columns in part.module.rows(source.path, part.options):
-        columns = columns | {ours: columns[theirs] for ours, theirs in source.columns.items() if theirs in columns}
-        yield Row(source.path, number, columns, folder, source.outside_media_folder, hosts, max_bytes)
+    part = file.format or detected(file.path)
+    folder, hosts = file.folder_of_media, tuple(file.hosts)
+    for number, columns in part.module.rows(file.path, part.options):
+        columns = columns | {ours: columns[theirs] for ours, theirs in file.columns.items() if theirs in columns}
+        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes)
 
 
 def detected(path: Path) -> FormatPart:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic.config import JsonDict
 
 from finetune.common.user_cache import user_cache
 from finetune.recipe.parts import EncoderPart, FormatPart, FusionPart, HeadPart, ProjectorPart, TaskPart
 from finetune.recipe.words import problem
 
-PATH_FILE = {"path": "file"}
-PATH_FOLDER = {"path": "folder"}
-PATH_NEW = {"path": "new"}
-PATH_OR_HUB_ID = {"path": "maybe"}
+PATH_FILE: JsonDict = {"path": "file"}
+PATH_FOLDER: JsonDict = {"path": "folder"}
+PATH_NEW: JsonDict = {"path": "new"}
+PATH_OR_HUB_ID: JsonDict = {"path": "maybe"}
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantize = Literal["nf4", "int8", "none"]
@@ -91,29 +92,14 @@ class Adapter(Section):
     initialization: str = Field("default", min_length=1, description="A value of peft's init_lora_weights.")
 
 
-class Source(Section):
-    name: str | None = Field(
-        None, pattern="^[a-z][a-z0-9_-]*$", description="Name of its scores; null: the name of its task."
-    )
+class RowFile(Section):
+    """A file, folder or dataset of rows, and how it is read."""
+
     path: RecipePath = Field(
         description="File or folder of rows; with format hub also the Hub id of a dataset.",
         json_schema_extra=PATH_OR_HUB_ID,
     )
     format: FormatPart | None = Field(None, description="File format of the rows; null: detected.")
-    task: TaskPart = Field(description="What is asked with these rows.")
-    head: HeadPart = Field("language", validate_default=True, description="Output head: language, label or score.")
-    split: Literal["train", "validation", "test"] = Field("train", description="What the rows are for.")
-    hold_out: float = Field(
-        0.0, ge=0, le=0.9, description="Share of the source's media held out as test rows, by seed and content hash."
-    )
-    hold_out_validation: float = Field(
-        0.0, ge=0, le=0.9, description="Share held out in the same way as validation rows, for train.validation."
-    )
-    group: str | None = Field(
-        None, description="Column whose equal values are held out together (a patient, a customer)."
-    )
-    weight: float = Field(1.0, gt=0, description="Times each row is used per epoch.")
-    loss_weight: float = Field(1.0, gt=0, description="Factor of the loss of these rows.")
     columns: dict[str, str] = Field({}, description="The task's column -> the file's column.")
     media_folder: RecipePath | None = Field(
         None,
@@ -130,6 +116,30 @@ class Source(Section):
     @property
     def may_be_remote(self) -> bool:
         return self.format is not None and self.format.remote
+
+    @property
+    def folder_of_media(self) -> Path:
+        return self.media_folder or (self.path if self.path.is_dir() else self.path.parent)
+
+
+class Source(RowFile):
+    name: str | None = Field(
+        None, pattern="^[a-z][a-z0-9_-]*$", description="Name of its scores; null: the name of its task."
+    )
+    task: TaskPart = Field(description="What is asked with these rows.")
+    head: HeadPart = Field("language", validate_default=True, description="Output head: language, label or score.")
+    split: Literal["train", "validation", "test"] = Field("train", description="What the rows are for.")
+    hold_out: float = Field(
+        0.0, ge=0, le=0.9, description="Share of the source's media held out as test rows, by seed and content hash."
+    )
+    hold_out_validation: float = Field(
+        0.0, ge=0, le=0.9, description="Share held out in the same way as validation rows, for train.validation."
+    )
+    group: str | None = Field(
+        None, description="Column whose equal values are held out together (a patient, a customer)."
+    )
+    weight: float = Field(1.0, gt=0, description="Times each row is used per epoch.")
+    loss_weight: float = Field(1.0, gt=0, description="Factor of the loss of these rows.")
 
 
 def task_names(sources: Sequence[Source]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_picture, tiny_recipe
 
 import finetune
-from finetune.commands._reader import Asked, Reader
+from finetune.commands._reader import Reader
 from finetune.common.errors import DataError, ModelError
 from finetune.data.rows import read_splits
 from finetune.data.sources import sources_of
@@ -125,11 +125,10 @@ def test_a_page_holds_all_it_shows(checked):
 
 def test_too_many_tokens(messy, tmp_path):
     result = finetune.data_check(messy[0], ["train.tokens_per_batch=16"], out=tmp_path, workers=0)
-    asked = Asked.of(finetune.load_recipe(messy[0]))
-    reader = Reader(asked)
+    reader = Reader(finetune.load_recipe(messy[0]))
     lengths = [
         len(reader.tokens(entry.sample, entry.source).input_ids)
-        for entry in read_splits([s for s in asked.sources if s.split == "test"], 0)["test"]
+        for entry in read_splits([s for s in reader.sources if s.split == "test"], 0)["test"]
     ]
     assert min(lengths) > 16 and result["findings"]["long"] == result["splits"]["train"]["rows"]
 

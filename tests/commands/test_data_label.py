@@ -130,8 +130,8 @@ def test_a_file_of_something_else_is_not_overwritten(rows, tmp_path):
 
 @pytest.fixture
 def labelling(rows, tmp_path):
-    items, known, _ = data_label._items(rows, None, part("tasks", "classify", labels=("cat", "hound")))
-    return data_label.Labelling(tmp_path / "out" / "labels.csv", items, known)
+    task = part("tasks", "classify", labels=("cat", "hound"))
+    return data_label.read_rows_to_label(rows, tmp_path / "out" / "labels.csv", None, task, ())
 
 
 def test_each_decision_is_on_disk_and_the_next_row_without_a_label_comes(labelling):
@@ -145,16 +145,16 @@ def test_each_decision_is_on_disk_and_the_next_row_without_a_label_comes(labelli
 
 
 def test_media_are_shown_and_what_can_not_be_decoded_is_told(labelling, rows):
-    assert "data:image/jpeg;base64," in data_label.shown(labelling.items[0], Limits())
+    assert "data:image/jpeg;base64," in data_label.media_html(labelling.items[0], Limits())
     (rows.parent / "cat.png").write_bytes(b"<script>")
-    told = data_label.shown(labelling.items[0], Limits())
+    told = data_label.media_html(labelling.items[0], Limits())
     assert "not a picture" in told and "<script>" not in told
 
 
 def test_the_page_without_gradio_says_how_to_get_it(rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(RecipeError, match=r"pip install 'finetune\[label\]'"):
-        finetune.data_label(rows, out=tmp_path / "labels.csv", page=True)
+    with pytest.raises(RecipeError, match=r"pip install 'gradio>=6'"):
+        finetune.data_label(rows, out=tmp_path / "labels.csv", page_port=7860)
 
 
 class Page:
@@ -192,12 +192,12 @@ class Context:
 
 def test_the_buttons_of_the_page_decide(labelling):
     page = Page()
-    data_label.build_page(page, labelling, Limits())
+    data_label.build_page(page, labelling)
     assert {"cat", "hound", "Skip", "Back", "load"} <= page.calls.keys()
     number, head, media, text, _said, field = page.calls["load"]()
     assert number == 0 and "1 of 3" in head and "<img" in media and text == "What is this?" and field == ""
     number, head, *_ = page.calls["cat"](0)
     assert number == 2 and "2 of 3" in head and read(labelling.path)[0]["label"] == "cat"
     assert page.calls["Back"](2)[0] == 1 and page.calls["Skip"](2)[0] == 0
-    page.calls["Save what is written"]("ox", 2)
+    page.calls["Save the written label"]("ox", 2)
     assert read(labelling.path)[2]["label"] == "ox"

@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_recipe
 
 import finetune
-from finetune.commands._reader import Asked, Reader
+from finetune.commands._reader import Reader
 from finetune.commands.cli import print_previews
 from finetune.common.errors import DataError
 from finetune.data.rows import read_splits
@@ -18,12 +18,12 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reader(recipe):
-    return Reader(Asked.of(finetune.load_recipe(recipe)))
+    return Reader(finetune.load_recipe(recipe))
 
 
 def test_pieces_are_the_row_as_it_is_trained(recipe, reader):
     previews = finetune.data_preview(recipe, rows=3)
-    entries = read_splits(reader.asked.sources, 3)["train"]
+    entries = read_splits(reader.sources, 3)["train"]
     for preview, entry in zip(previews, entries, strict=False):
         tokens = reader.tokens(entry.sample, entry.source)
         assert preview.tokens == len(tokens.input_ids)
@@ -69,9 +69,9 @@ def test_a_row_that_can_not_be_used_is_among_them(recipe, tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("image,label\nnone.png,red\n")
     overrides = [f"data.0.path={tmp_path / 'rows.csv'}"]
     previews = finetune.data_preview(recipe, overrides, html=tmp_path / "page.html")
-    assert "no such image" in previews[0].wrong
+    assert "no such image" in previews[0].problem
     print_previews(previews)
-    assert "can't be used" in capsys.readouterr().out
+    assert "unusable" in capsys.readouterr().out
     assert "no such image" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from finetune.common.errors import DataError, MediaError
-from finetune.data import fetch
+from finetune.data import _connection, fetch
 from finetune.data.fetch import fetched
 
 ASKED: list[str] = []
@@ -113,30 +113,69 @@ def test_redirects_end(port):
         get(f"http://127.0.0.1:{port}/circle")
 
 
-def test_a_pattern_never_leads_into_a_private_network(port, monkeypatch):
-    """As if the name of a public host were made to lead here."""
-    real = fetch.socket.create_connection
+@pytest.fixture
+def resolved(monkeypatch):
+    """As if every name were resolved to these addresses, in turn; the names that were asked for."""
+    real, names, answers = socket.getaddrinfo, [], []
+
+    def resolve(host, *rest, **more):
+        if not host.replace(".", "").isdigit():  # a name, not an address
+            names.append(host)
+            host = answers[min(len(names), len(answers)) - 1]
+        return [found for address in host.split() for found in real(address, *rest, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return names, answers
+
+
+def test_a_pattern_never_leads_into_a_private_network(port, resolved, monkeypatch):
+    """As if the name of a public host were made to lead here: it isn't even connected to."""
+    _, answers = resolved
+    connections = []
+    real = socket.create_connection
     monkeypatch.setattr(
-        fetch.socket, "create_connection", lambda place, *rest, **more: real(("127.0.0.1", port), *rest)
+        socket,
+        "create_connection",
+        lambda place, *rest, **more: connections.append(place) or real(place, *rest, **more),
     )
     address = f"http://media.example.com:{port}/a"
-    with pytest.raises(DataError, match=r"leads to 127.0.0.1, in a private network; name the host"):
-        get(address, ("*.example.com",))
-    assert not ASKED
+    for answer in ("127.0.0.1", "8.8.8.8 127.0.0.1", "169.254.169.254", "10.0.0.1", "::ffff:127.0.0.1"):
+        answers[:] = [answer]
+        with pytest.raises(DataError, match=r"leads to [\d.]+, in a private network; name the host"):
+            get(address, ("*.example.com",))
+    assert not ASKED and not connections
+    answers[:] = ["127.0.0.1"]
     assert get(address, ("Media.Example.com",)).read_bytes() == b"content of /a"
+    assert connections == [("127.0.0.1", port)]
+
+
+def test_a_name_is_resolved_once(port, resolved, monkeypatch):
+    """A name that changes its mind after the check leads nowhere else: the connection is to the checked address."""
+    names, answers = resolved
+    answers[:] = ["8.8.8.8", "127.0.0.1"]
+    connections = []
+
+    def refuse(place, *_, **__):
+        connections.append(place)
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(DataError, match=r"can't be fetched .*refused"):
+        get(f"http://media.example.com:{port}/a", ("*.example.com",))
+    assert connections == [("8.8.8.8", port)] and names == ["media.example.com"]
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("none", DataError, "the host says 404"),
+        ("none", DataError, "404"),
         ("endless", MediaError, "more than 1,000 bytes"),
         ("broken", DataError, "can't be fetched|broke off"),
         ("slow", DataError, "can't be fetched .*timed out"),
     ],
 )
 def test_what_goes_wrong_is_a_data_error_and_nothing_is_kept(name, error, message, port, cache, monkeypatch):
-    monkeypatch.setattr(fetch, "SECONDS", 0.3)
+    monkeypatch.setattr(_connection, "SECONDS", 0.3)
     with pytest.raises(error, match=rf"^rows\.csv:2: http.*{message}"):
         get(f"http://127.0.0.1:{port}/{name}")
     assert not [file for file in cache.rglob("*") if file.is_file()]
@@ -144,7 +183,7 @@ def test_what_goes_wrong_is_a_data_error_and_nothing_is_kept(name, error, messag
 
 def test_a_download_that_trickles_ends(port, monkeypatch):
     monkeypatch.setattr(fetch, "SECONDS_IN_ALL", 0.0)
-    with pytest.raises(DataError, match="not there after 0 s"):
+    with pytest.raises(DataError, match="not complete after 0 s"):
         get(f"http://127.0.0.1:{port}/endless", max_bytes=10**9)
 
 
@@ -174,7 +213,7 @@ def test_whatever_trickles_has_its_time(beginning):
         thread = threading.Thread(target=trickle)
         thread.start()
         begin = time.monotonic()
-        with pytest.raises(DataError, match=r"^row 1: http.*: not there after 0\.4 s$"):
+        with pytest.raises(DataError, match=r"^row 1: http.*: not complete after 0\.4 s$"):
             address = f"http://127.0.0.1:{listener.getsockname()[1]}/a"
             fetch.content_at(address, ["127.0.0.1"], "row 1", 1000, seconds=0.4)
         assert time.monotonic() - begin < 2

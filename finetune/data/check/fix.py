@@ -1,72 +1,113 @@
-"""A cleaned copy of the rows: what has errors is left out and told; nothing is changed in place."""
+"""A cleaned copy of the rows: those with errors go to quarantine.jsonl; nothing is changed in place."""
 
 import csv
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from finetune.common.errors import DataError
 from finetune.data.check.ledger import ERRORS, Ledger
-from finetune.data.check.lenient import TABLES, lenient_rows
-from finetune.data.media_store import suffix_of
-from finetune.data.rows import Source, detected
+from finetune.data.check.lenient import DELIMITERS, lenient_rows
+from finetune.data.formats import Columns
+from finetune.data.media_store import file_hash, suffix_of
+from finetune.data.rows import detected
 from finetune.data.sample import KINDS, Row
+from finetune.recipe.schema import RowFile
 
-QUARANTINED = (*ERRORS, "leak_medium", "identical")  # rows with one of these are left out
-REFERENCED = ("table", "messages", "llava", "sharegpt")  # formats whose rows name files below the media folder
+QUARANTINED = (*ERRORS, "leak_medium", "identical")  # rows with one of these findings are left out
+REFERENCING = ("table", "messages", "llava", "sharegpt")  # formats whose rows name files below the media folder
 
 
-def fixed_sources(
-    ledger: Ledger, sources: Sequence[Source], folder: Path, copy_media: bool
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl. Returns what changes in each source of
-    the recipe ("path", "media_folder", "format"), relative to `folder`, and {"rows": kept, "quarantined": left out}.
+@dataclass(frozen=True)
+class CleanSource:
+    """Where a source's rows are now; relative paths begin at the folder of the copy. `format`: None if detected."""
+
+    path: Path
+    media_folder: Path
+    format: str | None
+
+
+@dataclass(frozen=True)
+class CleanCopy:
+    """`rows`: how many were written; `quarantined`: how many were left out."""
+
+    sources: list[CleanSource]
+    rows: int
+    quarantined: int
+
+
+def clean_copy(ledger: Ledger, sources: Sequence[RowFile], folder: Path, copy_media: bool) -> CleanCopy:
+    """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl.
 
     Tables stay CSV (TSV stays TSV), all else becomes JSON lines. Media stay where they are, or are copied to `media/`
-    under the hash of their content: with `copy_media`, and where a format keeps them otherwise than as files named in
+    under the hash of their content: with `copy_media`, and from formats that keep them otherwise than as files named in
     rows.
     """
-    changes: list[dict[str, Any]] = []
-    counts = {"rows": 0, "quarantined": 0}
-    number = 0
-    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
-        for index, source in enumerate(sources):
-            kind, _ = source.format or detected(source.path)
-            media_folder = source.media_folder or (source.path if source.path.is_dir() else source.path.parent)
-            copied = Copied(source, folder / "media") if copy_media or kind not in REFERENCED else None
-            suffix = (".tsv" if source.path.suffix.lower() == ".tsv" else ".csv") if kind == "table" else ".jsonl"
-            name = f"rows-{index}{suffix}"
-
-            def leave_out(row: int, columns: Any, reasons: Sequence[str], path: Path = source.path) -> None:
-                entry = {"file": path.name, "row": row or None, "columns": columns, "reasons": reasons}
-                quarantine.write(json_line(entry))
-                counts["quarantined"] += bool(row)
-
-            def wrong(line: int, text: str, raw: str, leave_out: Callable[..., None] = leave_out) -> None:
-                leave_out(line, {"line": raw} if line else {}, [text])
-
-            with ExitStack() as stack:
-                write = _writer(stack.enter_context((folder / name).open("w", encoding="utf-8", newline="")), suffix)
-                # With the file's own names of columns: the recipe goes on renaming them.
-                for row in lenient_rows(replace(source, columns=None), wrong):
-                    reasons = list(_reasons(ledger, number))
-                    number += 1
-                    if reasons:
-                        leave_out(row.number, row.columns, reasons)
-                    write(None if reasons else copied.of(row) if copied else row.columns, list(row.columns))
-                    counts["rows"] += not reasons
-            at = Path("media") if copied else media_folder
-            changes.append({"path": Path(name), "media_folder": at, "format": None if kind == "table" else "messages"})
-    return changes, counts
+    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
+        cleaner = _Cleaner(ledger, folder, copy_media, file)
+        cleaned = [cleaner.clean(source, f"rows-{index}") for index, source in enumerate(sources)]
+    return CleanCopy(cleaned, cleaner.written, cleaner.quarantined)
 
 
-def check_target(folder: Path, sources: Sequence[Source]) -> None:
-    """Raises DataError where a cleaned copy would take the place of anything but an earlier one."""
+class _Cleaner:
+    """Writes rows to the copy or to the quarantine; rows are numbered over all sources, as in the ledger."""
+
+    def __init__(self, ledger: Ledger, folder: Path, copy_media: bool, quarantine: TextIO) -> None:
+        self.ledger = ledger
+        self.folder = folder
+        self.copy_media = copy_media
+        self.quarantine = quarantine
+        self.numbers = count()
+        self.written = self.quarantined = 0
+
+    def clean(self, source: RowFile, stem: str) -> CleanSource:
+        kind = (source.format or detected(source.path)).kind
+        table = kind == "table"
+        suffix = (".tsv" if source.path.suffix.lower() == ".tsv" else ".csv") if table else ".jsonl"
+        copier = MediaCopier(source, self.folder / "media") if self.copy_media or kind not in REFERENCING else None
+
+        def unreadable(line: int, text: str, raw: str) -> None:
+            self.leave_out(source, line, {"line": raw} if line else {}, [text])
+
+        with (self.folder / (stem + suffix)).open("w", encoding="utf-8", newline="") as file:
+            writer: csv.DictWriter[str] | None = None
+            # Under the file's own names of columns: the recipe goes on renaming them.
+            for row, number in zip(
+                lenient_rows(source.model_copy(update={"columns": {}}), unreadable), self.numbers, strict=False
+            ):
+                if table and writer is None:
+                    writer = csv.DictWriter(file, row.columns, delimiter=DELIMITERS[suffix], lineterminator="\n")
+                    writer.writeheader()
+                if reasons := self.reasons(number):
+                    self.leave_out(source, row.number, row.columns, reasons)
+                    continue
+                columns = copier.copied(row) if copier else row.columns
+                if writer:
+                    writer.writerow(columns)
+                else:
+                    file.write(json_line(columns))
+                self.written += 1
+        return CleanSource(
+            Path(stem + suffix), Path("media") if copier else source.folder_of_media, None if table else "messages"
+        )
+
+    def reasons(self, row: int) -> list[str]:
+        findings = self.ledger.query("select code, text from findings where row = ? order by id", row)
+        return [f"{code}: {text}" for code, text in findings if code in QUARANTINED]
+
+    def leave_out(self, source: RowFile, line: int, columns: Columns, reasons: list[str]) -> None:
+        entry = {"file": source.path.name, "row": line or None, "columns": columns, "reasons": reasons}
+        self.quarantine.write(json_line(entry))
+        self.quarantined += bool(line)
+
+
+def check_target(folder: Path, sources: Sequence[RowFile]) -> None:
+    """Raises DataError if a cleaned copy would replace anything but an earlier one."""
     if folder.exists() and not (folder / "quarantine.jsonl").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise DataError(f"{folder}: holds something else than a cleaned copy of rows; name a new folder with --fix")
     for source in sources:
@@ -76,39 +117,36 @@ def check_target(folder: Path, sources: Sequence[Source]) -> None:
 
 
 @dataclass(frozen=True)
-class Copied:
-    """Copies media to `folder`, each content once, and writes rows that name the copies."""
+class MediaCopier:
+    """Copies media to `folder`, each content once, and gives rows the names of the copies."""
 
-    source: Source
+    source: RowFile
     folder: Path
 
-    def of(self, row: Row) -> dict[str, Any]:
-        """The row's columns with media as names below `folder`."""
+    def copied(self, row: Row) -> Columns:
+        """The row's columns, its media as names below `folder`."""
         renamed = {theirs: ours for ours, theirs in (self.source.columns or {}).items()}
         return {key: self._value(value, row, renamed.get(key, key)) for key, value in row.columns.items()}
 
-    def _value(self, value: Any, row: Row, key: str) -> Any:
+    def _value(self, value: object, row: Row, key: str) -> object:
         if isinstance(value, list):
             return [self._value(one, row, key) for one in value]
         if isinstance(value, dict):
             if value.keys() <= {"bytes", "path"} and value:
-                value = value.get("path") if value.get("bytes") is None else value["bytes"]
-                return self._value(value, row, key)
+                return self._value(value.get("path") if value.get("bytes") is None else value["bytes"], row, key)
             return {inner: self._value(one, row, inner) for inner, one in value.items()}
         if isinstance(value, bytes | bytearray):
-            return self._kept(
-                hashlib.sha256(value).hexdigest(), suffix_of(bytes(value)), lambda to: to.write_bytes(value)
-            )
+            content = bytes(value)
+            digest = hashlib.sha256(content).hexdigest()
+            return self._copy(digest, suffix_of(content), lambda target: target.write_bytes(content))
         single = key.removesuffix("s") if isinstance(key, str) else ""
         if isinstance(value, Path) or (isinstance(value, str) and value and single in KINDS):
             path = row.media_folder / value
             if "://" not in str(value) and not str(value).startswith("data:") and path.is_file():
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                return self._kept(digest, path.suffix, lambda to: shutil.copyfile(path, to))
+                return self._copy(file_hash(path), path.suffix, lambda target: shutil.copyfile(path, target))
         return str(value) if isinstance(value, Path) else value
 
-    def _kept(self, digest: str, suffix: str, write: Callable[[Path], Any]) -> str:
+    def _copy(self, digest: str, suffix: str, write: Callable[[Path], object]) -> str:
         self.folder.mkdir(exist_ok=True)
         name = f"{digest[:32]}{suffix}"
         if not (self.folder / name).exists():
@@ -116,43 +154,16 @@ class Copied:
         return name
 
 
-def _reasons(ledger: Ledger, row: int) -> Iterator[str]:
-    for code, text in ledger.all("select code, text from findings where row = ? order by id", row):
-        if code in QUARANTINED:
-            yield f"{code}: {text}"
-
-
-def _writer(file: TextIO, suffix: str) -> Callable[[dict[str, Any] | None, list[str]], None]:
-    """Takes a row, or None for one that is left out, and the names of its columns."""
-    if suffix not in TABLES:
-        return lambda columns, _: _line(file, columns)
-    writer: list[Any] = []
-
-    def write(columns: dict[str, Any] | None, names: list[str]) -> None:
-        if not writer:
-            writer.append(csv.DictWriter(file, names, delimiter=TABLES[suffix], lineterminator="\n"))
-            writer[0].writeheader()
-        if columns is not None:
-            writer[0].writerow(columns)
-
-    return write
-
-
-def _line(file: TextIO, columns: dict[str, Any] | None) -> None:
-    if columns is not None:
-        file.write(json_line(columns))
-
-
-def json_line(value: Any) -> str:
-    """A line of JSON. Halves of characters, which UTF-8 can't hold, are written as JSON escapes them."""
-    line = json.dumps(value, ensure_ascii=False, default=_short)
+def json_line(value: object) -> str:
+    """A line of JSON. Lone surrogates, which UTF-8 can't encode, are escaped."""
+    line = json.dumps(value, ensure_ascii=False, default=_readable)
     try:
         line.encode("utf-8")
     except UnicodeEncodeError:
-        line = json.dumps(value, default=_short)
+        line = json.dumps(value, default=_readable)
     return line + "\n"
 
 
-def _short(value: Any) -> str:
-    """What JSON can't hold, such as the bytes of a medium, for someone to read."""
+def _readable(value: object) -> str:
+    """What JSON has no type for, such as the bytes of a medium, for people to read."""
     return f"<{len(value):,} bytes>" if isinstance(value, bytes | bytearray) else str(value)

@@ -1,35 +1,35 @@
-"""What was found in rows, kept on disk (SQLite): memory doesn't grow with the rows, and rows are compared by joins."""
+"""Findings about rows in SQLite on disk: memory doesn't grow with the rows, and rows are compared by joins."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-# What is found: whether training or evaluation would stop at it (an error), or it is worth a look; and its name.
+# Code of a finding -> its severity (an error stops training or evaluation) and its title.
 CODES = {
     "unreadable": ("error", "lines or files that can't be read"),
     "empty": ("error", "empty rows"),
-    "row": ("error", "rows that the task can't use"),
+    "row": ("error", "rows that the task refuses"),
     "medium": ("error", "media that are missing or can't be decoded"),
-    "tokens": ("error", "rows that can't be put into tokens"),
+    "tokens": ("error", "rows that can't be tokenized"),
     "long": ("error", "rows longer than train.tokens_per_batch"),
-    "context": ("error", "rows longer than the LLM reads"),
-    "no_rows": ("error", "sources without a row that can be used"),
-    "leak_row": ("error", "training rows that stand in evaluation too"),
-    "leak_medium": ("warning", "training rows with a medium of evaluation"),
-    "leak_near": ("warning", "training pictures much like one of evaluation"),
-    "identical": ("warning", "rows that stand there more than once"),
-    "contradiction": ("warning", "the same question and media, another label"),
+    "context": ("error", "rows longer than the LLM's context"),
+    "no_rows": ("error", "sources without a usable row"),
+    "leak_row": ("error", "training rows that are in evaluation too"),
+    "leak_medium": ("warning", "training rows with a medium that is in evaluation too"),
+    "leak_near": ("warning", "training pictures that are near-duplicates of one in evaluation"),
+    "identical": ("warning", "repeated rows"),
+    "contradiction": ("warning", "the same question and media with another label"),
     "duplicate": ("warning", "files with the same content as another"),
-    "near": ("warning", "pictures much like another"),
+    "near": ("warning", "near-duplicate pictures"),
     "imbalance": ("warning", "labels that are rare in training"),
-    "unknown_label": ("warning", "labels that training never shows"),
+    "unknown_label": ("warning", "labels that no training row has"),
     "encoding": ("warning", "text in the wrong encoding"),
-    "blank": ("warning", "media with nothing to see"),
-    "silent": ("warning", "recordings with nothing to hear"),
-    "clipped": ("warning", "recordings that are clipped"),
-    "short": ("warning", "recordings that are very short"),
+    "blank": ("warning", "pictures and videos of one colour"),
+    "silent": ("warning", "silent recordings"),
+    "clipped": ("warning", "clipped recordings"),
+    "short": ("warning", "very short recordings"),
 }
 ERRORS = tuple(code for code, (severity, _) in CODES.items() if severity == "error")
 
@@ -38,7 +38,7 @@ create table rows (id integer primary key, source integer, number integer, split
                    tokens integer, answer text);
 create table uses (row integer, digest blob, kind text, path text);
 create table media (digest blob primary key, hash blob, thumbnail blob);
-create table labels (row integer, asked text, split text, label text);
+create table labels (row integer, label_set text, split text, label text);
 create table findings (id integer primary key, code text, row integer, source integer, number integer, text text,
                        path text, other text);
 """
@@ -52,10 +52,10 @@ create index findings_code on findings (code);
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `row`: its number in the ledger, None where it is the file's; `number`: its line, 0 for
-    the file. `path`, `other`: media that it is about.
+    """One thing that is wrong. `row`: its number in the ledger, None if it is about a file or source; `number`: its
+    line, 0 for the file. `path`, `other`: media that it is about.
     """
 
     code: str
@@ -67,11 +67,20 @@ class Finding:
     other: str = ""
 
 
+@dataclass(frozen=True)
+class MediumUse:
+    """A medium of a row. `digest`: sha256 of its file; `hash`, `thumbnail`: as in `inspect.View`."""
+
+    digest: bytes
+    kind: str
+    path: str
+    hash: bytes = b""
+    thumbnail: bytes = b""
+
+
 @dataclass
 class Examined:
-    """One row, as far as it could be read. `media`: (digest, kind, path, hash, thumbnail) of each; `asked`: what rows
-    share whose labels are of one set.
-    """
+    """One row, as far as it could be read. `label_set`: equal for rows whose labels are of one set."""
 
     row: int
     source: int
@@ -81,10 +90,30 @@ class Examined:
     question: bytes = b""
     tokens: int = 0
     answer: str = ""
-    asked: str = ""
+    label_set: str = ""
     labels: tuple[str, ...] = ()
-    media: list[tuple[bytes, str, str, bytes, bytes]] = field(default_factory=list)
+    media: list[MediumUse] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+
+
+class SplitCounts(TypedDict):
+    rows: int
+    tokens: int
+    longest: int
+
+
+class Summary(TypedDict):
+    """What check.json begins with. `findings`: {code: how many}; `examples`: {code: the first of them}."""
+
+    name: str
+    rows: int
+    errors: int
+    warnings: int
+    splits: dict[str, SplitCounts]
+    different_media: dict[str, int]
+    near: dict[str, float]
+    findings: dict[str, int]
+    examples: dict[str, str]
 
 
 class Ledger:
@@ -102,42 +131,46 @@ class Ledger:
     def add(self, rows: Iterable[Examined]) -> None:
         for one in rows:
             if one.split:
-                read = (one.split, one.content, one.question, one.tokens, _whole(one.answer))
-                kept = (one.row, one.source, one.number, *read)
-                self.base.execute("insert into rows values (?, ?, ?, ?, ?, ?, ?, ?)", kept)
-            uses = [(one.row, digest, kind, path) for digest, kind, path, _, _ in one.media]
+                values = (one.row, one.source, one.number, one.split, one.content, one.question, one.tokens)
+                self.base.execute("insert into rows values (?, ?, ?, ?, ?, ?, ?, ?)", (*values, _encodable(one.answer)))
+            uses = [(one.row, use.digest, use.kind, use.path) for use in one.media]
             self.base.executemany("insert into uses values (?, ?, ?, ?)", uses)
-            media = [(digest, seen, small) for digest, _, _, seen, small in one.media]
+            media = [(use.digest, use.hash, use.thumbnail) for use in one.media]
             self.base.executemany("insert or ignore into media values (?, ?, ?)", media)
-            labels = [(one.row, one.asked, one.split, _whole(label)) for label in one.labels]
+            labels = [(one.row, one.label_set, one.split, _encodable(label)) for label in one.labels]
             self.base.executemany("insert into labels values (?, ?, ?, ?)", labels)
-            self.find(one.findings)
+            self.add_findings(one.findings)
 
-    def find(self, findings: Iterable[Finding]) -> None:
+    def add_findings(self, findings: Iterable[Finding]) -> None:
         self.base.executemany(
             "insert into findings (code, text, row, source, number, path, other) values (?, ?, ?, ?, ?, ?, ?)",
-            ((f.code, _whole(f.text), f.row, f.source, f.number, f.path, f.other) for f in findings),
+            ((f.code, _encodable(f.text), f.row, f.source, f.number, f.path, f.other) for f in findings),
         )
 
     def index(self) -> None:
-        """To be called when all rows are in, before any comparison."""
+        """To be called once, after all rows were added and before they are compared."""
         self.base.executescript(INDEXES)
 
-    def all(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        return self.base.execute(query, values)
+    def query(self, sql: str, *values: object) -> Iterator[tuple[Any, ...]]:
+        return self.base.execute(sql, values)
 
     def counts(self) -> dict[str, int]:
-        """{code: findings}"""
-        return dict(self.all("select code, count(*) from findings group by code order by code"))
+        """{code: how many findings}"""
+        return dict(self.query("select code, count(*) from findings group by code order by code"))
 
     def findings(self, code: str | None = None, limit: int = -1) -> Iterator[Finding]:
-        """By file and row."""
+        """In the order of files and lines."""
         where = "where code = ?" if code else "where ? is null"
-        query = f"select code, text, row, source, number, path, other from findings {where}"
-        for found in self.all(f"{query} order by source, number, id limit ?", code, limit):
-            yield Finding(*found)
+        sql = f"select code, text, row, source, number, path, other from findings {where}"
+        for values in self.query(f"{sql} order by source, number, id limit ?", code, limit):
+            yield Finding(*values)
 
 
-def _whole(text: str) -> str:
-    """Text that UTF-8 can hold: halves of characters, as JSON may have them, are written out."""
+def place(finding: Finding, names: Sequence[str]) -> str:
+    """ "rows.csv:12", or the file alone. `names`: of the sources."""
+    return f"{names[finding.source]}:{finding.number}" if finding.number else names[finding.source]
+
+
+def _encodable(text: str) -> str:
+    """Text that UTF-8 can encode: lone surrogates, which JSON may hold, are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Rows of a file that isn't in order: what its format refuses is told line by line, and the other rows are read."""
+"""Rows of a damaged file: what its format refuses is reported line by line, and the other rows are read."""
 
 import csv
 import json
@@ -7,27 +7,29 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 from finetune.common.errors import DataError
-from finetune.data.formats._json import array_of
-from finetune.data.rows import Source, detected, read_rows
+from finetune.data.formats._json import array_of, is_array
+from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
+from finetune.recipe.schema import RowFile
 
-TABLES = {".csv": ",", ".tsv": "\t"}
-LINES = (".json", ".jsonl", ".ndjson")
-SAMPLE_BYTES = 1 << 18  # of lines that aren't ASCII, to tell an encoding by
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+SAMPLE_BYTES = 1 << 18  # of lines that aren't UTF-8, to detect their encoding by
+COHERENT = 0.2  # of 1: share of letters that are frequent in a language, from which a detected encoding is believed
 LONGEST = 1_000  # lines of one quoted field; beyond them its closing quote is taken to be missing
-BLOCK = 64  # lines read at once behind the first that can't be
+BLOCK = 64  # lines read at once behind the first unreadable one
 
-Wrong = Callable[[int, str, str], None]  # number of the line (0: the file), what is wrong, the line itself
+Report = Callable[[int, str, str], None]  # number of the line (0: the file), what is wrong with it, the line itself
 
 
-def lenient_rows(source: Source, wrong: Wrong) -> Iterator[Row]:
-    """The rows of a source. What can't be read goes to `wrong`, and reading goes on behind it: in CSV, TSV and JSON
-    with the next row, in other formats not at all. Numbers of rows are those of the file.
+def lenient_rows(source: RowFile, report: Report) -> Iterator[Row]:
+    """The rows of a source, under the line numbers of its file. What can't be read goes to `report`; reading then goes
+    on with the next row of CSV, TSV and JSON, and ends with other formats.
     """
     last, suffix = 0, source.path.suffix.lower()
     try:
@@ -36,110 +38,89 @@ def lenient_rows(source: Source, wrong: Wrong) -> Iterator[Row]:
             yield row
         return
     except DataError as error:
-        if suffix not in (*TABLES, *LINES) or not source.path.is_file():
-            wrong(0, str(error), "")
+        if suffix not in (*DELIMITERS, *JSON_SUFFIXES) or not source.path.is_file():
+            report(0, str(error), "")
             return
-    kind, options = source.format or detected(source.path)
-    encoding = getattr(options, "encoding", None) or encoding_of(source.path)
-    if encoding not in (getattr(options, "encoding", None), "utf-8-sig"):
-        wrong(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8", "")
+    part = source.format or detected(source.path)
+    options, encoding = part.options, getattr(part.options, "encoding", None)
+    if encoding is None:
+        try:
+            encoding = encoding_of(source.path)
+        except DataError as error:
+            report(0, str(error), "")
+            return
+        if encoding != "utf-8-sig":
+            report(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8", "")
     if hasattr(options, "encoding"):
-        options = options.model_copy(update={"encoding": None})  # copies are UTF-8
-    beside = source.media_folder or source.path.parent
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / source.path.name
-        source = replace(source, media_folder=beside, format=(kind, options))
-        if suffix in TABLES:
-            delimiter = getattr(options, "delimiter", None) or TABLES[suffix]
-            rows = _rest_of_table(source, copy, last, encoding, delimiter, wrong)
+        options = options.model_copy(update={"encoding": None})  # the copy is UTF-8
+    folder = source.media_folder or source.path.parent
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / source.path.name
+        source = source.model_copy(update={"media_folder": folder, "format": replace(part, options=options)})
+        if suffix in DELIMITERS:
+            delimiter = getattr(options, "delimiter", None) or DELIMITERS[suffix]
+            yield from _rest_of_table(source, copy, last, encoding, delimiter, report)
         else:
-            rows = _rest_of_lines(source, copy, last, encoding, wrong)
-        yield from rows
+            yield from _rest_of_lines(source, copy, last, encoding, report)
 
 
 def encoding_of(path: Path) -> str:
-    """UTF-8 where the file is that, UTF-16 by its mark; else what the lines that aren't ASCII look like."""
+    """UTF-16 by its mark; UTF-8 where at least half of the lines beyond ASCII are; else what charset-normalizer detects
+    clearly: text of a language, and of no other encoding as well. Raises DataError where nothing is clear.
+    """
     from charset_normalizer import from_bytes
 
-    strange, whole = bytearray(), True
+    foreign, foreign_lines, utf8_lines = bytearray(), 0, 0
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             return "utf-16"
         file.seek(0)
         for line in file:
-            if line.isascii():
-                continue
             try:
-                line.decode("utf-8")
+                utf8_lines += bool(line.decode("utf-8")) and not line.isascii()
             except UnicodeDecodeError:
-                whole = False
-                strange += line
-                if len(strange) > SAMPLE_BYTES:
+                foreign_lines += 1
+                foreign += line
+                if len(foreign) > SAMPLE_BYTES:
                     break
-    if whole:
+    if foreign_lines <= utf8_lines:
         return "utf-8-sig"
-    guess = from_bytes(bytes(strange)).best()
-    # Asked first: a few lines of either are too little for statistics over all encodings there are.
-    for encoding in ("gb18030",) if _is_chinese(strange) else (*_western(strange), guess.encoding if guess else ""):
-        try:
-            bytes(strange).decode(encoding)
-            return encoding
-        except (UnicodeDecodeError, LookupError):
-            continue
-    return "utf-8-sig"  # of some lines; others are damaged
+    best, *others = from_bytes(bytes(foreign)) or (None,)
+    if best and best.coherence >= COHERENT:
+        rivals = [other for other in others if other.chaos <= best.chaos and other.coherence >= best.coherence]
+        if not rivals:
+            return best.encoding
+    raise DataError(
+        f"{path}: not UTF-8, and its encoding isn't clear; save it as UTF-8, or name the encoding of a table: "
+        "`format: {kind: table, encoding: gb18030}`"
+    )
 
 
-def _is_chinese(content: bytes | bytearray) -> bool:
-    """Whether most characters above ASCII are, read as GB 18030, frequent Chinese ones (GB 2312, level 1) or signs."""
-    frequent = others = position = 0
-    while position < len(content):
-        lead, trail = content[position], content[position + 1] if position + 1 < len(content) else 0
-        if lead < 0x80:
-            position += 1
-            continue
-        known = (0xB0 <= lead <= 0xD7 or 0xA1 <= lead <= 0xA3) and trail >= 0xA1
-        frequent, others = frequent + known, others + (not known)
-        position += 2
-    return frequent > 4 * others
-
-
-def _western(content: bytes | bytearray) -> tuple[str, ...]:
-    """Letters above ASCII stand alone in Western text, between others."""
-    high = [byte > 127 for byte in content]
-    return ("cp1252",) if sum(a and b for a, b in pairwise(high)) < 0.2 * sum(high) else ()
-
-
-def _rest_of_lines(source: Source, copy: Path, last: int, encoding: str, wrong: Wrong) -> Iterator[Row]:
+def _rest_of_lines(source: RowFile, copy: Path, last: int, encoding: str, report: Report) -> Iterator[Row]:
     """Rows of JSON lines, or of an array, behind row `last`."""
     with source.path.open(encoding=encoding, errors="replace") as file:
-        lines = islice(_elements(file, source.path, wrong), last, None)
+        lines = islice(_elements(file, source.path, report), last, None)
         number = last
         while block := list(islice(lines, BLOCK)):
             while block:
                 copy.write_text("".join(f"{line}\n" for line in block), encoding="utf-8")
                 done = len(block)
                 try:
-                    for row in read_rows(replace(source, path=copy)):
+                    for row in read_rows(source.model_copy(update={"path": copy})):
                         yield replace(row, path=source.path, number=row.number + number)
                 except DataError as error:
                     place = re.search(rf"{re.escape(copy.name)}:([0-9]+)", str(error))
                     if not place:
-                        wrong(0, str(error).replace(str(copy), str(source.path)), "")
+                        report(0, str(error).replace(str(copy), str(source.path)), "")
                         return
                     done = int(place[1])
                     here = f"{copy.name}:{number + done}"
-                    wrong(number + done, str(error).replace(place[0], here), block[done - 1])
+                    report(number + done, str(error).replace(place[0], here), block[done - 1])
                 block = block[done:]
                 number += done
 
 
-def is_array(path: Path) -> bool:
-    """Whether a JSON file is one array."""
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-
-
-def _elements(file: TextIO, path: Path, wrong: Wrong) -> Iterator[str]:
+def _elements(file: TextIO, path: Path, report: Report) -> Iterator[str]:
     """The lines of a file, or of one JSON array each element as a line."""
     if not is_array(path):
         yield from (line.rstrip("\r\n") for line in file)
@@ -148,53 +129,58 @@ def _elements(file: TextIO, path: Path, wrong: Wrong) -> Iterator[str]:
         for _, element in array_of(path):
             yield json.dumps(element, ensure_ascii=False)
     except DataError as error:
-        wrong(0, f"{error}; what follows can't be read", "")
+        report(0, f"{error}; what follows can't be read", "")
 
 
-def _rest_of_table(source: Source, copy: Path, last: int, encoding: str, delimiter: str, wrong: Wrong) -> Iterator[Row]:
+def _rest_of_table(
+    source: RowFile, copy: Path, last: int, encoding: str, delimiter: str, report: Report
+) -> Iterator[Row]:
     """Rows of a table behind line `last`. Lines that aren't rows are left empty, so that others keep their numbers."""
     # An undecodable byte becomes U+FFFD, which is found in the row.
     with (
         source.path.open(encoding=encoding, errors="replace", newline="") as lines,
         copy.open("w", encoding="utf-8", newline="") as file,
     ):
-        _sieve(lines, file, wrong, source.path.name, delimiter)
+        _sieve(lines, file, report, source.path.name, delimiter)
     try:
-        for row in read_rows(replace(source, path=copy)):
+        for row in read_rows(source.model_copy(update={"path": copy})):
             if row.number > last:
                 yield replace(row, path=source.path)
     except DataError as error:
-        wrong(0, str(error).replace(str(copy), str(source.path)), "")
+        report(0, str(error).replace(str(copy), str(source.path)), "")
 
 
-def _sieve(lines: TextIO, file: TextIO, wrong: Wrong, name: str, delimiter: str) -> None:
-    again: deque[str] = deque()
-    taken: list[str] = []
+def _sieve(source: TextIO, copy: TextIO, report: Report, name: str, delimiter: str) -> None:
+    """Copy the lines of a table that are rows; leave the others empty."""
+    unread: deque[str] = deque()  # lines to be read again, behind a row that was broken off
+    lines: list[str] = []  # of the row that is being read
 
     def feed() -> Iterator[str]:
-        while line := (again.popleft() if again else next(lines, "")):
-            taken.append(line)
-            if len(taken) > LONGEST:
+        while line := (unread.popleft() if unread else next(source, "")):
+            lines.append(line)
+            if len(lines) > LONGEST:
                 raise csv.Error(f"a quote isn't closed within {LONGEST:,} lines")
             yield line
 
     width, number = 0, 0
     while True:
-        taken.clear()
+        lines.clear()
         fields, reason = None, ""
         try:
             fields = next(csv.reader(feed(), delimiter=delimiter, strict=True), None)
         except csv.Error as error:
             reason = str(error)
-        if not taken:
+        if not lines:
             return
         width = width or len(fields or ())
         if fields and len(fields) > width:
             reason = f"{len(fields)} fields, more than the header's {width}"
-        kept = len(taken)
         if reason:
-            kept = kept if fields else 1  # a broken quote may have swallowed rows that are fine
-            wrong(number + 1, f"{name}:{number + 1}: {reason}", "".join(taken[:kept]).rstrip("\r\n"))
-            again.extendleft(reversed(taken[kept:]))
-        file.writelines("\n" * kept if reason else taken)
-        number += kept
+            done = len(lines) if fields else 1  # an open quote may have swallowed sound rows
+            report(number + 1, f"{name}:{number + 1}: {reason}", "".join(lines[:done]).rstrip("\r\n"))
+            unread.extendleft(reversed(lines[done:]))
+            copy.writelines("\n" * done)
+        else:
+            done = len(lines)
+            copy.writelines(lines)
+        number += done

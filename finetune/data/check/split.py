@@ -1,97 +1,133 @@
-"""Rows into training, validation and test, the same way every time, and nothing of one split in another."""
+"""Rows into training, validation and test: the same way every time, with nothing in two splits."""
 
 import csv
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypedDict
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_json
-from finetune.data.check.inspect import digest_of
-from finetune.data.check.lenient import TABLES, is_array
-from finetune.data.formats._json import array_of
-from finetune.data.rows import Source, detected, read_rows
+from finetune.data.check.lenient import DELIMITERS
+from finetune.data.formats._json import array_of, is_array
+from finetune.data.media_store import file_hash
+from finetune.data.rows import detected, read_rows
 from finetune.data.sample import KINDS, Row
+from finetune.recipe.parts import FormatPart
+from finetune.recipe.schema import RowFile
 
 SPLITS = ("train", "validation", "test")
 SHEETS = (".xlsx", ".xlsm")
 
 
+@dataclass(frozen=True)
+class SplitPlan:
+    """How rows are split. `train`, `validation`, `test`: shares that sum to 1. `group`: the column whose equal values
+    stay together; `stratify`: the column whose values are spread evenly.
+    """
+
+    train: float = 0.8
+    validation: float = 0.1
+    test: float = 0.1
+    group: str | None = None
+    stratify: str | None = None
+    seed: int = 7
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+class SplitResult(TypedDict):
+    """`files`, `rows`: of each split that has rows; `media`: how many were found; `sets`: how many sets of rows stay
+    together, `largest`: rows of the largest.
+    """
+
+    files: dict[str, Path]
+    rows: dict[str, int]
+    media_folder: Path
+    media: int
+    sets: int
+    largest: int
+
+
 def data_split(
     path: Path | str,
     into: Path | str,
+    plan: SplitPlan = SplitPlan(),
     *,
-    train: float = 0.8,
-    validation: float = 0.1,
-    test: float = 0.1,
-    group: str | None = None,
-    stratify: str | None = None,
-    seed: int = 7,
     media: Sequence[str] = (),
     media_folder: Path | str | None = None,
     encoding: str | None = None,
     sheet: str | None = None,
-) -> dict[str, Any]:
+) -> SplitResult:
     """Write INTO/train, validation and test with the rows of a file or folder, in its order: CSV as CSV, JSON lines as
     they are, anything else that names its media as JSON lines; and split.json, with the counts.
 
-    Rows with the same medium (its bytes, whatever its name), the same value of column `group`, or, without media, the
-    same content stay together. What goes where depends on contents and `seed` alone, not on the order of the rows.
-    Validation and test each hold their share of all rows, and with `stratify` of those with each value of that column,
-    to within a row, or to within the largest set of rows that stay together (a set counts for its most frequent value);
-    training has the rest.
+    Rows with the same medium (its bytes, whatever its name), the same value of `plan.group`, or, without media, the
+    same content stay together. What goes where depends on contents and `plan.seed` alone, not on the order of the rows.
+    Validation and test each hold their share of all rows, and with `plan.stratify` of those with each value of that
+    column, to within a row, or to within the largest set of rows that stay together (a set counts for its most frequent
+    value); training has the rest.
 
-    Media are looked for in columns called image, audio or video, and in those that `media` names, relative to
-    `media_folder` or the file's. `encoding` and `sheet` are of tables.
-
-    Returns {"files": {split: path}, "rows": {split: n}, "media_folder": Path, "media": files found, "sets": how many
-    sets of rows stay together, "largest": rows of the largest of them}. Raises DataError.
+    Media are looked up in the columns called image, audio or video, and in those that `media` names, relative to
+    `media_folder` or the file's. `encoding` and `sheet` are for tables. Raises DataError.
     """
     path, into = Path(path), Path(into)
-    shares = {"train": train, "validation": validation, "test": test}
+    shares = plan.shares
     if any(not 0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise DataError(f"shares are {', '.join(map(str, shares.values()))}; write numbers from 0 to 1 that sum to 1")
     if not path.exists():
         raise DataError(f"no such file or folder: {path}")
     folder = Path(media_folder) if media_folder else path if path.is_dir() else path.parent
-    source = Source(path=path, task=("", None), format=_format(path, encoding, sheet), media_folder=folder)
-    keys, labels = _keys(source, group, stratify, frozenset(media))
+    source = RowFile(path=path, format=_format(path, encoding, sheet), media_folder=folder)
+    keys, labels = _keys(source, plan, frozenset(media))
     if not keys:
         raise DataError(f"{path}: no rows")
-    chosen = assigned(keys, labels, shares, seed)
+    chosen = assigned(keys, labels, shares, plan.seed)
     into.mkdir(parents=True, exist_ok=True)
     files = _write(source, into, chosen)
     rows = {split: chosen.count(split) for split in files}
-    sets = [len(one) for one in _connected(keys)]
-    found = {key for row in keys for key in row if key.startswith("medium ")}
-    told: dict[str, Any] = {"rows": rows, "shares": shares, "seed": seed, "group": group, "stratify": stratify}
-    if stratify is not None:
-        told["values"] = {split: dict(sorted(_counts(chosen, labels, split).items())) for split in files}
-    write_json(into / "split.json", told)
-    counts = {"media": len(found), "sets": len(sets), "largest": max(sets)}
-    return {"files": files, "rows": rows, "media_folder": folder.resolve(), **counts}
+    report: dict[str, object] = {"rows": rows, "shares": shares}
+    report |= {"seed": plan.seed, "group": plan.group, "stratify": plan.stratify}
+    if plan.stratify is not None:
+        counts = {
+            split: Counter(label for s, label in zip(chosen, labels, strict=True) if s == split) for split in files
+        }
+        report["values"] = {split: dict(sorted(count.items())) for split, count in counts.items()}
+    write_json(into / "split.json", report)
+    sets = [len(rows_together) for rows_together in _connected(keys)]
+    return {
+        "files": files,
+        "rows": rows,
+        "media_folder": folder.resolve(),
+        "media": len({key for row in keys for key in row if key.startswith("medium ")}),
+        "sets": len(sets),
+        "largest": max(sets),
+    }
 
 
-def _format(path: Path, encoding: str | None, sheet: str | None) -> tuple[str, Any]:
-    kind, options = detected(path)
-    given = {name: value for name, value in (("encoding", encoding), ("sheet", sheet)) if value is not None}
-    if given and kind != "table":
-        raise DataError(f"{path}: --{next(iter(given))} is for tables; these rows are read as {kind!r}")
-    return kind, options.model_copy(update=given)
+def _format(path: Path, encoding: str | None, sheet: str | None) -> FormatPart:
+    part = detected(path)
+    changes = {name: value for name, value in (("encoding", encoding), ("sheet", sheet)) if value is not None}
+    if changes and part.kind != "table":
+        raise DataError(f"{path}: --{next(iter(changes))} is for tables; these rows are read as {part.kind!r}")
+    return replace(part, options=part.options.model_copy(update=changes))
 
 
 def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
-    """The split of each row. `keys`: rows that share one stay together; `labels`: what is spread evenly."""
+    """The split of each row. Rows that share one of the `keys` stay together; `labels` are spread evenly."""
     sets = _connected(keys)
     strata: dict[str, list[list[int]]] = defaultdict(list)
     for rows in sets:
         counts = Counter(labels[row] for row in rows)
         strata[min(counts, key=lambda label: (-counts[label], label))].append(rows)
     result = [""] * len(keys)
-    owed = dict.fromkeys(shares, 0.0)  # rows by which earlier values fell short: small ones would else all round down
+    owed = dict.fromkeys(shares, 0.0)  # rows that earlier labels fell short by: else small ones would all round down
     rest, *filling = [split for split in SPLITS if shares[split]]
     for label in sorted(strata):
         within = sorted(strata[label], key=lambda rows: _chance(min(key for row in rows for key in keys[row]), seed))
@@ -99,7 +135,7 @@ def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mappi
         wanted = {split: shares[split] * total + owed[split] for split in shares}
         taken = dict.fromkeys(shares, 0)
         for rows in within:
-            # As long as it comes nearer to what is wanted.
+            # Fill a split as long as it comes nearer to its share.
             split = next((s for s in filling if taken[s] + len(rows) / 2 <= wanted[s]), rest)
             taken[split] += len(rows)
             for row in rows:
@@ -108,64 +144,64 @@ def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mappi
     return result
 
 
-def _keys(
-    source: Source, group: str | None, stratify: str | None, called: frozenset[str]
-) -> tuple[list[list[str]], list[str]]:
-    """Of each row: what keeps it together with others, and its value of `stratify`."""
+def _keys(source: RowFile, plan: SplitPlan, media_columns: frozenset[str]) -> tuple[list[list[str]], list[str]]:
+    """Of each row: the keys that it shares with rows it stays together with, and its value of `plan.stratify`."""
     keys: list[list[str]] = []
     labels: list[str] = []
     digests: dict[Path, str] = {}
     for row in read_rows(source):
-        for column in (group, stratify):
+        for column in (plan.group, plan.stratify):
             if column is not None and row.columns.get(column) in (None, ""):
                 raise DataError(
                     f"{row.where}: column {column!r} is empty or missing (columns: {', '.join(row.columns)})"
                 )
-        if missing := called - row.columns.keys():
+        if missing := media_columns - row.columns.keys():
             raise DataError(f"{row.where}: no column {min(missing)!r} (columns: {', '.join(row.columns)})")
-        media = sorted(set(_media(row, row.columns, "", called)))
+        media = sorted(set(_media(row, row.columns, "", media_columns)))
         for path in media:
             if path not in digests:
-                digests[path] = digest_of(path).hex()
-        found = [f"medium {digests[path]}" for path in media]
+                digests[path] = file_hash(path)
+        row_keys = [f"medium {digests[path]}" for path in media]
         if not media:
             content = json.dumps(row.columns, sort_keys=True, ensure_ascii=True, default=str)
-            found = [f"content {sha256(content.encode()).hexdigest()}"]
-        keys.append(found + ([f"group {row.columns[group]}"] if group is not None else []))
-        labels.append(str(row.columns[stratify]) if stratify is not None else "")
+            row_keys = [f"content {sha256(content.encode()).hexdigest()}"]
+        if plan.group is not None:
+            row_keys.append(f"group {row.columns[plan.group]}")
+        keys.append(row_keys)
+        labels.append(str(row.columns[plan.stratify]) if plan.stratify is not None else "")
     return keys, labels
 
 
-def _media(row: Row, value: Any, key: str, called: frozenset[str]) -> Iterator[Path]:
-    """Files that a row names: values of columns, and of parts of messages, that are called after a kind of medium, or
-    as `called` says.
+def _media(row: Row, value: object, key: str, media_columns: frozenset[str]) -> Iterator[Path]:
+    """Files that a row names: the values of columns, and of parts of messages, that are called after a kind of medium
+    or are among `media_columns`.
     """
     if isinstance(value, dict):
         for inner, one in value.items():
-            yield from _media(row, one, inner, called)
+            yield from _media(row, one, inner, media_columns)
     elif isinstance(value, list):
         for one in value:
-            yield from _media(row, one, key, called)
+            yield from _media(row, one, key, media_columns)
     elif isinstance(value, bytes | bytearray):
         raise DataError(
-            f"{row.where}: holds its media itself; write hold_out in the recipe, which splits such rows too"
+            f"{row.where}: media are embedded in the row; write hold_out in the recipe, which splits such rows too"
         )
     elif isinstance(value, Path) or (
-        isinstance(value, str) and value and (key in called or key.removesuffix("s") in KINDS)
+        isinstance(value, str) and value and (key in media_columns or key.removesuffix("s") in KINDS)
     ):
         if str(value).startswith("data:") or "://" in str(value):
             return
         path = (row.media_folder / value).resolve()
         if not path.is_file():
             raise DataError(
-                f"{row.where}: no such {key}: {path}; name the folder of media with --media-folder, or let "
-                "`finetune data check --fix` leave such rows out"
+                f"{row.where}: no such {key}: {path}; name the folder of media with --media-folder, or leave "
+                "such rows out with `finetune data check --fix`"
             )
         yield path
 
 
 def _connected(keys: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Numbers of rows, those together that share a key, directly or through others."""
+    """Sets of row numbers: rows that share a key, directly or through others, are in one."""
     parent = list(range(len(keys)))
 
     def root(row: int) -> int:
@@ -175,8 +211,8 @@ def _connected(keys: Sequence[Sequence[str]]) -> list[list[int]]:
         return row
 
     first: dict[str, int] = {}
-    for row, found in enumerate(keys):
-        for key in found:
+    for row, row_keys in enumerate(keys):
+        for key in row_keys:
             parent[root(row)] = root(first.setdefault(key, row))
     sets: dict[int, list[int]] = defaultdict(list)
     for row in range(len(keys)):
@@ -188,62 +224,48 @@ def _chance(key: str, seed: int) -> str:
     return sha256(f"{seed}/{key}".encode()).hexdigest()
 
 
-def _counts(chosen: Sequence[str], labels: Sequence[str], split: str) -> Counter[str]:
-    return Counter(label for one, label in zip(chosen, labels, strict=True) if one == split)
-
-
-def _write(source: Source, into: Path, chosen: Sequence[str]) -> dict[str, Path]:
+def _write(source: RowFile, into: Path, chosen: Sequence[str]) -> dict[str, Path]:
     """Write each row to its split's file; splits without rows have none."""
     suffix = source.path.suffix.lower() if source.path.is_file() else ""
-    table = suffix in (*TABLES, *SHEETS)
-    suffix = ".csv" if suffix in SHEETS else suffix if suffix in (*TABLES, ".json", ".ndjson") else ".jsonl"
+    table = suffix in (*DELIMITERS, *SHEETS)
+    suffix = ".csv" if suffix in SHEETS else suffix if suffix in (*DELIMITERS, ".json", ".ndjson") else ".jsonl"
     if suffix == ".json" and not is_array(source.path):
         suffix = ".jsonl"
-    files = {split: into / f"{split}{suffix}" for split in SPLITS if split in chosen}
-    for path in files.values():
+    paths = {split: into / f"{split}{suffix}" for split in SPLITS if split in chosen}
+    for path in paths.values():
         if path.resolve() == source.path.resolve():
             raise DataError(f"{path}: would be written over the rows that are split; name another folder with --into")
     for split in SPLITS:  # of an earlier call with other shares
         (into / f"{split}{suffix}").unlink(missing_ok=True)
-    opened = {split: path.open("w", encoding="utf-8", newline="") for split, path in files.items()}
-    try:
-        write: Callable[[str, Any], None] = _table(opened, TABLES[suffix]) if table else _lines(opened, suffix)
-        content: Iterator[Any] = read_rows(source) if table else _raw(source)
-        for split, one in zip(chosen, content, strict=True):
-            write(split, one)
-        if suffix == ".json":
-            for file in opened.values():
-                file.write("\n]\n")
-    finally:
-        for file in opened.values():
-            file.close()
-    return files
+    with ExitStack() as stack:
+        files = {s: stack.enter_context(path.open("w", encoding="utf-8", newline="")) for s, path in paths.items()}
+        if table:
+            _write_table(source, files, chosen, DELIMITERS[suffix])
+        else:
+            _write_json(source, files, chosen, array=suffix == ".json")
+    return paths
 
 
-def _table(opened: Mapping[str, TextIO], delimiter: str) -> Callable[[str, Any], None]:
-    writers: dict[str, Any] = {}
-
-    def write(split: str, row: Row) -> None:
+def _write_table(source: RowFile, files: Mapping[str, TextIO], chosen: Sequence[str], delimiter: str) -> None:
+    writers: dict[str, csv.DictWriter[str]] = {}
+    for split, row in zip(chosen, read_rows(source), strict=True):
         if split not in writers:
-            writers[split] = csv.DictWriter(opened[split], list(row.columns), delimiter=delimiter, lineterminator="\n")
+            writers[split] = csv.DictWriter(files[split], row.columns, delimiter=delimiter, lineterminator="\n")
             writers[split].writeheader()
         writers[split].writerow(row.columns)
 
-    return write
+
+def _write_json(source: RowFile, files: Mapping[str, TextIO], chosen: Sequence[str], array: bool) -> None:
+    """JSON lines, or one `array` with an element per line."""
+    separators = dict.fromkeys(files, "[\n" if array else "")
+    for split, line in zip(chosen, _json_rows(source), strict=True):
+        files[split].write(separators[split] + line)
+        separators[split] = ",\n" if array else "\n"
+    for file in files.values():
+        file.write("\n]\n" if array else "\n")
 
 
-def _lines(opened: Mapping[str, TextIO], suffix: str) -> Callable[[str, str], None]:
-    begun: set[str] = set()
-
-    def write(split: str, line: str) -> None:
-        before = "" if suffix != ".json" else ",\n" if split in begun else "[\n"
-        begun.add(split)
-        opened[split].write(f"{before}{line}" + ("" if suffix == ".json" else "\n"))
-
-    return write
-
-
-def _raw(source: Source) -> Iterator[str]:
+def _json_rows(source: RowFile) -> Iterator[str]:
     """Rows of JSON as the file has them, a line each; of other formats as JSON, media relative to the folder."""
     path = source.path
     if not path.is_file() or path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
@@ -258,7 +280,7 @@ def _raw(source: Source) -> Iterator[str]:
         yield from (line.strip() for line in lines if line.strip())
 
 
-def _relative(value: Any, folder: Path) -> Any:
+def _relative(value: object, folder: Path) -> object:
     if isinstance(value, list):
         return [_relative(one, folder) for one in value]
     if isinstance(value, dict):

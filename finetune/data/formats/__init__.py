@@ -2,14 +2,20 @@
 
 Each file defines, with no torch import at module level:
 
-    class Options(PartOptions)                            what a recipe may set; none is required
-    def detects(path: Path) -> bool                       of one path, one format says yes; reads little of it
-    def rows(path: Path, options) -> Iterator             (number of the row as an editor shows it, its columns: a dict)
+    class Options(PartOptions)                      what a recipe may set; none is required
+    def detects(path: Path) -> bool                 exactly one format says yes to a path; reads little of it
+    def rows(path: Path, options) -> NumberedRows   one row after the other
 
-`rows` reads as it is asked, so that memory doesn't grow with the number of rows where the container allows it. A column
-that holds a medium is called image, audio or video; its value is a path (of a file below the source's media folder), an
-address, a data URI, bytes, {"bytes": ..., "path": ...}, a `pathlib.Path` where the format itself vouches for the file,
-or a list of these. Files of which tasks and packages know nothing begin with an underscore.
+`rows` yields lazily: memory doesn't grow with the number of rows if the container allows it. A column that holds a
+medium is called image, audio or video; its value is a path (of a file below the source's media folder), an address, a
+data URI, bytes, {"bytes": ..., "path": ...}, a `pathlib.Path` if the format itself vouches for the file, or a list of
+these. Modules beginning with an underscore know nothing of tasks.
 
-May define: REMOTE = True                                 where `path` may be a Hub id
+May define: REMOTE = True                           `path` may be a Hub id
 """
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+Columns: TypeAlias = dict[str, Any]  # a row: a file's columns or keys and their values, mostly JSON-like
+NumberedRows: TypeAlias = Iterator[tuple[int, Columns]]  # with the number of each row, as an editor shows it

@@ -1,10 +1,11 @@
-"""What the formats of conversations share: media that stand beside the turns, put where the turns mark them."""
+"""Shared by the formats of conversations: media listed beside the turns are put where the turns mark them."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from finetune.common.errors import DataError
+from finetune.data.formats import Columns
 
 KINDS = {"image": ("image", "images"), "audio": ("audio", "audios"), "video": ("video", "videos")}
 MARKER = re.compile(r"\n?<(image|audio|video)>\n?")
@@ -17,20 +18,20 @@ URLS = {"image_url": "image", "audio_url": "audio", "video_url": "video"}  # par
 TOOLS = {"tool", "tools", "function", "function_call", "tool_call", "function_response", "observation", "ipython"}
 
 
-def media_beside(item: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """{kind: its media in their order} for each kind that a key of the item is called after, in singular or plural."""
-    found: dict[str, list[Any]] = {}
+def media_beside(item: Columns) -> dict[str, list[Any]]:
+    """{kind: media in their order}, from the keys called after a kind, in singular or plural."""
+    media: dict[str, list[Any]] = {}
     for kind, keys in KINDS.items():
         for value in (item[key] for key in keys if item.get(key) not in (None, "")):
-            found.setdefault(kind, []).extend(value if isinstance(value, list) else [value])
-    return found
+            media.setdefault(kind, []).extend(value if isinstance(value, list) else [value])
+    return media
 
 
-def placed(text: str, media: dict[str, list[Any]], where: str) -> str | list[dict[str, Any]]:
-    """Text whose markers `<image>`, `<audio>`, `<video>` are replaced by media, taken from the front of their lists; a
-    marker of a kind that there is no list of is text. Newlines around a marker go with it. Raises DataError.
+def placed(text: str, media: dict[str, list[Any]], where: str) -> str | list[Columns]:
+    """Replace the markers `<image>`, `<audio>`, `<video>` of a text, and the newlines around them, by media taken from
+    the front of their lists; a marker of a kind without a list stays text. Raises DataError.
     """
-    parts: list[dict[str, Any]] = []
+    parts: list[Columns] = []
     done = 0
     for match in MARKER.finditer(text):
         kind = match[1]
@@ -47,25 +48,28 @@ def placed(text: str, media: dict[str, list[Any]], where: str) -> str | list[dic
 
 
 def check_all_placed(media: Mapping[str, list[Any]], where: str) -> None:
-    """Raises DataError where a medium stands beside the turns, but nowhere in them."""
+    """Raises DataError if a medium listed beside the turns has no place in them."""
     for kind, left in media.items():
         if left:
-            told = f"{len(left)} of the media under {' or '.join(map(repr, KINDS[kind]))} have no marker <{kind}>"
-            raise DataError(f"{where}: {told} in the user's turns: {str(left[0])[:80]!r}")
+            keys = " or ".join(map(repr, KINDS[kind]))
+            raise DataError(
+                f"{where}: {len(left)} of the media under {keys} have no marker <{kind}> in the user's turns: "
+                f"{str(left[0])[:80]!r}"
+            )
 
 
-def read_turns(where: str, columns: dict[str, Any]) -> dict[str, Any]:
-    """Columns of a container that may hold anything, with the `messages` that its conversations make, if it has any."""
+def read_turns(where: str, columns: Columns) -> Columns:
+    """Columns of any container, its conversations, if it has any, as `messages`."""
     if isinstance(columns.get("conversations"), list):
         return with_messages(where, columns, strict=False)
     return with_parts(where, columns)
 
 
-def with_messages(where: str, item: dict[str, Any], strict: bool) -> dict[str, Any]:
+def with_messages(where: str, item: Columns, strict: bool) -> Columns:
     """An item of `conversations` ({"from", "value"}) with `messages` in their place, its other keys kept.
 
-    `strict`: a marker in a user's turn always stands for a medium; else it may be text where the item has none, but
-    for `<image>`. Raises DataError.
+    `strict`: a marker in a user's turn is always a medium; else `<audio>` and `<video>` are text in an item without
+    such media. Raises DataError.
     """
     turns = item.get("conversations")
     if not isinstance(turns, list):
@@ -78,33 +82,33 @@ def with_messages(where: str, item: dict[str, Any], strict: bool) -> dict[str, A
     system = item.get("system")
     if isinstance(system, str) and system.strip():
         if messages and messages[0]["role"] == "system":
-            raise DataError(f"{where}: 'system' stands beside the turns and in the first of them; keep one")
+            raise DataError(f"{where}: 'system' is beside the turns and the first of them; keep one")
         messages.insert(0, {"role": "system", "content": system})
     return {key: value for key, value in item.items() if key != "conversations"} | {"messages": messages}
 
 
-def _message(place: str, turn: Any, media: dict[str, list[Any]]) -> dict[str, Any]:
-    said = turn if isinstance(turn, dict) else {}
-    name, text = said.get("from", said.get("role")), said.get("value", said.get("content"))
+def _message(place: str, turn: Any, media: dict[str, list[Any]]) -> Columns:
+    keys = turn if isinstance(turn, dict) else {}
+    name, text = keys.get("from", keys.get("role")), keys.get("value", keys.get("content"))
     if not isinstance(text, str):
         raise DataError(f"{place}: a turn is {{'from': who, 'value': text}}; got {str(turn)[:80]}")
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         if isinstance(name, str) and name in TOOLS:
-            raise DataError(f"{place}: a turn of {name!r}: calls of tools aren't read here; take such rows out")
+            raise DataError(f"{place}: a turn of {name!r}: tool calls aren't supported; remove such rows")
         raise DataError(f"{place}: 'from' is {name!r}; write one of {', '.join(ROLES)}")
     return {"role": role, "content": placed(text, media, place) if role == "user" else text}
 
 
-def with_parts(where: str, columns: dict[str, Any]) -> dict[str, Any]:
-    """Columns whose `messages`, where they have them, are made of parts {"type": T, T: ...}: parts of the OpenAI API
-    rewritten, media beside the messages put into them. What isn't a message or a part is left for the task to tell.
+def with_parts(where: str, columns: Columns) -> Columns:
+    """Columns whose `messages`, if any, consist of parts {"type": T, T: ...}: those of the OpenAI API are rewritten,
+    media listed beside the messages are put into them. Malformed messages and parts are left to the task to report.
     Raises DataError.
     """
     if not isinstance(columns.get("messages"), list):
         return columns
     media = media_beside(columns)
-    own: set[str] = set()  # kinds whose parts hold their media themselves: a column beside them is just a column
+    embedded: set[str] = set()  # kinds whose parts hold their media: a column of that name is just a column
     messages = []
     for index, message in enumerate(columns["messages"]):
         content = message.get("content") if isinstance(message, dict) else None
@@ -112,31 +116,32 @@ def with_parts(where: str, columns: dict[str, Any]) -> dict[str, Any]:
         if isinstance(content, str) and message.get("role") == "user":
             content = placed(content, media, place)
         elif isinstance(content, list):
-            content = [_part(place, part, media, own) for part in content]
+            content = [_part(place, part, media, embedded) for part in content]
         messages.append(message | {"content": content} if isinstance(message, dict) else message)
-    check_all_placed({kind: left for kind, left in media.items() if kind not in own}, where)
+    check_all_placed({kind: left for kind, left in media.items() if kind not in embedded}, where)
     return columns | {"messages": messages}
 
 
-def _part(place: str, part: Any, media: dict[str, list[Any]], own: set[str]) -> Any:
+def _part(place: str, part: Any, media: dict[str, list[Any]], embedded: set[str]) -> Any:
     name = part.get("type") if isinstance(part, dict) else None
     if name in URLS:
-        kind, held = URLS[name], part.get(name)
-        value = held.get("url") if isinstance(held, dict) else held
+        kind, value = URLS[name], part.get(name)
+        value = value.get("url") if isinstance(value, dict) else value
     elif name == "input_audio":
-        kind, held = "audio", part.get(name)
-        data, form = (held.get("data"), held.get("format")) if isinstance(held, dict) else (None, None)
+        kind, sound = "audio", part.get(name)
+        data, form = (sound.get("data"), sound.get("format")) if isinstance(sound, dict) else (None, None)
         value = f"data:audio/{form or 'wav'};base64,{data}" if isinstance(data, str) else None
     elif name in KINDS:
         kind, value = name, part.get(name)
         if value is None:
             if not media.get(kind):
-                told = f"a part {{'type': {kind!r}}}, but no medium for it under {kind!r} or '{kind}s'"
-                raise DataError(f"{place}: {told}")
+                raise DataError(
+                    f"{place}: a part {{'type': {kind!r}}}, but no medium for it under {kind!r} or '{kind}s'"
+                )
             return {"type": kind, kind: media[kind].pop(0)}
     else:
         return part
     if name not in KINDS and not isinstance(value, str):
         raise DataError(f"{place}: a part of type {name!r} without its {'data' if name == 'input_audio' else 'url'}")
-    own.add(kind)
+    embedded.add(kind)
     return {"type": kind, kind: value}

@@ -1,4 +1,4 @@
-"""What the formats in JSON share: rows one at a time, from JSON lines or from an array that is never held whole."""
+"""Shared by the formats in JSON: rows one at a time, from JSON lines or from an array that is never in memory whole."""
 
 import io
 import json
@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.common.errors import DataError
+from finetune.data.formats import NumberedRows
 
 SUFFIXES = {".json", ".jsonl", ".ndjson"}
 HEAD = 2**18  # bytes read to tell one format from another
-LOOKED_AT = 20  # rows of them
+HEAD_ROWS = 20  # rows read to tell one format from another
 COCO = {"info", "licenses", "type", "images", "annotations", "categories"}
 CHUNK = 2**16  # characters read at once, at least
-SLACK = 16  # as long as any word or number, or escape in a string, that may be cut off at the end of what is read
+SLACK = 16  # the longest word, number or escape that may be cut off at the end of a chunk
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
-WRONG = (ValueError, RecursionError)  # what isn't JSON, what isn't UTF-8, what is nested too deep
+INVALID = (ValueError, RecursionError)  # not JSON, not UTF-8, nested too deep
 
 
 class Scanner:
-    """JSON read value by value: memory is that of one value. Raises one of WRONG. (ijson carries along the path of each
+    """Reads JSON value by value, in the memory of one value. Raises one of INVALID. (ijson keeps the path of each
     value, so that a small file of deep brackets takes gigabytes.)
     """
 
@@ -32,7 +33,7 @@ class Scanner:
         self.ended = False
 
     def peek(self) -> str:
-        """The next character that isn't space, '' at the end."""
+        """The next character that isn't white space, '' at the end."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches nothing, too
             if self.at < len(self.text) or self.ended:
@@ -40,11 +41,11 @@ class Scanner:
             self._read_on()
 
     def take(self, wanted: str) -> str:
-        found = self.peek()
-        if not found or found not in wanted:
-            raise ValueError(f"{found!r} where {' or '.join(wanted)} is due" if found else "it ends too early")
+        character = self.peek()
+        if not character or character not in wanted:
+            raise ValueError(f"{character!r} instead of {' or '.join(wanted)}" if character else "it ends too early")
         self.at += 1
-        return found
+        return character
 
     def value(self) -> Any:
         self.peek()
@@ -61,7 +62,7 @@ class Scanner:
             self._read_on()
 
     def skip(self) -> None:
-        """Past a value, an array's one by one."""
+        """Skip a value; an array's elements one by one."""
         if self.peek() != "[":
             self.value()
         else:
@@ -69,7 +70,7 @@ class Scanner:
                 pass
 
     def elements(self) -> Iterator[Any]:
-        """Values of the array that begins here."""
+        """The values of the array that begins here."""
         self.take("[")
         if self.peek() == "]":
             self.take("]")
@@ -80,7 +81,7 @@ class Scanner:
                 return
 
     def members(self) -> Iterator[str]:
-        """Keys of the object that begins here; whoever asks for the next has read the value of the last."""
+        """The keys of the object that begins here. The value of one has to be read before the next is asked for."""
         self.take("{")
         if self.peek() == "}":
             self.take("}")
@@ -94,13 +95,13 @@ class Scanner:
 
     def _read_on(self) -> None:
         left = self.text[self.at :]
-        more = self.file.read(max(CHUNK, len(left)))  # a long value is tried again and again, each time doubled
+        more = self.file.read(max(CHUNK, len(left)))  # a long value is tried repeatedly, with twice as much each time
         self.text, self.at, self.ended = left + more, 0, not more
 
 
 def outline(path: Path) -> tuple[str, set[str]]:
-    """What a JSON file is by its beginning, and the keys of its first rows: "conversations", of turns in ShareGPT's and
-    LLaVA's form; "captions", one object in COCO's; or "rows", also where it is broken. "" of any other file.
+    """The kind of a JSON file, by its beginning, and the keys of its first rows. "conversations": turns in the form of
+    ShareGPT and LLaVA; "captions": one object in the form of COCO; "rows": any other, broken ones too; "": not JSON.
     """
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
         return "", set()
@@ -112,19 +113,19 @@ def outline(path: Path) -> tuple[str, set[str]]:
         lines = lines[:-1]  # cut off
     whole = not text.lstrip().startswith("[")
     try:
-        found = [json.loads(line) for line in lines[:LOOKED_AT]] if whole else []
-    except WRONG:
-        found = []
-    keys = {key for row in found if isinstance(row, dict) for key in row} or _first_keys(text, whole)
+        rows = [json.loads(line) for line in lines[:HEAD_ROWS]] if whole else []
+    except INVALID:
+        rows = []
+    keys = {key for row in rows if isinstance(row, dict) for key in row} or _first_keys(text, whole)
     if "conversations" in keys:
         return "conversations", keys
     # A large file's annotations may begin far behind its images.
-    captions = whole and "images" in keys <= COCO and ("annotations" in keys or not found)
+    captions = whole and "images" in keys <= COCO and ("annotations" in keys or not rows)
     return "captions" if captions else "rows", keys
 
 
 def _first_keys(text: str, whole: bool) -> set[str]:
-    """Keys of the one object there is, or of the first of an array, as far as the text goes."""
+    """Keys of a file's one object, or of the first objects of its array, as far as the text goes."""
     keys: set[str] = set()
     scanner = Scanner(io.StringIO(text))
     try:
@@ -133,42 +134,46 @@ def _first_keys(text: str, whole: bool) -> set[str]:
                 keys.add(key)
                 scanner.value()
         else:
-            for row, _ in zip(scanner.elements(), range(LOOKED_AT), strict=False):
+            for row, _ in zip(scanner.elements(), range(HEAD_ROWS), strict=False):
                 keys |= row.keys() if isinstance(row, dict) else set()
-    except WRONG:
-        pass  # it ends where it ends; whoever reads the rows tells what is wrong with them
+    except INVALID:
+        pass  # cut off, or broken: reading the rows reports it
     return keys
 
 
-def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line of JSON lines, or number in the array, object). Raises DataError."""
+def is_array(path: Path) -> bool:
+    """Whether a JSON file is one array, rather than an object or a value per line."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        array = Scanner(file).peek() == "["
-    for number, found in array_of(path) if array else _lines(path):
-        if not isinstance(found, dict):
-            raise DataError(f"{path.name}:{number}: a {type(found).__name__}, not an object")
-        yield number, found
+        return Scanner(file).peek() == "["
+
+
+def objects(path: Path) -> NumberedRows:
+    """(line of JSON lines, or number in the array, object). Raises DataError."""
+    for number, value in array_of(path) if is_array(path) else _lines(path):
+        if not isinstance(value, dict):
+            raise DataError(f"{path.name}:{number}: a {type(value).__name__}, not an object")
+        yield number, value
 
 
 def array_of(path: Path, key: str | None = None) -> Iterator[tuple[int, Any]]:
-    """(number from 1, value) of the array that a file is, or that stands under a key of the object that it is. Raises
+    """(number from 1, value) of a file that is an array, or of the array under a key of its one object. Raises
     DataError.
     """
     number = 0
     with path.open(encoding="utf-8-sig") as file:
         scanner = Scanner(file)
         try:
-            for found in scanner.members() if key else [None]:
-                if found != key:
+            for member in scanner.members() if key else [None]:
+                if member != key:
                     scanner.skip()
                     continue
                 for number, value in enumerate(scanner.elements(), 1):
                     yield number, value
             if scanner.peek():
-                raise ValueError("there is more behind its end")
-        except WRONG as error:
+                raise ValueError("more text behind its end")
+        except INVALID as error:
             inside = f" in {key!r}" if key else ""
-            raise DataError(f"{path.name}:{number + 1}: not JSON behind element {number}{inside} ({error})") from None
+            raise DataError(f"{path.name}:{number + 1}: not JSON after element {number}{inside} ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -178,6 +183,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-            except WRONG as error:
-                told = f"{path.name}:{number}: not JSON ({error}); write an object a line, or one array of them"
-                raise DataError(told) from None
+            except INVALID as error:
+                raise DataError(
+                    f"{path.name}:{number}: not JSON ({error}); write an object per line, or one array of them"
+                ) from None

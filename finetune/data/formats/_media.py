@@ -1,4 +1,4 @@
-"""What a file's name tells of the medium in it."""
+"""Kinds of media by the names of files."""
 
 SUFFIXES = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".dcm"),
@@ -10,10 +10,10 @@ SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
 def kind_of(name: str) -> str | None:
-    """image, audio or video; None of a name that is none of their files'."""
+    """image, audio or video; None for other files."""
     return KINDS.get("." + name.lower().rpartition(".")[2])
 
 
 def is_hidden(name: str) -> bool:
-    """What systems and archivers leave behind."""
+    """Whether operating systems or archivers left this file behind."""
     return name.startswith((".", "__MACOSX")) or name.lower() in SYSTEM_FILES

@@ -6,7 +6,6 @@ A row per caption, or with `join` per picture. Columns: image, caption, image_id
 of all captions of the picture, of which `caption` is the first.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pydantic import Field
 
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
-from finetune.data.formats import _json
+from finetune.data.formats import NumberedRows, _json
 
 
 class Options(PartOptions):
@@ -25,7 +24,7 @@ def detects(path: Path) -> bool:
     return _json.outline(path)[0] == "captions"
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, options: Options) -> NumberedRows:
     files: dict[Any, str] = {}
     for number, image in _elements(path, "images"):
         if "id" not in image or not isinstance(image.get("file_name"), str):
@@ -35,22 +34,23 @@ def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: no 'images'; captions of COCO have 'images' and 'annotations'")
     joined: dict[Any, list[str]] = {}
     for number, note in _elements(path, "annotations"):
-        caption, of = note.get("caption"), note.get("image_id")
+        caption, image_id = note.get("caption"), note.get("image_id")
         if not isinstance(caption, str):
-            told = "no 'caption'; boxes and keypoints aren't read here"
-            raise DataError(f"{path.name}:{number}: annotations.{number - 1}: {told}: {str(note)[:80]}")
-        if of not in files:
-            raise DataError(f"{path.name}:{number}: annotations.{number - 1}: no image has the id {of!r}")
+            problem = "no 'caption'; boxes and keypoints aren't supported"
+            raise DataError(f"{path.name}:{number}: annotations.{number - 1}: {problem}: {str(note)[:80]}")
+        if image_id not in files:
+            raise DataError(f"{path.name}:{number}: annotations.{number - 1}: no image has the id {image_id!r}")
         if options.join:
-            joined.setdefault(of, []).append(caption.strip())
+            joined.setdefault(image_id, []).append(caption.strip())
         else:
-            yield number, {"image": files[of], "caption": caption, "image_id": str(of)}
-    for number, (of, captions) in enumerate(joined.items(), 1):
-        yield number, {"image": files[of], "caption": captions[0], "references": captions, "image_id": str(of)}
+            yield number, {"image": files[image_id], "caption": caption, "image_id": str(image_id)}
+    for number, (image_id, captions) in enumerate(joined.items(), 1):
+        row = {"image": files[image_id], "caption": captions[0], "references": captions, "image_id": str(image_id)}
+        yield number, row
 
 
-def _elements(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, found in _json.array_of(path, key):
-        if not isinstance(found, dict):
-            raise DataError(f"{path.name}: {key}.{number - 1}: a {type(found).__name__}, not an object")
-        yield number, found
+def _elements(path: Path, key: str) -> NumberedRows:
+    for number, element in _json.array_of(path, key):
+        if not isinstance(element, dict):
+            raise DataError(f"{path.name}: {key}.{number - 1}: a {type(element).__name__}, not an object")
+        yield number, element

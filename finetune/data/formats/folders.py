@@ -2,22 +2,22 @@
 audio or video, by the file's suffix, and label.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
-from finetune.data.formats import _media
+from finetune.data.formats import NumberedRows, _media
 
-SHOWN = 10  # files listed at once
+SHOWN = 10  # files in an error
 ROWS = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar", ".scp"}  # beside folders: another format
 
 
 class Options(PartOptions):
-    ignore: tuple[str, ...] = Field((), description="Suffixes of files that are no media and left out: ['.txt'].")
+    ignore: tuple[str, ...] = Field(
+        (), description="Suffixes of other files in the folders, which are left out: ['.txt']."
+    )
 
 
 def detects(path: Path) -> bool:
@@ -29,11 +29,11 @@ def detects(path: Path) -> bool:
     return any(_media.kind_of(file.name) for folder in inside if folder.is_dir() for file in _visible(folder))
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, options: Options) -> NumberedRows:
     ignored = {suffix.lower() for suffix in options.ignore}
     labels = [folder for folder in _visible(path) if folder.is_dir()]
     if not labels:
-        raise DataError(f"{path}: no folder in it; write one for each label, its media in it")
+        raise DataError(f"{path}: no folder in it; make one for each label, and put its media into it")
     _refuse_others(path, labels, ignored)
     number = 0
     for folder in labels:
@@ -44,20 +44,20 @@ def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
                 number += 1
                 yield number, {kind: file.relative_to(path).as_posix(), "label": folder.name}
         if number == before:
-            raise DataError(f"{folder}: no media in it, so that its label has no rows; delete it or fill it")
+            raise DataError(f"{folder}: no media in it, so its label has no rows; delete it or fill it")
 
 
 def _refuse_others(path: Path, labels: list[Path], ignored: set[str]) -> None:
-    """Raises DataError with what is neither read nor ignored: files beside the labels, folders in them, no media."""
+    """Raises DataError for what is neither read nor ignored: files beside the labels, folders or others in them."""
     others = [file for file in _visible(path) if not file.is_dir()]
     for folder in labels:
         others += [file for file in _visible(folder) if file.is_dir() or not _media.kind_of(file.name)]
-    wrong = [str(file.relative_to(path)) for file in others if file.is_dir() or file.suffix.lower() not in ignored]
-    if wrong:
-        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    refused = [str(file.relative_to(path)) for file in others if file.is_dir() or file.suffix.lower() not in ignored]
+    if refused:
+        more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise DataError(
-            f"{path}: {len(wrong)} files or folders that are no media in the folder of a label: "
-            f"{', '.join(wrong[:SHOWN])}{more}; take them away, name the files' suffixes "
+            f"{path}: {len(refused)} files or folders that aren't media in the folder of a label: "
+            f"{', '.join(refused[:SHOWN])}{more}; remove them, name the files' suffixes "
             "(`format: {kind: folders, ignore: [.txt]}`), or choose a path whose folders are the labels"
         )
 

@@ -16,22 +16,24 @@ from pydantic import Field
 
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
-from finetune.data.formats import _conversations
+from finetune.data.formats import Columns, NumberedRows, _conversations
 
 REMOTE = True
 SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
-AT_ONCE = 16  # rows
+BATCH = 16  # rows read at once
 BUFFER = 2**20  # bytes read of a column at once
 
 
 class Options(PartOptions):
-    config: str | None = Field(None, description="Name of the dataset's configuration; null: its default.")
+    config: str | None = Field(None, description="Configuration of the dataset; null: its default.")
     split: str | None = Field(
-        None, description="The dataset's split, as it calls it; null: its only one, or of several train."
+        None, description="Split of the dataset; null: its only one, or `train` if it has several."
     )
     revision: str | None = Field(None, description="Commit (40 hex digits), branch or tag of the Hub repository.")
-    streaming: bool = Field(False, description="Read rows as they come, without a copy of the dataset on disk.")
+    streaming: bool = Field(
+        False, description="Download rows while they are read, without a copy of the dataset on disk."
+    )
 
 
 def detects(path: Path) -> bool:
@@ -41,7 +43,7 @@ def detects(path: Path) -> bool:
     return path.suffix.lower() in FILES
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, options: Options) -> NumberedRows:
     from datasets.exceptions import DatasetsError
 
     try:
@@ -51,13 +53,13 @@ def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
             plain = _plain(features, row, path) if features else row
             yield number, _conversations.read_turns(f"{path.name}:{number}", plain)
     except (DatasetsError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "" if path.exists() else "; is the id right, and may this machine reach the Hub?"
-        raise DataError(f"{path.as_posix()}: can't be read by datasets ({said[:300]}){hint}") from error
+        raise DataError(f"{path.as_posix()}: can't be read by datasets ({reason[:300]}){hint}") from error
 
 
 def _parquet_files(path: Path, options: Options) -> list[str]:
-    """The parquet files here of one split, as `datasets` tells them apart; none where it must read them itself."""
+    """The local parquet files of one split, as `datasets` assigns them; [] if `datasets` must read them itself."""
     from datasets import load_dataset_builder
 
     if "[" in (options.split or "") or any((path / name).is_file() for name in SAVED[:2]):
@@ -72,30 +74,30 @@ def _parquet_files(path: Path, options: Options) -> list[str]:
     return files if all(file.endswith(".parquet") for file in files) else []
 
 
-def _of_files(files: list[str]) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """(features, rows as they are stored). Not by a stream of `datasets`: the scanner under it keeps what it has read
-    until the file's end, and its threads may abort a process that ends before.
+def _of_files(files: list[str]) -> tuple[Any, Iterator[Columns]]:
+    """(features, rows as stored). Not through a `datasets` stream: its scanner keeps what it has read until the end of
+    the file, and its threads may abort a process that ends earlier.
     """
     from datasets import Features
     from pyarrow.parquet import ParquetFile, read_schema
 
-    def stored() -> Iterator[dict[str, Any]]:
+    def stored() -> Iterator[Columns]:
         for name in files:
             with ParquetFile(name, pre_buffer=False, buffer_size=BUFFER) as file:
-                for batch in file.iter_batches(AT_ONCE, use_threads=False):
+                for batch in file.iter_batches(BATCH, use_threads=False):
                     yield from batch.to_pylist()
 
     return Features.from_arrow_schema(read_schema(files[0])), stored()
 
 
-def _of_datasets(path: Path, options: Options) -> tuple[Any, Iterator[dict[str, Any]]]:
+def _of_datasets(path: Path, options: Options) -> tuple[Any, Iterator[Columns]]:
     dataset = _chosen(path, _loaded(path, options), options.split)
 
-    def stored() -> Iterator[dict[str, Any]]:
-        # As arrow holds it: nothing is decoded, and media in lists need no copy of the dataset.
-        for table in dataset.with_format("arrow").iter(AT_ONCE):
+    def stored() -> Iterator[Columns]:
+        # As arrow stores it: nothing is decoded, and media in lists need no copy of the dataset.
+        for table in dataset.with_format("arrow").iter(BATCH):
             yield from table.to_pylist()
-        gc.collect()  # circles of references hold the scanner of a stream, whose threads abort a process that ends
+        gc.collect()  # reference cycles keep a stream's scanner, whose threads abort a process that ends
 
     return dataset.features, stored()
 
@@ -106,20 +108,20 @@ def _loaded(path: Path, options: Options) -> Any:
     if any((path / name).is_file() for name in SAVED[:2]):
         return load_from_disk(str(path))
     sliced = "[" in (options.split or "")
-    how = {"split": options.split, "streaming": options.streaming or (path.exists() and not sliced)}
+    arguments = {"split": options.split, "streaming": options.streaming or (path.exists() and not sliced)}
     if path.is_file():
         kind = FILES.get(path.suffix.lower())
         if kind is None:
-            raise DataError(f"{path}: neither parquet nor arrow, nor a folder")
-        return load_dataset(kind, data_files=str(path), **how)
-    return load_dataset(path.as_posix(), options.config, revision=options.revision, **how)
+            raise DataError(f"{path}: neither a folder nor a parquet or arrow file")
+        return load_dataset(kind, data_files=str(path), **arguments)
+    return load_dataset(path.as_posix(), options.config, revision=options.revision, **arguments)
 
 
 def _chosen(path: Path, dataset: Any, split: str | None) -> Any:
     """One split of what was loaded. Raises DataError."""
     if not isinstance(dataset, dict):
         if split and "[" not in split and dataset.split and str(dataset.split) != split:
-            raise DataError(f"{path.as_posix()}: holds the split {str(dataset.split)!r} alone, not {split!r}")
+            raise DataError(f"{path.as_posix()}: holds only the split {str(dataset.split)!r}, not {split!r}")
         return dataset
     wanted = split or (next(iter(dataset)) if len(dataset) == 1 else "train")
     if wanted not in dataset:
@@ -128,7 +130,7 @@ def _chosen(path: Path, dataset: Any, split: str | None) -> Any:
 
 
 def _plain(feature: Any, value: Any, source: Path) -> Any:
-    """A value as rows hold it: names of labels, media by their bytes or where they are."""
+    """A value of a row: labels by their names, media by their bytes or paths."""
     from datasets import ClassLabel
 
     if value is None:
@@ -145,9 +147,9 @@ def _plain(feature: Any, value: Any, source: Path) -> Any:
     return value
 
 
-def _medium(value: dict[str, Any], source: Path) -> Any:
-    """Bytes, or where a file is: read here if it is in the dataset's own repository, a `Path` if `datasets` put it into
-    its cache, a name for the row to judge otherwise.
+def _medium(value: Columns, source: Path) -> Any:
+    """A medium: its bytes if it is in the dataset's own repository, a `Path` if `datasets` put it into its cache, else
+    its name, which the row checks.
     """
     name = value.get("path")
     if value.get("bytes") is not None or not isinstance(name, str):
@@ -161,7 +163,7 @@ def _medium(value: dict[str, Any], source: Path) -> Any:
     from huggingface_hub import constants
 
     caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
-    # Not resolved: the Hub's cache is links into itself.
+    # Not resolved, since the Hub's cache consists of links into itself.
     if any(Path(name).is_relative_to(cache) for cache in caches) and ".." not in Path(name).parts:
         return Path(name)
     return name

@@ -7,12 +7,10 @@
 of the human's turns does. They become the column `messages`, for the task `chat`; other keys are columns too.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from finetune.common.registry import PartOptions
-from finetune.data.formats import _conversations, _json
+from finetune.data.formats import NumberedRows, _conversations, _json
 
 
 class Options(PartOptions):
@@ -24,6 +22,6 @@ def detects(path: Path) -> bool:
     return kind == "conversations" and not keys.isdisjoint(_conversations.KINDS)
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, options: Options) -> NumberedRows:
     for number, item in _json.objects(path):
         yield number, _conversations.with_messages(f"{path.name}:{number}", item, strict=True)

@@ -8,12 +8,10 @@ that is just {"type": "image"}, and `<image>` in a user's text, stand for the ne
 `image` or `images`; so for audio and video. A row without messages has its keys as columns.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from finetune.common.registry import PartOptions
-from finetune.data.formats import _conversations, _json
+from finetune.data.formats import NumberedRows, _conversations, _json
 
 
 class Options(PartOptions):
@@ -24,6 +22,6 @@ def detects(path: Path) -> bool:
     return _json.outline(path)[0] == "rows"
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, options: Options) -> NumberedRows:
     for number, columns in _json.objects(path):
         yield number, _conversations.with_parts(f"{path.name}:{number}", columns)

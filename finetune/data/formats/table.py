@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +9,10 @@ from pydantic import AfterValidator, Field
 
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
+from finetune.data.formats import NumberedRows
 
 SHEETS = {".xlsx", ".xlsm"}
-FIELD = 2**28  # characters of one field, at most: a picture may stand in one
+MAX_FIELD = 2**28  # characters of one field, which may be a picture
 
 
 def _encoding(name: str | None) -> str | None:
@@ -25,19 +25,19 @@ def _encoding(name: str | None) -> str | None:
 
 class Options(PartOptions):
     encoding: Annotated[str | None, AfterValidator(_encoding)] = Field(
-        None, description="Of the text, gb18030 for instance; null: UTF-8, or UTF-16 with a byte order mark."
+        None, description="Encoding of the text, such as gb18030; null: UTF-8, or UTF-16 with a byte order mark."
     )
     delimiter: str | None = Field(
-        None, min_length=1, max_length=1, description="Stands between fields; null: a tab in .tsv, else a comma."
+        None, min_length=1, max_length=1, description="Character between fields; null: a tab in .tsv, else a comma."
     )
-    sheet: str | None = Field(None, description="Name of the sheet of an XLSX file; null: its first.")
+    sheet: str | None = Field(None, description="Sheet of an XLSX file; null: its first.")
 
 
 def detects(path: Path) -> bool:
     return path.suffix.lower() in {".csv", ".tsv", *SHEETS} and not path.is_dir()
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, options: Options) -> NumberedRows:
     if path.suffix.lower() in SHEETS:
         yield from _sheet_rows(path, options)
         return
@@ -45,7 +45,7 @@ def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: has no sheets, but the recipe's `sheet` names one")
     encoding = options.encoding or _marked_encoding(path)
     delimiter = options.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    csv.field_size_limit(FIELD)
+    csv.field_size_limit(MAX_FIELD)
     reader = None
     try:
         with path.open(encoding=encoding, newline="") as file:
@@ -80,12 +80,12 @@ def _check_header(path: Path, header: list[str], options: Options) -> None:
         )
     if any("\0" in name for name in header):
         raise DataError(f"{path.name}:1: holds NUL; is it UTF-16? `format: {{kind: table, encoding: utf-16-le}}`")
-    twice = {name for name in header if name and header.count(name) > 1}
-    if twice:
-        raise DataError(f"{path.name}:1: more than one column is called {min(twice)!r}; give each its own name")
+    repeated = {name for name in header if name and header.count(name) > 1}
+    if repeated:
+        raise DataError(f"{path.name}:1: several columns are called {min(repeated)!r}; give each its own name")
 
 
-def _sheet_rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def _sheet_rows(path: Path, options: Options) -> NumberedRows:
     import zipfile
     from xml.etree.ElementTree import ParseError
 
@@ -115,7 +115,7 @@ def _sheet_rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, A
 
 
 def _text(value: Any) -> str:
-    """A cell as a sheet shows it: numbers without a needless `.0`, days without a needless time."""
+    """A cell as a sheet shows it: whole numbers without `.0`, dates without a time of 0:00."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -1,5 +1,5 @@
-"""A folder of recordings with their transcripts, as corpora of speech are laid out. Columns: audio, text, and what else
-is told of them.
+"""A folder of recordings with their transcripts, in the layout of a speech corpus. Columns: audio, text, and others
+of the corpus.
 
 - Common Voice: `validated.tsv` (or another `file`) with `path` and `sentence`, recordings in `clips/`. All its columns
   stay; `speaker` is its client_id.
@@ -11,29 +11,26 @@ is told of them.
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
-from finetune.data.formats import _media
+from finetune.data.formats import NumberedRows, _media
 
 COMMON_VOICE, LJSPEECH, KALDI = "validated.tsv", "metadata.csv", "wav.scp"
 
 
 class Options(PartOptions):
-    file: str | None = Field(
-        None, description="Name of the file of transcripts; null: validated.tsv, metadata.csv or wav.scp."
-    )
+    file: str | None = Field(None, description="File of transcripts; null: validated.tsv, metadata.csv or wav.scp.")
 
 
 def detects(path: Path) -> bool:
-    return path.is_dir() and _found(path) is not None
+    return path.is_dir() and _transcripts(path) is not None
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
-    name = options.file or _found(path)
+def rows(path: Path, options: Options) -> NumberedRows:
+    name = options.file or _transcripts(path)
     if name is None:
         raise DataError(f"{path}: none of {COMMON_VOICE} with clips/, {LJSPEECH} with wavs/, {KALDI} with text in it")
     if not (path / name).is_file():
@@ -49,12 +46,12 @@ def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path / name}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
-def _found(path: Path) -> str | None:
+def _transcripts(path: Path) -> str | None:
     beside = {COMMON_VOICE: "clips", LJSPEECH: "wavs", KALDI: "text"}
     return next((n for n, other in beside.items() if (path / n).is_file() and (path / other).exists()), None)
 
 
-def _common_voice(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _common_voice(table: Path) -> NumberedRows:
     with table.open(encoding="utf-8-sig", newline="") as file:
         # Its sentences hold quotes that quote nothing.
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -66,12 +63,12 @@ def _common_voice(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for columns in reader:
             if None in columns or not columns["path"]:
                 raise DataError(f"{table.name}:{reader.line_num}: fields don't match the header's, or an empty path")
-            told = {"audio": f"clips/{columns['path']}", "text": columns["sentence"]}
+            columns |= {"audio": f"clips/{columns['path']}", "text": columns["sentence"]}
             speaker = {"speaker": columns["client_id"]} if columns.get("client_id") else {}
-            yield reader.line_num, columns | told | speaker
+            yield reader.line_num, columns | speaker
 
 
-def _ljspeech(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _ljspeech(table: Path) -> NumberedRows:
     with table.open(encoding="utf-8-sig", newline="") as file:
         for number, line in enumerate(file, 1):
             fields = line.rstrip("\r\n").split("|")
@@ -86,18 +83,16 @@ def _ljspeech(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             )
 
 
-def _kaldi(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _kaldi(path: Path, name: str) -> NumberedRows:
     if (path / "segments").is_file():
-        raise DataError(f"{path}: 'segments' cuts recordings to pieces; cut the files themselves and take it away")
+        raise DataError(f"{path}: 'segments' isn't supported; cut the recordings into files and remove it")
     if not (path / "text").is_file():
         raise DataError(f"{path}: no file 'text' beside {name}")
     texts = dict(fields for _, fields in _pairs(path / "text"))
     speakers = dict(fields for _, fields in _pairs(path / "utt2spk")) if (path / "utt2spk").is_file() else {}
     for number, (utterance, place) in _pairs(path / name):
         if place.endswith("|") or place.startswith("|"):
-            raise DataError(
-                f"{name}:{number}: a command, which is never run: {place[:80]!r}; write its output to a file"
-            )
+            raise DataError(f"{name}:{number}: commands aren't run: {place[:80]!r}; write its output to a file")
         if place.rpartition(":")[2].isdigit():
             raise DataError(f"{name}:{number}: a place in an archive: {place[:80]!r}; write recordings as files")
         columns = {"audio": place, "id": utterance}

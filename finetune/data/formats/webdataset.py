@@ -1,5 +1,5 @@
-"""WebDataset: tar files, one or a folder of them, whose neighbouring files of one name but for what follows its first
-dot are a row: `0001.jpg`, `0001.txt`.
+"""WebDataset: tar files, one or a folder of them, whose neighbouring files with the same name up to its first dot are
+a row: `0001.jpg`, `0001.txt`.
 
 Columns: image (jpg, png, webp, ...), audio (wav, flac, mp3, ogg, ...), video (mp4, webm, ...); text and caption, both
 of txt; label, of cls; the keys of json, where no file has that name (messages and conversations among them); any other
@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
-from finetune.data.formats import _conversations, _media
+from finetune.data.formats import Columns, NumberedRows, _conversations, _media
 from finetune.recipe.schema import Limits
 
 
@@ -27,7 +27,7 @@ def detects(path: Path) -> bool:
     return path.suffix.lower() == ".tar" or (path.is_dir() and next(path.glob("*.tar"), None) is not None)
 
 
-def rows(path: Path, options: Options) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, options: Options) -> NumberedRows:
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not shards:
         raise DataError(f"{path}: no .tar in it")
@@ -45,7 +45,7 @@ def _files(shard: Path) -> Iterator[tuple[str, str, bytes]]:
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers each
+                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
                 offset = member.offset
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 if member.isdir() or _media.is_hidden(name) or _media.is_hidden(folder.partition("/")[0]):
@@ -62,33 +62,35 @@ def _files(shard: Path) -> Iterator[tuple[str, str, bytes]]:
         raise DataError(f"{shard}: damaged in the file at byte {offset} ({error}); pack it anew") from None
 
 
-def _columns(where: str, files: Iterator[tuple[str, str, bytes]]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    told: dict[str, Any] = {}
+def _columns(where: str, files: Iterator[tuple[str, str, bytes]]) -> Columns:
+    columns: Columns = {}
+    keys: Columns = {}
     for _, suffix, content in files:
         try:
             if suffix == "json":
-                told = json.loads(content)
-                found: dict[str, Any] = {}
+                keys = json.loads(content)
+                new: Columns = {}
             elif suffix == "txt":
-                found = dict.fromkeys(("text", "caption"), content.decode("utf-8-sig"))
+                new = dict.fromkeys(("text", "caption"), content.decode("utf-8-sig"))
             elif suffix == "cls":
-                found = {"label": content.decode("utf-8-sig").strip()}
+                new = {"label": content.decode("utf-8-sig").strip()}
             else:
-                found = {_media.KINDS.get(f".{suffix}") or suffix: content}
+                new = {_media.KINDS.get(f".{suffix}") or suffix: content}
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}.{suffix}: can't be read as text ({error})") from None
-        if not isinstance(told, dict):
-            raise DataError(f"{where}.json: a {type(told).__name__}, not an object")
-        if twice := columns.keys() & found.keys():
-            raise DataError(f"{where}: two files for the column {min(twice)!r}; name one of them name.other.{suffix}")
-        columns |= found
-    return told | columns
+        if not isinstance(keys, dict):
+            raise DataError(f"{where}.json: a {type(keys).__name__}, not an object")
+        if repeated := columns.keys() & new.keys():
+            raise DataError(
+                f"{where}: two files for the column {min(repeated)!r}; name one of them name.other.{suffix}"
+            )
+        columns |= new
+    return keys | columns
 
 
 def _check_end(shard: Path, file: Any, offset: int) -> None:
-    """tarfile takes a damaged header for the end; the end itself is a block of zeros. Raises DataError."""
+    """Raises DataError if the end of the file isn't a block of zeros: tarfile takes a damaged header for the end."""
     file.seek(offset)
     if (block := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-        seen = "a damaged header" if block else "no end mark, so it is cut off"
-        raise DataError(f"{shard}: damaged at byte {offset}: {seen}; pack it anew")
+        damage = "a damaged header" if block else "no end mark, so it is cut off"
+        raise DataError(f"{shard}: damaged at byte {offset}: {damage}; pack it anew")

@@ -1,4 +1,4 @@
-"""Media files to one canonical form each, bounded. Nothing heavy is imported before a file is decoded."""
+"""Decoders: media files to one form per kind, within limits. Nothing heavy is imported before a file is decoded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,36 +18,36 @@ BOUNDS = {
 }
 
 
-# Whoever changes what a decoder gives for the same file raises this: features computed before are then computed anew.
+# To be raised when a decoder's result for the same file changes: cached features are then computed anew.
 DECODING = 1
 DECODED_BY = {"image": ("pillow", "pydicom"), "audio": ("soundfile", "soxr", "av"), "video": ("av", "pillow")}
 
 
 def decode(kind: str, source: Path | bytes, *, where: str = "", limits: Limits | None = None, **sampling: Any) -> Any:
-    """A file, or its bytes -> "image": PIL image, RGB uint8; "audio": float32 (samples,) in [-1, 1] at 16 kHz, mono;
-    "video": `finetune.data.media.video.Clip`, whose frames `sampling` chooses (`decode_video` says how).
+    """Decode a file, or its bytes: "image": PIL image, RGB uint8; "audio": float32 (samples,) in [-1, 1] at 16 kHz,
+    mono; "video": `finetune.data.media.video.Clip`, its frames chosen by `sampling`, as in `decode_video`.
 
-    `where` (file and row) begins the text of the MediaError that is raised for whatever can't be decoded within limits.
+    Raises MediaError, which begins with `where` (file and row), for a file that can't be decoded within `limits`.
     """
     bounds = {name: getattr(limits or Limits(), name) for name in BOUNDS[kind]}
     return DECODERS[kind](source, where=where, **bounds, **sampling)
 
 
 def decoding(kind: str) -> str:
-    """What a file's decoded form depends on besides the file: our own decoder and the libraries' versions."""
+    """The versions of our decoder and of the libraries that it calls: with them, features have to be computed anew."""
     from importlib.metadata import PackageNotFoundError, version
 
-    used = [f"{DECODING}"]
+    versions = [f"{DECODING}"]
     for package in DECODED_BY[kind]:
         try:
-            used.append(f"{package} {version(package)}")
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:  # pydicom is optional
             continue
-    return ", ".join(used)
+    return ", ".join(versions)
 
 
 def blank(kind: str, decoded: Any) -> Any:
-    """What has the same size and length as a decoded medium, and nothing to see or hear in it."""
+    """A blank medium of the same size and length: grey, or silent."""
     return BLANKS[kind](decoded)
 
 

@@ -1,4 +1,4 @@
-"""Containers through PyAV: only from the file at hand, only of known formats, only within bounds."""
+"""Containers through PyAV: of known formats, within limits, and nothing is read but the file itself."""
 
 import os
 import re
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 VIDEO = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif", "asf")
 AUDIO = (*VIDEO, "wav", "w64", "mp3", "flac", "aac", "amr", "aiff", "caf", "ac3", "eac3", "au", "ape", "wv", "tta")
-# Their header says how long they are; of others the length is a guess from the first packets' bit rate.
+# Their headers hold the length; for other formats libav estimates it from the bit rate of the first packets.
 DECLARING = ("mov", "matroska", "avi", "flv", "asf", "wav", "w64", "flac", "aiff", "caf")
-# By PyAV for bad files, besides its own FFmpegError.
+# Raised by PyAV for bad files, besides its own FFmpegError.
 RAISED = (OSError, ValueError, LookupError, EOFError, MemoryError, ArithmeticError, RuntimeError, AttributeError)
 
-# Boxes of mp4 for which libav sets memory aside by what they say: for each sample, 24 bytes.
+# Boxes of mp4 that hold a count of samples, for each of which libav reserves 24 bytes.
 COUNTING = re.compile(rb"stsz.{8}(?P<sizes>.{4})|stz2.{8}(?P<small>.{4})|trun.{4}(?P<run>.{4})", re.DOTALL)
 
 
 @contextmanager
 def container(file: BinaryIO, formats: tuple[str, ...], max_pixels: int, name: str) -> Iterator["InputContainer"]:
-    """An opened container. Playlists and whatever else names other files or addresses are refused: by their format, and
-    as no protocol is allowed. What libav raises inside becomes MediaError.
+    """Open a container. Playlists and other files that name files or addresses are refused, by their format, and as no
+    protocol is allowed. Errors of libav inside become MediaError.
     """
     import av
 
@@ -41,8 +41,8 @@ def container(file: BinaryIO, formats: tuple[str, ...], max_pixels: int, name: s
     file.seek(0)
     try:
         opened = av.open(file, mode="r", options=options, metadata_errors="replace")
-    except av.ArgumentError:  # what libav answers to a format off the list
-        raise MediaError(f"{name}: not a kind of file that is read here ({', '.join(formats)})") from None
+    except av.ArgumentError:  # raised by libav for a format that isn't in the list
+        raise MediaError(f"{name}: not in a supported format ({', '.join(formats)})") from None
     except (av.FFmpegError, *RAISED) as error:
         raise MediaError(f"{name}: can't be opened as one of {', '.join(formats)} ({_source.reason(error)})") from None
     try:
@@ -56,16 +56,16 @@ def container(file: BinaryIO, formats: tuple[str, ...], max_pixels: int, name: s
 
 
 def declared_seconds(opened: "InputContainer", stream: Any) -> float | None:
-    """The length that the header tells, where it tells one."""
+    """The length in seconds by the header, if it has one."""
     if not set(opened.format.name.split(",")) & set(DECLARING):
         return None
-    told = [stream.duration * stream.time_base] if stream.duration and stream.time_base else []
-    told += [opened.duration / 1_000_000] if opened.duration else []
-    return float(max(told)) if told else None
+    lengths = [stream.duration * stream.time_base] if stream.duration and stream.time_base else []
+    lengths += [opened.duration / 1_000_000] if opened.duration else []
+    return float(max(lengths)) if lengths else None
 
 
 def _check_index(file: BinaryIO, name: str) -> None:
-    """Raises MediaError for an mp4 whose index counts more samples than the file has bytes, or is compressed."""
+    """Raises MediaError for an mp4 file whose index counts more samples than the file has bytes, or is compressed."""
     size = file.seek(0, os.SEEK_END)
     spans, movie, start = [], False, 0
     while start + 8 <= size:
@@ -85,7 +85,7 @@ def _check_index(file: BinaryIO, name: str) -> None:
         file.seek(start)
         box = file.read(length)
         if b"cmov" in box:
-            raise MediaError(f"{name}: an mp4 with a compressed index, which isn't read here; write it anew")
+            raise MediaError(f"{name}: an mp4 file with a compressed index, which isn't supported; write it anew")
         for found in COUNTING.finditer(box):
             (count,) = struct.unpack(">I", found["sizes"] or found["small"] or found["run"])
             if count > size:

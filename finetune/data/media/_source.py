@@ -1,4 +1,4 @@
-"""What the decoders share: a file opened safely, and the words for what is wrong with it."""
+"""Shared by the decoders: opening a file safely, checking its limits, and describing what is wrong with it."""
 
 import io
 import os
@@ -17,15 +17,16 @@ MAX_FRAMES = 256
 
 
 def named(source: Path | bytes, where: str, kind: str) -> str:
-    """What an error begins with: `where` (file and row) if there is one, else the path, else the kind of medium."""
+    """The beginning of an error: `where` (file and row), else the path, else the kind of medium."""
     return where or (str(source) if isinstance(source, Path) else kind)
 
 
 @contextmanager
 def opened(source: Path | bytes, name: str, max_bytes: int) -> Iterator[BinaryIO]:
-    """A regular file, or bytes, for reading; 1 to `max_bytes` of them. Pipes and devices are refused unopened.
+    """Open a regular file, or bytes, of 1 to `max_bytes`, for reading. Pipes and devices are refused unopened. Raises
+    MediaError.
 
-    The file object's own name isn't its path, so that no decoder takes it for a place where other files may lie.
+    The file object's name isn't its path, so that no decoder looks for other files beside it.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else _open(source, name) as file:
         size = file.seek(0, os.SEEK_END)
@@ -44,17 +45,29 @@ def _open(path: Path, name: str) -> BinaryIO:
             raise MediaError(f"{name}: a folder, not a file: {path}")
         if not stat.S_ISREG(mode):
             raise MediaError(f"{name}: a pipe or device, not a file: {path}")
-        # Not to block, should a pipe have taken the file's place since.
+        # Doesn't block if a pipe has replaced the file meanwhile.
         return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
     except FileNotFoundError:
         raise MediaError(f"{name}: no such file: {path}") from None
     except PermissionError:
-        raise MediaError(f"{name}: may not be read, by its permissions: {path}") from None
+        raise MediaError(f"{name}: no permission to read it: {path}") from None
     except (OSError, ValueError) as error:
         raise MediaError(f"{name}: can't be opened ({reason(error)})") from None
 
 
 def reason(error: BaseException) -> str:
-    """What a library said, in one line."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(said).split())[:200]
+    """A library's error in one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:200]
+
+
+def check_seconds(seconds: float, max_seconds: float, name: str) -> None:
+    """Raises MediaError for a recording or video that is too long."""
+    if seconds > max_seconds:
+        raise MediaError(f"{name}: {seconds:,.1f} s or more; at most {max_seconds:,g} s are read (`media.max_seconds`)")
+
+
+def check_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
+    """Raises MediaError for a picture or frame that is too large."""
+    if width * height > max_pixels:
+        raise MediaError(f"{name}: {width}x{height} pixels; at most {max_pixels:,} are decoded (`media.max_pixels`)")

@@ -1,4 +1,4 @@
-"""Sound: any recording that libsndfile or libav reads, to one canonical form: mono, 16 kHz, float32 in [-1, 1]."""
+"""Recordings: any that libsndfile or libav reads, to mono, 16 kHz, float32 in [-1, 1]."""
 
 import struct
 from collections.abc import Iterable, Iterator
@@ -16,8 +16,8 @@ RATES = (1_000, 768_000)
 MAX_CHANNELS = 64
 BLOCK = 65_536  # samples decoded at once
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF")
-UNTOLD = 2**62  # libsndfile's count of samples is at least so large where a header tells none
-OPEN_ENDED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes of WAV's data chunk written by those who stream
+UNKNOWN = 2**62  # libsndfile's count of samples is at least so large if the header has none
+OPEN_ENDED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes of the data chunk in WAV files that were streamed
 
 
 def decode_audio(
@@ -40,7 +40,7 @@ def decode_audio(
         try:
             opened = soundfile.SoundFile(file)
         except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, OSError):
-            opened = None  # left to libav
+            opened = None  # for libav
         if opened is None or opened.format not in FORMATS:
             return _through_libav(file, name, max_seconds)
         with opened:
@@ -48,7 +48,7 @@ def decode_audio(
 
 
 def blank_sound(audio: "np.ndarray") -> "np.ndarray":
-    """Silence of the same length: what is left when there is nothing to hear."""
+    """Silence of the same length."""
     import numpy as np
 
     return np.zeros_like(audio)
@@ -58,17 +58,17 @@ def _through_sndfile(opened: Any, name: str, max_seconds: float) -> "np.ndarray"
     import soundfile
 
     _check_form(opened.samplerate, opened.channels, name)
-    told = opened.frames if 0 < opened.frames < UNTOLD else None
-    if told:
-        _check_length(told / opened.samplerate, max_seconds, name)
+    declared = opened.frames if 0 < opened.frames < UNKNOWN else None
+    if declared:
+        _source.check_seconds(declared / opened.samplerate, max_seconds, name)
 
     def blocks() -> Iterator["np.ndarray"]:
-        seen = 0
+        count = 0
         while len(block := opened.read(BLOCK, dtype="float32", always_2d=True)):
-            seen += len(block)
+            count += len(block)
             yield block.mean(1)
-        if told and seen < told:
-            raise MediaError(f"{name}: cut off: {seen:,} of {told:,} samples are there; write the file anew")
+        if declared and count < declared:
+            raise MediaError(f"{name}: cut off: only {count:,} of {declared:,} samples; write the file anew")
 
     try:
         return _collect(blocks(), opened.samplerate, max_seconds, name)
@@ -79,13 +79,13 @@ def _through_sndfile(opened: Any, name: str, max_seconds: float) -> "np.ndarray"
 def _through_libav(file: BinaryIO, name: str, max_seconds: float) -> "np.ndarray":
     with _libav.container(file, _libav.AUDIO, _source.MAX_PIXELS, name) as opened:
         if not opened.streams.audio:
-            raise MediaError(f"{name}: no sound in it ({opened.format.name}); leave the row out")
+            raise MediaError(f"{name}: no sound in it ({opened.format.name}); remove the row")
         stream = opened.streams.audio[0]
         if stream.codec_context is None:
             raise MediaError(f"{name}: no decoder for its sound; write it as WAV or FLAC")
         _check_form(stream.sample_rate or RATE, stream.channels or 1, name)
         declared = _libav.declared_seconds(opened, stream) or 0
-        _check_length(declared, max_seconds, name)
+        _source.check_seconds(declared, max_seconds, name)
         frames = opened.decode(stream)
         first = next(frames, None)
         if first is None:
@@ -102,7 +102,7 @@ def _through_libav(file: BinaryIO, name: str, max_seconds: float) -> "np.ndarray
 
         audio = _collect(blocks(), rate, max_seconds, name)
         if len(opened.streams) == 1 and len(audio) / RATE < declared / 2:
-            raise MediaError(f"{name}: cut off: {len(audio) / RATE:,.1f} of {declared:,.1f} s are there")
+            raise MediaError(f"{name}: cut off: only {len(audio) / RATE:,.1f} of {declared:,.1f} s")
         return audio
 
 
@@ -130,7 +130,7 @@ def _collect(blocks: Iterable["np.ndarray"], rate: int, max_seconds: float, name
     samples = 0
     for block in blocks:
         samples += len(block)
-        _check_length(samples / rate, max_seconds, name)
+        _source.check_seconds(samples / rate, max_seconds, name)
         if not np.isfinite(block).all():
             raise MediaError(f"{name}: holds samples that aren't finite numbers; write the file anew")
         kept.append(resampler.resample_chunk(np.ascontiguousarray(block)) if resampler else block)
@@ -151,13 +151,8 @@ def _check_form(rate: int, channels: int, name: str) -> None:
         raise MediaError(f"{name}: {channels:,} channels; 1 to {MAX_CHANNELS} are read")
 
 
-def _check_length(seconds: float, max_seconds: float, name: str) -> None:
-    if seconds > max_seconds:
-        raise MediaError(f"{name}: {seconds:,.1f} s or more; at most {max_seconds:,g} s are read (`media.max_seconds`)")
-
-
 def _check_whole(file: BinaryIO, name: str) -> None:
-    """Raises MediaError for a WAV or Ogg that ends before it should: libsndfile reads the rest as if it were all."""
+    """Raises MediaError for a WAV or Ogg file that is cut off: libsndfile would read the rest as if it were all."""
     content = file.read()
     file.seek(0)
     missing = 0
@@ -170,7 +165,7 @@ def _check_whole(file: BinaryIO, name: str) -> None:
 
 
 def _missing_of_wav(content: bytes) -> int:
-    """Bytes that the data chunk promises beyond the file's end."""
+    """Bytes of the data chunk beyond the end of the file."""
     start = 12
     while start + 8 <= len(content):
         kind, size = struct.unpack_from("<4sI", content, start)
@@ -181,7 +176,7 @@ def _missing_of_wav(content: bytes) -> int:
 
 
 def _missing_of_ogg(content: bytes) -> int:
-    """Bytes that the last page promises beyond the file's end."""
+    """Bytes of the last page beyond the end of the file."""
     start = content.rfind(b"OggS")
     table = start + 27
     if table > len(content):

@@ -20,7 +20,7 @@ RLE = "1.2.840.10008.1.2.5"
 
 
 def is_dicom(content: bytes, source: Path | bytes) -> bool:
-    """By its magic, or by its name: old files have no magic."""
+    """Whether a file is DICOM: by its magic number, or by its name, as old files have none."""
     return content[128:132] == b"DICM" or (isinstance(source, Path) and source.suffix.lower() == ".dcm")
 
 
@@ -34,12 +34,12 @@ def decode_dicom(content: bytes, *, name: str, max_bytes: int, max_pixels: int) 
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
     except ImportError:
-        raise MediaError(f"{name}: a DICOM file, which needs pydicom: pip install 'finetune[dicom]'") from None
+        raise MediaError(f"{name}: a DICOM file, which needs pydicom: pip install 'pydicom>=3'") from None
     import numpy as np
     import PIL.Image
 
     if DEFLATED.search(content):
-        raise MediaError(f"{name}: a deflated DICOM file, which isn't read here; write it with another transfer syntax")
+        raise MediaError(f"{name}: a deflated DICOM file, which isn't supported; write it with another transfer syntax")
     try:
         header = pydicom.dcmread(io.BytesIO(content), force=True)
         _check(header, name, max_bytes, max_pixels)
@@ -67,24 +67,23 @@ def decode_dicom(content: bytes, *, name: str, max_bytes: int, max_pixels: int) 
 
 
 def _check(header: Any, name: str, max_bytes: int, max_pixels: int) -> None:
-    """Raises MediaError where the first frame would be too large, or its compressed form says something else."""
+    """Raises MediaError if the first frame would be too large, or has another size in its compressed form."""
     from pydicom.encaps import get_frame
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-    held = [tag for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if tag in header]
-    if not held:
+    pixel_tags = [tag for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if tag in header]
+    if not pixel_tags:
         raise MediaError(f"{name}: a DICOM file without pixels; leave the row out")
     rows, columns, samples = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
     frames = int(header.get("NumberOfFrames") or 1)
-    if rows * columns > max_pixels:
-        raise MediaError(f"{name}: {columns}x{rows} pixels; at most {max_pixels:,} are decoded (`media.max_pixels`)")
+    _source.check_pixels(columns, rows, max_pixels, name)
     frame = rows * columns * samples * int(header.BitsAllocated) // 8
     if "TransferSyntaxUID" not in header.file_meta:
         implicit, little = header.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         header.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
     syntax = header.file_meta.TransferSyntaxUID
-    # Of compressed frames only the first is decoded.
+    # If frames are compressed, only the first is decoded.
     size = frame if syntax.is_compressed else frame * frames
     if size > max_bytes:
         raise MediaError(f"{name}: pixels of {size:,} bytes; at most {max_bytes:,} are decoded (`media.max_bytes`)")
@@ -105,7 +104,9 @@ def _check_compressed(stream: bytes, rows: int, columns: int, syntax: str, frame
     except PIL.UnidentifiedImageError:  # JPEG-LS and others, whose decoders take no more than the header says
         return
     if size != (columns, rows):
-        raise MediaError(f"{name}: {columns}x{rows} pixels by its header, {size[0]}x{size[1]} in fact; write it anew")
+        raise MediaError(
+            f"{name}: {columns}x{rows} pixels by its header, but {size[0]}x{size[1]} in the data; write it anew"
+        )
 
 
 def _windowed(values: "np.ndarray", header: Any) -> "np.ndarray":
@@ -125,7 +126,7 @@ def _windowed(values: "np.ndarray", header: Any) -> "np.ndarray":
 
 
 def _first(value: Any) -> float | None:
-    """An element's value, the first of several."""
+    """The value of an element, or the first of several."""
     if value is None or value == "":
         return None
     return float(value) if isinstance(value, int | float | str) else (float(value[0]) if len(value) else None)

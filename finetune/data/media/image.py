@@ -1,4 +1,4 @@
-"""Pictures: any file that Pillow reads safely, or DICOM, to one canonical form: PIL image, mode RGB, uint8."""
+"""Pictures: any file that Pillow reads safely, or DICOM, to a PIL image of mode RGB, uint8."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# What Pillow raises for bad files.
+# Raised by Pillow for bad files.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error),
     *(EOFError, MemoryError, OverflowError, RuntimeError, AttributeError),
@@ -48,7 +48,7 @@ def decode_image(
 
 
 def image_size(source: Path | bytes, *, where: str = "") -> tuple[int, int]:
-    """(width, height) in pixels of what `decode_image` gives, by the header where that tells. Raises MediaError."""
+    """(width, height) in pixels of what `decode_image` returns, by the header if possible. Raises MediaError."""
     import PIL.Image
 
     with _source.opened(source, _source.named(source, where, "picture"), _source.MAX_BYTES) as file:
@@ -58,11 +58,11 @@ def image_size(source: Path | bytes, *, where: str = "") -> tuple[int, int]:
                 return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
         except (*UNREADABLE, PIL.Image.DecompressionBombError):
             pass
-    return decode_image(source, where=where).size  # DICOM; or says what is wrong
+    return decode_image(source, where=where).size  # DICOM; or raises the reason
 
 
 def blank_like(image: "Image") -> "Image":
-    """A mid-grey picture of the same size: what is left when there is nothing to see."""
+    """A mid-grey picture of the same size."""
     import PIL.Image
 
     return PIL.Image.new("RGB", image.size, (127, 127, 127))
@@ -81,7 +81,7 @@ def over_white(image: "Image") -> "Image":
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what matters comes as an error
+        warnings.simplefilter("ignore")  # serious faults are errors
         yield
 
 
@@ -90,11 +90,7 @@ def _decode(content: bytes, name: str, max_pixels: int) -> "Image":
 
     try:
         with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise MediaError(
-                    f"{name}: {width}x{height} pixels; at most {max_pixels:,} are decoded (`media.max_pixels`)"
-                )
+            _source.check_pixels(*image.size, max_pixels, name)
             image.load()
             upright = _upright(image)
             if upright.mode in DEEP:
@@ -103,13 +99,13 @@ def _decode(content: bytes, name: str, max_pixels: int) -> "Image":
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {_source.reason(error)} (Pillow's bound, above `media.max_pixels`)") from None
     except PIL.UnidentifiedImageError:
-        raise MediaError(f"{name}: not a picture that is read here ({', '.join(FORMATS)}, DICOM)") from None
+        raise MediaError(f"{name}: not a picture in a supported format ({', '.join(FORMATS)}, DICOM)") from None
     except UNREADABLE as error:
         raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
 
 
 def _upright(image: "Image") -> "Image":
-    """Turned by its EXIF orientation; EXIF that can't be read turns nothing."""
+    """The picture turned by its EXIF orientation, if that can be read."""
     import PIL.Image
 
     turn = PIL.Image.Transpose
@@ -134,8 +130,8 @@ def _orientation(image: "Image") -> Any:
 
 
 def _eight_bits(image: "Image", name: str) -> "Image":
-    """Deep grey -> mode L. 16 bits are scaled from 0..65535, floats from 0..1 or taken as 0..255, whichever holds them;
-    anything else from its own minimum and maximum.
+    """Deep grey -> mode L. 16 bits are scaled from 0..65535, floats from 0..1 or 0..255, whichever holds them all;
+    other values from their minimum and maximum.
     """
     import numpy as np
     import PIL.Image

@@ -1,4 +1,4 @@
-"""Video: a few frames of a clip, each a PIL image in RGB uint8, and when they are seen."""
+"""Videos: some frames of a clip, PIL images in RGB uint8, and their times."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from finetune.data.media.image import blank_like, over_white
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_RATE = 240  # frames a second; what has more than so many times `max_seconds` is refused
-CLIP_PICTURES = 16  # a clip's frames hold at most so many times `max_pixels` together
+MAX_RATE = 240  # frames a second; clips with more than so many times `max_seconds` frames are refused
+CLIP_PICTURES = 16  # all decoded frames of a clip have at most so many times `max_pixels`
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Clip:
 
 @dataclass(frozen=True)
 class _Frames:
-    """What the packets tell before a frame is decoded. `ticks` in the order of the file, of `unit` seconds each, or of
-    one frame each where the file tells no times; `keys`: where decoding may begin.
+    """The frames of a clip by its packets, before any is decoded. `ticks`: their times in the order of the file, in
+    units of `unit` seconds, or of one frame if the file has no times (not `timed`); `keys`: keyframes.
     """
 
     ticks: tuple[int, ...]
     keys: tuple[bool, ...]
     unit: Fraction
     timed: bool
-    lasts: int = 1  # ticks that the last frame is seen
+    lasts: int = 1  # ticks of the last frame's duration
 
 
 def decode_video(
@@ -62,8 +62,8 @@ def decode_video(
         chosen = _choose(known, count, per_second)
         if len(chosen) > max_frames:
             raise MediaError(
-                f"{name}: {len(chosen):,} frames asked for; at most {max_frames:,} are kept (`media.max_frames`): ask "
-                "the encoder for fewer, or raise the limit"
+                f"{name}: {len(chosen):,} frames; at most {max_frames:,} are decoded (`media.max_frames`): let the "
+                "encoder read fewer, or raise the limit"
             )
         begin = min(known.ticks)
         frames: list[Image] = []
@@ -73,8 +73,8 @@ def decode_video(
             pixels += frame.width * frame.height
             if pixels > CLIP_PICTURES * max_pixels:
                 raise MediaError(
-                    f"{name}: its frames hold more than {CLIP_PICTURES * max_pixels:,} pixels together; ask the "
-                    "encoder for fewer, or raise `media.max_pixels`"
+                    f"{name}: its frames have more than {CLIP_PICTURES * max_pixels:,} pixels together; let "
+                    "the encoder read fewer, or raise `media.max_pixels`"
                 )
             frames.append(_picture(frame))
             seconds.append(float(max(tick - begin, 0) * known.unit))
@@ -93,9 +93,9 @@ def _survey(file: BinaryIO, name: str, max_pixels: int, max_seconds: float) -> _
     last = (0, 1)  # tick and duration
     with _libav.container(file, _libav.VIDEO, max_pixels, name) as opened:
         stream = _stream(opened, name)
-        _check_size(stream, max_pixels, name)
+        _source.check_pixels(stream.width, stream.height, max_pixels, name)
         declared = _libav.declared_seconds(opened, stream)
-        _check_length(declared or 0, max_seconds, name)
+        _source.check_seconds(declared or 0, max_seconds, name)
         end = 0.0  # of any stream
         for packet in opened.demux([one for one in opened.streams if one.type in ("video", "audio")]):
             if not packet.size:
@@ -111,13 +111,13 @@ def _survey(file: BinaryIO, name: str, max_pixels: int, max_seconds: float) -> _
             keys.append(packet.is_keyframe)
             if packet.pts is not None and (len(ticks) == 1 or packet.pts >= last[0]):
                 last = (packet.pts, packet.duration or 1)
-            _check_length(len(ticks) / MAX_RATE, max_seconds, name)
+            _source.check_seconds(len(ticks) / MAX_RATE, max_seconds, name)
         end -= (opened.start_time or 0) / 1_000_000
         if declared and end < declared / 2:  # the last frame of a still scene may last long
-            raise MediaError(f"{name}: cut off: {end:,.1f} of {declared:,.1f} s are there; write the file anew")
+            raise MediaError(f"{name}: cut off: only {end:,.1f} of {declared:,.1f} s; write the file anew")
         unit, rate = stream.time_base, stream.average_rate or stream.guessed_rate
     if not ticks:
-        raise MediaError(f"{name}: a video without frames; leave the row out")
+        raise MediaError(f"{name}: a video without frames; remove the row")
     stamps = [tick for tick in ticks if tick is not None]
     if len(stamps) == len(ticks) and unit:
         known = _Frames(tuple(stamps), tuple(keys), unit, True, last[1])
@@ -125,12 +125,12 @@ def _survey(file: BinaryIO, name: str, max_pixels: int, max_seconds: float) -> _
         known = _Frames(
             tuple(range(len(ticks))), (True, *[False] * (len(ticks) - 1)), 1 / (rate or Fraction(25)), False
         )
-    _check_length(float((max(known.ticks) - min(known.ticks)) * known.unit), max_seconds, name)
+    _source.check_seconds(float((max(known.ticks) - min(known.ticks)) * known.unit), max_seconds, name)
     return known
 
 
 def _choose(known: _Frames, count: int | None, per_second: float | None) -> list[int]:
-    """The ticks of the frames asked for, rising, each once."""
+    """The ticks of the sampled frames, rising, each once."""
     ticks = sorted(set(known.ticks))
     have = len(ticks)
     if count is not None:
@@ -151,32 +151,32 @@ def _choose(known: _Frames, count: int | None, per_second: float | None) -> list
 def _decoded(
     file: BinaryIO, name: str, known: _Frames, chosen: Sequence[int], max_pixels: int
 ) -> Iterator[tuple[int, Any]]:
-    """(tick, frame of libav) of each chosen frame, or of the next one where it isn't to be had."""
+    """(tick, frame of libav) of each chosen frame, or of the next one if it can't be decoded."""
     waiting = list(chosen)
     last: tuple[int, Any] | None = None
-    found = False
+    yielded = False
     with _libav.container(file, _libav.VIDEO, max_pixels, name) as opened:
         stream = _stream(opened, name)
         for number, frame in enumerate(_frames(opened, stream, _needed(known, chosen))):
-            _check_size(frame, max_pixels, name)
+            _source.check_pixels(frame.width, frame.height, max_pixels, name)
             tick = frame.pts if known.timed else number
             if tick is None:
                 raise MediaError(f"{name}: a frame has no time; write the file anew")
-            last, found = (tick, frame), False
+            last, yielded = (tick, frame), False
             if tick >= waiting[0]:
-                found = True
+                yielded = True
                 yield tick, frame
                 waiting = [one for one in waiting if one > tick]
             if not waiting:
                 return
         if last is None:
             raise MediaError(f"{name}: none of its frames can be decoded; write the file anew")
-        if not found:
+        if not yielded:
             yield last
 
 
 def _frames(opened: Any, stream: Any, needed: Sequence[bool]) -> Iterator[Any]:
-    """Decoded frames as they are seen, of the needed packets only."""
+    """Decoded frames in the order of their times, of the needed packets only."""
     feeding = False
     number = 0
     for packet in opened.demux(stream):
@@ -195,17 +195,17 @@ def _frames(opened: Any, stream: Any, needed: Sequence[bool]) -> Iterator[Any]:
 
 
 def _needed(known: _Frames, chosen: Sequence[int]) -> list[bool]:
-    """Which packets must be decoded: from the keyframe before each chosen frame to the next keyframe; one keyframe more
-    where the frame is seen before its own (an open group of pictures).
+    """Which packets must be decoded: from the keyframe before each chosen frame to the next keyframe; from one keyframe
+    earlier if the frame is displayed before its own (an open group of pictures).
     """
     wanted = set(chosen)
     starts = [number for number, key in enumerate(known.keys) if key or number == 0]
     needed = [False] * len(known.ticks)
     for group, (start, end) in enumerate(zip(starts, [*starts[1:], len(needed)], strict=True)):
-        held = [tick for tick in known.ticks[start:end] if tick in wanted]
-        if not held:
+        ticks = [tick for tick in known.ticks[start:end] if tick in wanted]
+        if not ticks:
             continue
-        first = starts[max(group - 1, 0)] if min(held) < known.ticks[start] else start
+        first = starts[max(group - 1, 0)] if min(ticks) < known.ticks[start] else start
         needed[first:end] = [True] * (end - first)
     return needed
 
@@ -219,7 +219,7 @@ def _stream(opened: Any, name: str) -> Any:
             if stream.codec_context is None:
                 raise MediaError(f"{name}: no decoder for its video; write it as H.264 in mp4")
             return stream
-    raise MediaError(f"{name}: no video in it ({opened.format.name}); leave the row out")
+    raise MediaError(f"{name}: no video in it ({opened.format.name}); remove the row")
 
 
 def _picture(frame: Any) -> "Image":
@@ -232,15 +232,3 @@ def _picture(frame: Any) -> "Image":
     else:
         picture = frame.to_image()
     return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-
-
-def _check_size(shape: Any, max_pixels: int, name: str) -> None:
-    if shape.width * shape.height > max_pixels:
-        raise MediaError(
-            f"{name}: {shape.width}x{shape.height} pixels; at most {max_pixels:,} are decoded (`media.max_pixels`)"
-        )
-
-
-def _check_length(seconds: float, max_seconds: float, name: str) -> None:
-    if seconds > max_seconds:
-        raise MediaError(f"{name}: {seconds:,.1f} s or more; at most {max_seconds:,g} s are read (`media.max_seconds`)")

@@ -1,13 +1,16 @@
-"""Metrics that tasks share. What is costly is worked out per row, in plain numbers that sum up: a score over any choice
-of rows is then cheap, and can be drawn a thousand times (`bootstrap`).
+"""Metrics of the tasks. Costly parts are computed once per row, as numbers that add up: a score over any selection of
+rows is then cheap enough for a thousand resamples (`finetune/evaluation/bootstrap.py`).
 
-What tasks import at module level imports numpy and the like where it is used: `finetune check` does without them.
+Numpy and the like are imported inside functions: tasks import these modules, and `finetune check` does without numpy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
+
+Measures: TypeAlias = dict[str, Any]  # what the metrics need of one row; each module says which keys
+Rows: TypeAlias = Sequence[Mapping[str, Any]]  # such measures
 
 
-def means(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, float]:
-    """The mean of each name over rows that all hold it."""
+def means(rows: Rows, names: Iterable[str]) -> dict[str, float]:
+    """The mean of each name over rows that all have it."""
     return {name: float(sum(row[name] for row in rows)) / len(rows) for name in names}

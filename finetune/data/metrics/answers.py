@@ -1,4 +1,6 @@
-"""Answers to questions on pictures, as VQA scores them (Antol et al. 2015, https://arxiv.org/abs/1505.00468)."""
+"""Short answers to questions on pictures, as VQA scores them (Antol et al. 2015, https://arxiv.org/abs/1505.00468). Its
+official script reads only its own files, and no package has it.
+"""
 
 import re
 from collections import Counter
@@ -14,32 +16,32 @@ PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalised(answer: str) -> str:
-    """As the official script: lower case, without articles and most punctuation, number words as digits. Apostrophes
-    go on both sides, where the script puts those that are missing in ("dont" is "don't"); so does Chinese punctuation.
-    Articles stay where there is nothing else: "A" is an answer.
+    """As in the official script: lower case, without articles and most punctuation, number words as digits. Apostrophes
+    are removed, where the script adds missing ones ("dont" is "don't"), and so is Chinese punctuation. An answer of
+    articles only, such as "A", stays.
     """
-    given = CHINESE_PUNCTUATION.sub("", answer.replace("\n", " ").replace("\t", " ").strip())
-    text, joined = given, COMMA_IN_NUMBER.search(given)
+    plain = CHINESE_PUNCTUATION.sub("", answer.replace("\n", " ").replace("\t", " ").strip())
+    text, joined = plain, COMMA_IN_NUMBER.search(plain)
     for mark in PUNCTUATION:
-        beside_space = f"{mark} " in given or f" {mark}" in given
+        beside_space = f"{mark} " in plain or f" {mark}" in plain
         text = text.replace(mark, "" if beside_space or joined else " ")
     tokens = [NUMBERS.get(word, word).replace("'", "") for word in PERIOD.sub("", text).lower().split()]
     return " ".join([token for token in tokens if token not in ARTICLES] or tokens)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """How many of the people asked answered alike, both `normalised`: min(n / 3, 1), averaged over leaving each of the
-    answers out, where there are four or more (ten officially); of up to three, the share that did.
+    """Agreement of a prediction with people's answers, both `normalised`, 0 to 1: min(n / 3, 1), n answers being equal
+    to it, averaged over leaving out each of the answers (officially ten). Of fewer than four, the share that is equal.
     """
-    alike = sum(answer == prediction for answer in answers)
-    others = len(answers) - alike
+    equal = sum(answer == prediction for answer in answers)
+    others = len(answers) - equal
     if len(answers) < 4:
-        return alike / len(answers)
-    return (alike * min((alike - 1) / 3, 1.0) + others * min(alike / 3, 1.0)) / len(answers)
+        return equal / len(answers)
+    return (equal * min((equal - 1) / 3, 1.0) + others * min(equal / 3, 1.0)) / len(answers)
 
 
 def commonest(answers: Sequence[str]) -> str:
-    """The one given most often, alike when normalised, as it was first written; the earliest where several are."""
+    """The most frequent answer, compared when normalised, as first written; the earliest of several."""
     counts = Counter(normalised(answer) for answer in answers)
     best = max(counts.values())
     return next(answer for answer in answers if counts[normalised(answer)] == best)

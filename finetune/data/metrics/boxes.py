@@ -1,17 +1,19 @@
-"""Boxes [x1, y1, x2, y2] against the right ones."""
+"""Boxes [x1, y1, x2, y2] against the right ones. torchmetrics ranks boxes by confidence, which answers don't have; here
+each row has exact one-to-one pairs, and sums that are fast to resample.
+"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from finetune.data.metrics import means
+from finetune.data.metrics import Measures, Rows, means
 
 Box = Sequence[float]
-OVERLAP = 0.5  # from which a box counts as found
+OVERLAP = 0.5  # intersection over union from which a box is a hit
 
 
-def matched(said: Sequence[Box], right: Sequence[Box], alike: Sequence[Sequence[bool]]) -> dict[str, Any]:
-    """A row of `box_scores`. Boxes are paired one to one, so that their overlaps sum up to the most there can be; only
-    those that are `alike`, (said, right) -> whether they may be.
+def matched(said: Sequence[Box], right: Sequence[Box], allowed: Sequence[Sequence[bool]]) -> Measures:
+    """The measures of one row for `box_scores`. Boxes are paired one to one, with the largest sum of overlaps;
+    `allowed` says of each predicted and each right box whether they may be a pair.
 
     "iou", also "good": the mean overlap of the pairs, boxes without a partner on either side counting as 0.
     """
@@ -21,18 +23,18 @@ def matched(said: Sequence[Box], right: Sequence[Box], alike: Sequence[Sequence[
     most = max(len(said), len(right))
     iou, hits = 1.0 if most == 0 else 0.0, 0
     if said and right:
-        overlaps = overlap(np.array(said, dtype=np.float64), np.array(right, dtype=np.float64)) * np.array(alike)
+        overlaps = overlap(np.array(said, dtype=np.float64), np.array(right, dtype=np.float64)) * np.array(allowed)
         iou = float(overlaps[linear_sum_assignment(overlaps, maximize=True)].sum() / most)
-        found = overlaps >= OVERLAP
-        hits = int(found[linear_sum_assignment(found, maximize=True)].sum())
+        near = overlaps >= OVERLAP
+        hits = int(near[linear_sum_assignment(near, maximize=True)].sum())
     correct = float(hits == len(said) == len(right))
     counts = {"hits": hits, "said": len(said), "right": len(right)}
     return {"good": iou, "iou": iou, f"accuracy@{OVERLAP}": correct, **counts}
 
 
-def box_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """iou and accuracy@0.5 (all boxes found and no other), means over rows; f1@0.5 over the boxes of all rows, left out
-    where there are none.
+def box_scores(rows: Rows) -> dict[str, float]:
+    """iou and accuracy@0.5 (every box is a hit, and there are no others), means over rows; f1@0.5 over the boxes of all
+    rows, left out if there are none.
     """
     scores = means(rows, ("iou", f"accuracy@{OVERLAP}"))
     hits, boxes = sum(row["hits"] for row in rows), sum(row["said"] + row["right"] for row in rows)
@@ -40,7 +42,7 @@ def box_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def overlap(left: Any, right: Any) -> Any:
-    """Intersection over union of (N, 4) and (M, 4) boxes, (N, M); 0 of boxes without area."""
+    """Intersection over union of (N, 4) and (M, 4) boxes: (N, M); 0 for boxes without area."""
     import numpy as np
 
     corner = np.maximum(left[:, None, :2], right[None, :, :2])

@@ -1,57 +1,73 @@
-"""Captions against references: BLEU and chrF as sacrebleu counts them, and CIDEr-D, from counts of each row."""
+"""Captions against references: sacrebleu's BLEU and chrF, and CIDEr-D, from counts of each row that add up:
+pycocoevalcap and sacrebleu itself would count every n-gram anew in each of 1,000 resamples.
+"""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING
 
+from finetune.data.metrics import Measures, Rows
 from finetune.data.metrics.text import CJK_CHARACTER, words
 
-Rows = Sequence[Mapping[str, Any]]
+if TYPE_CHECKING:
+    import numpy as np
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
 ORDER = 4  # words of the longest n-gram
-SIGMA = 6.0  # of CIDEr-D's penalty on a difference in length, in words
+SIGMA = 6.0  # words: width of CIDEr-D's penalty on a difference in length
 
 _numbers = count()
 
 
-def caption_counts(prediction: str, references: Sequence[str]) -> dict[str, Any]:
-    """What `caption_scores` sums up of one row. BLEU splits Chinese into characters where most of the references is."""
+def caption_counts(prediction: str, references: Sequence[str]) -> Measures:
+    """The measures of one row for `caption_scores`. BLEU splits Chinese, if references are mostly that."""
     right = [word for reference in references for word in words(reference)]
     chinese = 2 * sum(map(bool, map(CJK_CHARACTER.fullmatch, right))) > len(right)
-    streams = [[reference] for reference in references]
-    bleu, chrf = _bleu("zh" if chinese else "13a"), _chrf()
+    bleu = _bleu("zh" if chinese else "13a").sentence_score(prediction, references)
+    # Private, as sacrebleu's public API returns chrF's score of a row but not its counts.
+    chrf = _chrf()._extract_corpus_statistics([prediction], [[reference] for reference in references])
     return {
-        "bleu": bleu._extract_corpus_statistics([prediction], streams)[0],
-        "chrf": chrf._extract_corpus_statistics([prediction], streams)[0],
+        "bleu": [bleu.sys_len, bleu.ref_len, *bleu.counts, *bleu.totals],
+        "chrf": chrf[0],
         "cider": _cider_terms(words(prediction), [words(reference) for reference in references]),
     }
 
 
 def caption_scores(rows: Rows) -> dict[str, float]:
-    """bleu and chrf of all rows together, 0 to 1 (sacrebleu's hundredth; BLEU of short captions counts the n-grams that
-    there can be). cider: the mean of CIDEr-D, whose 10 is 1 here; word frequencies are those of these rows' references.
+    """bleu and chrf of all rows together, 0 to 1 (a hundredth of sacrebleu's scores; BLEU of short captions ignores
+    n-grams longer than they are). cider: the mean of CIDEr-D, 0 to 1 (a tenth of the paper's), with the document
+    frequencies of these rows' references.
     """
     import numpy as np
 
     bleu, chrf = (np.array([row[name] for row in rows]).sum(0).tolist() for name in ("bleu", "chrf"))
     return {
-        "bleu": _bleu("13a")._compute_score_from_stats(bleu).score / 100,
+        "bleu": _bleu_score(bleu) / 100,
         "chrf": _chrf()._compute_score_from_stats(chrf).score / 100,
         "cider": _cider([row["cider"] for row in rows]),
     }
 
 
+def _bleu_score(counts: list[int]) -> float:
+    """BLEU, 0 to 100, of the words of answers and of references, then matches and totals of each order."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    said, right, matches, totals = counts[0], counts[1], counts[2 : 2 + ORDER], counts[2 + ORDER :]
+    return BLEU.compute_bleu(matches, totals, said, right, smooth_method="exp", effective_order=True).score
+
+
 @cache
-def _bleu(tokenizer: str) -> Any:
+def _bleu(tokenizer: str) -> "BLEU":
     from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(tokenize=tokenizer, effective_order=True)
 
 
 @cache
-def _chrf() -> Any:
+def _chrf() -> "CHRF":
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()
@@ -59,22 +75,22 @@ def _chrf() -> Any:
 
 @cache
 def _number_of(gram: tuple[str, ...]) -> int:
-    """A number of its own for each n-gram there is, from 0."""
+    """A unique number, from 0, for each n-gram."""
     return next(_numbers)
 
 
 def _grams(tokens: Sequence[str]) -> list[tuple[int, int, int]]:
-    """(n - 1, number, times it occurs) of each n-gram."""
+    """(n - 1, number, occurrences) of each n-gram."""
     grams = [(n, tuple(tokens[i : i + n + 1])) for n in range(ORDER) for i in range(len(tokens) - n)]
     return [(n, _number_of(gram), times) for (n, gram), times in Counter(grams).items()]
 
 
-def _cider_terms(said: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Terms of CIDEr-D (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726) that await a weight for each n-gram.
+def _cider_terms(said: Sequence[str], references: Sequence[Sequence[str]]) -> Measures:
+    """Terms of CIDEr-D (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726), to be weighted by n-gram.
 
-    Tables of (place, n-gram, value): a place is an order of an answer ("said"), or of one of R references, R * ORDER of
-    them, for their squared lengths ("right") and products ("both"). "seen": the references' n-grams. "highest": of the
-    numbers of n-grams. "penalty": of each reference's place.
+    Tables of (place, n-gram, value). A place is an order of the answer ("said"), or of one of R references, so that
+    there are R * ORDER of them ("right": squared counts; "both": products with the answer's). "seen": the references'
+    n-grams. "highest": the highest number of an n-gram. "penalty": for each place of the references.
     """
     import numpy as np
 
@@ -85,7 +101,7 @@ def _cider_terms(said: Sequence[str], references: Sequence[Sequence[str]]) -> di
     lengths = np.array([max(len(reference) - 1, 0) for reference in references], dtype=np.float64)
     penalty = np.exp(-((max(len(said) - 1, 0) - lengths) ** 2) / (2 * SIGMA**2))
 
-    def table(terms: list[tuple[int, int, int]]) -> Any:
+    def table(terms: list[tuple[int, int, int]]) -> "np.ndarray":
         return np.array(terms, dtype=np.int64).reshape(-1, 3)
 
     return {
@@ -98,17 +114,17 @@ def _cider_terms(said: Sequence[str], references: Sequence[Sequence[str]]) -> di
     }
 
 
-def _cider(rows: Sequence[Mapping[str, Any]]) -> float:
+def _cider(rows: Rows) -> float:
     """Mean CIDEr-D / 10 of rows of `_cider_terms`."""
     import numpy as np
 
     seen = np.concatenate([row["seen"] for row in rows])
-    found = np.bincount(seen, minlength=max(row["highest"] for row in rows) + 1)
-    idf = np.log(len(rows)) - np.log(np.maximum(found, 1))
+    documents = np.bincount(seen, minlength=max(row["highest"] for row in rows) + 1)
+    idf = np.log(len(rows)) - np.log(np.maximum(documents, 1))
     places = np.array([len(row["penalty"]) for row in rows])
 
-    def summed(key: str, sizes: Any) -> Any:
-        """Values times squared weights, summed up by place; places of row i begin where those of row i - 1 end."""
+    def summed(key: str, sizes: "np.ndarray") -> "np.ndarray":
+        """Sums of values times squared weights by place, the places of all rows one after the other."""
         tables = [row[key] for row in rows]
         starts = np.repeat(np.cumsum(sizes) - sizes, [len(table) for table in tables])
         place, number, value = np.concatenate(tables).T
@@ -119,5 +135,5 @@ def _cider(rows: Sequence[Mapping[str, Any]]) -> float:
     said = summed("said", np.full(len(rows), ORDER))[ORDER * row_of + order]
     norm = np.sqrt(said * summed("right", places))
     cosine = np.divide(summed("both", places), norm, out=np.zeros_like(norm), where=norm > 0)
-    similar = cosine * np.concatenate([row["penalty"] for row in rows])
-    return float(np.mean(np.bincount(row_of, weights=similar) / places))
+    similarity = cosine * np.concatenate([row["penalty"] for row in rows])
+    return float(np.mean(np.bincount(row_of, weights=similarity) / places))

@@ -1,24 +1,29 @@
-"""One or several labels a row against the right ones."""
+"""One or several labels per row against the right ones. Like scikit-learn's scores, but from counts and ranks: fast
+enough for 1,000 resamples, and answers may be no label at all.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Rows = Sequence[Mapping[str, Any]]
+from finetune.data.metrics import Measures, Rows
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BINS = 15
 
 
 def fold(label: str) -> str:
-    """What labels are compared by: spaces around them, case and a full stop at the end don't count."""
+    """A label as it is compared: without spaces around it, case, and a full stop at its end."""
     plain = label.strip().casefold()
     return plain.rstrip(".。．").rstrip() or plain
 
 
-def labelled(said: Iterable[str], right: Iterable[str]) -> dict[str, Any]:
-    """A row of label metrics: "said", "right" and "hits" hold labels as `fold` has them, "names" as they are written.
-    "good" is the share of labels in common among all of both: 1 or 0 where a row has one label.
+def labelled(said: Iterable[str], right: Iterable[str]) -> Measures:
+    """The measures of one row: "said", "right" and "hits" are labels by `fold`, "names" the right ones as written.
+    "good" is the share of common labels among all of both: 1 or 0 for a single label.
     """
     names = {fold(label): label for label in right}
     keys = dict.fromkeys(map(fold, said))
@@ -34,12 +39,13 @@ def labelled(said: Iterable[str], right: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def with_probabilities(row: dict[str, Any], probabilities: Mapping[str, float]) -> dict[str, Any]:
-    """The same row with what `probability_scores` reads: "labels" in the order of "probabilities" and of "truth"."""
+def with_probabilities(row: Measures, probabilities: Mapping[str, float]) -> Measures:
+    """The same measures with those of `probability_scores`: "labels", "probabilities" and "truth" in one order."""
     import numpy as np
 
     right = set(row["right"])
-    return row | {
+    return {
+        **row,
         "labels": tuple(probabilities),
         "probabilities": np.array(list(probabilities.values()), dtype=np.float64),
         "truth": np.array([fold(label) in right for label in probabilities]),
@@ -53,13 +59,13 @@ def counted(rows: Rows) -> dict[str, tuple[int, int, int]]:
 
 
 def precision_recall_f1(hits: int, said: int, right: int) -> tuple[float, float, float]:
-    """0 where nothing was said or is right."""
+    """Each is 0 if nothing was said, or nothing is right."""
     return hits / said if said else 0.0, hits / right if right else 0.0, 2 * hits / (said + right) if hits else 0.0
 
 
 def label_scores(rows: Rows) -> dict[str, float]:
-    """precision, recall and f1 averaged over the labels that are right somewhere (macro), and f1 of all decisions on
-    them (f1_micro). An answer that is none of these labels is no label's false positive.
+    """precision, recall and f1 averaged over the labels that are right in some row (macro), and f1 of all decisions
+    about them (f1_micro). An answer that is none of these labels is no label's false positive.
     """
     counts = list(counted(rows).values())
     if not counts:
@@ -72,11 +78,11 @@ def label_scores(rows: Rows) -> dict[str, float]:
 
 
 def probability_scores(rows: Rows, several: bool) -> dict[str, float]:
-    """auroc: of each label against the rest, averaged over labels that some rows have and some don't; left out where
-    there is none. calibration_error: ECE in 15 equal bins (Guo et al. 2017, https://arxiv.org/abs/1706.04599), of the
+    """auroc: of each label against the rest, averaged over labels that some rows have and some don't; left out if there
+    are none. calibration_error: ECE in 15 equal bins (Guo et al. 2017, https://arxiv.org/abs/1706.04599), of the
     likeliest label, or of each label's own probability where rows may have `several`.
 
-    Nothing where not all rows hold probabilities of the same labels.
+    {} unless all rows have probabilities of the same labels.
     """
     import numpy as np
 
@@ -93,8 +99,8 @@ def probability_scores(rows: Rows, several: bool) -> dict[str, float]:
     return scores if area is None else {"auroc": area, **scores}
 
 
-def calibration_error(confidence: Any, right: Any) -> float:
-    """Expected calibration error of N confidences (0 to 1) and whether each was right. Bins hold their upper end."""
+def calibration_error(confidence: "np.ndarray", right: "np.ndarray") -> float:
+    """Expected calibration error of (N,) confidences, 0 to 1, and (N,) booleans. Bins include their upper end."""
     import numpy as np
 
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
@@ -102,8 +108,8 @@ def calibration_error(confidence: Any, right: Any) -> float:
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def auroc(scores: Any, truth: Any) -> float | None:
-    """Mean area under the ROC curve over columns of (N, C) scores and truth; None where no column holds both."""
+def auroc(scores: "np.ndarray", truth: "np.ndarray") -> float | None:
+    """Mean area under the ROC curve over columns of (N, C) scores and truth; None if no column has both classes."""
     import numpy as np
     from scipy.stats import rankdata
 

@@ -1,31 +1,32 @@
-"""Numbers against the right ones."""
+"""Numbers against the right ones. scikit-learn has no missing predictions; scipy's correlations are undefined for
+constant ones, and compute p-values in each of 1,000 resamples.
+"""
 
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]
+from finetune.data.metrics import Rows
 
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
 
 
 def number_in(text: str) -> float | None:
-    """The number in a text that holds just one: '4.5', '4.5 stars', '评分：4。', '1,250', '−3'. Else None."""
+    """The number in a text that has exactly one: '4.5', '4.5 stars', '评分：4。', '1,250', '−3'. Else None."""
     plain = unicodedata.normalize("NFKC", text).replace("−", "-")
-    found = NUMBER.findall(plain)
-    number = float(found[0].replace(",", "")) if len(found) == 1 else math.nan
+    numbers = NUMBER.findall(plain)
+    number = float(numbers[0].replace(",", "")) if len(numbers) == 1 else math.nan
     return number if math.isfinite(number) else None
 
 
 def number_scores(rows: Rows, low: float | None, high: float | None) -> dict[str, float]:
-    """Of rows of "said" (None where there is no number) and "right": mean_absolute_error, root_mean_squared_error,
+    """Scores of rows with "said" (None without a number) and "right": mean_absolute_error, root_mean_squared_error,
     spearman, pearson, readable (share of rows with a number).
 
-    An answer without a number errs as far as can be, from `low` to `high`, or else the lowest and highest right number
-    of these rows; correlations take it for the mean of the others. They are 0 where all answers are the same, and left
-    out where all right numbers are.
+    An answer without a number has the largest possible error between `low` and `high`, by default the lowest and
+    highest right number of these rows; for correlations it is the mean of the others. Correlations are 0 if all answers
+    are equal, and left out if all right numbers are.
     """
     import numpy as np
     from scipy.stats import rankdata
@@ -48,11 +49,11 @@ def number_scores(rows: Rows, low: float | None, high: float | None) -> dict[str
 
 
 def correlation(left: Any, right: Any) -> float:
-    """Pearson's, -1 to 1; 0 where one of them is always the same."""
+    """Pearson's, of two (N,) arrays, -1 to 1; 0 if one of them is constant."""
     import numpy as np
 
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return 0.0
-    # By the largest deviation first, so that no square over- or underflows.
+    # Scaled to the largest deviation first, so that no square over- or underflows.
     left, right = ((values - values.mean()) / np.abs(values - values.mean()).max() for values in (left, right))
     return float(np.clip(left @ right / np.sqrt((left @ left) * (right @ right)), -1.0, 1.0))

@@ -1,4 +1,6 @@
-"""Written answers against what should have been written, in any language."""
+"""Written answers against references, in any language. rouge-score and SQuAD's script split words by spaces, so that a
+Chinese sentence is one word.
+"""
 
 import re
 import unicodedata
@@ -12,13 +14,13 @@ FREE_TEXT = ("exact_match", "token_f1", "rouge_l")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; each Chinese, Japanese or Korean character is one."""
+    """Lower-case words without punctuation; each Chinese, Japanese or Korean character is a word."""
     return WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def free_text(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """What answers in one's own words are scored by, each against the reference that is nearest: exact_match (letter
-    for letter), token_f1, rouge_l, all 0 to 1; "good" is the second.
+    """Measures of a free-text answer against its nearest reference, 0 to 1: exact_match (letter for letter), token_f1,
+    rouge_l; "good" is token_f1.
     """
     said, right = words(prediction), [words(reference) for reference in references]
     f1 = max(token_f1(said, reference) for reference in right)
@@ -48,14 +50,14 @@ def rouge_l(said: Sequence[str], right: Sequence[str]) -> float:
 
 
 def edits(said: str, right: str) -> dict[str, int]:
-    """Word and character edits from `right` to `said` ("word_edits", "character_edits"), and how many words and
-    characters `right` has. Case, punctuation and spaces don't count.
+    """Word and character edits from `right` to `said` ("word_edits", "character_edits"), and the number of words and
+    characters in `right`. Case, punctuation and spaces don't count.
     """
     import jiwer
 
     said_words, right_words = words(said), words(right)
     count, characters = len(right_words), sum(map(len, right_words))
-    if not right_words:  # jiwer takes no empty transcript
+    if not right_words:  # jiwer refuses an empty transcript
         edited = {"word_edits": len(said_words), "character_edits": sum(map(len, said_words))}
         return {"words": 0, "characters": 0, **edited}
     by_word = jiwer.process_words(" ".join(right_words), " ".join(said_words))

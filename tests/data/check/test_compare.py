@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from finetune.data.check.compare import NEAR_BITS, compare, near_pairs
-from finetune.data.check.ledger import Examined, Ledger
+from finetune.data.check.ledger import Examined, Ledger, MediumUse
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def ledger(tmp_path):
 
 def row(number, split="train", content=b"", question=b"", label="", digest=b"", hashed=b"", path=""):
     content = content or bytes([number])
-    media = [(digest or bytes([number]), "image", path or f"{number}.png", hashed, bytes(768))]
+    media = [MediumUse(digest or bytes([number]), "image", path or f"{number}.png", hashed, bytes(768))]
     labels = (label,) if label else ()
     asked = "classify" if label else ""
     return Examined(number, 0, number + 2, split, content, question or content, 10, label, asked, labels, media)
@@ -77,8 +77,8 @@ def test_a_medium_of_training_in_evaluation(ledger):
 def test_a_picture_like_one_of_evaluation(ledger):
     ledger.add([row(0, "test", hashed=bytes(16)), row(1, hashed=bytes(15) + b"\1"), row(2, hashed=bytes(15) + b"\3")])
     assert found(ledger, "leak_near") == [
-        (3, "99.2% alike with that of rows.csv:2"),
-        (4, "98.4% alike with that of rows.csv:2"),
+        (3, "99.2% similar to that of rows.csv:2"),
+        (4, "98.4% similar to that of rows.csv:2"),
     ]
     assert ledger.counts() == {"leak_near": 2, "near": 1}
 

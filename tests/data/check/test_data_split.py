@@ -12,7 +12,7 @@ from tiny import tiny_picture
 
 import finetune
 from finetune.common.errors import DataError
-from finetune.data.check.split import assigned
+from finetune.data.check.split import SplitPlan, assigned
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
@@ -45,7 +45,7 @@ def table(tmp_path):
 
 
 def test_every_row_is_in_one_split_as_it_was(table, tmp_path):
-    splits = read(finetune.data_split(table, tmp_path / "out", stratify="label")["files"])
+    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(stratify="label"))["files"])
     rows = [row for split in splits.values() for row in split]
     assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in read({"all": table})["all"])
     assert {split: len(found) for split, found in splits.items()} == {"train": 83, "validation": 10, "test": 10}
@@ -55,7 +55,7 @@ def test_every_row_is_in_one_split_as_it_was(table, tmp_path):
 
 
 def test_values_are_spread_to_within_a_row(table, tmp_path):
-    splits = read(finetune.data_split(table, tmp_path / "out", stratify="label")["files"])
+    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(stratify="label"))["files"])
     total = Counter(row["label"] for row in read({"all": table})["all"])
     for split, found in splits.items():
         counts = Counter(row["label"] for row in found)
@@ -73,7 +73,7 @@ def test_many_rare_values_do_not_all_go_to_training():
 
 
 def test_groups_do_not_cross(table, tmp_path):
-    splits = read(finetune.data_split(table, tmp_path / "out", group="who", stratify="label")["files"])
+    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(group="who", stratify="label"))["files"])
     people = [{row["who"] for row in found} for found in splits.values()]
     assert sum(map(len, people)) == len(set.union(*people)) == 25 and len(people) == 3
     largest = max(Counter(row["who"] for row in read({"all": table})["all"]).values())
@@ -87,7 +87,9 @@ def test_the_order_of_rows_is_of_no_matter_and_a_new_row_moves_few(table, tmp_pa
     def split_of(rows, name, seed=7):
         folder = tmp_path / name
         found = read(
-            finetune.data_split(write(tmp_path / f"{name}.csv", rows), folder, stratify="label", seed=seed)["files"]
+            finetune.data_split(write(tmp_path / f"{name}.csv", rows), folder, SplitPlan(stratify="label", seed=seed))[
+                "files"
+            ]
         )
         return {row["text"]: split for split, some in found.items() for row in some}
 
@@ -106,7 +108,7 @@ def test_a_medium_is_never_on_two_sides_whatever_its_name(tmp_path):
         shutil.copy(tmp_path / f"{number}.png", tmp_path / f"copy{number}.png")
         rows += [{"image": f"{number}.png", "label": "a"}, {"image": f"copy{number}.png", "label": "b"}]
     result = finetune.data_split(
-        write(tmp_path / "rows.csv", rows), tmp_path / "out", train=0.5, validation=0, test=0.5
+        write(tmp_path / "rows.csv", rows), tmp_path / "out", SplitPlan(train=0.5, validation=0, test=0.5)
     )
     splits = read(result["files"])
     shown = [{row["image"].removeprefix("copy") for row in found} for found in splits.values()]
@@ -141,7 +143,7 @@ def test_json_stays_as_it_is(tmp_path, suffix):
 )
 def test_what_can_not_be_done_is_told(table, tmp_path, options, told):
     with pytest.raises(DataError, match=told):
-        finetune.data_split(table, tmp_path / "out", **options)
+        finetune.data_split(table, tmp_path / "out", SplitPlan(**options))
 
 
 def test_rows_are_not_written_over_themselves(tmp_path):
@@ -166,7 +168,9 @@ def test_media_in_columns_of_any_name_and_tables_of_any_encoding(tmp_path):
     (tmp_path / "rows.csv").write_text("\n".join(lines), encoding="gb18030")
     given = {"media_folder": tmp_path / "pictures", "encoding": "gb18030"}
     shares = {"train": 0.6, "validation": 0, "test": 0.4}
-    result = finetune.data_split(tmp_path / "rows.csv", tmp_path / "out", **shares, media=["帖子图"], **given)
+    result = finetune.data_split(
+        tmp_path / "rows.csv", tmp_path / "out", SplitPlan(**shares), media=["帖子图"], **given
+    )
     assert result["media"] == result["sets"] == 10 and result["largest"] == 4
     shown = [{row["帖子图"] for row in rows} for rows in read(result["files"]).values()]
     assert not shown[0] & shown[1] and len(shown[0] | shown[1]) == 10

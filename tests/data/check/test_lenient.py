@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny import part
 
+from finetune.common.errors import DataError
 from finetune.data.check.lenient import encoding_of, lenient_rows
 from finetune.data.rows import Source
 
@@ -67,26 +68,50 @@ def test_a_conversation_whose_markers_do_not_fit_is_one_row(tmp_path):
     assert [number for number, _, _ in told] == [2]
 
 
+PAGE = "我家门口有一个小公园，每天早上都有很多人在那里散步、打球、聊天。"
+
+
 @pytest.mark.parametrize(
     ("encoding", "text"),
     [
-        ("gb18030", "图片,标签\n一只猫坐在窗边,猫\n两只狗在草地上跑,狗\n"),
-        ("cp1252", "image,label\nun château près de la forêt,château\nune île déserte en été,île\n"),
+        ("gb18030", "图片,标签\n" + "".join(f"{PAGE}{n},猫\n" for n in range(20))),
+        ("cp1251", "image,label\nпривет мир как дела,красный\nсегодня хорошая погода,синий\n"),
         ("utf-16", "image,label\n一只猫,猫\n"),
         ("utf-8-sig", "image,label\n一只猫,猫\n"),
     ],
 )
-def test_an_encoding_is_told_by_the_bytes(tmp_path, encoding, text):
+def test_an_encoding_is_detected(tmp_path, encoding, text):
     path = tmp_path / "rows.csv"
     path.write_bytes(text.encode(encoding))
     assert path.read_bytes().decode(encoding_of(path)) == text
 
 
-def test_a_file_from_chinese_windows_is_read_and_told(tmp_path):
+def test_a_damaged_line_of_utf_8_stays_utf_8(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_bytes("image,label\n猫.png,一只猫坐在窗边\n狗.png,两只狗在草地上跑\n".encode("gb18030"))
+    path.write_bytes("image,label\n一.png,猫\n二.png,狗\n".encode() + b"c.png,\xe9\xb1\n")
     rows, told = read(path)
-    assert [row.columns["label"] for row in rows] == ["一只猫坐在窗边", "两只狗在草地上跑"]
+    assert [row.columns["label"] for row in rows] == ["猫", "狗", "\ufffd"] and not told
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("cp1252", "image,label\na.png,château\n"), ("gb18030", "image,label\na.png,窗边\n"), ("shift_jis", "画像,猫\n")],
+)
+def test_an_unclear_encoding_is_not_guessed(tmp_path, encoding, text):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match="save it as UTF-8, or name the encoding"):
+        encoding_of(path)
+    rows, told = read(path)
+    assert not rows and [number for number, _, _ in told] == [0] and "save it as UTF-8" in told[0][1]
+
+
+def test_a_file_from_chinese_windows_is_read_and_reported(tmp_path):
+    path = tmp_path / "rows.csv"
+    texts = [f"{PAGE}第{n}张图" for n in range(20)]
+    path.write_bytes(("image,label\n" + "".join(f"{n}.png,{text}\n" for n, text in enumerate(texts))).encode("gb18030"))
+    rows, told = read(path)
+    assert [row.columns["label"] for row in rows] == texts
     assert [number for number, _, _ in told] == [0] and "gb18030" in told[0][1]
 
 

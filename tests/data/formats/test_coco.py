@@ -31,7 +31,7 @@ def test_a_row_per_caption_or_per_picture(document, style, tmp_path):
     ("document", "message"),
     [
         ({"images": IMAGES, "annotations": [{"image_id": 8, "caption": "x"}]}, "c.json:1: .*no image has the id 8"),
-        ({"images": IMAGES, "annotations": [{"image_id": 7, "bbox": [0]}]}, "boxes and keypoints aren't read"),
+        ({"images": IMAGES, "annotations": [{"image_id": 7, "bbox": [0]}]}, "boxes and keypoints aren't supported"),
         ({"images": [{"id": 7}], "annotations": NOTES}, "images.0: without 'id' and 'file_name'"),
         ({"images": [3], "annotations": NOTES}, "images.0: a int, not an object"),
         ({"info": {}, "annotations": NOTES}, "no 'images'"),

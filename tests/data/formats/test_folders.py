@@ -24,7 +24,7 @@ def test_what_is_no_medium_is_listed_unless_it_is_ignored(tmp_path):
     path = tiny_formats.folders(tmp_path)
     for name in ("cats/notes.txt", "README.md", "cats/Thumbs.db"):
         tiny_formats.put(path / name, "x")
-    with pytest.raises(DataError, match=r"2 files or folders that are no media .*: README.md, cats/notes.txt; take"):
+    with pytest.raises(DataError, match=r"2 files or folders that aren't media .*: README.md, cats/notes.txt; remove"):
         read(path)
     assert len(read(path, ignore=[".txt", ".MD"])) == 3
     tiny_formats.put(path / "cats" / "more" / "1.png", b"x")

@@ -56,5 +56,5 @@ def test_changed_texts_are_read_as_the_json_module_does_or_refused(tmp_path):
 def test_an_array_under_a_key_is_found_behind_others(tmp_path):
     path = put(tmp_path / "x.json", {"info": {"b": [9]}, "b": [1, 2], "c": [3]})
     assert list(_json.array_of(path, "b")) == [(1, 1), (2, 2)] and list(_json.array_of(path, "d")) == []
-    with pytest.raises(DataError, match=r"x.json:1: not JSON behind element 0 in 'info' \('{' where \[ is due\)"):
+    with pytest.raises(DataError, match=r"x.json:1: not JSON after element 0 in 'info' \('{' instead of \[\)"):
         list(_json.array_of(path, "info"))

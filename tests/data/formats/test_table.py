@@ -45,7 +45,7 @@ def test_every_encoding_and_delimiter_gives_the_same_rows(name, written, options
         ("a,b\n".encode("utf-16-le"), {}, "holds NUL; is it UTF-16"),
         (b"a,b\n\x80\xff,1\n", {"encoding": "gb18030"}, "not gb18030"),
         (b"a;b\n1;2\n", {}, "between semicolons"),
-        (b"a,b,a\n1,2,3\n", {}, "more than one column is called 'a'"),
+        (b"a,b,a\n1,2,3\n", {}, "several columns are called 'a'"),
         (b"a,b\n1,2,3\n", {}, r"rows.csv:2: more fields than the header's 2"),
         (b'a,b\n"1,2\n', {}, "unexpected end of data"),
         (b"a,b\n1,2\n", {"sheet": "Sheet"}, "has no sheets"),

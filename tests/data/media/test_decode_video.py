@@ -126,7 +126,7 @@ def test_transparent_frames_lie_over_white():
         (Limits(max_bytes=100), {}, r"bytes; at most 100 are read \(`media\.max_bytes`\)"),
         (Limits(max_pixels=3000), {}, r"64x48 pixels; at most 3,000 are decoded \(`media\.max_pixels`\)"),
         (Limits(max_seconds=1.5), {}, r"2\.0 s or more; at most 1\.5 s are read \(`media\.max_seconds`\)"),
-        (Limits(max_frames=19), {}, r"20 frames asked for; at most 19 are kept \(`media\.max_frames`\)"),
+        (Limits(max_frames=19), {}, r"20 frames; at most 19 are decoded \(`media\.max_frames`\)"),
         (Limits(max_frames=3), {"count": 4}, r"4 frames asked for"),
         (Limits(max_frames=7), {"per_second": 4}, r"8 frames asked for"),
         (Limits(max_pixels=3072), {}, r"more than 49,152 pixels together"),
@@ -138,7 +138,11 @@ def test_every_limit_is_kept(limits, sampling, said):
 
 
 def test_what_is_no_video_is_named():
-    for content, said in ((coded_sound(), "no video in it"), (picture(), "not a kind of file"), (b"#EXTM3U", "opened")):
+    for content, said in (
+        (coded_sound(), "no video in it"),
+        (picture(), "not in a supported format"),
+        (b"#EXTM3U", "opened"),
+    ):
         with pytest.raises(MediaError, match=rf"rows\.csv:7: .*{said}"):
             decode("video", content, where="rows.csv:7")
 
