@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from finetune.common.errors import ArtifactError, TrainingError
 
-
 JsonObject = dict[str, Any]
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.common import certificate
-from finetune.common.certificate import LanguageModelFiles, Bounds, Certificate, Dtypes, Measures
+from finetune.common.certificate import Bounds, Certificate, Dtypes, LanguageModelFiles, Measures
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.registry import load_part

@@ -253,5 +253,5 @@ def tell(folder: Path, recipe: Path | str, overrides: Sequence[str], study: Any)
     write_json(folder / "sweep.json", result)
     values = [f"{key}={value}" for key, value in best["values"].items()]
     write_text(folder / "best.yaml", dump_recipe(load_recipe(recipe, [*overrides, *values])))
-    plots.sweep(complete, folder / "plots" / "sweep.png")
+    plots.sweep([(trial["values"], trial["merit"]) for trial in complete], folder / "plots" / "sweep.png")
     return result

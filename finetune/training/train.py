@@ -87,7 +87,7 @@ def train(
         energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
     )
-    plots.losses(result["stages"], folder.plots / "loss.png")
+    plots.losses({name: stage["losses"] for name, stage in result["stages"].items()}, folder.plots / "loss.png")
     console.print(f"adapter: {folder.adapter}")
     return folder
 

@@ -147,6 +147,11 @@ def stage_of(steps: int, seed: int, weights: dict) -> dict:
     }
 
 
+def measures_of(kl: float, tasks) -> dict:
+    scores = {task: {"accuracy": 0.5} for task in tasks}
+    return {"kl": kl, "agreement": 1.0, "largest_logit_difference": 0.5, "kl_from_base": 1.5, "scores": scores}
+
+
 def write_run(folder: Path, recipe: dict, predictions: list[dict], **changes) -> Path:
     """A finished run of these predictions; `changes` are sections of metrics.json, None for one that isn't there."""
     tasks: dict[str, list[dict]] = {}
@@ -198,15 +203,26 @@ def write_run(folder: Path, recipe: dict, predictions: list[dict], **changes) ->
             "why": "its KL divergence is smaller",
             "reference": "the adapter over the nf4 LLM",
             "primary": dict.fromkeys(tasks, "accuracy"),
+            "how": "module by module, from the LLM's files",
+            "language_model": {"name": "minimind2-small", "revision": None, "sha256": {}},
             "candidates": {
-                name: {"kl": kl, "agreement": 1.0, "scores": {task: {"accuracy": 0.5} for task in tasks}}
+                name: measures_of(kl, tasks)
                 for name, kl in (("the 16-bit LLM", 0.1), ("the dequantized nf4 LLM", 2e-9))
             },
+            "saved": measures_of(2e-9, tasks),
+            "trained": measures_of(0.0, tasks),
+            "base": measures_of(1.5, tasks),
+            "bounds": {"min_agreement": 0.95, "max_kl": 0.1, "min_kl_from_base": 1e-6},
             "dtype": "float32",
+            "dtypes": {"llm": "nf4", "computed": "float32", "merged": "float32"},
             "rows": 64,
+            "rows_held_out": 246,
+            "rows_scored": 64,
             "positions": 145,
-            "saved": {"kl": 2e-9, "agreement": 1.0},
+            "media": {"image": 64},
+            "versions": {"torch": "2.13.0"},
             "sha256": {"model.safetensors": "ab" * 32},
+            "adapter_sha256": {"adapter_model.safetensors": "cd" * 32},
         },
     }
     for name, content in write.items():
