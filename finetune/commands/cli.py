@@ -6,12 +6,15 @@ import re
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.common.errors import FinetuneError, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
+
+if TYPE_CHECKING:
+    from finetune.publishing.push import Pushed
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -405,10 +408,10 @@ def print_export(result: dict[str, Any]) -> None:
     print(result["folder"])
 
 
-def print_push(result: dict[str, Any]) -> None:
-    for line in result["checks"]:
+def print_push(result: "Pushed") -> None:
+    for line in result.checks:
         print(line)
-    print(result["url"] or f"not uploaded; the files are in {result['folder']}")
+    print(result.url or f"not uploaded; the files are in {result.folder}")
 
 
 def print_trials(result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import yaml
+from certificate_files import certificate_content
 
 DATA = Path(__file__).parents[2] / "recipes" / "data"
 VOID = {"meta", "img", "input", "br", "link"}
@@ -197,33 +198,14 @@ def write_run(folder: Path, recipe: dict, predictions: list[dict], **changes) ->
             "language_model": {"name": "minimind2-small", "revision": None},
             "encoders": {"image": {"kind": "vision", "options": {"revision": "0123456789abcdef" * 2 + "01234567"}}},
         },
-        "certificate.json": {
-            "format": 1,
-            "merged_into": "the dequantized nf4 LLM",
-            "why": "its KL divergence is smaller",
-            "reference": "the adapter over the nf4 LLM",
-            "primary": dict.fromkeys(tasks, "accuracy"),
-            "how": "module by module, from the LLM's files",
-            "language_model": {"name": "minimind2-small", "revision": None, "sha256": {}},
-            "candidates": {
+        "certificate.json": certificate_content(
+            primary=dict.fromkeys(tasks, "accuracy"),
+            candidates={
                 name: measures_of(kl, tasks)
                 for name, kl in (("the 16-bit LLM", 0.1), ("the dequantized nf4 LLM", 2e-9))
             },
-            "saved": measures_of(2e-9, tasks),
-            "trained": measures_of(0.0, tasks),
-            "base": measures_of(1.5, tasks),
-            "bounds": {"min_agreement": 0.95, "max_kl": 0.1, "min_kl_from_base": 1e-6},
-            "dtype": "float32",
-            "dtypes": {"llm": "nf4", "computed": "float32", "merged": "float32"},
-            "rows": 64,
-            "rows_held_out": 246,
-            "rows_scored": 64,
-            "positions": 145,
-            "media": {"image": 64},
-            "versions": {"torch": "2.13.0"},
-            "sha256": {"model.safetensors": "ab" * 32},
-            "adapter_sha256": {"adapter_model.safetensors": "cd" * 32},
-        },
+            saved=measures_of(2e-9, tasks),
+        ),
     }
     for name, content in write.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
