@@ -4,19 +4,13 @@ import json
 import logging
 import re
 import sys
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from finetune.common.errors import FinetuneError, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
-
-if TYPE_CHECKING:
-    from finetune.commands.data_check import CheckResult
-    from finetune.commands.data_preview import Preview
-    from finetune.export._contract import ExportResult
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -70,6 +64,7 @@ def train(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resu
 @app.command()
 def evaluate(run: Run) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
+    from finetune.commands.tables import print_scores
     from finetune.evaluation.evaluate import evaluate
 
     metrics = evaluate(run)
@@ -107,6 +102,7 @@ def export(
     verify: Annotated[bool, typer.Option(help="Load it in the target, in a clean process, and compare tokens.")] = True,
 ) -> None:
     """Write the merged model as another engine loads it, and compare what that engine answers with ours."""
+    from finetune.commands.tables import print_export
     from finetune.export._run import export_run
 
     print_export(export_run(source, to, out, option or [], verify=verify))
@@ -151,6 +147,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and write the card, upload nothing.")] = False,
 ) -> None:
     """Publish on the Hub, with a card; then download into an empty cache, load, and compare answers."""
+    from finetune.commands.tables import print_push
     from finetune.publishing.push import push
 
     print_push(push(run, repo, merged=merged, private=private, dry_run=dry_run))
@@ -200,13 +197,9 @@ def chat(
 def run(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
     """The whole way: check, train, evaluate, merge, one question about a held-out row, and the report."""
     from finetune.commands.run import run as run_all
+    from finetune.commands.tables import print_run
 
-    result: dict[str, Any] = run_all(recipe, set_ or [], run, resume)
-    print_scores(result.pop("scores"), result.pop("intervals"))
-    print(f"asked about {', '.join(result['media']) or 'nothing shown'}: {result['question']}")
-    print(f"  answer: {result['answer']}   (right: {result['target']})")
-    for name in ("adapter", "metrics", "predictions", "plots", "merged", "report"):
-        print(f"{name:<12} {result[name]}")
+    print_run(run_all(recipe, set_ or [], run, resume))
 
 
 @app.command()
@@ -225,14 +218,13 @@ def sweep(
     ] = None,
 ) -> None:
     """Train a recipe with other values of some keys, and compare on its validation rows; called again, it goes on."""
+    from finetune.commands.tables import print_trials
     from finetune.training.sweep_choices import read_choices
 
     read_choices(recipe, over, trials, set_ or [])  # so that a mistake is reported before torch is imported
     from finetune.training.sweep import sweep
 
-    result = sweep(recipe, over, trials, set_ or [], run)
-    print_trials(result)
-    print(f"the best trial's recipe: {result['folder']}/best.yaml")
+    print_trials(sweep(recipe, over, trials, set_ or [], run))
 
 
 @app.command()
@@ -298,6 +290,7 @@ def data_check(
 ) -> None:
     """Examine every row and medium before training. Exit status 2 where there are errors."""
     from finetune.commands.data_check import data_check
+    from finetune.commands.tables import print_findings
 
     result = data_check(recipe, set_ or [], fix=fix, copy_media=copy_media, workers=workers, out=out)
     print_findings(result)
@@ -316,6 +309,7 @@ def data_preview(
 ) -> None:
     """Show rows as the model will see them: what it learns to write, and each medium as its tokens."""
     from finetune.commands.data_preview import data_preview
+    from finetune.commands.tables import print_previews
 
     print_previews(data_preview(recipe, set_ or [], rows=rows, split=split, html=html, boundaries=ids))
 
@@ -385,117 +379,8 @@ def strength_of(given: list[str]) -> float | dict[str, float] | None:
         raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
 
 
-def print_export(result: "ExportResult") -> None:
-    print(f"{result.target}: {result.model_class} ({result.reason})")
-    if (checked := result.verification) is None:
-        print(f"not compared: {result.not_verified}")
-    else:
-        print(
-            f"{checked.rows} answers in {checked.engine}: {checked.equal_first_tokens} begin with the merged model's "
-            f"tokens, {checked.equal} are equal to the end"
-        )
-    print(result.folder)
-
-
-def print_push(result: dict[str, Any]) -> None:
-    for line in result["checks"]:
-        print(line)
-    print(result["url"] or f"not uploaded; the files are in {result['folder']}")
-
-
-def print_trials(result: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    found = sorted(result["trials"], key=lambda row: (row["merit"] is None, -(row["merit"] or 0)))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("trial", *found[0]["values"], result["metric"], "looks", "seconds"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in found:
-        merit = row["state"] if row["merit"] is None else f"{row['merit']:.4f}"
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row["values"].values())
-        best = " (best)" if row["trial"] == result["best"] else ""
-        table.add_row(f"{row['trial']}{best}", *values, merit, str(len(row["looks"])), seconds)
-    Console().print(table)
-
-
-def print_scores(scores: dict[str, Any], intervals: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    for task, metrics in scores.items():
-        conditions = list(next(iter(metrics.values())))
-        table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-        table.add_column("", no_wrap=True)
-        for condition in conditions:
-            table.add_column(condition.replace("_", "\n"), justify="right")
-            if condition == "tuned":
-                table.add_column("95% of rows\ndrawn anew", justify="right")
-        for metric, values in metrics.items():
-            cells = []
-            for condition in conditions:
-                value = values.get(condition)
-                cells.append("" if value is None else f"{value:.3f}")
-                if condition == "tuned":
-                    ends = intervals.get(task, {}).get(metric, {}).get("tuned")
-                    cells.append(f"{ends[0]:.3f}–{ends[1]:.3f}" if ends else "")
-            table.add_row(metric, *cells)
-        Console().print(table)
-
-
-def print_findings(result: "CheckResult") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from finetune.data.check.ledger import CODES
-
-    splits = ", ".join(f"{found['rows']:,} {split}" for split, found in result["splits"].items()) or "none usable"
-    print(f"{result['name']}: {result['rows']:,} rows read ({splits})")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    table.add_column("found", justify="right")
-    table.add_column("what")
-    table.add_column("for instance", style="dim", overflow="fold")
-    for code, count in result["findings"].items():
-        severity, title = CODES[code]
-        colour = "red" if severity == "error" else "yellow"
-        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(result["examples"][code]))
-    if result["findings"]:
-        Console().print(table)
-    print(f"{result['errors']:,} errors, {result['warnings']:,} warnings: {result['html']}, {result['json']}")
-    if fixed := result.get("fixed"):
-        print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
-
-
-def print_previews(previews: "list[Preview]") -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    for preview in previews:
-        console.print(Text(f"{preview.where}  {preview.summary}", "bold"))
-        text = Text(preview.problem, "red")
-        for piece in preview.pieces:
-            shown = piece.text
-            if piece.medium:
-                shown = f"[{piece.medium.kind} {piece.text} × {piece.tokens}]"
-            elif piece.ends:
-                shown = "".join(f"{shown[begin:end]}|" for begin, end in pairwise((0, *piece.ends)))
-            text.append(shown, "cyan" if piece.medium else "bold green" if piece.learnt else "")
-        console.print(text)
-        if preview.answer:
-            console.print(Text(f"the answer is to be: {preview.answer}", "dim"))
-        console.print()
-    console.print(Text.assemble(("green", "bold green"), ": learnt; the rest is only read"))
-
-
 def main() -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that aren't needed
     try:
         app()
     except FinetuneError as error:

@@ -15,7 +15,7 @@ from finetune.common.errors import ArtifactError
 from finetune.common.run_folder import RunFolder, file_hash, read_json, write_text
 
 NAME = "certificate.json"
-FORMAT = 1
+FORMAT: Literal[1] = 1
 PUBLISHED_BESIDE = ("recipe.yaml", "samples")  # what publishing puts beside a model's own files
 
 # JSON has no infinity: null stands for it, where a model gives a probability that isn't a number.
@@ -38,12 +38,12 @@ class Measures(Section):
     )
     kl_from_base: Distance = Field(description="KL divergence from the LLM without the adapter, in nats a token.")
     scores: Scores | None = Field(
-        None,
+        default=None,
         exclude_if=lambda value: value is None,
         description="Task -> metric -> value on the scored rows; null where these rows have no such value.",
     )
     not_scored: str | None = Field(
-        None, exclude_if=lambda value: value is None, description="Why it has no scores, where it should have."
+        default=None, exclude_if=lambda value: value is None, description="Why it has no scores, where it should have."
     )
 
 

@@ -10,10 +10,10 @@ import torch
 from finetune.common.errors import ArtifactError, TrainingError
 from finetune.data.rows import by_task
 from finetune.data.sample import Answer, Sample
-from finetune.model.adapter import AdapterManifest
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding, bindings_of
 from finetune.model.features import MediaView
+from finetune.model.manifest import AdapterManifest
 from finetune.model.tokenize import IGNORED, tokenize
 from finetune.recipe.schema import Evaluate, Source, task_names
 

@@ -37,8 +37,8 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     """
     from finetune.export._check.ask import Base, Questions
     from finetune.export._check.process import answers_of_process
-    from finetune.model.adapter import AdapterManifest
     from finetune.model.language_model import default_device, load_tokenizer, resolve_dtype
+    from finetune.model.manifest import AdapterManifest
     from finetune.model.tokenize import template_options
 
     llm = AdapterManifest.read(folder).model.llm

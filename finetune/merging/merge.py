@@ -23,8 +23,9 @@ from finetune.evaluation.scores import known_bindings
 from finetune.merging.candidates import MergeJob, Trained, dtype_name
 from finetune.merging.compare import Comparison
 from finetune.merging.lora_weights import LoraFile, tensor_names
-from finetune.model.adapter import AdapterManifest, saved_adapter
+from finetune.model.adapter import saved_adapter
 from finetune.model.language_model import resolve_dtype
+from finetune.model.manifest import AdapterManifest
 from finetune.model.run import Run
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Llm, Recipe

@@ -8,55 +8,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.run_folder import read_json, write_json
-from finetune.model.bindings import TaskBinding
 from finetune.model.composite import MultimodalModel
-from finetune.model.module_names import ModuleShapes, is_lora, matched, module_of, modules, renamed, tensors
-from finetune.recipe.schema import Adapter, EncoderTuning, Limits, Model, Section
-
-FORMAT = 1
-MANIFEST = "multimodal.json"
-
-
-class AdapterManifest(Section, strict=False):
-    """`multimodal.json`: what an adapter folder was trained for, and what it takes to rebuild the model."""
-
-    format: int = Field(FORMAT, description="Version of the folder's layout.")
-    model: Model = Field(description="LLM, encoders, projectors and fusion, by the commits that were loaded.")
-    llm_sha256: dict[str, str] = Field({}, description="File -> sha256 of the LLM's weights, where it is a folder.")
-    tune_encoders: dict[str, EncoderTuning] = Field({}, description="Encoders that were trained.")
-    placeholders: dict[str, int] = Field({}, description="Medium -> id of its placeholder token.")
-    bindings: dict[str, TaskBinding] = Field({}, description="Name -> task binding.")
-    media: Limits = Field(Limits(), description="Bounds of what is decoded.")
-    seed: int = Field(0, description="Seed of new weights: tuned encoders and some adapters are drawn from it.")
-    modules: ModuleShapes = Field(description="The LLM's modules that have LoRA.")
-
-    @classmethod
-    def read(cls, folder: Path) -> "AdapterManifest":
-        """Raises ArtifactError where the file is missing, damaged, or of another format."""
-        path = folder / MANIFEST
-        content = read_json(path)
-        refuse_format(folder, content.get("format") if isinstance(content, dict) else None, FORMAT, "train")
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise ArtifactError(f"{path} is damaged: {key}: {first['msg']}") from None
-
-
-def refuse_format(folder: Path, format: Any, readable: int, verb: str) -> None:
-    """Raises ArtifactError for a format that this version doesn't read; `verb` writes the folder again."""
-    if format == readable:
-        return
-    newer = isinstance(format, int) and format > readable
-    advice = "install a newer finetune" if newer else f"{verb} again"
-    raise ArtifactError(f"{folder}: format {format}; this finetune reads {readable}: {advice}")
+from finetune.model.manifest import MANIFEST, AdapterManifest
+from finetune.model.module_names import is_lora, matched, module_of, modules, names_in, renamed, tensors
+from finetune.recipe.schema import Adapter
 
 
 def attach(model: MultimodalModel, adapter: Adapter) -> None:
@@ -108,7 +68,7 @@ def fitted_adapter(folder: Path, language_model: Any) -> Adapter | None:
     adapter = saved_adapter(folder)
     if adapter is None:
         return None
-    names = AdapterManifest.read(folder).modules.names_in(str(folder), language_model)
+    names = names_in(AdapterManifest.read(folder).modules, str(folder), language_model)
     if any(saved != current for saved, current in names.items()):
         return adapter.model_copy(update={"targets": sorted(names.values())})
     return adapter

@@ -13,13 +13,14 @@ from finetune.common import certificate, hub
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.progress import quiet_libraries
 from finetune.common.run_folder import read_json
-from finetune.model.adapter import MANIFEST, AdapterManifest, fitted_adapter, load_trained, refuse_format
+from finetune.model.adapter import fitted_adapter, load_trained
 from finetune.model.assistant import Assistant
 from finetune.model.build import Components, build_model, load_components, load_llm
 from finetune.model.composite import MultimodalModel
 from finetune.model.composition import MERGED_FORMAT, PLACEHOLDERS, Composition
 from finetune.model.language_model import default_device, load_tokenizer
 from finetune.model.loading import load_exactly
+from finetune.model.manifest import MANIFEST, AdapterManifest, refuse_format
 from finetune.model.tokenize import Placeholder
 
 COMMIT = "[0-9a-f]{40}"

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from finetune.common.errors import ArtifactError
-from finetune.recipe.schema import Section
+from finetune.model.manifest import ModuleShapes
 
 PEFT_PREFIX = "base_model.model."  # before the names of the LLM's modules in PEFT's files
 SHOWN = 3  # names of each side in a message
@@ -61,32 +61,27 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") if names else "no others"
 
 
-class ModuleShapes(Section, strict=False):
-    """The modules of an LLM that have LoRA. `shapes`: {module: (features in, features out)}."""
+def module_shapes(causal_lm: Any) -> ModuleShapes:
+    """The modules of an LLM that have LoRA."""
+    modules = dict(causal_lm.named_modules())
+    sizes = {name: size for name, size in _sizes(causal_lm).items() if isinstance(modules[name], BaseTunerLayer)}
+    return ModuleShapes(llm_class=type(causal_lm).__name__, shapes=sizes)
 
-    llm_class: str
-    shapes: dict[str, tuple[int, int]]
 
-    @classmethod
-    def of(cls, causal_lm: Any) -> "ModuleShapes":
-        modules = dict(causal_lm.named_modules())
-        sizes = {name: size for name, size in _sizes(causal_lm).items() if isinstance(modules[name], BaseTunerLayer)}
-        return cls(llm_class=type(causal_lm).__name__, shapes=sizes)
-
-    def names_in(self, where: str, language_model: Any) -> dict[str, str]:
-        """{module that was trained: its name in an LLM without adapter}. Raises ArtifactError, beginning with `where`,
-        with names and sizes of both sides, where the adapter was trained on another LLM.
-        """
-        sizes = _sizes(language_model)
-        names = matched(f"{where}: the adapter doesn't fit the LLM", self.shapes, sizes, language_model)
-        for module, saved in self.shapes.items():
-            if saved != (size := sizes[names[module]]):
-                raise ArtifactError(
-                    f"{where}: the adapter was trained on another LLM: in that {self.llm_class} {module} takes "
-                    f"{saved[0]} features and gives {saved[1]}, in this {type(language_model).__name__} it takes "
-                    f"{size[0]} and gives {size[1]}"
-                )
-        return names
+def names_in(trained: ModuleShapes, where: str, language_model: Any) -> dict[str, str]:
+    """{module that was trained: its name in an LLM without adapter}. Raises ArtifactError, beginning with `where`, with
+    names and sizes of both sides, where the adapter was trained on another LLM.
+    """
+    sizes = _sizes(language_model)
+    names = matched(f"{where}: the adapter doesn't fit the LLM", trained.shapes, sizes, language_model)
+    for module, saved in trained.shapes.items():
+        if saved != (size := sizes[names[module]]):
+            raise ArtifactError(
+                f"{where}: the adapter was trained on another LLM: in that {trained.llm_class} {module} takes "
+                f"{saved[0]} features and gives {saved[1]}, in this {type(language_model).__name__} it takes "
+                f"{size[0]} and gives {size[1]}"
+            )
+    return names
 
 
 def _sizes(language_model: Any) -> dict[str, tuple[int, int]]:

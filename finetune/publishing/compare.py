@@ -1,86 +1,78 @@
-"""The same held-out questions asked of a model here and as it was downloaded again."""
+"""The same held-out questions, put to a model here and to its copy downloaded from the Hub."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import RunFolder
-from finetune.data.rows import Entry, Source, read_splits, some
-from finetune.evaluation.scores import by_name, measured
+from finetune.data.predictions import read_predictions
+from finetune.data.rows import by_task, read_splits, subset
+from finetune.data.sample import Sample
+from finetune.evaluation.scores import measured
 from finetune.model.assistant import Assistant
+from finetune.model.manifest import AdapterManifest
+from finetune.recipe.schema import Recipe
 
 ROWS = 16  # of each task, at most
+
+Predictions = Mapping[str, Sequence[object]]  # task binding -> prediction of each row
 
 
 @dataclass(frozen=True)
 class Questions:
-    """`groups`: {name of the scores: entries, asked as one batch}; `evaluated`: what predictions.jsonl has of them."""
+    """`samples`: task binding -> rows, answered as one batch; `evaluated`: their predictions in predictions.jsonl."""
 
-    groups: Mapping[str, Sequence[Entry]]
-    evaluated: Mapping[str, Sequence[Any]]
+    samples: Mapping[str, Sequence[Sample]]
+    evaluated: Predictions
     max_new_tokens: int
 
     def __len__(self) -> int:
-        return sum(map(len, self.groups.values()))
+        return sum(map(len, self.samples.values()))
 
-    def asked_of(self, assistant: Assistant) -> dict[str, list[Any]]:
-        """{name: predictions}."""
-        said = {}
-        for name, entries in self.groups.items():
-            questions = [entry.sample.question for entry in entries]
+    def predictions_of(self, assistant: Assistant) -> Predictions:
+        predictions = {}
+        for name, samples in self.samples.items():
+            questions = [sample.question for sample in samples]
             answers = assistant.ask(name, questions, max_new_tokens=self.max_new_tokens)
-            said[name] = measured(assistant.model.asks[name], entries, answers)[0]
-        return said
+            predictions[name] = measured(assistant.model.bindings[name], samples, answers)[0]
+        return predictions
 
 
-def questions_of(
-    folder: RunFolder,
-    sources: Sequence[Source],
-    known: Sequence[str],
-    *,
-    seed: int,
-    split: str,
-    limit: int | None,
-    batch: int,
-    max_new_tokens: int,
-) -> Questions:
-    """The first evaluated rows of each task that the model knows (`known`), in the batches of `finetune evaluate`: in
-    others they may round otherwise. Raises DataError where the rows aren't those that were evaluated.
+def questions_of(folder: RunFolder, recipe: Recipe) -> Questions:
+    """The first evaluated rows of each task that the adapter was trained for, in the batches of `finetune evaluate`:
+    other batches may round otherwise. Raises DataError if the rows have changed since the evaluation.
     """
-    entries = some(read_splits(sources, seed)[split], limit, seed)
-    lines = folder.predictions.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    if [row["row"] for row in rows] != [entry.sample.where for entry in entries]:
-        raise DataError(f"{folder.predictions}: isn't of the rows that there are now; run `finetune evaluate` again")
-    chosen = {name: numbers[: min(batch, ROWS)] for name, numbers in by_name(entries, sources).items() if name in known}
+    options = recipe.evaluate
+    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    samples = subset(splits.of(options.split), options.limit, recipe.seed)
+    predictions = read_predictions(folder.predictions)
+    if [prediction.row for prediction in predictions] != [sample.where for sample in samples]:
+        raise DataError(f"{folder.predictions}: isn't of the present rows; run `finetune evaluate` again")
+    trained = AdapterManifest.read(folder.adapter).bindings
+    chosen = {
+        name: numbers[: min(options.batch, ROWS)] for name, numbers in by_task(samples).items() if name in trained
+    }
     return Questions(
-        {name: [entries[i] for i in numbers] for name, numbers in chosen.items()},
-        {name: [rows[i]["tuned"] for i in numbers] for name, numbers in chosen.items()},
-        max_new_tokens,
+        {name: [samples[i] for i in numbers] for name, numbers in chosen.items()},
+        {name: [predictions[i].answers["tuned"] for i in numbers] for name, numbers in chosen.items()},
+        options.max_new_tokens,
     )
 
 
-def equal(left: Mapping[str, Sequence[Any]], right: Mapping[str, Sequence[Any]]) -> int:
-    """How many predictions are the same: text to the letter, numbers and probabilities to three digits."""
-    return sum(_same(a, b) for name in left for a, b in zip(left[name], right[name], strict=True))
-
-
-def differences(
-    questions: Questions, left: Mapping[str, Sequence[Any]], right: Mapping[str, Sequence[Any]]
-) -> list[tuple[str, Any, Any]]:
-    """(row, left, right) of those that aren't the same."""
+def differences(questions: Questions, left: Predictions, right: Predictions) -> list[tuple[str, object, object]]:
+    """(row, left, right) of unequal predictions: text must be equal to the letter, numbers and probabilities to three
+    digits.
+    """
     return [
-        (entry.sample.where, a, b)
-        for name, entries in questions.groups.items()
-        for entry, a, b in zip(entries, left[name], right[name], strict=True)
+        (sample.where, a, b)
+        for name, samples in questions.samples.items()
+        for sample, a, b in zip(samples, left[name], right[name], strict=True)
         if not _same(a, b)
     ]
 
 
-def _same(left: Any, right: Any) -> bool:
+def _same(left: object, right: object) -> bool:
     if isinstance(left, float | int) and isinstance(right, float | int):
         return math.isclose(left, right, rel_tol=1e-3, abs_tol=1e-3) or (math.isnan(left) and math.isnan(right))
     if isinstance(left, dict) and isinstance(right, dict):

@@ -1,117 +1,139 @@
-"""What a model is made of, as others can find it: names on the Hub, commits, licences."""
+"""What is published, and what it is made of as others can find it: names on the Hub, commits, licences."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from finetune.common import hub
 from finetune.common.errors import ModelError
+from finetune.evaluation.report.content import Content
+from finetune.recipe.schema import Recipe, Source
 
 
 @dataclass(frozen=True)
 class Base:
-    """A part that was taken from elsewhere. `key`: "llm" or "encoders.NAME"; `here`: its name in the run; `name`: on
-    the Hub, None where it is only a folder here; `revision`: the commit there, if known.
+    """An LLM or encoder that was taken from elsewhere. `key`: "llm" or "encoders.NAME"; `path`: its name in the recipe;
+    `name`: its Hub id, None for a local folder; `revision`: its commit there, if known.
     """
 
     key: str
-    here: str
+    path: str
     name: str | None
     revision: str | None
     licence: str | None = None
 
     @property
-    def called(self) -> str:
-        """What readers may know it by: nothing of this machine's folders."""
-        return self.name or Path(self.here).name
+    def public_name(self) -> str:
+        """The Hub id, or the last part of the path."""
+        return self.name or Path(self.path).name
+
+    @property
+    def role(self) -> str:
+        return "LLM" if self.key == "llm" else f"encoder of {self.key.removeprefix('encoders.')}"
 
 
-def bases_of(recipe: Mapping[str, Any], saved: Mapping[str, Any], hub_names: Mapping[str, str]) -> list[Base]:
-    """The LLM and the encoders of a resolved recipe. `saved`: what multimodal.json says of their commits."""
-    model = recipe["model"]
-    named = {"llm": (model["llm"]["name"], saved.get("language_model", {}).get("revision"))}
-    for medium, part in model["encoders"].items():
-        options = saved.get("encoders", {}).get(medium, {}).get("options", {})
-        named[f"encoders.{medium}"] = (str(part["name"]), options.get("revision"))
+@dataclass(frozen=True)
+class Publication:
+    """`recipe`, `content`: without paths of this machine; `data_licences`: source -> licence."""
+
+    repo: str
+    merged: bool
+    recipe: Recipe
+    content: Content
+    bases: Sequence[Base]
+    data_licences: Mapping[str, str | None]
+
+    @property
+    def licence(self) -> str | None:
+        llm = next((base.licence for base in self.bases if base.key == "llm"), None)
+        return self.recipe.publish.license or llm
+
+
+def bases_of(recipe: Recipe, commits: Mapping[str, str | None]) -> list[Base]:
+    """The LLM and the encoders of a resolved recipe. `commits`: by `Base.key`, as they were trained over."""
+    paths = {"llm": recipe.model.llm.name}
+    for medium, encoder in recipe.model.encoders.items():
+        paths[f"encoders.{medium}"] = str(getattr(encoder.options, "name", encoder.kind))
+    hub_names = recipe.publish.hub_names
     return [
-        Base(key, here, hub_names.get(key), None)
+        Base(key, path, hub_names[key], None)
         if key in hub_names
-        else Base(key, here, None if is_local(here) else here, revision)
-        for key, (here, revision) in named.items()
+        else Base(key, path, None if is_local(path) else path, commits.get(key))
+        for key, path in paths.items()
     ]
 
 
 def is_local(name: str) -> bool:
-    """Whether a name of a resolved recipe is of this machine: those were made absolute."""
+    """Whether a name of a resolved recipe is a path of this machine: those were made absolute."""
     return os.path.isabs(name) or name.endswith(".gguf")
 
 
-def with_commits(bases: list[Base]) -> list[Base]:
-    """The same, each that is on the Hub with its commit there. Raises ModelError."""
+def with_commits(bases: Sequence[Base]) -> list[Base]:
+    """The same; those on the Hub with their commits there. Raises ModelError."""
     from huggingface_hub import HfApi
 
-    found = []
+    resolved = []
     for base in bases:
         if base.name and not re.fullmatch("[0-9a-f]{40}", base.revision or ""):
-            with hub.asking(f"{base.key}: {base.name}"):
+            with hub.requesting(f"{base.key}: {base.name}"):
                 base = replace(base, revision=HfApi().model_info(base.name, revision=base.revision).sha)
-        found.append(base)
-    return found
+        resolved.append(base)
+    return resolved
 
 
-def with_licences(bases: list[Base], named: Mapping[str, str]) -> list[Base]:
-    """The same with licences: as named, else as the card of the Hub, or a README.md or NOTICE in the folder, has it."""
-    return [replace(base, licence=named.get(base.key) or _licence_of(base)) for base in bases]
+def with_licences(bases: Sequence[Base], licences: Mapping[str, str]) -> list[Base]:
+    """The same with licences: from `licences`, else a README.md or NOTICE in the folder, else the card on the Hub."""
+    return [replace(base, licence=licences.get(base.key) or _licence_of(base)) for base in bases]
 
 
 def _licence_of(base: Base) -> str | None:
     from huggingface_hub import HfApi
 
-    if is_local(base.here) and (found := _licence_in(Path(base.here))):
-        return found
+    if is_local(base.path) and (licence := _licence_in(Path(base.path))):
+        return licence
     if base.name is None:
         return None
     try:
-        with hub.asking(base.name):
+        with hub.requesting(base.name):
             card = HfApi().model_info(base.name).card_data
-    except ModelError:  # unknown, then, and asked for
+    except ModelError:  # the recipe has to name it, then
         return None
     return getattr(card, "license", None)
 
 
 def _licence_in(folder: Path) -> str | None:
-    """What a model's or a data set's folder says of its licence, lower case."""
+    """The licence that a folder's README.md or NOTICE names, lower case."""
     for name, pattern in (("README.md", r"^license:\s*(\S+)\s*$"), ("NOTICE", r"^Licen[cs]e:\s*(\S+)\s*$")):
         file = folder / name
         text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-        if found := re.search(pattern, text, re.MULTILINE):
-            return found[1].lower()
+        if match := re.search(pattern, text, re.MULTILINE):
+            return match[1].lower()
     return None
 
 
-def data_licences(recipe: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str | None]:
-    """{source as readers may know it: its licence}."""
-    found = {}
-    for source in recipe["data"]:
-        path = str(source["path"])
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        found[source_name(source)] = named.get("data") or (_licence_in(folder) if is_local(path) else _dataset(path))
-    return found
+def data_licences(recipe: Recipe) -> dict[str, str | None]:
+    """`source_name` -> licence."""
+    licences = {}
+    for source in recipe.data:
+        local = is_local(str(source.path))
+        folder = source.path if source.path.is_dir() else source.path.parent
+        licence = recipe.publish.licenses.get("data")
+        licences[source_name(source)] = licence or (_licence_in(folder) if local else _dataset(str(source.path)))
+    return licences
 
 
-def source_name(source: Mapping[str, Any]) -> str:
+def source_name(source: Source) -> str:
     """A dataset's Hub id, or the last part of a path."""
-    return Path(source["path"]).name if is_local(str(source["path"])) else str(source["path"])
+    return source.path.name if is_local(str(source.path)) else str(source.path)
 
 
 def _dataset(name: str) -> str | None:
     from huggingface_hub import HfApi
 
     try:
-        with hub.asking(name):
+        with hub.requesting(name):
             card = HfApi().dataset_info(name).card_data
     except ModelError:
         return None

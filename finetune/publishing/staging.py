@@ -1,68 +1,58 @@
-"""The folder as it will be on the Hub: the model's files without names of this machine, the recipe, the manifest."""
+"""The folder as it will be on the Hub: the model's files and the recipe, without paths of this machine."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.common.certificate import NAME as CERTIFICATE
-from finetune.common.certificate import file_hash
-from finetune.common.hub import MANIFEST
-from finetune.common.run_folder import read_json, write_json, write_text
+from finetune.common.certificate import Certificate
+from finetune.common.run_folder import JsonObject, file_hash, read_json, write_json
+from finetune.model.manifest import MANIFEST
 from finetune.publishing.parts import Base
-from finetune.recipe.yaml_reader import dump_yaml
+from finetune.recipe.schema import Recipe
 
-VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # words of all kinds: only copied
+VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # any words: copied as they are
 
 
 def stage_adapter(source: Path, into: Path, bases: Sequence[Base]) -> None:
-    """Copy an adapter's folder; its LLM and encoders are named as the Hub has them."""
+    """Copy an adapter's folder; its LLM and encoders are named as on the Hub, each with its commit."""
     copy_cleaned(source, into, bases)
-    content = named(read_json(into / "multimodal.json"), bases)
-    write_json(into / "multimodal.json", content)
-    if (into / "adapter_config.json").is_file():
-        llm = content["language_model"]
-        lora = read_json(into / "adapter_config.json")
-        write_json(
-            into / "adapter_config.json",
-            {**lora, "base_model_name_or_path": llm["name"], "revision": llm["revision"]},
-        )
-
-
-def named(content: Mapping[str, Any], bases: Sequence[Base]) -> dict[str, Any]:
-    """multimodal.json with the LLM and the encoders as the Hub has them, each with its commit."""
     by_key = {base.key: base for base in bases}
-    found: dict[str, Any] = cleaned(content, names_of(bases))
-    found["language_model"] |= {"name": by_key["llm"].called, "revision": by_key["llm"].revision}
-    for medium, part in found["encoders"].items():
+    llm, content = by_key["llm"], read_json(into / MANIFEST)
+    content["model"]["llm"] |= {"name": llm.public_name, "revision": llm.revision}
+    for medium, encoder in content["model"]["encoders"].items():
         base = by_key[f"encoders.{medium}"]
-        part["options"] |= {"name": base.called, "revision": base.revision}
-    return found
+        encoder |= {"name": base.public_name, "revision": base.revision}
+    write_json(into / MANIFEST, content)
+    if (into / "adapter_config.json").is_file():
+        lora = read_json(into / "adapter_config.json")
+        lora |= {"base_model_name_or_path": llm.public_name, "revision": llm.revision}
+        write_json(into / "adapter_config.json", lora)
 
 
-def stage_merged(source: Path, into: Path, bases: Sequence[Base], certificate: Mapping[str, Any]) -> None:
-    """Copy a merged folder, with its certificate. Where a config named a folder of this machine, the certificate's hash
-    is that of the config without it; hashes of weights are never written anew.
+def stage_merged(source: Path, into: Path, bases: Sequence[Base], certificate: Certificate) -> Certificate:
+    """Copy a merged folder, with its certificate, which is returned. If a config named a folder of this machine, the
+    certificate has the hash of the config without it; hashes of weights are never written again.
     """
     changed = copy_cleaned(source, into, bases)
-    hashes = {**certificate["sha256"], **{name: file_hash(into / name) for name in changed}}
-    content = cleaned({**certificate, "sha256": hashes}, names_of(bases))
-    write_json(into / CERTIFICATE, content)
+    hashes = {**certificate.sha256, **{name: file_hash(into / name) for name in changed}}
+    published = certificate.model_copy(update={"sha256": hashes})
+    published.write(into / CERTIFICATE)
+    return published
 
 
 def copy_cleaned(source: Path, into: Path, bases: Sequence[Base]) -> list[str]:
-    """Copy files; weights are linked where the disk can. Returns those that had to be changed."""
+    """Copy files; weights are hard-linked if the disk can. Returns the names of those that had to be changed."""
     changed = []
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source).as_posix()
-        if not path.is_file() or name in ("README.md", CERTIFICATE, MANIFEST):
+        if not path.is_file() or name in ("README.md", CERTIFICATE):
             continue
         (into / name).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json" and path.name not in VOCABULARY:
             before = read_json(path)
-            if (after := cleaned(before, names_of(bases))) != before:
+            if (after := cleaned(before, public_names(bases))) != before:
                 write_json(into / name, after)
                 changed.append(name)
                 continue
@@ -77,12 +67,12 @@ def link(path: Path, to: Path) -> None:
         shutil.copyfile(path, to)
 
 
-def names_of(bases: Sequence[Base]) -> dict[str, str]:
-    return {base.here: base.called for base in bases}
+def public_names(bases: Sequence[Base]) -> dict[str, str]:
+    return {base.path: base.public_name for base in bases}
 
 
-def cleaned(value: Any, names: Mapping[str, str]) -> Any:
-    """JSON with parts named as readers know them, and of other paths of this machine only the last part."""
+def cleaned(value: object, names: Mapping[str, str]) -> object:
+    """JSON with `names` replaced, and other existing paths of this machine cut to their last part."""
     if isinstance(value, dict):
         return {key: cleaned(inner, names) for key, inner in value.items()}
     if isinstance(value, list):
@@ -95,23 +85,9 @@ def cleaned(value: Any, names: Mapping[str, str]) -> Any:
     return value
 
 
-def published_recipe(recipe: Mapping[str, Any], bases: Sequence[Base], repo: str) -> dict[str, Any]:
-    """A resolved recipe as JSON, without paths of this machine."""
-    content = json.loads(json.dumps(recipe, default=str))
+def published_recipe(recipe: Recipe, bases: Sequence[Base], repo: str) -> Recipe:
+    """A resolved recipe without paths of this machine."""
+    content: JsonObject = recipe.model_dump(mode="json")
     content["train"]["cache_folder"] = None
     content["publish"]["repo"] = repo
-    return cleaned(content, names_of(bases))
-
-
-def write_recipe(into: Path, recipe: Mapping[str, Any]) -> None:
-    write_text(into / "recipe.yaml", dump_yaml(recipe))
-
-
-def write_manifest(into: Path, *, recipe: str, kind: str) -> None:
-    """`kind`: 'adapter' or 'merged'. To be written last: it lists all other files."""
-    files = {
-        path.relative_to(into).as_posix(): {"sha256": file_hash(path), "bytes": path.stat().st_size}
-        for path in sorted(into.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    write_json(into / MANIFEST, {"format": 1, "recipe": recipe, "kind": kind, "files": files})
+    return Recipe.model_validate(cleaned(content, public_names(bases)))

@@ -242,5 +242,7 @@ def finish(folder: Path, recipe: Path | str, overrides: Sequence[str], study: An
     write_json(folder / "sweep.json", asdict(result))
     values = [f"{key}={value}" for key, value in best.values.items()]
     write_text(folder / "best.yaml", dump_recipe(load_recipe(recipe, [*overrides, *values])))
-    plots.sweep([asdict(trial) for trial in trials if trial.score is not None], folder / "plots" / "sweep.png")
+    plots.sweep(
+        [(trial.values, trial.score) for trial in trials if trial.score is not None], folder / "plots" / "sweep.png"
+    )
     return result

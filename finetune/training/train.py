@@ -17,10 +17,11 @@ from finetune.common.progress import console, fresh_memory, peak_memory_bytes, q
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
 from finetune.evaluation import plots
 from finetune.evaluation.scores import Scores, answers_to, scored, selection_score
-from finetune.model.adapter import AdapterManifest, save_adapter_folder
+from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import default_device, packs_exactly
-from finetune.model.module_names import ModuleShapes
+from finetune.model.manifest import AdapterManifest
+from finetune.model.module_names import module_shapes
 from finetune.model.run import Run
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Model, Recipe, Stage
@@ -80,7 +81,7 @@ def train(
         energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
     )
-    plots.losses(content["stages"], folder.plots / "loss.png")
+    plots.losses({name: stage.losses for name, stage in result.stages.items()}, folder.plots / "loss.png")
     console.print(f"adapter: {folder.adapter}")
     return folder
 
@@ -217,7 +218,7 @@ def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
         bindings=run.bindings,
         media=recipe.media,
         seed=recipe.seed,
-        modules=ModuleShapes.of(model.causal_lm),
+        modules=module_shapes(model.causal_lm),
     )
 
 

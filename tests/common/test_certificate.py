@@ -5,9 +5,9 @@ import json
 import math
 
 import pytest
+from certificate_files import certificate_content
 
 from finetune.common.certificate import (
-    FORMAT,
     Certificate,
     compared_models,
     comparison,
@@ -28,34 +28,7 @@ def merged(tmp_path):
         path = tmp_path / "merged" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    measures = {"kl": 0.002, "agreement": 0.99, "largest_logit_difference": 0.3, "kl_from_base": 1.5}
-    content = {
-        "format": FORMAT,
-        "merged_into": "the dequantized nf4 LLM",
-        "why": "it is closer",
-        "how": "module by module, from the LLM's files",
-        "reference": "the adapter over the nf4 LLM",
-        "language_model": {"name": "org/llm", "revision": "c" * 40, "sha256": {}},
-        "dtype": "bfloat16",
-        "dtypes": {"llm": "nf4", "computed": "bfloat16", "merged": "bfloat16"},
-        "rows": 64,
-        "rows_held_out": 70,
-        "rows_scored": 64,
-        "positions": 145,
-        "media": {"image": 64},
-        "primary": {"mood": "f1", "words": "exact_match"},
-        "saved": measures,
-        "candidates": {
-            "the 16-bit LLM": {**measures, "kl": None, "not_scored": "no memory"},
-            "the dequantized nf4 LLM": {**measures, "scores": {"mood": {"f1": 0.75, "accuracy": None}}},
-        },
-        "trained": {**measures, "kl": 0.0, "agreement": 1.0, "scores": {"mood": {"f1": 0.7}}},
-        "base": {**measures, "kl": 2.0, "kl_from_base": 0.0},
-        "bounds": {"min_agreement": 0.95, "max_kl": 0.1, "min_kl_from_base": None},
-        "versions": {"torch": "2.13.0"},
-        "sha256": file_hashes(tmp_path / "merged"),
-        "adapter_sha256": {"adapter_model.safetensors": "ab" * 32},
-    }
+    content = certificate_content(sha256=file_hashes(tmp_path / "merged"))
     (tmp_path / "merged" / "certificate.json").write_text(json.dumps(content))
     return tmp_path / "merged"
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import yaml
+from certificate_files import certificate_content
 
 DATA = Path(__file__).parents[2] / "recipes" / "data"
 VOID = {"meta", "img", "input", "br", "link"}
@@ -147,6 +148,11 @@ def stage_of(steps: int, seed: int, weights: dict) -> dict:
     }
 
 
+def measures_of(kl: float, tasks) -> dict:
+    scores = {task: {"accuracy": 0.5} for task in tasks}
+    return {"kl": kl, "agreement": 1.0, "largest_logit_difference": 0.5, "kl_from_base": 1.5, "scores": scores}
+
+
 def write_run(folder: Path, recipe: dict, predictions: list[dict], **changes) -> Path:
     """A finished run of these predictions; `changes` are sections of metrics.json, None for one that isn't there."""
     tasks: dict[str, list[dict]] = {}
@@ -192,22 +198,14 @@ def write_run(folder: Path, recipe: dict, predictions: list[dict], **changes) ->
             "language_model": {"name": "minimind2-small", "revision": None},
             "encoders": {"image": {"kind": "vision", "options": {"revision": "0123456789abcdef" * 2 + "01234567"}}},
         },
-        "certificate.json": {
-            "format": 1,
-            "merged_into": "the dequantized nf4 LLM",
-            "why": "its KL divergence is smaller",
-            "reference": "the adapter over the nf4 LLM",
-            "primary": dict.fromkeys(tasks, "accuracy"),
-            "candidates": {
-                name: {"kl": kl, "agreement": 1.0, "scores": {task: {"accuracy": 0.5} for task in tasks}}
+        "certificate.json": certificate_content(
+            primary=dict.fromkeys(tasks, "accuracy"),
+            candidates={
+                name: measures_of(kl, tasks)
                 for name, kl in (("the 16-bit LLM", 0.1), ("the dequantized nf4 LLM", 2e-9))
             },
-            "dtype": "float32",
-            "rows": 64,
-            "positions": 145,
-            "saved": {"kl": 2e-9, "agreement": 1.0},
-            "sha256": {"model.safetensors": "ab" * 32},
-        },
+            saved=measures_of(2e-9, tasks),
+        ),
     }
     for name, content in write.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

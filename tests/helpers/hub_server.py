@@ -38,7 +38,9 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """`faults`: {a part of a request's path: (status, after how many such requests)}; status 0 cuts the connection."""
+    """`faults`: {a part of a request's path: (status, after how many such requests)}; status 0 cuts the connection.
+    `damaged`: files that are sent with another last byte.
+    """
 
     daemon_threads = True
 
@@ -49,6 +51,7 @@ class Hub(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, tuple[int, int]] = {}
         self.requests: list[tuple[str, str]] = []
+        self.damaged: set[str] = set()
 
     def add(self, name: str, files: dict[str, bytes] | Path, **how: Any) -> str:
         """A repository with one commit: of these files, or of a folder."""
@@ -224,6 +227,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         etag = f'"{_oid(path, content)}"'
         linked = {"X_Linked_Etag": etag, "X_Linked_Size": str(len(content))} if path.endswith(LFS) else {}
+        if path in self.server.damaged:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         self.say(content, 200, ETag=etag, X_Repo_Commit=commit, **linked)
 
 

@@ -9,48 +9,36 @@ from finished_run import predictions_of, recipe_of, source_of, write_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from finetune.evaluation.report.content import read_content
+from finetune.evaluation.report.content import SavedBinding, SavedKind, read_content
 from finetune.publishing import card
-from finetune.publishing.parts import Base
-from finetune.publishing.staging import cleaned, names_of
+from finetune.publishing.parts import Base, Publication
+from finetune.publishing.staging import cleaned, public_names
+from finetune.recipe.schema import Recipe
 
-OPTIONS = {
-    "license": None,
-    "languages": ["zh"],
-    "datasets": ["org/rows"],
-    "limits": "Drawn pictures only.",
-    "samples": 6,
-}
+OPTIONS = {"languages": ["zh"], "datasets": ["org/rows"], "limits": "Drawn pictures only."}
 BASES = [
     Base("llm", "/home/someone/weights/minimind2-small", "org/minimind2", "c" * 40, "apache-2.0"),
     Base("encoders.image", "org/mobilenet-v2", "org/mobilenet-v2", None, "mit"),
 ]
-ASK = {"task": {"kind": "classify"}, "head": {"kind": "language"}, "settings": {}}
 
 
-def written(tmp_path, asks=None, merged=False, change=None, **options):
+def binding_of(task="classify", head="language", settings=None) -> SavedBinding:
+    return SavedBinding(task=SavedKind(kind=task), head=SavedKind(kind=head), settings=settings or {})
+
+
+def written(tmp_path, binding=None, merged=False, change=None, **options):
     rows = predictions_of("classify", "emoji", "image", "label", 3)
     for row in change or ():
         rows[0] |= row
-    run = write_run(tmp_path / "run", recipe_of(source_of()), rows)
+    run = write_run(tmp_path / "run", recipe_of(source_of()) | {"publish": OPTIONS | options}, rows)
     content = read_content(run)
-    content = replace(
-        content,
-        recipe=cleaned(content.recipe, names_of(BASES) | {source_of()["path"]: "test.csv"}),
-        adapter={**content.adapter, "asks": asks or {"classify": ASK}},
-        certificate={**content.certificate, "candidates": {"the 16-bit LLM": {"kl": 0.004, "agreement": 0.98}}},
-    )
+    recipe = content.recipe.model_dump(mode="json")
+    recipe = Recipe.model_validate(cleaned(recipe, public_names(BASES) | {source_of()["path"]: "test.csv"}))
+    certificate = content.certificate if merged else None
+    content = replace(content, recipe=recipe, bindings={"classify": binding or binding_of()}, certificate=certificate)
     folder = tmp_path / "card"
     folder.mkdir()
-    card.write_card(
-        folder,
-        content,
-        repo="me/emoji",
-        merged=merged,
-        bases=BASES,
-        data={"test.csv": "ofl-1.1"},
-        options=OPTIONS | {"samples": 6} | options,
-    )
+    card.write_card(folder, Publication("me/emoji", merged, recipe, content, BASES, {"test.csv": "ofl-1.1"}))
     return folder, run
 
 
@@ -110,8 +98,7 @@ def test_what_rows_hold_cannot_become_markup(tmp_path):
     ],
 )
 def test_the_snippet_asks_as_the_model_was_trained(head, settings, verb, tag, tmp_path):
-    asks = {"classify": {"task": {"kind": "classify"}, "head": {"kind": head}, "settings": settings}}
-    folder, _ = written(tmp_path, asks)
+    folder, _ = written(tmp_path, binding_of(head=head, settings=settings))
     text = (folder / "README.md").read_text()
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     compile(snippet, "card", "exec")
@@ -129,12 +116,12 @@ def test_the_snippet_asks_as_the_model_was_trained(head, settings, verb, tag, tm
         ([], "answer", "text-generation"),
     ],
 )
-def test_the_hub_is_told_what_the_model_does(media, kind, tag):
-    assert card.pipeline_tag(media, {"x": {"task": {"kind": kind}, "head": {"kind": "language"}}}) == tag
+def test_the_hub_s_tag_is_what_the_model_does(media, kind, tag):
+    assert card.pipeline_tag(media, [binding_of(kind)]) == tag
 
 
 def test_a_merged_model_shows_what_the_merge_proved(tmp_path):
     folder, _ = written(tmp_path, merged=True)
     text = (folder / "README.md").read_text()
-    assert "## The merge" in text and "0.004" in text and "98.0%" in text
+    assert "## Merge certificate" in text and "| 2e-09 | 100.0% |" in text
     assert ModelCard.load(folder / "README.md").data.base_model_relation == "merge"

@@ -4,21 +4,21 @@ import json
 import shutil
 
 import pytest
+from certificate_files import certificate_content
 from fixture_folders import PICTURE, expected_of, fixture_folder
 from hub_server import READ_TOKEN
 from loopback import asked_of, hub_on_loopback
 
 import finetune
 from finetune.common import hub as hub_of_finetune
+from finetune.common.certificate import file_hashes
 from finetune.common.errors import ArtifactError, ModelError
-from finetune.publishing.staging import write_manifest
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with one published adapter, me/tiny."""
     folder = fixture_folder("format-3", tmp_path / "made")
-    write_manifest(folder, recipe="tiny", kind="adapter")
     with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
         hub.add("me/tiny", folder)
         yield hub
@@ -35,7 +35,7 @@ def test_a_revision_is_that_revision(hub, tmp_path):
     repository.commit({"README.md": b"emptied"})
     assert (hub_of_finetune.fetched("me/tiny", first) / "multimodal.json").is_file()
     assert (finetune.pull("me/tiny", tmp_path / "first", revision=first) / "multimodal.json").is_file()
-    with pytest.raises(ArtifactError, match="neither an adapter nor a model"):
+    with pytest.raises(ArtifactError, match="neither an adapter nor a merged model"):
         finetune.pull("me/tiny", tmp_path / "second")
     with pytest.raises(ModelError, match="me/tiny at none-such: it has no such revision"):
         finetune.load("me/tiny", revision="none-such")
@@ -55,27 +55,36 @@ def test_nothing_that_can_hold_code_is_downloaded(hub, tmp_path):
     assert not [path for _, path in hub.requests if path.endswith((".bin", ".py", ".pkl"))]
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_a_file_that_is_not_what_was_published_is_named(damage, hub, tmp_path):
-    files = hub.repositories["me/tiny"].files
-    if damage == "changed":
-        files["projectors.safetensors"] = files["projectors.safetensors"][:-1] + b"x"
-    else:
-        del files["projectors.safetensors"]
-    told = "isn't what was published" if damage == "changed" else "is missing"
-    with pytest.raises(ArtifactError, match=f"projectors.safetensors {told}"):
+def test_a_file_that_is_not_the_one_on_the_hub_is_named(hub, tmp_path):
+    hub.damaged = {"projectors.safetensors"}
+    with pytest.raises(ArtifactError, match=r"projectors\.safetensors isn't the file on the Hub"):
         finetune.pull("me/tiny", tmp_path / "pulled")
-    assert not (tmp_path / "pulled").exists() and not list(tmp_path.glob("pulled*"))
-    with pytest.raises(ArtifactError, match=f"projectors.safetensors {told}"):
-        finetune.load("me/tiny")
+    assert not list(tmp_path.glob("pulled*"))
+    hub.damaged = set()
+    assert finetune.pull("me/tiny", tmp_path / "pulled").is_dir()
 
 
-def test_a_pulled_folder_that_was_damaged_later_is_not_loaded(hub, tmp_path):
-    folder = finetune.pull("me/tiny", tmp_path / "pulled")
-    path = folder / "adapter_model.safetensors"
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_merged_model_that_is_not_the_certified_one_is_not_loaded(damage, hub, tmp_path):
+    folder = fixture_folder("merged-1", tmp_path / "merged")
+    (folder / "certificate.json").write_text(json.dumps(certificate_content(sha256=file_hashes(folder))))
+    hub.add("me/whole", folder)
+    assert (finetune.pull("me/whole", tmp_path / "pulled") / "certificate.json").is_file()
+    path = tmp_path / "pulled" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(ArtifactError, match=r"adapter_model\.safetensors isn't what was published"):
-        finetune.load(folder)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: sha256"):
+        finetune.load(tmp_path / "pulled")
+    files = hub.repositories["me/whole"].files
+    if damage == "changed":
+        files["model.safetensors"] = path.read_bytes()
+    else:
+        del files["tokenizer.json"]
+    error = r"model\.safetensors: sha256" if damage == "changed" else r"tokenizer\.json is missing, but certified"
+    with pytest.raises(ArtifactError, match=error):
+        finetune.pull("me/whole", tmp_path / "again")
+    assert not list(tmp_path.glob("again*"))
+    with pytest.raises(ArtifactError, match=error):
+        finetune.load("me/whole")
 
 
 def test_a_download_that_is_cut_leaves_nothing_behind(hub, tmp_path):
@@ -91,7 +100,7 @@ def test_what_is_there_is_not_overwritten(hub, tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "mine.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match="is there already"):
+    with pytest.raises(ArtifactError, match="already exists"):
         finetune.pull("me/tiny")
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["mine.txt"]
     shutil.rmtree(tmp_path / "tiny")
@@ -102,7 +111,7 @@ def test_what_the_hub_does_not_give_is_told(hub, monkeypatch, tmp_path):
     repository = hub.repositories["me/tiny"]
     with pytest.raises(ModelError, match="me/nothing: the Hub has no such model"):
         finetune.load("me/nothing")
-    with pytest.raises(ArtifactError, match="isn't a repository's name"):
+    with pytest.raises(ArtifactError, match="isn't the name of a repository"):
         finetune.pull("just-a-name")
     repository.private = True
     with asked_of(hub, monkeypatch, tmp_path / "a", None), pytest.raises(ModelError, match=r"private.*hf auth login"):
@@ -133,14 +142,6 @@ def test_a_server_that_is_gone_is_told(hub, monkeypatch, tmp_path):
 def test_a_folder_that_is_neither_here_nor_a_name_is_told(tmp_path):
     with pytest.raises(ArtifactError, match="no merged model, no adapter"):
         finetune.load(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("content", [[1], *({"files": {"x.json": told}} for told in ({}, "x", 1, {"sha256": 5}))])
-def test_a_damaged_manifest_is_told(content, tmp_path):
-    folder = fixture_folder("format-3", tmp_path)
-    (folder / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*pull the model again"):
-        finetune.load(folder)
 
 
 def spoilt(folder, file, change):

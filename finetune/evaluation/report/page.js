@@ -1,10 +1,10 @@
 "use strict";
 const filter = document.getElementById("filter");
 if (filter) {
-  const [task, side, holding, count] = ["task", "side", "holding", "count"].map((id) => document.getElementById(id));
+  const [task, side, text, count] = ["task", "side", "text", "count"].map((id) => document.getElementById(id));
   const groups = [...document.querySelectorAll(".group")];
   const apply = () => {
-    const words = holding.value.trim().toLowerCase();
+    const words = text.value.trim().toLowerCase();
     let shown = 0;
     for (const group of groups) {
       const fits = (!task.value || group.dataset.task === task.value) && (!side.value || group.dataset.side === side.value);
@@ -18,7 +18,7 @@ if (filter) {
     }
     count.textContent = `${shown} shown`;
   };
-  for (const control of [task, side, holding]) control.addEventListener("input", apply);
+  for (const control of [task, side, text]) control.addEventListener("input", apply);
   filter.hidden = false;
   apply();
 }

@@ -1,173 +1,251 @@
-"""The tables of a report: scores, labels, confusion, calibration, stages, parts, cost."""
+"""The tables of a report and of a card: scores, labels, confusion, calibration, stages, components, sources, cost."""
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from finetune.common import certificate
 from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
+from finetune.evaluation.results import Confusion, Prediction, StageResult, TaskTables
+from finetune.recipe.parts import Part, Stage
 
-LABELS = 40  # shown as a table of who is taken for whom
-LISTED = 200  # rows of any other table
-PAIRS = 20  # of labels confused most
+MAX_LABELS = 40  # of a confusion matrix
+MAX_ROWS = 200  # of any other table
+MAX_PAIRS = 20  # of labels confused most
 BINS = 10  # of calibration
 
 
-def score_tables(content: Content) -> list[dict[str, Any]]:
-    """Of each task {task, conditions, rows: [{metric, primary, less, cells: [{value, low, high}]}]}."""
-    intervals = content.metrics.get("intervals", {})
-    found = []
-    for task, metrics in content.metrics.get("scores", {}).items():
+@dataclass(frozen=True)
+class Cell:
+    """`low` and `high`: the 95% confidence interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    metric: str
+    primary: bool
+    lower_is_better: bool
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """A task's metrics; their cells are in the order of `conditions`."""
+
+    task: str
+    conditions: list[str]
+    metrics: list[MetricRow]
+
+
+def score_tables(content: Content) -> list[ScoreTable]:
+    tables = []
+    for task, metrics in content.metrics.scores.items():
         conditions = list(dict.fromkeys(name for values in metrics.values() for name in values))
         primary = content.primary(task, list(metrics)) if metrics else ""
         rows = []
         for metric, values in metrics.items():
-            between = intervals.get(task, {}).get(metric, {})
-            cells = [(values.get(name), *(between.get(name) or (None, None))) for name in conditions]
-            less = words.less_is_better(metric)
-            rows.append({"metric": metric, "primary": metric == primary, "less": less, "cells": cells})
-        found.append({"task": task, "conditions": conditions, "rows": rows})
-    return found
+            intervals = content.metrics.intervals.get(task, {}).get(metric, {})
+            cells = [Cell(values.get(name), *intervals.get(name, ())) for name in conditions]
+            rows.append(MetricRow(metric, metric == primary, words.lower_is_better(metric), cells))
+        tables.append(ScoreTable(task, conditions, rows))
+    return tables
 
 
-def label_table(tables: Mapping[str, Any]) -> dict[str, Any] | None:
-    """{"metrics", "rows": [(label, values)], "left_out": number} of `per_label`."""
-    labels = tables.get("per_label") or {}
-    if not labels:
+@dataclass(frozen=True)
+class LabelTable:
+    """`rows`: (label, values in the order of `metrics`); `left_out`: number of further labels."""
+
+    metrics: list[str]
+    rows: list[tuple[str, list[float | None]]]
+    left_out: int
+
+
+def label_table(tables: TaskTables) -> LabelTable | None:
+    if not tables.per_label:
         return None
-    metrics = list(dict.fromkeys(name for values in labels.values() for name in values))
-    rows = [(label, [values.get(name) for name in metrics]) for label, values in labels.items()]
-    return {"metrics": metrics, "rows": rows[:LISTED], "left_out": max(0, len(rows) - LISTED)}
+    metrics = list(dict.fromkeys(name for values in tables.per_label.values() for name in values))
+    rows = [(label, [values.get(name) for name in metrics]) for label, values in tables.per_label.items()]
+    return LabelTable(metrics, rows[:MAX_ROWS], max(0, len(rows) - MAX_ROWS))
 
 
-def confusion(tables: Mapping[str, Any]) -> dict[str, Any] | None:
-    """{"labels", "columns", "rows": [(label, total, [(count, share of the row, right or not)])], "pairs": [(right,
-    said, count)]}; without rows where there are too many labels. A row is a right label, a column what was said.
+@dataclass(frozen=True)
+class ConfusionCell:
+    """`share`: of the true label's rows."""
+
+    count: int
+    share: float
+    correct: bool
+
+
+@dataclass(frozen=True)
+class ConfusionRow:
+    label: str
+    total: int
+    cells: list[ConfusionCell]
+
+
+@dataclass(frozen=True)
+class ConfusionMatrix:
+    """Rows are true labels, `columns` predicted ones; no rows if there are too many. `pairs`: (true label, prediction,
+    count) of the labels confused most.
     """
-    found = tables.get("confusion") or {}
-    labels, counts = found.get("labels", []), found.get("counts", [])
-    if not labels:
+
+    labels: list[str]
+    columns: list[str]
+    rows: list[ConfusionRow]
+    pairs: list[tuple[str, str, int]]
+
+
+NO_LABEL = "none of them"
+
+
+def confusion_matrix(confusion: Confusion | None) -> ConfusionMatrix | None:
+    if confusion is None or not confusion.labels:
         return None
-    columns = [*labels, "none of them"][: max(map(len, counts), default=0)]
+    labels, counts = confusion.labels, confusion.counts
+    columns = [*labels, NO_LABEL][: max(map(len, counts), default=0)]
     if len(columns) > len(labels) and not any(row[-1] for row in counts):
         columns = labels
-    pairs = [
-        (label, said, count)
-        for right, (label, row) in enumerate(zip(labels, counts, strict=False))
-        for column, (said, count) in enumerate(zip(columns, row, strict=False))
-        if count and right != column
-    ]
-    rows = []
-    for right, (label, row) in enumerate(zip(labels, counts, strict=False)):
+    rows, pairs = [], []
+    for number, (label, row) in enumerate(zip(labels, counts, strict=False)):
         total = sum(row)
-        cells = [(count, count / max(total, 1), right == column) for column, count in enumerate(row[: len(columns)])]
-        rows.append((label, total, cells))
-    return {
-        "labels": labels,
-        "columns": columns,
-        "rows": rows if len(labels) <= LABELS else [],
-        "pairs": sorted(pairs, key=lambda pair: -pair[2])[:PAIRS],
-    }
+        cells = [
+            ConfusionCell(count, count / max(total, 1), number == i) for i, count in enumerate(row[: len(columns)])
+        ]
+        rows.append(ConfusionRow(label, total, cells))
+        pairs += [(label, columns[i], cell.count) for i, cell in enumerate(cells) if cell.count and not cell.correct]
+    return ConfusionMatrix(
+        labels,
+        columns,
+        rows if len(labels) <= MAX_LABELS else [],
+        sorted(pairs, key=lambda pair: -pair[2])[:MAX_PAIRS],
+    )
 
 
-def calibration(predictions: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, int]]:
-    """(mean confidence, share that is right, rows) of bins of equal width that hold rows; [] where no probabilities of
-    single labels are there. The confidence is that of the label that was chosen.
+def calibration(predictions: Sequence[Prediction]) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, rows) of each bin of equal width that holds rows; [] without probabilities of single
+    labels. Confidence is the probability of the predicted label.
     """
     bins: dict[int, list[tuple[float, bool]]] = {}
-    for row in predictions:
-        sure, target = words.confidence(row.get("tuned")), row.get("target")
-        right = target.get("label") if isinstance(target, dict) else target
-        if sure is not None and math.isfinite(sure) and isinstance(right, str):
-            bins.setdefault(min(int(sure * BINS), BINS - 1), []).append((sure, row["tuned"].get("label") == right))
+    for prediction in predictions:
+        sure, target = words.confidence(prediction.tuned), words.label_of(prediction.target)
+        if sure is not None and math.isfinite(sure) and isinstance(target, str):
+            correct = words.label_of(prediction.tuned) == target
+            bins.setdefault(min(int(sure * BINS), BINS - 1), []).append((sure, correct))
     return [
-        (sum(sure for sure, _ in rows) / len(rows), sum(right for _, right in rows) / len(rows), len(rows))
+        (sum(sure for sure, _ in rows) / len(rows), sum(correct for _, correct in rows) / len(rows), len(rows))
         for _, rows in sorted(bins.items())
     ]
 
 
-def stages(content: Content) -> list[dict[str, Any]]:
-    """The stages that the recipe names, with what is known of each."""
-    done = content.metrics.get("train", {}).get("stages", {})
-    found = []
-    for stage in content.recipe.get("train", {}).get("stages", []):
-        result = done.get(stage["name"], {})
-        losses = result.get("losses") or []
+@dataclass(frozen=True)
+class StageRow:
+    """A stage of the recipe, and its result if it has been trained. `loss`: mean of the first and the last tenth of the
+    steps.
+    """
+
+    stage: Stage
+    result: StageResult | None
+    loss: tuple[float, float] | None
+
+    @property
+    def weights(self) -> str:
+        if self.result is None or not self.result.trained_weights:
+            return ", ".join(self.stage.trains)
+        return ", ".join(f"{part} ({count:,})" for part, count in self.result.trained_weights.items())
+
+
+def stages(content: Content) -> list[StageRow]:
+    rows = []
+    for stage in content.recipe.train.stages if content.recipe else ():
+        result = content.metrics.train.stages.get(stage.name)
+        losses = result.losses if result else []
         tenth = max(1, len(losses) // 10)
-        begin, end = (sum(part) / len(part) for part in (losses[:tenth], losses[-tenth:])) if losses else (None, None)
-        weights = result.get("trained_weights") or dict.fromkeys(stage.get("trains", []))
-        found.append({**stage, "done": bool(result), **result, "weights": weights, "loss": (begin, end)})
-    return found
-
-
-def parts(content: Content) -> list[tuple[str, str, str, str]]:
-    """(role, name, commit, options) of what the model is made of."""
-    model, saved = content.recipe.get("model", {}), content.adapter
-    rows = []
-    if llm := model.get("llm"):
-        commit = saved.get("language_model", {}).get("revision") or llm.get("revision")
-        rows.append(("LLM", words.short_path(llm["name"]), commit, words.options(llm, "name", "revision")))
-    for name, part in model.get("encoders", {}).items():
-        options = saved.get("encoders", {}).get(name, {}).get("options", {})
-        commit = options.get("revision") or part.get("revision")
-        told = words.options(part, "kind", "name", "revision")
-        rows.append((f"encoder of {name}", f"{part['kind']}: {words.short_path(part.get('name', ''))}", commit, told))
-    for name, part in model.get("projectors", {}).items():
-        rows.append((f"projector of {name}", part["kind"], None, words.options(part, "kind")))
-    if fusion := model.get("fusion"):
-        rows.append(("fusion", fusion["kind"], None, words.options(fusion, "kind")))
-    if adapter := content.recipe.get("adapter"):
-        rows.append(("adapter", "LoRA on the LLM", None, words.options(adapter)))
-    for name, tuning in content.recipe.get("tune_encoders", {}).items():
-        rows.append((f"tuning of {name}", "encoder", None, words.options(tuning)))
-    return [(role, name, commit or "", options) for role, name, commit, options in rows]
-
-
-def sources(content: Content) -> list[dict[str, Any]]:
-    rows = []
-    for name, source in content.sources:
-        task = source["task"]
-        rows.append(
-            {
-                "path": words.short_path(source["path"]),
-                "name": name,
-                "task": task["kind"],
-                "prompt": words.shorten(str(task.get("prompt", "")), 200),
-                "split": source.get("split", "train"),
-                "told": words.options(
-                    {
-                        **{key: source.get(key) for key in ("hold_out", "hold_out_validation", "group")},
-                        "weight": source.get("weight") if source.get("weight") != 1 else None,
-                        "head": (source.get("head") or {}).get("kind"),
-                    }
-                ),
-            }
-        )
+        loss = (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth) if losses else None
+        rows.append(StageRow(stage, result, loss))
     return rows
 
 
-def costs(content: Content) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(title, [(part, how much)]) of time, memory and energy; [] where nothing is known."""
-    shown = (
-        ("Time", "seconds", words.duration),
-        ("Most memory held", "peak_memory_bytes", words.memory),
-        ("Energy", "energy_joules", words.energy),
-    )
+@dataclass(frozen=True)
+class ComponentRow:
+    """`name`: of what it was loaded from, or its kind."""
+
+    role: str
+    name: str
+    options: str
+    commit: str = ""
+
+
+def components(content: Content) -> list[ComponentRow]:
+    if (recipe := content.recipe) is None:
+        return []
+    llm = recipe.model.llm
+    options = words.options(llm.model_dump(mode="json", exclude={"name", "revision"}))
+    commit = content.commits.get("llm") or llm.revision or ""
+    rows = [ComponentRow("LLM", words.short_path(llm.name), options, commit)]
+    for medium, encoder in recipe.model.encoders.items():
+        settings: dict[str, object] = encoder.options.model_dump(mode="json")
+        name, revision = settings.pop("name", ""), settings.pop("revision", None)
+        commit = content.commits.get(f"encoders.{medium}") or str(revision or "")
+        title = f"{encoder.kind}: {words.short_path(name)}"
+        rows.append(ComponentRow(f"encoder of {medium}", title, words.options(settings), commit))
+    for medium, projector in recipe.model.projectors.items():
+        rows.append(ComponentRow(f"projector of {medium}", projector.kind, _options(projector)))
+    rows.append(ComponentRow("fusion", recipe.model.fusion.kind, _options(recipe.model.fusion)))
+    if recipe.adapter:
+        rows.append(ComponentRow("adapter", "LoRA on the LLM", words.options(recipe.adapter.model_dump(mode="json"))))
+    for medium, tuning in recipe.tune_encoders.items():
+        rows.append(ComponentRow(f"tuning of {medium}", "encoder", words.options(tuning.model_dump(mode="json"))))
+    return rows
+
+
+def _options(part: Part) -> str:
+    return words.options(part.options.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    path: str
+    name: str
+    task: str
+    prompt: str
+    split: str
+    options: str
+
+
+def sources(content: Content) -> list[SourceRow]:
+    rows = []
+    for name, source in content.sources:
+        options = words.options(
+            {
+                "hold out": source.hold_out,
+                "hold out validation": source.hold_out_validation,
+                "group": source.group,
+                "weight": source.weight if source.weight != 1 else None,
+                "head": source.head.kind,
+            }
+        )
+        prompt = words.shorten(str(getattr(source.task.options, "prompt", "")), 200)
+        rows.append(SourceRow(words.short_path(source.path), name, source.task.kind, prompt, source.split, options))
+    return rows
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`rows`: (part of the run, amount); [] if nothing was measured."""
+
+    title: str
+    rows: list[tuple[str, str]]
+
+
+def costs(content: Content) -> list[Cost]:
+    metrics = content.metrics
     return [
-        (title, [(words.plain(part), told(value)) for part, value in content.metrics.get(key, {}).items()])
-        for title, key, told in shown
+        Cost("Time", [(words.plain(part), words.duration(value)) for part, value in metrics.seconds.items()]),
+        Cost("Peak memory", [(words.plain(p), words.memory(value)) for p, value in metrics.peak_memory_bytes.items()]),
+        Cost("Energy", [(words.plain(part), words.energy(value)) for part, value in metrics.energy_joules.items()]),
     ]
-
-
-def merged(content: Content) -> tuple[list[str], list[list[str]]] | None:
-    """(columns, rows) of what the certificate compares; None where there is none, or one of another format."""
-    found = content.certificate
-    if found.get("format") != certificate.FORMAT or not isinstance(found.get("candidates"), dict):
-        return None
-    return certificate.cells(found)
-
-
-def file_name(where: Any) -> str:
-    return PurePath(str(where)).name

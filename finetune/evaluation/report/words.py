@@ -1,22 +1,22 @@
-"""Values in words that a reader takes in at once."""
+"""Values as text that a reader takes in at once."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
 
 CONDITIONS = {
     "tuned": "after training",
-    "base": "the same parts before training",
-    "blank": "after training, with nothing to see or hear: grey pictures, silence",
+    "base": "before training, with the same components",
+    "blank": "after training, with blank media: grey pictures, silence",
     "shuffled": "after training, with another row's media",
     "probe": "logistic regression on the encoder's features, without the LLM",
 }
-KINDS = {"image": ("picture", "pictures"), "audio": ("recording", "recordings"), "video": ("video", "videos")}
+NOUNS = {"image": ("picture", "pictures"), "audio": ("recording", "recordings"), "video": ("video", "videos")}
 
 
-def number(value: Any) -> str:
-    """'0.626', '12,345', '–' for nothing, or what isn't finite."""
+def number(value: object) -> str:
+    """'0.626', '12,345'; '–' for None and for what isn't finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "–" if value is None or isinstance(value, float) else str(value)
     if isinstance(value, int):
@@ -40,19 +40,19 @@ def energy(joules: float) -> str:
 
 
 def plain(name: str) -> str:
-    """A metric's, condition's or part's name: 'character_error_rate' in words."""
+    """The name of a metric, condition or component in words: 'character error rate'."""
     return name.replace("_", " ")
 
 
-def less_is_better(metric: str) -> bool:
+def lower_is_better(metric: str) -> bool:
     return "error" in metric
 
 
 def meaning(condition: str) -> str:
-    """What a condition is."""
+    """What a condition is; '' for an unknown one."""
     kind = condition.removeprefix("blank_")
-    if condition != kind and kind in KINDS:
-        return f"after training, with nothing in the {KINDS[kind][1]}"
+    if condition != kind and kind in NOUNS:
+        return f"after training, with blank {NOUNS[kind][1]}"
     return CONDITIONS.get(condition, "")
 
 
@@ -60,8 +60,8 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def said(prediction: Any) -> str:
-    """A prediction, or what it is scored against, as one reads it."""
+def readable(prediction: object) -> str:
+    """A prediction, or its target, as one reads it."""
     if prediction is None:
         return ""
     if isinstance(prediction, str):
@@ -69,33 +69,36 @@ def said(prediction: Any) -> str:
     if isinstance(prediction, list) and all(isinstance(item, str) for item in prediction):
         return ", ".join(prediction)
     if isinstance(prediction, dict) and "label" in prediction:
-        label = said(prediction["label"])
-        sure = confidence(prediction)
+        label, sure = readable(prediction["label"]), confidence(prediction)
         return f"{label} ({sure:.0%})" if sure is not None and isinstance(prediction["label"], str) else label
     if isinstance(prediction, int | float):
         return number(prediction)
     if isinstance(prediction, dict) and all(isinstance(value, str | int | float) for value in prediction.values()):
-        return ", ".join(f"{key}: {said(value)}" for key, value in prediction.items())
+        return ", ".join(f"{key}: {readable(value)}" for key, value in prediction.items())
     return json.dumps(prediction, ensure_ascii=False)
 
 
-def confidence(prediction: Any) -> float | None:
-    """The probability of the label that was chosen; None where no probabilities were given."""
-    chances = prediction.get("probabilities") if isinstance(prediction, dict) else None
-    return max(chances.values()) if isinstance(chances, dict) and chances else None
+def confidence(prediction: object) -> float | None:
+    """The probability of the predicted label; None for a prediction without probabilities."""
+    probabilities = prediction.get("probabilities") if isinstance(prediction, dict) else None
+    return max(probabilities.values()) if isinstance(probabilities, dict) and probabilities else None
 
 
-def short_path(name: Any) -> str:
-    """A path without the folders of this machine; anything else as it is."""
+def label_of(value: object) -> object:
+    """The label of a prediction with probabilities; anything else as it is."""
+    return value.get("label", value) if isinstance(value, dict) else value
+
+
+def short_path(name: object) -> str:
+    """A path without the folders of this machine; anything else as text."""
     path = PurePath(str(name))
     return "/".join(path.parts[-2:]) if path.is_absolute() else str(name)
 
 
-def options(mapping: dict[str, Any], *leave_out: str) -> str:
-    """'rank 16, alpha 32', without what is off."""
-    shown = {
-        key: value for key, value in mapping.items() if key not in leave_out and value not in (None, False, "", {})
-    }
+def options(values: Mapping[str, object]) -> str:
+    """'rank 16, alpha 32.0', without what is off."""
     return ", ".join(
-        f"{plain(key)} {short_path(value) if value is not True else 'yes'}" for key, value in shown.items()
+        f"{plain(key)} {short_path(value) if value is not True else 'yes'}"
+        for key, value in values.items()
+        if value not in (None, False, "", {}, [])
     )

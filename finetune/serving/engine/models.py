@@ -11,12 +11,13 @@ import torch
 from finetune.common import hub
 from finetune.common.progress import quiet_libraries
 from finetune.common.registry import kind_of
-from finetune.model.adapter import MANIFEST, AdapterManifest, saved_adapter
+from finetune.model.adapter import saved_adapter
 from finetune.model.assistant import Assistant
 from finetune.model.build import Components, load_llm
 from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device
 from finetune.model.load import load, load_adapter
+from finetune.model.manifest import MANIFEST, AdapterManifest
 
 # LoRA initialisations that leave the base weights unchanged; others (PiSSA, ...) modify them.
 BASE_UNCHANGED = ("default", "gaussian", "orthogonal")

@@ -8,19 +8,19 @@ from finetune.evaluation.report.report import report
 
 def test_a_verdict_needs_intervals_apart():
     ours = Score("tuned", 0.6, 0.55, 0.65)
-    assert compare(ours, Score("base", 0.5, 0.45, 0.54), less=False) == "yes"
-    assert compare(ours, Score("base", 0.5, 0.45, 0.56), less=False) == "unclear"
-    assert compare(ours, Score("base", 0.6, 0.5, 0.7), less=False) == "no"
-    assert compare(ours, Score("probe", 0.54), less=False) == "yes"
-    assert compare(ours, Score("probe", 0.56), less=False) == "unclear"
-    assert compare(Score("tuned", 0.1, 0.05, 0.2), Score("base", 0.5, 0.3, 0.6), less=True) == "yes"
-    assert compare(Score("tuned", 0.1, 0.05, 0.4), Score("base", 0.5, 0.3, 0.6), less=True) == "unclear"
-    assert compare(Score("tuned", 0.7), Score("base", 0.5), less=True) == "no"
+    assert compare(ours, Score("base", 0.5, 0.45, 0.54), lower=False) == "yes"
+    assert compare(ours, Score("base", 0.5, 0.45, 0.56), lower=False) == "unclear"
+    assert compare(ours, Score("base", 0.6, 0.5, 0.7), lower=False) == "no"
+    assert compare(ours, Score("probe", 0.54), lower=False) == "yes"
+    assert compare(ours, Score("probe", 0.56), lower=False) == "unclear"
+    assert compare(Score("tuned", 0.1, 0.05, 0.2), Score("base", 0.5, 0.3, 0.6), lower=True) == "yes"
+    assert compare(Score("tuned", 0.1, 0.05, 0.4), Score("base", 0.5, 0.3, 0.6), lower=True) == "unclear"
+    assert compare(Score("tuned", 0.7), Score("base", 0.5), lower=True) == "no"
 
 
-def test_an_answer_that_needs_no_picture_is_said_so(tmp_path):
+def test_an_answer_that_needs_no_picture_is_recognised(tmp_path):
     rows = predictions_of("classify", "emoji", "image", "label", 4)[:40]
     for row in rows:
         row["blank"] = row["shuffled"] = row["tuned"]
     page = Page(report(write_run(tmp_path / "run", recipe_of(source_of()), rows)))
-    assert "Does the answer depend on the pictures? No sign of it :" in page.text
+    assert "Does the answer depend on the pictures? No evidence :" in page.text

@@ -18,7 +18,14 @@ import yaml
 from finished_run import Page, predictions_of, recipe_of, rows_of, source_of, stage_of, words_of, write_run
 
 from finetune.common.errors import ArtifactError
-from finetune.evaluation.report.report import report, summary_line
+from finetune.evaluation.report.report import report
+
+EMBEDDED = ("data:image/webp;base64,", "data:image/png;base64,", "data:audio/ogg;base64,")
+
+
+def pictures(page: Page) -> list[dict]:
+    """Thumbnails, without the charts."""
+    return [image for image in page.of("img") if image.get("class") != "plot"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def test_the_page_is_whole_and_closed(finished):
     assert len(ids) == len(set(ids))
     assert {link["href"] for link in page.of("a")} <= {f"#{name}" for name in ids}
     assert len(page.of("table")) == len(page.of("caption"))
-    assert all(image["alt"] for image in page.of("img")) and all(svg["aria-label"] for svg in page.of("svg"))
+    assert all(image["alt"] for image in page.of("img")) and all(image["src"] for image in page.of("img"))
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and all(after - before <= 1 for before, after in pairwise(levels))
     assert (run / "report.html").stat().st_size < 8 * 2**20
@@ -49,7 +56,7 @@ def test_nothing_is_loaded_and_only_its_own_script_runs(finished):
     run, page = finished
     for tag, attributes in page.elements:
         for name in ("src", "href", "action", "data", "srcset", "poster", "xlink:href"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/webp;base64,", "data:audio/ogg;base64,")), tag
+            assert attributes.get(name, "#").startswith(("#", *EMBEDDED)), tag
         assert not any(name.startswith("on") for name in attributes), tag
     (policy,) = (its["content"] for its in page.of("meta") if its.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; ") and "http" not in policy
@@ -63,14 +70,11 @@ def test_scores_and_words_are_those_of_the_run(finished):
     metrics = json.loads((run / "metrics.json").read_text())
     values = metrics["scores"]["classify"]["accuracy"]
     low, high = metrics["intervals"]["classify"]["accuracy"]["tuned"]
-    assert f"On 246 rows that it wasn't trained on, its accuracy is {values['tuned']:.3f}" in page.text
-    assert f"(95% interval {low:.3f} to {high:.3f})" in page.text
-    assert (
-        f"accuracy falls from {values['tuned']:.3f} to {values['blank']:.3f} with nothing in the pictures" in page.text
-    )
+    assert f"Accuracy {values['tuned']:.3f} (95% CI {low:.3f} to {high:.3f}) on 246 held-out rows." in page.text
+    assert f"accuracy falls from {values['tuned']:.3f} to {values['blank']:.3f} with blank pictures" in page.text
     assert "with other rows' recordings" in page.text
     common, count = Counter(row["label"] for row in rows_of("emoji")).most_common(1)[0]
-    assert f"always saying “{common}” would reach {count / 246:.3f}" in page.text
+    assert f"always answering “{common}” reaches {count / 246:.3f}" in page.text
     for text in (
         "0123456789ab",
         "pixel_shuffle",
@@ -85,8 +89,8 @@ def test_scores_and_words_are_those_of_the_run(finished):
         assert text in page.text, text
     assert "100.0% of 145 next tokens" in page.text
     assert "/home/someone" not in (run / "report.html").read_text(encoding="utf-8")
-    assert "What is missing" not in page.text
-    assert summary_line(run).startswith(f"classify: accuracy {values['tuned']:.3f} [{low:.3f}, {high:.3f}]  (base ")
+    assert not page.of("aside")
+    assert "at least 95.0% was required" in page.text and "at most 0.1 was allowed" in page.text
 
 
 def test_the_confusion_table_counts_the_predictions(finished):
@@ -101,8 +105,8 @@ def test_the_confusion_table_counts_the_predictions(finished):
 def test_the_worst_and_the_best_are_shown_with_their_media(finished):
     _, page = finished
     assert len([its for its in page.of("li") if "example" in its.get("class", "")]) == 80
-    assert len(page.of("audio")) == 40 and len(page.of("img")) == 40
-    for image in page.of("img"):
+    assert len(page.of("audio")) == 40 and len(pictures(page)) == 40
+    for image in pictures(page):
         with PIL.Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as opened:
             assert max(opened.size) <= 160
     for audio in page.of("audio"):
@@ -111,7 +115,7 @@ def test_the_worst_and_the_best_are_shown_with_their_media(finished):
     # Of the wrong ones those first that it was surest of.
     wrong = [row for row in predictions_of("classify", "emoji", "image", "label", 1, sure=True) if not row["good"]]
     surest = max(wrong, key=lambda row: max(row["tuned"]["probabilities"].values()))
-    assert page.of("img")[0]["alt"] == Path(surest["media"][0]).name
+    assert pictures(page)[0]["alt"] == Path(surest["media"][0]).name
 
 
 def test_two_reports_of_a_run_are_equal(finished, tmp_path):
@@ -128,16 +132,15 @@ def test_a_run_that_has_only_begun_says_what_is_missing(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(source_of())), encoding="utf-8")
     page = Page(report(tmp_path))
     for name in ("metrics.json", "predictions.jsonl", "data/summary.json", "versions.json", "adapter/multimodal.json"):
-        assert f"{name} isn't there" in page.text
+        assert f"{name} is missing" in page.text
     for text in (
-        "Nothing is scored yet",
+        "Not evaluated yet",
         "not trained yet",
-        "Not merged",
-        "the devices don't tell",
+        "Not merged yet",
+        "not measured",
         "No losses are known",
     ):
         assert text in page.text, text
-    assert "not evaluated yet" in summary_line(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -148,25 +151,33 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.json", "predictions.jsonl", "data/summary.json", "recipe.yaml"])
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00\ufffd"])
-def test_damaged_files_are_told(tmp_path, name, content):
+def test_damaged_files_are_reported(tmp_path, name, content):
     rows = predictions_of("classify", "emoji", "image", "label", 3)[:4]
     run = write_run(tmp_path / "run", recipe_of(source_of()), rows)
     (run / name).write_text(content, encoding="utf-8")
     page = Page(report(run))
-    told = {"predictions.jsonl": "can't be shown" if not content else "lines can't be read"}
-    assert "What is missing" in page.text or (name, content) == ("predictions.jsonl", "")
-    assert told.get(name, name) in page.text.replace("None can be shown", "can't be shown")
+    reported = {"predictions.jsonl": "None can be shown" if not content else "lines can't be read"}
+    assert page.of("aside") or (name, content) == ("predictions.jsonl", "")
+    assert reported.get(name, name) in page.text
 
 
-def test_media_that_moved_or_broke_are_told(tmp_path):
+def test_a_damaged_certificate_is_reported(tmp_path):
+    rows = predictions_of("classify", "emoji", "image", "label", 3)[:4]
+    run = write_run(tmp_path / "run", recipe_of(source_of()), rows)
+    (run / "certificate.json").write_text('{"format": 1, "merged_into": "x"}')
+    page = Page(report(run))
+    assert "certificate.json is damaged: why: Field required" in page.text and "Not merged yet" in page.text
+
+
+def test_media_that_moved_or_broke_are_reported(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     rows = predictions_of("classify", "emoji", "image", "label", 3)[:6]
     rows[0]["media"], rows[1]["media"] = [str(tmp_path / "broken.png")], [str(tmp_path / "gone.png")]
     rows[2]["kinds"] = ["smell"]
     page = Page(report(write_run(tmp_path / "run", recipe_of(source_of()), rows)))
     assert "3 media of the predictions below can't be shown" in page.text
-    assert "gone.png: the file isn't there any more" in page.text and "broken.png: not a picture" in page.text
-    assert str(tmp_path) not in page.text and len(page.of("img")) == 3
+    assert "gone.png: the file is missing" in page.text and "broken.png: not a picture" in page.text
+    assert str(tmp_path) not in page.text and len(pictures(page)) == 3
 
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}${x}$"
@@ -180,10 +191,10 @@ def test_what_data_hold_never_becomes_markup(tmp_path):
          "tuned": {"label": EVIL, "probabilities": {EVIL: 0.9, "b": 0.1}}, "base": EVIL, "blank": [EVIL],
          "shuffled": {"x": EVIL}, "good": 1.0},
     ]  # fmt: skip
-    recipe = recipe_of(source_of(name=EVIL, path=f"/a/{EVIL}"))
-    recipe["name"] = EVIL
-    recipe["train"]["stages"][0]["name"] = EVIL
-    recipe["model"]["encoders"] = {EVIL: {"kind": EVIL, "name": EVIL}}
+    recipe = recipe_of(source_of(path=f"/a/{EVIL}", task={"kind": "classify", "prompt": EVIL}, group=EVIL))
+    recipe["train"]["stages"][0]["trains"] = [EVIL]
+    recipe["model"]["encoders"]["image"]["name"] = EVIL
+    recipe["model"]["llm"] |= {"name": EVIL, "revision": EVIL}
     run = write_run(
         tmp_path / "run",
         recipe,
@@ -203,10 +214,10 @@ def test_what_data_hold_never_becomes_markup(tmp_path):
     (run / "data" / "summary.json").write_text(json.dumps({EVIL: {"rows": 1, "answers": {EVIL: 1}}}))
     page = Page(report(run))
     assert not page.open
-    assert len(page.of("script")) == 1 and len(page.of("img")) == 1
+    assert len(page.of("script")) == 1 and len(pictures(page)) == 1
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert page.text.count(EVIL) > 10 and "49" not in page.text.replace("49%", "")
-    assert page.of("img")[0]["alt"] == media.name
+    assert pictures(page)[0]["alt"] == media.name
 
 
 def test_long_runs_stay_small(tmp_path):
@@ -236,7 +247,7 @@ def test_long_runs_stay_small(tmp_path):
     )  # fmt: skip
     page = Page(report(run))
     assert (run / "report.html").stat().st_size < 8 * 2**20
-    assert "are left out, to keep the page small" in page.text and "too many for a table" in page.text
+    assert "are left out to keep the page small" in page.text and "too many for a confusion matrix" in page.text
     assert "and 5 more" in page.text
 
 

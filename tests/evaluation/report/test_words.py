@@ -13,6 +13,6 @@ def test_values_in_words():
         "2 min 30 s",
         "2 h 02 min",
     ]
-    assert words.said({"label": "猫", "probabilities": {"猫": 0.9, "狗": 0.1}}) == "猫 (90%)"
-    assert words.said(["a", "b"]) == "a, b" and words.said({"总额": 3}) == "总额: 3"
-    assert words.said({"行": [1], "a": None}) == '{"行": [1], "a": null}'
+    assert words.readable({"label": "猫", "probabilities": {"猫": 0.9, "狗": 0.1}}) == "猫 (90%)"
+    assert words.readable(["a", "b"]) == "a, b" and words.readable({"总额": 3}) == "总额: 3"
+    assert words.readable({"行": [1], "a": None}) == '{"行": [1], "a": null}'

@@ -1,0 +1,123 @@
+"""What commands print: results as tables and lines."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from finetune.data.check.ledger import CODES
+
+if TYPE_CHECKING:
+    from finetune.commands.data_check import CheckResult
+    from finetune.commands.data_preview import Preview
+    from finetune.commands.run import RunResult
+    from finetune.export._contract import ExportResult
+    from finetune.publishing.push import Pushed
+    from finetune.training.sweep import SweepResult
+
+
+def print_export(result: "ExportResult") -> None:
+    print(f"{result.target}: {result.model_class} ({result.reason})")
+    if (checked := result.verification) is None:
+        print(f"not compared: {result.not_verified}")
+    else:
+        print(
+            f"{checked.rows} answers in {checked.engine}: {checked.equal_first_tokens} begin with the merged model's "
+            f"tokens, {checked.equal} are equal to the end"
+        )
+    print(result.folder)
+
+
+def print_push(result: "Pushed") -> None:
+    for line in result.checks:
+        print(line)
+    print(result.url or f"not uploaded; the files are in {result.folder}")
+
+
+def print_run(result: "RunResult") -> None:
+    print_scores(result.metrics["scores"], result.metrics["intervals"])
+    first, folder = result.prediction, result.folder
+    media = ", ".join(str(medium.path) for medium in first.media)
+    print(f"question{f' about {media}' if media else ''}: {first.question}")
+    print(f"  answer: {result.answer}   (right: {first.target})")
+    paths = {name: getattr(folder, name) for name in ("adapter", "metrics", "predictions", "plots", "merged")}
+    for name, path in {**paths, "report": result.report}.items():
+        print(f"{name:<12} {path}")
+
+
+def print_trials(result: "SweepResult") -> None:
+    trials = sorted(result.trials, key=lambda trial: (trial.score is None, -(trial.score or 0)))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("trial", *trials[0].values, result.metric, "passes", "seconds"):
+        table.add_column(name, justify="right", overflow="fold")
+    for trial in trials:
+        score = trial.state if trial.score is None else f"{trial.score:.4f}"
+        seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
+        values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in trial.values.values())
+        best = " (best)" if trial.trial == result.best else ""
+        table.add_row(f"{trial.trial}{best}", *values, score, str(len(trial.passes)), seconds)
+    Console().print(table)
+    print(f"the best trial's recipe: {result.folder}/best.yaml")
+
+
+def print_scores(scores: dict[str, Any], intervals: dict[str, Any]) -> None:
+    for task, metrics in scores.items():
+        conditions = list(next(iter(metrics.values())))
+        table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for condition in conditions:
+            table.add_column(condition.replace("_", "\n"), justify="right")
+            if condition == "tuned":
+                table.add_column("95% CI", justify="right")
+        for metric, values in metrics.items():
+            cells = []
+            for condition in conditions:
+                value = values.get(condition)
+                cells.append("" if value is None else f"{value:.3f}")
+                if condition == "tuned":
+                    ends = intervals.get(task, {}).get(metric, {}).get("tuned")
+                    cells.append(f"{ends[0]:.3f}–{ends[1]:.3f}" if ends else "")
+            table.add_row(metric, *cells)
+        Console().print(table)
+
+
+def print_findings(result: "CheckResult") -> None:
+    splits = ", ".join(f"{counts['rows']:,} {split}" for split, counts in result["splits"].items()) or "none usable"
+    print(f"{result['name']}: {result['rows']:,} rows read ({splits})")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    table.add_column("rows", justify="right")
+    table.add_column("finding")
+    table.add_column("example", style="dim", overflow="fold")
+    for code, count in result["findings"].items():
+        severity, title = CODES[code]
+        colour = "red" if severity == "error" else "yellow"
+        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(result["examples"][code]))
+    if result["findings"]:
+        Console().print(table)
+    print(f"{result['errors']:,} errors, {result['warnings']:,} warnings: {result['html']}, {result['json']}")
+    if fixed := result.get("fixed"):
+        print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
+
+
+def print_previews(previews: "list[Preview]") -> None:
+    console = Console(highlight=False)
+    for preview in previews:
+        console.print(Text(f"{preview.where}  {preview.summary}", "bold"))
+        text = Text(preview.problem, "red")
+        for piece in preview.pieces:
+            shown = piece.text
+            if piece.medium:
+                shown = f"[{piece.medium.kind} {piece.text} × {piece.tokens}]"
+            elif piece.ends:
+                shown = "".join(f"{shown[begin:end]}|" for begin, end in pairwise((0, *piece.ends)))
+            text.append(shown, "cyan" if piece.medium else "bold green" if piece.learnt else "")
+        console.print(text)
+        if preview.answer:
+            console.print(Text(f"expected answer: {preview.answer}", "dim"))
+        console.print()
+    console.print(Text.assemble(("green", "bold green"), ": learned; the rest is only read"))

@@ -1,0 +1,103 @@
+"""What training and evaluation leave in a run folder, as other code reads it: metrics.json and predictions.jsonl.
+
+Missing keys have defaults and unknown ones are ignored, so that an unfinished run, or one of another version, is
+readable.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Value = float | None
+Scores = dict[str, dict[str, dict[str, Value]]]  # task -> metric -> condition -> value
+
+
+class Result(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ValidationPass(Result):
+    step: int = Field(description="Optimizer step of the stage.")
+    scores: dict[str, dict[str, Value]] = Field(default={}, description="Task -> metric -> value on validation rows.")
+
+
+class StageResult(Result):
+    losses: list[float] = Field(default=[], description="Of each optimizer step, in nats per answer token.")
+    steps: int = 0
+    samples: int | None = Field(default=None, description="Rows trained on, counted once per epoch.")
+    tokens: int | None = None
+    seconds: float | None = None
+    trained_weights: dict[str, int] = Field(default={}, description="Component -> number of weights.")
+    validation: list[ValidationPass] = []
+    best_step: int | None = Field(default=None, description="Step whose weights were kept; null without validation.")
+
+
+class TrainingResult(Result):
+    stages: dict[str, StageResult] = {}
+    rows: int | None = None
+    tokens_per_epoch: int | None = None
+    packed: bool = False
+
+
+class Confusion(Result):
+    labels: list[str] = []
+    counts: list[list[int]] = Field(
+        [], description="Rows: true labels; columns: predicted ones, at last: none of them."
+    )
+
+
+class TaskTables(Result):
+    confusion: Confusion | None = None
+    per_label: dict[str, dict[str, int | float | None]] = Field(default={}, description="Label -> metric -> value.")
+
+
+class Metrics(Result):
+    """metrics.json."""
+
+    train: TrainingResult = TrainingResult()
+    scores: Scores = {}
+    intervals: dict[str, dict[str, dict[str, tuple[float, float]]]] = Field(
+        default={}, description="Task -> metric -> condition -> 95% confidence interval."
+    )
+    tables: dict[str, TaskTables] = {}
+    seconds: dict[str, float] = {}
+    peak_memory_bytes: dict[str, float] = {}
+    energy_joules: dict[str, float] = {}
+
+
+DESCRIPTION = ("task", "row", "media", "kinds", "question", "target", "good")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A line of predictions.jsonl. `media`: (kind, path) of each; `answers`: condition -> what the task read from the
+    answer, as JSON; `good`: how good the tuned answer is, higher is better, 0 is worthless; None if it isn't scored.
+    """
+
+    task: str
+    row: str
+    media: tuple[tuple[str, str], ...]
+    question: str
+    target: object
+    answers: Mapping[str, object]
+    good: float | None
+
+    @property
+    def tuned(self) -> object:
+        return self.answers.get("tuned")
+
+    @classmethod
+    def parse(cls, line: Mapping[str, object]) -> Self:
+        kinds, paths, good = line.get("kinds"), line.get("media"), line.get("good")
+        media = zip(kinds, paths, strict=False) if isinstance(kinds, list) and isinstance(paths, list) else ()
+        return cls(
+            task=str(line.get("task", "")),
+            row=str(line.get("row", "")),
+            media=tuple((str(kind), str(path)) for kind, path in media),
+            question=str(line.get("question", "")),
+            target=line.get("target"),
+            answers={name: value for name, value in line.items() if name not in DESCRIPTION},
+            good=float(good) if isinstance(good, int | float) else None,
+        )
