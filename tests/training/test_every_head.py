@@ -300,10 +300,10 @@ def test_heads_that_cannot_work_are_refused_with_the_recipe(finished):
             load_recipe(path)
 
     refused(r"data.0.head.*'score' can't answer the task 'classify': write language or label", _0={"head": "score"})
-    refused(r"data.2.head.*have another head in data.0 \('label'\)", _2={"head": "language"})
-    refused(r"data.1.name.*are called 'colour' in data.0: one name", _1={"name": "hue"})
+    refused(r"data.2.head.*data.0 .*'label'", _2={"head": "language"})
+    refused(r"data.1.name.*data.0 .*'colour'", _1={"name": "hue"})
     refused("compares rows of a group", _6={"head": {"kind": "score", "loss": "pairwise"}})
-    refused(r"data.0.head.*no training rows|no training rows ask the same", _0={"split": "validation"})
+    refused(r"data.0.head.*no training rows", _0={"split": "validation"})
     whole["train"]["stages"][0]["trains"] = ["projectors", "adapter"]
     refused("'label' has weights that no stage trains: add 'heads'", _1={})
     whole["train"]["stages"][0]["trains"] = ["heads"]
