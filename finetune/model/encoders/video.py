@@ -1,5 +1,5 @@
-"""A clip as single frames: each goes through a vision backbone, its rows are pooled, and its time stands in the text
-before it (as in VideoLLaMA 3, Zhang et al. 2025, https://arxiv.org/abs/2501.13106).
+"""A clip as single frames: each goes through a vision backbone, its rows are pooled, and its time is written before it
+(as in VideoLLaMA 3, Zhang et al. 2025, https://arxiv.org/abs/2501.13106).
 """
 
 from dataclasses import dataclass
