@@ -1,18 +1,18 @@
-"""Serve the same merged model with several servers and compare: requests a second, and how long each takes.
+"""Serve the same merged model with several servers and compare requests per second and latency.
 
     python benchmarks/serving.py                          # a small model made now: MiniMind2-Small, a random SigLIP
     python benchmarks/serving.py --vllm /opt/vllm/bin/python
-    python benchmarks/serving.py --model runs/NAME        # a model of yours that the native class holds exactly
+    python benchmarks/serving.py --model runs/NAME        # your model, if its native class represents it exactly
 
 ours          `finetune serve` on the merged folder
-transformers  `transformers serve` on what `finetune export --to transformers` made of it
-vllm          vLLM's server on what `finetune export --to vllm` made of it, where `--vllm` names a python that has it;
-              `--enforce-eager`: compiling takes minutes on a CPU
+transformers  `transformers serve` on the export to transformers
+vllm          vLLM's server on the export to vLLM, if `--vllm` names a Python that has it; with `--enforce-eager`, since
+              compiling takes minutes on a CPU
 
-Each server runs alone, in a process of its own with the same threads, and answers the same requests in the same order:
-greedily, at most 32 tokens, three of four with a picture that none of the other requests has, one of text alone. At
-first one request warms it up. Then 1, 8 and 32 clients send one request after another, each waiting for its answer.
-Latency is from sending to having all of an answer. `equal`: answers that are ours, letter for letter.
+Each server runs alone, in its own process with the same number of threads, and gets the same requests in the same
+order: greedy, at most 32 tokens, three of four with a picture that no other request has, one with text only. One
+request warms the server up. Then 1, 8 and 32 clients send one request after another, each waiting for its answer.
+Latency is from sending a request to the end of its answer. `equal`: answers identical to ours.
 """
 
 import argparse
@@ -27,15 +27,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "recipes/data/emoji"
@@ -71,32 +72,55 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+class Figures(TypedDict):
+    """Of one server with one number of clients."""
+
+    clients: int
+    requests_per_second: float
+    tokens_per_second: float
+    p50_seconds: float
+    p95_seconds: float
+
+
+@dataclass
+class Result:
+    """Of one server: figures for each number of clients, and all answers."""
+
+    figures: list[Figures]
+    texts: list[str]
+
+
+Body = dict[str, object]  # a chat completion request as JSON
+
+
 def main() -> None:
     arguments = parse_arguments()
     os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        model = arguments.model or made(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = arguments.model or small_model(folder)
         questions = list(requests(sum(arguments.requests) + 1, arguments.tokens))
-        found: dict[str, Any] = {}
-        for name in arguments.servers:
-            started = SERVERS[name](model, folder, arguments)
-            if started is None:
+        results: dict[str, Result] = {}
+        for server in arguments.servers:
+            command = SERVERS[server](model, folder, arguments)
+            if command is None:
                 continue
-            command, called = started
-            with serving(command, folder / f"{name}.log") as url:
-                found[name] = measured(url, called, questions, arguments)
-            print(f"{name}: {[figures['requests_per_second'] for figures in found[name]['clients']]}", file=sys.stderr)
-        texts = [result.pop("texts") for result in found.values()]
-        for result, said in zip(found.values(), texts, strict=True):
-            result["equal"] = sum(a == b for a, b in zip(said, texts[0], strict=True))
-    report(found, len(questions), arguments)
+            with serving(command.words, folder / f"{server}.log") as url:
+                results[server] = measure(url, command.model, questions, arguments)
+            rates = [figures["requests_per_second"] for figures in results[server].figures]
+            print(f"{server}: {rates}", file=sys.stderr)
+    first = next(iter(results.values())).texts if results else []
+    equal = {
+        server: sum(a == b for a, b in zip(result.texts, first, strict=True)) for server, result in results.items()
+    }
+    report(results, equal, len(questions), arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        content = {server: {"clients": result.figures, "equal": equal[server]} for server, result in results.items()}
+        arguments.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def made(folder: Path) -> Path:
-    """A run with a merged model: a few steps of training, so that it is what the kit makes of weights like these."""
+def small_model(folder: Path) -> Path:
+    """A run with a merged model, trained for a few steps."""
     import torch
     import transformers
 
@@ -142,40 +166,37 @@ def exported(model: Path, folder: Path, target: str) -> Path:
     return folder / target
 
 
-# Each gives a command, PORT for its port, and what the model is called there.
+@dataclass(frozen=True)
+class Command:
+    """Starts a server; PORT stands for its port. `model`: the model's name there."""
+
+    words: Sequence[str]
+    model: str
 
 
-def ours(model: Path, folder: Path, arguments: argparse.Namespace) -> tuple[list[str], str]:
+def ours(model: Path, folder: Path, arguments: argparse.Namespace) -> Command:
     finetune = [sys.executable, "-m", "finetune.commands.cli", "serve", f"model={model}", "--port", "PORT"]
-    return [*finetune, "--option", "max_batch=32"], "model"
+    return Command([*finetune, "--option", "max_batch=32"], "model")
 
 
-def transformers_serve(model: Path, folder: Path, arguments: argparse.Namespace) -> tuple[list[str], str]:
+def transformers_serve(model: Path, folder: Path, arguments: argparse.Namespace) -> Command:
     os.environ["HF_HOME"] = str(folder / "hub")
-    (folder / "hub" / "hub").mkdir(parents=True, exist_ok=True)  # its list of models wants one
+    (folder / "hub" / "hub").mkdir(parents=True, exist_ok=True)  # it lists the models in there
     program = Path(sys.executable).with_name("transformers")
     native = exported(model, folder, "transformers")
     options = ["--port", "PORT", "--dtype", "float32", "--device", "cpu"]
-    return [str(program), "serve", str(native), *options], str(native)
+    return Command([str(program), "serve", str(native), *options], str(native))
 
 
-def vllm_serve(model: Path, folder: Path, arguments: argparse.Namespace) -> tuple[list[str], str] | None:
+def vllm_serve(model: Path, folder: Path, arguments: argparse.Namespace) -> Command | None:
     if not arguments.vllm:
         return None
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     os.environ["PATH"] = f"{Path(arguments.vllm).parent}{os.pathsep}{os.environ['PATH']}"
     native = exported(model, folder, "vllm")
     serve = [arguments.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(native), "--port", "PORT"]
-    return [
-        *serve,
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "1024",
-        "--enforce-eager",
-        "--served-model-name",
-        "model",
-    ], "model"
+    options = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--served-model-name", "model"]
+    return Command([*serve, *options], "model")
 
 
 SERVERS = {"ours": ours, "transformers": transformers_serve, "vllm": vllm_serve}
@@ -183,7 +204,7 @@ SERVERS = {"ours": ours, "transformers": transformers_serve, "vllm": vllm_serve}
 
 @contextmanager
 def serving(command: Sequence[str], log: Path) -> Iterator[str]:
-    """The base URL of a server that answers; it is stopped, with all that it started, at the end."""
+    """The base URL of a running server; its process group is stopped at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -197,7 +218,7 @@ def serving(command: Sequence[str], log: Path) -> Iterator[str]:
         )
         try:
             end = time.monotonic() + START_SECONDS
-            while not answers(f"{url}/health"):
+            while not is_healthy(f"{url}/health"):
                 if process.poll() is not None or time.monotonic() > end:
                     sys.exit(f"{' '.join(command)} doesn't start:\n{log.read_text(errors='replace')[-3000:]}")
                 time.sleep(0.5)
@@ -210,19 +231,19 @@ def serving(command: Sequence[str], log: Path) -> Iterator[str]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def answers(url: str) -> bool:
+def is_healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return reply.status == 200
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
     except OSError:
         return False
 
 
-def requests(count: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """Bodies of chat completions, but for the model's name: no picture comes twice."""
+def requests(count: int, tokens: int) -> Iterator[Body]:
+    """Chat completion requests without the model's name; no picture is used twice."""
     pictures = [row["image"] for name in ("test", "train") for row in csv.DictReader((PICTURES / f"{name}.csv").open())]
     for number in range(count):
-        content: Any = f"{number}. {TEXTS[number % len(TEXTS)]}"
+        content: object = f"{number}. {TEXTS[number % len(TEXTS)]}"
         if number % 4 != 3:
             picture = base64.b64encode((PICTURES / pictures[number]).read_bytes()).decode()
             content = [
@@ -232,83 +253,73 @@ def requests(count: int, tokens: int) -> Iterator[dict[str, Any]]:
         yield {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0}
 
 
-def measured(url: str, name: str, questions: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of each number of clients, and all answers."""
-    ask(url, name, questions[0])
-    texts, clients, start = [], [], 1
-    for count, number in zip(arguments.clients, arguments.requests, strict=True):
-        replies, seconds = crowd(url, name, questions[start : start + number], count)
-        texts += [text for text, _, _ in replies]
-        took = sorted(seconds for _, _, seconds in replies)
-        clients.append(
+def measure(url: str, model: str, questions: Sequence[Body], arguments: argparse.Namespace) -> Result:
+    ask(url, model, questions[0])
+    result, start = Result([], []), 1
+    for clients, number in zip(arguments.clients, arguments.requests, strict=True):
+        replies, seconds = ask_concurrently(url, model, questions[start : start + number], clients)
+        result.texts += [reply.text for reply in replies]
+        latencies = sorted(reply.seconds for reply in replies)
+        result.figures.append(
             {
-                "clients": count,
+                "clients": clients,
                 "requests_per_second": number / seconds,
-                "tokens_per_second": sum(tokens for _, tokens, _ in replies) / seconds,
-                "p50_seconds": statistics.median(took),
-                "p95_seconds": took[min(len(took) - 1, round(0.95 * len(took)))],
+                "tokens_per_second": sum(reply.tokens for reply in replies) / seconds,
+                "p50_seconds": statistics.median(latencies),
+                "p95_seconds": latencies[min(len(latencies) - 1, round(0.95 * len(latencies)))],
             }
         )
         start += number
-    return {"clients": clients, "texts": texts}
+    return result
 
 
-def crowd(url: str, name: str, questions: Sequence[dict[str, Any]], clients: int) -> tuple[list[Any], float]:
-    """Each of the clients sends one question after another; (text, tokens, seconds) of each, and seconds of all."""
-    found: list[Any] = [None] * len(questions)
-    left = iter(range(len(questions)))
-    lock = threading.Lock()
+class Reply(NamedTuple):
+    text: str
+    tokens: int
+    seconds: float
 
-    def client() -> None:
-        while True:
-            with lock:
-                number = next(left, None)
-            if number is None:
-                return
-            begin = time.perf_counter()
-            text, tokens = ask(url, name, questions[number])
-            found[number] = (text, tokens, time.perf_counter() - begin)
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
+def ask_concurrently(url: str, model: str, questions: Sequence[Body], clients: int) -> tuple[list[Reply], float]:
+    """All answers, in order, and the seconds that they took together; each client sends one question at a time."""
     begin = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found, time.perf_counter() - begin
+    with ThreadPoolExecutor(clients) as pool:
+        replies = list(pool.map(lambda question: ask(url, model, question), questions))
+    return replies, time.perf_counter() - begin
 
 
-def ask(url: str, name: str, question: dict[str, Any]) -> tuple[str, int]:
-    body = json.dumps({**question, "model": name}).encode()
-    wanted = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+def ask(url: str, model: str, question: Body) -> Reply:
+    body = json.dumps({**question, "model": model}).encode()
+    request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+    begin = time.perf_counter()
     try:
-        with urllib.request.urlopen(wanted, timeout=600) as reply:
-            said = json.load(reply)
+        with urllib.request.urlopen(request, timeout=600) as response:
+            content = json.load(response)
     except urllib.error.HTTPError as error:
         raise SystemExit(f"{url} answers {error.code}: {error.read()[:500].decode(errors='replace')}") from None
-    return said["choices"][0]["message"]["content"].strip(), said["usage"]["completion_tokens"]
+    text, tokens = content["choices"][0]["message"]["content"].strip(), content["usage"]["completion_tokens"]
+    return Reply(text, tokens, time.perf_counter() - begin)
 
 
-def report(found: dict[str, Any], count: int, arguments: argparse.Namespace) -> None:
+def report(results: dict[str, Result], equal: dict[str, int], count: int, arguments: argparse.Namespace) -> None:
     versions = {name: version(name) for name in ("finetune", "torch", "transformers")}
-    if arguments.vllm and "vllm" in found:
+    if arguments.vllm and "vllm" in results:
         code = "import importlib.metadata as m; print(next(d.version for d in m.distributions() if 'vllm' in d.name))"
         versions["vllm"] = subprocess.run([arguments.vllm, "-c", code], capture_output=True, text=True).stdout.strip()
-    told = ", ".join(f"{name} {number}" for name, number in versions.items())
-    print(f"\n{told}; Python {platform.python_version()}; {arguments.threads} threads of {processor()}\n")
+    names = ", ".join(f"{name} {number}" for name, number in versions.items())
+    print(f"\n{names}; Python {platform.python_version()}; {arguments.threads} threads of {processor()}\n")
     print("| server | clients | requests/s | tokens/s | p50 (s) | p95 (s) | equal |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, result in found.items():
-        for figures in result["clients"]:
+    for server, result in results.items():
+        for figures in result.figures:
             print(
-                f"| {name} | {figures['clients']} | {figures['requests_per_second']:.2f} "
+                f"| {server} | {figures['clients']} | {figures['requests_per_second']:.2f} "
                 f"| {figures['tokens_per_second']:.0f} | {figures['p50_seconds']:.2f} | {figures['p95_seconds']:.2f} "
-                f"| {result['equal']} of {count - 1} |"
+                f"| {equal[server]} of {count - 1} |"
             )
-    if {"ours", "transformers"} <= found.keys():
-        pairs = zip(found["ours"]["clients"], found["transformers"]["clients"], strict=True)
+    if {"ours", "transformers"} <= results.keys():
+        pairs = zip(results["ours"].figures, results["transformers"].figures, strict=True)
         ratios = [(a["clients"], a["requests_per_second"] / b["requests_per_second"]) for a, b in pairs]
-        print("\nours beside transformers: " + ", ".join(f"{ratio:.1f}x at {clients}" for clients, ratio in ratios))
+        print("\nours / transformers: " + ", ".join(f"{ratio:.1f}x with {clients}" for clients, ratio in ratios))
 
 
 def processor() -> str:

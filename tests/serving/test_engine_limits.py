@@ -30,8 +30,8 @@ def paths(tmp_path_factory):
     return pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def texts(found):
-    return [one if isinstance(one, BaseException) else one[0].strip() for one in found]
+def texts(answers):
+    return [one if isinstance(one, BaseException) else one[0].strip() for one in answers]
 
 
 class Slow:
@@ -69,10 +69,10 @@ def test_unreadable_requests_fail_alone(assistant, paths, tmp_path):
         request((Message("user", ("<|image|>",)),)),
     ]
     with serving(assistant) as engine:
-        found = texts(ask_all(engine, [*good[:3], *bad, *good[3:]]))
-        assert found[:3] + found[8:] == alone(assistant, good)
-        assert [type(error) for error in found[3:8]] == [MediaError, MediaError, DataError, DataError, DataError]
-        assert "but the LLM reads 256" in str(found[6])
+        answers = texts(ask_all(engine, [*good[:3], *bad, *good[3:]]))
+        assert answers[:3] + answers[8:] == alone(assistant, good)
+        assert [type(error) for error in answers[3:8]] == [MediaError, MediaError, DataError, DataError, DataError]
+        assert "but the LLM reads 256" in str(answers[6])
         assert engine.stats().counters["requests_failed"] == 5
         assert engine.stats().gauges["requests_waiting"] == engine.stats().gauges["requests_running"] == 0
 
@@ -86,69 +86,71 @@ def test_a_medium_that_cannot_be_encoded_fails_alone(assistant, paths, monkeypat
             raise RuntimeError("a layer doesn't take it")
         return encode(values)
 
-    asked = [request((Message("user", (Medium("image", path), "What?")),), 6) for path in paths]
-    expected = alone(assistant, asked)
+    requests = [request((Message("user", (Medium("image", path), "What?")),), 6) for path in paths]
+    expected = alone(assistant, requests)
     with serving(assistant, media_cache_bytes=0) as engine, monkeypatch.context() as patch:
         patch.setattr(type(encoder), "encode", broken)
-        found = texts(ask_all(engine, asked))
-    assert isinstance(found[2], RuntimeError) and found[:2] + found[3:] == expected[:2] + expected[3:]
+        answers = texts(ask_all(engine, requests))
+    assert isinstance(answers[2], RuntimeError) and answers[:2] + answers[3:] == expected[:2] + expected[3:]
 
 
 def test_a_batch_shrinks_when_memory_runs_out(assistant, paths):
-    asked = questions(paths, 8, 12)
-    expected = alone(assistant, asked)
+    requests = questions(paths, 8, 12)
+    expected = alone(assistant, requests)
     full = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     with Slow(assistant.model, 0, lambda batch: full if batch > 2 else None) as seen, serving(assistant) as engine:
-        assert texts(ask_all(engine, asked)) == expected
+        assert texts(ask_all(engine, requests)) == expected
         assert max(seen.batches) > 2 and seen.batches.count(2) > 20
     with Slow(assistant.model, 0, lambda batch: full), serving(assistant) as engine:
-        assert all(isinstance(error, MemoryError) and "memory" in str(error) for error in texts(ask_all(engine, asked)))
+        assert all(
+            isinstance(error, MemoryError) and "memory" in str(error) for error in texts(ask_all(engine, requests))
+        )
         assistant.model.causal_lm.forward = assistant.model.causal_lm.__class__.forward.__get__(
             assistant.model.causal_lm
         )
-        assert texts(ask_all(engine, asked)) == expected
+        assert texts(ask_all(engine, requests)) == expected
 
 
 def test_a_request_that_raises_in_a_step_fails_alone(assistant, paths):
     """After an error in a step the answers are tried again one by one; only the cause of the error fails."""
-    asked = questions(paths, 5, 12)
-    expected = alone(assistant, asked)
+    requests = questions(paths, 5, 12)
+    expected = alone(assistant, requests)
     vocabulary = assistant.model.get_input_embeddings().weight.shape[0]
     with serving(assistant) as engine:
         real = engine._generation
 
         def row(served, wanted, stream, weights):
             made = real(served, wanted, stream, weights)
-            if wanted is asked[2]:
+            if wanted is requests[2]:
                 made.prompt.input_ids[0] = vocabulary + 7  # no such row in the table
             return made
 
         engine._generation = row
-        found = texts(ask_all(engine, asked))
-        assert isinstance(found[2], IndexError)
-        assert found[:2] + found[3:] == expected[:2] + expected[3:]
+        answers = texts(ask_all(engine, requests))
+        assert isinstance(answers[2], IndexError)
+        assert answers[:2] + answers[3:] == expected[:2] + expected[3:]
         asyncio.run(_soon(lambda: engine.stats().gauges["requests_running"] == 0))
 
 
 def test_too_many_requests_are_refused(assistant, paths):
-    asked = questions(paths, 3, 40)
+    requests = questions(paths, 3, 40)
     with Slow(assistant.model, 0.02), serving(assistant, max_batch=1, queue_limit=2) as engine:
 
-        async def crowd():
-            first = engine.submit(asked[0])
+        async def submit_all():
+            first = engine.submit(requests[0])
             async for _ in first:  # it runs
                 break
-            waiting = [engine.submit(one) for one in asked[1:]]
+            waiting = [engine.submit(one) for one in requests[1:]]
             with pytest.raises(Busy) as refused:
-                engine.submit(asked[0])
+                engine.submit(requests[0])
             with pytest.raises(Busy):
-                await engine.ask("tiny", "colour", asked[0].messages, 5)
+                await engine.ask("tiny", "colour", requests[0].messages, 5)
             waiting[0].cancel()
             await _soon(lambda: engine.stats().gauges["requests_waiting"] < 2)
-            engine.submit(asked[0])
+            engine.submit(requests[0])
             return refused.value.retry_after_seconds
 
-        assert asyncio.run(crowd()) >= 1
+        assert asyncio.run(submit_all()) >= 1
         assert engine.stats().counters["requests_refused"] == 2
 
 
@@ -160,11 +162,11 @@ async def _soon(holds, within_seconds=5.0):
 
 
 def test_cancelling_makes_room(assistant, paths):
-    asked = questions(paths, 2, 200)
+    requests = questions(paths, 2, 200)
     with Slow(assistant.model, 0.01) as seen, serving(assistant) as engine:
 
         async def leave():
-            streams = [engine.submit(one) for one in asked]
+            streams = [engine.submit(one) for one in requests]
             for stream in streams:
                 async for _ in stream:
                     break
@@ -181,9 +183,9 @@ def test_answers_time_out(assistant, paths):
     (slow,), (quick,) = questions(paths, 1, 200, timeout_seconds=0.4), questions(paths, 1, 4)
     with Slow(assistant.model, 0.02), serving(assistant) as engine:
         begin = time.monotonic()
-        found = texts(ask_all(engine, [slow, quick]))
-        assert isinstance(found[0], TimedOut) and time.monotonic() - begin < 2
-        assert found[1] == alone(assistant, [quick])[0]
+        answers = texts(ask_all(engine, [slow, quick]))
+        assert isinstance(answers[0], TimedOut) and time.monotonic() - begin < 2
+        assert answers[1] == alone(assistant, [quick])[0]
         asyncio.run(_soon(lambda: engine.stats().gauges["requests_running"] == 0))
     with Slow(assistant.model, 1.0), serving(assistant) as engine:  # one step is longer than the time
         begin = time.monotonic()
@@ -196,48 +198,48 @@ def test_answers_time_out(assistant, paths):
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
 def test_stopping_finishes_running_requests(fusion, paths):
     assistant = tiny_assistant(fusion=fusion, ends=range(2, 3))
-    asked = questions(paths, 4, 30)
-    expected = alone(assistant, asked)
+    requests = questions(paths, 4, 30)
+    expected = alone(assistant, requests)
     for drain_seconds in (20.0, 0.0):
         step_seconds = 0.01 if drain_seconds else 0.05  # so that nothing finishes before the stop
         with Slow(assistant.model, step_seconds), serving(assistant, max_batch=3) as engine:
 
             async def stopped(engine, drain_seconds):
-                streams = [engine.submit(one) for one in asked]
+                streams = [engine.submit(one) for one in requests]
                 async for _ in streams[0]:
                     break
                 end = threading.Thread(target=engine.stop, args=(drain_seconds,))
                 end.start()
                 await _soon(lambda: engine._worker.draining)
                 with pytest.raises(Busy):
-                    engine.submit(asked[0])
-                found = await asyncio.gather(*map(read, streams[1:]), return_exceptions=True)
+                    engine.submit(requests[0])
+                answers = await asyncio.gather(*map(read, streams[1:]), return_exceptions=True)
                 await asyncio.to_thread(end.join)
-                return found
+                return answers
 
-            found = asyncio.run(stopped(engine, drain_seconds))
+            answers = asyncio.run(stopped(engine, drain_seconds))
             if drain_seconds:
-                assert texts(found) == expected[1:]
+                assert texts(answers) == expected[1:]
             else:
-                assert [type(one) for one in found] == [TimedOut] * 3, found
+                assert [type(one) for one in answers] == [TimedOut] * 3, answers
 
 
 def test_a_request_is_cut_at_the_engine_s_token_limit(assistant, paths):
     long = [request((Message("user", ("What is this? " * 12,)),), 200)]
     with serving(assistant, max_batch_tokens=100) as engine:
-        (found,) = ask_all(engine, long)
-        assert found[3].prompt_tokens + found[3].completion_tokens == 100 and found[1] == "length"
-        asked = questions(paths, 6, 20)
-        assert texts(ask_all(engine, asked)) == alone(assistant, asked)
+        ((_, reason, _, stream),) = ask_all(engine, long)
+        assert stream.prompt_tokens + stream.completion_tokens == 100 and reason == "length"
+        requests = questions(paths, 6, 20)
+        assert texts(ask_all(engine, requests)) == alone(assistant, requests)
     with serving(assistant, max_batch_tokens=40) as engine:
-        (found,) = ask_all(engine, long)
-        assert isinstance(found, DataError) and "this server takes 40" in str(found)
+        (error,) = ask_all(engine, long)
+        assert isinstance(error, DataError) and "this server takes 40" in str(error)
 
 
 def test_a_batch_stays_within_its_token_limit(assistant, paths):
-    asked = questions(paths, 8, 20)
+    requests = questions(paths, 8, 20)
     with Slow(assistant.model, 0) as seen, serving(assistant, max_batch_tokens=150) as engine:
-        ask_all(engine, asked)
+        ask_all(engine, requests)
         assert 1 < max(seen.batches) <= 4
 
 
@@ -255,22 +257,22 @@ def test_invalid_requests_are_refused_at_once(assistant, paths, change, message)
 
 
 def test_heads_run_between_two_steps(assistant, paths):
-    asked = questions(paths, 4, 40)
-    expected = [assistant.ask("colour", [one.messages])[0].probabilities for one in asked]
+    requests = questions(paths, 4, 40)
+    expected = [assistant.ask("colour", [one.messages])[0].probabilities for one in requests]
     with Slow(assistant.model, 0.005), serving(assistant) as engine:
 
         async def both():
-            streams = [engine.submit(one) for one in asked]
-            said = await asyncio.gather(*(engine.ask("tiny", "colour", one.messages, 20) for one in asked))
+            streams = [engine.submit(one) for one in requests]
+            outputs = await asyncio.gather(*(engine.ask("tiny", "colour", one.messages, 20) for one in requests))
             running = engine.stats().gauges["requests_running"]
-            return said, running, await asyncio.gather(*map(read, streams))
+            return outputs, running, await asyncio.gather(*map(read, streams))
 
-        said, running, found = asyncio.run(both())
-        assert running > 0 and texts(found) == alone(assistant, asked)
-        for answer, right in zip(said, expected, strict=True):
+        outputs, running, answers = asyncio.run(both())
+        assert running > 0 and texts(answers) == alone(assistant, requests)
+        for answer, right in zip(outputs, expected, strict=True):
             assert answer.probabilities == pytest.approx(right, abs=1e-4)
         with pytest.raises(DataError, match="has no task 'size'; there are: colour"):
-            asyncio.run(engine.ask("tiny", "size", asked[0].messages, 5))
+            asyncio.run(engine.ask("tiny", "size", requests[0].messages, 5))
         broken = (Message("user", (Medium("image", paths[0].parent), "What?")),)
         with pytest.raises(MediaError):
             asyncio.run(engine.ask("tiny", "colour", broken, 5))
@@ -314,18 +316,20 @@ def test_the_engine_survives_running_out_of_memory_anywhere(assistant, paths, mo
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(self, *given)
 
-    asked = [request(one.messages, tokens) for one, tokens in zip(questions(paths, 4, 12), (2, 9, 12, 12), strict=True)]
-    expected = alone(assistant, asked)
+    requests = [
+        request(one.messages, tokens) for one, tokens in zip(questions(paths, 4, 12), (2, 9, 12, 12), strict=True)
+    ]
+    expected = alone(assistant, requests)
     with serving(assistant) as engine:
         monkeypatch.setattr(owner, place, full_once)
-        found = within_ten_seconds(engine, asked)
+        answers = within_ten_seconds(engine, requests)
         assert raised and engine.alive
-        wrong = [one for one in found if isinstance(one, BaseException)]
+        wrong = [one for one in answers if isinstance(one, BaseException)]
         assert all(isinstance(one, MemoryError) for one in wrong) and len(wrong) <= (place != "keep")
-        assert [one for one in found if one not in wrong] == [
-            right for one, right in zip(found, expected, strict=True) if one not in wrong
+        assert [one for one in answers if one not in wrong] == [
+            right for one, right in zip(answers, expected, strict=True) if one not in wrong
         ]
-        assert within_ten_seconds(engine, asked) == expected
+        assert within_ten_seconds(engine, requests) == expected
         gauges = engine.stats().gauges
         assert gauges["requests_waiting"] == gauges["requests_running"] == 0
 
@@ -333,8 +337,8 @@ def test_the_engine_survives_running_out_of_memory_anywhere(assistant, paths, mo
 def test_a_tiny_temperature_is_greedy(assistant, paths):
     (one,) = questions(paths, 1, 12)
     with serving(assistant) as engine:
-        found = ask_all(engine, [request(one.messages, 12, temperature=heat) for heat in (0.0, 1e-6, 1e-30, 1e-320)])
-        assert texts(found) == alone(assistant, [one]) * 4
+        answers = ask_all(engine, [request(one.messages, 12, temperature=heat) for heat in (0.0, 1e-6, 1e-30, 1e-320)])
+        assert texts(answers) == alone(assistant, [one]) * 4
 
 
 def test_answers_to_one_request_share_its_media(assistant, paths, monkeypatch):
@@ -359,18 +363,20 @@ def test_waiting_media_are_bounded(assistant, paths):
     size = assistant.encoders["image"].prepare(decode("image", paths[0])).values.nbytes
     with Slow(assistant.model, 0.01), serving(assistant, max_batch=1, media_waiting_bytes=2 * size) as engine:
 
-        async def crowd():
+        async def submit_all():
             first = engine.submit(request((Message("user", ("What?",)),), long.max_new_tokens))
             async for _ in first:
                 break
-            found = await asyncio.gather(*(read(engine.submit(one)) for one in [*shown, text]), return_exceptions=True)
+            answers = await asyncio.gather(
+                *(read(engine.submit(one)) for one in [*shown, text]), return_exceptions=True
+            )
             first.cancel()
-            return found
+            return answers
 
-        *found, said = asyncio.run(crowd())
-        refused = [one for one in found if isinstance(one, BaseException)]
-        assert len(found) - len(refused) in (2, 3)  # two readers look at once
-        assert all(isinstance(one, Busy) for one in refused) and not isinstance(said, BaseException)
+        *answers, of_text = asyncio.run(submit_all())
+        refused = [one for one in answers if isinstance(one, BaseException)]
+        assert len(answers) - len(refused) in (2, 3)  # two readers look at once
+        assert all(isinstance(one, Busy) for one in refused) and not isinstance(of_text, BaseException)
         assert engine.stats().gauges["media_waiting_bytes"] == 0
         assert isinstance(within_ten_seconds(engine, shown[:1])[0], str)
 

@@ -1,4 +1,4 @@
-"""Several models in one process: adapters over one LLM hold it once, and answer as each does alone."""
+"""Several models in one process: adapters on one LLM share it and answer as each does alone."""
 
 import json
 import shutil
@@ -24,16 +24,16 @@ def trained(tmp_path_factory):
 
 
 def changed(folder, to, file, **content):
-    """A copy whose JSON file holds something else."""
+    """A copy with changed values in a JSON file."""
     shutil.copytree(folder, to)
-    found = json.loads((to / file).read_text())
-    (to / file).write_text(json.dumps(found | content))
+    answers = json.loads((to / file).read_text())
+    (to / file).write_text(json.dumps(answers | content))
     return to
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
 def adapters(request, trained, tmp_path_factory):
-    """Two over the same LLM, that differ in all that trains: the second's weights spread, so that it tells."""
+    """Two adapters on the same LLM; the second one's trained weights are perturbed."""
     place = tmp_path_factory.mktemp(request.param)
     llm = json.loads((trained / "multimodal.json").read_text())["language_model"] | {"quantize": request.param}
     first = changed(trained, place / "first", "multimodal.json", language_model=llm)
@@ -47,49 +47,49 @@ def adapters(request, trained, tmp_path_factory):
 
 def questions(trained):
     images = sorted((trained.parents[1] / "data" / "images").glob("test*.png"))[:4]
-    said = ("What is this?", "Describe the picture.")
-    return [(Message("user", (Medium("image", path), text)),) for path in images for text in said]
+    texts = ("What is this?", "Describe the picture.")
+    return [(Message("user", (Medium("image", path), text)),) for path in images for text in texts]
 
 
 def base_weights(assistant):
-    own = assistant.model.causal_lm.named_parameters()
-    return {name.replace(".base_layer", ""): p for name, p in own if "lora_" not in name}
+    parameters = assistant.model.causal_lm.named_parameters()
+    return {name.replace(".base_layer", ""): p for name, p in parameters if "lora_" not in name}
 
 
-def test_adapters_over_one_llm_hold_it_once_and_answer_as_alone(adapters, trained):
+def test_adapters_on_one_llm_share_it_and_answer_as_alone(adapters, trained):
     together = load_models(adapters)
     first, second = (base_weights(together[name]) for name in adapters)
     assert first.keys() == second.keys()
     assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
     assert together["first"].encoders["image"] is together["second"].encoders["image"]
     assert all(isinstance(one.model.language_model, PeftModel) for one in together.values())
-    asked = questions(trained)
+    requests = questions(trained)
     expected = {}
     for name, folder in adapters.items():
         assistant = finetune.load(folder)
-        expected[name] = [assistant.answers([q], max_new_tokens=8)[0] for q in asked]
+        expected[name] = [assistant.answers([q], max_new_tokens=8)[0] for q in requests]
     assert expected["first"] != expected["second"]
-    requests = [request(q, 8, model=name) for q in asked for name in adapters]
+    requests = [request(q, 8, model=name) for q in requests for name in adapters]
     with serving(together) as engine:
-        found = [text.strip() for text, *_ in ask_all(engine, requests)]
-        assert engine.stats().counters["media_cache_misses"] == 4  # both see through the same encoder
+        answers = [text.strip() for text, *_ in ask_all(engine, requests)]
+        assert engine.stats().counters["media_cache_misses"] == 4  # they share the encoder
     for place, name in enumerate(adapters):
-        assert found[place :: len(adapters)] == expected[name]
+        assert answers[place :: len(adapters)] == expected[name]
 
 
-def test_one_adapter_and_a_merged_model_are_loaded_as_they_are(trained, tmp_path):
+def test_an_adapter_and_a_merged_model(trained, tmp_path):
     encoder = ("vision", tiny_encoder())
     tiny_merged(tmp_path / "run" / "merged", {"image": encoder}, {"image": part("projectors", "pixel_shuffle")})
     models = load_models({"run": tmp_path / "run", "adapter": trained})
     assert not hasattr(models["run"].model.language_model, "peft_config")
-    asked = [request(q, 6, model=name) for q in questions(trained)[:3] for name in models]
+    requests = [request(q, 6, model=name) for q in questions(trained)[:3] for name in models]
     with serving(models) as engine:
-        found = [text.strip() for text, *_ in ask_all(engine, asked)]
-    assert found == [models[r.model].answers([r.messages], max_new_tokens=6)[0] for r in asked]
+        answers = [text.strip() for text, *_ in ask_all(engine, requests)]
+    assert answers == [models[r.model].answers([r.messages], max_new_tokens=6)[0] for r in requests]
 
 
-def test_adapters_that_change_their_base_have_their_own(trained, tmp_path):
-    """PiSSA takes out of the LLM's weights what the adapter begins with: others must not see that."""
+def test_adapters_that_modify_their_base_do_not_share_it(trained, tmp_path):
+    """PiSSA moves part of the LLM's weights into the adapter; other adapters must not see that."""
     folders = [
         changed(trained, tmp_path / name, "adapter_config.json", init_lora_weights="pissa") for name in ("one", "other")
     ]
@@ -99,7 +99,7 @@ def test_adapters_that_change_their_base_have_their_own(trained, tmp_path):
     assert torch.equal(one[name], other[name])
 
 
-def test_a_damaged_adapter_and_an_unknown_place_are_named(adapters, tmp_path):
+def test_a_damaged_adapter_and_an_unknown_source_are_named(adapters, tmp_path):
     broken = changed(adapters["first"], tmp_path / "broken", "multimodal.json", format=99)
     with pytest.raises(ArtifactError, match="format 99"):
         load_models({**adapters, "broken": broken})

@@ -37,8 +37,8 @@ class Generation:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.cache_keys: list[bytes] = []  # of its prompt's blocks, in the prefix cache
-        grammar = vocabulary.grammar(request.schema) if vocabulary and request.schema is not None else None
-        self.sampler = Sampler(request, grammar)
+        matcher = vocabulary.matcher(request.schema) if vocabulary and request.schema is not None else None
+        self.sampler = Sampler(request, matcher)
         self.begun = time.monotonic()
         self._last: Piece | None = None  # sent when the answer has left its batch
         self._decoder = decoder

@@ -15,7 +15,7 @@ LOWEST_TEMPERATURE = 1e-5
 
 
 class Vocabulary:
-    """A tokenizer for llguidance: tokens as bytes, and grammars over them."""
+    """A tokenizer for llguidance: tokens as bytes, and what JSON schemas allow."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[int]) -> None:
         from llguidance.hf import from_tokenizer
@@ -25,43 +25,25 @@ class Vocabulary:
     def bytes_of(self, token: int) -> bytes:
         return self._tokens.decode_bytes([token]) if token < self._tokens.vocab_size else b""
 
-    def grammar(self, schema: JsonSchema) -> "Grammar":
-        """Raises DataError for a schema that llguidance doesn't support."""
+    def matcher(self, schema: JsonSchema) -> Any:
+        """llguidance's matcher of answers to a JSON schema. Raises DataError for a schema that it doesn't support."""
         from llguidance import LLMatcher
 
         content = json.dumps(dict(schema) or {"type": "object"})
         matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(content, defaults=ONE_LINE))
         if matcher.is_error():
             raise DataError(f"the JSON schema can't be followed: {matcher.get_error().splitlines()[0]}")
-        return Grammar(matcher)
-
-
-class Grammar:
-    """The state of one answer within its JSON schema."""
-
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
-
-    def mask(self, logits: Tensor) -> Tensor:
-        """Logits (V,) on the CPU -> the same, minus infinity for tokens that can't follow. Raises DataError."""
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: len(logits)] > 0
-        if self._matcher.is_error() or not allowed.any():
-            reason = self._matcher.get_error().splitlines() or ["no token of this model can follow"]
-            raise DataError(f"the JSON schema can't be followed any further: {reason[0]}")
-        return logits[: len(allowed)].masked_fill(~allowed, float("-inf"))
-
-    def take(self, token: int) -> None:
-        self._matcher.consume_token(token)
+        return matcher
 
 
 class Sampler:
-    """Chooses the tokens of one answer, independently of the rest of its batch."""
+    """Chooses the tokens of one answer, independently of the rest of its batch. `matcher`: of its JSON schema."""
 
-    def __init__(self, request: Request, grammar: Grammar | None = None) -> None:
+    def __init__(self, request: Request, matcher: Any = None) -> None:
         self.temperature, self.top_p = request.temperature, request.top_p
-        self.grammar = grammar
         # Needs nothing but the argmax, which is computed for the whole batch at once.
-        self.plain = not request.temperature and request.logprobs is None and grammar is None
+        self.plain = not request.temperature and request.logprobs is None and matcher is None
+        self._matcher = matcher
         self._generator = torch.Generator()
         if request.seed is None:
             self._generator.seed()
@@ -70,12 +52,20 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         """Logits (V,), float32, on the CPU -> a token. Raises DataError if the schema can't be followed."""
-        if self.grammar is not None:
-            logits = self.grammar.mask(logits)
+        if self._matcher is not None:
+            logits = self._within_schema(logits)
         token = self._sample(logits) if self.temperature else int(logits.argmax())
-        if self.grammar is not None:
-            self.grammar.take(token)
+        if self._matcher is not None:
+            self._matcher.consume_token(token)
         return token
+
+    def _within_schema(self, logits: Tensor) -> Tensor:
+        """The same logits, minus infinity for tokens that can't follow."""
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: len(logits)] > 0
+        if self._matcher.is_error() or not allowed.any():
+            reason = self._matcher.get_error().splitlines() or ["no token of this model can follow"]
+            raise DataError(f"the JSON schema can't be followed any further: {reason[0]}")
+        return logits[: len(allowed)].masked_fill(~allowed, float("-inf"))
 
     def _sample(self, logits: Tensor) -> int:
         # Dividing by a tiny temperature would overflow to infinities.

@@ -18,22 +18,17 @@ class IncrementalDecoder:
         self._begin = self._decoded = 0
         self._context = ""
         self._text = ""  # of all tokens up to `_decoded`
-        self._released = 0
+        self.released = 0  # characters
 
     @property
     def whole(self) -> bool:
         """Whether the text of all tokens has been released."""
-        return self._decoded == len(self._ids) and self._released == len(self._text)
+        return self._decoded == len(self._ids) and self.released == len(self._text)
 
     @property
     def length(self) -> int:
         """Characters decoded so far."""
         return len(self._text)
-
-    @property
-    def released(self) -> int:
-        """Characters released so far."""
-        return self._released
 
     def add(self, token: int) -> None:
         self._ids.append(token)
@@ -44,8 +39,8 @@ class IncrementalDecoder:
         if last and not self.stopped:
             self._grow(last=True)
         end = len(self._text) if last or self.stopped else len(self._text) - self._stop_prefix()
-        text = self._text[self._released : end]
-        self._released = max(end, self._released)
+        text = self._text[self.released : end]
+        self.released = max(end, self.released)
         return text
 
     def _grow(self, last: bool = False) -> None:
@@ -57,7 +52,7 @@ class IncrementalDecoder:
         self._begin, self._decoded = self._decoded, len(self._ids)
         self._context = self._decode(self._ids[self._begin :])
         for stop in self._stop:
-            if (start := self._text.find(stop, max(self._released, before - len(stop) + 1))) >= 0:
+            if (start := self._text.find(stop, max(self.released, before - len(stop) + 1))) >= 0:
                 self._text, self.stopped = self._text[:start], True
 
     def _stop_prefix(self) -> int:
