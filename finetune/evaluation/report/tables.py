@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
 from finetune.evaluation.results import Confusion, Prediction, StageResult, TaskTables
-from finetune.recipe.parts import Part, Stage
+from finetune.recipe.parts import Part
+from finetune.recipe.schema import Stage
 
 MAX_LABELS = 40  # of a confusion matrix
 MAX_ROWS = 200  # of any other table
