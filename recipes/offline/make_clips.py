@@ -1,6 +1,6 @@
 """Make recipes/data/clips: two-second videos in which one emoji picture follows another, with questions on the order.
 
-    python recipes/offline/make_clips.py [--emoji recipes/data/emoji] [--into recipes/data/clips]
+    python recipes/offline/make_clips.py [--data recipes/data] [--into recipes/data/clips]
 
 Which picture appears where is drawn by a fixed seed; the same PyAV gives the same bytes. Clips to train on show
 pictures of the emoji's train.csv only, clips to test on those of its test.csv only.
@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy
-from dataset_files import DATA, Row, argument_parser, empty_folder, read_rows, shuffled_cycles, write_rows
+from dataset_files import Row, argument_parser, empty_folder, read_rows, shuffled_cycles, write_rows
 from PIL import Image
 
 SEED = 21
@@ -85,14 +85,13 @@ def write_video(pictures: list[numpy.ndarray], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argument_parser("clips", "Make the clips of emoji pictures and their tables.")
-    parser.add_argument("--emoji", type=Path, default=DATA / "emoji", help="folder of the pictures")
-    chosen = parser.parse_args()
+    chosen = argument_parser("clips", "Make the clips of emoji pictures and their tables.", reads="emoji/").parse_args()
+    emoji = chosen.data / "emoji"
     empty_folder(chosen.into / "videos")
     for split, clips_per_pair in CLIPS_PER_PAIR.items():
-        clips = plan(read_rows(chosen.emoji / f"{split}.csv"), clips_per_pair, split)
+        clips = plan(read_rows(emoji / f"{split}.csv"), clips_per_pair, split)
         for clip in clips:
-            pair = [Image.open(chosen.emoji / clip[which]).convert("RGB") for which in ("first", "second")]
+            pair = [Image.open(emoji / clip[which]).convert("RGB") for which in ("first", "second")]
             moved = frames(pair[0], pair[1], random.Random(f"{SEED}/{clip['video']}"))
             write_video(moved, chosen.into / clip["video"])
         rows = questions(clips)
