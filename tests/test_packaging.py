@@ -1,4 +1,4 @@
-"""What the wheel carries: the package, the recipes and the scripts for their files, and not the pictures of recipes/data."""
+"""The wheel carries the package, the recipes and the scripts that make their files, but not recipes/data."""
 
 import shlex
 import subprocess
