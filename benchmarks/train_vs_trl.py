@@ -490,6 +490,7 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     from finetune.model import adapter
     from finetune.model.build import build_model
     from finetune.model.language_model import packs_exactly
+    from finetune.model.trainable import set_trainable, trained_parts
     from finetune.training.collate import Collator
     from finetune.training.feature_cache import fill_cache
     from finetune.training.trainer import train_stage
@@ -515,8 +516,8 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
         if checkpointed:
             model.causal_lm.activation_checkpointing_enable(every_n_layers=1)
         roles = ["projectors", "adapter"]
-        adapter.set_trainable(model, roles)
-        trained = adapter.trained_parts(model, roles)
+        set_trainable(model, roles)
+        trained = trained_parts(model, roles)
         collator = Collator(
             samples,
             features.features,

@@ -233,14 +233,18 @@ def recipes(
     to: Annotated[Path, typer.Option(metavar="DIR", help="Where to.")] = Path(),
 ) -> None:
     """List the recipes that come with the package, or copy one."""
-    from finetune.commands.recipes import recipes
+    from finetune.commands.recipes import commands_for_files, recipes
 
-    found = recipes(copy, to)
+    comments = recipes(copy, to)
     if copy is not None:
-        print(f"{to / copy}.yaml: write your own data and weights into it, its paths are relative to its new place")
+        print(f"{to / copy}.yaml: name your own data and weights in it; its paths are relative to its new place.")
+        print(
+            "The rows that it names now are in the repository, under recipes/data. These commands make and fetch them:"
+        )
+        print(*(f"  {command}" for command in commands_for_files(copy, to)), sep="\n")
         return
-    for name, about in found.items():
-        print(f"{name:<24} {about}")
+    for name, comment in comments.items():
+        print(f"{name:<24} {comment}")
 
 
 @app.command()

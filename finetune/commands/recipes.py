@@ -1,9 +1,22 @@
 """The recipes that come with the package."""
 
+import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 from finetune.common.errors import RecipeError
+
+# Tables under recipes/data whose rows name media of other folders there, or are made from their pictures.
+MADE_FROM = {
+    "clips": ("emoji",),
+    "tickets": ("emoji", "calls"),
+    "recommend": ("emoji",),
+    "m6": ("emoji",),
+    "support-calls": ("calls",),
+}
+DOWNLOADED = ("emoji", "sentiment")  # their scripts fetch a font, and keep the archive
 
 
 def recipes_folder() -> Path:
@@ -14,16 +27,42 @@ def recipes_folder() -> Path:
 
 def recipes(copy: str | None = None, to: Path | str = ".") -> dict[str, str]:
     """{name: its first comment line}; with `copy`, that recipe is copied into the folder `to`. Raises RecipeError."""
-    found = {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+    paths = {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
     if copy is not None:
-        if copy not in found:
-            raise RecipeError(f"no recipe is called {copy!r}. There are: {', '.join(found)}")
-        target = Path(to) / found[copy].name
+        if copy not in paths:
+            raise RecipeError(f"no recipe is called {copy!r}. There are: {', '.join(paths)}")
+        target = Path(to) / paths[copy].name
         if target.exists():
             raise RecipeError(f"{target} exists already; choose another folder with --to")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(found[copy], target)
-    return {name: _first_comment(path) for name, path in found.items()}
+        shutil.copyfile(paths[copy], target)
+    return {name: _first_comment(path) for name, path in paths.items()}
+
+
+def commands_for_files(name: str, to: Path | str = ".") -> list[str]:
+    """Commands that put the weights and rows which an offline recipe names where its copy in `to` looks for them.
+
+    The rows are drawn or synthesised by scripts; an installed package carries the scripts and not the rows.
+    """
+    text = (recipes_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    scripts, data = recipes_folder() / "offline", Path(to) / "data"
+    weights_folder = os.path.normpath(Path(to) / ".." / "weights")
+    commands = []
+    if weights := sorted(set(re.findall(r"name: \.\./weights/([\w-]+)", text))):
+        names = [folder.replace("-", "_") for folder in weights]
+        commands.append(["python", f"{scripts / 'fetch.py'}", *names, "--into", weights_folder])
+    folders: dict[str, None] = {}  # ordered: what others are made from comes first
+    for folder in re.findall(r"path: data/([\w-]+)/", text):
+        folders |= dict.fromkeys((*MADE_FROM.get(folder, ()), folder))
+    for folder in folders:
+        script = scripts / f"make_{folder.replace('-', '_')}.py"
+        command = ["python", f"{script}", "--into", f"{data / folder}"]
+        if folder in MADE_FROM:
+            command += ["--data", f"{data}"]
+        if folder in DOWNLOADED:
+            command += ["--packages", f"{weights_folder}/.packages"]
+        commands.append(command)
+    return [shlex.join(command) for command in commands]
 
 
 def _first_comment(path: Path) -> str:

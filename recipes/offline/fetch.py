@@ -9,7 +9,6 @@ complete is left alone, so a second call needs no network.
 
 import argparse
 import atexit
-import csv
 import functools
 import hashlib
 import io
@@ -25,6 +24,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dataset_files import write_rows
 
 if TYPE_CHECKING:
     import numpy
@@ -329,10 +330,7 @@ def convert_gcin_syllables(archive: Path, folder: Path) -> None:
                 name = columns["pinyin"].replace("ü", "v").replace("ê", "eh")
                 rows.append({"audio": f"audio/{name}-{speaker}.ogg", **columns, "speaker": speaker})
                 (folder / rows[-1]["audio"]).write_bytes(files[f"{speaker}.ogg"])
-        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(folder / f"{split}.csv", rows)
 
 
 CONVERTERS: dict[str, Callable[[Path, Path], None]] = {

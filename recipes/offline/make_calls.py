@@ -6,8 +6,6 @@ Who says what is drawn by a fixed seed; the same espeak-ng, SciPy and PyAV give 
 never occur in training, and every fourth pair of thing and intent is only tested.
 """
 
-import argparse
-import csv
 import itertools
 import random
 import shutil
@@ -18,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy
+from dataset_files import Row, argument_parser, empty_folder, write_rows
 
 SEED = 23
 RATE = 16_000  # samples a second
@@ -56,7 +55,6 @@ OPENINGS = ("", "", "你好", "您好", "喂", "麻烦您")
 READ_AS = {"地址": "di4zhi3"}  # what the synthesiser mispronounces
 LINES = {"clear": None, "noise": (5, 15), "telephone": (20, 30)}  # decibels by which the speech is louder than noise
 OPENINGS_PER_PHRASE = {"known": 1, "new": 3}  # to test; in training a phrase goes with each opening once
-DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def is_new(thing: str, intent: str) -> bool:
@@ -64,28 +62,36 @@ def is_new(thing: str, intent: str) -> bool:
     return (THINGS.index(thing) + list(PHRASES).index(intent)) % 4 == 0
 
 
-def plan(split: str) -> list[dict[str, str]]:
+def plan(split: str) -> list[Row]:
     """The rows of a table. Things, intents and phrases are spread evenly, and so are voices and lines."""
     draw = random.Random(f"{SEED}/{split}")
-    said = []
+    sentences = []
     for intent, thing in itertools.product(PHRASES, THINGS):
         sentence = "new" if is_new(thing, intent) else "known"
         if split == "train" and sentence == "new":
             continue
         for phrase in PHRASES[intent]:
             count = len(OPENINGS) if split == "train" else OPENINGS_PER_PHRASE[sentence]
-            said += [
+            sentences += [
                 (f"{opening}我的{thing}{phrase}", intent, thing, sentence) for opening in draw.sample(OPENINGS, count)
             ]
-    draw.shuffle(said)
+    draw.shuffle(sentences)
     voices = itertools.cycle(itertools.product(LINES, VOICES[split]))
     return [
         {
             "audio": f"audio/{split}-{number:03}.ogg", "text": text, "intent": intent, "thing": thing,
             "reply": REPLIES[intent].format(thing), "voice": voice, "line": line, "sentence": sentence,
         }
-        for number, ((text, intent, thing, sentence), (line, voice)) in enumerate(zip(said, voices, strict=False))
+        for number, ((text, intent, thing, sentence), (line, voice)) in enumerate(zip(sentences, voices, strict=False))
     ]  # fmt: skip
+
+
+def has_synthesiser() -> bool:
+    """Whether espeak-ng can be called; otherwise how to get it is printed."""
+    if shutil.which("espeak-ng"):
+        return True
+    print("error: espeak-ng is not on PATH. Install it (Debian: apt-get install espeak-ng).", file=sys.stderr)
+    return False
 
 
 def speak(text: str, voice: str, draw: random.Random, language: str = LANGUAGE) -> numpy.ndarray:
@@ -99,8 +105,8 @@ def speak(text: str, voice: str, draw: random.Random, language: str = LANGUAGE) 
     spoken = subprocess.run(command, capture_output=True, check=True)
     with wave.open(BytesIO(spoken.stdout)) as file:
         rate = file.getframerate()
-        heard = numpy.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
-    return trimmed(resample_poly(heard, RATE, rate))
+        samples = numpy.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+    return trimmed(resample_poly(samples, RATE, rate))
 
 
 def trimmed(samples: numpy.ndarray) -> numpy.ndarray:
@@ -143,14 +149,10 @@ def write_audio(samples: numpy.ndarray, file: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the spoken requests and their tables.")
-    parser.add_argument("--into", type=Path, default=DATA / "calls")
-    chosen = parser.parse_args()
-    if not shutil.which("espeak-ng"):
-        print("error: espeak-ng is not on PATH. Install it (Debian: apt-get install espeak-ng).", file=sys.stderr)
+    chosen = argument_parser("calls", "Make the spoken requests and their tables.").parse_args()
+    if not has_synthesiser():
         return 1
-    shutil.rmtree(chosen.into / "audio", ignore_errors=True)
-    (chosen.into / "audio").mkdir(parents=True)
+    empty_folder(chosen.into / "audio")
     for split in VOICES:
         rows = plan(split)
         seconds = 0.0
@@ -159,10 +161,7 @@ def main() -> int:
             samples = send(speak(row["text"], row["voice"], draw), row["line"], draw)
             write_audio(samples, chosen.into / row["audio"])
             seconds += len(samples) / RATE
-        with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(chosen.into / f"{split}.csv", rows)
         print(split, len(rows), "recordings", len(VOICES[split]), "voices", round(seconds), "seconds")
     return 0
 

@@ -6,14 +6,10 @@ Everything is drawn here, with the typeface inside Pillow. What is drawn depends
 gives the same bytes.
 """
 
-import argparse
-import csv
 import random
-import shutil
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
+from dataset_files import Row, argument_parser, empty_folder, write_picture, write_rows
 from PIL import Image, ImageDraw, ImageFont
 
 SEED = 22
@@ -57,10 +53,10 @@ def days(number: int, draw: random.Random) -> Drawing:
         pen.rectangle((middle - 17, 196 - height, middle + 17, 195), paint)
         pen.text((middle, 196 - height - 8), str(value), "black", font(13), anchor="mm")
         pen.text((middle, 208), day[:3], "black", font(14), anchor="mm")
-    asked = draw.randrange(len(DAYS))
+    chosen = draw.randrange(len(DAYS))
     return picture, [
         ("Which day is highest?", DAYS[highest]),
-        (f"How many {thing} on {DAYS[asked]}?", str(values[asked])),
+        (f"How many {thing} on {DAYS[chosen]}?", str(values[chosen])),
     ]
 
 
@@ -96,46 +92,39 @@ def receipt(number: int, draw: random.Random) -> Drawing:
     pen.line((16, below - 8, 208, below - 8), "black")
     pen.text((20, below + 14), "Total", "black", font(20), anchor="lm")
     pen.text((204, below + 14), str(sum(prices)), "black", font(20), anchor="rm")
-    asked = draw.randrange(len(goods))
+    chosen = draw.randrange(len(goods))
     return picture, [
         ("What is the total?", str(sum(prices))),
-        (f"What is the price of {goods[asked]}?", str(prices[asked])),
+        (f"What is the price of {goods[chosen]}?", str(prices[chosen])),
     ]
 
 
 KINDS: dict[str, Callable[[int, random.Random], Drawing]] = {"days": days, "colours": colours, "receipt": receipt}
 
 
-def make(split: str) -> list[tuple[Image.Image, list[dict[str, str]]]]:
+def make(split: str) -> list[tuple[Image.Image, list[Row]]]:
     """Pictures with their rows."""
     made = []
     for kind, count in PICTURES[split].items():
         for number in range(count):
             file = f"images/{split}-{kind}-{number:02}.png"
-            picture, asked = KINDS[kind](number, random.Random(f"{SEED}/{file}"))
-            rows = [{"image": file, "question": put, "answer": answer, "kind": kind} for put, answer in asked]
+            picture, pairs = KINDS[kind](number, random.Random(f"{SEED}/{file}"))
+            rows = [{"image": file, "question": question, "answer": answer, "kind": kind} for question, answer in pairs]
             made.append((picture, rows))
     return made
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the charts and receipts and their tables.")
-    parser.add_argument("--into", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "charts")
-    chosen = parser.parse_args()
-    shutil.rmtree(chosen.into / "images", ignore_errors=True)
-    (chosen.into / "images").mkdir(parents=True)
+def main() -> None:
+    chosen = argument_parser("charts", "Make the charts and receipts and their tables.").parse_args()
+    empty_folder(chosen.into / "images")
     for split in PICTURES:
         made = make(split)
         for picture, rows in made:
-            quantised = picture.quantize(COLOURS, dither=Image.Dither.NONE)
-            quantised.save(chosen.into / rows[0]["image"], optimize=True)
-        with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, ["image", "question", "answer", "kind"], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row for _, rows in made for row in rows)
-        print(split, len(made), "pictures", sum(len(rows) for _, rows in made), "rows")
-    return 0
+            write_picture(picture, chosen.into / rows[0]["image"], COLOURS)
+        table = [row for _, rows in made for row in rows]
+        write_rows(chosen.into / f"{split}.csv", table)
+        print(split, len(made), "pictures", len(table), "rows")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,21 +1,18 @@
 """Make recipes/data/clips: two-second videos in which one emoji picture follows another, with questions on the order.
 
-    python recipes/offline/make_clips.py [--emoji recipes/data/emoji] [--into recipes/data/clips]
+    python recipes/offline/make_clips.py [--data recipes/data] [--into recipes/data/clips]
 
 Which picture appears where is drawn by a fixed seed; the same PyAV gives the same bytes. Clips to train on show
 pictures of the emoji's train.csv only, clips to test on those of its test.csv only.
 """
 
-import argparse
-import csv
 import itertools
 import random
-import shutil
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 import numpy
+from dataset_files import Row, argument_parser, empty_folder, read_rows, shuffled_cycles, write_rows
 from PIL import Image
 
 SEED = 21
@@ -25,32 +22,26 @@ RATE = 4  # frames a second
 QUALITY = "30"  # x264's constant rate factor
 CLIPS_PER_PAIR = {"train": 4, "test": 1}  # of labels, first and second told apart: 72 pairs
 QUESTIONS = {"先出现的是什么？": "first", "后出现的是什么？": "second"}
-DATA = Path(__file__).resolve().parents[1] / "data"
 
 
-def plan(pictures: list[dict[str, str]], clips_per_pair: int, prefix: str) -> list[dict[str, str]]:
+def plan(pictures: list[Row], clips_per_pair: int, prefix: str) -> list[Row]:
     """One row per clip: its file, the two pictures and their labels. Every ordered pair of labels occurs equally often,
     and no picture a second time before all of its label have been shown."""
     draw = random.Random(f"{SEED}/{prefix}")
-    by_label: dict[str, list[str]] = {}
-    for row in pictures:
-        by_label.setdefault(row["label"], []).append(row["image"])
-    for images in by_label.values():
-        draw.shuffle(images)
-    waiting = {label: itertools.cycle(images) for label, images in by_label.items()}
-    pairs = list(itertools.permutations(sorted(by_label), 2)) * clips_per_pair
+    images = shuffled_cycles(pictures, "label", "image", draw)
+    pairs = list(itertools.permutations(images, 2)) * clips_per_pair
     draw.shuffle(pairs)
     return [
         {
             "video": f"videos/{prefix}-{number:03}.mp4",
-            "first": next(waiting[first]), "first_label": first,
-            "second": next(waiting[second]), "second_label": second,
+            "first": next(images[first]), "first_label": first,
+            "second": next(images[second]), "second_label": second,
         }
         for number, (first, second) in enumerate(pairs)
     ]  # fmt: skip
 
 
-def questions(clips: list[dict[str, str]]) -> list[dict[str, str]]:
+def questions(clips: list[Row]) -> list[Row]:
     """Two rows per clip, one for each question."""
     return [
         {
@@ -64,7 +55,7 @@ def questions(clips: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def frames(first: Image.Image, second: Image.Image, draw: random.Random) -> list[numpy.ndarray]:
     """FRAMES pictures of (SIDE, SIDE, 3): each half moves and zooms its own picture over white."""
-    shown = []
+    made = []
     for picture in (first, second):
         sizes = draw.sample((0.78, 0.96), 2)  # grows or shrinks
         ways = [(draw.uniform(0, 1), draw.uniform(0, 1)) for _ in sizes]  # where in the room that is left, 0 to 1
@@ -73,8 +64,8 @@ def frames(first: Image.Image, second: Image.Image, draw: random.Random) -> list
             place = [round((SIDE - side) * (a + (b - a) * step)) for a, b in zip(*ways, strict=True)]
             frame = Image.new("RGB", (SIDE, SIDE), "white")
             frame.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (place[0], place[1]))
-            shown.append(numpy.asarray(frame))
-    return shown
+            made.append(numpy.asarray(frame))
+    return made
 
 
 def write_video(pictures: list[numpy.ndarray], file: Path) -> None:
@@ -93,32 +84,20 @@ def write_video(pictures: list[numpy.ndarray], file: Path) -> None:
         container.mux(stream.encode())
 
 
-def read_pictures(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the clips of emoji pictures and their tables.")
-    parser.add_argument("--emoji", type=Path, default=DATA / "emoji", help="folder of the pictures")
-    parser.add_argument("--into", type=Path, default=DATA / "clips")
-    chosen = parser.parse_args()
-    shutil.rmtree(chosen.into / "videos", ignore_errors=True)
-    (chosen.into / "videos").mkdir(parents=True)
+def main() -> None:
+    chosen = argument_parser("clips", "Make the clips of emoji pictures and their tables.", reads="emoji/").parse_args()
+    emoji = chosen.data / "emoji"
+    empty_folder(chosen.into / "videos")
     for split, clips_per_pair in CLIPS_PER_PAIR.items():
-        clips = plan(read_pictures(chosen.emoji / f"{split}.csv"), clips_per_pair, split)
+        clips = plan(read_rows(emoji / f"{split}.csv"), clips_per_pair, split)
         for clip in clips:
-            pair = [Image.open(chosen.emoji / clip[which]).convert("RGB") for which in ("first", "second")]
+            pair = [Image.open(emoji / clip[which]).convert("RGB") for which in ("first", "second")]
             moved = frames(pair[0], pair[1], random.Random(f"{SEED}/{clip['video']}"))
             write_video(moved, chosen.into / clip["video"])
         rows = questions(clips)
-        with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(chosen.into / f"{split}.csv", rows)
         print(split, len(clips), "clips", len(rows), "rows")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

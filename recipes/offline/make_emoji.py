@@ -6,18 +6,16 @@ The pictures come from the font, the names and groups from emojibase (CLDR), bot
 is kept in the repository; this script says how it came about. The same Pillow gives the same bytes.
 """
 
-import argparse
-import csv
 import io
 import json
 import random
 import re
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy
+from dataset_files import argument_parser, empty_folder, write_picture, write_rows
 from fetch import DEFAULT_FOLDER, FetchError, fetch_archive, read_member
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -75,23 +73,27 @@ def read_names(archive: Path) -> list[dict]:
     return rows
 
 
-def draw(rows: list[dict], font_file: bytes) -> list[dict]:
+def emoji_font(packages: Path) -> ImageFont.FreeTypeFont:
+    """Noto Color Emoji in the one size of its bitmaps, 136x128 pixels. Raises FetchError."""
+    return ImageFont.truetype(io.BytesIO(read_member(fetch_archive("noto_emoji", packages), ".ttf")), 109)
+
+
+def draw_emoji(character: str, font: ImageFont.FreeTypeFont, mode: str, paper: str) -> Image.Image:
+    picture = Image.new(mode, (136, 136), paper)
+    ImageDraw.Draw(picture).text((0, 4), character, font=font, embedded_color=True)
+    return picture
+
+
+def draw(rows: list[dict], font: ImageFont.FreeTypeFont) -> list[dict]:
     """Add a picture (RGB on white, SIDE x SIDE) to each row; rows that the font lacks are dropped."""
-    font = ImageFont.truetype(io.BytesIO(font_file), 109)  # the one size of its bitmaps, 136x128 pixels
-
-    def render(character: str) -> Image.Image:
-        picture = Image.new("RGB", (136, 136), "white")
-        ImageDraw.Draw(picture).text((0, 4), character, font=font, embedded_color=True)
-        return picture
-
     if not features.check("raqm"):
         raise FetchError(
             "this Pillow has no Raqm, which joins sequences such as person + rocket: use a wheel of Pillow."
         )
-    missing = {render(character).tobytes() for character in ("", "\U0010fffd")}
+    missing = {draw_emoji(character, font, "RGB", "white").tobytes() for character in ("", "\U0010fffd")}
     drawn = []
     for row in rows:
-        picture = render(row["character"])
+        picture = draw_emoji(row["character"], font, "RGB", "white")
         if picture.tobytes() not in missing and font.getlength(row["character"]) <= picture.width:
             drawn.append(row | {"picture": picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)})
     return drawn
@@ -176,30 +178,23 @@ def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
 def write(rows: list[dict], file: Path) -> None:
     """A CSV in the order of the emoji standard's codes, and its pictures beside it."""
     columns = ["image", "label", "label_en", "name_zh", "name_en", "subgroup"]
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(rows, key=lambda row: row["image"]):
-            writer.writerow(row)
-            picture = row["picture"].quantize(COLOURS, dither=Image.Dither.NONE)
-            picture.save(file.parent / row["image"], optimize=True)
+    write_rows(file, sorted(rows, key=lambda row: row["image"]), columns)
+    for row in rows:
+        write_picture(row["picture"], file.parent / row["image"], COLOURS)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the emoji pictures and tables.")
-    parser.add_argument("--into", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "emoji")
+    parser = argument_parser("emoji", "Make the emoji pictures and tables.")
     parser.add_argument("--packages", type=Path, default=DEFAULT_FOLDER / ".packages", help="cache of archives")
     chosen = parser.parse_args()
     try:
         names = fetch_archive("emoji_names", chosen.packages)
-        font = fetch_archive("noto_emoji", chosen.packages)
-        rows = drop_near_duplicates(draw(read_names(names), read_member(font, ".ttf")))
+        rows = drop_near_duplicates(draw(read_names(names), emoji_font(chosen.packages)))
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     train, test = split(rows)
-    shutil.rmtree(chosen.into / "images", ignore_errors=True)
-    (chosen.into / "images").mkdir(parents=True)
+    empty_folder(chosen.into / "images")
     for name, part in (("train", train), ("test", test)):
         write(part, chosen.into / f"{name}.csv")
         counts = Counter(row["label"] for row in part)

@@ -6,11 +6,9 @@ No picture is copied: paths are relative to the folder of the data. What is aske
 seed. Rows to train on come from the emoji's train.csv only, rows to test on from its test.csv only.
 """
 
-import argparse
-import csv
 import random
-import sys
-from pathlib import Path
+
+from dataset_files import Row, argument_parser, read_rows, write_rows
 
 SEED = 34
 ROWS = {"train": 360, "test": 100}
@@ -22,29 +20,21 @@ SENTENCES = {  # caption, question, beginning of a sentence
     "en": ("{label}: {name}", "Is it {one} or {other}?", "{name} belongs to"),
 }
 COLUMNS = ("image", "caption", "question", "answer", "text", "match", "beginning", "end", "language")
-DATA = Path(__file__).resolve().parents[1] / "data"
-
-Rows = list[dict[str, str]]
 
 
-def read_rows(file: Path) -> Rows:
-    with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def chosen_pictures(pictures: Rows, count: int, draw: random.Random) -> Rows:
+def chosen_pictures(pictures: list[Row], count: int, draw: random.Random) -> list[Row]:
     """Pictures in a drawn order, each with its language, and its name and group in that language."""
-    found = []
+    chosen: list[Row] = []
     for picture in draw.sample(pictures, len(pictures)):
-        language = "en" if len(found) % ENGLISH == 0 else "zh"
+        language = "en" if len(chosen) % ENGLISH == 0 else "zh"
         name = picture[f"name_{language}"]
         if picture["label"] not in LEFT_OUT and len(name) <= LONGEST[language]:
             label = picture["label" if language == "zh" else "label_en"]
-            found.append({"image": f"emoji/{picture['image']}", "language": language, "name": name, "label": label})
-    return found[:count]
+            chosen.append({"image": f"emoji/{picture['image']}", "language": language, "name": name, "label": label})
+    return chosen[:count]
 
 
-def mismatched(pictures: Rows, draw: random.Random) -> list[str]:
+def mismatched(pictures: list[Row], draw: random.Random) -> list[str]:
     """For each picture the name of another one, of another group and in the same language; each name once."""
     while True:
         names = []
@@ -59,7 +49,7 @@ def mismatched(pictures: Rows, draw: random.Random) -> list[str]:
             return [other["name"] for other in names]
 
 
-def plan(pictures: Rows, split: str) -> Rows:
+def plan(pictures: list[Row], split: str) -> list[Row]:
     """The rows of a table: every other picture has a name that isn't its own in `text`."""
     draw = random.Random(f"{SEED}/{split}")
     chosen = chosen_pictures(pictures, ROWS[split], draw)
@@ -80,21 +70,13 @@ def plan(pictures: Rows, split: str) -> Rows:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the tables of four tasks.")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of emoji/")
-    parser.add_argument("--into", type=Path, default=DATA / "m6")
-    chosen = parser.parse_args()
-    chosen.into.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    chosen = argument_parser("m6", "Make the tables of four tasks.", reads="emoji/").parse_args()
     for split in ROWS:
         rows = plan(read_rows(chosen.data / "emoji" / f"{split}.csv"), split)
-        with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(chosen.into / f"{split}.csv", rows, COLUMNS)
         print(split, len(rows), "rows")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,14 +7,11 @@ chance, and the rule that joins them to a finding is a toy. Not for diagnosis. E
 same NumPy, Pillow and pydicom give the same bytes.
 """
 
-import argparse
-import csv
 import random
-import shutil
-import sys
 from pathlib import Path
 
 import numpy
+from dataset_files import Row, argument_parser, empty_folder, write_picture, write_rows
 from PIL import Image
 
 SEED = 33
@@ -48,9 +45,9 @@ ENGLISH = 0.35  # share of rows
 AGAINST = 0.05  # share of infections and masses whose record says the opposite
 
 
-def plan() -> dict[str, list[dict[str, str]]]:
+def plan() -> dict[str, list[Row]]:
     """The rows of each table. Fever tells the two kinds of opacity apart; among the other scans it means nothing."""
-    said: set[str] = set()
+    written: set[str] = set()
     tables = {}
     for split, count in ROWS.items():
         draw = random.Random(f"{SEED}/{split}")
@@ -61,7 +58,7 @@ def plan() -> dict[str, list[dict[str, str]]]:
             fever = draw.random() < {"infection": 1 - AGAINST, "mass": AGAINST}.get(finding, 0.5)
             where = SIDES[side] if language == "zh" else side.capitalize()
             rows.append({
-                "record": record(language, fever, said, draw), "finding": FINDINGS[finding], "finding_en": finding,
+                "record": record(language, fever, written, draw), "finding": FINDINGS[finding], "finding_en": finding,
                 "report": REPORTS[language][finding].format(where), "side": "none" if finding == "normal" else side,
                 "language": language,
             })  # fmt: skip
@@ -71,13 +68,13 @@ def plan() -> dict[str, list[dict[str, str]]]:
     return tables | {"test": tables["test"][DICOM_ROWS:], "test-dicom": in_dicom}
 
 
-def record(language: str, fever: bool, said: set[str], draw: random.Random) -> str:
+def record(language: str, fever: bool, written: set[str], draw: random.Random) -> str:
     """A line of a record that no other row has."""
     while True:
         amount = round(draw.uniform(38, 40.5), 1) if fever else draw.randint(5, 45)
         line = draw.choice(RECORDS[language, fever]).format(draw.randint(20, 88), draw.choice(SEXES[language]), amount)
-        if line not in said:
-            said.add(line)
+        if line not in written:
+            written.add(line)
             return line
 
 
@@ -113,7 +110,7 @@ def draw_scan(finding: str, side: str, chance: numpy.random.Generator) -> numpy.
     return numpy.clip(chance.uniform(0.85, 1.1) * scan + chance.uniform(-0.05, 0.05), 0, 1)
 
 
-def scan_of(row: dict[str, str]) -> numpy.ndarray:
+def scan_of(row: Row) -> numpy.ndarray:
     chance = numpy.random.default_rng(list(f"{SEED}/{row['image']}".encode()))
     return draw_scan(row["finding_en"], row["side"], chance)
 
@@ -140,28 +137,20 @@ def write_dicom(scan: numpy.ndarray, file: Path) -> None:
     dataset.save_as(file, enforce_file_format=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the phantoms and their tables.")
-    parser.add_argument("--into", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "radiology")
-    chosen = parser.parse_args()
-    tables = plan()
-    shutil.rmtree(chosen.into / "images", ignore_errors=True)
-    (chosen.into / "images").mkdir(parents=True)
-    for name, rows in tables.items():
+def main() -> None:
+    chosen = argument_parser("radiology", "Make the phantoms and their tables.").parse_args()
+    empty_folder(chosen.into / "images")
+    for name, rows in plan().items():
         for row in rows:
             scan, file = scan_of(row), chosen.into / row["image"]
             if file.suffix == ".dcm":
                 write_dicom(scan, file)
             else:
                 grey = numpy.round(scan * 15) * 17  # 16 steps of grey: small files
-                Image.fromarray(grey.astype(numpy.uint8)).quantize(16).save(file, optimize=True)
-        with (chosen.into / f"{name}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+                write_picture(Image.fromarray(grey.astype(numpy.uint8)), file, colours=16)
+        write_rows(chosen.into / f"{name}.csv", rows)
         print(name, len(rows), "rows")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

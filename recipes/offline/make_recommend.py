@@ -7,12 +7,10 @@ chance has a fixed seed. Shoppers to test with are other ones than those to trai
 of the emoji's test.csv.
 """
 
-import argparse
-import csv
 import random
 import re
-import sys
-from pathlib import Path
+
+from dataset_files import Row, argument_parser, read_rows, write_rows
 
 SEEDS = {"train": 32, "test": 1032}  # of the test: drawn anew once the recipe was settled
 USERS = {"train": 144, "test": 36}
@@ -33,15 +31,9 @@ SENTENCES = {
     "zh": ("买过{}（{}）。", ("滞销", "热卖"), ("原价", "打折"), "{}，{}。"),
     "en": ("Bought {} ({}).", ("few sold", "bestseller"), ("full price", "sale"), "{}, {}."),
 }
-DATA = Path(__file__).resolve().parents[1] / "data"
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def products(pictures: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+def products(pictures: list[Row]) -> dict[str, list[Row]]:
     """Rows of the emoji that could be sold, by shelf."""
     return {
         shelf: [p for p in pictures if re.fullmatch(groups, p["subgroup"]) and not NO_PRODUCT.search(p["name_en"])]
@@ -49,7 +41,7 @@ def products(pictures: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def offers(shop: dict[str, list[dict[str, str]]], user: dict[str, str], draw: random.Random) -> list[dict[str, str]]:
+def offers(shop: dict[str, list[Row]], user: Row, draw: random.Random) -> list[Row]:
     """What one user is shown: some products of their shelf, the others one of each other shelf, in a drawn order."""
     others = [shelf for shelf in SHELVES if shelf != user["own"]]
     own = draw.randint(*OWN)
@@ -73,7 +65,7 @@ def offers(shop: dict[str, list[dict[str, str]]], user: dict[str, str], draw: ra
     return rows
 
 
-def plan(pictures: dict[str, list[dict[str, str]]], split: str) -> list[dict[str, str]]:
+def plan(pictures: dict[str, list[Row]], split: str) -> list[Row]:
     """The rows of a table: a user's offers follow each other. What they bought isn't shown again."""
     draw = random.Random(f"{SEEDS[split]}/{split}")
     shop = products(pictures[split])
@@ -85,36 +77,28 @@ def plan(pictures: dict[str, list[dict[str, str]]], split: str) -> list[dict[str
         words = bought[f"name_{language}"], SHELVES[own][1] if language == "zh" else own
         history = SENTENCES[language][0].format(*words)
         user = {"user": f"{split}-{number:02}", "language": language, "own": own, "bought": bought["image"]}
-        told = {"user": user["user"], "language": language, "history": history}
-        rows += [told | row for row in offers(shop, user, draw)]
+        shopper = {"user": user["user"], "language": language, "history": history}
+        rows += [shopper | row for row in offers(shop, user, draw)]
     return rows
 
 
-def catalog(pictures: dict[str, list[dict[str, str]]], split: str) -> list[dict[str, str]]:
+def catalog(pictures: dict[str, list[Row]], split: str) -> list[Row]:
     """Every product with its shelf."""
     return [
         {"image": f"emoji/{product['image']}", "shelf": SHELVES[shelf][1], "shelf_en": shelf}
-        for shelf, found in products(pictures[split]).items()
-        for product in found
+        for shelf, on_shelf in products(pictures[split]).items()
+        for product in on_shelf
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the tables of shoppers and of products.")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of emoji/")
-    parser.add_argument("--into", type=Path, default=DATA / "recommend")
-    chosen = parser.parse_args()
-    chosen.into.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    chosen = argument_parser("recommend", "Make the tables of shoppers and of products.", reads="emoji/").parse_args()
     pictures = {split: read_rows(chosen.data / "emoji" / f"{split}.csv") for split in USERS}
     for split in USERS:
         for name, rows in ((split, plan(pictures, split)), (f"catalog-{split}", catalog(pictures, split))):
-            with (chosen.into / f"{name}.csv").open("w", encoding="utf-8", newline="") as stream:
-                writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(chosen.into / f"{name}.csv", rows)
             print(name, len(rows), "rows")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,17 +7,15 @@ Chance has a fixed seed; the same Pillow gives the same bytes. The mood of a row
 negative (praise beside a crying face is meant ironically), else positive where one of them is positive, else neutral.
 """
 
-import argparse
-import csv
-import io
 import itertools
 import random
-import shutil
 import sys
 from pathlib import Path
 
-from fetch import DEFAULT_FOLDER, FetchError, fetch_archive, read_member
-from PIL import Image, ImageDraw, ImageFont
+from dataset_files import Row, argument_parser, empty_folder, write_picture, write_rows
+from fetch import DEFAULT_FOLDER, FetchError
+from make_emoji import draw_emoji, emoji_font
+from PIL import Image, ImageFont
 
 SEED = 31
 SIDE = 128  # pixels
@@ -83,10 +81,10 @@ ADDED = {
 }
 
 
-def texts(split: str, mood: str) -> list[dict[str, str]]:
+def texts(split: str, mood: str) -> list[Row]:
     """Texts of a mood, the two languages in turn. What is tested has other things, and in part other sayings."""
     draw = random.Random(f"{SEED}/{split}/{mood}")
-    made: dict[str, list[dict[str, str]]] = {}
+    made: dict[str, list[Row]] = {}
     for language in ("zh", "en"):
         things = (NEUTRAL_THINGS if mood == "neutral" else THINGS)[language]
         sayings = SAYINGS[language][mood]
@@ -109,8 +107,7 @@ def characters() -> dict[str, dict[str, list[str]]]:
 
 def picture(character: str, font: ImageFont.FreeTypeFont, draw: random.Random) -> Image.Image:
     """An emoji on paper: SIDE x SIDE, RGB."""
-    drawn = Image.new("RGBA", (136, 136))
-    ImageDraw.Draw(drawn).text((0, 4), character, font=font, embedded_color=True)
+    drawn = draw_emoji(character, font, "RGBA", "#00000000")
     side = draw.randint(96, 126)
     drawn = drawn.resize((side, side), Image.Resampling.BICUBIC).rotate(draw.uniform(-12, 12), Image.Resampling.BICUBIC)
     paper = Image.new("RGB", (SIDE, SIDE), draw.choice(PAPERS))
@@ -122,7 +119,7 @@ def label_of(text: str, shown: str) -> str:
     return next((mood for mood in ("negative", "positive") if mood in (text, shown)), "neutral")
 
 
-def plan(split: str) -> list[dict[str, str]]:
+def plan(split: str) -> list[Row]:
     """The rows of a table, in a drawn order. No text stands in two rows where there are enough."""
     draw = random.Random(f"{SEED}/{split}")
     words = {mood: itertools.cycle(texts(split, mood)) for mood in MOODS}
@@ -142,29 +139,23 @@ def plan(split: str) -> list[dict[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the posts with pictures.")
-    parser.add_argument("--into", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "sentiment")
+    parser = argument_parser("sentiment", "Make the posts with pictures.")
     parser.add_argument("--packages", type=Path, default=DEFAULT_FOLDER / ".packages", help="cache of archives")
     chosen = parser.parse_args()
     try:
-        font_file = read_member(fetch_archive("noto_emoji", chosen.packages), ".ttf")
+        font = emoji_font(chosen.packages)
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    font = ImageFont.truetype(io.BytesIO(font_file), 109)  # the one size of its bitmaps, 136x128 pixels
-    shutil.rmtree(chosen.into / "images", ignore_errors=True)
-    (chosen.into / "images").mkdir(parents=True)
+    empty_folder(chosen.into / "images")
     for split in VARIANTS:
         rows = plan(split)
         for file in sorted({row["image"] for row in rows}):
             character = chr(int(file.split("-")[1], 16))
             drawn = picture(character, font, random.Random(f"{SEED}/{file}"))
-            drawn.quantize(COLOURS, dither=Image.Dither.NONE).save(chosen.into / file, optimize=True)
+            write_picture(drawn, chosen.into / file, COLOURS)
         columns = ["image", "text", "label", "label_en", "text_mood", "image_mood", "language"]
-        with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(chosen.into / f"{split}.csv", rows, columns)
         print(split, len(rows), "rows", len({row["image"] for row in rows}), "pictures")
     return 0
 

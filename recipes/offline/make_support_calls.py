@@ -7,15 +7,13 @@ are spoken here by the same synthesiser. Orders are invented. Everything drawn b
 espeak-ng, SciPy and PyAV give the same bytes. Voices to test with never occur in training.
 """
 
-import argparse
-import csv
 import itertools
 import random
-import shutil
 import sys
 from pathlib import Path
 
-from make_calls import DATA, LINES, PHRASES, THINGS, VOICES, send, speak, write_audio
+from dataset_files import Row, argument_parser, empty_folder, read_rows, write_rows
+from make_calls import LINES, PHRASES, THINGS, VOICES, has_synthesiser, send, speak, write_audio
 
 SEED = 35
 ROWS = {"train": (288, 96), "test": (96, 32)}  # in Mandarin, in English
@@ -59,30 +57,25 @@ REPLIES = {  # before it is sent, after it has arrived
 }  # fmt: skip
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def mandarin(calls: list[dict[str, str]], count: int, draw: random.Random) -> list[dict[str, str]]:
+def mandarin(calls: list[Row], count: int, draw: random.Random) -> list[Row]:
     """Recordings of calls/, every intent equally often."""
-    found = []
+    chosen: list[Row] = []
     for intent in PHRASES:
-        mine = [call for call in calls if call["intent"] == intent]
-        found += draw.sample(mine, count // len(PHRASES))
+        candidates = [call for call in calls if call["intent"] == intent]
+        chosen += draw.sample(candidates, count // len(PHRASES))
     return [
         {"audio": f"calls/{c['audio']}", "language": "zh"} | {key: c[key] for key in ("text", "intent", "thing")}
-        for c in found
+        for c in chosen
     ]
 
 
-def english(split: str, count: int, draw: random.Random) -> list[dict[str, str]]:
+def english(split: str, count: int, draw: random.Random) -> list[Row]:
     """Recordings to be made, every intent equally often, things, requests, voices and lines in turn."""
     voices = itertools.cycle(itertools.product(LINES, VOICES[split]))
-    said = list(itertools.product(THINGS, (0, 1)))
+    requests = list(itertools.product(THINGS, (0, 1)))
     rows = []
     for intent in PHRASES:
-        for (thing, which), (line, voice) in zip(draw.sample(said, count // len(PHRASES)), voices, strict=False):
+        for (thing, which), (line, voice) in zip(draw.sample(requests, count // len(PHRASES)), voices, strict=False):
             word = ENGLISH_THINGS[THINGS.index(thing)]
             number = f"{split}-{len(rows):03}"
             rows.append({
@@ -93,7 +86,7 @@ def english(split: str, count: int, draw: random.Random) -> list[dict[str, str]]
     return rows
 
 
-def plan(calls: list[dict[str, str]], split: str) -> list[dict[str, str]]:
+def plan(calls: list[Row], split: str) -> list[Row]:
     """The rows of a table, `voice` and `line` added to those that are still to be spoken."""
     draw = random.Random(f"{SEED}/{split}")
     rows = mandarin(calls, ROWS[split][0], draw) + english(split, ROWS[split][1], draw)
@@ -110,15 +103,11 @@ def plan(calls: list[dict[str, str]], split: str) -> list[dict[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the English calls, and the tables of calls with orders.")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of calls/")
-    parser.add_argument("--into", type=Path, default=DATA / "support-calls")
-    chosen = parser.parse_args()
-    if not shutil.which("espeak-ng"):
-        print("error: espeak-ng is not on PATH. Install it (Debian: apt-get install espeak-ng).", file=sys.stderr)
+    description = "Make the English calls, and the tables of calls with orders."
+    chosen = argument_parser("support-calls", description, reads="calls/").parse_args()
+    if not has_synthesiser():
         return 1
-    shutil.rmtree(chosen.into / "audio", ignore_errors=True)
-    (chosen.into / "audio").mkdir(parents=True)
+    empty_folder(chosen.into / "audio")
     columns = ["audio", "record", "intent", "reply", "text", "thing", "language"]
     for split in ROWS:
         rows = plan(read_rows(chosen.data / "calls" / f"{split}.csv"), split)
@@ -127,10 +116,7 @@ def main() -> int:
                 draw = random.Random(f"{SEED}/{row['audio']}")
                 samples = send(speak(row["text"], row["voice"], draw, "en-us"), row["line"], draw)
                 write_audio(samples, chosen.into / "audio" / Path(row["audio"]).name)
-        with (chosen.into / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(chosen.into / f"{split}.csv", rows, columns)
         print(split, len(rows), "rows")
     return 0
 
