@@ -12,8 +12,8 @@ from textwrap import dedent
 import PIL.Image
 import pytest
 import torch
+from imports import imports_of
 from safetensors.torch import load_file
-from test_import_direction import imports_of
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import merged_with_adapter, tiny_merged, wide_llm

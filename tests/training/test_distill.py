@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import features_of, shake
+from packed import features_of, shake
 from tiny import FUSIONS, PLACEHOLDER, tiny_composite, tiny_recipe
 from torch.nn import functional
 

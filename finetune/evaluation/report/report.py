@@ -38,7 +38,7 @@ def summary_line(run: Path | str) -> str:
 
 def page(content: Content) -> str:
     environment = Environment(
-        loader=PackageLoader("finetune", "reporting"),
+        loader=PackageLoader("finetune.evaluation.report", ""),
         autoescape=select_autoescape(default=True),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from test_model import batch_of, features_of, samples_of
+from packed import batch_of, features_of, samples_of
 from tiny import FAMILIES, FUSIONS, PLACEHOLDER, VOCABULARY, part, tiny_composite, tiny_encoder, tiny_llm
 
 from finetune.common.errors import ModelError
