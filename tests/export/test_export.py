@@ -5,8 +5,9 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from runs import copy_of
 from safetensors.torch import load_file, save_file
-from tiny import part, tiny_encoder, tiny_recipe
+from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of
 from tiny_merged import tiny_merged
 
@@ -24,14 +25,14 @@ from finetune.export._run import compared, export_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that LLaVA's class fits."""
-    folder = tmp_path_factory.mktemp("run")
-    recipe = finetune.load_recipe(tiny_recipe(folder, model__projectors={"image": {"kind": "mlp"}}))
-    path = finetune.train(recipe, folder / "run").path
-    finetune.evaluate(path)
-    finetune.merge(path)
-    return path
+def run(finished_run, tmp_path_factory):
+    """A run that LLaVA's class fits; a copy, since exports are written into it."""
+    return copy_of(finished_run("plain"), tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="module")
+def llm(finished_run):
+    return finished_run("plain").parent / "llm"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def merged(tmp_path_factory):
     return tiny_merged(tmp_path_factory.mktemp("bare") / "model", encoders, projectors, louder=4.0)
 
 
-def test_a_run_becomes_llava_that_another_process_loads(run):
+def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     result = export_run(run, "transformers")
     folder = run / "exports" / "transformers"
     assert result["folder"] == str(folder) and result["class"] == "LlavaForConditionalGeneration"
@@ -52,7 +53,7 @@ def test_a_run_becomes_llava_that_another_process_loads(run):
     hashes = file_hashes(folder)
     hashes.pop("export.json")
     assert told["sha256"] == hashes and "model.safetensors" in hashes
-    assert not any(str(run.parent) in path.read_text() for path in folder.glob("*.json"))
+    assert not any(str(llm.parent) in path.read_text() for path in folder.glob("*.json"))
     with pytest.raises(ArtifactError, match="is there already: remove it, or name another place with --out"):
         export_run(run, "transformers", verify=False)
     assert file_hashes(folder).keys() == {*hashes, "export.json"}
@@ -70,7 +71,7 @@ def test_a_merged_folder_becomes_the_own_class_beside_it(merged, monkeypatch):
     assert answers[0] == answers[1]
 
 
-def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, tmp_path):
+def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, llm, tmp_path):
     result = export_run(run, "adapter", tmp_path / "adapter")
     assert result["verified"]["engine"].startswith("peft") and result["verified"]["rows"] >= 4
     assert result["verified"]["equal"] == result["verified"]["rows"]
@@ -78,7 +79,7 @@ def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "projectors.safetensors", "tokenizer.json"} <= names
     assert "README.md" not in names
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(run.parent / "llm") and config["revision"] is None
+    assert config["base_model_name_or_path"] == str(llm) and config["revision"] is None
     assert any("others name their own copy" in note for note in result["notes"])
 
 
@@ -171,7 +172,7 @@ def test_every_target_keeps_the_contract(name):
     assert all(field.description for field in target.Options.model_fields.values())
 
 
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(run, merged, tmp_path):
+def test_bad_input_is_told_in_one_line_and_nothing_is_written(run, llm, merged, tmp_path):
     before = set(tmp_path.rglob("*"))
     with pytest.raises(RecipeError, match="is called 'transfomers': did you mean 'transformers'"):
         export_run(run, "transfomers", tmp_path / "out")
@@ -186,7 +187,7 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(run, merged, tmp_p
     with pytest.raises(ArtifactError, match="an adapter folder; what is exported is merged first"):
         export_run(run / "adapter", "transformers", tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"neither a run nor a folder .* \(its config.json is of type 'llama'\)"):
-        export_run(run.parent / "llm", "transformers", tmp_path / "out")
+        export_run(llm, "transformers", tmp_path / "out")
     with pytest.raises(ExportRefused, match="a merged folder holds no adapter: name the run"):
         export_run(merged, "adapter", tmp_path / "out", verify=False)
     assert set(tmp_path.rglob("*")) == before

@@ -6,7 +6,6 @@ takes a copy.
 
 import csv
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,12 +117,12 @@ def media_recipe(project: Path, fusion: str, rows: dict[str, int], head: str | N
         {"name": "both", "trains": ["projectors", *fused, "adapter"], "learning_rate": 1.0e-2, "epochs": 20},
     ]
     encoders = {
-        "image": {"kind": "vision", "name": str(project / "encoder")},
         "audio": {"kind": "wave", "name": str(audio)},
+        "image": {"kind": "vision", "name": str(project / "encoder")},
     }
     recipe = {
         "model__encoders": encoders,
-        "model__projectors": {"image": {"kind": "linear"}, "audio": {"kind": "stack", "factor": 4}},
+        "model__projectors": {"audio": {"kind": "stack", "factor": 4}, "image": {"kind": "linear"}},
         "model__fusion": {"kind": fusion, **FUSIONS[fusion]},
         "data": sources,
         "train__stages": stages,
@@ -194,8 +193,8 @@ def trained(recipe: Path, overrides: list[str] | None = None, run: Path | None =
 
 
 def copy_of(run: Path, to: Path, *without: str) -> Path:
-    """TO/run, to be spoilt; its LLM, encoders and rows stay those of the original's project."""
-    return shutil.copytree(run, to / "run", ignore=shutil.ignore_patterns("checkpoints", *without))
+    """TO/run, to be spoilt, without files of these names; its LLM, encoders and rows stay those of the original."""
+    return shutil.copytree(run, to / "run", ignore=shutil.ignore_patterns(*without))
 
 
 def project_copy(run: Path, to: Path) -> Path:

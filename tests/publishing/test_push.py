@@ -16,8 +16,8 @@ import yaml
 from hub_server import READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard
 from loopback import asked_of, hub_on_loopback
+from runs import copy_of
 from safetensors.torch import load_file, save_file
-from tiny import tiny_recipe
 
 import finetune
 import finetune.publishing.push as stages_push
@@ -25,25 +25,23 @@ from finetune.common.certificate import read_certificate, verify
 from finetune.common.errors import ArtifactError, FinetuneError, PublishError
 from finetune.publishing.compare import Questions
 
-LICENCES = {"llm": "apache-2.0", "encoders.image": "mit", "data": "cc0-1.0"}
-HUB_NAMES = {"llm": "org/llm", "encoders.image": "org/encoder"}
+
+@pytest.fixture(scope="module")
+def finished(finished_run, tmp_path_factory):
+    """A copy, since what is published is written into it."""
+    return copy_of(finished_run("plain"), tmp_path_factory.mktemp("push"))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("push")
-    recipe = tiny_recipe(folder, publish={"licenses": LICENCES, "hub_names": HUB_NAMES, "languages": ["en"]})
-    run = finetune.train(finetune.load_recipe(recipe), folder / "run").path
-    finetune.evaluate(run)
-    finetune.merge(run)
-    return run
+def project(finished_run):
+    return finished_run("plain").parent
 
 
 @pytest.fixture
-def hub(finished, monkeypatch, tmp_path):
+def hub(project, monkeypatch, tmp_path):
     with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
-        hub.add("org/llm", finished.parent / "llm")
-        hub.add("org/encoder", finished.parent / "encoder")
+        hub.add("org/llm", project / "llm")
+        hub.add("org/encoder", project / "encoder")
         yield hub
 
 
@@ -57,7 +55,7 @@ def unasked(monkeypatch):
 @pytest.fixture
 def run(finished, tmp_path):
     """A copy, to be spoilt."""
-    return shutil.copytree(finished, tmp_path / "run")
+    return copy_of(finished, tmp_path)
 
 
 def with_publish(run: Path, **publish) -> Path:
@@ -78,7 +76,7 @@ def said_by(snippet: str) -> str:
     return out.getvalue().strip()
 
 
-def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, hub, tmp_path):
+def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, project, hub, tmp_path):
     result = finetune.push(finished, "tiny")
     repository = hub.repositories["me/tiny"]
     assert result["url"] == f"{hub.url}/me/tiny" and result["commit"] == repository.head
@@ -94,7 +92,8 @@ def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, hub
         assert (part["name"], part["revision"]) == (name, hub.repositories[name].head)
     assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == "org/llm"
     everything = b"".join(repository.files.values())
-    assert str(finished.parent).encode() not in everything and TOKEN.encode() not in everything
+    assert not any(str(folder).encode() in everything for folder in (finished, project))
+    assert TOKEN.encode() not in everything
     card = repository.files["README.md"].decode()
     data = ModelCard(card).data
     assert (data.base_model, data.base_model_relation) == (["org/llm", "org/encoder"], "adapter")
@@ -105,19 +104,19 @@ def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, hub
     assert any("4 of 4 rows are answered as here" in line for line in result["checks"])
 
 
-def test_a_merged_model_is_published_and_pulled_whole(finished, hub, tmp_path):
+def test_a_merged_model_is_published_and_pulled_whole(finished, project, hub, tmp_path):
     result = finetune.push(finished, "me/whole", merged=True, private=False)
     assert not hub.repositories["me/whole"].private
     folder = finetune.pull("me/whole", tmp_path / "whole", revision=result["commit"])
     for name in ("model.safetensors", "tokenizer.json"):
         assert (folder / name).read_bytes() == (finished / "merged" / name).read_bytes()
-    assert str(finished.parent) not in (folder / "config.json").read_text()
+    assert str(project) not in (folder / "config.json").read_text()
     assert ModelCard.load(folder / "README.md").data.base_model_relation == "merge"
     certificate = json.loads((folder / "certificate.json").read_text())
     verify(read_certificate(folder), folder)
     manifest = json.loads((folder / "manifest.json").read_text())["files"]
     assert certificate["sha256"] == {name: manifest[name]["sha256"] for name in certificate["sha256"]}
-    picture = finished.parent / "data/images/test1.png"
+    picture = project / "data/images/test1.png"
     here, there = finetune.load(finished / "merged"), finetune.load(folder)
     assert there.answer("What is this?", image=picture) == here.answer("What is this?", image=picture)
     assert "## The merge" in (folder / "README.md").read_text()
@@ -170,8 +169,8 @@ def test_a_repository_with_other_content_is_not_touched(finished, hub):
     assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
 
 
-def test_other_weights_on_the_hub_are_found_after_the_upload(finished, hub, tmp_path):
-    other = shutil.copytree(finished.parent / "llm", tmp_path / "llm")
+def test_other_weights_on_the_hub_are_found_after_the_upload(finished, project, hub, tmp_path):
+    other = shutil.copytree(project / "llm", tmp_path / "llm")
     tensors = load_file(other / "model.safetensors")
     save_file({name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
     hub.add("org/llm", other)
@@ -287,6 +286,7 @@ def test_an_adapter_trained_since_the_evaluation_is_told(run, hub):
     assert "me/tiny" not in hub.repositories
 
 
+@pytest.mark.slow
 def test_the_command_line_publishes_and_another_process_loads(finished, hub, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
         "HF_ENDPOINT": hub.url,

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import openai
 import pytest
-from tiny import tiny_picture, tiny_recipe
+from runs import copy_of
+from tiny import tiny_picture
 
 import finetune
 
+pytestmark = pytest.mark.slow  # a server that is started
 ROOT = Path(finetune.__file__).parents[1]
 SCHEMA = {
     "type": "object",
@@ -25,20 +27,9 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    rows = folder / "data"
-    colour = {"name": "colour", "task": "classify", "head": "label"}
-    words = {"name": "words", "task": {"kind": "classify", "prompt": "Which?"}}
-    sources = [
-        {"path": str(rows / f"{split}.csv"), **source, **({"split": "test"} if split == "test" else {})}
-        for split in ("train", "test")
-        for source in (colour, words)
-    ]
-    stages = [{"name": "tune", "trains": ["projectors", "adapter", "heads"], "learning_rate": 5.0e-3, "epochs": 2}]
-    return finetune.train(
-        finetune.load_recipe(tiny_recipe(folder, data=sources, train__stages=stages)), folder / "run"
-    ).path
+def run(finished_run, tmp_path_factory):
+    """Served as its adapter over the LLM."""
+    return copy_of(finished_run("heads"), tmp_path_factory.mktemp("served"), "merged")
 
 
 @pytest.fixture(scope="module")
