@@ -1,6 +1,4 @@
-"""Media that rows hold themselves, as bytes or data URIs, become files of the cache, each content once: under its
-sha256.
-"""
+"""Media embedded in rows, as bytes or data URIs, become files of the cache: each content once, named by its sha256."""
 
 import base64
 import binascii
@@ -34,22 +32,21 @@ MAGIC = (
 
 
 def store_folder() -> Path:
-    """Where media that rows hold or name by address are kept."""
-
+    """The folder of embedded and downloaded media."""
     return default_cache_folder().parent / "media"
 
 
 def suffix_of(content: bytes) -> str:
-    """'.png' of the bytes of a PNG; '.bin' of what isn't known."""
+    """'.png' for the bytes of a PNG; '.bin' for an unknown format."""
     return next((suffix for magic, suffix in MAGIC if re.match(magic, content, re.DOTALL)), ".bin")
 
 
 def kept(content: bytes, where: str, max_bytes: int) -> Path:
-    """The file that holds these bytes, written once. `where` begins the text of the MediaError that is raised for more
-    than `max_bytes`, or none.
+    """The file of the cache that holds these bytes, written unless it is there. `where` (file and row) begins the text
+    of the MediaError that is raised for an empty medium, or more than `max_bytes`.
     """
     if not 0 < len(content) <= max_bytes:
-        raise MediaError(f"{where}: holds a medium of {len(content):,} bytes; 1 to {max_bytes:,} (`media.max_bytes`)")
+        raise MediaError(f"{where}: a medium of {len(content):,} bytes; 1 to {max_bytes:,} are allowed (`media.max_bytes`)")
     name = hashlib.sha256(content).hexdigest()
     path = store_folder() / name[:2] / (name + suffix_of(content))
     if not path.is_file() or path.stat().st_size != len(content):
@@ -58,7 +55,7 @@ def kept(content: bytes, where: str, max_bytes: int) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """A file that is whole or absent, whoever else writes it. Raises DataError where it can't be written."""
+    """Write a file that other processes see whole or not at all. Raises DataError if it can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -81,5 +78,12 @@ def data_uri_content(uri: str, where: str) -> bytes:
         raise DataError(f"{where}: {uri[:40]!r}... is no data URI ({error}); write data:TYPE;base64,...") from None
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def default_cache_folder() -> Path:
+    """The folder of cached features."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetune" / "features"

@@ -6,6 +6,7 @@ takes a copy.
 
 import csv
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,21 @@ def project_copy(run: Path, to: Path) -> Path:
         if str(run.parent) in text:
             path.write_text(text.replace(str(run.parent), str(to)), encoding="utf-8")
     return to / run.name
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Set top-level keys of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes, ensure_ascii=False), encoding="utf-8")
+
+
+def predictions_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_predictions(run: Path, predictions: list[dict]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
+    (run / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def file_digests(folder: Path) -> dict[str, str]:

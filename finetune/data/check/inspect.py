@@ -1,18 +1,17 @@
-"""What can be wrong with a medium or a text that can be read: nothing to see or hear in it, clipped, wrongly decoded.
-And what near duplicates are found by.
+"""What can be wrong with a readable medium or text: blank, silent, clipped, decoded in the wrong encoding. And the
+hashes that near-duplicates are found by.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from finetune.data.media_store import file_hash
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
-
-Remark = tuple[str, str]  # what kind of finding, and what was seen
 
 SILENT = 10 ** (-60 / 20)  # peak below -60 dB of full scale
 CLIPPED = 0.001  # share of samples at full scale, in runs of at least three
@@ -23,10 +22,17 @@ MARGIN = 2  # grey levels: less isn't an edge but noise
 RATE = 16_000  # of decoded audio
 
 
+class Remark(NamedTuple):
+    """`code`: of `ledger.CODES`; `text`: what was measured or read."""
+
+    code: str
+    text: str
+
+
 @dataclass(frozen=True)
 class View:
-    """`digest`: sha256 of the file. `hash`: 16 bytes, alike where pictures are; `thumbnail`: 16 x 16 RGB, 768 bytes.
-    Both empty for what isn't a picture, or has nothing to see.
+    """`digest`: sha256 of the file. `hash`: `picture_hash`, 16 bytes; `thumbnail`: 16 x 16 RGB, 768 bytes; both empty
+    for blank pictures, recordings and videos.
     """
 
     digest: bytes
@@ -35,22 +41,16 @@ class View:
     remarks: tuple[Remark, ...] = ()
 
 
-def digest_of(path: Path) -> bytes:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 def view(kind: str, path: Path, decoded: Any) -> View:
-    """What is kept of a decoded medium."""
-    digest = digest_of(path)
+    """The view of a decoded medium."""
+    digest = bytes.fromhex(file_hash(path))
     if kind == "audio":
         return View(digest, remarks=_sound(decoded))
     if kind == "video":
         blank = all(_deviation(frame) < BLANK for frame in decoded.frames)
-        return View(digest, remarks=(("blank", "every frame is of one colour"),) if blank else ())
+        return View(digest, remarks=(Remark("blank", "every frame is of one colour"),) if blank else ())
     if _deviation(decoded) < BLANK:
-        return View(digest, remarks=(("blank", "the picture is of one colour"),))
+        return View(digest, remarks=(Remark("blank", "the picture is of one colour"),))
     return View(digest, *picture_hash(decoded))
 
 
@@ -66,7 +66,7 @@ def picture_hash(picture: "Image") -> tuple[bytes, bytes]:
     grey = np.asarray(small, np.int16)
     rows = grey[:SIDE, 1:] > grey[:SIDE, :-1] + MARGIN
     columns = grey[1:, :SIDE] > grey[:-1, :SIDE] + MARGIN
-    # Shuffled, so that each part of the hash tells of the whole picture: margins are alike in many.
+    # Shuffled, so that each part of the hash samples the whole picture: many pictures have equal margins.
     bits = np.concatenate([rows.ravel(), columns.ravel()])[np.random.default_rng(0).permutation(2 * SIDE * SIDE)]
     return np.packbits(bits).tobytes(), picture.resize((16, 16), box).tobytes()
 
@@ -74,15 +74,15 @@ def picture_hash(picture: "Image") -> tuple[bytes, bytes]:
 def text_remarks(text: str) -> tuple[Remark, ...]:
     """Signs that a text was decoded in the wrong encoding."""
     if "\ufffd" in text:
-        return (("encoding", f"holds U+FFFD, where a character was lost: {_near(text, chr(0xFFFD))!r}"),)
+        return (Remark("encoding", f"holds U+FFFD, where a character was lost: {_near(text, chr(0xFFFD))!r}"),)
     control = re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f]", text)
     if control:
-        return (("encoding", f"holds a control character: {_near(text, control[0])!r}"),)
+        return (Remark("encoding", f"holds a control character: {_near(text, control[0])!r}"),)
     if text.isascii():
         return ()
     meant = _read_as_gb(text) or _read_as_latin(text)
     if meant:
-        return (("encoding", f"{text[:40]!r} reads like {meant[:40]!r} in the wrong encoding"),)
+        return (Remark("encoding", f"{text[:40]!r} reads like {meant[:40]!r} in the wrong encoding"),)
     return ()
 
 
@@ -116,21 +116,21 @@ def _near(text: str, sign: str) -> str:
 def _sound(audio: "np.ndarray") -> tuple[Remark, ...]:
     import numpy as np
 
-    found: list[Remark] = []
+    remarks: list[Remark] = []
     seconds = len(audio) / RATE
     if seconds < SHORT_SECONDS:
-        found.append(("short", f"{seconds:.2f} s"))
+        remarks.append(Remark("short", f"{seconds:.2f} s"))
     level = np.abs(audio)
     peak = float(level.max(initial=0.0))
     if peak < SILENT:
-        found.append(("silent", f"nothing louder than {20 * np.log10(max(peak, 1e-9)):.0f} dB"))
+        remarks.append(Remark("silent", f"nothing louder than {20 * np.log10(max(peak, 1e-9)):.0f} dB"))
     else:
-        # Resampling and the mean of channels round clipped tops a little: near the top is at the top.
+        # Resampling and averaging channels round clipped tops a little: near the top counts as at the top.
         full = level >= 0.99 * max(peak, 0.9)
         runs = full[2:] & full[1:-1] & full[:-2]
         if runs.mean() > CLIPPED:
-            found.append(("clipped", f"{runs.mean():.1%} of the samples stand at full scale"))
-    return tuple(found)
+            remarks.append(Remark("clipped", f"{runs.mean():.1%} of the samples are at full scale"))
+    return tuple(remarks)
 
 
 def _deviation(picture: "Image") -> float:

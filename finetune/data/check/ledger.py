@@ -111,9 +111,9 @@ class Ledger:
             self.base.executemany("insert or ignore into media values (?, ?, ?)", media)
             labels = [(one.row, one.asked, one.split, _whole(label)) for label in one.labels]
             self.base.executemany("insert into labels values (?, ?, ?, ?)", labels)
-            self.find(one.findings)
+            self.add_findings(one.findings)
 
-    def find(self, findings: Iterable[Finding]) -> None:
+    def add_findings(self, findings: Iterable[Finding]) -> None:
         self.base.executemany(
             "insert into findings (code, text, row, source, number, path, other) values (?, ?, ?, ?, ?, ?, ?)",
             ((f.code, _whole(f.text), f.row, f.source, f.number, f.path, f.other) for f in findings),
@@ -123,18 +123,18 @@ class Ledger:
         """To be called when all rows are in, before any comparison."""
         self.base.executescript(INDEXES)
 
-    def all(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        return self.base.execute(query, values)
+    def query(self, sql: str, *values: object) -> Iterator[tuple[Any, ...]]:
+        return self.base.execute(sql, values)
 
     def counts(self) -> dict[str, int]:
         """{code: findings}"""
-        return dict(self.all("select code, count(*) from findings group by code order by code"))
+        return dict(self.query("select code, count(*) from findings group by code order by code"))
 
     def findings(self, code: str | None = None, limit: int = -1) -> Iterator[Finding]:
         """By file and row."""
         where = "where code = ?" if code else "where ? is null"
         query = f"select code, text, row, source, number, path, other from findings {where}"
-        for found in self.all(f"{query} order by source, number, id limit ?", code, limit):
+        for found in self.query(f"{query} order by source, number, id limit ?", code, limit):
             yield Finding(*found)
 
 

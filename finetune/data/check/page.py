@@ -125,14 +125,14 @@ def findings_page(ledger: Ledger, result: dict[str, Any], names: Sequence[str], 
     shows = Shows(limits)
 
     def kind_of(media: str) -> str:
-        found = next(ledger.all("select kind from uses where path = ? limit 1", media), None)
+        found = next(ledger.query("select kind from uses where path = ? limit 1", media), None)
         return found[0] if found else ""
 
     def cards(code: str) -> Iterator[str]:
         for found in ledger.findings(code, SHOWN):
             paths = [path for path in (found.path, found.other) if path]
             if not paths and found.row is not None:
-                paths = [path for (path,) in ledger.all("select path from uses where row = ? limit 2", found.row)]
+                paths = [path for (path,) in ledger.query("select path from uses where row = ? limit 2", found.row)]
             media = [shows.of(kind, Path(path)) for path in paths if (kind := kind_of(path))]
             where = place(found, names)
             yield card(media, where, told(found, where))
@@ -183,12 +183,12 @@ def _tiles(result: dict[str, Any]) -> Iterator[str]:
 
 def _lengths(ledger: Ledger) -> str:
     """How long training rows are, in tokens."""
-    low, high, rows = next(ledger.all("select min(tokens), max(tokens), count(*) from rows where split = 'train'"))
+    low, high, rows = next(ledger.query("select min(tokens), max(tokens), count(*) from rows where split = 'train'"))
     if not rows:
         return ""
     width = max(1, -(-(high - low + 1) // BARS))
     query = "select (tokens - ?) / ? as bar, count(*) from rows where split = 'train' group by bar"
-    counts = dict(ledger.all(query, low, width))
+    counts = dict(ledger.query(query, low, width))
     most = max(counts.values())
     bars = "".join(
         f'<i style="height:{100 * counts.get(n, 0) / most:.1f}%" title="{low + n * width} to '
@@ -202,14 +202,14 @@ def _lengths(ledger: Ledger) -> str:
 
 
 def _examples(ledger: Ledger, names: Sequence[str], shows: Shows) -> Iterator[str]:
-    count = next(ledger.all("select count(*) from rows"))[0]
+    count = next(ledger.query("select count(*) from rows"))[0]
     step = max(1, count // EXAMPLES)
     query = "select id, source, number, split, tokens, answer from rows where id % ? = 0 order by id limit ?"
-    rows = ledger.all(query, step, EXAMPLES)
+    rows = ledger.query(query, step, EXAMPLES)
     for row, source, number, split, tokens, answer in list(rows):
         media = [
             shows.of(kind, Path(path))
-            for kind, path in list(ledger.all("select kind, path from uses where row = ? limit 4", row))
+            for kind, path in list(ledger.query("select kind, path from uses where row = ? limit 4", row))
         ]
         text = f"{split}, {tokens:,} tokens" + (f": {answer}" if answer else "")
         yield card(media, f"{names[source]}:{number}", escape(text))
