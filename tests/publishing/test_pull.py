@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-from fixture_folders import PICTURE, expected_of, fixture_folder
 from hub_server import READ_TOKEN
 from loopback import asked_of, hub_on_loopback
+from saved_adapter import PICTURE, expected_responses, saved_adapter
 
 import finetune
 from finetune.common import hub as hub_of_finetune
@@ -17,7 +17,7 @@ from finetune.publishing.staging import write_manifest
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with one published adapter, me/tiny."""
-    folder = fixture_folder("format-3", tmp_path / "made")
+    folder = saved_adapter(tmp_path / "made")
     write_manifest(folder, recipe="tiny", kind="adapter")
     with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
         hub.add("me/tiny", folder)
@@ -26,7 +26,7 @@ def hub(monkeypatch, tmp_path):
 
 def test_three_lines_load_and_ask(hub):
     model = finetune.load("me/tiny")
-    assert model.answer("What is this?", image=PICTURE, max_new_tokens=8) == expected_of("format-3")["answer"]
+    assert model.answer("What is this?", image=PICTURE, max_new_tokens=8) == expected_responses()["answer"]
 
 
 def test_a_revision_is_that_revision(hub, tmp_path):
@@ -137,7 +137,7 @@ def test_a_folder_that_is_neither_here_nor_a_name_is_told(tmp_path):
 
 @pytest.mark.parametrize("content", [[1], *({"files": {"x.json": told}} for told in ({}, "x", 1, {"sha256": 5}))])
 def test_a_damaged_manifest_is_told(content, tmp_path):
-    folder = fixture_folder("format-3", tmp_path)
+    folder = saved_adapter(tmp_path)
     (folder / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match=r"manifest\.json is damaged.*pull the model again"):
         finetune.load(folder)
@@ -170,19 +170,24 @@ MERGED_CHANGES = {
 }
 
 
+@pytest.fixture
+def merged(finished_run, tmp_path):
+    return shutil.copytree(finished_run("plain") / "merged", tmp_path / "merged")
+
+
 @pytest.mark.parametrize("change", ADAPTER_CHANGES)
 def test_an_adapter_with_damaged_settings_names_the_file(change, tmp_path):
-    spoilt(fixture_folder("format-4", tmp_path), "multimodal.json", ADAPTER_CHANGES[change])
+    spoilt(saved_adapter(tmp_path), "multimodal.json", ADAPTER_CHANGES[change])
 
 
 @pytest.mark.parametrize("change", MERGED_CHANGES)
-def test_a_merged_model_with_damaged_settings_names_the_file(change, tmp_path):
-    spoilt(fixture_folder("merged-1", tmp_path), "config.json", MERGED_CHANGES[change])
+def test_a_merged_model_with_damaged_settings_names_the_file(change, merged):
+    spoilt(merged, "config.json", MERGED_CHANGES[change])
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "shard", "index"])
-def test_damaged_weights_of_a_merged_model_are_named(damage, tmp_path):
-    folder, told = fixture_folder("merged-1", tmp_path), r"model\.safetensors is damaged"
+def test_damaged_weights_of_a_merged_model_are_named(damage, merged):
+    folder, told = merged, r"model\.safetensors is damaged"
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     if damage != "cut":
