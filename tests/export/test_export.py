@@ -42,6 +42,7 @@ def merged(tmp_path_factory):
     return tiny_merged(tmp_path_factory.mktemp("bare") / "model", encoders, projectors, louder=4.0)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     result = export_run(run, "transformers")
     folder = run / "exports" / "transformers"
@@ -59,6 +60,7 @@ def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     assert file_hashes(folder).keys() == {*hashes, "export.json"}
 
 
+@pytest.mark.slow
 def test_a_merged_folder_becomes_the_own_class_beside_it(merged, monkeypatch):
     monkeypatch.setattr(stage, "MAX_NEW_TOKENS", 8)
     result = export_run(merged, "transformers")
@@ -71,6 +73,7 @@ def test_a_merged_folder_becomes_the_own_class_beside_it(merged, monkeypatch):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, llm, tmp_path):
     result = export_run(run, "adapter", tmp_path / "adapter")
     assert result["verified"]["engine"].startswith("peft") and result["verified"]["rows"] >= 4

@@ -106,6 +106,7 @@ def test_measures_are_those_of_the_folders_loaded_afresh(run):
         assert certificate[measures]["scores"]["classify"]["accuracy"] == pytest.approx(sum(right) / 64, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", [{"kind": "prefix"}, FUSION], ids=["prefix", "cross_attention"])
 def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monkeypatch):
     trains = ["projectors", "adapter", *(["fusion"] if fusion["kind"] == "cross_attention" else [])]
@@ -171,6 +172,7 @@ def test_the_bound_of_the_divergence_is_kept(run, tmp_path):
     assert file_digests(other) == before
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
     """Killed while the second candidate is written; the next merge clears up and ends on the same weights."""
     other = few_rows(run, tmp_path)

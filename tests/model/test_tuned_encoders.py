@@ -84,6 +84,7 @@ def tuning(folder, how: str, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TUNED)
 def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
     run = finetune.train(finetune.load_recipe(tuning(tmp_path, how)), tmp_path / "run").path
@@ -120,6 +121,7 @@ def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
         assert not torch.allclose(untouched.encode(values), seen[1], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TUNED)
 def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(how, tmp_path, monkeypatch):
     run = finetune.train(
@@ -160,6 +162,7 @@ def test_unfrozen_layers_of_a_half_precision_encoder_learn_in_full(label):
     assert all(encoder.module.get_parameter(name).grad.dtype == torch.float32 for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TUNED)
 def test_a_resumed_stage_goes_on_with_the_tuned_encoder(how, tmp_path):
     """A stage that is done is read back into the encoder, and the next one begins from it."""

@@ -99,6 +99,7 @@ def test_names_of_the_hub_come_with_a_commit(path):
         assert Path(part.name).is_absolute() or len(part.revision) == 40
 
 
+@pytest.mark.slow
 @every
 def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path, monkeypatch):
     # `run` asks its question by the command line in a process of its own: test_pipeline does so, here it is called.

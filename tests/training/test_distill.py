@@ -144,6 +144,7 @@ def test_a_row_s_text_is_said_once_and_media_come_in_the_order_in_which_they_are
     assert [medium.text for medium in classify.sample(row, classify.Options(media=("audio",))).media] == [None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["own", "given"])
 def test_a_stage_that_distills_comes_nearer_to_the_llm_that_reads(answers, tmp_path):
     run = finetune.train(finetune.load_recipe(distilling(tmp_path, answers)), tmp_path / "run")

@@ -122,6 +122,7 @@ def test_chat_answers_by_the_head_that_is_named(finished):
     assert float(finetune.chat(finished, "How good?", picture, task="mark")) > 0
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_ends_as_a_whole_one(finished, recipe, tmp_path, monkeypatch):
     """Mixed sources, heads and looks: resumed in the middle, to the same weights and the same curve."""
     from finetune.training.validation import Validation
@@ -152,6 +153,7 @@ def test_a_run_cut_short_ends_as_a_whole_one(finished, recipe, tmp_path, monkeyp
             torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_heads_mean_what_they_meant_when_they_were_trained(finished, tmp_path):
     """Rows that are added or changed afterwards move no label and no scale."""
     run = project_copy(finished, tmp_path)

@@ -38,7 +38,7 @@ def flat(value: object, path: str = "") -> dict[str, object]:
     return {path.strip("."): value}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_figures_are_what_they_were(kind, finished_run):
     expected, found = flat(json.loads(GOLDEN.read_text())[kind]), flat(figures_of(finished_run(kind)))
     assert found.keys() == expected.keys()

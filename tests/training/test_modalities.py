@@ -12,6 +12,8 @@ from tiny import FUSIONS
 import finetune
 from finetune.common.errors import DataError
 
+pytestmark = pytest.mark.slow  # both runs are trained until they have learnt
+
 
 @pytest.fixture(scope="module", params=FUSIONS)
 def run(request, tmp_path_factory):
