@@ -39,7 +39,11 @@ def written(finished_run, tmp_path):
         predictions = predictions_of(run)
         predictions[0] |= change or {}
         write_predictions(run, predictions)
-        change_json(run / "metrics.json", energy_joules={"train_cpu": 15432.1})
+        change_json(
+            run / "metrics.json",
+            energy_joules={"train_cpu": 15432.1},
+            peak_memory_bytes={"train_cpu": 1395864371},
+        )
         content = read_content(run)
         content = replace(
             content,

@@ -92,7 +92,7 @@ def test_answers_are_the_model_s(server, assistant, picture, words):
 
 def test_labels_are_the_model_s(server, assistant, picture):
     expected = assistant.probabilities("What is this?", task="colour", image=picture)
-    body = {"model": "other", "messages": about(picture, "What is this?")}
+    body = {"model": "other", "task": "colour", "messages": about(picture, "What is this?")}
     said = server[0].post("/classify", body=body, cast_to=object)["data"][0]
     assert said["probabilities"] == pytest.approx(expected, abs=1e-5)
     assert said["label"] == max(expected, key=expected.get)

@@ -45,8 +45,9 @@ def test_figures_are_what_they_were(kind, finished_run):
     # Losses have six decimals, scores four; a divergence of nearly nothing is nothing but rounding.
     tolerances = {"losses": 2e-6, "validation": 1.1e-4, "scores": 1.1e-4, "certificate": 1e-6}
     for name, value in expected.items():
-        close = pytest.approx(value, rel=1e-4, abs=tolerances[name.partition(".")[0]])
-        assert found[name] == close if value is not None else found[name] is None, name
+        tolerance = tolerances[name.partition(".")[0]]
+        close = None if value is None else pytest.approx(value, rel=1e-4, abs=tolerance)
+        assert found[name] == close, name
 
 
 if __name__ == "__main__":

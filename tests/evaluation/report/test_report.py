@@ -227,7 +227,7 @@ def test_what_data_hold_never_becomes_markup(run, tmp_path):
     assert not page.open
     assert len(page.of("script")) == 1 and len(page.of("img")) == 1
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
-    assert page.text.count(EVIL) > 10 and "49" not in page.text.replace("49%", "")
+    assert page.text.count(EVIL) > 10 and EVIL.replace("{{ 7*7 }}", "49") not in page.text
     assert page.of("img")[0]["alt"] == media.name
 
 
