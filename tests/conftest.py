@@ -3,8 +3,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
+from filelock import FileLock
 
 from finetune.common.progress import quiet_libraries
 
@@ -15,3 +21,33 @@ quiet_libraries()
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
+    """finished_run(KIND): the run folder of a kind in helpers/runs.py, trained, evaluated and merged by the product.
+    All processes of a session share it and only read: whoever writes takes a copy.
+    """
+    from runs import file_digests, make_run
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # the folder of the session; those of its workers are in it
+    digests: dict[Path, dict[str, str]] = {}
+
+    def finished(kind: str) -> Path:
+        project, made = shared / f"project-{kind}", shared / f"project-{kind}.json"
+        with FileLock(shared / f"project-{kind}.lock"):
+            if not made.is_file():
+                shutil.rmtree(project, ignore_errors=True)
+                project.mkdir()
+                run = make_run(kind, project)
+                made.write_text(json.dumps(file_digests(run)))
+        digests[project / "run"] = json.loads(made.read_text())
+        return project / "run"
+
+    yield finished
+    for run, before in digests.items():
+        after = file_digests(run)
+        changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        assert not changed, f"{run}: a test wrote into a run that all share: {sorted(changed)}"

@@ -1,10 +1,6 @@
-import sys
-
 import pytest
 import torch
-
-from finetune.commands import cli
-from finetune.common.errors import RecipeError
+from cli import cli
 
 
 @pytest.mark.parametrize(
@@ -18,31 +14,27 @@ from finetune.common.errors import RecipeError
     ],
     ids=["python", "torch on a CPU", "torch on a GPU"],
 )
-def test_too_little_memory_is_said_in_one_line(error, monkeypatch, capsys):
-    def schema():
-        raise error
-
-    monkeypatch.setattr("finetune.recipe.schema", schema)
-    monkeypatch.setattr(sys, "argv", ["finetune", "schema"])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    said = capsys.readouterr().err
-    assert caught.value.code == 1 and said.startswith("out of memory: ") and said.count("\n") == 1
+def test_too_little_memory_is_said_in_one_line(error, monkeypatch):
+    monkeypatch.setattr("finetune.recipe.schema.schema", raising(error))
+    done = cli("schema")
+    assert done.returncode == 1 and done.stderr.startswith("out of memory: ") and done.stderr.count("\n") == 1
 
 
 def test_other_errors_of_the_program_keep_their_traceback(monkeypatch):
-    def schema():
-        raise RuntimeError("a mistake of ours")
-
-    monkeypatch.setattr("finetune.recipe.schema", schema)
-    monkeypatch.setattr(sys, "argv", ["finetune", "schema"])
+    monkeypatch.setattr("finetune.recipe.schema.schema", raising(RuntimeError("a mistake of ours")))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
-        cli.main()
+        cli("schema")
 
 
-def test_the_options_of_one_part_are_printed_to_read(capsys):
-    cli.schema("tasks.rank")
-    printed = capsys.readouterr().out
+def raising(error: BaseException):
+    def schema():
+        raise error
+
+    return schema
+
+
+def test_the_options_of_one_part_are_printed_to_read():
+    printed = cli("schema", "tasks.rank").stdout
     assert "group: Column of the user" in printed and "(default 'group')" in printed
-    with pytest.raises(RecipeError, match=r"task\.rank: write 'serve'"):
-        cli.schema("task.rank")
+    done = cli("schema", "task.rank")
+    assert done.returncode == 2 and "task.rank: write 'serve'" in done.stderr

@@ -3,11 +3,10 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cli import cli
 from tiny import tiny_picture, tiny_recipe
 
 import finetune
@@ -165,11 +164,7 @@ def test_an_encoder_that_is_not_there_is_one_line(messy, tmp_path):
 
 
 def test_the_command_line(messy, checked, tmp_path):
-    def command(recipe):
-        line = [sys.executable, "-m", "finetune.commands.cli", "data", "check", str(recipe), "--out", str(tmp_path)]
-        return subprocess.run(line, capture_output=True, text=True)
-
-    broken = command(messy[0])
+    broken = cli("data", "check", messy[0], "--out", tmp_path)
     assert broken.returncode == 2 and "6 errors" in broken.stdout and "train.csv:" in broken.stdout
     assert "Traceback" not in broken.stderr
-    assert command(checked["fixed"]["recipe"]).returncode == 0
+    assert cli("data", "check", checked["fixed"]["recipe"], "--out", tmp_path).returncode == 0

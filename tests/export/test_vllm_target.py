@@ -13,6 +13,7 @@ from textwrap import dedent
 import PIL.Image
 import pytest
 import torch
+from imports import imports_of
 from safetensors.torch import load_file
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound

@@ -182,7 +182,7 @@ def tiny_picture(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, 
 
 def tiny_dataset(folder: Path, train: int = 12, test: int = 8) -> Path:
     """train.csv and test.csv with 'image,label': squares of a colour, each its own shade; the label is the colour."""
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("test", test)):
         with (folder / f"{split}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
@@ -201,6 +201,7 @@ def tiny_recipe(folder: Path, **changes: Any) -> Path:
     if not llm.is_dir():
         tiny_llm_folder(llm)
         tiny_vision_folder(encoder)
+    if not (data / "train.csv").is_file():
         tiny_dataset(data)
     recipe: dict[str, Any] = {
         "name": "tiny",

@@ -1,6 +1,5 @@
 """A run merged with its certificate: what it says is so, and a merge that fails or is cut leaves what there was."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import copy_of, file_digests, trained
 from safetensors.torch import load_file, save_file
-from tiny import tiny_dataset, tiny_recipe
+from tiny import tiny_recipe
 
 import finetune
 from finetune.common.certificate import Dtypes, read_certificate, verify
@@ -25,39 +25,24 @@ from finetune.merging import lora_weights as merging
 FUSION = {"kind": "cross_attention", "every": 1, "heads": 2, "head_width": 8, "gate": 0.7}
 
 
-def trained(folder: Path, quantize: str = "nf4", **changes) -> Path:
-    recipe = tiny_recipe(folder, model__llm={"name": str(folder / "llm"), "quantize": quantize}, **changes)
-    return finetune.train(finetune.load_recipe(recipe), folder / "run").path
+def trained_over(folder: Path, quantize: str = "nf4", **changes) -> Path:
+    return trained(tiny_recipe(folder, model__llm={"name": str(folder / "llm"), "quantize": quantize}, **changes))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(finished_run):
     """A run over nf4 weights with 70 held-out rows, merged."""
-    folder = tmp_path_factory.mktemp("merge")
-    tiny_recipe(folder)
-    shutil.rmtree(folder / "data")
-    tiny_dataset(folder / "data", train=16, test=70)
-    run = trained(folder, merge={})
-    finetune.merge(run)
-    return run
+    return finished_run("nf4")
 
 
-def copy_of(run: Path, to: Path) -> Path:
-    """To be spoilt; merged again, it is compared on a few rows."""
-    other = shutil.copytree(run, to / "run", ignore=shutil.ignore_patterns("checkpoints"))
+def few_rows(run: Path, to: Path) -> Path:
+    """A copy to be spoilt; merged again, it is compared on a few rows."""
+    other = copy_of(run, to, "checkpoints")
     text = (other / "recipe.yaml").read_text()
     few = text.replace("  rows: 64\n", "  rows: 6\n").replace("rows_scored: 64", "rows_scored: 1")
     assert few != text
     (other / "recipe.yaml").write_text(few)
     return other
-
-
-def all_bytes(run: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in run.rglob("*")
-        if path.is_file()
-    }
 
 
 def change_config(run: Path, name: str, **changes) -> None:
@@ -120,12 +105,13 @@ def test_measures_are_those_of_the_folders_loaded_afresh(run):
         assert measures.scores["classify"]["accuracy"] == pytest.approx(sum(right) / 64, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", [{"kind": "prefix"}, FUSION], ids=["prefix", "cross_attention"])
 def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monkeypatch):
     trains = ["projectors", "adapter", *(["fusion"] if fusion["kind"] == "cross_attention" else [])]
     stages = [{"name": "tune", "trains": trains, "learning_rate": 5.0e-3, "epochs": 2}]
     bounds = {"max_kl": 10, "min_agreement": 0}
-    run = trained(tmp_path, model__fusion=fusion, train__stages=stages, merge={"rows": 8, **bounds})
+    run = trained_over(tmp_path, model__fusion=fusion, train__stages=stages, merge={"rows": 8, **bounds})
     within = finetune.merge(run)
     monkeypatch.setattr(_candidates, "ROOM", 1e12)
     beyond = finetune.merge(run)
@@ -140,7 +126,7 @@ def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monke
 
 def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "SHARD_BYTES", 50_000)
-    other = copy_of(run, tmp_path)
+    other = few_rows(run, tmp_path)
     certificate = finetune.merge(other)
     index = json.loads((other / "merged" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
@@ -155,7 +141,7 @@ def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
 
 
 def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
-    run = trained(
+    run = trained_over(
         tmp_path, quantize="none", adapter__initialization="pissa_niter_4", merge={"rows": 4, "rows_scored": 0}
     )
     certificate = finetune.merge(run)
@@ -165,30 +151,31 @@ def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
 
 
 def test_a_refused_merge_leaves_the_older_one(run, tmp_path):
-    other = copy_of(run, tmp_path)
+    other = few_rows(run, tmp_path)
     spoil(other, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
-    before = all_bytes(other)
+    before = file_digests(other)
     with pytest.raises(MergeRefused, match="equals the untrained LLM"):
         finetune.merge(other)
-    assert all_bytes(other) == before
+    assert file_digests(other) == before
 
 
 def test_the_bound_of_the_divergence_is_kept(run, tmp_path):
-    other = copy_of(run, tmp_path)
+    other = few_rows(run, tmp_path)
     text = (other / "recipe.yaml").read_text()
     (other / "recipe.yaml").write_text(
         text.replace("max_kl: 0.1", "max_kl: 1.0e-12").replace("dtype: auto", "dtype: bfloat16")
     )
-    before = all_bytes(other)
+    before = file_digests(other)
     with pytest.raises(MergeRefused, match=r"merge.max_kl is 1e-12"):
         finetune.merge(other)
-    assert all_bytes(other) == before
+    assert file_digests(other) == before
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
     """Killed while the second candidate is written; the next merge clears up and ends on the same weights."""
-    other = copy_of(run, tmp_path)
-    kept = all_bytes(other)
+    other = few_rows(run, tmp_path)
+    kept = file_digests(other)
     code = (
         "import os, signal, sys, finetune\n"
         "from finetune.merging.lora_weights import Shards\n"
@@ -202,7 +189,7 @@ def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(other)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL and (other / "merged.partial").is_dir()
-    left = {name: digest for name, digest in all_bytes(other).items() if not name.startswith("merged.partial/")}
+    left = {name: digest for name, digest in file_digests(other).items() if not name.startswith("merged.partial/")}
     assert left == kept
     finetune.merge(other)
     assert not (other / "merged.partial").exists()
@@ -211,7 +198,7 @@ def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
 
 
 def test_an_adapter_of_another_llm_is_named(run, tmp_path):
-    other = copy_of(run, tmp_path)
+    other = few_rows(run, tmp_path)
     known = json.loads((other / "adapter" / "multimodal.json").read_text())["language_model"]
     change_config(other, "multimodal.json", language_model=known | {"name": "org/another"})
     with pytest.raises(ArtifactError, match=r"trained over the LLM 'org/another' \(nf4\), but the run's recipe names"):
@@ -236,16 +223,16 @@ def test_an_adapter_of_another_llm_is_named(run, tmp_path):
     ],
 )
 def test_damaged_files_are_named_and_nothing_is_written(run, tmp_path, name, damage, told):
-    other = copy_of(run, tmp_path)
+    other = few_rows(run, tmp_path)
     path = other / "adapter" / name
     content = path.read_bytes()
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
-    before = all_bytes(other)
+    before = file_digests(other)
     with pytest.raises(ArtifactError, match=f"{name} {told}"):
         finetune.merge(other)
-    assert all_bytes(other) == before
+    assert file_digests(other) == before
 
 
 def test_a_run_that_never_ended_says_so(run, tmp_path):
@@ -257,10 +244,10 @@ def test_a_run_that_never_ended_says_so(run, tmp_path):
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(run, tmp_path, monkeypatch):
-    other = copy_of(run, tmp_path)
-    before = all_bytes(other)
+    other = few_rows(run, tmp_path)
+    before = file_digests(other)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ArtifactError, match=r"0.0 GiB are free, a merged model takes"):
         finetune.merge(other)
-    assert all_bytes(other) == before
+    assert file_digests(other) == before

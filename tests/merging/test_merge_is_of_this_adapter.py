@@ -5,20 +5,21 @@ import shutil
 
 import pytest
 import torch
+from runs import project_copy
 from safetensors.torch import load_file, save_file
-from tiny import tiny_recipe
 
 import finetune
 from finetune.common import run_folder
 from finetune.common.certificate import read_certificate
 from finetune.common.errors import ArtifactError, MergeRefused
 
-FEW = {"rows": 6, "rows_scored": 0}
-
 
 @pytest.fixture
-def run(tmp_path):
-    return finetune.train(finetune.load_recipe(tiny_recipe(tmp_path, merge=FEW)), tmp_path / "run").path
+def run(finished_run, tmp_path):
+    """A trained run in a project of its own, to be spoilt."""
+    run = project_copy(finished_run("plain"), tmp_path)
+    shutil.rmtree(run / "merged")
+    return run
 
 
 def change(path, key, value):

@@ -237,6 +237,7 @@ def test_shards_are_named_as_transformers_names_them(tmp_path):
             assert index["metadata"]["total_size"] == 200
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     """An LLM of 210 MB in files of 10: merging it takes a file that is read, one that is written, and a few modules."""
     benchmark = str(Path(__file__).parents[2] / "benchmarks" / "merge_memory.py")

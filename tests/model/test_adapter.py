@@ -3,9 +3,9 @@ import json
 
 import pytest
 import torch
+from packed import shake
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_model import shake
 from tiny import VOCABULARY, part, tiny_composite, tiny_llm_folder
 
 from finetune.common.errors import ArtifactError, ModelError

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_model import PICTURE, features_of, samples_of, shake
-from test_trainer import train as train_stage
+from packed import PICTURE, features_of, samples_of, shake, train_composite
 from tiny import COMMON, FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_encoder, tiny_llm
 
 from finetune.common.errors import DataError
@@ -186,16 +185,8 @@ def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
 
 
 def run(model, samples, rows, folder, trains=("projectors", "heads"), **changes):
-    import test_trainer
-
-    before = test_trainer.Collator
-    try:
-        test_trainer.Collator = lambda _, media, field: Collator(
-            samples, media, field=field, heads={"colour": 3, "price": 1}
-        )
-        return train_stage(model, folder, trains=trains, rows=rows, **changes)
-    finally:
-        test_trainer.Collator = before
+    collator = Collator(samples, features_of, field="features", heads={"colour": 3, "price": 1})
+    return train_composite(model, folder, trains=trains, rows=rows, collator=collator, **changes)
 
 
 def test_accumulated_batches_weigh_as_one(tmp_path):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from packed import PICTURE, batch_of, samples_of, shake
 from peft import PeftModel
 from tiny import FAMILIES, FUSIONS, PLACEHOLDER, VOCABULARY, tiny_composite, tiny_encoder, tiny_llm
 from trl.trainer.utils import add_fused_lm_head
@@ -12,33 +13,11 @@ from finetune.model.adapter import attach, load_trained, save_trained
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import packs_exactly
 from finetune.model.trainable import set_trainable
-from finetune.training.collate import Collator
 
 # No mask is made from positions in these: they train on padded rows.
 PADDED = {"bloom", "falcon", "mpt", "opt"}
 families = pytest.mark.parametrize("family", FAMILIES)
 fusions = pytest.mark.parametrize("fusion", FUSIONS)
-PICTURE = {"prefix": 4, "cross_attention": 1}  # placeholder tokens
-
-
-def samples_of(lengths: list[int], placeholders: int = 4) -> list[dict]:
-    """One picture, a question of three tokens, an answer that is learnt."""
-    generator = torch.Generator().manual_seed(5)
-    samples = []
-    for number, length in enumerate(lengths):
-        text = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        ids = text[:1] + [PLACEHOLDER] * placeholders + text[1:]
-        labels = [-100] * (placeholders + 3) + ids[placeholders + 3 :]
-        samples.append({"input_ids": ids, "labels": labels, "media_kinds": ["image"], "media_keys": [str(number)]})
-    return samples
-
-
-def features_of(kind: str, key: str) -> torch.Tensor:
-    return torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(int(key)))
-
-
-def batch_of(samples: list[dict], numbers: list[int], packed: bool) -> dict:
-    return Collator(samples, features_of, field="features", packed=packed)([{"samples": numbers}])
 
 
 def sample_losses(model: MultimodalModel, batch: dict) -> list[torch.Tensor]:
@@ -52,14 +31,6 @@ def sample_losses(model: MultimodalModel, batch: dict) -> list[torch.Tensor]:
         return [losses[row][learnt[row]].mean() for row in range(len(losses))]
     owner = (positions[0] == 0).cumsum(0)[1:]
     return [losses[0][(owner == number) & learnt[0]].mean() for number in range(1, int(owner.max()) + 1)]
-
-
-def shake(model: MultimodalModel) -> None:
-    """LoRA's B begins at zero: something to lose is put there."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
 
 
 @fusions

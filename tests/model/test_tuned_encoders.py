@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
+from packed import composite_with_lora, train_composite, weights_of
 from safetensors.torch import load_file
-from test_trainer import new_model, train, weights_of
 from tiny import tiny_recipe
 from tiny_encoders import KINDS, tiny_audio_folder, tiny_encoder_of, tiny_medium
 
@@ -84,6 +84,7 @@ def tuning(folder, how: str, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TUNED)
 def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
     run = finetune.train(finetune.load_recipe(tuning(tmp_path, how)), tmp_path / "run").path
@@ -120,6 +121,7 @@ def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
         assert not torch.allclose(untouched.encode(values), seen[1], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TUNED)
 def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(how, tmp_path, monkeypatch):
     run = finetune.train(
@@ -160,6 +162,7 @@ def test_unfrozen_layers_of_a_half_precision_encoder_learn_in_full(label):
     assert all(encoder.module.get_parameter(name).grad.dtype == torch.float32 for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TUNED)
 def test_a_resumed_stage_goes_on_with_the_tuned_encoder(how, tmp_path):
     """A stage that is done is read back into the encoder, and the next one begins from it."""
@@ -193,7 +196,7 @@ def test_an_encoder_of_sound_is_tuned_too(label, tmp_path):
         finetune.model.encoders.whisper.Options(name=str(folder)), torch.float32, torch.device("cpu")
     )
     tuned = tune_encoder(encoder, tiny_medium(label), rank=2)
-    model = new_model()
+    model = composite_with_lora()
     model.encoders["audio"], model.tuned["audio"] = encoder.module, tuned.names
     counts = set_trainable(model, ["encoders.audio"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -202,10 +205,10 @@ def test_an_encoder_of_sound_is_tuned_too(label, tmp_path):
 
 def test_every_part_moves_at_its_own_rate(tmp_path):
     """Adam's first step moves each weight by the learning rate, whatever its gradient."""
-    model = new_model()
+    model = composite_with_lora()
     set_trainable(model, ["projectors", "adapter"])
     before = weights_of(model)
-    train(
+    train_composite(
         model,
         tmp_path,
         rows=[[0, 1, 2, 3, 4, 5]],

@@ -368,6 +368,7 @@ def test_minimind_answers_in_chinese():
     assert "北京" in tokenizer.decode(answer[0, inputs.input_ids.shape[1] :])
 
 
+@pytest.mark.slow
 def test_whisper_hears_what_voices_want_that_it_was_not_shown():
     """Logistic regression on its mean features, through the kit's own reading and encoding."""
     import torch

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 import transformers
+from cli import in_this_process
 from tiny import COLOURS, VIT, tiny_llm_folder, tiny_picture
 from tiny_encoders import tiny_audio_folder, tiny_sound
 
@@ -98,8 +99,11 @@ def test_names_of_the_hub_come_with_a_commit(path):
         assert Path(part.name).is_absolute() or len(part.revision) == 40
 
 
+@pytest.mark.slow
 @every
-def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path):
+def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path, monkeypatch):
+    # `run` asks its question by the command line in a process of its own: test_pipeline does so, here it is called.
+    monkeypatch.setattr("finetune.commands.run.subprocess.run", in_this_process)
     recipe = load_recipe(path)
     result = finetune.run(path, replaced(path, tiny_parts, tmp_path), tmp_path / "run")
     conditions = {"tuned", "base", "blank", "shuffled", "probe"}

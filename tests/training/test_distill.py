@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import features_of, shake
+from packed import features_of, shake
 from tiny import FUSIONS, PLACEHOLDER, tiny_composite, tiny_recipe
 from torch.nn import functional
 
@@ -144,6 +144,7 @@ def test_a_row_s_text_is_said_once_and_media_come_in_the_order_in_which_they_are
     assert [medium.text for medium in classify.sample(row, classify.Options(media=("audio",))).media] == [None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["own", "given"])
 def test_a_stage_that_distills_comes_nearer_to_the_llm_that_reads(answers, tmp_path):
     run = finetune.train(finetune.load_recipe(distilling(tmp_path, answers)), tmp_path / "run")

@@ -52,6 +52,7 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
     return tiny_recipe(folder, data=data, train__stages=stages, adapter={"rank": 2}, **changes) or path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -1,88 +1,31 @@
 """A run whose rows are answered by every head, validated while it trains: from training to the merged folder."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import COLOURS, tiny_picture, tiny_recipe
+from runs import HEADS, project_copy
+from tiny import COLOURS
 
 import finetune
-from finetune.common.errors import ArtifactError, DataError, RecipeError, TrainingError
+from finetune.common.errors import DataError, RecipeError, TrainingError
 from finetune.data.sample import Medium, Message
 from finetune.recipe.load import load_recipe
 
-NAMES = ("colour", "likely", "mark", "order", "words")
-TASKS = {
-    "colour": {"task": {"kind": "classify"}, "head": "label"},
-    "likely": {"task": {"kind": "classify", "prompt": "Which?"}, "head": {"kind": "language", "answers": "labels"}},
-    "mark": {"task": {"kind": "score", "prompt": "How good?", "number": "mark"}, "head": "score"},
-    "order": {
-        "task": {"kind": "rank", "media": ["image"], "text": [], "group": "user", "relevance": "mark"},
-        "head": {"kind": "score", "loss": "pairwise"},
-    },
-    "words": {"task": {"kind": "classify", "prompt": "Say it.", "media": [], "text": "text"}, "loss_weight": 0.5},
-}
-
-
-def rows_of_every_task(folder: Path) -> Path:
-    """The colour is the label, red is best liked: a picture of its own for each row and source."""
-    (folder / "images").mkdir(parents=True)
-    for split, count in (("train", 24), ("validation", 8), ("test", 8)):
-        for name in NAMES:
-            with (folder / f"{name}-{split}.csv").open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["image", "label", "mark", "user", "text"])
-                for number in range(count):
-                    place = number % len(COLOURS)
-                    label, (red, green, blue) = list(COLOURS.items())[place]
-                    shade = number + 40 * ("train", "validation", "test").index(split) + 3 * NAMES.index(name)
-                    picture = f"images/{name}-{split}-{number}.png"
-                    tiny_picture((red, min(green + shade, 255), blue)).save(folder / picture)
-                    text = f"a {label} square, {split} {number}"
-                    writer.writerow([picture, label, len(COLOURS) - place, f"{split}{number // 4}", text])
-    return folder
-
-
-def heads_recipe(folder: Path, **changes) -> Path:
-    data = folder / "rows"
-    if not data.is_dir():
-        rows_of_every_task(data)
-    sources = [
-        {"name": name, "path": str(data / f"{name}-{split}.csv"), "split": split, **TASKS[name]}
-        for name in NAMES
-        for split in ("train", "validation", "test")
-    ]
-    stages = [
-        {
-            "name": "tune",
-            "trains": ["projectors", "adapter", "heads"],
-            "learning_rate": 5.0e-3,
-            "epochs": 3,
-        }
-    ]
-    validation = {"every_n_steps": 10, "limit": None, "metric": "colour.accuracy"}
-    given = {
-        "data": sources,
-        "train__stages": stages,
-        "train__validation": validation,
-        "train__tokens_per_batch": 160,
-        "train__save_every_n_steps": 5,
-        "evaluate": {"max_new_tokens": 6},
-        "merge": {"rows": 20},
-    }
-    return tiny_recipe(folder, **(given | changes))
+NAMES = tuple(HEADS)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("heads")
-    run = finetune.train(load_recipe(heads_recipe(folder)), folder / "run").path
-    finetune.evaluate(run)
-    finetune.merge(run)
-    return run
+def finished(finished_run):
+    return finished_run("heads")
+
+
+@pytest.fixture
+def recipe(finished, tmp_path):
+    """The recipe of the finished run, with features of its own."""
+    return load_recipe(finished.parent / "recipe.yaml", [f"train.cache_folder={tmp_path / 'cache'}"])
 
 
 def read(path: Path):
@@ -179,7 +122,8 @@ def test_chat_answers_by_the_head_that_is_named(finished):
     assert float(finetune.chat(finished, "How good?", picture, task="mark")) > 0
 
 
-def test_a_run_cut_short_ends_as_a_whole_one(finished, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_run_cut_short_ends_as_a_whole_one(finished, recipe, tmp_path, monkeypatch):
     """Mixed sources, heads and looks: resumed in the middle, to the same weights and the same curve."""
     from finetune.training.validation import Validation
 
@@ -192,7 +136,6 @@ def test_a_run_cut_short_ends_as_a_whole_one(finished, tmp_path, monkeypatch):
         if len(looks) == 3:
             raise OSError("power cut")
 
-    recipe = load_recipe(heads_recipe(finished.parent))
     with monkeypatch.context() as patched:
         patched.setattr(Validation, "_look", cut)
         with pytest.raises(OSError):
@@ -210,17 +153,14 @@ def test_a_run_cut_short_ends_as_a_whole_one(finished, tmp_path, monkeypatch):
             torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_heads_mean_what_they_meant_when_they_were_trained(finished, tmp_path):
     """Rows that are added or changed afterwards move no label and no scale."""
-    run = shutil.copytree(finished, tmp_path / "run")
-    path = finished.parent / "rows" / "mark-train.csv"
-    before = path.read_text()
-    try:
-        path.write_text(before.replace(",4,", ",400,"))
-        scores = finetune.evaluate(run)["scores"]
-        finetune.merge(run)
-    finally:
-        path.write_text(before)
+    run = project_copy(finished, tmp_path)
+    path = tmp_path / "rows" / "mark-train.csv"
+    path.write_text(path.read_text().replace(",4,", ",400,"))
+    scores = finetune.evaluate(run)["scores"]
+    finetune.merge(run)
     tuned = {name: values["tuned"] for name, values in scores["mark"].items()}
     kept = read(finished / "metrics.json")["scores"]["mark"]
     assert tuned == pytest.approx({name: values["tuned"] for name, values in kept.items()}, abs=1e-3)
@@ -234,61 +174,47 @@ def test_a_run_is_not_resumed_on_other_targets(finished, tmp_path, monkeypatch):
     def cut(self, state, control):
         raise OSError("power cut")
 
-    recipe = load_recipe(heads_recipe(finished.parent))
+    project_copy(finished, tmp_path)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
     with monkeypatch.context() as patched:
         patched.setattr(Validation, "_look", cut)
         with pytest.raises(OSError):
-            finetune.train(recipe, tmp_path / "run")
-    path = finished.parent / "rows" / "mark-train.csv"
-    before = path.read_text()
-    try:
-        path.write_text(before.replace(",4,", ",3,"))
-        with pytest.raises(TrainingError, match="training rows or their media have changed"):
-            finetune.train(recipe, tmp_path / "run", resume=True)
-    finally:
-        path.write_text(before)
-
-
-def test_an_adapter_of_the_format_before_heads_still_loads(finished, tmp_path):
-    folder = shutil.copytree(finished / "adapter", tmp_path / "old")
-    content = read(folder / "multimodal.json")
-    from safetensors.torch import load_file, save_file
-
-    kept = {k: v for k, v in load_file(folder / "projectors.safetensors").items() if not k.startswith("heads.")}
-    save_file(kept, folder / "projectors.safetensors")
-    content = {key: value for key, value in content.items() if key != "asks"} | {"format": 2, "labels": []}
-    (folder / "multimodal.json").write_text(json.dumps(content))
-    picture = finished.parent / "rows" / "images" / "colour-test-0.png"
-    assert isinstance(finetune.load(folder).answer("What is this?", image=picture, max_new_tokens=4), str)
-    (folder / "multimodal.json").write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(ArtifactError, match="install a newer finetune"):
-        finetune.load(folder)
+            finetune.train(recipe, tmp_path / "again")
+    path = tmp_path / "rows" / "mark-train.csv"
+    path.write_text(path.read_text().replace(",4,", ",3,"))
+    with pytest.raises(TrainingError, match="training rows or their media have changed"):
+        finetune.train(recipe, tmp_path / "again", resume=True)
 
 
 def test_a_stage_ends_early_when_looks_get_no_better(finished, tmp_path):
-    changes = {
-        "train__validation": {"every_n_steps": 2, "limit": 8, "metric": "mark.mean_absolute_error", "patience": 2},
-        "train__stages": [
-            {"name": "tune", "trains": ["heads"], "learning_rate": 1.0e-12, "epochs": 3, "scheduler": "constant"}
-        ],
-    }
-    run = finetune.train(load_recipe(heads_recipe(finished.parent, **changes)), tmp_path / "run").path
+    stages = [{"name": "tune", "trains": ["heads"], "learning_rate": 1.0e-12, "epochs": 3, "scheduler": "constant"}]
+    validation = {"every_n_steps": 2, "limit": 8, "metric": "mark.mean_absolute_error", "patience": 2}
+    recipe = changed_recipe(finished, tmp_path, stages=stages, validation=validation)
+    run = finetune.train(load_recipe(recipe), tmp_path / "run").path
     stage = read(run / "metrics.json")["train"]["stages"]["tune"]
     assert [look["step"] for look in stage["validation"]] == [0, 2, 4] and len(stage["losses"]) == 4
     assert stage["best_step"] == 0
 
 
+def changed_recipe(finished, folder, **train):
+    """The recipe of the finished run with other keys of `train`."""
+    content = read(finished.parent / "recipe.yaml")
+    content["train"] |= {"cache_folder": str(folder / "cache"), **train}
+    (folder / "recipe.yaml").write_text(json.dumps(content, indent=2))
+    return folder / "recipe.yaml"
+
+
 def test_a_metric_that_is_not_there_is_told_before_anything_trains(finished, tmp_path):
-    changes = {"train__validation": {"every_n_steps": 2, "metric": "colour.beauty"}}
+    recipe = changed_recipe(finished, tmp_path, validation={"every_n_steps": 2, "metric": "colour.beauty"})
     with pytest.raises(TrainingError, match=r"no 'colour.beauty'.*colour.accuracy"):
-        finetune.train(load_recipe(heads_recipe(finished.parent, **changes)), tmp_path / "run")
-    changes = {"train__validation": {"every_n_steps": 2, "metric": "shade.accuracy"}}
+        finetune.train(load_recipe(recipe), tmp_path / "run")
+    recipe = changed_recipe(finished, tmp_path, validation={"every_n_steps": 2, "metric": "shade.accuracy"})
     with pytest.raises(RecipeError, match="its first part is one of colour, likely"):
-        load_recipe(heads_recipe(finished.parent, **changes))
+        load_recipe(recipe)
 
 
-def test_heads_that_cannot_work_are_refused_with_the_recipe(finished):
-    path = heads_recipe(finished.parent)
+def test_heads_that_cannot_work_are_refused_with_the_recipe(finished, tmp_path):
+    path = changed_recipe(finished, tmp_path)
     whole = read(path)
 
     def refused(match, **changes):

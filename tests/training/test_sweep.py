@@ -45,6 +45,7 @@ def loads(monkeypatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_every_combination_is_trained_once_on_one_llm(recipe, tmp_path, loads):
     result = finetune.sweep(recipe, [f"{RATE}=1e-6,1e-2", f"{RANK}=2,4"], run=tmp_path / "run")
     tried = {(row["values"][RATE], row["values"][RANK]) for row in result["trials"]}
@@ -66,6 +67,7 @@ def test_every_combination_is_trained_once_on_one_llm(recipe, tmp_path, loads):
         )
 
 
+@pytest.mark.slow
 def test_a_trial_ends_on_the_weights_of_a_training_alone(recipe, tmp_path):
     """What came before on the shared LLM leaves nothing behind."""
     finetune.sweep(recipe, [f"{RATE}=3e-2,1e-2"], run=tmp_path / "run")
@@ -80,6 +82,7 @@ def test_a_trial_ends_on_the_weights_of_a_training_alone(recipe, tmp_path):
             torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_parts_that_a_trial_changes_are_loaded_anew(recipe, tmp_path, loads):
     finetune.sweep(recipe, ["model.llm.quantize=none,nf4"], run=tmp_path / "run")
     assert len(loads) == 2
@@ -87,6 +90,7 @@ def test_parts_that_a_trial_changes_are_loaded_anew(recipe, tmp_path, loads):
     assert {row["state"] for row in result["trials"]} == {"complete"}
 
 
+@pytest.mark.slow
 def test_optuna_chooses_within_a_range_and_goes_on_where_it_stopped(recipe, tmp_path):
     over = [f"{RATE}=1e-4..1e-1", f"{RANK}=2..4"]
     one = finetune.sweep(recipe, over, 2, run=tmp_path / "run")

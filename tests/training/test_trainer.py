@@ -2,8 +2,17 @@ import signal
 
 import pytest
 import torch
-from test_model import features_of, samples_of, shake
-from tiny import PLACEHOLDER, part, tiny_composite, tiny_encoder, tiny_llm_folder, tiny_tokenizer
+from packed import (
+    ROWS,
+    SAMPLES,
+    composite_with_lora,
+    features_of,
+    samples_of,
+    shake,
+    train_composite,
+    weights_of,
+)
+from tiny import PLACEHOLDER, part, tiny_composite, tiny_encoder, tiny_llm_folder
 from transformers import TrainerCallback
 
 from finetune.common.errors import Interrupted, ModelError, TrainingError
@@ -13,57 +22,7 @@ from finetune.model.composite import compose
 from finetune.model.language_model import load_language_model
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Collator
-from finetune.training.trainer import StageTrainer, train_stage
-
-ROWS = [[0, 1], [2], [3, 4], [5, 0], [1, 2], [3, 5]]
-SAMPLES = samples_of([9, 6, 12, 7, 8, 10])
-
-
-def new_model():
-    torch.manual_seed(0)
-    model = tiny_composite()
-    attach(model, rank=2, alpha=4, dropout=0.1)
-    return model
-
-
-def train(
-    model,
-    folder,
-    *,
-    trains=("projectors", "adapter"),
-    rows=ROWS,
-    callbacks=(),
-    media=features_of,
-    resume_from=None,
-    **changes,
-):
-    options = {
-        "learning_rate": 1e-2,
-        "learning_rates": {},
-        "distill_temperature": None,
-        "scheduler": "cosine",
-        "warmup": 0.1,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "optimizer": "adamw_torch",
-        "accumulate": 1,
-        "save_every_n_steps": 2,
-        "workers": 0,
-        "seed": 11,
-        "dtype": torch.float32,
-    }
-    set_trainable(model, list(trains))
-    return train_stage(
-        model,
-        tiny_tokenizer(),
-        rows=rows,
-        collator=Collator(SAMPLES, media, field="features"),
-        parts=trained_parts(model, list(trains)),
-        folder=folder,
-        resume_from=resume_from,
-        callbacks=callbacks,
-        **(options | changes),
-    )
+from finetune.training.trainer import StageTrainer
 
 
 class At(TrainerCallback):
@@ -87,10 +46,6 @@ class Keep(TrainerCallback):
         self.steps.append(weights_of(self.model))
 
 
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def power_cut():
     raise OSError("power cut")
 
@@ -102,68 +57,68 @@ def interrupt():
 @pytest.mark.parametrize("act, expected, step", [(power_cut, OSError, 4), (interrupt, Interrupted, 3)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_ends_on_the_weights_of_an_uninterrupted_one(act, expected, step, accumulate, tmp_path):
-    whole = new_model()
-    log = train(whole, tmp_path / "whole", accumulate=accumulate)
+    whole = composite_with_lora()
+    log = train_composite(whole, tmp_path / "whole", accumulate=accumulate)
     assert len(log) == len(ROWS) // accumulate
     every = 2 if accumulate == 1 else 1
     step = step if accumulate == 1 else step - 1
     with pytest.raises(expected):
-        train(
-            new_model(),
+        train_composite(
+            composite_with_lora(),
             tmp_path / "cut",
             callbacks=[At(step, act)],
             accumulate=accumulate,
             save_every_n_steps=every,
         )
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
-    resumed = new_model()
-    rest = train(resumed, tmp_path / "cut", resume_from=checkpoint, accumulate=accumulate)
+    resumed = composite_with_lora()
+    rest = train_composite(resumed, tmp_path / "cut", resume_from=checkpoint, accumulate=accumulate)
     assert [entry["loss"] for entry in rest] == pytest.approx([entry["loss"] for entry in log])
     for name, weight in weights_of(whole).items():
         torch.testing.assert_close(weights_of(resumed)[name], weight, atol=1e-7, rtol=0, msg=name)
 
 
 def test_only_what_the_stage_trains_changes(tmp_path):
-    model = new_model()
+    model = composite_with_lora()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, tmp_path)
+    train_composite(model, tmp_path)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if name.startswith("projectors.") or ".lora_" in name}
 
 
 def test_a_stage_of_projectors_leaves_the_adapter_alone(tmp_path):
-    model = new_model()
+    model = composite_with_lora()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, tmp_path, trains=["projectors.image"])
+    train_composite(model, tmp_path, trains=["projectors.image"])
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if name.startswith("projectors.")}
 
 
 def test_training_learns(tmp_path):
-    log = train(new_model(), tmp_path, learning_rate=3e-2, scheduler="constant", warmup=0.0)
+    log = train_composite(composite_with_lora(), tmp_path, learning_rate=3e-2, scheduler="constant", warmup=0.0)
     assert log[3]["loss"] > 0 and min(log[4]["loss"], log[5]["loss"]) < log[0]["loss"]
 
 
 def test_the_logged_loss_is_the_mean_over_the_learnt_tokens(tmp_path):
-    model = new_model().eval()
+    model = composite_with_lora().eval()
     batch = Collator(SAMPLES, features_of, field="features")([{"samples": ROWS[0]}])
     inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}
     expected = model(**inputs, use_cache=False).loss.item()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    assert train(model, tmp_path)[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert train_composite(model, tmp_path)[0]["loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
-    model = new_model()
+    model = composite_with_lora()
     keep = Keep(model)
 
     def poisoned(kind, key):
         return features_of(kind, key) * (float("nan") if key == "3" else 1.0)  # in the third row
 
     with pytest.raises(TrainingError, match="the loss is nan at step 3"):
-        train(model, tmp_path, callbacks=[keep], media=poisoned)
+        train_composite(model, tmp_path, callbacks=[keep], collator=Collator(SAMPLES, poisoned, field="features"))
     assert len(keep.steps) == 2
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, keep.steps[-1][name]), name
@@ -171,12 +126,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):
-    model = new_model()
+    model = composite_with_lora()
     keep = Keep(model)
     parameter = next(model.projectors.parameters())
     spoil = At(3, lambda: parameter.register_hook(lambda gradient: gradient * float("inf")))
     with pytest.raises(TrainingError, match="a gradient isn't finite at step 3"):
-        train(model, tmp_path, callbacks=[keep, spoil])
+        train_composite(model, tmp_path, callbacks=[keep, spoil])
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, keep.steps[-1][name]), name
 
@@ -192,7 +147,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(StageTrainer, "_save_optimizer_and_scheduler", full_disk)
     run = RunFolder(tmp_path)
     with pytest.raises(OSError, match="no space left"):
-        train(new_model(), run.checkpoints / "tune")
+        train_composite(composite_with_lora(), run.checkpoints / "tune")
     assert run.newest_checkpoint("tune").name == "checkpoint-2"
     assert [path.name for path in (run.checkpoints / "tune").iterdir()] == ["checkpoint-2"]
     names = {path.name for path in (run.checkpoints / "tune" / "checkpoint-2").iterdir()}
@@ -206,7 +161,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
 
 
 def test_set_trainable_names_what_trains():
-    model = new_model()
+    model = composite_with_lora()
     counts = set_trainable(model, ["projectors", "adapter"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith("projectors.") or ".lora_" in name for name in trained)
@@ -217,7 +172,7 @@ def test_set_trainable_names_what_trains():
 
 def test_what_trains_and_is_not_named_is_an_error():
     """A weight that a projector shares with the LLM would train under the wrong name."""
-    model = new_model()
+    model = composite_with_lora()
     model.projectors["image"][2] = torch.nn.Linear(64, 32)
     model.projectors["image"][2].weight = model.causal_lm.model.layers[0].self_attn.q_proj.base_layer.weight
     with pytest.raises(TrainingError, match=r"not the parts .*q_proj"):

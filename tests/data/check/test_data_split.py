@@ -2,12 +2,11 @@ import csv
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from cli import cli
 from tiny import tiny_picture
 
 import finetune
@@ -154,8 +153,7 @@ def test_rows_are_not_written_over_themselves(tmp_path):
 
 
 def test_the_command_line(table, tmp_path):
-    line = [sys.executable, "-m", "finetune.commands.cli", "data", "split", str(table), "--into", str(tmp_path / "out")]
-    done = subprocess.run([*line, "--group", "who"], capture_output=True, text=True)
+    done = cli("data", "split", table, "--into", tmp_path / "out", "--group", "who")
     assert done.returncode == 0 and "split: validation" in done.stdout, done.stderr
 
 

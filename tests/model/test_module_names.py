@@ -1,19 +1,15 @@
-"""Adapters stay loadable when transformers renames modules, and only on the LLM that they were trained on."""
+"""Adapters load on the LLM that they were trained on, and on no other."""
 
 import json
 
 import pytest
-import torch
-from fixture_folders import BASE, expected_of, fixture_folder
+from saved_adapter import SAVED, saved_adapter
 from tiny import tiny_llm, tiny_llm_folder
 
 import finetune
 from finetune.common.errors import ArtifactError
-from finetune.model import adapter
+from finetune.model import adapter, module_names
 from finetune.model import load as loading
-from finetune.model import module_names as key_map
-
-RENAMED = ((r"\bq_proj\b", "query", "99.0"), (r"\bmlp\b", "feed_forward", "99.1"))
 
 
 def rename(llm):
@@ -38,32 +34,20 @@ def renaming(monkeypatch):
     monkeypatch.setattr(loading, "load_llm", lambda parts, llm: rename(load(parts, llm)))
 
 
-@pytest.mark.parametrize("name", ["format-2", "format-3", "format-4"])
-def test_an_adapter_finds_its_modules_under_their_new_names(name, renaming, monkeypatch, tmp_path):
-    monkeypatch.setattr(key_map, "RENAMES", RENAMED)
-    model = finetune.load(fixture_folder(name, tmp_path)).model
-    names = {name for name, _ in model.named_parameters() if ".lora_A" in name and name.startswith("language_model")}
-    assert any(".query." in name for name in names) and not any(".q_proj." in name for name in names)
-    with torch.no_grad():
-        logits = model(torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, -1, :16]
-    torch.testing.assert_close(logits, torch.tensor(expected_of(name)["logits"]), atol=1e-4, rtol=0)
-
-
-def test_without_the_line_the_names_of_both_sides_are_told(renaming, tmp_path):
+def test_modules_that_were_renamed_are_an_error_with_names_of_both_sides(renaming, tmp_path):
     with pytest.raises(ArtifactError, match=r"4 of the 14 modules|6 of the 14 modules") as told:
-        finetune.load(fixture_folder("format-4", tmp_path))
+        finetune.load(saved_adapter(tmp_path))
     assert "model.layers.0.mlp.down_proj" in str(told.value) and "feed_forward" in str(told.value)
 
 
 def test_no_module_at_all_is_an_error_with_both_sides(tmp_path):
     with pytest.raises(ArtifactError, match="none of the 14 modules") as told:
-        adapter.options_for(fixture_folder("format-3", tmp_path), tiny_llm("gpt2"))
+        adapter.options_for(saved_adapter(tmp_path), tiny_llm("gpt2"))
     assert "model.layers.0.mlp.down_proj" in str(told.value) and "transformer.h.0.attn.c_attn" in str(told.value)
 
 
-@pytest.mark.parametrize("name", ["format-2", "format-4"])
-def test_an_llm_of_other_sizes_is_told_by_both_sizes(name, tmp_path):
-    folder = fixture_folder(name, tmp_path)
+def test_an_llm_of_other_sizes_is_told_by_both_sizes(tmp_path):
+    folder = saved_adapter(tmp_path)
     other = tiny_llm_folder(tmp_path / "other", hidden_size=64)
     path = folder / "multimodal.json"
     content = json.loads(path.read_text())
@@ -81,17 +65,11 @@ def test_what_transformers_renames_itself_is_asked_of_it():
     model = transformers.ViTMAEForPreTraining(config)
     own = {name for name, _ in model.named_modules()}
     then, now = "decoder.decoder_layers.0.attention.attention.query", "decoder.decoder_layers.0.attention.q_proj"
-    assert now in own and key_map.renamed([then], own, model) == {then: now}
-
-
-def test_equal_names_come_first_and_no_name_is_taken_twice(monkeypatch):
-    monkeypatch.setattr(key_map, "RENAMES", ((r"^a$", "b", "99.0"), (r"^c$", "d", "99.0")))
-    llm = tiny_llm()
-    assert key_map.renamed(["a", "b", "c"], ["b", "d", "e"], llm) == {"b": "b", "c": "d"}
+    assert now in own and module_names.renamed([then], own, model) == {then: now}
 
 
 def test_what_is_saved_describes_what_lora_hangs_on():
-    content = json.loads((BASE.parent / "format-4" / "multimodal.json").read_text())["modules"]
+    content = json.loads((SAVED / "multimodal.json").read_text())["modules"]
     assert content["class"] == "LlamaForCausalLM" and len(content["shapes"]) == 14
     assert content["shapes"]["model.layers.1.mlp.down_proj"] == [48, 32]
     assert content["shapes"].keys() == {
