@@ -361,7 +361,7 @@ def load_our_parts(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     )
     parts = load_parts(
         llm={**llm, "name": str(options.folder / "tokenizer")} if random else llm,
-        encoders={"image": ("vision", encoder)},
+        encoders={"image": encoder},
         projectors={"image": ("mlp", load_part("projectors", "mlp").Options())},
         fusion=("prefix", load_part("fusion", "prefix").Options()),
         tune_encoders={},

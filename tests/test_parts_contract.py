@@ -17,7 +17,7 @@ from finetune.common.errors import DataError, ModelError
 from finetune.common.registry import PartOptions, load_part, part_names
 from finetune.data.media import DECODERS
 from finetune.data.sample import Answer, Medium, Row, Sample
-from finetune.data.tasks import TaskOptions, TaskContract
+from finetune.data.tasks import TaskContract, TaskOptions
 from finetune.model.encoders import Encoder, EncoderContract
 from finetune.model.fusion import Fusion, FusionContract, Projected
 from finetune.model.heads import HeadContract, TrainedHeadContract
@@ -26,7 +26,12 @@ from finetune.model.projectors import ProjectorContract
 # What the right answers of the rows below reach, where it isn't 1.
 BEST = {"vqa_accuracy": (2 / 3 + 1) / 2}
 OPTIONS = {"encoders": {"name": "some/name"}}
-CONTRACTS = {"encoders": EncoderContract, "projectors": ProjectorContract, "fusion": FusionContract, "tasks": TaskContract}
+CONTRACTS = {
+    "encoders": EncoderContract,
+    "projectors": ProjectorContract,
+    "fusion": FusionContract,
+    "tasks": TaskContract,
+}
 # Numbers of rows that a projector refuses. All others take any.
 REFUSED = {"pixel_shuffle": {1, 7, 17, 25}}  # no square grids of an even side
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from cli import cli
+from finetune.data.sources import sources_of
 from tiny import tiny_picture, tiny_recipe
 
 import finetune
 from finetune.commands._reader import Reader
 from finetune.common.errors import DataError, ModelError
 from finetune.data.rows import read_splits
-from finetune.data.sources import sources_of
 
 BROKEN = {  # a row of train.csv -> what is found in it
     "no/such.png,red": "medium",

@@ -12,11 +12,11 @@ from tiny import part, tiny_picture, tiny_recipe
 import finetune
 from finetune.commands import data_label
 from finetune.common.errors import DataError, RecipeError
-from finetune.data.media import Limits
 from finetune.data.sample import Answer
 from finetune.model import load as loading
-from finetune.model.asks import Ask
+from finetune.model.bindings import Ask
 from finetune.model.heads import HeadSettings
+from finetune.recipe.schema import Limits
 
 
 class Model:

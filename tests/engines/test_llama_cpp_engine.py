@@ -35,8 +35,8 @@ TOKENS = 8
 def encoders_of(*kinds: str):
     """Random encoders, whose projected rows are loud enough for the LLM to mind them."""
     encoders = {
-        "image": ("vision", tiny_encoder_of("siglip")),
-        "audio": ("whisper", tiny_encoder_of("whisper", pad_to_30_seconds=True)),
+        "image": tiny_encoder_of("siglip"),
+        "audio": tiny_encoder_of("whisper", pad_to_30_seconds=True),
     }
     projectors = {"image": part("projectors", "mlp"), "audio": part("projectors", "stack", factor=4)}
     return {kind: encoders[kind] for kind in kinds}, {kind: projectors[kind] for kind in kinds}

@@ -85,7 +85,7 @@ def answers_about(
 
 
 def test_llava_with_a_siglip_tower(tmp_path):
-    encoders = {"image": ("vision", tiny_encoder_of("siglip"))}
+    encoders = {"image": tiny_encoder_of("siglip")}
     tiny_merged(tmp_path / "merged", encoders, {"image": part("projectors", "mlp")}, louder=5)
     shown = pictures(tmp_path)
     model_class, ours, theirs = answers_about([*((one,) for one in shown), tuple(shown), ()], tmp_path)
@@ -119,7 +119,7 @@ def test_sound_with_a_real_whisper_and_a_real_llm(tmp_path):
 def test_pictures_and_sound_in_one_model(tmp_path):
     tiny_merged(
         tmp_path / "merged",
-        {"image": ("vision", tiny_encoder_of("siglip")), "audio": ("whisper", tiny_encoder_of("whisper"))},
+        {"image": tiny_encoder_of("siglip"), "audio": tiny_encoder_of("whisper")},
         {
             "image": part("projectors", "resampler", queries=3, width=16, heads=2),
             "audio": part("projectors", "stack", factor=4),
@@ -134,7 +134,7 @@ def test_pictures_and_sound_in_one_model(tmp_path):
 
 
 def test_an_adapter_over_a_base_with_the_projectors_in_it(tmp_path):
-    encoders, projectors = {"image": ("vision", tiny_encoder_of("siglip"))}, {"image": part("projectors", "mlp")}
+    encoders, projectors = {"image": tiny_encoder_of("siglip")}, {"image": part("projectors", "mlp")}
     merged_with_adapter(tmp_path, encoders, projectors)
     media = [*((one,) for one in pictures(tmp_path)), ()]
     _, ours, theirs = answers_about(media, tmp_path, adapter=tmp_path / "adapter")

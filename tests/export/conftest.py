@@ -22,6 +22,6 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def merged(tmp_path_factory):
     """A merged folder with two encoders, which only the kit's own class holds."""
-    encoders = {"image": ("vision", tiny_encoder()), "video": ("video", tiny_encoder_of("siglip_frames"))}
+    encoders = {"image": tiny_encoder(), "video": tiny_encoder_of("siglip_frames")}
     projectors = {"image": part("projectors", "mlp"), "video": part("projectors", "linear")}
     return tiny_merged(tmp_path_factory.mktemp("bare") / "model", encoders, projectors, louder=4.0)

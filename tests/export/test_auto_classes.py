@@ -36,9 +36,9 @@ QUESTION = [
 def folder(tmp_path_factory):
     """Three encoders with tiles, windows and time marks, around an LLM whose logits are scaled."""
     encoders = {
-        "image": ("vision", tiny_encoder(tiles=4)),
-        "audio": ("whisper", tiny_encoder_of("whisper")),
-        "video": ("video", tiny_encoder_of("siglip_frames")),
+        "image": tiny_encoder(tiles=4),
+        "audio": tiny_encoder_of("whisper"),
+        "video": tiny_encoder_of("siglip_frames"),
     }
     projectors = {
         "image": part("projectors", "pixel_shuffle"),

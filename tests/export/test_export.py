@@ -137,7 +137,7 @@ def test_probes_have_media_that_any_decoder_reads_alike(tmp_path):
     exif[0x0112] = 6
     noise("image").save(tmp_path / "a.jpg", exif=exif)
     soundfile.write(tmp_path / "a.wav", np.stack([tiny_sound(0.5), tiny_sound(0.5, seed=1)], 1), 8_000)
-    encoders = {"image": ("vision", tiny_encoder()), "audio": ("whisper", tiny_encoder_of("whisper"))}
+    encoders = {"image": tiny_encoder(), "audio": tiny_encoder_of("whisper")}
     projectors = {"image": part("projectors", "mlp"), "audio": part("projectors", "stack")}
     folder = tiny_merged(tmp_path / "merged", encoders, projectors)
     media = (Medium("image", tmp_path / "a.jpg"), Medium("audio", tmp_path / "a.wav"))

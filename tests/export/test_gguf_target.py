@@ -99,7 +99,7 @@ def heard_by_llama_cpp(frames, keys, tensors):
 )
 def test_pictures_are_seen_as_by_the_composite(tmp_path, layer, projector, half):
     encoder = tiny_encoder_of("siglip", layer=layer)
-    assistant = assistant_of(tmp_path, {"image": ("vision", encoder)}, {"image": projector})
+    assistant = assistant_of(tmp_path, {"image": encoder}, {"image": projector})
     write_media(media_models(assistant.model), tmp_path / "mmproj.gguf", half=half)
     keys, tensors = read(tmp_path / "mmproj.gguf")
     assert keys["general.architecture"] == "clip" and keys["clip.has_vision_encoder"]
@@ -118,7 +118,7 @@ def test_sound_is_heard_as_by_the_composite(tmp_path, layer):
     encoder = tiny_encoder_of("whisper", layer=layer, **HEARS)
     for convolution in (encoder.module.conv1, encoder.module.conv2):  # llama.cpp keeps these in 16 bit
         convolution.weight.data = convolution.weight.data.half().float()
-    assistant = assistant_of(tmp_path, {"audio": ("whisper", encoder)}, {"audio": STACK})
+    assistant = assistant_of(tmp_path, {"audio": encoder}, {"audio": STACK})
     write_media(media_models(assistant.model), tmp_path / "mmproj.gguf", half=False)
     keys, tensors = read(tmp_path / "mmproj.gguf")
     assert keys["clip.has_audio_encoder"] and keys["clip.audio.projector_type"] == "ultravox"
@@ -129,7 +129,7 @@ def test_sound_is_heard_as_by_the_composite(tmp_path, layer):
 
 
 def test_both_are_in_one_file(tmp_path):
-    encoders = {"image": ("vision", tiny_encoder()), "audio": ("whisper", tiny_encoder_of("whisper", **HEARS))}
+    encoders = {"image": tiny_encoder(), "audio": tiny_encoder_of("whisper", **HEARS)}
     assistant = assistant_of(tmp_path, encoders, {"image": MLP, "audio": STACK})
     write_media(media_models(assistant.model), tmp_path / "mmproj.gguf", half=True)
     keys, tensors = read(tmp_path / "mmproj.gguf")
@@ -173,7 +173,7 @@ def test_what_llama_cpp_does_otherwise_is_refused(tmp_path, encoder, projector, 
 def test_pictures_that_are_cropped_are_refused(tmp_path):
     encoder = tiny_encoder()
     encoder.processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    assistant = assistant_of(tmp_path, {"image": ("vision", encoder)}, {"image": MLP})
+    assistant = assistant_of(tmp_path, {"image": encoder}, {"image": MLP})
     with pytest.raises(ExportRefused, match="crops"):
         media_models(assistant.model)
 
@@ -185,7 +185,7 @@ def test_rows_are_counted_as_llama_cpp_counts_them():
 
 
 def test_the_tokenizer_goes_without_placeholders(tmp_path):
-    assistant = assistant_of(tmp_path, {"image": ("vision", tiny_encoder())}, {"image": MLP})
+    assistant = assistant_of(tmp_path, {"image": tiny_encoder()}, {"image": MLP})
     language_model._save_plain(assistant, tmp_path / "plain")
     plain = AutoTokenizer.from_pretrained(tmp_path / "plain")
     assert max(plain.get_vocab().values()) < assistant.model.causal_lm.config.vocab_size
@@ -275,7 +275,7 @@ def test_templates_that_are_more_than_turns_are_left_to_ollama(tmp_path):
         "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
     assert turns_of(tokenizer) is None
-    merged = tiny_merged(tmp_path / "m", {"image": ("vision", tiny_encoder())}, {"image": MLP}, tokenizer=tokenizer)
+    merged = tiny_merged(tmp_path / "m", {"image": tiny_encoder()}, {"image": MLP}, tokenizer=tokenizer)
     text, note = modelfile(load_merged(merged, CPU), ["model.gguf", "mmproj.gguf"])
     assert "TEMPLATE" not in text and "Ollama uses the one in model.gguf" in note
     assert text.splitlines()[:2] == ["FROM ./model.gguf", "FROM ./mmproj.gguf"]

@@ -12,9 +12,10 @@ from finetune.data.sample import Medium, Message
 from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
 from finetune.export._language_model import lengthened
 from finetune.export._native import NotExact, compare_files, native_class, write_files, write_native
-from finetune.model.asks import Ask
 from finetune.model.assistant import Assistant
-from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.bindings import Ask
+from finetune.model.composite import compose
+from finetune.model.composition import PLACEHOLDERS
 from finetune.model.tokenize import add_placeholders
 
 EXACT = (
@@ -31,7 +32,7 @@ def assistant_of(family="llama", encoder=None, dtype=torch.float32, vocabulary=3
     encoder.module.to(dtype)
     model = compose(
         tiny_llm(family, vocabulary, **changes).to(dtype),
-        encoders={"image": ("vision", encoder)},
+        encoders={"image": encoder},
         projectors={"image": part("projectors", "mlp")},
         fusion=part("fusion", "prefix"),
         placeholder_ids={"image": placeholders["image"].id},
@@ -109,7 +110,7 @@ def test_every_other_part_has_its_reason():
     assert "tiles" in reason_against(assistant_of(encoder=tiny_encoder(tiles=4)).model)
     head = Ask(part("tasks", "classify"), part("heads", "label"), {"labels": ["a", "b"], "several": False})
     parts = {
-        "encoders": {"image": ("vision", tiny_encoder())},
+        "encoders": {"image": tiny_encoder()},
         "projectors": {"image": part("projectors", "mlp")},
         "fusion": part("fusion", "prefix"),
         "placeholder_ids": {"image": 130},
@@ -118,7 +119,7 @@ def test_every_other_part_has_its_reason():
     parts["projectors"] = {"image": part("projectors", "mlp", hidden=7)}
     assert "7 wide" in reason_against(compose(tiny_llm(), **parts))
     two = parts | {"placeholder_ids": {"image": 130, "video": 131}}
-    two["encoders"] = {"image": ("vision", tiny_encoder()), "video": ("vision", tiny_encoder())}
+    two["encoders"] = {"image": tiny_encoder(), "video": tiny_encoder()}
     two["projectors"] = dict.fromkeys(("image", "video"), part("projectors", "mlp"))
     assert "2 encoders (image, video)" in reason_against(compose(tiny_llm(), **two))
 

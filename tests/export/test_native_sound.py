@@ -14,7 +14,8 @@ from finetune.data.sample import Medium, Message
 from finetune.export._check.probes import as_chat, prompt_batch
 from finetune.export._native import NotExact, native_class, write_files, write_native
 from finetune.model.assistant import Assistant
-from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.composite import compose
+from finetune.model.composition import PLACEHOLDERS
 from finetune.model.encoders import whisper
 from finetune.model.language_model import load_tokenizer
 from finetune.model.tokenize import add_placeholders
@@ -31,7 +32,7 @@ def assistant_of(projector="linear", family="llama", encoder=None, llm=None, tok
     placeholders = add_placeholders(tokenizer, ["audio"], PLACEHOLDERS)
     model = compose(
         llm or tiny_llm(family, 320, max_position_embeddings=2048, **changes),
-        encoders={"audio": ("whisper", encoder)},
+        encoders={"audio": encoder},
         projectors={"audio": part("projectors", projector)},
         fusion=part("fusion", "prefix"),
         placeholder_ids={"audio": placeholders["audio"].id},

@@ -165,7 +165,7 @@ def test_a_bias_of_the_head_goes_along(tmp_path):
 @pytest.mark.parametrize(("tower", "options"), [("siglip", {}), ("dinov2", {"layer": -2})])
 def test_llava_is_taken_where_it_fits_and_runs_in_the_same_backend(tmp_path, tower, options):
     merged = tiny_merged(
-        tmp_path / "merged", {"image": ("vision", tiny_encoder(tower, **options))}, {"image": part("projectors", "mlp")}
+        tmp_path / "merged", {"image": tiny_encoder(tower, **options)}, {"image": part("projectors", "mlp")}
     )
     (tmp_path / "out").mkdir()
     exported_model = vllm.write(MergedModel(merged), tmp_path / "out", vllm.Options())
@@ -178,7 +178,7 @@ def test_llava_is_taken_where_it_fits_and_runs_in_the_same_backend(tmp_path, tow
 
 
 def test_qwen2_audio_is_left_out_with_the_reason(tmp_path):
-    encoders = {"audio": ("whisper", tiny_encoder_of("whisper", pool=2))}
+    encoders = {"audio": tiny_encoder_of("whisper", pool=2)}
     merged = tiny_merged(tmp_path / "merged", encoders, {"audio": part("projectors", "linear")})
     (tmp_path / "out").mkdir()
     exported_model = vllm.write(MergedModel(merged), tmp_path / "out", vllm.Options())
@@ -186,7 +186,7 @@ def test_qwen2_audio_is_left_out_with_the_reason(tmp_path):
 
 
 def test_an_adapter_beside_its_base_makes_the_merged_model_again(tmp_path):
-    encoders, projectors = {"image": ("vision", tiny_encoder())}, {"image": part("projectors", "mlp")}
+    encoders, projectors = {"image": tiny_encoder()}, {"image": part("projectors", "mlp")}
     merged = merged_with_adapter(tmp_path, encoders, projectors)
     (tmp_path / "out").mkdir()
     source = MergedModel(merged, tmp_path / "adapter")

@@ -12,9 +12,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from finetune.common.registry import load_part
 from finetune.model.composite import MultimodalModel, compose
 from finetune.model.encoders import vision
+from finetune.recipe.parts import EncoderPart, FormatPart, FusionPart, HeadPart, ProjectorPart, TaskPart
 
 VOCABULARY = 128
 PLACEHOLDER = 130  # behind the LLM's table, as where a tokenizer has grown
@@ -153,8 +153,18 @@ def tiny_vision_folder(folder: Path, kind: str = "siglip") -> Path:
     return folder
 
 
-def part(folder: str, name: str, **options: Any) -> tuple[str, Any]:
-    return name, load_part(folder, name).Options(**options)
+PARTS = {
+    "projectors": ProjectorPart,
+    "fusion": FusionPart,
+    "heads": HeadPart,
+    "tasks": TaskPart,
+    "encoders": EncoderPart,
+    "formats": FormatPart,
+}
+
+
+def part(folder: str, name: str, **options: Any) -> Any:
+    return PARTS[folder].of(name, **options)
 
 
 FUSIONS: dict[str, dict[str, Any]] = {  # with gates that are open, so that something is to be seen
@@ -169,7 +179,7 @@ def tiny_composite(
     """A composite of 16 patches: with pixel_shuffle a picture is 4 placeholder tokens, or 1 for cross-attention."""
     return compose(
         tiny_llm(family),
-        encoders={"image": ("vision", encoder or tiny_encoder())},
+        encoders={"image": encoder or tiny_encoder()},
         projectors={"image": part("projectors", projector)},
         fusion=part("fusion", fusion, **FUSIONS[fusion]),
         placeholder_ids={"image": PLACEHOLDER},

@@ -1,16 +1,16 @@
 """Merged folders of random or real parts, as `finetune merge` leaves them, without training anything."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import fresh_tokenizer, part, tiny_llm
 
-from finetune.data.media import Limits
-from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.composite import compose
+from finetune.model.composition import PLACEHOLDERS
 from finetune.model.tokenize import add_placeholders, answer_ends
+from finetune.recipe.parts import ProjectorPart
 
 # Half as many rows as the tokenizer has tokens would do; placeholders stand behind the table, as where one has grown.
 VOCABULARY = 416
@@ -30,8 +30,8 @@ def wide_llm(family: str = "llama", **changes: Any) -> Any:
 
 def tiny_merged(
     folder: Path,
-    encoders: Mapping[str, tuple[str, Any]],
-    projectors: Mapping[str, tuple[str, Any]],
+    encoders: Mapping[str, Any],
+    projectors: Mapping[str, ProjectorPart],
     *,
     llm: Any = None,
     tokenizer: Any = None,
@@ -39,7 +39,7 @@ def tiny_merged(
     louder: float = 1.0,
     **kwargs: Any,
 ) -> Path:
-    """`encoders`: {name: (kind, Encoder)}. Projected rows are `louder` times what a fresh projector makes of them, so
+    """`encoders`: {medium: a built encoder}. Projected rows are `louder` times what a fresh projector makes of them, so
     that other media are answered otherwise.
     """
     llm = llm or wide_llm()
@@ -59,7 +59,6 @@ def tiny_merged(
             last = [module for module in projector.modules() if isinstance(module, torch.nn.Linear)][-1]
             last.weight.mul_(louder)
     model.config.dtype = llm.dtype
-    model.config.parts["media"] = asdict(Limits())
     model.save_pretrained(folder)
     llm.generation_config.eos_token_id = answer_ends(tokenizer, llm.generation_config)
     llm.generation_config.save_pretrained(folder)
@@ -67,7 +66,7 @@ def tiny_merged(
     return folder
 
 
-def merged_with_adapter(folder: Path, encoders: Mapping[str, tuple[str, Any]], projectors: Mapping[str, Any]) -> Path:
+def merged_with_adapter(folder: Path, encoders: Mapping[str, Any], projectors: Mapping[str, Any]) -> Path:
     """FOLDER/merged, and the LoRA in it, of random weights that are felt, in FOLDER/adapter."""
     from peft import LoraConfig, get_peft_model
 

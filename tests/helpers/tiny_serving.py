@@ -11,9 +11,10 @@ import torch
 from tiny import COMMON, FAMILIES, FUSIONS, fresh_tokenizer, part, tiny_encoder, tiny_llm, tiny_picture
 
 from finetune.data.sample import Medium, Message
-from finetune.model.asks import Ask
 from finetune.model.assistant import Assistant
-from finetune.model.composite import PLACEHOLDERS, compose
+from finetune.model.bindings import TaskBinding
+from finetune.model.composite import compose
+from finetune.model.composition import PLACEHOLDERS
 from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders
 from finetune.serving.engine.contract import EngineLimits, Request
@@ -35,14 +36,15 @@ def tiny_assistant(family: str = "llama", fusion: str = "prefix", ends: range = 
         llm = tiny_llm(family, vocabulary=len(tokenizer))
     llm.generation_config.eos_token_id = list(ends)
     encoder = tiny_encoder()
-    ask = Ask(part("tasks", "classify"), part("heads", "label"), HeadSettings(labels=("blue", "red")))
+    settings = HeadSettings(labels=("blue", "red"))
+    binding = TaskBinding(task=part("tasks", "classify"), head=part("heads", "label"), settings=settings)
     model = compose(
         llm.eval(),
-        encoders={"image": ("vision", encoder)},
+        encoders={"image": encoder},
         projectors={"image": part("projectors", "pixel_shuffle")},
         fusion=part("fusion", fusion, **FUSIONS[fusion]),
         placeholder_ids={"image": placeholders["image"].id},
-        asks={"colour": ask},
+        bindings={"colour": binding},
     )
     with torch.no_grad():
         for parameter in model.projectors.parameters():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune.data.sources import sources_of
 from runs import copy_of, file_digests, trained
 from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe
@@ -18,7 +19,6 @@ import finetune
 from finetune.common.certificate import Dtypes, read_certificate, verify
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.data.rows import read_splits, some
-from finetune.data.sources import sources_of
 from finetune.merging import candidates as _candidates
 from finetune.merging import lora_weights as merging
 

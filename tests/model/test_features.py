@@ -22,7 +22,7 @@ def media(tmp_path):
 
 
 def fill(encoder, media, folder) -> Features:
-    features = Features({"image": ("vision", encoder)}, folder)
+    features = Features({"image": encoder}, folder)
     missing = features.missing(media)["image"]
     features.fill("image", missing, lambda: None)
     return features
@@ -33,7 +33,7 @@ def test_cached_features_are_those_computed_to_the_bit_in_any_order(media, tmp_p
     model = tiny_composite(encoder=encoder)
     fill(encoder, media[:2], tmp_path / "cache")
     cached = fill(encoder, [*media[2:][::-1], *media[:2]], tmp_path / "cache")  # goes on with what is there
-    fresh = Features({"image": ("vision", encoder)}, None)
+    fresh = Features({"image": encoder}, None)
     prepared = [encoder.prepare(decode("image", medium.path)) for medium in media]
     through_model = model.encode("image", [one.values for one in prepared])
     for medium, expected in zip(media, through_model, strict=True):
@@ -47,7 +47,7 @@ def test_broken_media_are_all_named_and_the_others_kept(media, batch, workers, t
     encoder = tiny_encoder()
     for number in (1, 4):
         media[number].path.write_text(f"no picture {number}")
-    features = Features({"image": ("vision", encoder)}, tmp_path / "cache")
+    features = Features({"image": encoder}, tmp_path / "cache")
     keys = [features.key(medium, f"rows.csv:{number}") for number, medium in enumerate(media)]
     with pytest.raises(DataError, match="2 of 5 media can't be used") as told:
         features.fill("image", keys[:5], lambda: None, batch, workers)

@@ -8,7 +8,7 @@ from tiny import COMMON, FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_encoder, tin
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part
 from finetune.model.adapter import attach, load_trained, save_trained
-from finetune.model.asks import Ask, refuse_taken
+from finetune.model.bindings import Ask, refuse_taken
 from finetune.model.composite import compose
 from finetune.model.language_model import decoder_layers, packs_exactly
 from finetune.model.trainable import set_trainable
@@ -31,7 +31,7 @@ def composite_with_heads(family: str = "llama", fusion: str = "prefix"):
     torch.manual_seed(0)
     model = compose(
         tiny_llm(family),
-        encoders={"image": ("vision", tiny_encoder())},
+        encoders={"image": tiny_encoder()},
         projectors={"image": part("projectors", "pixel_shuffle")},
         fusion=part("fusion", fusion, **FUSIONS[fusion]),
         placeholder_ids={"image": PLACEHOLDER},
@@ -173,7 +173,7 @@ def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
         weights = torch.tensor([samples[int(i)]["loss_weight"] for i in owner])
         total = (losses * weights * learnt).sum()
         scores = head_scores(model, batch)
-        for name, ask in model.asks.items():
+        for name, ask in model.bindings.items():
             head = batch["heads"][name]
             part_losses = load_part("heads", ask.head[0]).loss(
                 scores[name], head["targets"], head["groups"], ask.settings, ask.head[1]

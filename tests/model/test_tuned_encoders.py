@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from finetune.data.sources import model_arguments
 from packed import composite_with_lora, train_composite, weights_of
 from safetensors.torch import load_file
 from tiny import tiny_recipe
@@ -13,7 +14,6 @@ from tiny_encoders import KINDS, tiny_audio_folder, tiny_encoder_of, tiny_medium
 
 import finetune
 from finetune.common.errors import ModelError, RecipeError
-from finetune.data.sources import model_arguments
 from finetune.merging import candidates as _candidates
 from finetune.model.build import load_parts
 from finetune.model.trainable import set_trainable

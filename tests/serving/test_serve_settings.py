@@ -6,7 +6,7 @@ import pytest
 
 from finetune.common.errors import RecipeError
 from finetune.common.registry import parse_options
-from finetune.data.media import Limits
+from finetune.recipe.schema import Limits
 from finetune.serving.engine.contract import EngineLimits
 from finetune.serving.http.settings import ServerOptions
 

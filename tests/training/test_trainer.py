@@ -201,7 +201,7 @@ def test_gradients_cross_4_bit_layers_that_have_answered_before(dtype, bound, do
         torch.manual_seed(0)
         model = compose(
             language_model,
-            encoders={"image": ("vision", encoder)},
+            encoders={"image": encoder},
             projectors={"image": part("projectors", "pixel_shuffle")},
             fusion=part("fusion", "prefix"),
             placeholder_ids={"image": 415},

@@ -6,9 +6,9 @@ import io
 import PIL.Image
 from finished_run import DATA, rows_of
 
-from finetune.data.media import Limits, decode
 from finetune.evaluation.report.examples import Album, examples
 from finetune.evaluation.results import Prediction
+from finetune.recipe.schema import Limits, decode
 
 
 def test_an_answer_is_marked_by_whether_it_is_right():

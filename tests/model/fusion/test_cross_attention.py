@@ -23,7 +23,7 @@ def two_media(**options) -> MultimodalModel:
     torch.manual_seed(0)
     return compose(
         tiny_llm(),
-        encoders={"image": ("vision", tiny_encoder()), "audio": ("vision", tiny_encoder())},
+        encoders={"image": tiny_encoder(), "audio": tiny_encoder()},
         projectors={"image": part("projectors", "linear"), "audio": part("projectors", "mlp")},
         fusion=part("fusion", "cross_attention", **(FUSIONS["cross_attention"] | options)),
         placeholder_ids={"image": PLACEHOLDER, "audio": SOUND},
