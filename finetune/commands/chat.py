@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.common.progress import quiet_libraries
@@ -10,7 +9,7 @@ from finetune.data.sample import Medium, Message
 from finetune.model.assistant import Assistant, Media, media_of
 from finetune.model.load import load
 
-SHOWN = 5  # labels
+SHOWN_LABELS = 5
 
 
 def chat(
@@ -24,11 +23,11 @@ def chat(
     strength: float | Mapping[str, float] | None = None,
     max_new_tokens: int = 256,
 ) -> str:
-    """Answer one prompt; without one, talk at the terminal until an empty line. Returns the last answer.
+    """Answer one prompt; without one, chat at the terminal until an empty line. Returns the last answer.
 
-    `image`, `audio`, `video`: a file or several, which the (first) question is about. `task`: answer as what was
-    trained under this name: by its labels with their probabilities, or a number; where nothing else was trained it
-    needn't be named. `strength`: as in `Assistant.answer`.
+    `image`, `audio`, `video`: one or several files for the first question. `task`: the name of a trained task whose
+    head gives labels with probabilities, or a number; one such task alone needs no name. `strength`: as in
+    `Assistant.answer`. Raises DataError, ArtifactError.
     """
     quiet_libraries()
     first: tuple[Medium, ...] = media_of(image=image, audio=audio, video=video)
@@ -40,26 +39,33 @@ def chat(
     answer = ""
     while (question := _ask() if prompt is None else prompt) or prompt is not None:
         turns.append(Message("user", (*first, question)))
-        said, answer = _answer(assistant, turns, task, {"max_new_tokens": max_new_tokens, "strength": strength})
+        turn, answer = _answer(assistant, turns, task, max_new_tokens, strength)
         if prompt is not None:
             break
         print(answer)
-        turns.append(Message("assistant", (said,)))
+        turns.append(Message("assistant", (turn,)))
         first = ()
     return answer
 
 
-def _answer(assistant: Assistant, turns: list[Message], task: str | None, how: dict[str, Any]) -> tuple[str, str]:
-    """What the assistant's turn is, and how it is shown."""
+def _answer(
+    assistant: Assistant,
+    turns: list[Message],
+    task: str | None,
+    max_new_tokens: int,
+    strength: float | Mapping[str, float] | None,
+) -> tuple[str, str]:
+    """The text of the assistant's turn, and the text to print."""
     names = assistant.names_without_text()
     if task is None and len(names) == len(assistant.model.asks) == 1:
         task = names[0]
     if task is None:
-        return (assistant.answers([turns], **how)[0],) * 2
-    said = assistant.ask(task, [turns], **how)[0]
-    likely = sorted((said.probabilities or {}).items(), key=lambda one: -one[1])[:SHOWN]
-    shown = ", ".join(f"{label}: {chance:.3f}" for label, chance in likely)
-    return said.text or shown, "  ".join(filter(None, [said.text, shown]))
+        text = assistant.answers([turns], max_new_tokens=max_new_tokens, strength=strength)[0]
+        return text, text
+    response = assistant.ask(task, [turns], max_new_tokens=max_new_tokens, strength=strength)[0]
+    likely = sorted((response.probabilities or {}).items(), key=lambda item: -item[1])[:SHOWN_LABELS]
+    labels = ", ".join(f"{label}: {probability:.3f}" for label, probability in likely)
+    return response.text or labels, "  ".join(filter(None, [response.text, labels]))
 
 
 def _ask() -> str:

@@ -1,4 +1,4 @@
-"""Check: a recipe and its rows, before anything is loaded. Imports no torch."""
+"""Check a recipe and its rows, without loading a model. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,9 @@ from finetune.recipe.load import load_recipe
 
 
 def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe and every row, and look for its media. Returns counts per split. Raises RecipeError, DataError."""
+    """Read a recipe and its rows, and check that their media exist. Returns counts per split.
+
+    Raises RecipeError, DataError.
+    """
     loaded = load_recipe(recipe, overrides)
     return {"name": loaded.name, **summary(read_splits(sources_of(loaded), loaded.seed))}
