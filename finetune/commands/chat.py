@@ -8,7 +8,7 @@ from finetune.data.sample import Answer, Medium, Message
 from finetune.model.assistant import MediaPaths, Strength, media_of
 from finetune.model.load import load
 
-SHOWN = 5  # labels
+SHOWN_LABELS = 5
 
 
 def chat(
@@ -22,11 +22,11 @@ def chat(
     strength: Strength = None,
     max_new_tokens: int = 256,
 ) -> str:
-    """Answer one prompt; without one, talk at the terminal until an empty line. Returns the last answer.
+    """Answer one prompt; without one, chat at the terminal until an empty line. Returns the last answer.
 
-    `image`, `audio`, `video`: a file or several, which the (first) question is about. `task`: answer as what was
-    trained under this name: by its labels with their probabilities, or a number; where nothing else was trained it
-    needn't be named. `strength`: as in `Assistant.answer`.
+    `image`, `audio`, `video`: one or several files for the first question. `task`: the name of a trained task whose
+    head gives labels with probabilities, or a number; one such task alone needs no name. `strength`: as in
+    `Assistant.answer`. Raises DataError, ArtifactError.
     """
     quiet_libraries()
     first: tuple[Medium, ...] = media_of(image=image, audio=audio, video=video)
@@ -59,7 +59,7 @@ def chat(
 
 def as_text(answer: Answer) -> str:
     """The answer, and the likeliest labels behind it."""
-    likeliest = sorted((answer.probabilities or {}).items(), key=lambda one: -one[1])[:SHOWN]
+    likeliest = sorted((answer.probabilities or {}).items(), key=lambda item: -item[1])[:SHOWN_LABELS]
     labels = ", ".join(f"{label}: {probability:.3f}" for label, probability in likeliest)
     return "  ".join(filter(None, [answer.text, labels]))
 

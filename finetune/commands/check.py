@@ -1,4 +1,4 @@
-"""Check: a recipe and its rows, before anything is loaded. Imports no torch."""
+"""Check a recipe and its rows, without loading a model. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,9 @@ from finetune.recipe.load import load_recipe
 
 
 def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, SplitSummary]:
-    """Read a recipe and every row, and look for its media. Returns {split: counts}. Raises RecipeError, DataError."""
+    """Read a recipe and its rows, and check that their media exist. Returns {split: counts}.
+
+    Raises RecipeError, DataError.
+    """
     loaded = load_recipe(recipe, overrides)
     return summary(read_splits(loaded.data, loaded.seed, loaded.media.max_bytes))

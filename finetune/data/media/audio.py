@@ -135,12 +135,12 @@ def _collect(blocks: Iterable["np.ndarray"], rate: int, max_seconds: float, name
             raise MediaError(f"{name}: holds samples that aren't finite numbers; write the file anew")
         kept.append(resampler.resample_chunk(np.ascontiguousarray(block)) if resampler else block)
     if not samples:
-        raise MediaError(f"{name}: empty, no sample of sound; leave the row out")
+        raise MediaError(f"{name}: empty, no sample of sound; remove the row")
     if resampler:
         kept.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
     audio = np.concatenate(kept)
     if not len(audio) or not np.isfinite(audio).all():
-        raise MediaError(f"{name}: nothing is left of it at {RATE:,} samples a second; leave the row out")
+        raise MediaError(f"{name}: nothing is left of it at {RATE:,} samples a second; remove the row")
     return np.clip(audio, -1, 1, out=audio)
 
 

@@ -73,7 +73,7 @@ def _check(header: Any, name: str, max_bytes: int, max_pixels: int) -> None:
 
     pixel_tags = [tag for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData") if tag in header]
     if not pixel_tags:
-        raise MediaError(f"{name}: a DICOM file without pixels; leave the row out")
+        raise MediaError(f"{name}: a DICOM file without pixels; remove the row")
     rows, columns, samples = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
     frames = int(header.get("NumberOfFrames") or 1)
     _source.check_pixels(columns, rows, max_pixels, name)

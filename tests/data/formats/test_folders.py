@@ -28,7 +28,7 @@ def test_what_is_no_medium_is_listed_unless_it_is_ignored(tmp_path):
         read(path)
     assert len(read(path, ignore=[".txt", ".MD"])) == 3
     tiny_formats.put(path / "cats" / "more" / "1.png", b"x")
-    with pytest.raises(DataError, match=r": cats/more; take"):
+    with pytest.raises(DataError, match=r": cats/more; remove"):
         read(path, ignore=[".txt", ".md"])
 
 

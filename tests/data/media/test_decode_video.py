@@ -127,8 +127,8 @@ def test_transparent_frames_lie_over_white():
         (Limits(max_pixels=3000), {}, r"64x48 pixels; at most 3,000 are decoded \(`media\.max_pixels`\)"),
         (Limits(max_seconds=1.5), {}, r"2\.0 s or more; at most 1\.5 s are read \(`media\.max_seconds`\)"),
         (Limits(max_frames=19), {}, r"20 frames; at most 19 are decoded \(`media\.max_frames`\)"),
-        (Limits(max_frames=3), {"count": 4}, r"4 frames asked for"),
-        (Limits(max_frames=7), {"per_second": 4}, r"8 frames asked for"),
+        (Limits(max_frames=3), {"count": 4}, r"4 frames; at most 3"),
+        (Limits(max_frames=7), {"per_second": 4}, r"8 frames; at most 7"),
         (Limits(max_pixels=3072), {}, r"more than 49,152 pixels together"),
     ],
 )

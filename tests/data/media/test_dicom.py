@@ -103,7 +103,7 @@ def test_size_is_checked_by_the_header():
             decode("image", dicom(RAMP, NumberOfFrames=100_000), where="rows.csv:7", limits=limits)
 
 
-def test_without_pydicom_the_extra_is_named(monkeypatch):
+def test_without_pydicom_its_installation_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(MediaError, match=r"rows\.csv:7: .*pip install 'finetune\[dicom\]'"):
+    with pytest.raises(MediaError, match=r"rows\.csv:7: .*pip install 'pydicom>=3'"):
         decode("image", dicom(RAMP), where="rows.csv:7")
