@@ -1,21 +1,31 @@
 """Samples with a picture, batches of them, and a composite trained on them by one stage's trainer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import PLACEHOLDER, VOCABULARY, tiny_composite, tiny_tokenizer
 
+from finetune.data.sample import Medium
 from finetune.model.adapter import attach
 from finetune.model.composite import MultimodalModel
-from finetune.model.trainable import set_trainable, trained_parts
-from finetune.training.collate import Collator
-from finetune.training.trainer import train_stage
+from finetune.model.trainable import set_trainable
+from finetune.recipe.schema import Adapter, Stage, Train
+from finetune.training.collate import Batch, Collator
+from finetune.training.samples import TokenizedSample, TokenizedSamples
+from finetune.training.trainer import StageTraining, train_stage
 
 PICTURE = {"prefix": 4, "cross_attention": 1}  # placeholder tokens of one, by fusion
 
 
-def samples_of(lengths: list[int], placeholders: int = 4) -> list[dict]:
+def tokenized_sample(input_ids: list[int], labels: list[int], *media: str, **fields: Any) -> TokenizedSample:
+    """`media`: 'image a' is a picture whose key and path are 'a'."""
+    kinds, keys = [one.split()[0] for one in media], [one.split()[1] for one in media]
+    return TokenizedSample(input_ids, labels, "rows.csv:2", kinds, keys, keys, **fields)
+
+
+def samples_of(lengths: list[int], placeholders: int = 4) -> list[TokenizedSample]:
     """One picture, a question of three tokens, an answer that is learnt."""
     generator = torch.Generator().manual_seed(5)
     samples = []
@@ -23,7 +33,7 @@ def samples_of(lengths: list[int], placeholders: int = 4) -> list[dict]:
         text = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
         ids = text[:1] + [PLACEHOLDER] * placeholders + text[1:]
         labels = [-100] * (placeholders + 3) + ids[placeholders + 3 :]
-        samples.append({"input_ids": ids, "labels": labels, "media_kinds": ["image"], "media_keys": [str(number)]})
+        samples.append(tokenized_sample(ids, labels, f"image {number}"))
     return samples
 
 
@@ -31,8 +41,17 @@ def features_of(kind: str, key: str) -> torch.Tensor:
     return torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(int(key)))
 
 
-def batch_of(samples: list[dict], numbers: list[int], packed: bool) -> dict:
-    return Collator(samples, features_of, field="features", packed=packed)([{"samples": numbers}])
+def read(medium: Medium) -> torch.Tensor:
+    return features_of(medium.kind, medium.key)
+
+
+def collator_of(samples: Sequence[TokenizedSample], **options: Any) -> Collator:
+    """Its media have the features of `features_of`, unless `options` hold another `read`."""
+    return Collator(TokenizedSamples.of(samples), **{"read": read, "field": "features", **options})
+
+
+def batch_of(samples: Sequence[TokenizedSample], numbers: Sequence[int], packed: bool = True, **options: Any) -> Batch:
+    return collator_of(samples, packed=packed, **options)([{"samples": list(numbers), "filler": False}])
 
 
 def shake(model: MultimodalModel) -> None:
@@ -50,7 +69,7 @@ SAMPLES = samples_of([9, 6, 12, 7, 8, 10])
 def composite_with_lora() -> MultimodalModel:
     torch.manual_seed(0)
     model = tiny_composite()
-    attach(model, rank=2, alpha=4, dropout=0.1)
+    attach(model, Adapter(rank=2, alpha=4.0, dropout=0.1))
     return model
 
 
@@ -63,36 +82,26 @@ def train_composite(
     collator: Collator | None = None,
     callbacks: Any = (),
     resume_from: Path | None = None,
+    accumulate: int = 1,
+    save_every_n_steps: int = 2,
     **changes: Any,
-) -> list[dict]:
-    """The log of one stage of training; without a collator over SAMPLES."""
-    options = {
-        "learning_rate": 1e-2,
-        "learning_rates": {},
-        "distill_temperature": None,
-        "scheduler": "cosine",
-        "warmup": 0.1,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "optimizer": "adamw_torch",
-        "accumulate": 1,
-        "save_every_n_steps": 2,
-        "workers": 0,
-        "seed": 11,
-        "dtype": torch.float32,
-    }
-    set_trainable(model, list(trains))
-    return train_stage(
-        model,
-        tiny_tokenizer(),
+) -> list[dict[str, float]]:
+    """The log of one stage of training; without a collator over SAMPLES. `changes`: other keys of the stage."""
+    options = {"learning_rate": 1e-2, "warmup": 0.1, "weight_decay": 0.01}
+    stage = Stage(name="tune", trains=list(trains), **(options | changes))
+    set_trainable(model, stage.trains)
+    training = StageTraining(
+        model=model,
+        tokenizer=tiny_tokenizer(),
+        stage=stage,
+        settings=Train(accumulate=accumulate, save_every_n_steps=save_every_n_steps, stages=[stage]),
+        collator=collator or collator_of(SAMPLES),
         rows=rows,
-        collator=collator or Collator(SAMPLES, features_of, field="features"),
-        parts=trained_parts(model, list(trains)),
         folder=folder,
-        resume_from=resume_from,
-        callbacks=callbacks,
-        **(options | changes),
+        seed=11,
+        dtype=torch.float32,
     )
+    return train_stage(training, resume_from, callbacks)
 
 
 def weights_of(model: MultimodalModel) -> dict[str, torch.Tensor]:
