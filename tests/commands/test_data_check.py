@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from cli import cli
-from finetune.data.sources import sources_of
 from tiny import tiny_picture, tiny_recipe
 
 import finetune
@@ -66,11 +65,11 @@ def test_each_mistake_is_found_in_its_row(messy, checked):
 def test_what_training_refuses_is_an_error_and_the_copy_has_none(messy, checked):
     loaded = finetune.load_recipe(messy[0])
     with pytest.raises(DataError):
-        read_splits(sources_of(loaded), loaded.seed)
+        read_splits(loaded.data, loaded.seed)
     fixed = finetune.load_recipe(checked["fixed"]["recipe"])
-    splits = read_splits(sources_of(fixed), fixed.seed)
+    splits = read_splits(fixed.data, fixed.seed)
     left_out = sum(code in QUARANTINED for code in messy[1].values())
-    assert len(splits["train"]) == 12 + len(BROKEN) - left_out and len(splits["test"]) == 8
+    assert len(splits.train) == 12 + len(BROKEN) - left_out and len(splits.test) == 8
     again = finetune.data_check(checked["fixed"]["recipe"], out=checked["json"].parent / "again", workers=0)
     assert again["errors"] == 0 and {"leak_medium", "identical"}.isdisjoint(again["findings"])
 
@@ -98,9 +97,9 @@ def test_media_can_be_copied_too(messy, tmp_path):
     result = finetune.data_check(messy[0], out=tmp_path / "r", fix=tmp_path / "fixed", copy_media=True, workers=0)
     moved = shutil.move(tmp_path / "fixed", tmp_path / "elsewhere")
     fixed = finetune.load_recipe(Path(moved) / "recipe.yaml")
-    splits = read_splits(sources_of(fixed), fixed.seed)
-    assert sum(map(len, splits.values())) == result["fixed"]["rows"]
-    assert all(m.path.is_relative_to(moved) for entry in splits["train"] for m in entry.sample.media)
+    splits = read_splits(fixed.data, fixed.seed)
+    assert len([*splits.train, *splits.validation, *splits.test]) == result["fixed"]["rows"]
+    assert all(medium.path.is_relative_to(moved) for sample in splits.train for medium in sample.media)
 
 
 def test_a_folder_of_something_else_is_not_overwritten(messy, tmp_path):
@@ -124,11 +123,10 @@ def test_a_page_holds_all_it_shows(checked):
 
 def test_too_many_tokens(messy, tmp_path):
     result = finetune.data_check(messy[0], ["train.tokens_per_batch=16"], out=tmp_path, workers=0)
-    reader = Reader(finetune.load_recipe(messy[0]))
-    lengths = [
-        len(reader.tokens(entry.sample, entry.source).input_ids)
-        for entry in read_splits([s for s in reader.sources if s.split == "test"], 0)["test"]
-    ]
+    recipe = finetune.load_recipe(messy[0])
+    reader = Reader(recipe)
+    held_out = [source for source in recipe.data if source.split == "test"]
+    lengths = [len(reader.tokens(sample, sample.source).input_ids) for sample in read_splits(held_out, 0).test]
     assert min(lengths) > 16 and result["findings"]["long"] == result["splits"]["train"]["rows"]
 
 
@@ -137,7 +135,8 @@ def test_rows_are_held_out_as_training_holds_them_out(messy, checked, tmp_path):
     fixed = checked["fixed"]["recipe"]
     result = finetune.data_check(fixed, overrides, out=tmp_path, workers=0)
     loaded = finetune.load_recipe(fixed, overrides)
-    expected = {split: len(entries) for split, entries in read_splits(sources_of(loaded), loaded.seed).items()}
+    splits = read_splits(loaded.data, loaded.seed)
+    expected = {split: len(splits.of(split)) for split in ("train", "validation", "test")}
     assert {split: counts["rows"] for split, counts in result["splits"].items()} == expected
     assert expected["validation"] > 0 and expected["test"] > 8
 

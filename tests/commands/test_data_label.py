@@ -14,8 +14,7 @@ from finetune.commands import data_label
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.sample import Answer
 from finetune.model import load as loading
-from finetune.model.bindings import Ask
-from finetune.model.heads import HeadSettings
+from finetune.model.bindings import TaskBinding
 from finetune.recipe.schema import Limits
 
 
@@ -24,7 +23,7 @@ class Model:
 
     def __init__(self, **tasks: Any) -> None:
         self.model = SimpleNamespace(
-            asks={name: Ask(task, ("language", None), HeadSettings()) for name, task in tasks.items()}
+            bindings={name: TaskBinding(task=task, head=part("heads", "language")) for name, task in tasks.items()}
         )
         self.asked: list[str] = []
 

@@ -23,15 +23,15 @@ def reader(recipe):
 
 def test_pieces_are_the_row_as_it_is_trained(recipe, reader):
     previews = finetune.data_preview(recipe, rows=3)
-    entries = read_splits(reader.sources, 3)["train"]
-    for preview, entry in zip(previews, entries, strict=False):
-        tokens = reader.tokens(entry.sample, entry.source)
+    samples = read_splits(reader.recipe.data, 3).train
+    for preview, sample in zip(previews, samples, strict=False):
+        tokens = reader.tokens(sample, sample.source)
         assert preview.tokens == len(tokens.input_ids)
         assert preview.learnt == sum(label != IGNORED for label in tokens.labels)
         said = "".join(piece.text for piece in preview.pieces if piece.learnt)
-        assert said == f"{entry.sample.answer}<|im_end|>"
+        assert said == f"{sample.answer}<|im_end|>"
         (medium,) = (piece for piece in preview.pieces if piece.medium)
-        assert medium.tokens == 4 and medium.medium == entry.sample.media[0]
+        assert medium.tokens == 4 and medium.medium == sample.media[0]
     assert [preview.where for preview in previews] == ["train.csv:2", "train.csv:3", "train.csv:4"]
 
 

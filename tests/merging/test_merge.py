@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune.data.sources import sources_of
 from runs import copy_of, file_digests, trained
 from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe
@@ -18,9 +17,8 @@ from tiny import tiny_recipe
 import finetune
 from finetune.common.certificate import Dtypes, read_certificate, verify
 from finetune.common.errors import ArtifactError, MergeRefused
-from finetune.data.rows import read_splits, some
-from finetune.merging import candidates as _candidates
-from finetune.merging import lora_weights as merging
+from finetune.data.rows import read_splits, subset
+from finetune.merging import candidates, merged_folder
 
 FUSION = {"kind": "cross_attention", "every": 1, "heads": 2, "head_width": 8, "gate": 0.7}
 
@@ -74,8 +72,8 @@ def test_at_least_64_rows_and_all_that_is_promised(run):
 def conversations(run: Path) -> list[tuple]:
     """(messages, label) of the rows that a merge compares."""
     recipe = finetune.load_recipe(run / "recipe.yaml")
-    entries = some(read_splits(sources_of(recipe), recipe.seed)["test"], 64, recipe.seed)
-    return [(entry.sample.question, entry.sample.answer) for entry in entries]
+    samples = subset(read_splits(recipe.data, recipe.seed).test, 64, recipe.seed)
+    return [(sample.question, sample.answer) for sample in samples]
 
 
 def test_measures_are_those_of_the_folders_loaded_afresh(run):
@@ -113,7 +111,7 @@ def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monke
     bounds = {"max_kl": 10, "min_agreement": 0}
     run = trained_over(tmp_path, model__fusion=fusion, train__stages=stages, merge={"rows": 8, **bounds})
     within = finetune.merge(run)
-    monkeypatch.setattr(_candidates, "ROOM", 1e12)
+    monkeypatch.setattr(candidates, "ROOM", 1e12)
     beyond = finetune.merge(run)
     assert beyond.sha256 == within.sha256
     for name, measures in within.candidates.items():
@@ -125,7 +123,7 @@ def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monke
 
 
 def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(merging, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(merged_folder, "SHARD_BYTES", 50_000)
     other = few_rows(run, tmp_path)
     certificate = finetune.merge(other)
     index = json.loads((other / "merged" / "model.safetensors.index.json").read_text())
@@ -178,7 +176,7 @@ def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
     kept = file_digests(other)
     code = (
         "import os, signal, sys, finetune\n"
-        "from finetune.merging.lora_weights import Shards\n"
+        "from finetune.merging.merged_folder import Shards\n"
         "close, seen = Shards.close, []\n"
         "def kill(self):\n"
         "    seen.append(self)\n"
@@ -199,11 +197,11 @@ def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
 
 def test_an_adapter_of_another_llm_is_named(run, tmp_path):
     other = few_rows(run, tmp_path)
-    known = json.loads((other / "adapter" / "multimodal.json").read_text())["language_model"]
-    change_config(other, "multimodal.json", language_model=known | {"name": "org/another"})
+    known = json.loads((other / "adapter" / "multimodal.json").read_text())["model"]
+    change_config(other, "multimodal.json", model=known | {"llm": known["llm"] | {"name": "org/another"}})
     with pytest.raises(ArtifactError, match=r"trained over the LLM 'org/another' \(nf4\), but the run's recipe names"):
         finetune.merge(other)
-    change_config(other, "multimodal.json", language_model=known)
+    change_config(other, "multimodal.json", model=known)
     spoil(other, lambda name, tensor: tensor[:, :-1].contiguous() if "q_proj.lora_A" in name else tensor)
     with pytest.raises(ArtifactError, match=r"doesn't fit the model.*other shape: .*q_proj.lora_A"):
         finetune.merge(other)

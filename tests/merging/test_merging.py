@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,16 @@ from transformers import AutoModelForCausalLM
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.merging.lora_weights import (
     LoraFile,
-    Shards,
+    Quantization,
     into_dequantized,
     into_plain,
     load_on_disk,
     merged_tensors,
-    quantized_modules,
     unties,
 )
+from finetune.merging.merged_folder import Shards
 from finetune.model.language_model import load_language_model
+from finetune.recipe.schema import Llm
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "head_dim": 16}
 SIZES = {
@@ -48,8 +50,12 @@ def llm_folder(folder: Path, family: str, shard: str = "5GB", **changes) -> Path
     return folder
 
 
-def arguments(folder: Path) -> dict:
-    return {"name": str(folder), "revision": None, "trust_remote_code": False}
+def loaded(folder: Path, quantize: str = "none") -> Any:
+    return load_language_model(Llm(name=str(folder), quantize=quantize), torch.float32)
+
+
+def left_on_disk(folder: Path, scratch: Path) -> Any:
+    return load_on_disk(Llm(name=str(folder)), torch.float32, scratch)
 
 
 def adapted(folder: Path, quantize: str, path: Path, **how) -> PeftModel:
@@ -58,7 +64,7 @@ def adapted(folder: Path, quantize: str, path: Path, **how) -> PeftModel:
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=how.pop("targets", "all-linear"), task_type="CAUSAL_LM", **how
     )
-    wrapped = get_peft_model(load_language_model(str(folder), quantize=quantize), config)
+    wrapped = get_peft_model(loaded(folder, quantize), config)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
@@ -68,11 +74,8 @@ def adapted(folder: Path, quantize: str, path: Path, **how) -> PeftModel:
 
 
 def streamed(folder: Path, lora: LoraFile | None, dtype, scratch: Path, wrapped=None) -> dict[str, torch.Tensor]:
-    base = load_on_disk(arguments(folder), torch.float32, scratch)
-    if wrapped is None:
-        return dict(merged_tensors(base, dtype, lora))
-    llm = wrapped.get_base_model()
-    return dict(merged_tensors(base, dtype, lora, llm.config.quantization_config, quantized_modules(llm)))
+    quantization = None if wrapped is None else Quantization.of(wrapped.get_base_model())
+    return dict(merged_tensors(left_on_disk(folder, scratch), dtype, lora, quantization))
 
 
 def assert_same_bits(got: dict, whole: nn.Module, tied=()) -> None:
@@ -112,7 +115,7 @@ def test_into_the_dequantized_llm(family, kind, quantize, dtype, tmp_path):
     wrapped = adapted(folder, quantize, tmp_path / "adapter", **KINDS[kind])
     got = streamed(folder, LoraFile(tmp_path / "adapter"), dtype, tmp_path / "scratch", wrapped)
     assert_same_bits(got, whole := into_dequantized(wrapped, dtype), whole.all_tied_weights_keys)
-    plain = dict(merged_tensors(load_on_disk(arguments(folder), torch.float32, tmp_path / "scratch"), dtype))
+    plain = dict(merged_tensors(left_on_disk(folder, tmp_path / "scratch"), dtype))
     changed = {name for name, tensor in got.items() if not torch.equal(tensor, plain[name])}
     assert changed == {name for name in got if "_proj.weight" in name}
 
@@ -123,7 +126,7 @@ def test_a_quantized_gpt2_keeps_its_transposed_weights(tmp_path):
     wrapped = adapted(folder, "nf4", tmp_path / "adapter")
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
-        trained, base = wrapped(ids).logits, load_language_model(str(folder))(ids).logits
+        trained, base = wrapped(ids).logits, loaded(folder)(ids).logits
     got = streamed(folder, LoraFile(tmp_path / "adapter"), torch.float32, tmp_path / "scratch", wrapped)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert not plain.load_state_dict(got, strict=False).unexpected_keys
@@ -160,7 +163,7 @@ def test_adapted_embeddings_leave_the_head_that_they_were_tied_to(tmp_path):
     with torch.no_grad():
         trained = wrapped(ids).logits
     lora = LoraFile(tmp_path / "adapter")
-    base = load_on_disk(arguments(folder), torch.float32, tmp_path / "scratch")
+    base = left_on_disk(folder, tmp_path / "scratch")
     got = dict(merged_tensors(base, torch.float32, lora))
     assert unties(base, lora) and not torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
     plain = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)

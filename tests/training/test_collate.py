@@ -1,26 +1,20 @@
 import torch
-
-from finetune.training.collate import Collator
+from packed import collator_of, tokenized_sample
 
 SAMPLES = [
-    {"input_ids": [10, 11, 12], "labels": [10, -100, 12], "media_kinds": ["image"], "media_keys": ["a"]},
-    {"input_ids": [20, 21], "labels": [-100, 21], "media_kinds": [], "media_keys": []},
-    {
-        "input_ids": [30, 31, 32, 33],
-        "labels": [-100, 31, -100, 33],
-        "media_kinds": ["image", "audio"],
-        "media_keys": ["b", "c"],
-    },
+    tokenized_sample([10, 11, 12], [10, -100, 12], "image a"),
+    tokenized_sample([20, 21], [-100, 21]),
+    tokenized_sample([30, 31, 32, 33], [-100, 31, -100, 33], "image b", "audio c"),
 ]
-ROW = [{"samples": [2, 0, 1]}]
+ROW = [{"samples": [2, 0, 1], "filler": False}]
 
 
-def name(kind: str, key: str) -> str:
-    return f"{kind} {key}"
+def name(medium) -> str:
+    return f"{medium.kind} {medium.key}"
 
 
 def test_packed_samples_stand_one_after_the_other_with_positions_of_their_own():
-    batch = Collator(SAMPLES, name, field="features")(ROW)
+    batch = collator_of(SAMPLES, read=name)(ROW)
     assert batch["input_ids"].tolist() == [[30, 31, 32, 33, 10, 11, 12, 20, 21]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1]]
     # A sample's first token isn't predicted from the sample before it, whatever its label.
@@ -30,7 +24,7 @@ def test_packed_samples_stand_one_after_the_other_with_positions_of_their_own():
 
 
 def test_padded_samples_are_rows():
-    batch = Collator(SAMPLES, name, field="media", packed=False, pad_token_id=9)(ROW)
+    batch = collator_of(SAMPLES, read=name, field="media", packed=False, pad_token_id=9)(ROW)
     assert batch["input_ids"].tolist() == [[30, 31, 32, 33], [10, 11, 12, 9], [20, 21, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 31, -100, 33], [-100, -100, 12, -100], [-100, 21, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
@@ -39,7 +33,7 @@ def test_padded_samples_are_rows():
 
 def test_label_rows_are_the_places_before_each_learnt_token():
     for packed in (True, False):
-        batch = Collator(SAMPLES, name, field="features", packed=packed)(ROW)
+        batch = collator_of(SAMPLES, read=name, packed=packed)(ROW)
         labels = batch["labels"]
         expected = [
             row * labels.shape[1] + place
@@ -52,7 +46,6 @@ def test_label_rows_are_the_places_before_each_learnt_token():
 
 
 def test_several_rows_become_one():
-    batch = Collator(SAMPLES, name, field="features")([{"samples": [0]}, {"samples": [1]}])
-    assert torch.equal(
-        batch["input_ids"], Collator(SAMPLES, name, field="features")([{"samples": [0, 1]}])["input_ids"]
-    )
+    collator = collator_of(SAMPLES, read=name)
+    several = collator([{"samples": [0], "filler": False}, {"samples": [1], "filler": False}])
+    assert torch.equal(several["input_ids"], collator([{"samples": [0, 1], "filler": False}])["input_ids"])

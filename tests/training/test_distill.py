@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import features_of, shake
+from packed import batch_of, features_of, shake, tokenized_sample
 from tiny import FUSIONS, PLACEHOLDER, tiny_composite, tiny_recipe
 from torch.nn import functional
 
@@ -16,7 +16,8 @@ from finetune.data.tasks import classify
 from finetune.model.adapter import attach
 from finetune.model.composite import MultimodalModel
 from finetune.model.trainable import set_trainable
-from finetune.training.collate import Collator
+from finetune.recipe.schema import Adapter
+from finetune.training.samples import TokenizedSample
 
 PICTURE, SOUND, SILENT = (
     Medium("image", Path("a.png"), "a cat"),
@@ -25,22 +26,14 @@ PICTURE, SOUND, SILENT = (
 )
 
 
-def pair(placeholders: int) -> list[dict]:
+def pair(placeholders: int) -> list[TokenizedSample]:
     """Two samples, each with a picture for the pupil, and with four words in its place for the teacher."""
     samples = []
     for number, answer in enumerate(([7, 8, 9], [30, 31])):
         seen = [5, *[PLACEHOLDER] * placeholders, 6]
         read = [5, 50, 51, 52, 53 + number, 6]
-        samples.append(
-            {
-                "input_ids": seen + answer,
-                "labels": [-100] * len(seen) + answer,
-                "media_kinds": ["image"],
-                "media_keys": [str(number)],
-                "teacher_input_ids": read + answer,
-                "teacher_labels": [-100] * len(read) + answer,
-            }
-        )
+        teacher = {"teacher_input_ids": read + answer, "teacher_labels": [-100] * len(read) + answer}
+        samples.append(tokenized_sample(seen + answer, [-100] * len(seen) + answer, f"image {number}", **teacher))
     return samples
 
 
@@ -48,23 +41,23 @@ def pair(placeholders: int) -> list[dict]:
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_loss_is_the_divergence_from_what_the_bare_llm_says_to_the_text(fusion, packed):
     model = tiny_composite(fusion=fusion)
-    attach(model, rank=2, alpha=4, dropout=0.5)
+    attach(model, Adapter(rank=2, alpha=4.0, dropout=0.5))
     shake(model)
     set_trainable(model, ["projectors"])
     samples = pair(4 if fusion == "prefix" else 1)
-    batch = Collator(samples, features_of, field="features", packed=packed)([{"samples": [0, 1]}])
+    batch = batch_of(samples, [0, 1], packed)
     model.eval()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     outputs = model(**batch, temperature=3.0)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     expected, same = 0.0, 0
     for number, sample in enumerate(samples):  # each alone, its answer's positions picked by hand
-        length = sum(label != -100 for label in sample["labels"])
+        length = sum(label != -100 for label in sample.labels)
         with torch.no_grad():
             picture = {"image": [features_of("image", str(number))]}
-            given = model(torch.tensor([sample["input_ids"]]), features=picture).logits[0, -length - 1 : -1]
+            given = model(torch.tensor([sample.input_ids]), features=picture).logits[0, -length - 1 : -1]
             with model.language_model.disable_adapter():
-                wanted = model(torch.tensor([sample["teacher_input_ids"]])).logits[0, -length - 1 : -1]
+                wanted = model(torch.tensor([sample.teacher_input_ids])).logits[0, -length - 1 : -1]
         theirs = (wanted / 3).softmax(-1)
         expected += (theirs * (theirs.log() - functional.log_softmax(given / 3, -1))).sum().item()
         same += (given.argmax(-1) == wanted.argmax(-1)).sum().item()
@@ -76,11 +69,15 @@ def test_the_loss_is_the_divergence_from_what_the_bare_llm_says_to_the_text(fusi
 def test_a_pupil_that_reads_the_text_itself_has_nothing_to_learn():
     model = tiny_composite()
     samples = [
-        {**sample, "input_ids": sample["teacher_input_ids"], "labels": sample["teacher_labels"]} for sample in pair(4)
+        tokenized_sample(
+            sample.teacher_input_ids,
+            sample.teacher_labels,
+            teacher_input_ids=sample.teacher_input_ids,
+            teacher_labels=sample.teacher_labels,
+        )
+        for sample in pair(4)
     ]
-    for sample in samples:
-        sample["media_kinds"] = sample["media_keys"] = []
-    batch = Collator(samples, features_of, field="features")([{"samples": [0, 1]}])
+    batch = batch_of(samples, [0, 1])
     outputs = model(**batch)
     assert outputs["loss"].item() == pytest.approx(0, abs=1e-5) and outputs["agreement"] == 5
 

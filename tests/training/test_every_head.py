@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from runs import HEADS, project_copy
+from safetensors.torch import load_file
 from tiny import COLOURS
 
 import finetune
 from finetune.common.errors import DataError, RecipeError, TrainingError
 from finetune.data.sample import Medium, Message
 from finetune.recipe.load import load_recipe
+from finetune.training.validation import ValidationCallback
 
 NAMES = tuple(HEADS)
 
@@ -71,13 +73,13 @@ def test_labels_are_always_labels(finished):
         assert isinstance(row["good"], float)
 
 
-def test_the_best_look_is_what_is_kept(finished):
+def test_the_weights_of_the_best_pass_are_kept(finished):
     stage = read(finished / "metrics.json")["train"]["stages"]["tune"]
-    looks = stage["validation"]
-    assert [look["step"] for look in looks] == [*range(0, stage["steps"], 10), stage["steps"]][: len(looks)]
-    assert all(set(look["scores"]) == set(NAMES) for look in looks)
-    best = max(looks, key=lambda look: look["merit"])
-    assert stage["best_step"] == best["step"] and best["merit"] > looks[0]["merit"]
+    passes = stage["validation"]
+    assert [one["step"] for one in passes] == [*range(0, stage["steps"], 10), stage["steps"]][: len(passes)]
+    assert all(set(one["scores"]) == set(NAMES) for one in passes)
+    best = max(passes, key=lambda one: one["score"])
+    assert stage["best_step"] == best["step"] and best["score"] > passes[0]["score"]
     assert not (finished / "checkpoints" / "tune" / "best").exists()
 
 
@@ -124,28 +126,22 @@ def test_chat_answers_by_the_head_that_is_named(finished):
 
 @pytest.mark.slow
 def test_a_run_cut_short_ends_as_a_whole_one(finished, recipe, tmp_path, monkeypatch):
-    """Mixed sources, heads and looks: resumed in the middle, to the same weights and the same curve."""
-    from finetune.training.validation import Validation
+    """Mixed sources, heads and validation: resumed in the middle, to the same weights and the same curve."""
+    real = ValidationCallback.validate
 
-    looks = []
-    real = Validation._look
-
-    def cut(self, state, control):
-        real(self, state, control)
-        looks.append(state.global_step)
-        if len(looks) == 3:
+    def cut(self, step, control):
+        real(self, step, control)
+        if len(self.history) == 3:
             raise OSError("power cut")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Validation, "_look", cut)
+        patched.setattr(ValidationCallback, "validate", cut)
         with pytest.raises(OSError):
             finetune.train(recipe, tmp_path / "run")
     finetune.train(recipe, tmp_path / "run", resume=True)
     whole, resumed = (read(run / "metrics.json")["train"]["stages"]["tune"] for run in (finished, tmp_path / "run"))
-    assert [look["scores"] for look in resumed["validation"]] == [look["scores"] for look in whole["validation"]]
+    assert [one["scores"] for one in resumed["validation"]] == [one["scores"] for one in whole["validation"]]
     assert resumed["best_step"] == whole["best_step"]
-    from safetensors.torch import load_file
-
     for name in ("adapter_model.safetensors", "projectors.safetensors"):
         one, two = (load_file(run / "adapter" / name) for run in (finished, tmp_path / "run"))
         assert one.keys() == two.keys()
@@ -165,19 +161,17 @@ def test_heads_mean_what_they_meant_when_they_were_trained(finished, tmp_path):
     kept = read(finished / "metrics.json")["scores"]["mark"]
     assert tuned == pytest.approx({name: values["tuned"] for name, values in kept.items()}, abs=1e-3)
     config = read(run / "merged" / "config.json")
-    assert config["parts"]["asks"]["mark"] == read(finished / "adapter" / "multimodal.json")["asks"]["mark"]
+    assert config["parts"]["bindings"]["mark"] == read(finished / "adapter" / "multimodal.json")["bindings"]["mark"]
 
 
 def test_a_run_is_not_resumed_on_other_targets(finished, tmp_path, monkeypatch):
-    from finetune.training.validation import Validation
-
-    def cut(self, state, control):
+    def cut(self, step, control):
         raise OSError("power cut")
 
     project_copy(finished, tmp_path)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     with monkeypatch.context() as patched:
-        patched.setattr(Validation, "_look", cut)
+        patched.setattr(ValidationCallback, "validate", cut)
         with pytest.raises(OSError):
             finetune.train(recipe, tmp_path / "again")
     path = tmp_path / "rows" / "mark-train.csv"
@@ -186,13 +180,13 @@ def test_a_run_is_not_resumed_on_other_targets(finished, tmp_path, monkeypatch):
         finetune.train(recipe, tmp_path / "again", resume=True)
 
 
-def test_a_stage_ends_early_when_looks_get_no_better(finished, tmp_path):
+def test_a_stage_ends_early_when_validation_gets_no_better(finished, tmp_path):
     stages = [{"name": "tune", "trains": ["heads"], "learning_rate": 1.0e-12, "epochs": 3, "scheduler": "constant"}]
     validation = {"every_n_steps": 2, "limit": 8, "metric": "mark.mean_absolute_error", "patience": 2}
     recipe = changed_recipe(finished, tmp_path, stages=stages, validation=validation)
     run = finetune.train(load_recipe(recipe), tmp_path / "run").path
     stage = read(run / "metrics.json")["train"]["stages"]["tune"]
-    assert [look["step"] for look in stage["validation"]] == [0, 2, 4] and len(stage["losses"]) == 4
+    assert [one["step"] for one in stage["validation"]] == [0, 2, 4] and len(stage["losses"]) == 4
     assert stage["best_step"] == 0
 
 

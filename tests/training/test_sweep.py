@@ -1,6 +1,7 @@
 """Sweeps: every combination, optuna's own choice, going on, and what trials share."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import optuna
@@ -12,7 +13,7 @@ from tiny import tiny_recipe
 import finetune
 from finetune.common.errors import Interrupted, RecipeError, TrainingError
 from finetune.recipe.load import load_recipe
-from finetune.training import samples as prepare
+from finetune.training import shared
 from finetune.training.trainer import StageTrainer
 
 RATE, RANK = "train.stages.0.learning_rate", "adapter.rank"
@@ -34,37 +35,36 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
     """Each load of an LLM."""
-    seen: list[str] = []
-    real = prepare.load_llm
+    names: list[str] = []
+    real = shared.load_llm
 
-    def load(parts, llm):
-        seen.append(llm["name"])
-        return real(parts, llm)
+    def load(components):
+        names.append(components.model.llm.name)
+        return real(components)
 
-    monkeypatch.setattr(prepare, "load_llm", load)
-    return seen
+    monkeypatch.setattr(shared, "load_llm", load)
+    return names
 
 
 @pytest.mark.slow
 def test_every_combination_is_trained_once_on_one_llm(recipe, tmp_path, loads):
     result = finetune.sweep(recipe, [f"{RATE}=1e-6,1e-2", f"{RANK}=2,4"], run=tmp_path / "run")
-    tried = {(row["values"][RATE], row["values"][RANK]) for row in result["trials"]}
-    assert tried == {("1e-6", "2"), ("1e-6", "4"), ("1e-2", "2"), ("1e-2", "4")} and len(result["trials"]) == 4
+    tried = {(trial.values[RATE], trial.values[RANK]) for trial in result.trials}
+    assert tried == {("1e-6", "2"), ("1e-6", "4"), ("1e-2", "2"), ("1e-2", "4")} and len(result.trials) == 4
     assert len(loads) == 1
-    complete = [row for row in result["trials"] if row["state"] == "complete"]
-    best = max(complete, key=lambda row: row["merit"])
-    assert result["best"] == best["trial"] and result["metric"] == "classify.accuracy"
-    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == result
+    complete = [trial for trial in result.trials if trial.state == "complete"]
+    best = max(complete, key=lambda trial: trial.score)
+    assert result.best == best.trial and result.metric == "classify.accuracy"
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == asdict(result)
     assert (tmp_path / "run" / "plots" / "sweep.png").stat().st_size > 5000
     kept = load_recipe(tmp_path / "run" / "best.yaml")
     assert (kept.train.stages[0].learning_rate, kept.adapter.rank) == (
-        float(best["values"][RATE]),
-        int(best["values"][RANK]),
+        float(best.values[RATE]),
+        int(best.values[RANK]),
     )
-    for row in complete:
-        assert row["merit"] == max(row["looks"]) and row["scores"]["classify"]["accuracy"] == pytest.approx(
-            row["merit"], abs=1e-4
-        )
+    for trial in complete:
+        assert trial.score == max(trial.passes)
+        assert trial.scores["classify"]["accuracy"] == pytest.approx(trial.score, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_parts_that_a_trial_changes_are_loaded_anew(recipe, tmp_path, loads):
     finetune.sweep(recipe, ["model.llm.quantize=none,nf4"], run=tmp_path / "run")
     assert len(loads) == 2
     result = finetune.sweep(recipe, ["model.projectors.image.kind=linear,mlp"], run=tmp_path / "projectors")
-    assert {row["state"] for row in result["trials"]} == {"complete"}
+    assert {trial.state for trial in result.trials} == {"complete"}
 
 
 @pytest.mark.slow
@@ -95,9 +95,9 @@ def test_optuna_chooses_within_a_range_and_goes_on_where_it_stopped(recipe, tmp_
     over = [f"{RATE}=1e-4..1e-1", f"{RANK}=2..4"]
     one = finetune.sweep(recipe, over, 2, run=tmp_path / "run")
     more = finetune.sweep(recipe, over, 4, run=tmp_path / "run")
-    assert more["trials"][:2] == one["trials"] and len(more["trials"]) == 4
-    assert all(1e-4 <= row["values"][RATE] <= 1e-1 and row["values"][RANK] in (2, 3, 4) for row in more["trials"])
-    assert len({row["values"][RATE] for row in more["trials"]}) == 4
+    assert more.trials[:2] == one.trials and len(more.trials) == 4
+    assert all(1e-4 <= trial.values[RATE] <= 1e-1 and trial.values[RANK] in (2, 3, 4) for trial in more.trials)
+    assert len({trial.values[RATE] for trial in more.trials}) == 4
     with pytest.raises(TrainingError, match="began with another recipe"):
         finetune.sweep(recipe, [f"{RATE}=1e-4..1e-2"], 4, run=tmp_path / "run")
 
@@ -113,7 +113,7 @@ def test_what_a_killed_sweep_left_running_comes_again(recipe, tmp_path, monkeypa
         with pytest.raises(Interrupted, match="go on with the same command"):
             finetune.sweep(recipe, over, run=tmp_path / "run")
     result = finetune.sweep(recipe, over, run=tmp_path / "run")
-    assert {row["values"][RATE] for row in result["trials"] if row["state"] == "complete"} == {"1e-3", "1e-2"}
+    assert {trial.values[RATE] for trial in result.trials if trial.state == "complete"} == {"1e-3", "1e-2"}
 
 
 def test_a_trial_that_does_worse_than_others_ends_early(recipe, tmp_path, monkeypatch):
@@ -136,8 +136,8 @@ def test_a_failing_trial_is_told_and_the_others_go_on(recipe, tmp_path, capfd, m
 
     monkeypatch.setattr(StageTrainer, "training_step", step)
     result = finetune.sweep(recipe, [f"{RATE}=10,1e-2"], run=tmp_path / "run")
-    states = {row["values"][RATE]: row["state"] for row in result["trials"]}
-    assert states == {"10": "fail", "1e-2": "complete"} and len(result["trials"]) == 2
+    states = {trial.values[RATE]: trial.state for trial in result.trials}
+    assert states == {"10": "fail", "1e-2": "complete"} and len(result.trials) == 2
     assert "trial 0 failed: the loss is inf" in capfd.readouterr().err
     assert finetune.sweep(recipe, [f"{RATE}=10,1e-2"], run=tmp_path / "run") == result  # nothing is tried again
 

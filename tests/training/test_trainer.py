@@ -5,8 +5,10 @@ import torch
 from packed import (
     ROWS,
     SAMPLES,
+    batch_of,
+    collator_of,
     composite_with_lora,
-    features_of,
+    read,
     samples_of,
     shake,
     train_composite,
@@ -21,7 +23,7 @@ from finetune.model.adapter import attach
 from finetune.model.composite import compose
 from finetune.model.language_model import load_language_model
 from finetune.model.trainable import set_trainable, trained_parts
-from finetune.training.collate import Collator
+from finetune.recipe.schema import Adapter, Llm
 from finetune.training.trainer import StageTrainer
 
 
@@ -101,7 +103,7 @@ def test_training_learns(tmp_path):
 
 def test_the_logged_loss_is_the_mean_over_the_learnt_tokens(tmp_path):
     model = composite_with_lora().eval()
-    batch = Collator(SAMPLES, features_of, field="features")([{"samples": ROWS[0]}])
+    batch = batch_of(SAMPLES, ROWS[0])
     inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}
     expected = model(**inputs, use_cache=False).loss.item()
     for module in model.modules():
@@ -114,11 +116,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
     model = composite_with_lora()
     keep = Keep(model)
 
-    def poisoned(kind, key):
-        return features_of(kind, key) * (float("nan") if key == "3" else 1.0)  # in the third row
+    def poisoned(medium):
+        return read(medium) * (float("nan") if medium.key == "3" else 1.0)  # in the third row
 
     with pytest.raises(TrainingError, match="the loss is nan at step 3"):
-        train_composite(model, tmp_path, callbacks=[keep], collator=Collator(SAMPLES, poisoned, field="features"))
+        train_composite(model, tmp_path, callbacks=[keep], collator=collator_of(SAMPLES, read=poisoned))
     assert len(keep.steps) == 2
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, keep.steps[-1][name]), name
@@ -190,12 +192,12 @@ def test_gradients_cross_4_bit_layers_that_have_answered_before(dtype, bound, do
     """On CPUs with AVX-512 BF16, bitsandbytes' layers forget their graph after a forward without gradients."""
     folder = tiny_llm_folder(tmp_path)
     encoder = tiny_encoder()
-    batch = Collator(samples_of([9, 6]), features_of, field="features")([{"samples": [0, 1]}])
+    batch = batch_of(samples_of([9, 6]), [0, 1])
     batch["input_ids"][batch["input_ids"] == PLACEHOLDER] = 415
     inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}
 
     def gradients(dequantized: bool) -> list[torch.Tensor]:
-        language_model = load_language_model(str(folder), quantize="nf4", dtype=dtype, double_quantize=double_quantize)
+        language_model = load_language_model(Llm(name=str(folder), double_quantize=double_quantize), dtype)
         if dequantized:
             language_model = language_model.dequantize(dtype=dtype)
         torch.manual_seed(0)
@@ -206,7 +208,7 @@ def test_gradients_cross_4_bit_layers_that_have_answered_before(dtype, bound, do
             fusion=part("fusion", "prefix"),
             placeholder_ids={"image": 415},
         )
-        attach(model, rank=2, alpha=4)
+        attach(model, Adapter(rank=2, alpha=4.0))
         shake(model)
         with torch.no_grad():
             model.eval()(**inputs)
