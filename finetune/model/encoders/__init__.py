@@ -4,9 +4,9 @@ brand. Each file is an `EncoderContract` and imports no torch at module level.
 Shapes: N media, each of S segments of L rows of width W.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol
 
-from typing_extensions import NotRequired, TypedDict  # pydantic takes no other one before Python 3.12
+from typing_extensions import TypedDict  # pydantic takes no other one before Python 3.12
 
 from finetune.common.registry import PartOptions
 from finetune.data.sample import Layout, Prepared
