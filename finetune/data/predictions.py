@@ -32,6 +32,11 @@ class Prediction:
         return cls(sample.task, sample.where, sample.media, question, target)
 
     @property
+    def tuned(self) -> Any:
+        """What the trained model answered; None where it wasn't asked."""
+        return self.answers.get("tuned")
+
+    @property
     def conversation(self) -> tuple[Message, ...]:
         """The question as it can be asked again: media first."""
         return (Message("user", (*self.media, self.question)),)
@@ -51,7 +56,7 @@ class Prediction:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Prediction":
         """Raises KeyError, TypeError or ValueError for another kind of row."""
-        media = tuple(Medium(kind, Path(path)) for kind, path in zip(row["kinds"], row["media"], strict=True))
+        media = tuple(Medium(str(kind), Path(path)) for kind, path in zip(row["kinds"], row["media"], strict=True))
         known = {"task", "row", "media", "kinds", "question", "target", "good"}
         answers = {key: value for key, value in row.items() if key not in known}
         good = None if row.get("good") is None else float(row["good"])

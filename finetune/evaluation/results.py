@@ -1,12 +1,8 @@
-"""What training and evaluation leave in a run folder, as other code reads it: metrics.json and predictions.jsonl.
+"""metrics.json: what training and evaluation leave in a run folder, as other code reads it.
 
 Missing keys have defaults and unknown ones are ignored, so that an unfinished run, or one of another version, is
 readable.
 """
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -65,39 +61,3 @@ class Metrics(Result):
     seconds: dict[str, float] = {}
     peak_memory_bytes: dict[str, float] = {}
     energy_joules: dict[str, float] = {}
-
-
-DESCRIPTION = ("task", "row", "media", "kinds", "question", "target", "good")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A line of predictions.jsonl. `media`: (kind, path) of each; `answers`: condition -> what the task read from the
-    answer, as JSON; `good`: how good the tuned answer is, higher is better, 0 is worthless; None if it isn't scored.
-    """
-
-    task: str
-    row: str
-    media: tuple[tuple[str, str], ...]
-    question: str
-    target: object
-    answers: Mapping[str, object]
-    good: float | None
-
-    @property
-    def tuned(self) -> object:
-        return self.answers.get("tuned")
-
-    @classmethod
-    def parse(cls, line: Mapping[str, object]) -> Self:
-        kinds, paths, good = line.get("kinds"), line.get("media"), line.get("good")
-        media = zip(kinds, paths, strict=False) if isinstance(kinds, list) and isinstance(paths, list) else ()
-        return cls(
-            task=str(line.get("task", "")),
-            row=str(line.get("row", "")),
-            media=tuple((str(kind), str(path)) for kind, path in media),
-            question=str(line.get("question", "")),
-            target=line.get("target"),
-            answers={name: value for name, value in line.items() if name not in DESCRIPTION},
-            good=float(good) if isinstance(good, int | float) else None,
-        )

@@ -9,8 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from finetune.common import certificate
 from finetune.evaluation.report import tables, words
-from finetune.evaluation.report.content import Content, SavedBinding
+from finetune.evaluation.report.content import Content
 from finetune.evaluation.report.examples import Album, Example, examples
+from finetune.model.bindings import TaskBinding
+from finetune.model.heads import HeadSettings
 from finetune.publishing.parts import Publication, source_name
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -110,7 +112,7 @@ def card_data(publication: Publication, tag: str) -> ModelCardData:
     )
 
 
-def pipeline_tag(media: Sequence[str], bindings: Iterable[SavedBinding]) -> str:
+def pipeline_tag(media: Sequence[str], bindings: Iterable[TaskBinding]) -> str:
     """The Hub's name for what the model does."""
     bindings = list(bindings)
     labels = all(binding.head.kind == "label" for binding in bindings) and bool(bindings)
@@ -227,19 +229,19 @@ def snippet(content: Content, repo: str, chosen: Sequence[Sample]) -> str:
     """
     first = next((row for row in content.predictions if row.task in content.bindings), None)
     task = first.task if first else next(iter(content.bindings), "")
-    settings = content.bindings[task].settings if task else {}
+    settings = content.bindings[task].settings if task else HeadSettings()
     arguments = [repr(first.question if first else "What is this?")]
-    if settings:
+    if not settings.free_text:
         arguments.append(f"task={task!r}")
     pictures = [sample.pictures[0] for sample in chosen if sample.example.task == task and sample.pictures]
     imports = ["import finetune"]
-    for kind in dict.fromkeys(kind for kind, _ in first.media) if first else ():
+    for kind in dict.fromkeys(medium.kind for medium in first.media) if first else ():
         value = repr(FILES.get(kind, kind))
         if kind == "image" and pictures and pictures[0][1] == "image":
             value = f'hf_hub_download("{repo}", "{pictures[0][0]}")'
             imports.append("from huggingface_hub import hf_hub_download")
         arguments.append(f"{kind}={value}")
-    method = "probabilities" if "labels" in settings else "number" if settings else "answer"
+    method = "answer" if settings.free_text else "probabilities" if settings.labels else "number"
     call = f"print(model.{method}({', '.join(arguments)}))"
     return "\n".join([*imports, "", f'model = finetune.load("{repo}")', call])
 

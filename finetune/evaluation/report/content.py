@@ -1,19 +1,24 @@
 """What a run folder holds, read for its report. Missing and damaged files are reported on the page, not raised."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from finetune.common.certificate import Certificate, read_certificate
 from finetune.common.errors import ArtifactError, RecipeError
 from finetune.common.registry import load_part
-from finetune.common.run_folder import JsonObject, RunFolder, read_json
-from finetune.evaluation.results import Metrics, Prediction, Result
+from finetune.common.run_folder import RunFolder, read_json
+from finetune.data.predictions import Prediction
+from finetune.data.rows import SplitSummary
+from finetune.evaluation.results import Metrics
+from finetune.model.bindings import TaskBinding
+from finetune.model.manifest import AdapterManifest
 from finetune.recipe.explain import explain, recipe_error
 from finetune.recipe.schema import Limits, Recipe, Source, cached_schema, task_names
 from finetune.recipe.yaml_reader import read_text, read_yaml
@@ -26,67 +31,6 @@ CONSEQUENCES = {
     "adapter/multimodal.json": "there is no adapter, and commits are those in the recipe: training hasn't finished",
 }
 T = TypeVar("T")
-
-
-class SplitSummary(Result):
-    """A split in data/summary.json."""
-
-    rows: int = 0
-    media: int | None = None
-    different_answers: int | None = None
-    answers: dict[str, int] = Field(default={})
-
-
-class SavedKind(Result):
-    kind: str = ""
-
-
-class SavedBinding(Result):
-    """A task binding in multimodal.json."""
-
-    task: SavedKind = SavedKind()
-    head: SavedKind = SavedKind()
-    settings: dict[str, object] = Field(default={})
-
-
-class SavedRevision(Result):
-    revision: str | None = None
-
-
-class SavedEncoder(Result):
-    options: SavedRevision = SavedRevision()
-
-
-class SavedAdapter(Result):
-    """adapter/multimodal.json, as far as a reader needs it."""
-
-    language_model: SavedRevision = SavedRevision()
-    encoders: dict[str, SavedEncoder] = Field(default={})
-    bindings: dict[str, SavedBinding] = Field(default={})
-
-    def commits(self) -> dict[str, str | None]:
-        """llm, encoders.NAME -> commit on the Hub."""
-        encoders = {f"encoders.{name}": encoder.options.revision for name, encoder in self.encoders.items()}
-        return {"llm": self.language_model.revision, **encoders}
-
-
-class Finding(Result):
-    """What `finetune data check` found in a row, in data/check.json."""
-
-    severity: str = ""
-    file: str = ""
-    line: int | None = None
-    text: str = ""
-
-
-class CheckedData(Result):
-    list: Sequence[Finding] = ()
-
-
-class QuarantinedRow(Result):
-    file: str = ""
-    row: int | None = None
-    reasons: str | list[str] = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +55,7 @@ class Content:
     versions: dict[str, str | int]
     certificate: Certificate | None
     commits: dict[str, str | None]
-    bindings: dict[str, SavedBinding]
+    bindings: dict[str, TaskBinding]
     skipped: list[SkippedRow]
     missing: list[str]
 
@@ -144,35 +88,42 @@ def read_content(run: Path) -> Content:
     folder = RunFolder.open(run)
     missing: list[str] = []
 
-    def read(name: str, kind: TypeAdapter[T], default: T) -> T:
+    def read(name: str, load: Callable[[Path], T], default: T) -> T:
         path = run / name
         if not path.is_file():
             missing.extend([f"{name} is missing: {CONSEQUENCES[name]}"] if name in CONSEQUENCES else [])
             return default
         try:
-            return kind.validate_python(read_json(path))
-        except ArtifactError as error:
-            missing.append(str(error).replace(str(path), name))
+            return load(path)
+        except (ArtifactError, RecipeError) as error:
+            missing.append(str(error).replace(f"{run}{os.sep}", ""))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             missing.append(f"{name} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}")
         return default
 
-    recipe = _recipe(folder.recipe, missing)
-    metrics = read("metrics.json", TypeAdapter(Metrics), Metrics())
-    adapter = read("adapter/multimodal.json", TypeAdapter(SavedAdapter), SavedAdapter())
-    checked = read("data/check.json", TypeAdapter(CheckedData), CheckedData())
+    def json_as(kind: type[T]) -> Callable[[Path], T]:
+        return lambda path: TypeAdapter(kind).validate_python(read_json(path))
+
+    recipe = read("recipe.yaml", _recipe, None)
+    metrics = read("metrics.json", json_as(Metrics), Metrics())
+    adapter = read("adapter/multimodal.json", lambda path: AdapterManifest.read(path.parent), None)
+    none: tuple[list[Prediction], list[int]] = ([], [])
+    predictions, unreadable = read("predictions.jsonl", lambda path: _lines(path, Prediction.from_json), none)
+    if unreadable:
+        missing.append(f"predictions.jsonl: {len(unreadable):,} lines can't be read, the first is line {unreadable[0]}")
+    skipped: list[SkippedRow] = read("data/check.json", _checked, [])
     content = Content(
         name=recipe.name if recipe else run.resolve().name,
         recipe=recipe,
         metrics=metrics,
-        predictions=_predictions(folder.predictions, missing),
-        splits=read("data/summary.json", TypeAdapter(dict[str, SplitSummary]), {}),
-        versions=read("versions.json", TypeAdapter(dict[str, str | int]), {}),
-        certificate=_certificate(folder.certificate, missing),
-        commits=adapter.commits(),
-        bindings=adapter.bindings,
-        skipped=_skipped(checked, recipe, missing),
+        predictions=predictions,
+        splits=read("data/summary.json", json_as(dict[str, SplitSummary]), {}),
+        versions=read("versions.json", json_as(dict[str, str | int]), {}),
+        certificate=read("certificate.json", read_certificate, None),
+        commits=_commits(adapter) if adapter else {},
+        bindings=adapter.bindings if adapter else {},
+        skipped=[*skipped, *_quarantined(recipe, missing)],
         missing=missing,
     )
     if folder.metrics.is_file() and not metrics.scores:
@@ -182,8 +133,8 @@ def read_content(run: Path) -> Content:
     return content
 
 
-def _recipe(path: Path, missing: list[str]) -> Recipe | None:
-    """The resolved recipe; the files that it names may be gone by now."""
+def _recipe(path: Path) -> Recipe:
+    """The resolved recipe; the files that it names may be gone by now. Raises RecipeError."""
     try:
         document = read_yaml(read_text(path), path.name)
         if not isinstance(document.value, dict):
@@ -193,73 +144,51 @@ def _recipe(path: Path, missing: list[str]) -> Recipe | None:
         except ValidationError as error:
             raise recipe_error(document, explain(document, error.errors(include_url=False), cached_schema())) from None
     except RecipeError as error:
-        missing.append(f"{error}; the model and its data are unknown")
-        return None
+        raise RecipeError(f"{error}; the model and its data are unknown") from None
 
 
-def _certificate(path: Path, missing: list[str]) -> Certificate | None:
-    if not path.is_file():
-        return None
+def _commits(adapter: AdapterManifest) -> dict[str, str | None]:
+    encoders = adapter.model.encoders.items()
+    revisions = {f"encoders.{medium}": getattr(encoder.options, "revision", None) for medium, encoder in encoders}
+    return {"llm": adapter.model.llm.revision, **revisions}
+
+
+def _checked(path: Path) -> list[SkippedRow]:
+    """Rows with errors, as `finetune data check` lists them. Raises ArtifactError."""
     try:
-        return read_certificate(path)
-    except ArtifactError as error:
-        missing.append(str(error).replace(str(path), path.name))
-        return None
+        findings = read_json(path)["list"]
+        return [_skipped(entry, "line", entry["text"]) for entry in findings if entry["severity"] == "error"]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error!r}") from None
 
 
-def _predictions(path: Path, missing: list[str]) -> list[Prediction]:
-    if not path.is_file():
-        missing.append(f"{path.name} is missing: {CONSEQUENCES[path.name]}")
-        return []
-    lines, unreadable = _json_lines(path)
-    if unreadable:
-        missing.append(f"{path.name}: {len(unreadable):,} lines can't be read, the first is line {unreadable[0]}")
-    return [Prediction.parse(line) for line in lines]
-
-
-def _skipped(checked: CheckedData, recipe: Recipe | None, missing: list[str]) -> list[SkippedRow]:
-    """Rows with errors in data/check.json, and those in quarantine.jsonl beside the sources."""
-    rows = [
-        SkippedRow(_where(finding.file, finding.line), finding.text)
-        for finding in checked.list
-        if finding.severity == "error"
-    ]
+def _quarantined(recipe: Recipe | None, missing: list[str]) -> list[SkippedRow]:
+    """The rows in quarantine.jsonl beside the sources."""
+    rows = []
     paths = {source.path for source in recipe.data} if recipe else set()
     for folder in sorted({path if path.is_dir() else path.parent for path in paths}):
-        path = folder / "quarantine.jsonl"
-        if not path.is_file():
-            continue
-        lines, unreadable = _json_lines(path)
-        for number, line in enumerate(lines):
-            try:
-                row = QuarantinedRow.model_validate(line)
-            except ValidationError:
-                unreadable.append(number)
-                continue
-            reason = row.reasons if isinstance(row.reasons, str) else "; ".join(row.reasons)
-            rows.append(SkippedRow(_where(row.file, row.row), reason))
-        if unreadable:
-            missing.append(f"{path.name} beside the sources: {len(unreadable):,} lines can't be read")
+        if (path := folder / "quarantine.jsonl").is_file():
+            skipped, unreadable = _lines(path, lambda entry: _skipped(entry, "row", "; ".join(entry["reasons"])))
+            rows += skipped
+            if unreadable:
+                missing.append(f"{path.name} beside the sources: {len(unreadable):,} lines can't be read")
     return rows
 
 
-def _where(file: str, row: int | None) -> str:
-    return Path(file).name if row is None else f"{Path(file).name}:{row}"
+def _skipped(entry: dict[str, Any], number: str, reason: str) -> SkippedRow:
+    """`number`: the key of the row's number, which is null where the reason is about the file."""
+    name = Path(entry["file"]).name
+    return SkippedRow(name if entry[number] is None else f"{name}:{entry[number]}", reason)
 
 
-def _json_lines(path: Path) -> tuple[list[JsonObject], list[int]]:
-    """The objects in a file of JSON lines, and the numbers of the lines that hold none."""
-    objects, unreadable = [], []
+def _lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:
+    """The entries of a file of JSON lines, and the numbers of the lines that hold none."""
+    entries, unreadable = [], []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if isinstance(value, dict):
-                objects.append(value)
-            else:
-                unreadable.append(number)
-    return objects, unreadable
+            if line.strip():
+                try:
+                    entries.append(parse(json.loads(line)))
+                except (ValueError, KeyError, TypeError):
+                    unreadable.append(number)
+    return entries, unreadable

@@ -5,14 +5,14 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.common.errors import MediaError
 from finetune.data.media import DECODERS, decode
 from finetune.data.media.audio import RATE
+from finetune.data.predictions import Prediction
+from finetune.data.sample import Medium
 from finetune.evaluation.report.words import confidence, label_of, readable, shorten
-from finetune.evaluation.results import Prediction
 from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class Example:
     @property
     def answers(self) -> dict[str, str]:
         """Condition -> answer."""
-        given = self.prediction.answers
-        return {name: shorten(readable(given[name]), 400) for name in ANSWERS if name in given}
+        answers = self.prediction.answers
+        return {name: shorten(readable(answers[name]), 400) for name in ANSWERS if name in answers}
 
     @property
     def more_media(self) -> int:
@@ -104,29 +104,29 @@ class Album:
     room: int = MEDIA_BYTES
     left_out: int = 0
     broken: int = 0
-    _embedded: dict[tuple[str, str], EmbeddedMedium] = field(default_factory=dict)
+    _embedded: dict[Medium, EmbeddedMedium] = field(default_factory=dict)
 
-    def embed(self, kind: str, path: str) -> EmbeddedMedium:
+    def embed(self, medium: Medium) -> EmbeddedMedium:
         """A thumbnail of a picture or of a video's first frame; a recording's first seconds."""
-        if (kind, path) not in self._embedded:
-            self._embedded[kind, path] = self._embed(kind, path)
-        medium = self._embedded[kind, path]
-        self.broken += bool(medium.note)
-        if len(medium.uri) > self.room:
+        if medium not in self._embedded:
+            self._embedded[medium] = self._embed(medium)
+        embedded = self._embedded[medium]
+        self.broken += bool(embedded.note)
+        if len(embedded.uri) > self.room:
             self.left_out += 1
-            return EmbeddedMedium(kind, medium.name, note="left out to keep the page small")
-        self.room -= len(medium.uri)
-        return medium
+            return EmbeddedMedium(embedded.kind, embedded.name, note="left out to keep the page small")
+        self.room -= len(embedded.uri)
+        return embedded
 
-    def _embed(self, kind: str, path: str) -> EmbeddedMedium:
-        name = shorten(Path(path).name, 120)
+    def _embed(self, medium: Medium) -> EmbeddedMedium:
+        kind, path, name = medium.kind, medium.path, shorten(medium.path.name, 120)
         if kind not in DECODERS:
             return EmbeddedMedium(kind, name, note=f"a medium of kind {shorten(kind, 40)!r} can't be shown")
-        if not Path(path).is_file():
+        if not path.is_file():
             return EmbeddedMedium(kind, name, note="the file is missing")
         first_frame = {"per_second": 1 / (2 * self.limits.max_seconds)} if kind == "video" else {}
         try:
-            decoded = decode(kind, Path(path), where=name, limits=self.limits, **first_frame)
+            decoded = decode(kind, path, where=name, limits=self.limits, **first_frame)
         except MediaError as error:
             return EmbeddedMedium(kind, name, note=str(error))
         if kind == "audio":
@@ -170,7 +170,7 @@ def examples(predictions: Sequence[Prediction], album: Album) -> list[Example]:
     most = min(PER_SIDE, MAX_EXAMPLES // (2 * max(len(tasks), 1)) or 1)
     chosen = [example for rows in tasks.values() for example in _worst_and_best(rows, most)]
     for example in sorted(chosen, key=lambda example: example.rank):  # room is for all tasks and both sides
-        example.media = [album.embed(kind, path) for kind, path in example.prediction.media[:MEDIA]]
+        example.media = [album.embed(medium) for medium in example.prediction.media[:MEDIA]]
     return chosen
 
 

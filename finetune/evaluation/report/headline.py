@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.predictions import Prediction
 from finetune.evaluation.report.content import Content
 from finetune.evaluation.report.words import NOUNS, lower_is_better, meaning, number, plain, readable, shorten
-from finetune.evaluation.results import Prediction
 
 Verdict = Literal["yes", "no", "unclear"]
 
@@ -64,7 +64,7 @@ def headline(content: Content, task: str, metrics: Mapping[str, Mapping[str, flo
         if value is not None
     }
     predictions = content.predictions_of(task)
-    kinds = sorted({kind for prediction in predictions for kind, _ in prediction.media})
+    kinds = sorted({medium.kind for prediction in predictions for medium in prediction.media})
     highest = max(abs(score.high or score.value) for score in scores.values())
     return Headline(
         task=task,

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.data.predictions import Prediction
 from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
-from finetune.evaluation.results import Confusion, Prediction, StageResult, TaskTables
+from finetune.evaluation.results import Confusion, StageResult, TaskTables
 from finetune.recipe.parts import Part
 from finetune.recipe.schema import Stage
 
