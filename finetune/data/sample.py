@@ -108,17 +108,21 @@ class Row:
 class Medium:
     """A picture, recording or video. `kind` ("image", "audio", "video") is also the name of its encoder. `text`: its
     caption or transcript, which distillation puts in its place ('' where another medium's text covers this one too);
-    None where unknown. `where`: the row that names it, for messages.
+    None where unknown. `where`: the row that names it, for messages. `known_key`: its `key`, where it is known without
+    the file.
     """
 
     kind: str
     path: Path
     text: str | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
+    known_key: str = field(default="", compare=False)
 
     @cached_property
     def key(self) -> str:
         """sha256 of the file: renamed or copied media keep their features, changed ones don't."""
+        if self.known_key:
+            return self.known_key
         status = self.path.stat()
         return _file_hash(self.path, status.st_size, status.st_mtime_ns)
 

@@ -4,6 +4,8 @@ Missing keys have defaults and unknown ones are ignored, so that an unfinished r
 readable.
 """
 
+import math
+
 from pydantic import BaseModel, ConfigDict, Field
 
 Value = float | None
@@ -16,11 +18,13 @@ class Result(BaseModel):
 
 class ValidationPass(Result):
     step: int = Field(description="Optimizer step of the stage.")
+    score: float = Field(default=math.nan, description="Selection score, better when higher.")
     scores: dict[str, dict[str, Value]] = Field(default={}, description="Task -> metric -> value on validation rows.")
 
 
 class StageResult(Result):
     losses: list[float] = Field(default=[], description="Of each optimizer step, in nats per answer token.")
+    token_accuracy: list[float] = Field(default=[], description="Of each optimizer step: share of tokens predicted.")
     steps: int = 0
     samples: int | None = Field(default=None, description="Rows trained on, counted once per epoch.")
     tokens: int | None = None
@@ -34,7 +38,7 @@ class TrainingResult(Result):
     stages: dict[str, StageResult] = {}
     rows: int | None = None
     tokens_per_epoch: int | None = None
-    packed: bool = False
+    packed: bool = Field(default=False, description="Whether samples share rows without padding.")
 
 
 class Confusion(Result):

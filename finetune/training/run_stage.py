@@ -1,7 +1,6 @@
 """One stage of training, or what is left of it."""
 
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,34 +10,13 @@ from accelerate import PartialState
 from finetune.common.errors import Interrupted
 from finetune.common.progress import TrainingBar, console
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
+from finetune.evaluation.results import StageResult
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.trainable import set_trainable
 from finetune.training.trainer import StageTraining, train_stage
-from finetune.training.validation import ValidationCallback, ValidationPass
+from finetune.training.validation import ValidationCallback
 
 FEW_STEPS = 50
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage did. `losses` and `token_accuracy`: one a step; `tokens`: of all samples it used; `trained_weights`:
-    {role: number of weights}; `best_step`: of the validation pass whose weights it ends on.
-    """
-
-    losses: list[float]
-    token_accuracy: list[float]
-    steps: int
-    samples: int
-    tokens: int
-    seconds: float
-    trained_weights: dict[str, int]
-    validation: list[ValidationPass]
-    best_step: int | None
-
-    @classmethod
-    def read(cls, path: Path) -> "StageResult":
-        content = read_json(path)
-        return cls(**{**content, "validation": [ValidationPass(**one) for one in content["validation"]]})
 
 
 def run_stage(folder: RunFolder, training: StageTraining, validation: ValidationCallback | None) -> StageResult:
@@ -52,7 +30,7 @@ def run_stage(folder: RunFolder, training: StageTraining, validation: Validation
     if checkpoint is not None and checkpoint.name == "final":
         load_trained(training.model, checkpoint)
         console.print(f"{name}: done before")
-        return StageResult.read(checkpoint / "result.json")
+        return StageResult.model_validate(read_json(checkpoint / "result.json"))
     announce(training, trained)
     begin = perf_counter()
     try:
@@ -107,6 +85,6 @@ def finish(training: StageTraining, result: StageResult) -> None:
     final = training.folder / "final"
     with whole_folder(final) as partial:
         save_trained(training.model, partial)
-        write_json(partial / "result.json", asdict(result))
+        write_json(partial / "result.json", result.model_dump())
     for old in [*training.folder.glob("checkpoint-*"), *training.folder.glob("best")]:
         shutil.rmtree(old)

@@ -46,12 +46,8 @@ class TokenizedSample:
 
     @property
     def media(self) -> list[Medium]:
-        media = []
-        for kind, path, key in zip(self.media_kinds, self.media_paths, self.media_keys, strict=True):
-            medium = Medium(kind, Path(path), where=self.where)
-            medium.__dict__["key"] = key  # known: the file isn't hashed again
-            media.append(medium)
-        return media
+        columns = zip(self.media_kinds, self.media_paths, self.media_keys, strict=True)
+        return [Medium(kind, Path(path), where=self.where, known_key=key) for kind, path, key in columns]
 
 
 class TokenizedSamples:

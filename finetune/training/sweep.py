@@ -17,6 +17,7 @@ from finetune.common.errors import FinetuneError, Interrupted, TrainingError
 from finetune.common.progress import console, quiet_libraries
 from finetune.common.run_folder import refuse_several_processes, write_json, write_text
 from finetune.evaluation import plots
+from finetune.evaluation.results import Metrics, Value
 from finetune.model.language_model import default_device
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
@@ -36,7 +37,7 @@ class Trial:
     failed: str | None
     values: dict[str, Any]
     score: float | None
-    scores: dict[str, dict[str, float]]
+    scores: dict[str, dict[str, Value]]
     seconds: float | None
     passes: list[float]
 
@@ -172,12 +173,12 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
         if shared:
             shared.release()
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
-    metrics = folder.read_metrics()
-    last = list(metrics["train"]["stages"].values())[-1]
-    best = max(last["validation"], key=lambda one: one["score"])
-    trial.set_user_attr("scores", best["scores"])
-    trial.set_user_attr("seconds", metrics["seconds"]["train"])
-    return best["score"]
+    metrics = Metrics.model_validate(folder.read_metrics())
+    *_, last = metrics.train.stages.values()
+    best = max(last.validation, key=lambda one: one.score)
+    trial.set_user_attr("scores", best.scores)
+    trial.set_user_attr("seconds", metrics.seconds["train"])
+    return best.score
 
 
 def suggested(trial: Any, key: str, values: Choice | Any) -> Any:

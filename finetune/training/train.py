@@ -1,6 +1,5 @@
 """Train: recipe -> rows -> tokens -> features -> packed rows -> the stages, on one loaded LLM -> adapter folder."""
 
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from finetune.common.errors import TrainingError
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
 from finetune.evaluation import plots
+from finetune.evaluation.results import StageResult, TrainingResult
 from finetune.evaluation.scores import Scores, answers_to, scored, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
@@ -27,23 +27,12 @@ from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Model, Recipe, Stage
 from finetune.training.collate import Collator
 from finetune.training.prepare import Prepared, prepare, stage_rows
-from finetune.training.run_stage import StageResult, run_stage
+from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared
 from finetune.training.trainer import StageTraining, refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """`seconds`: {part of the work: seconds}; `packed`: whether samples share rows without padding."""
-
-    stages: dict[str, StageResult]
-    rows: int
-    tokens_per_epoch: int
-    packed: bool
-    seconds: dict[str, float]
 
 
 def train(
@@ -71,13 +60,12 @@ def train(
     processes.wait_for_everyone()
     begin = perf_counter()
     with EnergyMeter() as meter:
-        result = train_stages(prepare(folder, recipe, shared), shared, on_validation)
+        result, seconds = train_stages(prepare(folder, recipe, shared), shared, on_validation)
     if not processes.is_main_process:
         return folder
-    content = asdict(result)
     folder.update_metrics(
-        train={key: value for key, value in content.items() if key != "seconds"},
-        seconds={**result.seconds, "train": perf_counter() - begin},
+        train=result.model_dump(),
+        seconds={**seconds, "train": perf_counter() - begin},
         energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
     )
@@ -88,8 +76,8 @@ def train(
 
 def train_stages(
     prepared: Prepared, shared: Shared | None = None, on_validation: OnValidation | None = None
-) -> TrainResult:
-    """Load the LLM, train the stages in order, and write the adapter folder."""
+) -> tuple[TrainingResult, dict[str, float]]:
+    """Load the LLM, train the stages in order, and write the adapter folder; the seconds are of each part of the work."""
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
@@ -130,13 +118,9 @@ def train_stages(
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
     seconds = {**features.seconds, "encode": features.seconds["encode"] + model.encode_seconds}
     seconds["llm"] = seconds_training - (0.0 if settings.cache else seconds["decode"] + seconds["encode"])
-    return TrainResult(
-        stages=results,
-        rows=len(prepared.training),
-        tokens_per_epoch=sum(prepared.samples.lengths),
-        packed=packed,
-        seconds=seconds,
-    )
+    tokens = sum(prepared.samples.lengths)
+    result = TrainingResult(stages=results, rows=len(prepared.training), tokens_per_epoch=tokens, packed=packed)
+    return result, seconds
 
 
 def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:

@@ -1,7 +1,6 @@
 """Validation passes while a stage trains: scores every n steps, the best weights kept, an early end."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,13 @@ from transformers import TrainerCallback
 
 from finetune.common.progress import console
 from finetune.common.run_folder import read_json, whole_folder, write_json
+from finetune.evaluation.results import ValidationPass
 from finetune.evaluation.scores import Scores
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.composite import MultimodalModel
 from finetune.recipe.schema import Validation
 
 OnValidation = Callable[[float], bool]  # selection score -> whether to stop the stage
-
-
-@dataclass(frozen=True)
-class ValidationPass:
-    """`score`: the selection score, better when higher."""
-
-    step: int
-    score: float
-    scores: Scores
 
 
 class ValidationCallback(TrainerCallback):
@@ -81,14 +72,14 @@ class ValidationCallback(TrainerCallback):
         scores = self.evaluate()
         self.model.train(training)
         rounded = {name: {metric: round(v, 4) for metric, v in metrics.items()} for name, metrics in scores.items()}
-        return ValidationPass(step, self.select(scores), rounded)
+        return ValidationPass(step=step, score=self.select(scores), scores=rounded)
 
     def _keep(self, one: ValidationPass) -> None:
         is_best = self.best is one
         if is_best:
             with whole_folder(self.folder / "best") as partial:
                 save_trained(self.model, partial)
-        write_json(self.folder / "validation.json", {"passes": [asdict(each) for each in self.history]})
+        write_json(self.folder / "validation.json", {"passes": [each.model_dump() for each in self.history]})
         console.print(f"  step {one.step}: validation {one.score:.4f}" + " (best)" * is_best)
 
     @property
@@ -101,7 +92,7 @@ class ValidationCallback(TrainerCallback):
         """Restore the passes up to a checkpoint: later ones come again, with the same scores."""
         path = self.folder / "validation.json"
         saved = read_json(path)["passes"] if path.is_file() else []
-        self.history = [ValidationPass(**one) for one in saved if one["step"] <= step]
+        self.history = [ValidationPass.model_validate(one) for one in saved if one["step"] <= step]
 
     def restore_best(self) -> int | None:
         """Put the best pass's weights into the model; its step. Call when the stage has trained."""
