@@ -38,17 +38,18 @@ def merge(folder: Path, quantize: bool, shard: int) -> None:
     import torch
     from transformers import BitsAndBytesConfig
 
-    from finetune.merging.lora_weights import LoraFile, Shards, blocks, load_on_disk, merged_tensors
+    from finetune.merging.lora_weights import LoraFile, Quantization, blocks, load_on_disk, merged_tensors
+    from finetune.merging.merged_folder import Shards
+    from finetune.recipe.schema import Llm
 
-    arguments = {"name": str(folder / "llm"), "revision": None, "trust_remote_code": False}
-    llm = load_on_disk(arguments, torch.bfloat16, folder / "scratch")
-    how: dict = {}
+    llm = load_on_disk(Llm(name=str(folder / "llm")), torch.bfloat16, folder / "scratch")
+    quantization = None
     if quantize:
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        how = {"quantization": quantization, "quantized": {name for name in blocks(llm) if "_proj" in name}}
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        quantization = Quantization(config, frozenset(name for name in blocks(llm) if "_proj" in name))
     (folder / "merged").mkdir()
     shards = Shards(folder / "merged", shard)
-    for name, tensor in merged_tensors(llm, torch.bfloat16, LoraFile(folder / "adapter"), **how):
+    for name, tensor in merged_tensors(llm, torch.bfloat16, LoraFile(folder / "adapter"), quantization):
         shards.add(name, tensor)
     shards.close()
 

@@ -148,33 +148,29 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from finetune.model import adapter
-    from finetune.model.build import build_model
+    from finetune.model.adapter import save_trained
 
     (options.folder / "template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     if options.model == "random":
         make_random_weights(options)
         make_random_rows(options)
-    parts, llm = load_our_parts(options)
-    entries, samples, _ = our_samples(options, parts, cache_folder=None)
+    run, samples, rows_as_tokens = our_run(options)
     generator = random.Random(options.seed)
     rows: list[list[int]] = []
     for _ in range(options.epochs):
-        order = list(range(len(entries)))
+        order = list(range(len(samples)))
         generator.shuffle(order)
         rows += [order[i : i + options.batch] for i in range(0, len(order) - options.batch + 1, options.batch)]
     if not rows:
-        raise SystemExit(f"{len(entries)} rows don't fill one batch of {options.batch}")
+        raise SystemExit(f"{len(samples)} rows don't fill one batch of {options.batch}")
     (options.folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
 
-    model = build_model(
-        parts, llm=llm, adapter_options=lora_options(options), seed=options.seed, with_encoders=False, asks={}
-    )
-    adapter.save_trained(model, options.folder / "first")
+    model = run.build(with_encoders=False)
+    save_trained(model, options.folder / "first")
 
-    encoder = parts.encoders["image"][1]
-    lengths = [len(ids) for ids in samples["input_ids"]]
-    learnt = [sum(label != -100 for label in labels) for labels in samples["labels"]]
+    encoder = run.components.encoders["image"]
+    lengths = rows_as_tokens.lengths
+    learnt = [sum(label != -100 for label in labels) for labels in rows_as_tokens.column("labels")]
     assert options.model == "real" or min(learnt) > options.text_low, "words of the random texts got lost"
     config = model.causal_lm.config.get_text_config()
     seen = [number for row in rows for number in row]
@@ -198,7 +194,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "encoder_flops": encoder_flops(encoder),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
-        "dtype": str(parts.dtype).removeprefix("torch."),
+        "dtype": str(run.components.dtype).removeprefix("torch."),
     }
     facts["flops"] = sum(model_flops(facts).values())
     return facts
@@ -269,7 +265,7 @@ def make_random_weights(options: argparse.Namespace) -> None:
         additional_special_tokens=["<|im_start|>"],
     )
     # Not in the LLM's folder: AutoTokenizer would take Qwen's byte-level class there, to which all words are unknown.
-    tokenizer.save_pretrained(options.folder / "tokenizer")
+    tokenizer.save_pretrained(options.folder / "llm")
     config = Qwen2Config(
         hidden_size=options.hidden,
         num_hidden_layers=options.layers,
@@ -337,56 +333,71 @@ def make_random_rows(options: argparse.Namespace) -> None:
 # What both sides share.
 
 
-def load_our_parts(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The kit's tokenizer and encoder (`assemble.Parts`), and its `model.llm` section."""
+def our_recipe(options: argparse.Namespace, cache_folder: Path | None = None) -> Any:
+    """The training as a recipe of the kit; `cache_folder`: of features."""
+    from finetune.recipe.schema import Recipe
+
+    random = options.model == "random"
+    prompt = "w1 w2 w3" if random else options.prompt
+    return Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "seed": options.seed,
+            "model": {
+                "llm": {
+                    "name": str(options.folder / "llm" if random else options.llm),
+                    "quantize": options.quantize,
+                    "dtype": options.dtype,
+                    "chat_template": options.folder / "template.jinja",
+                },
+                "encoders": {
+                    "image": {
+                        "kind": "vision",
+                        "name": str(options.folder / "encoder" if random else options.encoder),
+                        "layer": -2 if random else -1,  # LLaVA's choice for ViTs; a convolutional backbone has no -2
+                    }
+                },
+                "projectors": {"image": "mlp"},
+            },
+            "adapter": {"rank": options.rank, "alpha": 2 * options.rank},
+            "data": [
+                {
+                    "path": options.folder / "rows.csv" if random else options.table,
+                    "task": {"kind": "caption", "prompt": prompt, "caption": "label"},
+                }
+            ],
+            "train": {
+                "tokens_per_batch": 1_000_000,
+                "cache": cache_folder is not None,
+                "cache_folder": cache_folder,
+                "save_every_n_steps": 1_000_000,
+                "stages": [
+                    {
+                        "name": "all",
+                        "trains": ["projectors", "adapter"],
+                        "learning_rate": options.learning_rate,
+                        "epochs": options.epochs,
+                    }
+                ],
+            },
+        }
+    )
+
+
+def our_run(options: argparse.Namespace, cache_folder: Path | None = None) -> tuple[Any, list[Any], Any]:
+    """The kit's run (tokenizer, encoder, features), the rows of the table, and the same tokenized."""
     from finetune.common.progress import quiet_libraries
-    from finetune.common.registry import load_part
-    from finetune.model.build import load_parts
+    from finetune.common.run_folder import RunFolder
+    from finetune.data.rows import read_splits
+    from finetune.model.bindings import bindings_of
+    from finetune.model.run import Run
+    from finetune.training.samples import TokenizedSamples, tokenized
 
     quiet_libraries()
-    random = options.model == "random"
-    llm = {
-        "name": str(options.folder / "llm" if random else options.llm),
-        "revision": None,
-        "quantize": options.quantize,
-        "double_quantize": True,
-        "dtype": options.dtype,
-        "attention": "auto",
-        "chat_template": options.folder / "template.jinja",
-        "trust_remote_code": False,
-    }
-    encoder = load_part("encoders", "vision").Options(
-        name=str(options.folder / "encoder" if random else options.encoder),
-        layer=-2 if random else -1,  # LLaVA's choice for ViTs; a convolutional backbone has the last one only
-    )
-    parts = load_parts(
-        llm={**llm, "name": str(options.folder / "tokenizer")} if random else llm,
-        encoders={"image": encoder},
-        projectors={"image": ("mlp", load_part("projectors", "mlp").Options())},
-        fusion=("prefix", load_part("fusion", "prefix").Options()),
-        tune_encoders={},
-        seed=options.seed,
-    )
-    return parts, llm
-
-
-def our_samples(options: argparse.Namespace, parts: Any, cache_folder: Path | None) -> tuple[list[Any], Any, Any]:
-    """Rows of the table, the same tokenized, and the way to their features, as `stages.train` makes them."""
-    from finetune.common.registry import load_part
-    from finetune.data.rows import Source, read_splits
-    from finetune.model.features import Features
-    from finetune.training.samples import tokenized
-
-    prompt = "w1 w2 w3" if options.model == "random" else options.prompt
-    task = load_part("tasks", "caption").Options(prompt=prompt, caption="label")
-    table = options.folder / "rows.csv" if options.model == "random" else options.table
-    entries = read_splits([Source(table, ("caption", task))], options.seed)["train"][: options.rows]
-    features = Features(parts.encoders, cache_folder)
-    return entries, tokenized([entry.sample for entry in entries], parts, features, limit=1_000_000), features
-
-
-def lora_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {"rank": options.rank, "alpha": 2 * options.rank}
+    recipe = our_recipe(options, cache_folder)
+    samples = read_splits(recipe.data, recipe.seed).train[: options.rows]
+    run = Run.load(RunFolder(options.folder / "run"), recipe, bindings_of(recipe.data, samples))
+    return run, samples, TokenizedSamples.of(tokenized(samples, run))
 
 
 class Memory:
@@ -487,43 +498,40 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[str, Any], Any]:
-    from finetune.model import adapter
-    from finetune.model.build import build_model
+    from finetune.model.adapter import load_trained
     from finetune.model.language_model import packs_exactly
     from finetune.model.trainable import set_trainable, trained_parts
     from finetune.training.collate import Collator
     from finetune.training.feature_cache import fill_cache
-    from finetune.training.trainer import train_stage
+    from finetune.training.trainer import StageTraining, train_stage
 
     memory = Memory()
     rows = json.loads((options.folder / "rows.json").read_text(encoding="utf-8"))
-    parts, llm = load_our_parts(options)
     with tempfile.TemporaryDirectory(dir=options.folder) as run_folder:
         begin = perf_counter()
-        entries, samples, features = our_samples(options, parts, Path(run_folder) / "features")
+        run, samples, rows_as_tokens = our_run(options, Path(run_folder) / "features")
+        settings, components = run.recipe.train, run.components
         tokenized_at = perf_counter()
-        fill_cache([medium for entry in entries for medium in entry.sample.media], features, options.epochs, 1, 0)
-        parts.encoders["image"][1].module.to("cpu")
+        fill_cache([medium for sample in samples for medium in sample.media], run.features, settings)
+        components.encoders["image"].module.to("cpu")
         encoded_at = perf_counter()
 
-        model = build_model(
-            parts, llm=llm, adapter_options=lora_options(options), seed=options.seed, with_encoders=False, asks={}
-        )
-        adapter.load_trained(model, options.folder / "first")
+        model = run.build(with_encoders=False)
+        load_trained(model, options.folder / "first")
         memory.start()
 
         train_begin = perf_counter()
         if checkpointed:
             model.causal_lm.activation_checkpointing_enable(every_n_layers=1)
-        roles = ["projectors", "adapter"]
-        set_trainable(model, roles)
-        trained = trained_parts(model, roles)
+        stage = settings.stages[0]
+        set_trainable(model, stage.trains)
+        trained = trained_parts(model, stage.trains)
         collator = Collator(
-            samples,
-            features.features,
+            rows_as_tokens,
+            run.features.features,
             field="features",
             packed=packs_exactly(model.causal_lm),
-            pad_token_id=parts.tokenizer.pad_token_id,
+            pad_token_id=components.tokenizer.pad_token_id,
         )
         watcher = make_watcher(
             {
@@ -531,24 +539,18 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
                 "lora_B": next(p for p in trained["adapter"] if p.shape[1] == options.rank),
             }
         )
-        log = train_stage(
-            model,
-            parts.tokenizer,
-            rows=rows,
+        training = StageTraining(
+            model=model,
+            tokenizer=components.tokenizer,
+            stage=stage,
+            settings=settings,
             collator=collator,
-            parts=trained,
+            rows=rows,
             folder=Path(run_folder) / "checkpoints",
-            resume_from=None,
-            accumulate=1,
-            save_every_n_steps=1_000_000,
-            workers=0,
             seed=options.seed,
-            dtype=parts.dtype,
-            callbacks=[watcher],
-            learning_rates={},
-            distill_temperature=None,
-            **schedule(options),
+            dtype=components.dtype,
         )
+        log = train_stage(training, callbacks=[watcher])
         seconds = {
             "tokenize": tokenized_at - begin,
             "encode": encoded_at - tokenized_at,
@@ -563,19 +565,7 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
         "memory": memory.figures(),
         "gradients": watcher.norms,
     }
-    return result, parts.dtype
-
-
-def schedule(options: argparse.Namespace) -> dict[str, Any]:
-    """A stage's settings, as the kit names them."""
-    return {
-        "learning_rate": options.learning_rate,
-        "scheduler": "cosine",
-        "warmup": 0.03,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "optimizer": "adamw_torch",
-    }
+    return result, components.dtype
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -587,24 +577,23 @@ def train_peer(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
-    from finetune.model.language_model import load_language_model
+    from finetune.model.build import load_llm
 
     memory = Memory()
     rows = json.loads((options.folder / "rows.json").read_text(encoding="utf-8"))
-    parts, llm = load_our_parts(options)  # the peer takes its tokenizer, and the very weights of its encoder
-    entries, samples, _ = our_samples(options, parts, cache_folder=None)  # to compare with, before the clock runs
-    language_model = load_language_model(llm["name"], quantize=llm["quantize"], dtype=parts.dtype, device=parts.device)
+    run, samples, rows_as_tokens = our_run(options)  # the peer takes its tokenizer, and its encoder's very weights
+    parts = run.components
     image_id = parts.placeholders["image"].id
-    llava, processor = make_llava(language_model, parts, image_id)
-    dataset = peer_dataset([entries[number] for row in rows for number in row])
-    check_equal_inputs(processor, dataset, llava, parts, entries, samples, rows[0])
+    llava, processor = make_llava(load_llm(parts), parts, image_id)
+    dataset = peer_dataset([samples[number] for row in rows for number in row])
+    check_equal_inputs(processor, dataset, llava, parts, samples, rows_as_tokens, rows[0])
     memory.start()
 
     with tempfile.TemporaryDirectory(dir=options.folder) as run_folder:
         begin = perf_counter()
         trainer = SFTTrainer(
             model=llava,
-            args=peer_arguments(options, run_folder, checkpointed),
+            args=peer_arguments(options, run_folder, checkpointed, steps=len(rows)),
             train_dataset=dataset,
             processing_class=processor,
             peft_config=LoraConfig(
@@ -634,22 +623,22 @@ def train_peer(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     return result, parts.dtype
 
 
-def peer_arguments(options: argparse.Namespace, folder: str, checkpointed: bool) -> Any:
+def peer_arguments(options: argparse.Namespace, folder: str, checkpointed: bool, steps: int) -> Any:
     """trl's defaults, but for what makes both sides comparable, or the peer better."""
     from trl import SFTConfig
 
-    stage = schedule(options)
+    stage = our_recipe(options).train.stages[0]
     return SFTConfig(
         output_dir=folder,
         per_device_train_batch_size=options.batch,
         num_train_epochs=1,  # the samples of all epochs are laid out in the dataset, in the order of ours
         train_sampling_strategy="sequential",
-        learning_rate=stage["learning_rate"],
-        lr_scheduler_type=stage["scheduler"],
-        warmup_steps=stage["warmup"],
-        weight_decay=stage["weight_decay"],
-        max_grad_norm=stage["max_grad_norm"],
-        optim=stage["optimizer"],
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.scheduler,
+        warmup_steps=stage.warmup if stage.warmup * steps >= 1 else 0.0,  # as ours
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        optim=stage.optimizer,
         max_length=None,  # the default, 1024, would cut pictures
         gradient_checkpointing=checkpointed,  # trl's default is True: slower, smaller
         bf16=options.device == "cuda" and options.dtype in ("auto", "bfloat16"),  # the default; ours is fp32 on a CPU
@@ -672,7 +661,7 @@ def make_llava(language_model: Any, parts: Any, image_id: int) -> tuple[Any, Any
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    encoder = parts.encoders["image"][1]
+    encoder = parts.encoders["image"]
     is_vit = hasattr(encoder.module.config, "patch_size")
     config = LlavaConfig(
         # Of a tower that isn't a ViT, the configuration only tells LLaVA the width: the tower itself is put in below.
@@ -750,26 +739,26 @@ def blank_picture() -> Any:
     return Image.new("RGB", (64, 64))
 
 
-def peer_dataset(entries: list[Any]) -> Any:
+def peer_dataset(samples: list[Any]) -> Any:
     """trl's conversational prompt-completion rows; pictures are read when they're needed."""
     from datasets import Dataset, Image, List
 
     dataset = Dataset.from_dict(
         {
-            "images": [[str(medium.path) for medium in entry.sample.media] for entry in entries],
-            "prompt": [[{"role": "user", "content": question(entry)}] for entry in entries],
-            "completion": [[{"role": "assistant", "content": entry.sample.answer}] for entry in entries],
+            "images": [[str(medium.path) for medium in sample.media] for sample in samples],
+            "prompt": [[{"role": "user", "content": question(sample)}] for sample in samples],
+            "completion": [[{"role": "assistant", "content": sample.answer}] for sample in samples],
         }
     )
     return dataset.cast_column("images", List(Image(mode="RGB")))
 
 
-def question(entry: Any) -> str:
-    return "".join(part for part in entry.sample.question[0].content if isinstance(part, str))
+def question(sample: Any) -> str:
+    return "".join(part for part in sample.question[0].content if isinstance(part, str))
 
 
 def check_equal_inputs(
-    processor: Any, dataset: Any, llava: Any, parts: Any, entries: list[Any], samples: Any, row: list[int]
+    processor: Any, dataset: Any, llava: Any, parts: Any, samples: list[Any], tokens: Any, row: list[int]
 ) -> None:
     """Raises AssertionError where trl's collator and ours make other tokens, labels or features of the first batch."""
     import torch
@@ -781,11 +770,11 @@ def check_equal_inputs(
     batch = collator([dataset[place] for place in range(len(row))])
     for place, number in enumerate(row):
         real = batch["attention_mask"][place] == 1
-        assert batch["input_ids"][place][real].tolist() == samples[number]["input_ids"], "other token ids"
-        assert batch["labels"][place][real].tolist() == samples[number]["labels"], "other labels"
-    encoder = parts.encoders["image"][1]
+        assert batch["input_ids"][place][real].tolist() == tokens[number].input_ids, "other token ids"
+        assert batch["labels"][place][real].tolist() == tokens[number].labels, "other labels"
+    encoder = parts.encoders["image"]
     few = row[:4]
-    paths = [entries[number].sample.media[0].path for number in few]
+    paths = [samples[number].media[0].path for number in few]
     prepared = torch.cat([encoder.prepare(decode("image", path)).values for path in paths])  # a segment each
     assert torch.equal(prepared, batch["pixel_values"][: len(few)]), "other pixels"
     with torch.no_grad():  # of the tower only: 4-bit layers must not answer without gradients before training
