@@ -1,5 +1,4 @@
 import copy
-import json
 
 import pytest
 import torch
@@ -9,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, part, tiny_composite, tiny_llm_folder
 
 from finetune.common.errors import ArtifactError, ModelError
-from finetune.model.adapter import attach, load_trained, options_of, save_trained
+from finetune.model.adapter import attach, load_trained, save_trained, saved_adapter
 from finetune.model.composite import compose
 from finetune.model.language_model import load_language_model
+from finetune.recipe.schema import Adapter, Llm
 
 KINDS = [{}, {"rslora": True}, {"dora": True}, {"initialization": "pissa"}, {"targets": ["q_proj", "down_proj"]}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -21,7 +21,7 @@ def composite_with(**kind):
     torch.manual_seed(0)
     model = tiny_composite()
     bare = copy.deepcopy(model.causal_lm)
-    attach(model, rank=4, alpha=8, **kind)
+    attach(model, Adapter(rank=4, alpha=8.0, **kind))
     return model.eval(), bare
 
 
@@ -41,13 +41,12 @@ def test_a_saved_adapter_comes_back_through_our_loader_and_plain_peft(kind, tmp_
     model, bare = composite_with(**kind)
     shake(model)
     save_trained(model, tmp_path)
-    options = options_of(json.loads((tmp_path / "adapter_config.json").read_text()))
     other = tiny_composite()
     other.load_state_dict(
         {k: v for k, v in composite_with()[0].state_dict().items() if "projectors" in k}, strict=False
     )
     other.language_model = copy.deepcopy(bare)
-    attach(other, **options)
+    attach(other, saved_adapter(tmp_path))
     load_trained(other, tmp_path)
     assert torch.equal(logits_of(other.eval()), logits_of(model))
     if "initialization" not in kind:  # PiSSA's base isn't the plain one
@@ -66,7 +65,7 @@ def test_lora_lands_on_the_llm_alone_and_not_on_its_head():
 
 def test_targets_that_are_not_there_are_a_model_error():
     with pytest.raises(ModelError, match="no_such_module"):
-        attach(tiny_composite(), rank=2, alpha=4, targets=["no_such_module"])
+        attach(tiny_composite(), Adapter(rank=2, alpha=4.0, targets=["no_such_module"]))
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "projectors.safetensors"])
@@ -96,11 +95,10 @@ def test_a_file_that_does_not_fit_is_named_and_nothing_is_half_loaded(file, dama
 @pytest.mark.parametrize("double_quantize", [True, False])
 def test_a_4_bit_llm_answers_as_it_is_trained(dora, double_quantize, tmp_path):
     """On CPUs with AVX-512 BF16, bitsandbytes lays weights out anew in the first forward without gradients."""
-    llm = load_language_model(
-        str(tiny_llm_folder(tmp_path)), quantize="nf4", double_quantize=double_quantize, dtype=torch.float32
-    )
+    section = Llm(name=str(tiny_llm_folder(tmp_path)), quantize="nf4", double_quantize=double_quantize)
+    llm = load_language_model(section, torch.float32)
     model = compose(llm, encoders={}, projectors={}, fusion=part("fusion", "prefix"), placeholder_ids={})
-    attach(model, rank=4, alpha=8, dora=dora)
+    attach(model, Adapter(rank=4, alpha=8.0, dora=dora))
     shake(model.eval())
     ids = torch.randint(3, VOCABULARY, (1, 12))
     embeddings = model.get_input_embeddings()(ids).requires_grad_()

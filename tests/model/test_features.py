@@ -9,7 +9,7 @@ from tiny import tiny_composite, tiny_dataset, tiny_encoder
 
 from finetune.common.errors import ArtifactError, DataError
 from finetune.data.media import decode
-from finetune.data.sample import Layout, Medium, media_key
+from finetune.data.sample import Layout, Medium
 from finetune.model import feature_store as module
 from finetune.model.encoders import vision
 from finetune.model.feature_store import FeatureStore
@@ -24,7 +24,7 @@ def media(tmp_path):
 def fill(encoder, media, folder) -> Features:
     features = Features({"image": encoder}, folder)
     missing = features.missing(media)["image"]
-    features.fill("image", missing, lambda: None)
+    features.fill(missing, lambda: None)
     return features
 
 
@@ -37,8 +37,8 @@ def test_cached_features_are_those_computed_to_the_bit_in_any_order(media, tmp_p
     prepared = [encoder.prepare(decode("image", medium.path)) for medium in media]
     through_model = model.encode("image", [one.values for one in prepared])
     for medium, expected in zip(media, through_model, strict=True):
-        assert torch.equal(cached.features("image", cached.key(medium)), expected)
-        assert torch.equal(fresh.features("image", fresh.key(medium)), expected)
+        assert torch.equal(cached.features(medium), expected)
+        assert torch.equal(fresh.features(medium), expected)
     assert not torch.equal(through_model[0], through_model[1])
 
 
@@ -48,10 +48,11 @@ def test_broken_media_are_all_named_and_the_others_kept(media, batch, workers, t
     for number in (1, 4):
         media[number].path.write_text(f"no picture {number}")
     features = Features({"image": encoder}, tmp_path / "cache")
-    keys = [features.key(medium, f"rows.csv:{number}") for number, medium in enumerate(media)]
-    with pytest.raises(DataError, match="2 of 5 media can't be used") as told:
-        features.fill("image", keys[:5], lambda: None, batch, workers)
-    assert "rows.csv:1" in str(told.value) and "rows.csv:4" in str(told.value)
+    rows = [Medium("image", medium.path, where=f"rows.csv:{number}") for number, medium in enumerate(media)]
+    keys = [medium.key for medium in rows]
+    with pytest.raises(DataError, match="2 of 5 media can't be used") as error:
+        features.fill(rows[:5], lambda: None, batch, workers)
+    assert "rows.csv:1" in str(error.value) and "rows.csv:4" in str(error.value)
     assert features.stores["image"].missing(keys) == [keys[1], keys[4], keys[5]]
 
 
@@ -66,7 +67,7 @@ def test_the_dtype_comes_back(dtype, tmp_path):
 def test_a_medium_is_known_by_its_content(tmp_path):
     for name, content in (("a.png", b"one"), ("b.png", b"one"), ("c.png", b"two")):
         (tmp_path / name).write_bytes(content)
-    first, copied, changed = (media_key(Medium("image", tmp_path / name)) for name in ("a.png", "b.png", "c.png"))
+    first, copied, changed = (Medium("image", tmp_path / name).key for name in ("a.png", "b.png", "c.png"))
     assert first == copied != changed
 
 

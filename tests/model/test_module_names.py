@@ -31,7 +31,7 @@ def renaming(monkeypatch):
     for name in ("LlamaAttention", "LlamaDecoderLayer"):  # properties of these tests alone
         monkeypatch.setattr(modeling_llama, name, type(name, (getattr(modeling_llama, name),), {}))
     load = loading.load_llm
-    monkeypatch.setattr(loading, "load_llm", lambda parts, llm: rename(load(parts, llm)))
+    monkeypatch.setattr(loading, "load_llm", lambda components: rename(load(components)))
 
 
 def test_modules_that_were_renamed_are_an_error_with_names_of_both_sides(renaming, tmp_path):
@@ -42,7 +42,7 @@ def test_modules_that_were_renamed_are_an_error_with_names_of_both_sides(renamin
 
 def test_no_module_at_all_is_an_error_with_both_sides(tmp_path):
     with pytest.raises(ArtifactError, match="none of the 14 modules") as told:
-        adapter.options_for(saved_adapter(tmp_path), tiny_llm("gpt2"))
+        adapter.fitted_adapter(saved_adapter(tmp_path), tiny_llm("gpt2"))
     assert "model.layers.0.mlp.down_proj" in str(told.value) and "transformer.h.0.attn.c_attn" in str(told.value)
 
 
@@ -51,9 +51,9 @@ def test_an_llm_of_other_sizes_is_told_by_both_sizes(tmp_path):
     other = tiny_llm_folder(tmp_path / "other", hidden_size=64)
     path = folder / "multimodal.json"
     content = json.loads(path.read_text())
-    content["language_model"]["name"] = str(other)
+    content["model"]["llm"]["name"] = str(other)
     path.write_text(json.dumps(content))
-    with pytest.raises(ArtifactError, match=r"another LLM.*takes (32|48) numbers.*takes (64|128)"):
+    with pytest.raises(ArtifactError, match=r"another LLM.*takes (32|48) features.*takes (64|128)"):
         finetune.load(folder)
 
 
@@ -70,7 +70,7 @@ def test_what_transformers_renames_itself_is_asked_of_it():
 
 def test_what_is_saved_describes_what_lora_hangs_on():
     content = json.loads((SAVED / "multimodal.json").read_text())["modules"]
-    assert content["class"] == "LlamaForCausalLM" and len(content["shapes"]) == 14
+    assert content["llm_class"] == "LlamaForCausalLM" and len(content["shapes"]) == 14
     assert content["shapes"]["model.layers.1.mlp.down_proj"] == [48, 32]
     assert content["shapes"].keys() == {
         f"model.layers.{layer}.{module}"
