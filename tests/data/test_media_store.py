@@ -32,7 +32,7 @@ def test_each_content_is_one_file_under_its_hash(store):
 
 @pytest.mark.parametrize("size", [0, 11])
 def test_too_much_and_nothing_are_refused(size, store):
-    with pytest.raises(MediaError, match=rf"rows.csv:2: a medium of {size} bytes; 1 to 10"):
+    with pytest.raises(MediaError, match=rf"rows.csv:2: holds a medium of {size} bytes; 1 to 10"):
         kept(b"x" * size, "rows.csv:2", 10)
     assert not store.exists()
 

@@ -8,8 +8,11 @@ from tiny import part, tiny_dataset, tiny_picture
 from tiny_formats import EXAMPLES, picture, put
 
 from finetune.common.errors import DataError
-from finetune.data.rows import Entry, Source, mixed, read_splits, some, summary
+from finetune.data.rows import read_splits, sampling_weights, subset, summary
 from finetune.data.sample import Message, Row, Sample
+from finetune.recipe.schema import Source
+
+SPLITS = ("train", "validation", "test")
 
 
 def source(path: Path, task: str = "classify", **changes) -> Source:
@@ -29,18 +32,18 @@ def data(tmp_path):
 
 def test_rows_keep_their_order_and_weight(data):
     splits = read_splits([source(data / "train.csv", weight=2.5), source(data / "test.csv", split="test")], 0)
-    assert [len(splits[name]) for name in ("train", "validation", "test")] == [40, 0, 8]
-    assert {entry.weight for entry in splits["train"]} == {2.5}
-    assert [entry.sample.where for entry in splits["train"][:2]] == ["train.csv:2", "train.csv:3"]
-    assert summary(splits)["test"]["answers"] == {"red": 2, "green": 2, "blue": 2, "yellow": 2}
+    assert [len(splits.of(name)) for name in SPLITS] == [40, 0, 8]
+    assert {sample.weight for sample in splits.train} == {2.5}
+    assert [sample.where for sample in splits.train[:2]] == ["train.csv:2", "train.csv:3"]
+    assert summary(splits)["test"].answers == {"red": 2, "green": 2, "blue": 2, "yellow": 2}
 
 
 def test_a_row_held_out_is_lost_to_training_and_depends_on_the_seed_alone(data):
     def test_rows(seed):
         splits = read_splits([source(data / "train.csv", hold_out=0.4)], seed)
-        assert len(splits["train"]) + len(splits["test"]) == 40
-        held_out = {entry.sample.where for entry in splits["test"]}
-        assert not held_out & {entry.sample.where for entry in splits["train"]}
+        assert len(splits.train) + len(splits.test) == 40
+        held_out = {sample.where for sample in splits.test}
+        assert not held_out & {sample.where for sample in splits.train}
         return held_out
 
     assert test_rows(0) == test_rows(0) != test_rows(1)
@@ -54,7 +57,7 @@ def test_rows_of_one_picture_stay_on_one_side(tmp_path):
         (tmp_path / f"copy{number}.png").write_bytes((tmp_path / f"{number}.png").read_bytes())
         rows += [[f"{number}.png", "red"], [f"copy{number}.png", "blue"]]
     splits = read_splits([source(write(tmp_path / "rows.csv", rows), hold_out=0.5)], 0)
-    pictures = {name: {e.sample.media[0].path.read_bytes() for e in splits[name]} for name in ("train", "test")}
+    pictures = {name: {s.media[0].path.read_bytes() for s in splits.of(name)} for name in ("train", "test")}
     assert pictures["train"] and pictures["test"] and not pictures["train"] & pictures["test"]
 
 
@@ -62,8 +65,8 @@ def test_rows_are_held_out_for_validation_beside_the_test(data):
     """More validation rows take none from the test, and every row stands on one side."""
     alone = read_splits([source(data / "train.csv", hold_out=0.3)], 1)
     both = read_splits([source(data / "train.csv", hold_out=0.3, hold_out_validation=0.3)], 1)
-    where = {split: {entry.sample.where for entry in entries} for split, entries in both.items()}
-    assert where["test"] == {entry.sample.where for entry in alone["test"]}
+    where = {split: {sample.where for sample in both.of(split)} for split in SPLITS}
+    assert where["test"] == {sample.where for sample in alone.test}
     assert where["validation"] and sum(map(len, where.values())) == len(set().union(*where.values())) == 40
 
 
@@ -73,45 +76,41 @@ def test_rows_of_a_group_are_held_out_together(data):
         "\n".join([lines[0] + ",patient", *(f"{line},p{number // 4}" for number, line in enumerate(lines[1:]))])
     )
     splits = read_splits([source(data / "train.csv", hold_out=0.3, hold_out_validation=0.2, group="patient")], 0)
-    sides = {
-        split: {(int(e.sample.where.split(":")[1]) - 2) // 4 for e in entries} for split, entries in splits.items()
-    }
+    sides = {split: {(int(s.where.split(":")[1]) - 2) // 4 for s in splits.of(split)} for split in SPLITS}
     assert all(sides.values()) and sum(map(len, sides.values())) == 10
     with pytest.raises(DataError, match="column 'doctor', by which rows are held out"):
         read_splits([source(data / "train.csv", hold_out=0.3, group="doctor")], 0)
 
 
-def entry(source: int, weight: float = 1.0, group: str = "") -> Entry:
+def sample(source: int, weight: float = 1.0, group: str = "") -> Sample:
     turns = (Message("user", ("a",)), Message("assistant", ("b",)))
-    return Entry(Sample(turns, "rows.csv:2", group=group), source, weight)
+    return Sample(turns, "rows.csv:2", group=group, source=source, weight=weight)
 
 
 def test_a_temperature_lifts_small_sources_and_keeps_the_sum():
-    entries = [entry(0)] * 900 + [entry(1)] * 100
-    assert mixed(entries, 1.0) == [1.0] * 1000
-    found = mixed(entries, 2.0)
-    assert sum(found) == pytest.approx(1000)
-    assert 900 * found[0] / (100 * found[-1]) == pytest.approx(3.0)  # sqrt(900) : sqrt(100)
-    hot = mixed(entries, 1e9)
+    samples = [sample(0)] * 900 + [sample(1)] * 100
+    assert sampling_weights(samples, 1.0) == [1.0] * 1000
+    weights = sampling_weights(samples, 2.0)
+    assert sum(weights) == pytest.approx(1000)
+    assert 900 * weights[0] / (100 * weights[-1]) == pytest.approx(3.0)  # sqrt(900) : sqrt(100)
+    hot = sampling_weights(samples, 1e9)
     assert 900 * hot[0] == pytest.approx(100 * hot[-1], rel=1e-6)
-    weighed = mixed([entry(0, 2.0)] * 50 + [entry(1)] * 100, 3.0)
+    weighed = sampling_weights([sample(0, 2.0)] * 50 + [sample(1)] * 100, 3.0)
     assert weighed == pytest.approx([2.0] * 50 + [1.0] * 100)  # as many rows already
 
 
 def test_a_limit_takes_whole_groups(data):
-    entries = [entry(0, group=f"g{number // 4}") for number in range(40)]
-    chosen = [number for number, one in enumerate(entries) if any(one is kept for kept in some(entries, 10, 0))]
+    samples = [sample(0, group=f"g{number // 4}") for number in range(40)]
+    chosen = [number for number, one in enumerate(samples) if any(one is other for other in subset(samples, 10, 0))]
     assert len(chosen) == 8 and len({number // 4 for number in chosen}) == 2
-    assert len(some([entry(0) for _ in range(40)], 10, 0)) == 10 and len(some(entries, 2, 0)) == 2
+    assert len(subset([sample(0) for _ in range(40)], 10, 0)) == 10 and len(subset(samples, 2, 0)) == 2
 
 
 def test_a_row_of_training_under_another_name_in_the_test_is_refused(data):
     picture = data / "images" / "renamed.png"
     picture.write_bytes((data / "images" / "train0.png").read_bytes())
     test = write(data / "other.csv", [["images/test1.png", "green"], ["images/renamed.png", "red"]])
-    with pytest.raises(
-        DataError, match=r"1 rows stand both in training and in test:\n  train.csv:2 is also other.csv:3"
-    ):
+    with pytest.raises(DataError, match=r"1 rows are both in training and in test:\n  train.csv:2 is also other.csv:3"):
         read_splits([source(data / "train.csv"), source(test, split="test")], 0)
 
 
@@ -141,7 +140,7 @@ def test_columns_are_renamed(tmp_path):
     tiny_picture().save(tmp_path / "a.png")
     (tmp_path / "rows.tsv").write_text("file\tcolour\na.png\tred\n")
     rows = source(tmp_path / "rows.tsv", columns={"image": "file", "label": "colour"})
-    assert read_splits([rows], 0)["train"][0].sample.answer == "red"
+    assert read_splits([rows], 0).train[0].answer == "red"
 
 
 def test_a_file_of_no_known_format_is_named(tmp_path):
@@ -150,7 +149,7 @@ def test_a_file_of_no_known_format_is_named(tmp_path):
         read_splits([source(tmp_path / "rows.xyz")], 0)
 
 
-def test_addresses_links_and_semicolons_are_told(tmp_path):
+def test_addresses_links_and_semicolons_are_reported(tmp_path):
     (tmp_path / "outside").mkdir()
     tiny_picture().save(tmp_path / "outside" / "a.png")
     folder = tmp_path / "data"
@@ -176,8 +175,8 @@ def test_a_medium_is_named_or_held_in_many_ways(tmp_path, monkeypatch):
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
     values = ["a.png", content, {"bytes": content, "path": "x.png"}, {"bytes": None, "path": "a.png"}, uri, Path(file)]
     for value in values:
-        (found,) = row(tmp_path / "data", value).media(("image",))
-        assert found.kind == "image" and found.path.read_bytes() == content and found.path.is_file()
+        (medium,) = row(tmp_path / "data", value).media(("image",))
+        assert medium.kind == "image" and medium.path.read_bytes() == content and medium.path.is_file()
     assert len(row(tmp_path / "data", values).media(("image",))) == len(values)
     with pytest.raises(DataError, match=r"rows.csv:2: holds a medium of .* bytes; 1 to 10 "):
         row(tmp_path / "data", content, max_bytes=10).media(("image",))
@@ -214,11 +213,11 @@ def test_media_outside_their_folder_are_read_where_the_recipe_says_so(tmp_path):
 
 
 def test_media_are_fetched_from_the_hosts_of_a_source_alone(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("finetune.data.sample.fetched", lambda *given: asked.append(given) or tmp_path)
-    found = row(tmp_path, "https://example.com/a.png", hosts=("example.com",), max_bytes=7).media(("image",))
-    assert found[0].path == tmp_path
-    assert asked == [("https://example.com/a.png", ("example.com",), "rows.csv:2", 7)]
+    calls = []
+    monkeypatch.setattr("finetune.data.sample.fetched", lambda *arguments: calls.append(arguments) or tmp_path)
+    media = row(tmp_path, "https://example.com/a.png", hosts=("example.com",), max_bytes=7).media(("image",))
+    assert media[0].path == tmp_path
+    assert calls == [("https://example.com/a.png", ("example.com",), "rows.csv:2", 7)]
 
 
 @pytest.mark.parametrize(("value", "text"), [(3, "3"), (2.5, "2.5"), (" a ", "a")])
@@ -249,13 +248,13 @@ def test_numbers_are_text(value, text, tmp_path):
 def test_every_format_becomes_samples(example, task, renamed, answers, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = EXAMPLES[example][1](tmp_path / "data")
-    entries = read_splits([source(path, task, columns=renamed)], 0)["train"]
-    assert [entry.sample.answer for entry in entries] == answers
-    assert all(len(entry.sample.media) == (example != "sharegpt") for entry in entries)
+    samples = read_splits([source(path, task, columns=renamed)], 0).train
+    assert [sample.answer for sample in samples] == answers
+    assert all(len(sample.media) == (example != "sharegpt") for sample in samples)
 
 
 def test_rows_of_a_tar_become_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = EXAMPLES["webdataset"][1](tmp_path / "data")
-    found = read_splits([source(path / "0.tar")], 0)["train"][0].sample
-    assert found.answer == "3" and found.media[0].path.read_bytes() == picture() and found.where == "0.tar:1"
+    first = read_splits([source(path / "0.tar")], 0).train[0]
+    assert first.answer == "3" and first.media[0].path.read_bytes() == picture() and first.where == "0.tar:1"

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -124,10 +126,19 @@ def test_what_is_not_plain_yaml_is_refused_with_its_line(text, line, reason):
     assert "\n" not in message
 
 
-def test_alias_bomb_is_refused_before_it_grows():
+def test_an_alias_bomb_is_refused_before_it_grows():
+    """In a process that may use 10 s and 1 GiB: a reader that expands it can't take the machine with it."""
     bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
-    with pytest.raises(RecipeError, match="x:1: anchors"):
-        read_yaml(bomb, "x")
+    script = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (10, 10))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
+        "from finetune.recipe.yaml_reader import read_yaml\n"
+        "read_yaml(sys.stdin.read(), 'x')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=bomb, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "RecipeError: x:1: anchors" in done.stderr
 
 
 def test_empty_text_is_none():

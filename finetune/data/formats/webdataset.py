@@ -18,6 +18,8 @@ from finetune.common.registry import PartOptions
 from finetune.data.formats import Columns, NumberedRows, _conversations, _media
 from finetune.recipe.schema import Limits
 
+MAX_BYTES = Limits().max_bytes  # of a file in an archive
+
 
 class Options(PartOptions):
     pass
@@ -53,8 +55,8 @@ def _files(shard: Path) -> Iterator[tuple[str, str, bytes]]:
                 key, _, suffix = name.partition(".")
                 if not member.isreg():
                     raise DataError(f"{shard}: {member.name!r} is a link or device, not a file; pack what it leads to")
-                if member.size > Limits().max_bytes:
-                    raise DataError(f"{shard}: {member.name!r} has {member.size:,} bytes, over {Limits().max_bytes:,}")
+                if member.size > MAX_BYTES:
+                    raise DataError(f"{shard}: {member.name!r} has {member.size:,} bytes, over {MAX_BYTES:,}")
                 content = tar.extractfile(member)
                 yield f"{folder}/{key}".lstrip("/"), suffix.lower(), content.read() if content else b""
             _check_end(shard, file, tar.offset)

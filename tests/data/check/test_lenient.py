@@ -5,7 +5,7 @@ from tiny import part
 
 from finetune.common.errors import DataError
 from finetune.data.check.lenient import encoding_of, lenient_rows
-from finetune.data.rows import Source
+from finetune.recipe.schema import Source
 
 
 def read(path, task="classify"):

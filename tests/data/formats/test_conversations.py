@@ -10,8 +10,9 @@ from tiny_formats import put, turns
 
 from finetune.common.errors import DataError
 from finetune.data.formats import llava, messages, sharegpt
-from finetune.data.rows import Source, read_splits
+from finetune.data.rows import read_splits
 from finetune.data.sample import Medium
+from finetune.recipe.schema import Source
 
 FORMATS = {"llava": llava, "sharegpt": sharegpt, "messages": messages}
 
@@ -124,9 +125,9 @@ def test_a_picture_held_by_a_message_is_seen_by_the_task_chat(tmp_path, monkeypa
     held, named = ({"url": url}, {"url": "a.png"})
     lines = [{"messages": turns("user", [{"type": "image_url", "image_url": u}], "red")} for u in (held, named)]
     path = put(tmp_path / "x.jsonl", "\ufeff" + "\n\n".join(map(json.dumps, lines)))
-    entries = read_splits([Source(path, part("tasks", "chat"))], 0)["train"]
-    assert [entry.sample.where for entry in entries] == ["x.jsonl:1", "x.jsonl:3"]
-    media = [entry.sample.media[0] for entry in entries]
+    samples = read_splits([Source(path=path, task=part("tasks", "chat"))], 0).train
+    assert [sample.where for sample in samples] == ["x.jsonl:1", "x.jsonl:3"]
+    media = [sample.media[0] for sample in samples]
     assert media[1] == Medium("image", (tmp_path / "a.png").resolve())
     assert media[0].path.read_bytes() == picture and media[0].path.suffix == ".png"
 

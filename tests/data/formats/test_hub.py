@@ -13,7 +13,8 @@ from tiny_formats import picture, put, sound
 
 from finetune.common.errors import DataError
 from finetune.data.formats import hub
-from finetune.data.rows import Source, read_rows, read_splits
+from finetune.data.rows import read_rows, read_splits
+from finetune.recipe.schema import RowFile, Source
 
 HELD = {"bytes": picture(), "path": None}
 
@@ -104,9 +105,9 @@ def test_one_split_is_read(tmp_path):
 
 def test_rows_become_samples_whose_media_are_files(tmp_path):
     path = tiny_formats.saved(tmp_path)
-    entries = read_splits([Source(path, part("tasks", "classify"))], 0)["train"]
-    assert [entry.sample.answer for entry in entries] == ["blue", "red"]
-    media = entries[0].sample.media[0]
+    samples = read_splits([Source(path=path, task=part("tasks", "classify"))], 0).train
+    assert [sample.answer for sample in samples] == ["blue", "red"]
+    media = samples[0].media[0]
     assert media.path.read_bytes() == picture() and media.path.is_relative_to(tmp_path / "cache")
 
 
@@ -116,8 +117,8 @@ def test_conversations_take_the_pictures_beside_them(tmp_path):
         {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())}
     )
     Dataset.from_list([{"messages": turn, "images": [HELD]}], features).save_to_disk(tmp_path / "saved")
-    (entry,) = read_splits([Source(tmp_path / "saved", part("tasks", "chat"))], 0)["train"]
-    assert entry.sample.media[0].path.read_bytes() == picture()
+    (sample,) = read_splits([Source(path=tmp_path / "saved", task=part("tasks", "chat"))], 0).train
+    assert sample.media[0].path.read_bytes() == picture()
 
 
 def named(name: str, path):
@@ -130,14 +131,14 @@ def named(name: str, path):
 def test_a_dataset_reads_no_file_of_this_machine_by_naming_it(name, tmp_path):
     put(tmp_path / "secret.png", picture())
     (tmp_path / "data").mkdir()
-    (row,) = read_rows(Source(named(name, tmp_path / "data" / "d.parquet"), part("tasks", "classify")))
+    (row,) = read_rows(RowFile(path=named(name, tmp_path / "data" / "d.parquet")))
     with pytest.raises(DataError, match=r"d.parquet:1: .*(outside|not of http|no address)"):
         row.media(("image",))
 
 
 def test_files_that_datasets_itself_cached_are_read_where_they_are(tmp_path):
     file = put(tmp_path / "cache" / "datasets" / "a.png", picture())
-    (row,) = read_rows(Source(named(str(file), tmp_path / "d.parquet"), part("tasks", "classify")))
+    (row,) = read_rows(RowFile(path=named(str(file), tmp_path / "d.parquet")))
     assert row.media(("image",))[0].path == file
     named(str(file.parent / ".." / ".." / "a.png"), tmp_path / "d.parquet")
     assert isinstance(read(tmp_path / "d.parquet")[0]["image"], str)

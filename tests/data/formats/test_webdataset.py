@@ -66,7 +66,7 @@ def test_links_and_giants_are_refused(tmp_path, monkeypatch):
         archive.addfile(link)
     with pytest.raises(DataError, match=r"'a.jpg' is a link or device"):
         read(tmp_path / "x.tar")
-    monkeypatch.setattr(webdataset.Limits, "max_bytes", 10)
+    monkeypatch.setattr(webdataset, "MAX_BYTES", 10)
     with pytest.raises(DataError, match="has 11 bytes, over 10"):
         read(tar(tmp_path / "x.tar", {"a.jpg": b"12345678901"}))
 

@@ -7,8 +7,9 @@ from hostile_files import wav
 from media_files import coded_sound, moov_first, sine, sound, video
 
 from finetune.common.errors import MediaError
-from finetune.data.media import BOUNDS, DECODERS, Limits, blank, decode
+from finetune.data.media import BOUNDS, DECODERS, blank, decode
 from finetune.data.media.audio import decode_audio
+from finetune.recipe.schema import Limits
 
 
 def strongest(audio: np.ndarray) -> float:

@@ -6,8 +6,9 @@ import pytest
 from media_files import coded_sound, moov_first, patched, picture, video
 
 from finetune.common.errors import MediaError
+from finetune.data.media import blank, decode
 from finetune.data.media.video import Clip, decode_video
-from finetune.recipe.schema import Limits, blank, decode
+from finetune.recipe.schema import Limits
 
 GREYS = list(range(20, 220, 10))  # 20 frames, 10 a second
 MADE = {

@@ -7,8 +7,9 @@ from hostile_files import encapsulated
 from media_files import dicom, noise, picture
 
 from finetune.common.errors import MediaError
+from finetune.data.media import decode
 from finetune.data.media.image import decode_image
-from finetune.recipe.schema import Limits, decode
+from finetune.recipe.schema import Limits
 
 RAMP = np.arange(0, 1000, 10, dtype=np.int16).reshape(10, 10)
 
