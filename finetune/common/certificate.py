@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from finetune.common.errors import ArtifactError
-from finetune.common.run_folder import RunFolder, file_hash, read_json, write_text
+from finetune.common.run_folder import RunFolder, damaged, file_hash, read_json, write_text
 
 NAME = "certificate.json"
 FORMAT: Literal[1] = 1
@@ -112,9 +112,7 @@ def read_certificate(path: Path | str) -> Certificate:
     try:
         return Certificate.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{file} is damaged: {key}: {first['msg']}; merge again") from None
+        raise damaged(file, error, "merge again") from None
 
 
 def verify(certificate: Certificate, folder: Path | str, key: Literal["sha256", "adapter_sha256"] = "sha256") -> None:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from finetune.common.errors import ArtifactError, TrainingError
 
 JsonObject = dict[str, Any]
@@ -139,6 +141,15 @@ def read_json(path: Path) -> JsonObject:
         raise ArtifactError(f"{path} is missing") from None
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
+
+
+def damaged(path: Path | str, error: ValidationError, advice: str, above: str = "") -> ArtifactError:
+    """What to raise for a JSON file that isn't as its schema says: its first wrong key. `above`: the key of the
+    section that was validated, with a dot.
+    """
+    first = error.errors(include_url=False)[0]
+    key = above + ".".join(map(str, first["loc"]))
+    return ArtifactError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}; {advice}")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from finetune.common import certificate, hub
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.progress import quiet_libraries
-from finetune.common.run_folder import read_json
+from finetune.common.run_folder import damaged, read_json
 from finetune.model.adapter import fitted_adapter, load_trained
 from finetune.model.assistant import Assistant
 from finetune.model.build import Components, build_model, load_components, load_llm
@@ -80,17 +80,23 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
 def read_composition(folder: Path) -> Composition:
     """What the config of a merged folder says. Raises ArtifactError where it isn't one, or of another format."""
     config = read_json(folder / "config.json")
+    advice = "pull the model again, or merge again"
     parts, family = config.get("parts"), config.get("model_type")
     if not isinstance(parts, dict) or family != "finetune_multimodal":
         reader = "vLLM" if family == "finetune_served" else "transformers"
         raise ArtifactError(f"{folder}: a {family!r}, not a model that `finetune merge` wrote; {reader} loads it")
     refuse_format(folder, parts.get("format"), MERGED_FORMAT, "merge")
     try:
-        return Composition.model_validate(parts)
+        composition = Composition.model_validate(parts)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("parts", *first["loc"])))
-        raise ArtifactError(f"{folder / 'config.json'} is damaged: {key}: {first['msg']}") from None
+        raise damaged(folder / "config.json", error, advice, "parts.") from None
+    placeholders = composition.placeholders.keys()
+    if not composition.encoders.keys() == composition.projectors.keys() == placeholders <= PLACEHOLDERS.keys():
+        raise ArtifactError(
+            f"{folder / 'config.json'} is damaged: parts: encoders, projectors and placeholders are for different "
+            f"media; {advice}"
+        )
+    return composition
 
 
 def load_adapter(

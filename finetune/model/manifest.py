@@ -1,12 +1,12 @@
 """`multimodal.json`, the manifest of an adapter folder. Imports no torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from finetune.common.errors import ArtifactError
-from finetune.common.run_folder import read_json
+from finetune.common.run_folder import damaged, read_json
 from finetune.model.bindings import TaskBinding
 from finetune.recipe.schema import EncoderTuning, Limits, Model, Section
 
@@ -39,13 +39,19 @@ class AdapterManifest(Section, strict=False):
         """Raises ArtifactError where the file is missing, damaged, or of another format."""
         path = folder / MANIFEST
         content = read_json(path)
-        refuse_format(folder, content.get("format") if isinstance(content, dict) else None, FORMAT, "train")
+        if isinstance(content, dict):
+            refuse_format(folder, content.get("format"), FORMAT, "train")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise ArtifactError(f"{path} is damaged: {key}: {first['msg']}") from None
+            raise damaged(path, error, "pull the model again, or train again") from None
+
+    @model_validator(mode="after")
+    def _media_agree(self) -> Self:
+        """An encoder, a projector and a placeholder for each medium."""
+        if not self.model.encoders.keys() == self.model.projectors.keys() == self.placeholders.keys():
+            raise ValueError("encoders, projectors and placeholders are for different media")
+        return self
 
 
 def refuse_format(folder: Path, format: Any, readable: int, verb: str) -> None:

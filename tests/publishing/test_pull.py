@@ -4,21 +4,19 @@ import json
 import shutil
 
 import pytest
-from certificate_files import certificate_content
-from fixture_folders import PICTURE, expected_of, fixture_folder
 from hub_server import READ_TOKEN
 from loopback import asked_of, hub_on_loopback
+from saved_adapter import PICTURE, expected_responses, saved_adapter
 
 import finetune
 from finetune.common import hub as hub_of_finetune
-from finetune.common.certificate import file_hashes
 from finetune.common.errors import ArtifactError, ModelError
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with one published adapter, me/tiny."""
-    folder = fixture_folder("format-3", tmp_path / "made")
+    folder = saved_adapter(tmp_path / "made")
     with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
         hub.add("me/tiny", folder)
         yield hub
@@ -26,7 +24,7 @@ def hub(monkeypatch, tmp_path):
 
 def test_three_lines_load_and_ask(hub):
     model = finetune.load("me/tiny")
-    assert model.answer("What is this?", image=PICTURE, max_new_tokens=8) == expected_of("format-3")["answer"]
+    assert model.answer("What is this?", image=PICTURE, max_new_tokens=8) == expected_responses()["answer"]
 
 
 def test_a_revision_is_that_revision(hub, tmp_path):
@@ -65,10 +63,8 @@ def test_a_file_that_is_not_the_one_on_the_hub_is_named(hub, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_a_merged_model_that_is_not_the_certified_one_is_not_loaded(damage, hub, tmp_path):
-    folder = fixture_folder("merged-1", tmp_path / "merged")
-    (folder / "certificate.json").write_text(json.dumps(certificate_content(sha256=file_hashes(folder))))
-    hub.add("me/whole", folder)
+def test_a_merged_model_that_is_not_the_certified_one_is_not_loaded(damage, hub, finished_run, tmp_path):
+    hub.add("me/whole", finished_run("plain") / "merged")
     assert (finetune.pull("me/whole", tmp_path / "pulled") / "certificate.json").is_file()
     path = tmp_path / "pulled" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -152,13 +148,13 @@ def spoilt(folder, file, change):
 
 
 ADAPTER_CHANGES = {
-    "no encoders": lambda content: content.pop("encoders") and None,
-    "no LLM": lambda content: content.pop("language_model") and None,
-    "an LLM without a name": lambda content: content["language_model"].pop("name") and None,
+    "no encoders": lambda content: content["model"].pop("encoders") and None,
+    "no LLM": lambda content: content["model"].pop("llm") and None,
+    "an LLM without a name": lambda content: content["model"]["llm"].pop("name") and None,
     "an unknown bound": lambda content: content["media"].update(x=1),
-    "an unknown option": lambda content: content["encoders"]["image"]["options"].update(x=1),
+    "an unknown option": lambda content: content["model"]["encoders"]["image"].update(x=1),
     "an odd seed": lambda content: content.update(seed="x"),
-    "an empty ask": lambda content: content.update(asks={"a": {}}),
+    "an empty binding": lambda content: content.update(bindings={"a": {}}),
     "a list": lambda content: [1],
 }
 MERGED_CHANGES = {
@@ -171,27 +167,34 @@ MERGED_CHANGES = {
 }
 
 
+@pytest.fixture
+def merged(finished_run, tmp_path):
+    """Without a certificate, which would be compared first."""
+    without = shutil.ignore_patterns("certificate.json")
+    return shutil.copytree(finished_run("plain") / "merged", tmp_path / "merged", ignore=without)
+
+
 @pytest.mark.parametrize("change", ADAPTER_CHANGES)
 def test_an_adapter_with_damaged_settings_names_the_file(change, tmp_path):
-    spoilt(fixture_folder("format-4", tmp_path), "multimodal.json", ADAPTER_CHANGES[change])
+    spoilt(saved_adapter(tmp_path), "multimodal.json", ADAPTER_CHANGES[change])
 
 
 @pytest.mark.parametrize("change", MERGED_CHANGES)
-def test_a_merged_model_with_damaged_settings_names_the_file(change, tmp_path):
-    spoilt(fixture_folder("merged-1", tmp_path), "config.json", MERGED_CHANGES[change])
+def test_a_merged_model_with_damaged_settings_names_the_file(change, merged):
+    spoilt(merged, "config.json", MERGED_CHANGES[change])
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "shard", "index"])
-def test_damaged_weights_of_a_merged_model_are_named(damage, tmp_path):
-    folder, told = fixture_folder("merged-1", tmp_path), r"model\.safetensors is damaged"
+def test_damaged_weights_of_a_merged_model_are_named(damage, merged):
+    folder, message = merged, r"model\.safetensors is damaged"
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     if damage != "cut":
         path.unlink()
-        told = r"model\.safetensors is missing"
+        message = r"model\.safetensors is missing"
     if damage in ("shard", "index"):
         content = {"weight_map": {"x": "model-1.safetensors"}} if damage == "shard" else {}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content))
-        told = r"model-1\.safetensors is missing" if damage == "shard" else r"index\.json is damaged"
-    with pytest.raises(ArtifactError, match=f"{told}.*pull the model again"):
+        message = r"model-1\.safetensors is missing" if damage == "shard" else r"index\.json is damaged"
+    with pytest.raises(ArtifactError, match=f"{message}.*pull the model again"):
         finetune.load(folder)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from finetune.common.certificate import Certificate, read_certificate
 from finetune.common.errors import ArtifactError, RecipeError
 from finetune.common.registry import load_part
-from finetune.common.run_folder import RunFolder, read_json
+from finetune.common.run_folder import RunFolder, damaged, read_json
 from finetune.data.predictions import Prediction
 from finetune.data.rows import SplitSummary
 from finetune.evaluation.results import Metrics
@@ -98,8 +98,7 @@ def read_content(run: Path) -> Content:
         except (ArtifactError, RecipeError) as error:
             missing.append(str(error).replace(f"{run}{os.sep}", ""))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            missing.append(f"{name} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            missing.append(str(damaged(name, error, "its figures aren't shown")))
         return default
 
     def json_as(kind: type[T]) -> Callable[[Path], T]:
