@@ -11,6 +11,7 @@ from finetune.model.adapter import attach
 from finetune.model.composite import MultimodalModel, compose
 from finetune.model.fusion import Projected
 from finetune.model.trainable import set_trainable
+from finetune.recipe.schema import Adapter
 
 SOUND = PLACEHOLDER + 1
 IDS = torch.tensor([[5, 6, PLACEHOLDER, 7, 8, PLACEHOLDER, 9, 10]])
@@ -141,7 +142,7 @@ def test_answers_of_a_batch_are_those_given_alone(beams):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_activation_checkpoints_give_the_same_gradients(fusion):
     model = tiny_composite(fusion=fusion)
-    attach(model, rank=2, alpha=4)
+    attach(model, Adapter(rank=2, alpha=4.0))
     set_trainable(model, ["projectors", "fusion", "adapter"])
     batch = batch_of(samples_of([9, 6, 12], load_part("fusion", fusion).placeholders(4, None)), [0, 1, 2], packed=True)
     inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}
