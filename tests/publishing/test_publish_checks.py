@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from finished_run import recipe_of, source_of
+from tiny import tiny_recipe
 
 from finetune.publishing import checks, parts, staging
 from finetune.publishing.parts import Base
@@ -39,10 +39,9 @@ def test_licences_come_from_the_recipe_the_folder_or_are_asked_for(tmp_path):
     (tmp_path / "data" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Rows\n")
 
     def recipe_with(**publish) -> Recipe:
-        content = recipe_of(source_of(path=str(tmp_path / "data" / "rows.csv")))
-        content["model"]["llm"]["name"] = str(tmp_path / "llm")
-        content["model"]["encoders"]["image"]["name"] = str(tmp_path / "encoder")
-        return Recipe.model_validate(content | {"publish": publish})
+        rows = {"path": str(tmp_path / "data" / "rows.csv"), "task": "classify"}
+        recipe = tiny_recipe(tmp_path, data=[rows], publish=publish)
+        return Recipe.model_validate_json(recipe.read_text())
 
     recipe = recipe_with()
     bases = parts.with_licences(parts.bases_of(recipe, {}), {})
