@@ -344,10 +344,10 @@ def test_a_tiny_temperature_is_greedy(assistant, paths):
 def test_answers_to_one_request_share_its_media(assistant, paths, monkeypatch):
     real, decoded = prompt.read_medium, []
 
-    def counted(encoder, kind, path, *rest):
-        decoded.append(path)
+    def counted(encoder, medium, limits):
+        decoded.append(medium.path)
         time.sleep(0.1)  # so that the other reader comes meanwhile
-        return real(encoder, kind, path, *rest)
+        return real(encoder, medium, limits)
 
     monkeypatch.setattr(prompt, "read_medium", counted)
     one = request((Message("user", (Medium("image", paths[0]), Medium("image", paths[1]), "What?")),), 6)
