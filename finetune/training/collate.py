@@ -118,12 +118,12 @@ class Collator:
         batch["loss_weights"] = torch.tensor([weights])
         batch["heads"] = {}
         for name, outputs in heads.items():
-            own = [i for i, sample in enumerate(chosen) if sample.head == name]
+            numbers = [i for i, sample in enumerate(chosen) if sample.head == name]
             batch["heads"][name] = HeadBatch(
-                rows=torch.tensor([ends[i] for i in own], dtype=torch.long),
-                targets=torch.tensor([chosen[i].target for i in own]).view(len(own), outputs),
-                groups=torch.tensor([groups[chosen[i].group] for i in own], dtype=torch.long),
-                weights=torch.tensor([chosen[i].loss_weight for i in own]),
+                rows=torch.tensor([ends[i] for i in numbers], dtype=torch.long),
+                targets=torch.tensor([chosen[i].target for i in numbers]).view(len(numbers), outputs),
+                groups=torch.tensor([groups[chosen[i].group] for i in numbers], dtype=torch.long),
+                weights=torch.tensor([chosen[i].loss_weight for i in numbers]),
             )
         batch["items"] = sum(learned) + sum(sample.head != "" for sample in chosen)
 

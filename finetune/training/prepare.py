@@ -96,16 +96,12 @@ def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> Non
     write_text(path, digest.hexdigest() + "\n")
 
 
-@dataclass(frozen=True)
-class StageRows:
-    """`samples` of a stage, and its packed `rows`: numbers of samples, in the order in which they train."""
-
-    samples: TokenizedSamples
-    rows: list[list[int]]
-
-
-def stage_rows(prepared: Prepared, stage: Stage, model: MultimodalModel, seed: int) -> StageRows:
-    """The samples that a stage uses, packed into the rows of all its epochs."""
+def stage_rows(
+    prepared: Prepared, stage: Stage, model: MultimodalModel, seed: int
+) -> tuple[TokenizedSamples, list[list[int]]]:
+    """The samples that a stage uses, and the packed rows of all its epochs: numbers of samples, in the order in which
+    they train.
+    """
     run, training = prepared.run, prepared.training
     chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
     if stage.distill:
@@ -123,4 +119,4 @@ def stage_rows(prepared: Prepared, stage: Stage, model: MultimodalModel, seed: i
         seed=seed,
         groups=list(groups.values()),
     )
-    return StageRows(samples, rows)
+    return samples, rows
