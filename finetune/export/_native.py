@@ -19,7 +19,7 @@ from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
 from finetune.export._language_model import NAME, language_model_state, media_tokenizer, text_config
 from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
-from finetune.model.loading import load_exactly
+from finetune.model.load import load_exactly
 
 # Of the logits, as a share of their norm. In half precision the projector, which ours keeps in float32, is rounded too.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

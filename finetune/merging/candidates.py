@@ -26,12 +26,12 @@ from finetune.merging.lora_weights import (
     weights_in,
 )
 from finetune.merging.merged_folder import write_merged
-from finetune.model.adapter import load_trained
+from finetune.model.adapter import added_weights, load_trained
 from finetune.model.build import Components, build_model
 from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.features import Features
 from finetune.model.language_model import decoder_layers, load_language_model
-from finetune.model.loading import load_exactly
+from finetune.model.load import load_exactly
 from finetune.model.run import Run
 from finetune.recipe.schema import Llm, Quantize
 
@@ -121,11 +121,7 @@ class MergeJob:
         scores = comparison.scores(model, features, view)
         base_scores = comparison.scores(model, features, view, bare=True)
         trained = Trained(
-            own={
-                f"{group}.{name}": tensor.detach().cpu().clone()
-                for group in ("projectors", "fusion", "heads")
-                for name, tensor in getattr(model, group).state_dict().items()
-            },
+            own={name: tensor.detach().cpu().clone() for name, tensor in added_weights(model).items()},
             quantization=Quantization.of(model.causal_lm),
             next_tokens=tokens,
             base_next_tokens=base,

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ class Comparison:
         a head with weights see `head_logits`. `bare`: without the adapter. `batch`: samples at once.
         """
         most = min(POSITIONS, LOGITS // composite.config.text_config.vocab_size) // len(self.samples)
-        if "position_ids" not in signature(composite.causal_lm.forward).parameters:
+        if not composite.llm_takes("position_ids"):
             batch = 1  # padding would move the positions
         with without_adapter(composite.language_model) if bare else nullcontext():
             for head, chunk in self._batches(composite, batch):
@@ -131,7 +130,7 @@ class Comparison:
             return
         kept = -min(min(prompt.positions) for prompt in prompts)
         options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in signature(composite.causal_lm.forward).parameters:
+        if composite.llm_takes("logits_to_keep"):
             options["logits_to_keep"] = kept
         if len(ids) > 1:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.common.errors import ArtifactError
-from finetune.model.composite import compose
 from finetune.model.run import Run
 from finetune.model.tokenize import answer_ends
 
@@ -68,14 +67,7 @@ def write_merged(
     The run's components hold the encoders as they are saved.
     """
     components = run.components
-    whole = compose(
-        llm,
-        encoders=components.encoders,
-        projectors=components.model.projectors,
-        fusion=components.model.fusion,
-        placeholder_ids={name: placeholder.id for name, placeholder in components.placeholders.items()},
-        bindings=run.bindings,
-    )
+    whole = components.compose(llm, run.bindings)
     whole.config.dtype = llm.config.dtype
     llm.config._name_or_path = without_paths(llm.config._name_or_path)
     composition = whole.composition.model_copy(update={"media": run.recipe.media}).model_dump(mode="json")

@@ -4,7 +4,6 @@ Padded on the left, so that all continue in the same column. B answers, T column
 """
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -53,9 +52,8 @@ class Batch:
     def __init__(self, model: MultimodalModel, prefixes: PrefixCache) -> None:
         self.generations: list[Generation] = []
         self._model, self._prefixes = model, prefixes
-        parameters = signature(model.causal_lm.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._takes_positions = model.llm_takes("position_ids")
+        self._last_only = {"logits_to_keep": 1} if model.llm_takes("logits_to_keep") else {}
         self._device = model.get_input_embeddings().weight.device
         self._cache = _cache([])
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=self._device)
