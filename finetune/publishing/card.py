@@ -217,7 +217,7 @@ def sample_table(chosen: Sequence[Sample]) -> str:
     for sample in chosen:
         example = sample.example
         media = [f"![{kind}]({name})" for name, kind in sample.pictures] + [f"({other})" for other in sample.others]
-        answer = example.answers.get("tuned", "") + {"right": " ✓", "wrong": " ✗"}.get(example.verdict, "")
+        answer = (example.answers.get("tuned") or "(none)") + {"right": " ✓", "wrong": " ✗"}.get(example.verdict, "")
         base = example.answers.get("base", "")
         lines.append([example.task, " ".join(media), example.question, example.target, answer, base])
     return table(["task", "media", "question", "target", "answer", "before training"], lines)
