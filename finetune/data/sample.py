@@ -1,6 +1,5 @@
 """A row of a file, and the sample that it becomes: one conversation with its media in place."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import DataError, MediaError
+from finetune.common.run_folder import file_hash
 from finetune.data.fetch import fetched
 from finetune.data.media_store import data_uri_content, kept
 from finetune.recipe.schema import Limits
@@ -225,5 +225,4 @@ def _in_words(content: Sequence[str | Medium]) -> str:
 
 @cache
 def _file_hash(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path)
