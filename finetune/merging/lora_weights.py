@@ -97,10 +97,6 @@ def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(llm.name, dtype=dtype, **options).eval()
 
 
-def weights_in(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def blocks(module: nn.Module, name: str = "") -> list[str]:
     """Names of the outermost modules that have weights of their own."""
     if any(True for _ in module.parameters(recurse=False)):

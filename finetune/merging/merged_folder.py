@@ -59,12 +59,12 @@ class Shards:
 
 
 def write_merged(
-    folder: Path, llm: Any, tensors: Iterator[tuple[str, Tensor]], own: Mapping[str, Tensor], run: Run
+    folder: Path, llm: Any, tensors: Iterator[tuple[str, Tensor]], parts: Mapping[str, Tensor], run: Run
 ) -> None:
     """One self-contained folder: weights of all parts, config with the encoders' preprocessing, tokenizer.
 
-    `llm`: for its configs; `tensors`: its merged state, as a stream; `own`: the state of projectors, fusion and heads.
-    The run's components hold the encoders as they are saved.
+    `llm`: for its configs; `tensors`: its merged state, as a stream; `parts`: the state of projectors, fusion and
+    heads. The run's components hold the encoders as they are saved.
     """
     components = run.components
     whole = components.compose(llm, run.bindings)
@@ -75,7 +75,7 @@ def write_merged(
         encoder["settings"] = without_paths(encoder["settings"])
     whole.config.parts = composition
     encoders = {f"encoders.{name}": tensor for name, tensor in whole.encoders.state_dict().items()}
-    whole.save_pretrained(folder, state_dict={**own, **encoders})  # the LLM's follow, in a stream
+    whole.save_pretrained(folder, state_dict={**parts, **encoders})  # the LLM's follow, in a stream
     shards = Shards(folder)
     for name, tensor in removed_tensors(folder):
         shards.add(name, tensor)

@@ -139,9 +139,9 @@ def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
 
 
 def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
-    run = trained_over(
-        tmp_path, quantize="none", adapter__initialization="pissa_niter_4", merge={"rows": 4, "rows_scored": 0}
-    )
+    stage = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3}
+    changes = {"train__stages": [stage], "merge": {"rows": 4, "rows_scored": 0}}
+    run = trained_over(tmp_path, quantize="none", adapter__initialization="pissa_niter_4", **changes)
     certificate = finetune.merge(run)
     assert certificate.how.startswith("all at once, in memory: 'pissa_niter_4'")
     assert certificate.saved.kl < 1e-5 < certificate.saved.kl_from_base
