@@ -22,7 +22,8 @@ ANSWER_COLUMNS = ("label", "answer", "caption", "text")  # options of tasks that
 BUTTONS = 24  # labels; more are a list
 HOST = "127.0.0.1"
 INSTALL = (
-    "the page needs Gradio: in the checkout, pip install -e '.[label]'; without --page the labels are written into a CSV"
+    "the page needs Gradio: in the checkout, pip install -e '.[label]'; without --page the labels are written into a "
+    "CSV"
 )
 
 
