@@ -64,12 +64,13 @@ def test_a_saved_model_has_the_composition_that_it_was_composed_of(fusion, tmp_p
     projectors = {"image": part("projectors", "mlp", hidden=8), "audio": part("projectors", "stack", factor=3)}
     projectors["video"] = part("projectors", "resampler", queries=3, width=16, heads=2)
     options = FUSIONS[fusion] | ({"strength": {"video": 0.5}} if fusion == "cross_attention" else {})
+    placeholder_ids = {medium: PLACEHOLDER + number for number, medium in enumerate(LABELS)}
     model = compose(
         tiny_llm(),
         encoders=encoders,
         projectors=projectors,
         fusion=part("fusion", fusion, **options),
-        placeholder_ids={medium: PLACEHOLDER + number for number, medium in enumerate(LABELS)},
+        placeholder_ids=placeholder_ids,
         bindings=BINDINGS,
     )
     model.save_pretrained(tmp_path)
@@ -79,6 +80,8 @@ def test_a_saved_model_has_the_composition_that_it_was_composed_of(fusion, tmp_p
     assert {name: saved.width_in for name, saved in again.composition.projectors.items()} == {
         name: encoder.width for name, encoder in encoders.items()
     }
+    assert again.composition.fusion == part("fusion", fusion, **options)
+    assert again.composition.placeholders == placeholder_ids
     assert again.fusion.strength == model.fusion.strength
     for medium, label in LABELS.items():
         layout = encoders[medium].prepare(tiny_medium(label)).layout

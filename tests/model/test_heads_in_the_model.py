@@ -73,20 +73,19 @@ def test_a_head_reads_the_same_packed_padded_and_asked_alone(family, fusion):
     model = composite_with_heads(family, fusion)
     samples = mixed_samples(PICTURE[fusion])
     with torch.no_grad():
-        padded = head_scores(model, batch_of(samples, range(6), packed=False, heads=OUTPUTS))
-        found = dict(padded)
+        padded = dict(head_scores(model, batch_of(samples, range(6), packed=False, heads=OUTPUTS)))
         if packs_exactly(model.causal_lm):
             packed = head_scores(model, batch_of(samples, [3, 0, 1, 2, 5, 4], heads=OUTPUTS))
             for name, order in (("colour", [1, 0]), ("price", [0, 1])):
-                torch.testing.assert_close(packed[name], found[name][order], atol=2e-4, rtol=1e-3)
+                torch.testing.assert_close(packed[name], padded[name][order], atol=2e-4, rtol=1e-3)
         for name, numbers in (("colour", [1, 3]), ("price", [2, 5])):
             longest = max(len(samples[i].input_ids) for i in numbers)
             pads = [longest - len(samples[i].input_ids) for i in numbers]
             ids = torch.tensor([[0] * pad + samples[i].input_ids for pad, i in zip(pads, numbers, strict=True)])
             mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
             features = {"image": [features_of("image", str(i)) for i in numbers]}
-            asked = model.head_outputs(name, ids, mask, features)
-            torch.testing.assert_close(asked, found[name], atol=2e-4, rtol=1e-3)
+            alone = model.head_outputs(name, ids, mask, features)
+            torch.testing.assert_close(alone, padded[name], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -102,8 +101,8 @@ def test_labels_are_as_likely_as_written_out_one_by_one(family, fusion):
     ids = torch.tensor([[0] * (longest - len(one)) + one for one in questions])
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in questions])
     features = {"image": [features_of("image", str(i)) for i in range(2)]}
-    found = model.answer_log_probabilities(ids, mask, answers, features)
-    assert found.shape == (2, 3)
+    log_probabilities = model.answer_log_probabilities(ids, mask, answers, features)
+    assert log_probabilities.shape == (2, 3)
     for i, question in enumerate(questions):
         for j, answer in enumerate(answers):
             whole = torch.tensor([question + answer])
@@ -114,8 +113,8 @@ def test_labels_are_as_likely_as_written_out_one_by_one(family, fusion):
                     attention_mask=torch.ones_like(whole),
                     use_cache=False,
                 ).logits[0]
-            told = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
-            assert float(found[i, j]) == pytest.approx(float(told), abs=5e-3, rel=1e-4)
+            expected = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
+            assert float(log_probabilities[i, j]) == pytest.approx(float(expected), abs=5e-3, rel=1e-4)
 
 
 HYBRIDS = {  # with another memory than keys and values, and with a window shorter than the question
@@ -137,13 +136,13 @@ def test_labels_are_as_likely_whatever_an_llm_remembers_by(family, monkeypatch):
     ids = torch.tensor([question])
     features = {"image": [features_of("image", "0")]}
     assert model.shares_memory() == (family == "mistral")
-    found = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
+    log_probabilities = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
     for place, answer in enumerate(answers):
         whole = torch.tensor([question + answer])
         with torch.no_grad():
             logits = model(whole, features=features, attention_mask=torch.ones_like(whole), use_cache=False).logits[0]
-        told = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
-        assert float(found[0, place]) == pytest.approx(float(told), abs=5e-3, rel=1e-4)
+        expected = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
+        assert float(log_probabilities[0, place]) == pytest.approx(float(expected), abs=5e-3, rel=1e-4)
 
 
 def test_nothing_of_a_fusion_stays_on_an_llm_that_is_released():

@@ -106,19 +106,19 @@ def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
     picture = tmp_path / "data" / "images" / "test0.png"
     moved = shutil.copytree(run / "merged", tmp_path / "elsewhere")
     merged, adapter = finetune.load(moved), finetune.load(run / "adapter")
-    seen = []
+    features = []
     for assistant in (merged, adapter):
         encoder = assistant.encoders["image"]
         values = encoder.prepare(finetune.data.media.decode("image", picture)).values[None]
         with torch.no_grad():
-            seen.append(encoder.encode(values))
+            features.append(encoder.encode(values))
         assert isinstance(assistant.answer("What is this?", image=picture, max_new_tokens=3), str)
-    torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(features[0], features[1], atol=1e-4, rtol=1e-3)
     untouched = finetune.model.encoders.vision.build(
         finetune.model.encoders.vision.Options(name=str(tmp_path / "encoder")), torch.float32, torch.device("cpu")
     )
     with torch.no_grad():
-        assert not torch.allclose(untouched.encode(values), seen[1], atol=1e-3)
+        assert not torch.allclose(untouched.encode(values), features[1], atol=1e-3)
 
 
 @pytest.mark.slow
