@@ -205,9 +205,12 @@ def test_stopping_finishes_running_requests(fusion, paths):
         with Slow(assistant.model, step_seconds), serving(assistant, max_batch=3) as engine:
 
             async def stopped(engine, drain_seconds):
-                streams = [engine.submit(one) for one in requests]
-                async for _ in streams[0]:
+                streams = [engine.submit(requests[0])]
+                async for _ in streams[0]:  # the others begin behind it, however fast they are read
                     break
+                streams += [engine.submit(one) for one in requests[1:]]
+                together = 3 if fusion == "prefix" else 1
+                await _soon(lambda: engine.stats().gauges["requests_running"] >= together)
                 end = threading.Thread(target=engine.stop, args=(drain_seconds,))
                 end.start()
                 await _soon(lambda: engine._worker.draining)

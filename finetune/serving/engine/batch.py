@@ -72,7 +72,7 @@ class Batch:
         columns = max(one.length - n for one, n in zip(new, cached, strict=True))
         cached = [max(0, one.length - columns) for one in new]
         blocks = [self._prefixes.read(one.cache_keys, n) for one, n in zip(new, cached, strict=True)]
-        if any(n and not found for n, found in zip(cached, blocks, strict=True)):  # evicted in the meantime
+        if any(n and not block for n, block in zip(cached, blocks, strict=True)):  # evicted in the meantime
             columns, cached, blocks = longest, [0] * len(new), [[] for _ in new]
         ids, mask = left_padded([one.input_ids for one in new], 0, self._device)
         embeddings = self._model.embed(ids, features_of(new))[:, -columns:]

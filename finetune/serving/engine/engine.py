@@ -132,7 +132,7 @@ class BatchingEngine:
             if self._worker.stopped:
                 raise STOPPED
             read()
-        except Exception as error:  # whatever a decoder raises for a client's file, the client is told
+        except Exception as error:  # whatever a decoder raises for a client's file, the client gets it
             self._worker.leave_queue()
             self._worker.fail(error, fail)
 

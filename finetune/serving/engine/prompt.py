@@ -1,15 +1,14 @@
 """From a request to the LLM's input: decoded media and token ids. Runs in reader threads, beside the worker."""
 
-import hashlib
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from finetune.common.errors import DataError
+from finetune.common.run_folder import file_hash
 from finetune.data.sample import Layout, Medium, Message, Prepared
 from finetune.model.assistant import Assistant, without_kinds
 from finetune.model.features import encode_one, read_medium
@@ -94,8 +93,9 @@ class MediaReader:
         if encoder is None:
             kinds = ", ".join(self.assistant.encoders) or "text only"
             raise DataError(f"this model takes {kinds}, not {medium.kind}")
+        content = file_hash(medium.path) if medium.path.is_file() else ""  # decoding reports what isn't a file
         # Models that share an encoder share features.
-        shared = self.pool.medium(f"{medium.kind} {id(encoder)} {_file_hash(medium.path)}")
+        shared = self.pool.medium(f"{medium.kind} {id(encoder)} {content}")
         with shared.lock:
             if not shared.decoded and (cached := self.cache.get(shared.name)) is not None:
                 shared.layout, shared.features = cached
@@ -169,11 +169,3 @@ class DecodedMedia:
 def _layout(medium: SharedMedium) -> Layout:
     assert medium.layout is not None  # set by `MediaReader.decode`
     return medium.layout
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""  # decoding reports the error
