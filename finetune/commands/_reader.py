@@ -80,9 +80,9 @@ class Reader:
                 add("medium", str(error), medium.path)
         if result.findings:
             return result
-        for medium, seen in views.items():
-            result.media.append(MediumUse(seen.digest, medium.kind, str(medium.path), seen.hash, seen.thumbnail))
-            for remark in seen.remarks:
+        for medium, shown in views.items():
+            result.media.append(MediumUse(shown.digest, medium.kind, str(medium.path), shown.hash, shown.thumbnail))
+            for remark in shown.remarks:
                 add(*remark, medium.path)
         for text in dict.fromkeys(p for m in sample.messages for p in m.content if isinstance(p, str)):
             for remark in text_remarks(text):

@@ -42,7 +42,7 @@ def suffix_of(content: bytes) -> str:
     return next((suffix for magic, suffix in MAGIC if re.match(magic, content, re.DOTALL)), ".bin")
 
 
-def kept(content: bytes, where: str, max_bytes: int) -> Path:
+def stored(content: bytes, where: str, max_bytes: int) -> Path:
     """The file of the cache that holds these bytes, written unless it is there. `where` (file and row) begins the text
     of the MediaError that is raised for an empty medium, or more than `max_bytes`.
     """

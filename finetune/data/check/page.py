@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHOWN = 24  # findings of a kind on the page; all are in check.json
 OPEN_KINDS = 5  # so many kinds of findings are shown unfolded; of more, only errors are
-EXAMPLES = 6  # rows from all over the data, whatever was found in them
+EXAMPLES = 6  # rows from all over the data, with and without findings
 PICTURES, SOUNDS = 96, 16  # of a page, at most
 SIDE = 128  # pixels of a thumbnail
 SECONDS = 5  # of a recording that can be played

@@ -44,8 +44,8 @@ class SplitPlan:
 
 
 class SplitResult(TypedDict):
-    """`files`, `rows`: of each split that has rows; `media`: how many were found; `sets`: how many sets of rows stay
-    together, `largest`: rows of the largest.
+    """`files`, `rows`: of each split that has rows; `media`: how many different ones; `sets`: how many sets of rows
+    stay together, `largest`: rows of the largest.
     """
 
     files: dict[str, Path]

@@ -87,7 +87,7 @@ def _check_index(file: BinaryIO, name: str) -> None:
         box = file.read(length)
         if b"cmov" in box:
             raise MediaError(f"{name}: an mp4 file with a compressed index, which isn't supported; write it anew")
-        for found in COUNTING.finditer(box):
-            (count,) = struct.unpack(">I", found["sizes"] or found["small"] or found["run"])
+        for match in COUNTING.finditer(box):
+            (count,) = struct.unpack(">I", match["sizes"] or match["small"] or match["run"])
             if count > size:
                 raise MediaError(f"{name}: its index counts {count:,} samples in {size:,} bytes; write the file anew")

@@ -116,24 +116,24 @@ def _mono(frame: Any) -> "np.ndarray":
 
 
 def _collect(blocks: Iterable["np.ndarray"], rate: int, limits: Limits, name: str) -> "np.ndarray":
-    """Mono blocks at `rate` -> one array at 16 kHz. Only what is kept is ever in memory."""
+    """Mono blocks at `rate` -> one array at 16 kHz. Raises MediaError."""
     import numpy as np
     import soxr
 
     resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32") if rate != RATE else None
-    kept: list[np.ndarray] = []
+    resampled: list[np.ndarray] = []
     samples = 0
     for block in blocks:
         samples += len(block)
         _source.check_seconds(samples / rate, limits, name)
         if not np.isfinite(block).all():
             raise MediaError(f"{name}: holds samples that aren't finite numbers; write the file anew")
-        kept.append(resampler.resample_chunk(np.ascontiguousarray(block)) if resampler else block)
+        resampled.append(resampler.resample_chunk(np.ascontiguousarray(block)) if resampler else block)
     if not samples:
         raise MediaError(f"{name}: empty, no sample of sound; remove the row")
     if resampler:
-        kept.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    audio = np.concatenate(kept)
+        resampled.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    audio = np.concatenate(resampled)
     if not len(audio) or not np.isfinite(audio).all():
         raise MediaError(f"{name}: nothing is left of it at {RATE:,} samples a second; remove the row")
     return np.clip(audio, -1, 1, out=audio)

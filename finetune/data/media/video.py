@@ -48,8 +48,8 @@ def decode_video(
     per_second: float | None = None,
 ) -> Clip:
     """Decode some frames, upright, transparency over white: `count` of them, the middle frame of each of so many equal
-    parts of the clip (all of its frames, once, where it has fewer); or those seen at 0, 1 / per_second, 2 / per_second,
-    ... s, each once; or all.
+    parts of the clip (all of its frames, once, where it has fewer); or those shown at 0, 1 / per_second, 2 /
+    per_second, ... s, each once; or all.
 
     Length, size and number are checked by the header, and counted while decoding. Raises MediaError, which begins with
     `where` (file and row), for a missing, oversized, truncated or foreign file, and for more frames than the limit.
@@ -140,7 +140,7 @@ def _choose(known: _Frames, count: int | None, per_second: float | None) -> list
     due = Fraction(ticks[0]) * known.unit
     for number, tick in enumerate(ticks):
         following = (ticks[number + 1] if number + 1 < have else tick + known.lasts) * known.unit
-        if due < following:  # seen from this frame's time to the next one's
+        if due < following:  # shown from this frame's time to the next one's
             chosen.append(tick)
             due += ((following - due) // step + (1 if (following - due) % step else 0)) * step
     return chosen
