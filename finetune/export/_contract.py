@@ -102,7 +102,9 @@ class EngineMissing(Exception):
 
 
 class Target(Protocol):
-    """A target file. `write` and `answer` receive an instance of the file's own `Options`."""
+    """A target file. `write` and `answer` receive an instance of the file's own `Options`, which `--option` sets.
+    `TAKES_MEDIA`: whether answers are compared on questions with media, or on their text only.
+    """
 
     Options: type[TargetOptions]
     TAKES_MEDIA: bool

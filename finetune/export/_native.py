@@ -143,14 +143,12 @@ def _states_of_llava(module: Any, pixels: Tensor, layer: int, tie: bool = False)
     """The hidden state that LLaVA reads (empty if the backbone gives none), and the last one. `tie`: transformers'
     setting that makes the last one, after the norm, one of the hidden states.
     """
-    before = vars(module.config).get("tie_last_hidden_states")
-    if tie:
-        module.config.tie_last_hidden_states = True
+    settings = vars(module.config)
+    before = dict(settings)
+    settings.update({"tie_last_hidden_states": True} if tie else {})
     states = module(pixel_values=pixels, output_hidden_states=True)
-    if tie and before is None:
-        del module.config.tie_last_hidden_states
-    elif tie:
-        module.config.tie_last_hidden_states = before
+    settings.clear()
+    settings.update(before)
     return (states.hidden_states or [torch.empty(0)])[layer], states.last_hidden_state
 
 

@@ -201,7 +201,7 @@ def test_bad_input_is_reported_in_one_line_and_nothing_is_written(run, llm, merg
         export_run(tmp_path / "nowhere", "transformers")
     with pytest.raises(ArtifactError, match="an adapter folder; only merged models are exported"):
         export_run(run / "adapter", "transformers", tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"neither a run nor a folder .* \(its config.json is of type 'llama'\)"):
+    with pytest.raises(ArtifactError, match="a 'llama', not a model that `finetune merge` wrote"):
         export_run(llm, "transformers", tmp_path / "out")
     with pytest.raises(ExportRefused, match="a merged folder has no adapter: name the run"):
         export_run(merged, "adapter", tmp_path / "out", verify=False)

@@ -96,10 +96,6 @@ def media_of(messages: Sequence[Message]) -> list[Medium]:
     return [part for message in messages for part in message.content if isinstance(part, Medium)]
 
 
-def without_media(messages: Conversation) -> Conversation:
-    return tuple(replace(m, content=tuple(part for part in m.content if isinstance(part, str))) for m in messages)
-
-
 def as_chat(messages: Sequence[Message], values: Mapping[Medium, Any]) -> list[dict[str, Any]]:
     """The conversation in the form that processors of transformers take, with a value in place of each medium."""
 
