@@ -221,17 +221,3 @@ def comparison(certificate: Certificate) -> tuple[list[str], list[list[str]]]:
         for number, model in enumerate(models)
     ]
     return ["", *(name for name, _, _ in columns)], cells
-
-
-def markdown(certificate: Certificate) -> str:
-    """A paragraph and a table, for a card."""
-    names, rows = comparison(certificate)
-    lines = [
-        f"Merged into {certificate.merged_into}: {certificate.why}. Compared with {certificate.reference} on "
-        f"{certificate.rows:,} held-out rows, {certificate.positions:,} next tokens.",
-        "",
-        "| " + " | ".join(names) + " |",
-        "|---" + "|---:" * (len(names) - 1) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from finetune.common import certificate
+from finetune.common.certificate import Certificate, comparison
 from finetune.evaluation.report import tables, words
 from finetune.evaluation.report.content import Content
 from finetune.evaluation.report.examples import Album, Example, examples
@@ -55,7 +55,7 @@ def write_card(folder: Path, publication: Publication) -> None:
         snippet=snippet(content, publication.repo, chosen),
         scores=score_tables(content),
         conditions="; ".join(conditions(content)),
-        certificate=certificate.markdown(content.certificate) if content.certificate else "",
+        certificate=merge_text(content.certificate) if content.certificate else "",
         samples=sample_table(chosen),
         sources=source_table(publication),
         rows="; ".join(split_counts),
@@ -189,6 +189,16 @@ def stage_table(content: Content) -> str:
     return table(
         ["stage", "trains (weights)", "peak rate", "epochs", "steps", "rows seen", "tokens", "loss", "time"], rows, 7
     )
+
+
+def merge_text(certificate: Certificate) -> str:
+    """A paragraph and a table."""
+    names, rows = comparison(certificate)
+    lead = (
+        f"Merged into {certificate.merged_into}: {certificate.why}. Compared with {certificate.reference} on "
+        f"{certificate.rows:,} held-out rows, {certificate.positions:,} next tokens."
+    )
+    return f"{lead}\n\n{table(names, rows, len(names) - 1)}\n"
 
 
 def samples(content: Content, folder: Path, count: int) -> list[Sample]:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from certificate_files import certificate_content
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from runs import change_json, copy_of, predictions_of, write_predictions
 
+from finetune.common.certificate import Certificate
 from finetune.evaluation.report.content import read_content
 from finetune.model.bindings import TaskBinding
 from finetune.model.heads import HeadSettings
@@ -139,6 +141,15 @@ def test_the_snippet_asks_as_the_model_was_trained(head, settings, verb, tag, wr
 )
 def test_the_hub_s_tag_is_what_the_model_does(media, kind, tag):
     assert card.pipeline_tag(media, [binding_of(kind)]) == tag
+
+
+def test_the_certificate_is_a_paragraph_and_a_table():
+    text = card.merge_text(Certificate.model_validate(certificate_content()))
+    lines = text.splitlines()
+    assert lines[0].startswith("Merged into the dequantized nf4 LLM: it is closer. Compared with the adapter over")
+    assert {line.count("|") for line in lines[2:]} == {7} and len(lines) == 8
+    assert "mood.f1" in lines[2] and "words" not in text
+    assert "| merged into the dequantized nf4 LLM (kept) | 0.002 | 99.0% | 0.3 | 1.5 | 0.750 |" in lines
 
 
 def test_a_merged_model_shows_what_the_merge_proved(written):

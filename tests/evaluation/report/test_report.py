@@ -104,6 +104,9 @@ def test_scores_and_words_are_those_of_the_run(finished):
     positions = json.loads((run / "certificate.json").read_text())["positions"]
     assert f"100.0% of {positions} next tokens" in page.text
     assert str(run.parent) not in (run / "report.html").read_text(encoding="utf-8")
+    columns = "metric tuned base blank shuffled blank image blank audio"
+    assert f"pictures, with 95% CI where known {columns} probe accuracy" in page.text
+    assert f"both, with 95% CI where known {columns} accuracy" in page.text  # no probe of free text
     assert not page.of("aside")
     assert "at least 95.0% was required" in page.text and "at most 0.1 was allowed" in page.text
 
