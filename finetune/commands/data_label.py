@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from finetune.common.errors import DataError, RecipeError
-from finetune.data.check.page import EmbeddedMedium, embedded, render
+from finetune.data.check.page import InlineMedium, embedded, render
 from finetune.data.rows import detected, error_list, read_rows
 from finetune.data.sample import KINDS, Answer, Medium, Message, Row
 from finetune.recipe.load import load_recipe
@@ -258,7 +258,7 @@ def _gradio() -> Any:
 
 def media_html(item: Item, limits: Limits) -> str:
     """HTML of a row's media, self-contained; of a medium that can't be decoded, the reason."""
-    media: list[EmbeddedMedium | str] = []
+    media: list[InlineMedium | str] = []
     for medium in item.media:
         side = 240 if medium.kind == "video" else 720
         try:

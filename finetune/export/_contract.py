@@ -101,7 +101,7 @@ class EngineMissing(Exception):
     """The engine isn't installed; the message says how to install it."""
 
 
-class Target(Protocol):
+class ExportTarget(Protocol):
     """A target file. `write` and `answer` receive an instance of the file's own `Options`, which `--option` sets.
     `TAKES_MEDIA`: whether answers are compared on questions with media, or on their text only.
     """

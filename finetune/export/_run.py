@@ -18,9 +18,9 @@ from finetune.export._contract import (
     EngineAnswers,
     EngineMissing,
     ExportResult,
+    ExportTarget,
     MergedModel,
     Probe,
-    Target,
     TargetOptions,
     Verification,
 )
@@ -44,7 +44,7 @@ def export_run(
     """
     quiet_libraries()
     refuse_several_processes("`finetune export`")
-    target = cast(Target, load_part("export", to))
+    target = cast(ExportTarget, load_part("export", to))
     target_options = parse_options(options, target.Options)
     folder = Path(out) if out is not None else default_folder(Path(source), to)
     if folder.exists():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.common.certificate import Measures, Scores
+from finetune.common.certificate import Measures, ModelScores
 from finetune.data.sample import Layout, Medium, Sample
 from finetune.evaluation.scores import answers_to, scored
 from finetune.model.assistant import Assistant
@@ -27,7 +27,7 @@ LIKELY = 1e-4
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ComparedPrompt:
     """`positions`: of the states that predict the answer, counted from the end; none where a head answers."""
 
     input_ids: list[int]
@@ -56,7 +56,7 @@ class Comparison:
 
     def scores(
         self, composite: MultimodalModel, features: Features, view: MediaView, bare: bool = False
-    ) -> Scores | None:
+    ) -> ModelScores | None:
         """Of the answers; None for a metric that these rows don't have, and where none are to be answered. `bare`:
         without the adapter.
         """
@@ -100,20 +100,20 @@ class Comparison:
 
     def _prompt(
         self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None, limit: int
-    ) -> Prompt:
+    ) -> ComparedPrompt:
         """A sample as it is trained, with at most `limit` of its positions."""
         tokenizer, placeholders = self.run.components.tokenizer, self.run.components.placeholders
         segments = composite.composition.placement.segments_by(view.layout)
         if head:
             tokens = tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)
-            return Prompt(tokens.input_ids, [], tokens.media)
+            return ComparedPrompt(tokens.input_ids, [], tokens.media)
         tokens = tokenize(sample, tokenizer, placeholders, segments)
         learned = [i for i, label in enumerate(tokens.labels[1:]) if label != IGNORED][:limit]
-        return Prompt(tokens.input_ids, [i - len(tokens.input_ids) for i in learned], tokens.media)
+        return ComparedPrompt(tokens.input_ids, [i - len(tokens.input_ids) for i in learned], tokens.media)
 
     @torch.no_grad()
     def _log_probabilities(
-        self, composite: MultimodalModel, prompts: Sequence[Prompt], head: str | None, view: MediaView
+        self, composite: MultimodalModel, prompts: Sequence[ComparedPrompt], head: str | None, view: MediaView
     ) -> Iterator[Tensor]:
         device = composite.get_input_embeddings().weight.device
         pad = self.run.components.tokenizer.pad_token_id
@@ -188,7 +188,7 @@ def distances(
     log_probabilities: Iterable[Tensor],
     reference: Sequence[Tensor],
     base: Sequence[Tensor],
-    scores: Scores | None = None,
+    scores: ModelScores | None = None,
 ) -> Measures:
     """The measures of a model; nothing of `log_probabilities` is kept."""
     trained, bare = Distance(), Distance()

@@ -23,7 +23,7 @@ FEW_ROWS = 200  # with fewer held-out rows, intervals are wide
 
 
 @dataclass(frozen=True)
-class Sample:
+class CardSample:
     """An example on the card. `pictures`: (path below the card's folder, kind); `others`: media that can't be shown."""
 
     example: Example
@@ -201,7 +201,7 @@ def merge_text(certificate: Certificate) -> str:
     return f"{lead}\n\n{table(names, rows, len(names) - 1)}\n"
 
 
-def samples(content: Content, folder: Path, count: int) -> list[Sample]:
+def samples(content: Content, folder: Path, count: int) -> list[CardSample]:
     """The best and the worst predictions, of all tasks in turn; their pictures are written below `folder`."""
     pool = examples(content.predictions, Album(content.limits)) if count else []
     chosen: list[Example] = []
@@ -209,7 +209,7 @@ def samples(content: Content, folder: Path, count: int) -> list[Sample]:
         chosen += sorted((e for e in pool if e.side == side), key=lambda example: example.rank)[:most]
     result = []
     for number, example in enumerate(chosen, 1):
-        sample = Sample(example, [], [])
+        sample = CardSample(example, [], [])
         for place, medium in enumerate(example.media):
             if not medium.uri.startswith(WEBP):
                 sample.others.append(words.NOUNS.get(medium.kind, (medium.kind,))[0])
@@ -222,7 +222,7 @@ def samples(content: Content, folder: Path, count: int) -> list[Sample]:
     return result
 
 
-def sample_table(chosen: Sequence[Sample]) -> str:
+def sample_table(chosen: Sequence[CardSample]) -> str:
     lines = []
     for sample in chosen:
         example = sample.example
@@ -233,7 +233,7 @@ def sample_table(chosen: Sequence[Sample]) -> str:
     return table(["task", "media", "question", "target", "answer", "before training"], lines)
 
 
-def snippet(content: Content, repo: str, chosen: Sequence[Sample]) -> str:
+def snippet(content: Content, repo: str, chosen: Sequence[CardSample]) -> str:
     """Python that loads the model and asks it one question as it was trained; about a sample's picture if one is
     published.
     """

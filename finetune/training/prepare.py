@@ -23,7 +23,7 @@ from finetune.training.shared import Shared
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """`training` and `validation` samples; `samples`: the training samples as tokens."""
 
     run: Run
@@ -48,7 +48,7 @@ class Prepared:
         return outputs
 
 
-def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> Prepared:
+def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> PreparedRun:
     """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
     splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
@@ -77,7 +77,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {recipe.train.tokens_per_batch:,} tokens "
         f"(one sample: {min(lengths)} to {max(lengths)})"
     )
-    return Prepared(run, splits.train, validation, TokenizedSamples.of(rows))
+    return PreparedRun(run, splits.train, validation, TokenizedSamples.of(rows))
 
 
 def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> None:
@@ -97,7 +97,7 @@ def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> Non
 
 
 def stage_rows(
-    prepared: Prepared, stage: Stage, model: MultimodalModel, seed: int
+    prepared: PreparedRun, stage: Stage, model: MultimodalModel, seed: int
 ) -> tuple[TokenizedSamples, list[list[int]]]:
     """The samples that a stage uses, and the packed rows of all its epochs: numbers of samples, in the order in which
     they train.

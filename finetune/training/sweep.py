@@ -22,7 +22,7 @@ from finetune.model.language_model import default_device
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.training.shared import Shared
-from finetune.training.sweep_choices import Choice, read_choices
+from finetune.training.sweep_choices import SweepChoice, read_choices
 from finetune.training.train import train
 
 
@@ -182,7 +182,7 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
     return best.score
 
 
-def suggested(trial: Any, choice: Choice) -> str | int | float:
+def suggested(trial: Any, choice: SweepChoice) -> str | int | float:
     """The value that optuna chooses."""
     if not choice.is_range:
         return trial.suggest_categorical(choice.key, choice.values)

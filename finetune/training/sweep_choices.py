@@ -13,7 +13,7 @@ RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 
 
 @dataclass(frozen=True)
-class Choice:
+class SweepChoice:
     """The values, as text, that a sweep tries for one key; of a range the lowest and the highest."""
 
     key: str
@@ -23,7 +23,7 @@ class Choice:
 
 def read_choices(
     recipe: Path | str, over: Sequence[str], trials: int | None, overrides: Sequence[str]
-) -> tuple[list[Choice], Recipe]:
+) -> tuple[list[SweepChoice], Recipe]:
     """The choices of `--over`, and the recipe with the first value of each. Raises RecipeError for a wrong recipe, key
     or value, each value being tried once.
     """
@@ -37,7 +37,7 @@ def read_choices(
     return choices, first
 
 
-def read_choice(text: str, ranges: bool) -> Choice:
+def read_choice(text: str, ranges: bool) -> SweepChoice:
     """`text`: one --over. Raises RecipeError."""
     key, equals, written = text.partition("=")
     values = [value.strip() for value in written.split(",")]
@@ -45,7 +45,7 @@ def read_choice(text: str, ranges: bool) -> Choice:
         raise RecipeError(f"--over {text}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
     bounds = RANGE.fullmatch(values[0]) if len(values) == 1 else None
     if bounds is None:
-        return Choice(key, tuple(dict.fromkeys(values)))
+        return SweepChoice(key, tuple(dict.fromkeys(values)))
     if not ranges:
         raise RecipeError(f"--over {text}: a range has no end of values; say how many trials with --trials")
     try:
@@ -54,7 +54,7 @@ def read_choice(text: str, ranges: bool) -> Choice:
         raise RecipeError(f"--over {text}: {written!r} isn't a range of numbers") from None
     if not low < high:
         raise RecipeError(f"--over {text}: the low end comes first, and is smaller")
-    return Choice(key, (bounds["low"], bounds["high"]), is_range=True)
+    return SweepChoice(key, (bounds["low"], bounds["high"]), is_range=True)
 
 
 def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
@@ -69,7 +69,7 @@ def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) 
         raise RecipeError(message) from None
 
 
-def corners(choices: Sequence[Choice]) -> list[list[str]]:
+def corners(choices: Sequence[SweepChoice]) -> list[list[str]]:
     """Each value once, beside the first of all others: what can be checked before anything trains."""
     firsts = [f"{choice.key}={choice.values[0]}" for choice in choices]
     return [

@@ -26,7 +26,7 @@ from finetune.model.run import Run
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Model, Recipe, Stage
 from finetune.training.collate import Collator
-from finetune.training.prepare import Prepared, prepare, stage_rows
+from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared
 from finetune.training.trainer import StageTraining, refuse_several_gpus
@@ -75,7 +75,7 @@ def train(
 
 
 def train_stages(
-    prepared: Prepared, shared: Shared | None = None, on_validation: OnValidation | None = None
+    prepared: PreparedRun, shared: Shared | None = None, on_validation: OnValidation | None = None
 ) -> tuple[TrainingResult, dict[str, float]]:
     """Load the LLM, train the stages in order, and write the adapter folder. Returns results and seconds by part."""
     run = prepared.run
@@ -139,7 +139,7 @@ def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
 
 
 def validation_callback(
-    prepared: Prepared, stage: Stage, model: MultimodalModel, on_validation: OnValidation | None
+    prepared: PreparedRun, stage: Stage, model: MultimodalModel, on_validation: OnValidation | None
 ) -> ValidationCallback | None:
     """None where the recipe asks for no validation."""
     run, settings = prepared.run, prepared.run.recipe.train.validation

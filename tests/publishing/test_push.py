@@ -23,7 +23,7 @@ import finetune
 import finetune.publishing.push as push_module
 from finetune.common.certificate import read_certificate, verify
 from finetune.common.errors import ArtifactError, FinetuneError, PublishError
-from finetune.publishing.compare import Questions
+from finetune.publishing.compare import HeldOutQuestions
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_a_public_repository_is_not_written_where_private_is_asked_for(files, fi
 
 
 def test_nine_of_ten_rows_must_be_answered_as_they_were_evaluated(monkeypatch, tmp_path):
-    class Asked(Questions):
+    class Asked(HeldOutQuestions):
         def predictions_of(self, path):
             return {"a": ["yes"] * equal[path.name] + ["no"] * (10 - equal[path.name])}
 

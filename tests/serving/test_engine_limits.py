@@ -14,7 +14,7 @@ from finetune.common.errors import DataError, MediaError
 from finetune.data.media import decode
 from finetune.data.sample import Medium, Message
 from finetune.serving.engine import prompt
-from finetune.serving.engine.batch import Batch
+from finetune.serving.engine.batch import GenerationBatch
 from finetune.serving.engine.cache import PrefixCache
 from finetune.serving.engine.contract import Busy, EngineLimits, ModelInfo, TaskInfo, TimedOut
 from finetune.serving.engine.worker import HeadQuery, HostedModel, Worker
@@ -310,7 +310,7 @@ def within_ten_seconds(engine, requests):
 @pytest.mark.parametrize("place", ["keep", "join", "_encode_media"])
 def test_the_engine_survives_running_out_of_memory_anywhere(assistant, paths, monkeypatch, place):
     """All other requests are answered, so is the next one, and nothing is left waiting."""
-    owner = Worker if place == "_encode_media" else Batch
+    owner = Worker if place == "_encode_media" else GenerationBatch
     real, raised = getattr(owner, place), []
 
     def full_once(self, *given):

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from finetune.serving.engine.contract import Piece, TimedOut
+from finetune.serving.engine.contract import AnswerPiece, TimedOut
 
 
 class AnswerStream:
@@ -19,7 +19,7 @@ class AnswerStream:
         self._timeout_seconds = timeout_seconds
         self._wake_worker = wake_worker
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self._items: asyncio.Queue[AnswerPiece | BaseException] = asyncio.Queue()
         self._ended = False
 
     @property
@@ -31,7 +31,7 @@ class AnswerStream:
             "`timeout_seconds`"
         )
 
-    def put(self, item: Piece | BaseException) -> None:
+    def put(self, item: AnswerPiece | BaseException) -> None:
         """The next piece, or the error that ends the answer."""
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
@@ -46,7 +46,7 @@ class AnswerStream:
     def __aiter__(self) -> "AnswerStream":
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> AnswerPiece:
         if self._ended:
             raise StopAsyncIteration
         try:
@@ -56,7 +56,7 @@ class AnswerStream:
             self._ended = True
             self.cancel()
             raise self.timed_out from None
-        if isinstance(item, Piece):
+        if isinstance(item, AnswerPiece):
             self._ended = item.finish_reason is not None
             return item
         self._ended = True

@@ -46,7 +46,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class Batch:
+class GenerationBatch:
     """`join` reads the prompts of new answers, their media encoded; `step` gives each answer one more token."""
 
     def __init__(self, model: MultimodalModel, prefixes: PrefixCache) -> None:

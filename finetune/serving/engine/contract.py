@@ -76,7 +76,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """The next final text of an answer: whole characters, no part of a stop string. The last piece has a
     `finish_reason`, 'stop' or 'length'.
     """
@@ -96,7 +96,7 @@ class Stream(Protocol):
     completion_tokens: int
     cached_tokens: int
 
-    def __aiter__(self) -> AsyncIterator[Piece]: ...
+    def __aiter__(self) -> AsyncIterator[AnswerPiece]: ...
     def cancel(self) -> None: ...
 
 

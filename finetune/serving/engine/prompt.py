@@ -57,7 +57,7 @@ class MediaPool:
 
 
 @dataclass
-class Prompt:
+class RequestPrompt:
     """Token ids; `symbols`, a text per token for the prefix cache: its id, or its medium's name; `media` by kind, in
     the order of their placeholders.
     """
@@ -121,7 +121,7 @@ class MediaReader:
 
 def read_prompt(
     assistant: Assistant, reader: MediaReader, messages: Sequence[Message], strengths: Mapping[str, float], room: int
-) -> Prompt:
+) -> RequestPrompt:
     """A conversation as the LLM's input, without media of strength 0. `room`: the most tokens of a prompt.
 
     Raises DataError for media that can't be read and for a prompt that is too long; Busy as `MediaReader.decode`.
@@ -138,7 +138,7 @@ def read_prompt(
     by_kind: dict[str, list[SharedMedium]] = {}
     for medium in tokens.media:
         by_kind.setdefault(medium.kind, []).append(media[medium])
-    return Prompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), by_kind)
+    return RequestPrompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), by_kind)
 
 
 def _symbols(
