@@ -5,12 +5,12 @@ FinetuneError                 exit status 1; its text is all that the command li
 ├─ DataError             2    a row, a file of rows, a split
 │  └─ MediaError         2    a picture, recording or video that can't be decoded or is out of bounds
 ├─ ModelError            1    an LLM, an encoder or a projector that can't be built or don't fit together
-├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be continued
+├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be resumed
 │  └─ Interrupted      130    stopped by the user after a whole checkpoint; `--resume` continues
 ├─ ArtifactError         1    a run folder, adapter or merged folder that is missing, broken or foreign
 │  ├─ MergeRefused       3    the merged model isn't what was trained, or is only the base
-│  └─ ExportRefused      3    a target that can't hold this model, or answers otherwise than it
-└─ PublishError          1    a repository that can't be written or read, or what must not be published
+│  └─ ExportRefused      3    a target that can't hold this model, or gives other answers
+└─ PublishError          1    a repository that can't be read or written, or files that must not be published
 
 A message says where (file, row, key), what was seen, and what to do next.
 """

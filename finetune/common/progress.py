@@ -1,4 +1,4 @@
-"""What is seen while it works: progress bars and plain lines, by rich."""
+"""Progress bars and plain lines on the terminal, by rich; peak memory."""
 
 import gc
 import os
@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-# Of several processes one speaks.
+# Only the first of several processes prints.
 console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """The most this process has held: resident memory, and the accelerator's where there is one."""
+    """Peak memory of this process in bytes: resident ("cpu"), and on the GPU ("cuda") if there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
@@ -28,7 +28,7 @@ def peak_memory_bytes() -> dict[str, int]:
 
 
 def fresh_memory() -> None:
-    """Let go of what an earlier stage has left, and count the accelerator's peak anew."""
+    """Free memory that is no longer used, and reset the GPU's peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -37,7 +37,7 @@ def fresh_memory() -> None:
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar; call what it gives once a step, with text to show beside it."""
+    """A progress bar; call the function it yields once per step, with text to show beside the bar."""
     columns = (
         TextColumn("{task.description:<18}"),
         BarColumn(),
@@ -58,7 +58,7 @@ def bar(what: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 class TrainingBar(TrainerCallback):
-    """Step, loss, tokens a second, memory, time left; a plain line now and then where there's no terminal."""
+    """Step, loss, tokens per second, memory, time left; without a terminal, five plain lines per stage."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage = stage
@@ -89,14 +89,14 @@ class TrainingBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Also called where training ends by an error. Does nothing the second time."""
+        """Also called when training ends with an error; a second call does nothing."""
         if self._context is not None:
             self._context.__exit__(None, None, None)
             self._context = None
 
 
 def quiet_libraries() -> None:
-    """Warnings of libraries are for us, not for who runs a recipe."""
+    """Hide warnings of libraries: they are for developers, not for users of a recipe."""
     import logging
     import warnings
 

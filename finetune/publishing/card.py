@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from finetune.common import certificate
+from finetune.common.certificate import Certificate, comparison
 from finetune.evaluation.report import tables, words
 from finetune.evaluation.report.content import Content, SavedBinding
 from finetune.evaluation.report.examples import Album, Example, examples
@@ -47,13 +47,13 @@ def write_card(folder: Path, publication: Publication) -> None:
         media=" and ".join(words.NOUNS[kind][1] for kind in media),
         bases=publication.bases,
         tasks=", ".join(
-            name if name == binding.task.kind else f"{name} ({binding.task.kind})"
-            for name, binding in content.bindings.items()
+            name if name == binding.task else f"{name} ({binding.task})" for name, binding in content.bindings.items()
         ),
         snippet=snippet(content, publication.repo, chosen),
         scores=score_tables(content),
         conditions="; ".join(conditions(content)),
-        certificate=certificate.markdown(content.certificate) if content.certificate else "",
+        certificate=content.certificate,
+        comparison=comparison_table(content.certificate) if content.certificate else "",
         samples=sample_table(chosen),
         sources=source_table(publication),
         rows="; ".join(split_counts),
@@ -94,7 +94,7 @@ def card_data(publication: Publication, tag: str) -> ModelCardData:
     content, options, merged = publication.content, publication.recipe.publish, publication.merged
     on_hub = [base.name for base in sorted(publication.bases, key=lambda base: base.key != "llm") if base.name]
     datasets = [str(s.path) for s in publication.recipe.data if s.format is not None and s.format.kind == "hub"]
-    heads = {binding.head.kind for binding in content.bindings.values()}
+    heads = {binding.head for binding in content.bindings.values()}
     relation = {"base_model_relation": "merge" if merged else "adapter"} if on_hub else {}
     return ModelCardData(
         base_model=list(dict.fromkeys(on_hub)) or None,
@@ -113,12 +113,12 @@ def card_data(publication: Publication, tag: str) -> ModelCardData:
 def pipeline_tag(media: Sequence[str], bindings: Iterable[SavedBinding]) -> str:
     """The Hub's name for what the model does."""
     bindings = list(bindings)
-    labels = all(binding.head.kind == "label" for binding in bindings) and bool(bindings)
+    labels = all(binding.head == "label" for binding in bindings) and bool(bindings)
     if len(media) > 1:
         return "any-to-any"
     if not media:
         return "text-classification" if labels else "text-generation"
-    if list(media) == ["audio"] and {binding.task.kind for binding in bindings} == {"transcribe"}:
+    if list(media) == ["audio"] and {binding.task for binding in bindings} == {"transcribe"}:
         return "automatic-speech-recognition"
     return f"{media[0]}-classification" if labels else TAGS[media[0]]
 
@@ -159,6 +159,11 @@ def score_tables(content: Content) -> list[tuple[str, int, str]]:
         head = ["", *map(words.plain, scores.conditions)]
         result.append((scores.task, len(content.predictions_of(scores.task)), table(head, lines, len(head) - 1)))
     return result
+
+
+def comparison_table(certificate: Certificate) -> str:
+    names, rows = comparison(certificate)
+    return table(names, rows, len(names) - 1)
 
 
 def conditions(content: Content) -> list[str]:
@@ -217,7 +222,9 @@ def sample_table(chosen: Sequence[Sample]) -> str:
         media = [f"![{kind}]({name})" for name, kind in sample.pictures] + [f"({other})" for other in sample.others]
         answer = example.answers.get("tuned", "") + {"right": " ✓", "wrong": " ✗"}.get(example.verdict, "")
         base = example.answers.get("base", "")
-        lines.append([example.task, " ".join(media), example.question, example.target, answer, base])
+        lines.append(
+            [example.prediction.task, " ".join(media), example.prediction.question, example.target, answer, base]
+        )
     return table(["task", "media", "question", "target", "answer", "before training"], lines)
 
 
@@ -231,7 +238,7 @@ def snippet(content: Content, repo: str, chosen: Sequence[Sample]) -> str:
     arguments = [repr(first.question if first else "What is this?")]
     if settings:
         arguments.append(f"task={task!r}")
-    pictures = [sample.pictures[0] for sample in chosen if sample.example.task == task and sample.pictures]
+    pictures = [sample.pictures[0] for sample in chosen if sample.example.prediction.task == task and sample.pictures]
     imports = ["import finetune"]
     for kind in dict.fromkeys(kind for kind, _ in first.media) if first else ():
         value = repr(FILES.get(kind, kind))

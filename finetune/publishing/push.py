@@ -108,8 +108,8 @@ def stage(folder: RunFolder, recipe: Recipe, into: Path, *, repo: str, merged: b
         problems = checks.file_problems(into, checks.private_paths(folder.path, local))
     if problems:
         raise PublishError("\n".join([f"not published; {len(problems)} to put right:", *(f"- {p}" for p in problems)]))
-    named = {**{base.key: base.licence for base in bases}, **licences}
-    lines = ["licences: " + ", ".join(f"{name}: {licence}" for name, licence in named.items())]
+    licences = {**{base.key: base.licence for base in bases}, **licences}
+    lines = ["licences: " + ", ".join(f"{name}: {licence}" for name, licence in licences.items())]
     lines.append("no path of this run, its data or the home folder in any file")
     if certificate is not None:
         lines.append(f"certificate: belongs to these weights ({certificate.merged_into})")

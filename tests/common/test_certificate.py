@@ -9,10 +9,8 @@ from certificate_files import certificate_content
 
 from finetune.common.certificate import (
     Certificate,
-    compared_models,
     comparison,
     file_hashes,
-    markdown,
     read_certificate,
     verify,
     verify_if_certified,
@@ -113,24 +111,14 @@ def test_the_adapter_s_folder_is_checked_likewise(merged, tmp_path):
 
 
 def test_the_comparison_has_a_row_a_model(merged):
-    models = compared_models(read_certificate(merged))
-    assert [model.name for model in models] == [
+    columns, rows = comparison(read_certificate(merged))
+    assert columns == ["", "KL (nats)", "same token", "largest difference", "KL from base", "mood.f1"]
+    assert [row[0] for row in rows] == [
         "the adapter over the nf4 LLM",
         "merged into the 16-bit LLM",
-        "merged into the dequantized nf4 LLM",
+        "merged into the dequantized nf4 LLM (kept)",
         "the LLM without the adapter",
     ]
-    assert [model.kept for model in models] == [False, False, True, False]
-    assert [model.measures.kl for model in models] == [0.0, math.inf, 0.002, 2.0]
-    columns, cells = comparison(read_certificate(merged))
-    assert columns == ["", "KL (nats)", "same token", "largest difference", "KL from base", "mood.f1"]
-    assert [row[-1] for row in cells] == ["0.700", "", "0.750", ""]
-
-
-def test_the_table_is_written_for_a_card(merged):
-    text = markdown(read_certificate(merged))
-    lines = text.splitlines()
-    assert lines[0].startswith("Merged into the dequantized nf4 LLM: it is closer. Compared with the adapter over")
-    assert {line.count("|") for line in lines[2:]} == {7} and len(lines) == 8
-    assert "mood.f1" in lines[2] and "words" not in text
-    assert "| merged into the dequantized nf4 LLM (kept) | 0.002 | 99.0% | 0.3 | 1.5 | 0.750 |" in lines
+    assert [row[1] for row in rows] == ["0", "inf", "0.002", "2"]
+    assert [row[-1] for row in rows] == ["0.700", "", "0.750", ""]
+    assert rows[2][1:] == ["0.002", "99.0%", "0.3", "1.5", "0.750"]

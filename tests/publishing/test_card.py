@@ -9,7 +9,7 @@ from finished_run import predictions_of, recipe_of, source_of, write_run
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from finetune.evaluation.report.content import SavedBinding, SavedKind, read_content
+from finetune.evaluation.report.content import SavedBinding, read_content
 from finetune.publishing import card
 from finetune.publishing.parts import Base, Publication
 from finetune.publishing.staging import cleaned, public_names
@@ -23,7 +23,8 @@ BASES = [
 
 
 def binding_of(task="classify", head="language", settings=None) -> SavedBinding:
-    return SavedBinding(task=SavedKind(kind=task), head=SavedKind(kind=head), settings=settings or {})
+    content = {"task": {"kind": task}, "head": {"kind": head}, "settings": settings or {}}
+    return SavedBinding.model_validate(content)
 
 
 def written(tmp_path, binding=None, merged=False, change=None, **options):

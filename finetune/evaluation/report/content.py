@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AliasPath, Field, TypeAdapter, ValidationError
 
 from finetune.common.certificate import Certificate, read_certificate
 from finetune.common.errors import ArtifactError, RecipeError
@@ -39,37 +39,28 @@ class SplitSummary(Result):
     answers: dict[str, int] = Field(default={})
 
 
-class SavedKind(Result):
-    kind: str = ""
-
-
 class SavedBinding(Result):
-    """A task binding in multimodal.json."""
+    """A task binding in multimodal.json: the kinds of its task and head, and what the head learned from the rows."""
 
-    task: SavedKind = SavedKind()
-    head: SavedKind = SavedKind()
+    task: str = Field(default="", validation_alias=AliasPath("task", "kind"))
+    head: str = Field(default="", validation_alias=AliasPath("head", "kind"))
     settings: dict[str, object] = Field(default={})
 
 
-class SavedRevision(Result):
-    revision: str | None = None
-
-
 class SavedEncoder(Result):
-    options: SavedRevision = SavedRevision()
+    revision: str | None = Field(default=None, validation_alias=AliasPath("options", "revision"))
 
 
 class SavedAdapter(Result):
     """adapter/multimodal.json, as far as a reader needs it."""
 
-    language_model: SavedRevision = SavedRevision()
+    revision: str | None = Field(default=None, validation_alias=AliasPath("language_model", "revision"))
     encoders: dict[str, SavedEncoder] = Field(default={})
-    asks: dict[str, SavedBinding] = Field(default={})
+    bindings: dict[str, SavedBinding] = Field(default={}, validation_alias="asks")
 
     def commits(self) -> dict[str, str | None]:
         """llm, encoders.NAME -> commit on the Hub."""
-        encoders = {f"encoders.{name}": encoder.options.revision for name, encoder in self.encoders.items()}
-        return {"llm": self.language_model.revision, **encoders}
+        return {"llm": self.revision, **{f"encoders.{name}": part.revision for name, part in self.encoders.items()}}
 
 
 class Finding(Result):
@@ -173,7 +164,7 @@ def read_content(run: Path) -> Content:
         versions=read("versions.json", TypeAdapter(dict[str, str | int]), {}),
         certificate=_certificate(folder.certificate, missing),
         commits=adapter.commits(),
-        bindings=adapter.asks,
+        bindings=adapter.bindings,
         skipped=_skipped(checked, recipe, missing),
         missing=missing,
     )

@@ -49,35 +49,14 @@ class Example:
     media: list[EmbeddedMedium] = field(default_factory=list)
 
     @property
-    def task(self) -> str:
-        return self.prediction.task
-
-    @property
-    def row(self) -> str:
-        return shorten(self.prediction.row, 120)
-
-    @property
-    def good(self) -> float:
-        return self.prediction.good or 0.0
-
-    @property
-    def question(self) -> str:
-        return shorten(self.prediction.question, 800)
-
-    @property
     def target(self) -> str:
         return shorten(readable(self.prediction.target), 400)
 
     @property
     def answers(self) -> dict[str, str]:
         """Condition -> answer."""
-        given = self.prediction.answers
-        return {name: shorten(readable(given[name]), 400) for name in ANSWERS if name in given}
-
-    @property
-    def more_media(self) -> int:
-        """Number of media that aren't embedded."""
-        return max(0, len(self.prediction.media) - MEDIA)
+        answers = self.prediction.answers
+        return {name: shorten(readable(answers[name]), 400) for name in ANSWERS if name in answers}
 
     @property
     def verdict(self) -> Literal["right", "wrong", ""]:
@@ -85,7 +64,7 @@ class Example:
         target = self.prediction.target
         if readable(label_of(self.prediction.tuned)) == readable(target):
             return "right"
-        return "wrong" if self.good <= 0 and isinstance(target, str | list) else ""
+        return "wrong" if (self.prediction.good or 0.0) <= 0 and isinstance(target, str | list) else ""
 
     @property
     def long(self) -> bool:

@@ -91,8 +91,8 @@ class LabelDetails:
 
 
 def _label_details(content: Content, task: str) -> LabelDetails | None:
-    found = content.metrics.tables.get(task, TaskTables())
-    labels, confusion = tables.label_table(found), tables.confusion_matrix(found.confusion)
+    saved = content.metrics.tables.get(task, TaskTables())
+    labels, confusion = tables.label_table(saved), tables.confusion_matrix(saved.confusion)
     bins = tables.calibration(content.predictions_of(task))
     chart = None
     if bins:

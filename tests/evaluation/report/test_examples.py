@@ -42,8 +42,8 @@ def test_ties_are_broken_by_how_sure_it_was_and_both_sides_are_apart():
 
     rows = [row(number, float(number % 2), 0.5 + number / 200) for number in range(90)]
     found = examples([*rows, Prediction.parse({"task": "t", "row": "r:x"})], Album(Limits()))
-    worst, best = ([example.row for example in found if example.side == side] for side in ("worst", "best"))
+    worst, best = ([example.prediction.row for example in found if example.side == side] for side in ("worst", "best"))
     assert worst == [f"r:{number}" for number in range(88, 48, -2)]
     assert best == [f"r:{number}" for number in range(89, 49, -2)]
     few = examples(rows[:5], Album(Limits()))
-    assert len(few) == 5 == len({example.row for example in few})
+    assert len(few) == 5 == len({example.prediction.row for example in few})
