@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 NAMES ?= mobilenet_v2 minimind2_small
+MUTANTS ?=
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help quickstart install weights test test-fast check format clean
+.PHONY: help quickstart install weights test test-fast mutants check format clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +30,12 @@ test: install  ## Run the tests (no network once the weights are there)
 test-fast: install  ## Run the tests that take seconds, not minutes
 	$(PYTEST) -m "not slow"
 
+mutants: install  ## Change the core line by line, see whether its tests notice (hours; MUTANTS='finetune.training.pack*')
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'
+	@mkdir -p mutants
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 nice -n 19 $(BIN)/python -m mutmut run --max-children 1 $(MUTANTS:%='%') >mutants/log
+	@$(BIN)/python -m mutmut results --all true | sed -E 's/^ *(.*)\.[^.]+: /\1 /' | sort | uniq -c
+
 check: install  ## Lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +46,4 @@ format: install  ## Put the code into shape
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment, caches and runs
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) runs mutants .mypy_cache .ruff_cache .pytest_cache

@@ -215,5 +215,6 @@ def show(merged: Certificate, folder: Path) -> None:
     console.print(table)
     console.print(
         f"merged into {merged.merged_into}: {merged.saved.agreement:.1%} of {merged.positions} next tokens as "
-        f"trained; {merged.why}; scores on {merged.rows_scored} of {merged.rows_held_out} held-out rows; {folder}"
+        f"trained; {merged.why}; scores on {merged.rows_scored} of {merged.rows_held_out} held-out rows; {folder}",
+        markup=False,
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from finetune.common.errors import ModelError, TrainingError
@@ -43,8 +42,7 @@ def set_trainable(model: MultimodalModel, trains: Sequence[str]) -> dict[str, in
     parts = trained_parts(model, trains)
     for parameters in parts.values():
         for parameter in parameters:
-            if not parameter.is_floating_point() or parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     expected = {id(p) for parameters in parts.values() for p in parameters}
     prefixes = tuple("language_model." if role == "adapter" else f"{role}." for role in parts)

@@ -89,7 +89,8 @@ def _head_conflicts(recipe: Recipe) -> Iterator[Problem]:
     for index, (name, source) in enumerate(zip(names, recipe.data, strict=True)):
         task, head = source.task, source.head
         if source.name not in (None, name):
-            message = f"data.{names.index(name)} has the same task {task.kind!r} and is called {name!r}: use one name."
+            other_index = next(number for number, other in enumerate(recipe.data) if other.name == name)
+            message = f"data.{other_index} has the same task {task.kind!r} and is called {name!r}: use one name."
             yield Problem(("data", index, "name"), message)
         where: Location = ("data", index, "head")
         trained, heads = head.trained, task.heads

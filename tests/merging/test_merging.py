@@ -19,11 +19,14 @@ from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.merging.lora_weights import (
     LoraFile,
     Quantization,
+    blocks,
     into_dequantized,
     into_plain,
     load_on_disk,
     merged_tensors,
+    tensor_names,
     unties,
+    weights_in,
 )
 from finetune.merging.merged_folder import Shards
 from finetune.model.language_model import load_language_model
@@ -205,6 +208,49 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(MergeRefused, match=r"model.layers.1.self_attn.q_proj: .*aren't finite"):
         streamed(folder, LoraFile(tmp_path / "adapter"), torch.float32, tmp_path / "scratch")
+
+
+def test_blocks_are_the_outermost_modules_with_weights_of_their_own():
+    inner = nn.ModuleDict({"linear": nn.Linear(2, 2), "nothing": nn.ReLU()})
+    module = nn.ModuleDict({"inner": inner, "norm": nn.LayerNorm(2)})
+    assert blocks(module) == ["inner.linear", "norm"]
+    module.inner.own = nn.Parameter(torch.zeros(1))
+    assert blocks(module) == ["inner", "norm"]
+    assert blocks(nn.Linear(2, 2)) == [""] and blocks(nn.ReLU()) == []
+    assert weights_in(module) == 6 + 1 + 4
+
+
+def test_the_tensors_of_a_module_are_found_by_its_name_alone(tmp_path):
+    adapted(llm_folder(tmp_path / "llm", "llama"), "none", tmp_path / "adapter")
+    lora = LoraFile(tmp_path / "adapter")
+    content = load_file(lora.path)
+    assert sorted(tensor_names(lora.path)) == sorted(content) and len(lora.tensors) == 14
+    module = "model.layers.1.mlp.up_proj"
+    assert sorted(lora.of(module)) == [f"base_model.model.leaf.lora_{part}.weight" for part in "AB"]
+    for name, tensor in lora.of(module).items():
+        assert torch.equal(tensor, content[name.replace("leaf", module)])
+    llm = tiny_llm("llama", **SIZES["llama"])
+    assert lora.modules_of(llm) == {name: name for name in lora.tensors}
+    assert not unties(llm, lora) and not unties(llm, None)
+
+
+def test_without_an_adapter_the_llm_is_written_as_it_is(tmp_path):
+    folder = llm_folder(tmp_path / "llm", "qwen2")
+    got = streamed(folder, None, torch.float32, tmp_path / "scratch")
+    assert_same_bits(got, whole := loaded(folder), whole.all_tied_weights_keys)
+    assert all(
+        not tensor.requires_grad and tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in got.values()
+    )
+
+
+def test_the_modules_that_are_quantized_are_named_as_without_an_adapter(tmp_path):
+    folder = llm_folder(tmp_path / "llm", "llama")
+    wrapped = adapted(folder, "nf4", tmp_path / "adapter", targets=["q_proj"])
+    found = Quantization.of(wrapped.get_base_model())
+    plain = loaded(folder)
+    linear = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    assert found.modules == linear - {"lm_head"} and found.config.load_in_4bit
+    assert Quantization.of(plain) == Quantization(None, frozenset())
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 50, None])

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, part, tiny_composite, tiny_llm_folder
 
 from finetune.common.errors import ArtifactError, ModelError
-from finetune.model.adapter import attach, load_trained, save_trained, saved_adapter
+from finetune.model.adapter import attach, fitted_adapter, load_trained, save_trained, saved_adapter
 from finetune.model.composite import compose
 from finetune.model.language_model import load_language_model
 from finetune.recipe.schema import Adapter, Llm
@@ -110,3 +111,89 @@ def test_a_4_bit_llm_answers_as_it_is_trained(dora, double_quantize, tmp_path):
 def logits_of_ids(model, ids) -> torch.Tensor:
     with torch.no_grad():
         return model(ids).logits
+
+
+def test_the_recipes_settings_are_pefts_and_come_back_from_the_folder(tmp_path):
+    settings = Adapter(rank=3, alpha=5.0, dropout=0.25, targets=["k_proj", "q_proj"], rslora=True, dora=True)
+    for number, adapter in enumerate([settings, Adapter(rank=2, alpha=4.0, initialization="olora")]):
+        model = tiny_composite()
+        attach(model, adapter)
+        config = model.language_model.peft_config["default"]
+        assert (config.r, config.lora_alpha, config.lora_dropout) == (adapter.rank, adapter.alpha, adapter.dropout)
+        assert (config.use_rslora, config.use_dora, config.task_type) == (adapter.rslora, adapter.dora, "CAUSAL_LM")
+        assert config.init_lora_weights == (True if adapter.initialization == "default" else adapter.initialization)
+        save_trained(model, tmp_path / str(number))
+        again = saved_adapter(tmp_path / str(number))
+        if isinstance(adapter.targets, list):
+            again = again.model_copy(update={"targets": sorted(again.targets)})
+            assert again == adapter
+        else:
+            assert again.model_copy(update={"targets": adapter.targets}) == adapter
+            assert {name.rpartition(".")[2] for name in again.targets} >= {"q_proj", "down_proj"}
+
+
+def test_a_folder_without_lora_has_no_adapter(tmp_path):
+    assert saved_adapter(tmp_path) is None
+    assert fitted_adapter(tmp_path, None) is None
+
+
+def test_the_output_head_is_no_target():
+    with pytest.raises(ModelError, match=r"adapter.targets: the output head can't be one"):
+        attach(tiny_composite(), Adapter(rank=2, alpha=4.0, targets=["q_proj", "lm_head"]))
+
+
+def test_peft_s_refusal_is_one_line():
+    with pytest.raises(ModelError, match=r"^adapter: PEFT refuses it: ") as caught:
+        attach(tiny_composite(), Adapter(rank=2, alpha=4.0, targets=["no_such_module"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_holds_every_trained_part_and_no_card(tmp_path):
+    model = tiny_composite(fusion="cross_attention")
+    attach(model, Adapter(rank=4, alpha=8.0))
+    model.heads["mood"] = torch.nn.Linear(4, 3)
+    model.tuned["image"] = [name for name, _ in model.encoders["image"].named_parameters()][:2]
+    shake(model)
+    save_trained(model, tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    files = {"adapter_config.json", "adapter_model.safetensors", "projectors.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files
+    content = load_file(folder / "projectors.safetensors")
+    parts = {"projectors": model.projectors, "fusion": model.fusion, "heads": model.heads}
+    expected = {f"{role}.{name}": t for role, part in parts.items() for name, t in part.state_dict().items()}
+    expected |= {f"encoders.image.{name}": model.encoders["image"].get_parameter(name) for name in model.tuned["image"]}
+    assert content.keys() == expected.keys()
+    assert all(torch.equal(content[name], tensor) for name, tensor in expected.items())
+    before = {name: tensor.clone() for name, tensor in expected.items()}
+    with torch.no_grad():
+        for tensor in expected.values():
+            tensor.zero_()
+    matches = load_trained(model, folder)
+    assert matches == {
+        "adapter": len(load_file(folder / "adapter_model.safetensors")),
+        "projectors.image": len(model.projectors["image"].state_dict()),
+        "fusion": len(model.fusion.state_dict()),
+        "heads.mood": 2,
+        "encoders.image": 2,
+    }
+    assert all(torch.equal(before[name], tensor) for name, tensor in expected.items())
+    model.tuned.clear()  # a model that is given features holds no encoder
+    assert "encoders.image" not in load_trained(model, folder)
+
+
+def test_what_does_not_fit_is_counted_and_told_by_name_and_shape(tmp_path):
+    model, _ = composite_with()
+    save_trained(model, tmp_path)
+    path = tmp_path / "projectors.safetensors"
+    content = load_file(path)
+    names = sorted(content)
+    save_file({**content, names[0]: torch.zeros(3, 3)}, path)
+    shape = re.escape(f"{tuple(content[names[0]].shape)}")
+    words = rf"{len(names) - 1} of {len(names)} tensors match; other shape: {names[0]} \(3, 3\) instead of {shape}$"
+    with pytest.raises(ArtifactError, match=words):
+        load_trained(model, tmp_path)
+    other = {f"projectors.image.other.{number}": torch.zeros(1) for number in range(2)}
+    save_file({**{name: content[name] for name in names[1:]}, **other}, path)
+    words = rf"only in the model: {names[0]} ...; only in the file: projectors.image.other.0 ...$"
+    with pytest.raises(ArtifactError, match=words):
+        load_trained(model, tmp_path)

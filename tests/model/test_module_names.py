@@ -3,6 +3,9 @@
 import json
 
 import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from saved_adapter import SAVED, saved_adapter
 from tiny import tiny_llm, tiny_llm_folder
 
@@ -59,8 +62,6 @@ def test_an_llm_of_other_sizes_is_refused_with_both_sizes(tmp_path):
 
 def test_what_transformers_renames_itself_is_asked_of_it():
     """ViTMAE's attention was renamed between versions: its own table of older checkpoints tells."""
-    import transformers
-
     config = transformers.ViTMAEConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = transformers.ViTMAEForPreTraining(config)
     names = {name for name, _ in model.named_modules()}
@@ -80,3 +81,66 @@ def test_the_manifest_describes_the_modules_that_have_lora():
             *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
         )
     }
+
+
+def test_sizes_are_those_of_layers_that_can_have_lora():
+    model = torch.nn.ModuleDict(
+        {
+            "linear": torch.nn.Linear(3, 5),
+            "embedding": torch.nn.Embedding(11, 7),
+            "transposed": transformers.Conv1D(5, 3),
+            "norm": torch.nn.LayerNorm(4),
+        }
+    )
+    shapes = module_names.ModuleShapes(
+        llm_class="Other", shapes={"linear": (3, 5), "embedding": (11, 7), "transposed": (3, 5)}
+    )
+    assert module_names.names_in(shapes, "here", model) == {name: name for name in shapes.shapes}
+    with pytest.raises(ArtifactError, match="here: the adapter doesn't fit the LLM: 1 of the 2 modules") as caught:
+        module_names.names_in(
+            module_names.ModuleShapes(llm_class="Other", shapes={"linear": (3, 5), "norm": (4, 4)}), "here", model
+        )
+    assert "are in this ModuleDict. Trained: norm; in the model: embedding, transposed. " in str(caught.value)
+    for size in ((4, 5), (3, 6)):
+        shapes = module_names.ModuleShapes(llm_class="Other", shapes={"linear": size})
+        with pytest.raises(ArtifactError) as caught:
+            module_names.names_in(shapes, "here", model)
+        assert str(caught.value) == (
+            f"here: the adapter was trained on another LLM: in that Other linear takes {size[0]} features and gives "
+            f"{size[1]}, in this ModuleDict it takes 3 and gives 5"
+        )
+
+
+def test_three_names_of_each_side_are_shown():
+    with pytest.raises(ArtifactError) as caught:
+        module_names.matched("x", ["a", *"fedc"], ["a", *"zyx"], torch.nn.Linear(1, 1))
+    words = "x: 1 of the 5 modules that were trained are in this Linear. Trained: c, d, e, ...; in the model: x, y, z. "
+    assert str(caught.value).startswith(words)
+    with pytest.raises(ArtifactError, match=r"x: none of the 1 modules .*Trained: b; in the model: no others. "):
+        module_names.matched("x", ["b"], [], torch.nn.Linear(1, 1))
+    assert module_names.matched("x", ["b"], ["a", "b"], torch.nn.Linear(1, 1)) == {"b": "b"}
+
+
+def test_tensors_of_an_adapter_are_of_modules():
+    names = [f"base_model.model.model.layers.{n}.q_proj.lora_{part}.weight" for n in (1, 0) for part in "AB"]
+    assert module_names.modules(names) == ["model.layers.1.q_proj", "model.layers.0.q_proj"]
+    assert [module_names.is_lora(name) for name in (names[0], "model.lora.weight")] == [True, False]
+
+
+def test_a_file_of_tensors_is_read_or_named_with_what_it_holds(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ArtifactError, match=r"x.safetensors is missing: the heads can't be loaded$"):
+        module_names.tensors(path, "the heads")
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ArtifactError, match=r"x.safetensors is damaged: .*; the heads can't be loaded$"):
+        module_names.tensors(path, "the heads")
+
+
+def test_the_shapes_of_an_llm_are_of_its_modules_with_lora():
+    llm = tiny_llm()
+    wrapped = get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    shapes = module_names.module_shapes(wrapped.get_base_model())
+    queries = {f"model.layers.{layer}.self_attn.q_proj": (32, 32) for layer in range(2)}
+    assert shapes.llm_class == "LlamaForCausalLM"
+    assert queries.items() <= shapes.shapes.items() and "lm_head" not in shapes.shapes
+    assert shapes.shapes["model.embed_tokens"] == (128, 32) and len(shapes.shapes) == 3

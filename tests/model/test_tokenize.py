@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import CHATML, fresh_tokenizer
@@ -6,7 +7,14 @@ from tiny import CHATML, fresh_tokenizer
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.language_model import PLAIN_TEMPLATE
-from finetune.model.tokenize import IGNORED, add_placeholders, tokenize, tokenize_prompt
+from finetune.model.tokenize import (
+    IGNORED,
+    add_placeholders,
+    answer_ends,
+    answer_tokens,
+    tokenize,
+    tokenize_prompt,
+)
 
 PICTURE, OTHER = Medium("image", Path("a.png")), Medium("image", Path("b.png"))
 LENGTHS = {PICTURE: 4, OTHER: 7}
@@ -139,8 +147,11 @@ def test_a_template_that_raises_is_a_data_error(tokenizer, placeholders):
 
 
 def test_media_without_an_encoder_are_refused(tokenizer):
-    with pytest.raises(DataError, match=r"rows.csv:3: holds image"):
+    with pytest.raises(DataError, match=r"rows.csv:3: holds image, but this model takes text only"):
         tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, {}, segments)
+    others = add_placeholders(tokenizer, ["audio", "video"], {"audio": "<|audio|>", "video": "<|video|>"})
+    with pytest.raises(DataError, match=r"prompt: holds image, but this model takes audio, video"):
+        tokenize_prompt(sample_of(*CONVERSATIONS["one turn"]).question, tokenizer, others, segments)
 
 
 def test_a_placeholder_is_one_special_token(tokenizer, placeholders):
@@ -180,3 +191,73 @@ def test_segments_stand_one_after_the_other_each_behind_its_mark(tokenizer, plac
     shown = [*plain("0.0s "), *[placeholders["image"].id] * 2, *plain("1.5s "), *[placeholders["image"].id] * 3]
     assert tokens.input_ids == [*whole.input_ids[:place], *shown, *whole.input_ids[place + 1 :]]
     assert tokens.labels == [*whole.labels[:place], *[-100] * len(shown), *whole.labels[place + 1 :]]
+
+
+def learnt_of(tokenizer, *turns) -> str:
+    tokens = tokenize(sample_of(*turns), tokenizer, {}, segments)
+    return tokenizer.decode([label for label in tokens.labels if label != IGNORED])
+
+
+def test_a_token_that_closes_a_whole_conversation_is_not_learnt(tokenizer):
+    """As Phi-3's template does: what it adds at the very end is no part of a turn."""
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.chat_template = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    turns = (("user", "What?"), ("assistant", "a red square"), ("user", "And this?"), ("assistant", "blue"))
+    assert learnt_of(tokenizer, *turns[:2], *turns[2:]) == "a red square<|im_end|>blue<|im_end|>\n<|endoftext|>"
+
+
+def test_where_no_token_ends_a_turn_its_line_break_does(tokenizer):
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + '\n' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    assert learnt_of(tokenizer, ("user", "What?"), ("assistant", "red"), ("user", "And?"), ("assistant", "b")) == (
+        "red\nb\n"
+    )
+
+
+def test_a_first_token_alone_is_nothing_to_learn(tokenizer):
+    """No state comes before it that could predict it."""
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"
+    assert learnt_of(tokenizer, ("user", "What?"), ("assistant", "red square")) == "red square"
+    with pytest.raises(DataError, match="no token would be learnt from this row"):
+        learnt_of(tokenizer, ("user", "What?"), ("assistant", "x"))
+
+
+def test_what_is_learnt_of_an_answer_are_its_tokens_and_the_end(tokenizer):
+    assert tokenizer.decode(answer_tokens("a red square", tokenizer)) == "a red square<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("config", "ends"),
+    [
+        (None, ["<|im_end|>"]),
+        (0, ["<|endoftext|>", "<|im_end|>"]),
+        ([0, 1], ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+    ],
+)
+def test_an_answer_ends_where_the_template_the_tokenizer_or_the_llm_end_it(config, ends, tokenizer):
+    for eos_token in ("<|im_end|>", None):
+        tokenizer.eos_token = eos_token
+        found = answer_ends(tokenizer, SimpleNamespace(eos_token_id=config))
+        assert found == sorted(found) and tokenizer.convert_ids_to_tokens(found) == ends
+
+
+def test_an_ordinary_token_at_the_end_of_a_turn_ends_no_answer(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' . ' }}{% endfor %}"
+    assert answer_ends(tokenizer, SimpleNamespace(eos_token_id=None)) == [tokenizer.eos_token_id]
+
+
+def test_a_row_is_named_where_a_prompt_is_refused(tokenizer, placeholders):
+    with pytest.raises(DataError, match=r"^table:7: the text holds '<\|image\|>'"):
+        tokenize_prompt([Message("user", ("<|image|>",))], tokenizer, placeholders, segments, "table:7")
+    prompt = tokenize_prompt(sample_of(*CONVERSATIONS["one turn"]).question, tokenizer, placeholders, segments)
+    assert set(prompt.labels) == {IGNORED} and len(prompt.labels) == len(prompt.input_ids)
+    assert prompt.media == (PICTURE,) and tokenizer.decode(prompt.input_ids).endswith("<|im_start|>assistant\n")
+
+
+def test_a_placeholder_may_be_any_text_and_stays_whole(tokenizer):
+    found = add_placeholders(tokenizer, ["audio"], {"audio": " ~a~ ", "image": "unused"})
+    assert list(found) == ["audio"] and found["audio"].token == " ~a~ "
+    assert tokenizer("x ~a~ y", add_special_tokens=False)["input_ids"].count(found["audio"].id) == 1
+    assert tokenizer.convert_tokens_to_ids(" ~a~ ") == found["audio"].id

@@ -115,3 +115,177 @@ def test_a_task_whose_media_no_encoder_takes_is_refused(folder, odd_parts):
     message = refused(change("task: caption", "task: listen"))
     assert message.startswith("x.yaml:18: data.0.task: ")
     assert mentions(message, "'listen'|encoder|'audio'|image")
+
+
+def assert_conflicts(messages, overrides=(), text=None) -> None:
+    """These and no others, each "key: message", whether the key is in the file or an option's."""
+    lines = refused(text, overrides).splitlines()
+    assert len(lines) == len(messages), lines
+    assert all(line.endswith(f" {message}") for line, message in zip(lines, messages, strict=True)), lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.llm.trust_remote_code=true"],
+            "model.llm.trust_remote_code: needs model.llm.revision to be a commit of 40 hex digits; it is null.",
+        ),
+        (
+            ["model.projectors={image: mlp, audio: mlp}"],
+            "model.projectors.audio: no encoder has this name. Add model.encoders.audio.",
+        ),
+        (
+            ["model.projectors={imaeg: mlp}", "train.stages.0.trains=[adapter]", "train.stages.1.trains=[adapter]"],
+            "model.projectors.imaeg: no encoder has this name. Did you mean 'image'?",
+        ),
+        (
+            ["model.projectors={}", "train.stages.0.trains=[adapter]", "train.stages.1.trains=[adapter]"],
+            "model.encoders.image: has no projector: add model.projectors.image.",
+        ),
+        (
+            ["data.0.task=transcribe"],
+            "data.0.task: 'transcribe' needs an encoder for 'audio'; encoders: image.",
+        ),
+        (
+            ["data.0.split=validation", "evaluate.split=validation"],
+            "data: no source has split train: there is nothing to train on.",
+        ),
+        (
+            ["data.0.hold_out=0"],
+            "evaluate.split: no rows to evaluate on: add a source with split: test, or hold_out: 0.1 to one.",
+        ),
+        (
+            ["train.validation={}"],
+            "train.validation: no validation rows: add a source with split: validation, or hold_out_validation: 0.1 "
+            "to one.",
+        ),
+        (
+            ["data.0.hold_out_validation=0.1", "train.validation={metric: words.f1}"],
+            "train.validation.metric: got 'words.f1'; its first part is one of caption.",
+        ),
+        (
+            ["tune_encoders={image: {rank: 4}}", "train.stages.1.trains=[encoders.image]"],
+            "train.cache: stores features of frozen encoders, but tune_encoders trains one: set train.cache: false.",
+        ),
+        (
+            ["train.stages.1.name=align"],
+            "train.stages.1.name: 'align' is train.stages.0 already: give each its own name.",
+        ),
+        (
+            ["train.stages.1.sources=[0, 3]"],
+            "train.stages.1.sources.1: got 3; write numbers of training sources: 0.",
+        ),
+        (
+            ["train.stages.1.trains=[projectors, projectors]"],
+            "train.stages.1.trains.1: 'projectors' is written twice.",
+        ),
+        (
+            ["train.stages.1.trains=[projectors, projectors.image]"],
+            "train.stages.1.trains.1: 'projectors.image' is one of projectors, which is written too: keep one.",
+        ),
+        (
+            ["train.stages.1.trains=[projector]"],
+            "train.stages.1.trains.0: got 'projector'; write one of projectors, projectors.image, adapter. Did you "
+            "mean 'projectors'?",
+        ),
+        (
+            ["train.stages.1.trains=[qqq]"],
+            "train.stages.1.trains.0: got 'qqq'; write one of projectors, projectors.image, adapter.",
+        ),
+        (
+            ["train.stages.1.trains=[encoders]"],
+            "train.stages.1.trains.0: got 'encoders'; write one of projectors, projectors.image, adapter. Encoders to "
+            "train are listed in tune_encoders.",
+        ),
+        (
+            ["train.stages.0.learning_rates={adapter: 0.1}"],
+            "train.stages.0.learning_rates.adapter: this stage doesn't train it; it trains projectors.",
+        ),
+        (
+            ["train.stages.1.learning_rates={projectors.image: -0.5}"],
+            "train.stages.1.learning_rates.projectors.image: got -0.5; write a number above 0.",
+        ),
+        (
+            ["model.fusion=cross_attention"],
+            "train.stages.0.trains: the fusion 'cross_attention' starts closed, so nothing else gets a gradient: add "
+            "'fusion'.",
+        ),
+    ],
+)
+def test_a_conflict_is_told_once_with_its_way_out(folder, overrides, message):
+    assert_conflicts([message], overrides)
+
+
+def test_what_a_stage_may_train_follows_from_the_recipe(folder):
+    overrides = ["train.cache=false", "model.fusion=cross_attention", "train.stages.0.trains=[fusion]"]
+    overrides += ["tune_encoders={image: {rank: 4}}", "data.0.task=classify"]
+    stage = "train.stages.1.trains=[encoders, adapter, fusion, projectors.image, heads]"
+    recipe = load_recipe("x.yaml", [*overrides, "data.0.head=label", stage])
+    assert len(recipe.train.stages[1].trains) == 5
+    names = "projectors, projectors.image, fusion, adapter, heads, encoders, encoders.image"
+    assert names in refused(overrides=[*overrides, "data.0.head=label", "train.stages.1.trains=[qqq, encoders, heads]"])
+
+
+def test_rates_of_a_group_and_of_one_of_it_are_taken(folder):
+    rates = "train.stages.1.learning_rates={projectors.image: 1e-3, adapter: 1e-4}"
+    recipe = load_recipe("x.yaml", [rates, "train.stages.0.learning_rates={projectors: 1e-3}"])
+    assert recipe.train.stages[1].learning_rates == {"projectors.image": 1e-3, "adapter": 1e-4}
+
+
+SOURCE = "  - {path: data/more.csv, task: %s%s}\ntrain:\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            "classify\n    name: mood",
+            "classify, name: tone",
+            "data.0.name: data.1 has the same task 'classify' and is called 'tone': use one name.",
+        ),
+        (
+            "classify",
+            "classify, head: label",
+            "data.1.head: data.0 has the same task with another head ('language'): make both equal.",
+        ),
+        (
+            "caption",
+            "caption, head: label",
+            "data.1.head: 'label' can't answer the task 'caption': write language.",
+        ),
+    ],
+)
+def test_sources_of_one_task_agree(folder, first, second, message):
+    text = change("task: caption", f"task: {first}").replace("train:\n", SOURCE % (second, ""), 1)
+    assert_conflicts([message], text=text)
+
+
+def test_a_head_with_weights_needs_rows_and_a_stage_that_trains_it(folder):
+    head = ["data.0.task=classify", "data.0.head=label"]
+    assert_conflicts(["data.0.head: 'label' has weights that no stage trains: add 'heads' to one."], head)
+    load_recipe("x.yaml", [*head, "train.stages.1.trains=[heads]"])
+    text = change("train:\n", SOURCE % ("classify, head: label", ", split: test"))
+    expected = "data.1.head: no training rows have this task: there is nothing to learn its answers from."
+    assert_conflicts([expected], text=text)
+
+
+def test_held_out_shares_of_the_same_rows_agree(folder):
+    text = change("train:\n", "  - {path: data/products.csv, task: chat, hold_out: 0.2, group: shop}\ntrain:\n")
+    held_out = "data.1.path: also data.0, with hold_out 0.1: make both equal, or held-out rows leak."
+    grouped = "data.1.path: also data.0, with group None: make both equal, or held-out rows leak."
+    assert_conflicts([held_out, grouped], text=text)
+    text = change("train:\n", "  - {path: data/products.csv, task: chat, split: test}\ntrain:\n")
+    expected = "data.1.path: also data.0, with split train; the same rows can't be in test too."
+    assert_conflicts([expected], text=text)
+
+
+def test_a_stage_that_distills_names_the_texts_and_trains_no_heads(folder):
+    distills = ["train.stages.1.distill={}", "data.0.task=classify"]
+    texts = "data.0.task.transcript: stage 'tune' distills: name the column of the captions or transcripts."
+    assert_conflicts([texts], distills)
+    load_recipe("x.yaml", [*distills, "data.0.task.transcript=caption"])
+    heads = ["data.0.head=label", "train.stages.1.trains=[adapter, heads]", "data.0.task.transcript=caption"]
+    language = "data.0.head: stage 'tune' distills, which needs the head 'language': write its sources."
+    trains = "train.stages.1.trains: this stage distills, which only the LLM can: heads learn nothing."
+    assert_conflicts([language, trains], [*distills, *heads])

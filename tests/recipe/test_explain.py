@@ -3,8 +3,11 @@ from pathlib import Path
 import pytest
 from recipe_texts import GOOD, change, mentions, refused
 
-from finetune.recipe.explain import expected
+from finetune.common.errors import RecipeError
+from finetune.recipe.explain import at, dotted_keys, expected, nearest_key, override, recipe_error
 from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.words import Problem, shorten
+from finetune.recipe.yaml_reader import read_yaml
 
 # What is changed in GOOD, by what; the line and key of the message, and what it must mention.
 MALFORMED = [
@@ -230,7 +233,130 @@ def test_an_error_elsewhere_keeps_the_line_of_the_file_beside_overrides(folder):
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "text or null"),
         ({"enum": ["a", "b"]}, "one of a, b"),
         ({"type": "array", "minItems": 1}, "a list of 1 or more"),
+        ({"type": "array"}, "a list"),
+        ({"const": "prefix"}, "prefix"),
+        ({"type": "boolean"}, "true or false"),
+        ({"type": "object"}, "a mapping"),
+        ({"type": "string", "format": "path"}, "a path"),
+        ({"type": "string", "pattern": "^a+$"}, "text of the form ^a+$"),
+        ({"type": "string", "minLength": 1}, "text that isn't empty"),
+        ({"type": "integer", "exclusiveMinimum": 0, "maximum": 9}, "an integer above 0 and of at most 9"),
+        ({"oneOf": [{"type": "integer"}, {"anyOf": [{"type": "null"}, {"type": "integer"}]}]}, "an integer or null"),
+        ({}, "another value"),
     ],
 )
 def test_expected_values_are_described_from_the_schema(node, words):
     assert expected(node, {}) == words
+
+
+def test_references_of_a_schema_are_followed():
+    schema = {
+        "$defs": {"Width": {"anyOf": [{"$ref": "#/$defs/Count"}, {"type": "null"}]}, "Count": {"type": "integer"}}
+    }
+    assert expected({"$ref": "#/$defs/Width"}, schema) == "an integer or null"
+
+
+def document(text: str):
+    return read_yaml(text, "x.yaml")
+
+
+PARTS = {  # the schema of {size: ..., part: {kind: a or b, and its options}, sections: [{name: ...}], by_name: {...}}
+    "properties": {
+        "size": {"type": "integer"},
+        "part": {
+            "anyOf": [
+                {"properties": {"kind": {"const": "a"}, "alpha": {"type": "number"}}},
+                {"properties": {"kind": {"const": "b"}, "beta": {"type": "string"}}},
+                {"type": "null"},
+            ]
+        },
+        "sections": {"type": "array", "items": {"properties": {"name": {"type": "string"}}}},
+        "by_name": {"additionalProperties": {"properties": {"rate": {"type": "number"}}}},
+        "by_pattern": {"patternProperties": {"^[a-z]+$": {"properties": {"share": {"type": "number"}}}}},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("part: {kind: a}", "part.kind part.alpha"),
+        ("part: b", "part.kind part.beta"),
+        ("sections: [{}, {}]", "sections.0 sections.0.name sections.1 sections.1.name"),
+        ("by_name: {x: {}}", "by_name.x by_name.x.rate"),
+        ("by_pattern: {y: null}", "by_pattern.y by_pattern.y.share"),
+    ],
+)
+def test_the_keys_are_those_that_a_document_has_or_may_have(text, keys):
+    value = document(text).value
+    top = {"size", "part", "sections", "by_name", "by_pattern"}
+    found = list(dotted_keys(PARTS, value, PARTS))
+    assert {key for key in found if key.startswith(f"{next(iter(value))}.")} == set(keys.split())
+    assert {key for key in found if "." not in key} == top
+    for key in found:
+        assert nearest_key(key, document(text), PARTS) == key
+
+
+def test_the_nearest_key_ends_in_what_was_written_or_is_spelt_most_alike():
+    text = "by_name: {x: {}}"
+    assert nearest_key("rate", document(text), PARTS) == "by_name.x.rate"
+    assert nearest_key("by_name.x.rat", document(text), PARTS) == "by_name.x.rate"
+    assert nearest_key("sise", document(text), PARTS) == "size"
+    assert nearest_key("qqqqqq", document(text), PARTS) is None
+
+
+def test_schema_and_value_at_a_location():
+    value = {"part": {"kind": "a", "alpha": 0.5}, "sections": [{"name": "x"}]}
+    assert at(("part", "alpha"), value, PARTS) == ({"type": "number"}, 0.5)
+    assert at(("sections", 0, "name"), value, PARTS) == ({"type": "string"}, "x")
+    assert at(("sections", 1, "name"), value, PARTS) == ({}, None)
+    assert at(("nothing", "here"), value, PARTS) == ({}, None)
+
+
+def test_problems_are_told_in_the_order_of_the_file_ten_at_most():
+    read = document("".join(f"k{number}: 1\n" for number in range(12)))
+    problems = [Problem((f"k{number}",), "is wrong.") for number in range(11, -1, -1)]
+    lines = str(recipe_error(read, problems[2:])).splitlines()
+    assert lines == [f"x.yaml:{number + 1}: k{number}: is wrong." for number in range(10)]
+    lines = str(recipe_error(read, problems)).splitlines()
+    assert len(lines) == 11 and lines[9] == "x.yaml:10: k9: is wrong." and lines[10] == "... and 2 more."
+    assert str(recipe_error(read, [Problem((), "is wrong.")])) == "x.yaml:1: is wrong."
+
+
+def overridden(text: str, *assignments: str):
+    read = document(text)
+    for assignment in assignments:
+        override(read, assignment, PARTS)
+    return read
+
+
+def test_an_override_makes_the_sections_above_it():
+    assert overridden("{}", "a.b.c=1", "a.b.d=x=y").value == {"a": {"b": {"c": 1, "d": "x=y"}}}
+    assert overridden("part: a", "part.alpha=2").value == {"part": {"kind": "a", "alpha": 2}}
+    assert overridden("sections: [{name: x}]", "sections.0.name=[1]").value == {"sections": [{"name": [1]}]}
+
+
+def test_what_is_below_an_override_has_its_place():
+    read = overridden("size: 1\npart:\n  kind: a\n  alpha: 2\nsections: []\n", "part={kind: b, beta: x}")
+    for location in (("part",), ("part", "beta"), ("part", "alpha")):
+        assert read.place(location).text == "--set part"
+    assert [read.place((key,)).line for key in ("size", "sections", "part")] == [1, 5, 0]
+    read = overridden("part: a\n", "part.alpha=1")
+    assert read.place(("part",)).text == read.place(("part", "alpha")).text == "--set part.alpha"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("sections.1.name=x", "--set sections.1.name: sections has 1 entry, counted from 0; there is no '1'."),
+        ("size.x=1", "--set size.x: size is 3; it has no keys."),
+        ("sise", "--set sise: no '='; write --set size=VALUE."),
+        ("q" * 90, f"--set {shorten('q' * 90, 80)}: no '='; write --set {shorten('q' * 90)}=VALUE."),
+        (".".join("a" * 21) + "=1", f"--set {'.'.join('a' * 21)}: no key is nested deeper than 20 levels."),
+    ],
+)
+def test_an_override_that_cannot_be_says_what_there_is(assignment, message):
+    with pytest.raises(RecipeError) as caught:
+        overridden("sections: [{}]\nsize: 3\n", assignment)
+    assert str(caught.value) == message
+    overridden("{}", ".".join("a" * 20) + "=1")

@@ -1,3 +1,4 @@
+import os
 import random
 import re
 import subprocess
@@ -152,3 +153,38 @@ def test_reading_a_recipe_imports_no_torch(folder):
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "finetune.recipe.schema" in modules
     assert not {"torch", "transformers", "peft", "PIL", "numpy"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("./llm", True),
+        ("../llm", True),
+        ("/llm", True),
+        ("~/llm", True),
+        ("a.GGUF", True),
+        ("a\\b", True),
+        ("a/b", False),
+    ],
+)
+def test_a_name_looks_like_a_path_or_is_one_of_the_hub(name, local, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    override = f"model.llm.name={name}"
+    if not local:
+        assert load_recipe("x.yaml", [override]).model.llm.name == name
+        return
+    path = Path(os.path.normpath(folder / name.replace("~", str(folder / "home"))))
+    message = refused(overrides=[override])
+    assert message == f"--set model.llm.name: no such file or folder: {path}."
+    if folder in path.parents:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert load_recipe("x.yaml", [override]).model.llm.name == str(path)
+
+
+def test_paths_that_are_wrong_are_all_told_with_what_is_like_them(folder):
+    message = refused(change("data/products.csv", "data/product.csv"), ["data.0.media_folder=data/more.csv"])
+    assert message.splitlines() == [
+        f"--set data.0.media_folder: not a folder: {folder / 'data/more.csv'}.",
+        f"x.yaml:17: data.0.path: no such file or folder: {folder / 'data/product.csv'}. Did you mean 'products.csv'?",
+    ]

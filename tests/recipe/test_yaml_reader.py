@@ -7,7 +7,7 @@ import yaml
 
 from finetune.common.errors import RecipeError
 from finetune.recipe.words import MAX_DEPTH
-from finetune.recipe.yaml_reader import dump_yaml, read_yaml
+from finetune.recipe.yaml_reader import MAX_BYTES, dump_yaml, near_file, read_text, read_yaml
 
 
 def value_of(text):
@@ -199,3 +199,95 @@ def test_whatever_is_dumped_is_read_back_equal_here_and_by_others():
 def test_numbers_never_become_infinite_or_not_a_number():
     for text in (".inf", "-.inf", ".NaN", "inf", "nan"):
         assert not isinstance(value_of(text), float) or math.isfinite(value_of(text))
+
+
+def message_of(read, *arguments, **options) -> str:
+    with pytest.raises(RecipeError) as caught:
+        read(*arguments, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\n\tb: 2\n", "x:2: a tab can't indent; use spaces."),
+        ("a: 1\nb: \x07\n", "x:2: a control character, '\\x07'; remove it."),
+        ("\n? {a: b}\n: 1\n", "x:2: a list or mapping used as a key; a key is text."),
+        ("b: {c: 1,\n c: 2}", "x:2: b.c: written twice, first in line 1."),
+        (f"\na: {'1' * 19}\n", "x:2: a number of more than 18 digits; quote it if it is text."),
+        ("\na: -1e999\n", "x:2: -1e999 is too large for a number; quote it if it is text."),
+        ("\na: !!str 1\n", "x:2: tags (tag:yaml.org,2002:str) aren't supported; remove it."),
+        ("\na: *b\n", "x:2: anchors and aliases (& and *) aren't supported; write the value out."),
+        ('\na: "\\0"\n', "x:2: text with a NUL or half a surrogate pair."),
+        ('a: 1\nb: "\\UFFFFFFFF"\n', "x:2: invalid YAML: an escape or directive that can't be read."),
+        ("a: b: c\n", "x:1: invalid YAML: mapping values are not allowed here."),
+    ],
+)
+def test_a_refusal_says_what_to_write_instead(text, message):
+    assert message_of(read_yaml, text, "x") == message
+
+
+def test_a_mistake_in_a_flow_collection_tells_what_to_quote():
+    advice = "; inside { } or [ ], quote text that has ? : , or #."
+    for text in ("a: {b: Which?}\n", "a: [1\nb: 2\n"):
+        assert message_of(read_yaml, text, "x").endswith(advice)
+    assert advice not in message_of(read_yaml, "a: 'open\n", "x")
+
+
+def test_an_option_has_no_lines():
+    assert message_of(read_yaml, "a: 1\na: 2", "--set x", numbered=False).startswith("--set x: a: written twice")
+    document = read_yaml("a: 1", "--set x", numbered=False)
+    assert document.place(("a",)) == (0, "--set x")
+    assert read_yaml("\na: 1", "x").place(("a",)) == (2, "x:2")
+
+
+def test_the_limits_themselves_are_allowed():
+    assert value_of("9" * 18) == 10**18 - 1
+    value = read_yaml("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "x").value
+    depth = 0
+    while value:
+        value, depth = value[0], depth + 1
+    assert depth == MAX_DEPTH
+    assert f"nested deeper than {MAX_DEPTH} levels" in message_of(read_yaml, "[" * (MAX_DEPTH + 2), "x")
+    assert read_yaml("[[[]], [[]], [[]]]", "x").value == [[[]], [[]], [[]]]  # siblings add no depth
+    wide = "\n".join(f"k{number}: [[[{number}]]]" for number in range(3 * MAX_DEPTH))
+    assert len(read_yaml(wide, "x").value) == 3 * MAX_DEPTH
+
+
+def test_a_file_of_one_mebibyte_is_read_and_no_larger_one(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"#" * MAX_BYTES)
+    assert read_text(path) == "#" * MAX_BYTES
+    path.write_bytes(b"#" * (MAX_BYTES + 1))
+    assert message_of(read_text, path) == f"{path}: larger than 1 MiB; is it a recipe?"
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"a: 1\n\nb: \xff\n")
+    assert message_of(read_text, path) == f"{path}:3: not UTF-8; save the file as UTF-8."
+    assert message_of(read_text, tmp_path) == f"{tmp_path}: a folder; name the recipe's file in it."
+    near = message_of(read_text, tmp_path / "x.yml")
+    assert near == f"{tmp_path / 'x.yml'}: no such file. Did you mean 'x.yaml'?"
+    assert message_of(read_text, path / "y").endswith("x.yaml/y: can't be read: Not a directory.")
+    assert "can't be read: embedded null byte" in message_of(read_text, "a\0b")
+    path.write_bytes(b"\xef\xbb\xbfa: \xc3\xa9")
+    assert read_text(str(path)) == "a: é"
+
+
+def test_another_file_of_a_folder_is_suggested_by_its_spelling(tmp_path, monkeypatch):
+    (tmp_path / "products.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    suggestion = " Did you mean 'products.csv'?"
+    for path in ("product.csv", str(tmp_path / "Products.CSV")):
+        assert near_file(path) == suggestion
+    for path in ("nothing", "products.csv", "no/such/product.csv", "a\0/product.csv"):
+        assert near_file(path) == ""
+
+
+def test_what_is_dumped_is_easy_to_read():
+    text = dump_yaml({"b": "é 漢", "a": [1, {"c": None}], "long": "word " * 22 + "end"})
+    lines = text.splitlines()
+    assert lines[:4] == ["b: é 漢", "a:", "- 1", "- c: null"]
+    assert lines[4] == "long: " + "word " * 22 + "end"
+    assert dump_yaml({"a": "1e5", "b": "x\ry", "c": "x y"}) == "a: '1e5'\nb: \"x\\ry\"\nc: x y\n"

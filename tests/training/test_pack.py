@@ -30,6 +30,16 @@ def test_the_order_stays_close_to_the_given_one():
     assert max(max(row) - min(row) for row in rows) < 100
 
 
+def test_eight_rows_stay_open_and_the_fullest_is_closed_for_a_ninth():
+    lengths = [9, *[6] * 8, 1]  # rows of ten: one token is free in the first, four in each other
+    assert pack(lengths, 10, [*range(8), 9]) == [[0, 9], *([sample] for sample in range(1, 8))]
+    assert pack(lengths, 10, range(10)) == [[0], [1, 9], *([sample] for sample in range(2, 9))]
+
+
+def test_of_equally_full_rows_the_oldest_is_closed():
+    assert pack([6] * 9 + [4], 10, [8, 7, 6, 5, 4, 3, 2, 1, 0, 9])[:2] == [[8], [7, 9]]
+
+
 def test_a_sample_longer_than_a_row_is_an_error():
     assert pack([5, 16], 16, [0, 1]) == [[0], [1]]
     with pytest.raises(DataError, match=r"sample 1 has 17 tokens: more than tokens_per_batch \(16\)"):
@@ -81,6 +91,21 @@ def test_a_group_larger_than_a_row_is_dealt_into_several():
     dealt = units([group], lengths, 20, seed=1)
     assert sorted(sample for unit in dealt for sample in unit) == group
     assert [len(unit) for unit in dealt] == [4, 4, 1]
-    assert dealt != units([group], lengths, 20, seed=2)
+    assert dealt == units([group], lengths, 20, seed=1) != units([group], lengths, 20, seed=2)
     with pytest.raises(DataError, match="more than tokens_per_batch"):
         plan_rows([50], [1.0], capacity=20, epochs=1, seed=0, groups=[[0]])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_group_that_fills_a_row_keeps_its_order(seed):
+    assert units([[2, 0, 1], [3]], [5, 5, 5, 1], 15, seed) == [[2, 0, 1], [3]]
+    assert units([[3]], [5, 5, 5, 1], 15, seed) == [[3]]
+
+
+def test_a_large_group_is_dealt_anew_in_every_epoch():
+    def dealt(epochs, seed):
+        return plan_rows([5] * 9, [1.0] * 9, capacity=20, epochs=epochs, seed=seed, groups=[range(9)])
+
+    first, second = dealt(2, seed=1)[:3], dealt(2, seed=1)[3:]
+    assert {frozenset(row) for row in first} != {frozenset(row) for row in second}
+    assert {frozenset(row) for row in dealt(1, seed=2)} != {frozenset(row) for row in first}
