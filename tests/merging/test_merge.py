@@ -69,6 +69,7 @@ def test_at_least_64_rows_and_all_that_is_promised(run):
     assert certificate.saved == dequantized and f"{plain.kl:.2g}" in certificate.why
 
 
+@pytest.mark.slow
 def conversations(run: Path) -> list[tuple]:
     """(messages, label) of the rows that a merge compares."""
     recipe = finetune.load_recipe(run / "recipe.yaml")
@@ -122,6 +123,7 @@ def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, tmp_path, monke
     assert not list(run.glob("*.partial")) and not (run / "merged" / "scratch").exists()
 
 
+@pytest.mark.slow
 def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
     monkeypatch.setattr(merged_folder, "SHARD_BYTES", 50_000)
     other = few_rows(run, tmp_path)
@@ -138,6 +140,7 @@ def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
     assert one == two
 
 
+@pytest.mark.slow
 def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
     stage = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3}
     changes = {"train__stages": [stage], "merge": {"rows": 4, "rows_scored": 0}}
@@ -148,6 +151,7 @@ def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
     assert certificate.saved.scores is None and certificate.rows_scored == 0
 
 
+@pytest.mark.slow
 def test_a_refused_merge_leaves_the_older_one(run, tmp_path):
     other = few_rows(run, tmp_path)
     spoil(other, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)

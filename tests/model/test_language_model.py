@@ -109,6 +109,7 @@ def test_its_tokenizer_comes_from_the_file_too(gguf):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_quantized_weights_are_small_and_close(quantize, tmp_path):
     folder = tiny_llm_folder(tmp_path / "llm")
@@ -127,6 +128,7 @@ def test_int8_trains_evaluates_and_merges(tmp_path):
     assert finetune.merge(run).merged_into in ("the 16-bit LLM", "the dequantized int8 LLM")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -16,6 +16,7 @@ from finetune.data.sample import Medium, Message
 from finetune.recipe.load import load_recipe
 from finetune.training.validation import ValidationCallback
 
+pytestmark = pytest.mark.slow  # its run takes long
 NAMES = tuple(HEADS)
 
 

@@ -56,6 +56,7 @@ def interrupt():
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act, expected, step", [(power_cut, OSError, 4), (interrupt, Interrupted, 3)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_ends_on_the_weights_of_an_uninterrupted_one(act, expected, step, accumulate, tmp_path):

@@ -28,6 +28,8 @@ def pictures(page: Page) -> list[dict]:
     """Thumbnails, without the charts."""
     return [image for image in page.of("img") if image.get("class") != "plot"]
 
+pytestmark = pytest.mark.slow  # its run takes long
+
 
 @pytest.fixture(scope="module")
 def finished(finished_run, tmp_path_factory):
