@@ -86,9 +86,12 @@ class MultimodalModel(PreTrainedModel):
         width = config.text_config.hidden_size
         with torch.device(next(language_model.parameters()).device):
             self.projectors = nn.ModuleDict(
-                {name: saved.part.build(saved.width_in, width) for name, saved in self.composition.projectors.items()}
+                {
+                    name: saved.part.build(saved.width_in, width)
+                    for name, saved in self.composition.ordered_projectors.items()
+                }
             )
-            self.fusion = self.composition.fusion.build(config.text_config, tuple(self.composition.projectors))
+            self.fusion = self.composition.fusion.build(config.text_config, tuple(self.composition.ordered_projectors))
             self.heads = nn.ModuleDict(
                 {
                     name: binding.head.module.build(width, binding.settings, binding.head.options).float()
@@ -428,6 +431,7 @@ def compose(
         projectors={
             name: SavedProjector(part=part, width_in=encoders[name].width) for name, part in projectors.items()
         },
+        order=tuple(projectors),
         fusion=fusion,
         placeholders=dict(placeholder_ids),
         bindings=dict(bindings or {}),

@@ -74,15 +74,22 @@ class SavedProjector(Section):
 
 
 class Composition(Section, strict=False):
-    """`placeholders`: medium -> token id; `media`: bounds of what is decoded; `format`: of a merged folder."""
+    """`placeholders`: medium -> token id; `media`: bounds of what is decoded; `format`: of a merged folder; `order`: of
+    the media in the fusion, where one reads what those before it have added (the keys of a config are sorted).
+    """
 
     format: int = MERGED_FORMAT
     encoders: dict[str, SavedEncoder] = Field({})
     projectors: dict[str, SavedProjector] = Field({})
+    order: tuple[str, ...] = ()
     fusion: FusionPart = FusionPart.of("prefix")
     placeholders: dict[str, int] = Field({})
     bindings: dict[str, TaskBinding] = Field({})
     media: Limits = Limits()
+
+    @property
+    def ordered_projectors(self) -> dict[str, SavedProjector]:
+        return {name: self.projectors[name] for name in self.order or self.projectors}
 
     @property
     def placement(self) -> Placement:

@@ -103,6 +103,8 @@ def read_composition(folder: Path) -> Composition:
     except ValidationError as error:
         raise damaged(folder / "config.json", error, advice, "parts.") from None
     placeholders = composition.placeholders.keys()
+    if composition.order and {*composition.order} != composition.projectors.keys():
+        raise ArtifactError(f"{folder / 'config.json'} is damaged: parts.order names other media; {advice}")
     if not composition.encoders.keys() == composition.projectors.keys() == placeholders <= PLACEHOLDERS.keys():
         raise ArtifactError(
             f"{folder / 'config.json'} is damaged: parts: encoders, projectors and placeholders are for different "

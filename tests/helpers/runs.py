@@ -141,9 +141,7 @@ def parts_by_medium(project: Path, *order: str) -> dict[str, Any]:
 
 
 def media(project: Path) -> Path:
-    """Pictures and sounds by cross-attention, two of three tasks answered by labels with their probabilities; media in
-    the order in which a merged model adds them (a test of cross-attention expects to fail for the other one).
-    """
+    """Pictures and sounds by cross-attention, two of three tasks answered by labels with their probabilities."""
     trains = ["projectors", "fusion", "adapter", "heads"]
     return media_recipe(
         project,

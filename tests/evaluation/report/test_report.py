@@ -28,6 +28,7 @@ def pictures(page: Page) -> list[dict]:
     """Thumbnails, without the charts."""
     return [image for image in page.of("img") if image.get("class") != "plot"]
 
+
 pytestmark = pytest.mark.slow  # its run takes long
 
 

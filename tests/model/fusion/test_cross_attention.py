@@ -170,7 +170,6 @@ def test_a_batch_without_media_reaches_the_same_weights(fusion):
     assert torch.equal(model(ids).logits, copy.deepcopy(model.causal_lm)(ids).logits)
 
 
-@pytest.mark.xfail(strict=True, reason="a merged folder lists media by name, and blocks add them in that order")
 def test_a_merged_model_adds_media_in_the_order_in_which_they_were_trained(tmp_path):
     """Blocks add one medium after the other, and the second one's attention reads what the first has added."""
     model = two_media()
