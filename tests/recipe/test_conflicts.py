@@ -270,6 +270,13 @@ def test_a_head_with_weights_needs_rows_and_a_stage_that_trains_it(folder):
     assert_conflicts([expected], text=text)
 
 
+def test_pairs_are_of_a_group(folder):
+    head = "data.0.head={kind: score, loss: pairwise}"
+    message = "data.0.head: pairwise compares rows of a group, and 'score' has none: use the task 'rank'."
+    assert_conflicts([message], ["data.0.task=score", head])
+    load_recipe("x.yaml", ["data.0.task=rank", head, "train.stages.1.trains=[heads]"])
+
+
 def test_held_out_shares_of_the_same_rows_agree(folder):
     text = change("train:\n", "  - {path: data/products.csv, task: chat, hold_out: 0.2, group: shop}\ntrain:\n")
     held_out = "data.1.path: also data.0, with hold_out 0.1: make both equal, or held-out rows leak."
