@@ -169,6 +169,21 @@ def assert_conflicts(messages, overrides=(), text=None) -> None:
             "train.cache: stores features of frozen encoders, but tune_encoders trains one: set train.cache: false.",
         ),
         (
+            ["tune_encoders={audio: {rank: 4}}", "train.cache=false"],
+            "tune_encoders.audio: no encoder has this name.",
+        ),
+        *(
+            (
+                [f"tune_encoders={{image: {tuning}}}", "train.cache=false"],
+                "tune_encoders.image: write either last_layers, or rank for LoRA.",
+            )
+            for tuning in ("{}", "{rank: 4, last_layers: 1}")
+        ),
+        (
+            ["tune_encoders={image: {last_layers: 1}}", "train.cache=false"],
+            "tune_encoders.image: no stage trains it: add 'encoders.image' to the trains of one.",
+        ),
+        (
             ["train.stages.1.name=align"],
             "train.stages.1.name: 'align' is train.stages.0 already: give each its own name.",
         ),
