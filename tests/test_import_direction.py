@@ -17,8 +17,8 @@ def folder(name: str) -> str:
 
 
 def test_the_package_is_these_folders():
-    there = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")}
-    assert there - {"__init__.py", "py.typed"} == set(LEVELS)
+    folders = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")}
+    assert folders - {"__init__.py", "py.typed"} == set(LEVELS)
 
 
 @pytest.mark.parametrize("name", sorted(LEVELS))
@@ -63,8 +63,8 @@ def test_parts_the_recipe_and_the_command_line_import_no_torch():
     modules += ["finetune", "finetune.commands.cli", "finetune.recipe.load", "finetune.commands.check"]
     code = (
         f"import importlib, sys\nfor name in {modules!r}:\n    importlib.import_module(name)\n"
-        "    found = {'torch', 'transformers', 'numpy', 'sklearn'} & sys.modules.keys()\n"
-        "    assert not found, (name, found)"
+        "    imported = {'torch', 'transformers', 'numpy', 'sklearn'} & sys.modules.keys()\n"
+        "    assert not imported, (name, imported)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

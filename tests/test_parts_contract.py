@@ -194,12 +194,12 @@ def test_scores_of_a_single_row_and_of_the_same_twice(name, tmp_path):
 
 
 @every("tasks")
-def test_what_heads_say_is_read(name, tmp_path):
+def test_answers_of_heads_are_read(name, tmp_path):
     task, options, samples, _ = task_samples(name, tmp_path)
     target = task.read(Answer(samples[0].answer), options) if samples[0].target is None else samples[0].target
-    said = {"score": Answer("0.7", number=0.7), "label": Answer("b", probabilities={"a": 0.2, "b": 0.8})}
+    answers = {"score": Answer("0.7", number=0.7), "label": Answer("b", probabilities={"a": 0.2, "b": 0.8})}
     for head in {*task.HEADS} - {"language"}:
-        row = task.measure(json.loads(json.dumps(task.read(said[head], options))), target, options)
+        row = task.measure(json.loads(json.dumps(task.read(answers[head], options))), target, options)
         assert math.isfinite(row["good"]) and task.score([row], options)
 
 

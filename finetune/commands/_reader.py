@@ -4,12 +4,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from finetune.common.errors import DataError, MediaError
 from finetune.data.check.inspect import View, text_remarks, view
 from finetune.data.check.ledger import Examined, Finding, MediumUse
-from finetune.data.media import decode
 from finetune.data.rows import group_of, split_of
 from finetune.data.sample import Layout, Medium, Message, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
@@ -49,12 +47,13 @@ class Reader:
 
     def _inspected(self, kind: str, path: Path) -> tuple[View, Layout]:
         """What a medium shows, and its layout. Raises DataError, and MediaError if it can't be decoded."""
+        from finetune.model.features import decode_for
+
         if kind not in self.components.encoders:
             kinds = ", ".join(self.components.encoders) or "text only"
             raise DataError(f"holds {kind}, but this model reads {kinds}")
         encoder = self.components.encoders[kind]
-        sampling: dict[str, Any] = encoder.sampling
-        decoded = decode(kind, path, limits=self.recipe.media, **sampling)
+        decoded = decode_for(encoder, kind, path, self.recipe.media)
         return view(kind, path, decoded), encoder.layout or encoder.prepare(decoded).layout
 
     def examine(self, number: int, source: int, row: Row) -> Examined:
@@ -81,9 +80,9 @@ class Reader:
                 add("medium", str(error), medium.path)
         if result.findings:
             return result
-        for medium, seen in views.items():
-            result.media.append(MediumUse(seen.digest, medium.kind, str(medium.path), seen.hash, seen.thumbnail))
-            for remark in seen.remarks:
+        for medium, shown in views.items():
+            result.media.append(MediumUse(shown.digest, medium.kind, str(medium.path), shown.hash, shown.thumbnail))
+            for remark in shown.remarks:
                 add(*remark, medium.path)
         for text in dict.fromkeys(p for m in sample.messages for p in m.content if isinstance(p, str)):
             for remark in text_remarks(text):

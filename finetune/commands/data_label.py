@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from finetune.common.errors import DataError, RecipeError
-from finetune.data.check.page import EmbeddedMedium, embedded, render
+from finetune.data.check.page import InlineMedium, embedded, render
 from finetune.data.rows import detected, error_list, read_rows
 from finetune.data.sample import KINDS, Answer, Medium, Message, Row
 from finetune.recipe.load import load_recipe
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 ANSWER_COLUMNS = ("label", "answer", "caption", "text")  # options of tasks that name the column of the answer
 BUTTONS = 24  # labels; more are a list
 HOST = "127.0.0.1"
-INSTALL = "the page needs Gradio: pip install 'gradio>=6'; without --page the labels are written into a CSV"
+INSTALL = (
+    "the page needs Gradio: in the checkout, pip install -e '.[label]'; without --page the labels are written into a "
+    "CSV"
+)
 
 
 @dataclass
@@ -255,7 +258,7 @@ def _gradio() -> Any:
 
 def media_html(item: Item, limits: Limits) -> str:
     """HTML of a row's media, self-contained; of a medium that can't be decoded, the reason."""
-    media: list[EmbeddedMedium | str] = []
+    media: list[InlineMedium | str] = []
     for medium in item.media:
         side = 240 if medium.kind == "video" else 720
         try:

@@ -21,14 +21,14 @@ PUBLISHED_BESIDE = ("recipe.yaml", "samples")  # what publishing puts beside a m
 # JSON has no infinity: null stands for it, where a model gives a probability that isn't a number.
 Distance = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 FileHashes = Annotated[dict[str, str], Field(description="File name, relative to the folder -> SHA-256, hexadecimal.")]
-Scores = dict[str, dict[str, float | None]]
+ModelScores = dict[str, dict[str, float | None]]
 
 
-class Section(BaseModel):
+class CertificatePart(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Measures(Section):
+class Measures(CertificatePart):
     """How far one model is from what was trained, over the compared positions."""
 
     kl: Distance = Field(description="KL divergence of its next token from the reference's; mean, in nats a token.")
@@ -37,7 +37,7 @@ class Measures(Section):
         description="Largest difference of a log-probability, among tokens that the reference gives at least 1e-4."
     )
     kl_from_base: Distance = Field(description="KL divergence from the LLM without the adapter, in nats a token.")
-    scores: Scores | None = Field(
+    scores: ModelScores | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
         description="Task -> metric -> value on the scored rows; null where these rows have no such value.",
@@ -47,7 +47,7 @@ class Measures(Section):
     )
 
 
-class Bounds(Section):
+class Bounds(CertificatePart):
     """Beyond these the merge would have been refused."""
 
     min_agreement: float = Field(description="Least share of equal next tokens.")
@@ -55,7 +55,7 @@ class Bounds(Section):
     min_kl_from_base: float | None = Field(description="Least KL divergence from the base; null without an adapter.")
 
 
-class Dtypes(Section):
+class Dtypes(CertificatePart):
     """Types of numbers, as torch names them, or nf4 or int8."""
 
     llm: str = Field(description="Of the LLM's weights while it was trained.")
@@ -63,7 +63,7 @@ class Dtypes(Section):
     merged: str = Field(description="Of the merged weights.")
 
 
-class LanguageModelFiles(Section):
+class LanguageModelFiles(CertificatePart):
     """The LLM that the adapter was trained over."""
 
     name: str = Field(description="Hub id, or the last part of a path.")
@@ -71,7 +71,7 @@ class LanguageModelFiles(Section):
     sha256: FileHashes = Field(description="Hashes of its weights, if they lie in a folder.")
 
 
-class Certificate(Section):
+class Certificate(CertificatePart):
     format: Literal[1] = Field(description="Version of this file's format.")
     merged_into: str = Field(description="The candidate that was kept.")
     why: str = Field(description="Why it was kept.")
@@ -221,17 +221,3 @@ def comparison(certificate: Certificate) -> tuple[list[str], list[list[str]]]:
         for number, model in enumerate(models)
     ]
     return ["", *(name for name, _, _ in columns)], cells
-
-
-def markdown(certificate: Certificate) -> str:
-    """A paragraph and a table, for a card."""
-    names, rows = comparison(certificate)
-    lines = [
-        f"Merged into {certificate.merged_into}: {certificate.why}. Compared with {certificate.reference} on "
-        f"{certificate.rows:,} held-out rows, {certificate.positions:,} next tokens.",
-        "",
-        "| " + " | ".join(names) + " |",
-        "|---" + "|---:" * (len(names) - 1) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 from finetune.common.errors import DataError, MediaError
-from finetune.data.media_store import kept, store_folder, write_whole
+from finetune.data.media_store import store_folder, stored, write_whole
 
 if TYPE_CHECKING:
     from httpx2 import URL
@@ -31,7 +31,7 @@ def fetched(address: str, hosts: Sequence[str], where: str, max_bytes: int) -> P
         path = store_folder() / note.read_text(encoding="ascii")
         if path.is_file():
             return path
-    path = kept(content_at(address, hosts, where, max_bytes), f"{where}: {address[:200]}", max_bytes)
+    path = stored(content_at(address, hosts, where, max_bytes), f"{where}: {address[:200]}", max_bytes)
     write_whole(note, path.relative_to(store_folder()).as_posix().encode())
     return path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from finetune.common.errors import DataError, MediaError
+from finetune.common.user_cache import user_cache
 
 # The first bytes of a file, where `.` is any byte -> its suffix.
 MAGIC = (
@@ -33,7 +34,7 @@ MAGIC = (
 
 def store_folder() -> Path:
     """The folder of embedded and downloaded media."""
-    return default_cache_folder().parent / "media"
+    return user_cache("media")
 
 
 def suffix_of(content: bytes) -> str:
@@ -41,7 +42,7 @@ def suffix_of(content: bytes) -> str:
     return next((suffix for magic, suffix in MAGIC if re.match(magic, content, re.DOTALL)), ".bin")
 
 
-def kept(content: bytes, where: str, max_bytes: int) -> Path:
+def stored(content: bytes, where: str, max_bytes: int) -> Path:
     """The file of the cache that holds these bytes, written unless it is there. `where` (file and row) begins the text
     of the MediaError that is raised for an empty medium, or more than `max_bytes`.
     """
@@ -78,14 +79,3 @@ def data_uri_content(uri: str, where: str) -> bytes:
         return base64.b64decode("".join(unquote_to_bytes(body).decode("ascii").split()), validate=True)
     except (ValueError, binascii.Error) as error:
         raise DataError(f"{where}: {uri[:40]!r}... is no data URI ({error}); write data:TYPE;base64,...") from None
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def default_cache_folder() -> Path:
-    """The folder of cached features."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetune" / "features"

@@ -33,12 +33,12 @@ class Prediction:
 
     @property
     def tuned(self) -> Any:
-        """What the trained model answered; None where it wasn't asked."""
+        """The trained model's prediction; None where there is none."""
         return self.answers.get("tuned")
 
     @property
     def conversation(self) -> tuple[Message, ...]:
-        """The question as it can be asked again: media first."""
+        """The question as a conversation: media first."""
         return (Message("user", (*self.media, self.question)),)
 
     def as_json(self) -> dict[str, Any]:

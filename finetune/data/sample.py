@@ -1,6 +1,5 @@
 """A row of a file, and the sample that it becomes: one conversation with its media in place."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import DataError, MediaError
+from finetune.common.run_folder import file_hash
 from finetune.data.fetch import fetched
-from finetune.data.media_store import data_uri_content, kept
+from finetune.data.media_store import data_uri_content, stored
 from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
@@ -57,34 +57,33 @@ class Row:
 
     def media(self, kinds: Sequence[str], text: str | None = None) -> tuple["Medium", ...]:
         """The media of these kinds, each from the column of its name: a value that `medium` takes, or a list of them.
-        Pictures come first, then sound, then video, as where a model is asked. `text`: what they show or say together.
-        Raises DataError.
+        Pictures come first, then sound, then video. `text`: what they show or say together. Raises DataError.
         """
-        found: list[Medium] = []
+        media: list[Medium] = []
         for kind in sorted(kinds, key=KINDS.index):
             value = self.columns.get(kind)
             if isinstance(value, str) or value is None:
                 value = self.text(kind)
             for one in value if isinstance(value, list) else [value]:
-                found.append(self.medium(kind, one, "" if found and text is not None else text))
-        return tuple(found)
+                media.append(self.medium(kind, one, "" if media and text is not None else text))
+        return tuple(media)
 
     def medium(self, kind: str, value: Any, text: str | None = None) -> "Medium":
         """A medium that a row names or holds: a path relative to the media folder, which it may not leave; an address;
         a data URI; bytes; or {"bytes": ..., "path": ...}. A `Path` is one that a format vouches for. `text`: what it
         shows or says, where the row tells. Raises DataError.
         """
-        seen = value
+        cell = value
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, str) and value.startswith("data:"):
             value = data_uri_content(value, self.where)
         if isinstance(value, bytes | bytearray):
-            return Medium(kind, kept(bytes(value), self.where, self.max_bytes), text, self.where)
+            return Medium(kind, stored(bytes(value), self.where, self.max_bytes), text, self.where)
         if isinstance(value, str) and "://" in value:
             return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text, self.where)
         if not isinstance(value, str | Path):
-            raise DataError(f"{self.where}: column {kind!r} holds {str(seen)[:40]!r}; write a path")
+            raise DataError(f"{self.where}: column {kind!r} holds {str(cell)[:40]!r}; write a path")
         return Medium(kind, self._file(kind, value), text, self.where)
 
     def _file(self, kind: str, name: str | Path) -> Path:
@@ -186,8 +185,8 @@ class Sample:
     media: tuple[Medium, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = tuple(part for message in self.messages for part in message.content if isinstance(part, Medium))
-        object.__setattr__(self, "media", found)
+        media = tuple(part for message in self.messages for part in message.content if isinstance(part, Medium))
+        object.__setattr__(self, "media", media)
         try:
             "".join(part for message in self.messages for part in message.content if isinstance(part, str)).encode()
         except UnicodeEncodeError as error:  # as JSON may escape it; no tokenizer takes it
@@ -225,5 +224,4 @@ def _in_words(content: Sequence[str | Medium]) -> str:
 
 @cache
 def _file_hash(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path)

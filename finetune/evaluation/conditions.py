@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from finetune.data.media import blank, decode
+from finetune.data.media import blank
 from finetune.data.sample import Layout, Medium, Sample
-from finetune.model.features import Features, MediaView, encode_one
+from finetune.model.features import Features, MediaView, decode_for, encode_one
 
 BLANKS_KEPT = 64
 
@@ -61,8 +61,7 @@ class BlankMedia:
         if medium.kind not in self._kinds:
             return self._features.features(medium)
         encoder = self._features.encoders[medium.kind]
-        limits = self._features.limits
-        decoded = decode(medium.kind, medium.path, where=medium.place, limits=limits, **encoder.sampling)
+        decoded = decode_for(encoder, medium.kind, medium.path, self._features.limits, medium.place)
         prepared = encoder.prepare(blank(medium.kind, decoded))
         # Most blanks are alike: the same grey, the same silence.
         digest = hashlib.sha256(f"{medium.kind}{prepared.values.shape}".encode())

@@ -76,13 +76,13 @@ def validation_figure(
     for number, (metric, pieces) in enumerate(curves.items()):
         for piece_number, piece in enumerate(pieces):
             label = metric.replace("_", " ") if not piece_number else None
-            axes.plot(
-                *zip(*piece, strict=True), marker="o", markersize=3.5, color=CURVES[number % len(CURVES)], label=label
-            )
+            colour, line = CURVES[number % len(CURVES)], "-" if number < len(CURVES) else ":"
+            axes.plot(*zip(*piece, strict=True), line, marker="o", markersize=3.5, color=colour, label=label)
     for number, step in enumerate(best_steps):
         axes.axvline(step, color=INK, linewidth=1, linestyle="--", label=None if number else "best step, kept")
     axes.set_xlim(0, begin * 1.02 + 1)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    lowest = min(value for pieces in curves.values() for piece in pieces for _, value in piece)
+    axes.set_ylim(bottom=min(0, 1.05 * lowest))
     axes.set_xlabel("optimizer step")
     figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     return figure

@@ -101,8 +101,10 @@ class EngineMissing(Exception):
     """The engine isn't installed; the message says how to install it."""
 
 
-class Target(Protocol):
-    """A target file. `write` and `answer` receive an instance of the file's own `Options`."""
+class ExportTarget(Protocol):
+    """A target file. `write` and `answer` receive an instance of the file's own `Options`, which `--option` sets.
+    `TAKES_MEDIA`: whether answers are compared on questions with media, or on their text only.
+    """
 
     Options: type[TargetOptions]
     TAKES_MEDIA: bool

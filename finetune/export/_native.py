@@ -19,7 +19,7 @@ from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
 from finetune.export._language_model import NAME, language_model_state, media_tokenizer, text_config
 from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
-from finetune.model.loading import load_exactly
+from finetune.model.load import load_exactly
 
 # Of the logits, as a share of their norm. In half precision the projector, which ours keeps in float32, is rounded too.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -143,14 +143,12 @@ def _states_of_llava(module: Any, pixels: Tensor, layer: int, tie: bool = False)
     """The hidden state that LLaVA reads (empty if the backbone gives none), and the last one. `tie`: transformers'
     setting that makes the last one, after the norm, one of the hidden states.
     """
-    before = vars(module.config).get("tie_last_hidden_states")
-    if tie:
-        module.config.tie_last_hidden_states = True
+    settings = vars(module.config)
+    before = dict(settings)
+    settings.update({"tie_last_hidden_states": True} if tie else {})
     states = module(pixel_values=pixels, output_hidden_states=True)
-    if tie and before is None:
-        del module.config.tie_last_hidden_states
-    elif tie:
-        module.config.tie_last_hidden_states = before
+    settings.clear()
+    settings.update(before)
     return (states.hidden_states or [torch.empty(0)])[layer], states.last_hidden_state
 
 

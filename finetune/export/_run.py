@@ -11,15 +11,16 @@ from finetune.common import certificate
 from finetune.common.errors import ArtifactError, ExportRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.registry import load_part, parse_options
-from finetune.common.run_folder import RunFolder, read_json, refuse_several_processes, whole_folder, write_json
+from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder, write_json
+from finetune.data.sample import KINDS
 from finetune.export._contract import (
     FIRST_TOKENS,
     EngineAnswers,
     EngineMissing,
     ExportResult,
+    ExportTarget,
     MergedModel,
     Probe,
-    Target,
     TargetOptions,
     Verification,
 )
@@ -43,7 +44,7 @@ def export_run(
     """
     quiet_libraries()
     refuse_several_processes("`finetune export`")
-    target = cast(Target, load_part("export", to))
+    target = cast(ExportTarget, load_part("export", to))
     target_options = parse_options(options, target.Options)
     folder = Path(out) if out is not None else default_folder(Path(source), to)
     if folder.exists():
@@ -94,6 +95,8 @@ def default_folder(source: Path, to: str) -> Path:
 
 def merged_model(path: Path) -> MergedModel:
     """The merged model of a run or a merged folder, checked against its certificate. Raises ArtifactError."""
+    from finetune.model.load import read_composition
+
     if (path / "recipe.yaml").is_file():
         run = RunFolder.open(path, needs="merged")
         certificate.read_verified(run)
@@ -102,14 +105,8 @@ def merged_model(path: Path) -> MergedModel:
         raise ArtifactError(f"{path}: no such folder: name a run, or a merged folder")
     if (path / "multimodal.json").is_file():
         raise ArtifactError(f"{path}: an adapter folder; only merged models are exported: name its run")
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if config.get("model_type") != "finetune_multimodal":
-        raise ArtifactError(
-            f"{path}: neither a run nor a folder that `finetune merge` wrote"
-            + (f" (its config.json is of type {config.get('model_type')!r})" if config else " (no config.json here)")
-        )
-    if (path / "certificate.json").is_file():
-        certificate.verify(certificate.read_certificate(path), path)
+    read_composition(path)
+    certificate.verify_if_certified(path)
     return MergedModel(path)
 
 
@@ -118,7 +115,8 @@ def make_probes(model: MergedModel, source: Path, media_folder: Path, takes_medi
 
     Raises ArtifactError if no question fits into the LLM's context.
     """
-    from finetune.export._check.probes import answered, held_out_questions, noise_questions, without_media
+    from finetune.export._check.probes import answered, held_out_questions, noise_questions
+    from finetune.model.assistant import without_kinds
     from finetune.model.load import load_merged
 
     assistant = load_merged(model.folder)
@@ -126,7 +124,7 @@ def make_probes(model: MergedModel, source: Path, media_folder: Path, takes_medi
     noise = noise_questions(list(assistant.encoders) if takes_media else (), media_folder)
     questions = held_out_questions(predictions, PROBES) if predictions.is_file() else []
     if not takes_media:
-        questions = [*map(without_media, questions), *noise]
+        questions = [*(tuple(without_kinds(messages, KINDS)) for messages in questions), *noise]
     probes = answered(assistant, list(dict.fromkeys(questions)), media_folder, MAX_NEW_TOKENS)
     probes = probes or answered(assistant, noise, media_folder, MAX_NEW_TOKENS)
     if not probes:

@@ -35,7 +35,7 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     """In a process that imports peft and transformers, and nothing of this package. Raises EngineMissing if peft can't
     load the base by its name.
     """
-    from finetune.export._check.ask import Base, Questions
+    from finetune.export._check.ask import BaseModelSpec, QuestionFile
     from finetune.export._check.process import answers_of_process
     from finetune.model.language_model import default_device, load_tokenizer, resolve_dtype
     from finetune.model.manifest import AdapterManifest
@@ -45,7 +45,7 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     if llm.name.endswith(".gguf"):
         raise EngineMissing(f"its base is {llm.name}: peft takes folders and Hub names, no GGUF files")
     device = default_device()
-    base = Base(
+    base = BaseModelSpec(
         template_options=template_options(load_tokenizer(str(folder))),
         dtype=str(resolve_dtype(llm.dtype, device)).removeprefix("torch."),
         quantize=llm.quantize,
@@ -53,4 +53,4 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
         device=str(device),
     )
     chats = [[{"role": m.role, "content": "".join(map(str, m.content))} for m in probe.messages] for probe in probes]
-    return answers_of_process(folder, Questions(chats=chats, max_new_tokens=max_new_tokens, base=base))
+    return answers_of_process(folder, QuestionFile(chats=chats, max_new_tokens=max_new_tokens, base=base))

@@ -47,11 +47,11 @@ def write_own_class(merged: Path, folder: Path) -> None:
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> EngineAnswers:
     """In a process that imports transformers, and of this package at most `finetune.model.auto`."""
     from finetune.common.run_folder import read_json
-    from finetune.export._check.ask import Questions
+    from finetune.export._check.ask import QuestionFile
     from finetune.export._check.probes import as_chat, media_of
     from finetune.export._check.process import answers_of_process
 
     chats = [as_chat(probe.messages, {m: str(m.path) for m in media_of(probe.messages)}) for probe in probes]
     own_class = read_json(folder / "config.json")["architectures"] == [OWN_CLASS]
-    questions = Questions(chats=chats, max_new_tokens=max_new_tokens)
+    questions = QuestionFile(chats=chats, max_new_tokens=max_new_tokens)
     return answers_of_process(folder, questions, [MODULE] if own_class else [])

@@ -23,15 +23,14 @@ from finetune.merging.lora_weights import (
     load_on_disk,
     merged_tensors,
     unties,
-    weights_in,
 )
 from finetune.merging.merged_folder import write_merged
-from finetune.model.adapter import load_trained
+from finetune.model.adapter import added_weights, load_trained
 from finetune.model.build import Components, build_model
 from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.features import Features
 from finetune.model.language_model import decoder_layers, load_language_model
-from finetune.model.loading import load_exactly
+from finetune.model.load import load_exactly
 from finetune.model.run import Run
 from finetune.recipe.schema import Llm, Quantize
 
@@ -41,11 +40,11 @@ BATCH_ON_DISK = 8  # samples compared at once where each pass reads the LLM from
 
 @dataclass
 class Trained:
-    """What is known of the model that was trained, and of its LLM without the adapter, once both are let go. `own`: the
-    state of projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `Comparison.next_tokens`.
+    """What is known of the model that was trained, and of its LLM without the adapter, once both are let go. `parts`:
+    the state of projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `Comparison.next_tokens`.
     """
 
-    own: dict[str, Tensor]
+    parts: dict[str, Tensor]
     quantization: Quantization
     next_tokens: list[Tensor]
     base_next_tokens: list[Tensor]
@@ -121,11 +120,7 @@ class MergeJob:
         scores = comparison.scores(model, features, view)
         base_scores = comparison.scores(model, features, view, bare=True)
         trained = Trained(
-            own={
-                f"{group}.{name}": tensor.detach().cpu().clone()
-                for group in ("projectors", "fusion", "heads")
-                for name, tensor in getattr(model, group).state_dict().items()
-            },
+            parts={name: tensor.detach().cpu().clone() for name, tensor in added_weights(model).items()},
             quantization=Quantization.of(model.causal_lm),
             next_tokens=tokens,
             base_next_tokens=base,
@@ -155,9 +150,9 @@ class MergeJob:
         else:
             llm = load_on_disk(self.llm, on_cpu.dtype, scratch)
             method = "module by module, from the LLM's files"
-        refuse_without_room(place.parent, weights_in(llm) * self.dtype.itemsize)
+        refuse_without_room(place.parent, sum(p.numel() for p in llm.parameters()) * self.dtype.itemsize)
         prepare_config(llm.config, self.dtype, untie=unties(llm, lora))
-        write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.own, self.run)
+        write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.parts, self.run)
         return method
 
     def measure(self, place: Path, scratch: Path, comparison: Comparison, trained: Trained) -> Measures:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.common.certificate import Measures
+from finetune.common.certificate import Measures, ModelScores
 from finetune.data.sample import Layout, Medium, Sample
 from finetune.evaluation.scores import answers_to, scored
 from finetune.model.assistant import Assistant
@@ -22,15 +21,13 @@ from finetune.model.padding import left_padded
 from finetune.model.run import Run
 from finetune.model.tokenize import IGNORED, tokenize, tokenize_prompt
 
-POSITIONS = 1024  # most next-token distributions kept for comparison
-LOGITS = 2**26  # most logits kept for comparison
+POSITIONS = 1024  # limit of next-token distributions kept for comparison
+LOGITS = 2**26  # limit of logits kept for comparison
 LIKELY = 1e-4
-
-TaskScores = dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ComparedPrompt:
     """`positions`: of the states that predict the answer, counted from the end; none where a head answers."""
 
     input_ids: list[int]
@@ -59,7 +56,7 @@ class Comparison:
 
     def scores(
         self, composite: MultimodalModel, features: Features, view: MediaView, bare: bool = False
-    ) -> TaskScores | None:
+    ) -> ModelScores | None:
         """Of the answers; None for a metric that these rows don't have, and where none are to be answered. `bare`:
         without the adapter.
         """
@@ -80,12 +77,12 @@ class Comparison:
         """A sample after the other: log-probabilities of the tokens of its answer (positions, vocabulary), float32; of
         a head with weights see `head_logits`. `bare`: without the adapter. `batch`: samples at once.
         """
-        most = min(POSITIONS, LOGITS // composite.config.text_config.vocab_size) // len(self.samples)
-        if "position_ids" not in signature(composite.causal_lm.forward).parameters:
+        limit = min(POSITIONS, LOGITS // composite.config.text_config.vocab_size) // len(self.samples)
+        if not composite.llm_takes("position_ids"):
             batch = 1  # padding would move the positions
         with without_adapter(composite.language_model) if bare else nullcontext():
             for head, chunk in self._batches(composite, batch):
-                prompts = [self._prompt(sample, composite, view, head, max(1, most)) for sample in chunk]
+                prompts = [self._prompt(sample, composite, view, head, max(1, limit)) for sample in chunk]
                 yield from self._log_probabilities(composite, prompts, head, view)
 
     def _batches(self, composite: MultimodalModel, size: int) -> Iterator[tuple[str | None, list[Sample]]]:
@@ -102,21 +99,21 @@ class Comparison:
         yield current, waiting
 
     def _prompt(
-        self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None, most: int
-    ) -> Prompt:
-        """A sample as it is trained, with at most `most` of its positions."""
+        self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None, limit: int
+    ) -> ComparedPrompt:
+        """A sample as it is trained, with at most `limit` of its positions."""
         tokenizer, placeholders = self.run.components.tokenizer, self.run.components.placeholders
         segments = composite.composition.placement.segments_by(view.layout)
         if head:
             tokens = tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)
-            return Prompt(tokens.input_ids, [], tokens.media)
+            return ComparedPrompt(tokens.input_ids, [], tokens.media)
         tokens = tokenize(sample, tokenizer, placeholders, segments)
-        learned = [i for i, label in enumerate(tokens.labels[1:]) if label != IGNORED][:most]
-        return Prompt(tokens.input_ids, [i - len(tokens.input_ids) for i in learned], tokens.media)
+        learned = [i for i, label in enumerate(tokens.labels[1:]) if label != IGNORED][:limit]
+        return ComparedPrompt(tokens.input_ids, [i - len(tokens.input_ids) for i in learned], tokens.media)
 
     @torch.no_grad()
     def _log_probabilities(
-        self, composite: MultimodalModel, prompts: Sequence[Prompt], head: str | None, view: MediaView
+        self, composite: MultimodalModel, prompts: Sequence[ComparedPrompt], head: str | None, view: MediaView
     ) -> Iterator[Tensor]:
         device = composite.get_input_embeddings().weight.device
         pad = self.run.components.tokenizer.pad_token_id
@@ -129,15 +126,15 @@ class Comparison:
             for row in composite.head_outputs(head, ids, mask, features):
                 yield head_logits(row, settings).float().log_softmax(-1).cpu()
             return
-        kept = -min(min(prompt.positions) for prompt in prompts)
+        count = -min(min(prompt.positions) for prompt in prompts)  # of the last positions, whose logits are computed
         options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in signature(composite.causal_lm.forward).parameters:
-            options["logits_to_keep"] = kept
+        if composite.llm_takes("logits_to_keep"):
+            options["logits_to_keep"] = count
         if len(ids) > 1:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = composite(ids, features=features, attention_mask=mask, **options).logits[:, -kept:]
+        logits = composite(ids, features=features, attention_mask=mask, **options).logits[:, -count:]
         for row, prompt in zip(logits, prompts, strict=True):
-            yield row[[place + kept for place in prompt.positions]].float().log_softmax(-1).cpu()
+            yield row[[place + count for place in prompt.positions]].float().log_softmax(-1).cpu()
 
 
 def head_logits(scores: Tensor, settings: HeadSettings) -> Tensor:
@@ -191,7 +188,7 @@ def distances(
     log_probabilities: Iterable[Tensor],
     reference: Sequence[Tensor],
     base: Sequence[Tensor],
-    scores: TaskScores | None = None,
+    scores: ModelScores | None = None,
 ) -> Measures:
     """The measures of a model; nothing of `log_probabilities` is kept."""
     trained, bare = Distance(), Distance()

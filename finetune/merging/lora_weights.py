@@ -97,15 +97,12 @@ def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(llm.name, dtype=dtype, **options).eval()
 
 
-def weights_in(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def blocks(module: nn.Module, name: str = "") -> list[str]:
     """Names of the outermost modules that have weights of their own."""
     if any(True for _ in module.parameters(recurse=False)):
         return [name]
-    return [found for child, inner in module.named_children() for found in blocks(inner, f"{name}.{child}".lstrip("."))]
+    children = ((f"{name}.{child}".lstrip("."), inner) for child, inner in module.named_children())
+    return [block for path, inner in children for block in blocks(inner, path)]
 
 
 @dataclass(frozen=True)
@@ -147,15 +144,15 @@ def merged_tensors(
             gc.collect()
             garbage = 0
         with align_module_device(module, torch.device("cpu")):
-            own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+            weights: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
             quantized = quantization is not None and name in quantization.modules
             if name in targets or quantized:
                 state = lora.of(targets[name]) if lora and name in targets else {}
                 config = quantization.config if quantization is not None and quantized else None
-                own |= merged_module(name, module, own, dtype, state, lora.config if lora else None, config)
-                garbage += sum(tensor.nbytes for tensor in own.values())
+                weights |= merged_module(name, module, weights, dtype, state, lora.config if lora else None, config)
+                garbage += sum(tensor.nbytes for tensor in weights.values())
                 trim_memory()
-            for inside, tensor in {**own, **dict(module.named_buffers(recurse=False))}.items():
+            for inside, tensor in {**weights, **dict(module.named_buffers(recurse=False))}.items():
                 full = f"{name}.{inside}".lstrip(".")
                 if full in names and full not in tied:
                     yield full, (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()

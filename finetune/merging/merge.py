@@ -130,13 +130,13 @@ def checked_adapter(folder: Path, llm: Llm) -> LanguageModelFiles:
     manifest = AdapterManifest.read(folder)
     trained = manifest.model.llm
     local = Path(llm.name).exists()  # a folder may have moved; a name of the Hub is the same everywhere
-    same = {
+    agrees = {
         "name": Path(llm.name).name == Path(trained.name).name if local else llm.name == trained.name,
         "quantize": llm.quantize == trained.quantize,
         "revision": local or None in (llm.revision, trained.revision) or llm.revision == trained.revision,
     }
-    if wrong := [key for key, equal in same.items() if not equal]:
-        commits = [f" at {(one.revision or '')[:12]}" if wrong == ["revision"] else "" for one in (trained, llm)]
+    if different := [key for key, equal in agrees.items() if not equal]:
+        commits = [f" at {(one.revision or '')[:12]}" if different == ["revision"] else "" for one in (trained, llm)]
         raise ArtifactError(
             f"{folder}: trained over the LLM {trained.name!r}{commits[0]} ({trained.quantize}), but the run's recipe "
             f"names {llm.name!r}{commits[1]} ({llm.quantize}): this adapter is another run's"

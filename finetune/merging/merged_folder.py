@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.common.errors import ArtifactError
-from finetune.model.composite import compose
 from finetune.model.run import Run
 from finetune.model.tokenize import answer_ends
 
@@ -60,22 +59,15 @@ class Shards:
 
 
 def write_merged(
-    folder: Path, llm: Any, tensors: Iterator[tuple[str, Tensor]], own: Mapping[str, Tensor], run: Run
+    folder: Path, llm: Any, tensors: Iterator[tuple[str, Tensor]], parts: Mapping[str, Tensor], run: Run
 ) -> None:
     """One self-contained folder: weights of all parts, config with the encoders' preprocessing, tokenizer.
 
-    `llm`: for its configs; `tensors`: its merged state, as a stream; `own`: the state of projectors, fusion and heads.
-    The run's components hold the encoders as they are saved.
+    `llm`: for its configs; `tensors`: its merged state, as a stream; `parts`: the state of projectors, fusion and
+    heads. The run's components hold the encoders as they are saved.
     """
     components = run.components
-    whole = compose(
-        llm,
-        encoders=components.encoders,
-        projectors=components.model.projectors,
-        fusion=components.model.fusion,
-        placeholder_ids={name: placeholder.id for name, placeholder in components.placeholders.items()},
-        bindings=run.bindings,
-    )
+    whole = components.compose(llm, run.bindings)
     whole.config.dtype = llm.config.dtype
     llm.config._name_or_path = without_paths(llm.config._name_or_path)
     composition = whole.composition.model_copy(update={"media": run.recipe.media}).model_dump(mode="json")
@@ -83,7 +75,7 @@ def write_merged(
         encoder["settings"] = without_paths(encoder["settings"])
     whole.config.parts = composition
     encoders = {f"encoders.{name}": tensor for name, tensor in whole.encoders.state_dict().items()}
-    whole.save_pretrained(folder, state_dict={**own, **encoders})  # the LLM's follow, in a stream
+    whole.save_pretrained(folder, state_dict={**parts, **encoders})  # the LLM's follow, in a stream
     shards = Shards(folder)
     for name, tensor in removed_tensors(folder):
         shards.add(name, tensor)

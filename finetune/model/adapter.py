@@ -74,17 +74,18 @@ def fitted_adapter(folder: Path, language_model: Any) -> Adapter | None:
     return adapter
 
 
+def added_weights(model: MultimodalModel) -> dict[str, Tensor]:
+    """The weights of projectors, fusion and heads."""
+    groups = ("projectors", "fusion", "heads")
+    return {f"{group}.{name}": t for group in groups for name, t in getattr(model, group).state_dict().items()}
+
+
 def _own_tensors(model: MultimodalModel) -> dict[str, Tensor]:
-    """The content of `projectors.safetensors`, by role: projectors, fusion, heads, and weights of tuned encoders."""
-    return {
-        **{f"projectors.{name}": tensor for name, tensor in model.projectors.state_dict().items()},
-        **{f"fusion.{name}": tensor for name, tensor in model.fusion.state_dict().items()},
-        **{f"heads.{name}": tensor for name, tensor in model.heads.state_dict().items()},
-        **{
-            f"encoders.{name}.{inside}": model.encoders[name].get_parameter(inside)
-            for name, names in model.tuned.items()
-            for inside in names
-        },
+    """The content of `projectors.safetensors`: `added_weights`, and those of tuned encoders that train."""
+    return added_weights(model) | {
+        f"encoders.{medium}.{name}": model.encoders[medium].get_parameter(name)
+        for medium, names in model.tuned.items()
+        for name in names
     }
 
 

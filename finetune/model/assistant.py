@@ -109,7 +109,7 @@ class Assistant:
         labels. Raises DataError.
         """
         labelled = [name for name, binding in self.model.bindings.items() if binding.settings.labels]
-        name = self._only(labelled, task, "labels")
+        name = self._task_binding(labelled, task, "labels")
         media = media_of(image=image, audio=audio, video=video)
         return dict(self.ask(name, [(Message("user", (*media, prompt)),)])[0].probabilities or {})
 
@@ -124,13 +124,13 @@ class Assistant:
     ) -> float:
         """The number that the score head of `task` gives. As `probabilities`."""
         numeric = [name for name, binding in self.model.bindings.items() if binding.settings.deviation is not None]
-        name = self._only(numeric, task, "a number")
+        name = self._task_binding(numeric, task, "a number")
         media = media_of(image=image, audio=audio, video=video)
         number = self.ask(name, [(Message("user", (*media, prompt)),)])[0].number
         return float("nan") if number is None else number
 
-    def _only(self, names: Sequence[str], task: str | None, answer: str) -> str:
-        """The task binding that is meant, among those with such an answer."""
+    def _task_binding(self, names: Sequence[str], task: str | None, answer: str) -> str:
+        """The name `task`, or the only one, of `names`: the task bindings with such an answer. Raises DataError."""
         if task is None and len(names) != 1:
             raise DataError(f"name one with task=: {', '.join(names) or 'no task was trained with such a head'}")
         if task is not None and task not in names:
@@ -264,8 +264,6 @@ class FileView:
         return encode_one(self.encoders[medium.kind], self._read(medium))
 
     def _read(self, medium: Medium) -> Prepared:
-        if medium.kind not in self.encoders:
-            raise DataError(f"this model takes {', '.join(self.encoders) or 'text only'}, not {medium.kind}")
         if medium not in self._prepared:
             self._prepared[medium] = read_medium(self.encoders[medium.kind], medium, self.limits)
         return self._prepared[medium]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from finetune.data.media import example
 from finetune.model import adapter as adapters
@@ -34,13 +35,25 @@ class Components:
     def placement(self) -> Placement:
         return Placement(self.model.projectors, self.model.fusion)
 
+    def compose(
+        self, language_model: Any, bindings: Mapping[str, TaskBinding], with_encoders: bool = True
+    ) -> MultimodalModel:
+        """See `finetune.model.composite.compose`."""
+        return compose(
+            language_model,
+            encoders=self.encoders,
+            projectors=self.model.projectors,
+            fusion=self.model.fusion,
+            placeholder_ids={name: placeholder.id for name, placeholder in self.placeholders.items()},
+            bindings=bindings,
+            with_encoders=with_encoders,
+        )
+
 
 def load_components(
     model: Model, tune_encoders: Mapping[str, EncoderTuning], seed: int, device: torch.device | None = None
 ) -> Components:
     """Load tokenizer and encoders. The same seed gives the same new weights."""
-    from transformers import set_seed
-
     device = device or default_device()
     dtype = resolve_dtype(model.llm.dtype, device)
     tokenizer = load_tokenizer(
@@ -71,19 +84,9 @@ def build_model(
     language_model: Any = None,
 ) -> MultimodalModel:
     """Load the LLM, or take `language_model`, and put everything together. The same seed gives the same new weights."""
-    from transformers import set_seed
-
     language_model = language_model or load_llm(components)
     set_seed(seed)
-    model = compose(
-        language_model,
-        encoders=components.encoders,
-        projectors=components.model.projectors,
-        fusion=components.model.fusion,
-        placeholder_ids={name: placeholder.id for name, placeholder in components.placeholders.items()},
-        bindings=bindings,
-        with_encoders=with_encoders,
-    )
+    model = components.compose(language_model, bindings, with_encoders)
     if with_encoders:
         model.tuned = {name: tuned.names for name, tuned in components.tuned.items()}
     if adapter is not None:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.common.errors import ModelError
-from finetune.common.registry import kind_of, load_part
+from finetune.common.registry import kind_of
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, SavedEncoder, SavedProjector
 from finetune.model.encoders import Encoder
@@ -78,10 +78,8 @@ class MultimodalModel(PreTrainedModel):
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         if encoders is None:
-            encoders = {
-                name: load_part("encoders", saved.kind).restore(saved.settings, torch.get_default_dtype())
-                for name, saved in self.composition.encoders.items()
-            }
+            dtype = torch.get_default_dtype()
+            encoders = {name: saved.restore(dtype) for name, saved in self.composition.encoders.items()}
         self.language_model = language_model
         self.encoders = nn.ModuleDict({name: encoder.module for name, encoder in encoders.items()})
         self.encoder_parts = dict(encoders)
@@ -127,6 +125,10 @@ class MultimodalModel(PreTrainedModel):
         language_model = self.language_model
         return language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
 
+    def llm_takes(self, argument: str) -> bool:
+        """Whether the LLM's `forward` has an argument of this name."""
+        return argument in signature(self.causal_lm.forward).parameters
+
     def get_input_embeddings(self) -> Any:
         return self.causal_lm.get_input_embeddings()
 
@@ -164,8 +166,8 @@ class MultimodalModel(PreTrainedModel):
                 places = [i for i, other in enumerate(lengths) if other == length]
                 segments = torch.cat([features[i] for i in places]).to(first.device, torch.float32)
                 rows = projector(segments).split([len(features[i]) for i in places])
-                for i, found in zip(places, rows, strict=True):
-                    projected[i] = found
+                for i, medium in zip(places, rows, strict=True):
+                    projected[i] = medium
         return torch.cat([rows.flatten(0, 1) for rows in projected]), [
             rows.shape[1] for rows in projected for _ in range(len(rows))
         ]
@@ -278,10 +280,10 @@ class MultimodalModel(PreTrainedModel):
 
     def _label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
         """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learnt token."""
-        keep = "logits_to_keep" in signature(self.causal_lm.forward).parameters and len(batch["input_ids"]) == 1
-        only: dict[str, Any] = {"logits_to_keep": label_rows} if keep else {}
-        logits = self.forward(**batch, use_cache=False, **only).logits
-        return (logits[0] if keep else logits.flatten(0, 1)[label_rows]).float()
+        selects = self.llm_takes("logits_to_keep") and len(batch["input_ids"]) == 1
+        selection: dict[str, Any] = {"logits_to_keep": label_rows} if selects else {}
+        logits = self.forward(**batch, use_cache=False, **selection).logits
+        return (logits[0] if selects else logits.flatten(0, 1)[label_rows]).float()
 
     @torch.no_grad()
     def head_outputs(self, name: str, input_ids: Tensor, attention_mask: Tensor, features: Any = None) -> Tensor:
@@ -326,7 +328,7 @@ class MultimodalModel(PreTrainedModel):
             past_key_values=cache,
             use_cache=True,
             **self._at(positions),
-            **({"logits_to_keep": 1} if "logits_to_keep" in signature(self.causal_lm.forward).parameters else {}),
+            **({"logits_to_keep": 1} if self.llm_takes("logits_to_keep") else {}),
         ).logits[:, -1:]
         cache.batch_repeat_interleave(count)
         following = positions[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(longest, device=device)
@@ -350,7 +352,7 @@ class MultimodalModel(PreTrainedModel):
         return self._shares_memory
 
     def _tried_sharing(self) -> bool:
-        if "past_key_values" not in signature(self.causal_lm.forward).parameters:
+        if not self.llm_takes("past_key_values"):
             return False
         cache = DynamicCache(config=self.causal_lm.config.get_text_config())
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.get_input_embeddings().weight.device)
@@ -370,7 +372,7 @@ class MultimodalModel(PreTrainedModel):
 
     def _at(self, position_ids: Tensor) -> dict[str, Any]:
         """Position ids for LLMs that take them: others (ALiBi) tell positions from the mask."""
-        return {"position_ids": position_ids} if "position_ids" in signature(self.causal_lm.forward).parameters else {}
+        return {"position_ids": position_ids} if self.llm_takes("position_ids") else {}
 
     @torch.no_grad()
     def generate(  # type: ignore[override]

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
 from finetune.common.errors import ModelError
+from finetune.common.registry import load_part
 from finetune.data.sample import Layout, Medium
 from finetune.model.bindings import TaskBinding
-from finetune.model.encoders import EncoderSettings
+from finetune.model.encoders import Encoder, EncoderSettings
 from finetune.recipe.parts import FusionPart, ProjectorPart
 from finetune.recipe.schema import Limits, Section
+
+if TYPE_CHECKING:
+    import torch
 
 MERGED_FORMAT = 1  # of merged folders
 PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
@@ -56,6 +60,10 @@ class SavedEncoder(Section):
 
     kind: str
     settings: EncoderSettings
+
+    def restore(self, dtype: "torch.dtype") -> Encoder:
+        """The encoder, with weights still to be loaded."""
+        return load_part("encoders", self.kind).restore(self.settings, dtype)
 
 
 class SavedProjector(Section):

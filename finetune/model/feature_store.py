@@ -1,5 +1,5 @@
-"""What a frozen encoder says of a medium never changes: computed once, kept on disk, shared by epochs, stages, seeds
-and runs. A folder per encoder fingerprint; in it, safetensors files whose names are hashes of media.
+"""Features of frozen encoders, computed once and kept on disk, for all epochs, stages, seeds and runs. A folder per
+fingerprint of an encoder holds safetensors files, whose tensors are named by the keys of the media.
 """
 
 import hashlib
@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from finetune.common.errors import ArtifactError
 from finetune.data.sample import Layout
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHARD_BYTES = 256 * 2**20
 
@@ -31,21 +32,19 @@ class FeatureStore:
         self.refresh()
 
     def refresh(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
                     self._files.update(dict.fromkeys(file.keys(), path))
                     marks = json.loads((file.metadata() or {}).get("marks", "{}"))
-                    self._marks.update({key: tuple(found) for key, found in marks.items()})
+                    self._marks.update({key: tuple(texts) for key, texts in marks.items()})
             except SafetensorError as error:
                 raise ArtifactError(f"{path} is damaged ({error}); delete it, it will be computed anew") from None
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         return [key for key in dict.fromkeys(keys) if key not in self._files]
 
-    def read(self, key: str) -> "Tensor":
+    def read(self, key: str) -> Tensor:
         return self._open(key).get_tensor(key)
 
     def layout(self, key: str) -> Layout:
@@ -53,17 +52,13 @@ class FeatureStore:
         return Layout(rows, self._marks.get(key, ("",) * segments))
 
     def _open(self, key: str) -> Any:
-        from safetensors import safe_open
-
         path = self._files[key]
         if path not in self._handles:
             self._handles[path] = safe_open(path, "pt")
         return self._handles[path]
 
-    def fill(self, computed: Iterable[tuple[str, "Tensor", tuple[str, ...]]], done: Callable[[], None]) -> None:
+    def fill(self, computed: Iterable[tuple[str, Tensor, tuple[str, ...]]], done: Callable[[], None]) -> None:
         """Keep (key, features (S, L, W), marks) as they come, in files of about 256 MB, each whole or absent."""
-        from safetensors.torch import save_file
-
         self.folder.mkdir(parents=True, exist_ok=True)
         shard: dict[str, Tensor] = {}
         marks: dict[str, tuple[str, ...]] = {}
@@ -79,10 +74,10 @@ class FeatureStore:
             marks.clear()
 
         try:
-            for key, features, found in computed:
+            for key, features, texts in computed:
                 shard[key] = features.detach().cpu().contiguous()
-                if any(found):
-                    marks[key] = found
+                if any(texts):
+                    marks[key] = texts
                 done()
                 if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
                     write()

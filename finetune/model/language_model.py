@@ -1,6 +1,7 @@
 """The LLM part: any causal language model of transformers, by hub id, folder or `.gguf` file, in 4, 8 or 16 bits."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,8 +130,6 @@ def _quantization(llm: Llm, dtype: torch.dtype) -> BitsAndBytesConfig | None:
 
 
 def _load_gguf(llm: Llm, options: dict[str, Any]) -> PreTrainedModel:
-    import tempfile
-
     path = Path(llm.name)
     plain = {**options, "device_map": {"": "cpu"} if llm.quantize != "none" else options["device_map"]}
     model = AutoModelForCausalLM.from_pretrained(

@@ -19,7 +19,6 @@ from finetune.model.build import Components, build_model, load_components, load_
 from finetune.model.composite import MultimodalModel
 from finetune.model.composition import MERGED_FORMAT, PLACEHOLDERS, Composition
 from finetune.model.language_model import default_device, load_tokenizer
-from finetune.model.loading import load_exactly
 from finetune.model.manifest import MANIFEST, AdapterManifest, refuse_format
 from finetune.model.tokenize import Placeholder
 
@@ -75,6 +74,19 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
             model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
     placeholders = {name: Placeholder(PLACEHOLDERS[name], id) for name, id in composition.placeholders.items()}
     return Assistant(model, load_tokenizer(str(folder)), placeholders, model.encoder_parts, composition.media)
+
+
+def load_exactly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
+    """`model_class.from_pretrained(folder, dtype="auto", **kwargs)`, refused if any of its weights don't fit.
+
+    transformers would initialize missing weights at random and ignore unexpected ones. Raises ArtifactError with the
+    first missing, unexpected and mismatched keys.
+    """
+    model, report = model_class.from_pretrained(folder, output_loading_info=True, **{"dtype": "auto", **kwargs})
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    if wrong := {kind: sorted(report[kind])[:3] for kind in kinds if report[kind]}:
+        raise ArtifactError(f"{folder}: weights don't fit the config: {wrong}")
+    return model
 
 
 def read_composition(folder: Path) -> Composition:

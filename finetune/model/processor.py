@@ -4,25 +4,24 @@ import base64
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
+import PIL.Image
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from finetune.common.errors import DataError
-from finetune.common.registry import load_part
-from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.media.image import over_white
+from finetune.data.media.video import Clip
 from finetune.data.sample import Prepared
 from finetune.model.chat_template import PART_TYPES, with_media_parts
 from finetune.model.composite import MultimodalConfig
 from finetune.model.composition import PLACEHOLDERS, Composition
+from finetune.model.features import decode_for
 from finetune.model.padding import left_padded
-from finetune.model.tokenize import Placeholder
-
-if TYPE_CHECKING:
-    import numpy as np
+from finetune.model.tokenize import Placeholder, segment_ids
 
 Media = dict[str, list[Any]]  # {kind: media as clients give them}
 MEDIUM_KEYS = ("url", "path", "base64", "data")  # of a part of a message, besides its kind
@@ -41,10 +40,7 @@ class MultimodalProcessor(ProcessorMixin):
         ids = self._composition.placeholders
         self._placeholders = {kind: Placeholder(PLACEHOLDERS[kind], ids[kind]) for kind in ids}
         with torch.device("meta"):  # preprocessing and shapes; no weights
-            self._encoders = {
-                kind: load_part("encoders", saved.kind).restore(saved.settings, torch.float32)
-                for kind, saved in self._composition.encoders.items()
-            }
+            self._encoders = {kind: saved.restore(torch.float32) for kind, saved in self._composition.encoders.items()}
         if tokenizer is not None:
             tokenizer.chat_template = chat_template or tokenizer.chat_template
             chat_template = tokenizer.chat_template = with_media_parts(tokenizer, self._placeholders)
@@ -151,9 +147,7 @@ class MultimodalProcessor(ProcessorMixin):
             medium = next(remaining.get(kinds[token], iter(())), None)
             if medium is None:
                 raise DataError(f"fewer {kinds[token]} than there are {PLACEHOLDERS[kinds[token]]} in the text")
-            for mark, count in self._composition.placement.segments(kinds[token], medium.layout):
-                ids += self.tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
-                ids += [token] * count
+            ids += segment_ids(self._composition.placement.segments(kinds[token], medium.layout), token, self.tokenizer)
         return ids
 
     def _prepared(self, kind: str, medium: Any) -> Prepared:
@@ -167,7 +161,7 @@ class MultimodalProcessor(ProcessorMixin):
         if isinstance(medium, io.BytesIO):
             medium = medium.getvalue()
         if isinstance(medium, Path | bytes):
-            medium = decode(kind, medium, limits=self._composition.media, **encoder.sampling)
+            medium = decode_for(encoder, kind, medium, self._composition.media)
         return encoder.prepare(_canonical(kind, medium))
 
 
@@ -198,11 +192,6 @@ def _flat(media: Any) -> Iterator[Any]:
 
 def _canonical(kind: str, medium: Any) -> Any:
     """A decoded medium in the form that encoders take. Raises DataError for other types."""
-    import numpy as np
-    import PIL.Image
-
-    from finetune.data.media.video import Clip
-
     if kind == "image" and isinstance(medium, PIL.Image.Image):
         return over_white(medium) if medium.has_transparency_data else medium.convert("RGB")
     if kind == "audio" and isinstance(medium, np.ndarray | torch.Tensor):
@@ -212,9 +201,7 @@ def _canonical(kind: str, medium: Any) -> Any:
     raise DataError(f"{kind}: give a file's path, its bytes, or a decoded medium, not a {type(medium).__name__}")
 
 
-def _samples(sound: Any) -> "np.ndarray":
-    import numpy as np
-
+def _samples(sound: Any) -> np.ndarray:
     samples = np.asarray(sound, np.float32).squeeze()
     if samples.ndim != 1:
         raise DataError(f"audio: samples of shape {samples.shape}; give one channel, at {RATE:,} samples a second")

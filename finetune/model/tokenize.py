@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
-from finetune.model.composition import Segments
+from finetune.model.composition import Segment, Segments
 
 IGNORED = -100
 
@@ -190,7 +190,15 @@ def _expand(
             out_ids.append(token)
             out_labels.append(label)
             continue
-        for mark, count in segments(next(media)):
-            out_ids += (tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []) + [token] * count
+        out_ids += segment_ids(segments(next(media)), token, tokenizer)
         out_labels += [IGNORED] * (len(out_ids) - len(out_labels))
     return out_ids, out_labels, sample.media
+
+
+def segment_ids(segments: Sequence[Segment], placeholder: int, tokenizer: Any) -> list[int]:
+    """Token ids of a medium's segments: marks and placeholders."""
+    ids: list[int] = []
+    for mark, count in segments:
+        ids += tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
+        ids += [placeholder] * count
+    return ids

@@ -26,8 +26,7 @@ def trained_parts(model: MultimodalModel, trains: Sequence[str]) -> dict[str, li
             parts |= {f"heads.{name}": list(head.parameters()) for name, head in model.heads.items()}
         elif group == "encoders":
             for medium in [name] if name else model.tuned:
-                own = dict(model.encoders[medium].named_parameters())
-                parts[f"encoders.{medium}"] = [own[inside] for inside in model.tuned[medium]]
+                parts[f"encoders.{medium}"] = [model.encoders[medium].get_parameter(n) for n in model.tuned[medium]]
         else:
             for medium in [name] if name else model.projectors:
                 parts[f"projectors.{medium}"] = list(model.projectors[medium].parameters())
@@ -45,13 +44,13 @@ def set_trainable(model: MultimodalModel, trains: Sequence[str]) -> dict[str, in
         for parameter in parameters:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    wanted = {id(p) for parameters in parts.values() for p in parameters}
-    homes = tuple("language_model." if role == "adapter" else f"{role}." for role in parts)
+    expected = {id(p) for parameters in parts.values() for p in parameters}
+    prefixes = tuple("language_model." if role == "adapter" else f"{role}." for role in parts)
     wrong = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad != (id(parameter) in wanted)
-        or (parameter.requires_grad and not name.startswith(homes))
+        if parameter.requires_grad != (id(parameter) in expected)
+        or (parameter.requires_grad and not name.startswith(prefixes))
     ]
     if wrong:
         raise TrainingError(f"not the parts that the recipe trains ({', '.join(trains)}): {', '.join(wrong[:5])}")

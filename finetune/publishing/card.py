@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from finetune.common import certificate
+from finetune.common.certificate import Certificate, comparison
 from finetune.evaluation.report import tables, words
 from finetune.evaluation.report.content import Content
 from finetune.evaluation.report.examples import Album, Example, examples
@@ -23,7 +23,7 @@ FEW_ROWS = 200  # with fewer held-out rows, intervals are wide
 
 
 @dataclass(frozen=True)
-class Sample:
+class CardSample:
     """An example on the card. `pictures`: (path below the card's folder, kind); `others`: media that can't be shown."""
 
     example: Example
@@ -55,7 +55,7 @@ def write_card(folder: Path, publication: Publication) -> None:
         snippet=snippet(content, publication.repo, chosen),
         scores=score_tables(content),
         conditions="; ".join(conditions(content)),
-        certificate=certificate.markdown(content.certificate) if content.certificate else "",
+        certificate=merge_text(content.certificate) if content.certificate else "",
         samples=sample_table(chosen),
         sources=source_table(publication),
         rows="; ".join(split_counts),
@@ -191,7 +191,17 @@ def stage_table(content: Content) -> str:
     )
 
 
-def samples(content: Content, folder: Path, count: int) -> list[Sample]:
+def merge_text(certificate: Certificate) -> str:
+    """A paragraph and a table."""
+    names, rows = comparison(certificate)
+    lead = (
+        f"Merged into {certificate.merged_into}: {certificate.why}. Compared with {certificate.reference} on "
+        f"{certificate.rows:,} held-out rows, {certificate.positions:,} next tokens."
+    )
+    return f"{lead}\n\n{table(names, rows, len(names) - 1)}\n"
+
+
+def samples(content: Content, folder: Path, count: int) -> list[CardSample]:
     """The best and the worst predictions, of all tasks in turn; their pictures are written below `folder`."""
     pool = examples(content.predictions, Album(content.limits)) if count else []
     chosen: list[Example] = []
@@ -199,7 +209,7 @@ def samples(content: Content, folder: Path, count: int) -> list[Sample]:
         chosen += sorted((e for e in pool if e.side == side), key=lambda example: example.rank)[:most]
     result = []
     for number, example in enumerate(chosen, 1):
-        sample = Sample(example, [], [])
+        sample = CardSample(example, [], [])
         for place, medium in enumerate(example.media):
             if not medium.uri.startswith(WEBP):
                 sample.others.append(words.NOUNS.get(medium.kind, (medium.kind,))[0])
@@ -212,18 +222,18 @@ def samples(content: Content, folder: Path, count: int) -> list[Sample]:
     return result
 
 
-def sample_table(chosen: Sequence[Sample]) -> str:
+def sample_table(chosen: Sequence[CardSample]) -> str:
     lines = []
     for sample in chosen:
         example = sample.example
         media = [f"![{kind}]({name})" for name, kind in sample.pictures] + [f"({other})" for other in sample.others]
-        answer = example.answers.get("tuned", "") + {"right": " ✓", "wrong": " ✗"}.get(example.verdict, "")
+        answer = (example.answers.get("tuned") or "(none)") + {"right": " ✓", "wrong": " ✗"}.get(example.verdict, "")
         base = example.answers.get("base", "")
         lines.append([example.task, " ".join(media), example.question, example.target, answer, base])
     return table(["task", "media", "question", "target", "answer", "before training"], lines)
 
 
-def snippet(content: Content, repo: str, chosen: Sequence[Sample]) -> str:
+def snippet(content: Content, repo: str, chosen: Sequence[CardSample]) -> str:
     """Python that loads the model and asks it one question as it was trained; about a sample's picture if one is
     published.
     """

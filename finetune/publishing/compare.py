@@ -20,7 +20,7 @@ Predictions = Mapping[str, Sequence[object]]  # task binding -> prediction of ea
 
 
 @dataclass(frozen=True)
-class Questions:
+class HeldOutQuestions:
     """`samples`: task binding -> rows, answered as one batch; `evaluated`: their predictions in predictions.jsonl."""
 
     samples: Mapping[str, Sequence[Sample]]
@@ -39,7 +39,7 @@ class Questions:
         return predictions
 
 
-def questions_of(folder: RunFolder, recipe: Recipe) -> Questions:
+def questions_of(folder: RunFolder, recipe: Recipe) -> HeldOutQuestions:
     """The first evaluated rows of each task that the adapter was trained for, in the batches of `finetune evaluate`:
     other batches may round otherwise. Raises DataError if the rows have changed since the evaluation.
     """
@@ -53,14 +53,14 @@ def questions_of(folder: RunFolder, recipe: Recipe) -> Questions:
     chosen = {
         name: numbers[: min(options.batch, ROWS)] for name, numbers in by_task(samples).items() if name in trained
     }
-    return Questions(
+    return HeldOutQuestions(
         {name: [samples[i] for i in numbers] for name, numbers in chosen.items()},
         {name: [predictions[i].answers["tuned"] for i in numbers] for name, numbers in chosen.items()},
         options.max_new_tokens,
     )
 
 
-def differences(questions: Questions, left: Predictions, right: Predictions) -> list[tuple[str, object, object]]:
+def differences(questions: HeldOutQuestions, left: Predictions, right: Predictions) -> list[tuple[str, object, object]]:
     """(row, left, right) of unequal predictions: text must be equal to the letter, numbers and probabilities to three
     digits.
     """

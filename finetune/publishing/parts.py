@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from finetune.common import hub
 from finetune.common.errors import ModelError
@@ -89,18 +90,21 @@ def with_licences(bases: Sequence[Base], licences: Mapping[str, str]) -> list[Ba
 
 
 def _licence_of(base: Base) -> str | None:
-    from huggingface_hub import HfApi
-
     if is_local(base.path) and (licence := _licence_in(Path(base.path))):
         return licence
-    if base.name is None:
-        return None
+    return _licence_on_hub(base.name, "model") if base.name else None
+
+
+def _licence_on_hub(name: str, kind: Literal["model", "dataset"]) -> str | None:
+    """What the repository's card says; None if it says nothing or can't be read: the recipe must name it then."""
+    from huggingface_hub import HfApi
+
     try:
-        with hub.requesting(base.name):
-            card = HfApi().model_info(base.name).card_data
-    except ModelError:  # the recipe has to name it, then
+        with hub.requesting(name):
+            info = HfApi().repo_info(name, repo_type=kind)
+    except ModelError:
         return None
-    return getattr(card, "license", None)
+    return getattr(getattr(info, "card_data", None), "license", None)
 
 
 def _licence_in(folder: Path) -> str | None:
@@ -117,24 +121,15 @@ def data_licences(recipe: Recipe) -> dict[str, str | None]:
     """`source_name` -> licence."""
     licences = {}
     for source in recipe.data:
-        local = is_local(str(source.path))
-        folder = source.path if source.path.is_dir() else source.path.parent
         licence = recipe.publish.licenses.get("data")
-        licences[source_name(source)] = licence or (_licence_in(folder) if local else _dataset(str(source.path)))
+        if licence is None and is_local(str(source.path)):
+            licence = _licence_in(source.path if source.path.is_dir() else source.path.parent)
+        elif licence is None:
+            licence = _licence_on_hub(str(source.path), "dataset")
+        licences[source_name(source)] = licence
     return licences
 
 
 def source_name(source: Source) -> str:
     """A dataset's Hub id, or the last part of a path."""
     return source.path.name if is_local(str(source.path)) else str(source.path)
-
-
-def _dataset(name: str) -> str | None:
-    from huggingface_hub import HfApi
-
-    try:
-        with hub.requesting(name):
-            card = HfApi().dataset_info(name).card_data
-    except ModelError:
-        return None
-    return getattr(card, "license", None)

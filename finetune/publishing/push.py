@@ -132,7 +132,7 @@ def load_here(path: Path) -> Assistant:
     return load_adapter(path) if (path / "multimodal.json").is_file() else load_merged(path)
 
 
-def answers_here(path: Path, questions: compare.Questions, adapter: Path) -> tuple[compare.Predictions, str]:
+def answers_here(path: Path, questions: compare.HeldOutQuestions, adapter: Path) -> tuple[compare.Predictions, str]:
     """Predictions of the model in the run, and a line. Raises PublishError if fewer than MIN_EQUAL of the rows are
     answered as they were evaluated; a merged model may differ, as far as its certificate allows, if its adapter
     doesn't.
@@ -154,7 +154,7 @@ def answers_here(path: Path, questions: compare.Questions, adapter: Path) -> tup
 
 
 def compare_downloaded(
-    repo: str, commit: str, run: Path, questions: compare.Questions, predictions: compare.Predictions
+    repo: str, commit: str, run: Path, questions: compare.HeldOutQuestions, predictions: compare.Predictions
 ) -> str:
     """A line: the model on the Hub, downloaded into an empty cache, answers as the one here. Raises PublishError."""
     online = f"{repo} is online (commit {commit[:12]})"

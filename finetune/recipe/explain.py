@@ -6,14 +6,14 @@ from typing import Any, get_args
 from pydantic_core import ErrorDetails, core_schema
 
 from finetune.common.errors import RecipeError
+from finetune.common.registry import part_names
+from finetune.recipe.parts import JsonSchema, kind_schema
 from finetune.recipe.words import MAX_DEPTH, Location, Problem, describe, dotted, nearest, shorten
 from finetune.recipe.yaml_reader import Document, Place, read_yaml
 
 MAX_PROBLEMS = 10  # shown at once
 BOOLEAN_WORDS = dict.fromkeys(("yes", "on", "y", "true"), "true") | dict.fromkeys(("no", "off", "n", "false"), "false")
 BUILT_IN_ERRORS = frozenset(get_args(core_schema.ErrorType)) - {"value_error", "assertion_error"} | {"path_type"}
-
-JsonSchema = dict[str, Any]
 
 
 def recipe_error(document: Document, problems: Iterable[Problem]) -> RecipeError:
@@ -87,9 +87,11 @@ def members(node: JsonSchema, value: Any, schema: JsonSchema) -> dict[str | int,
     schemas: dict[str | int, JsonSchema] = {}
     kind = value.get("kind") if isinstance(value, dict) else value
     for choice in alternatives(node, schema):
+        if "part" in choice:
+            if kind not in part_names(choice["part"]):
+                continue
+            choice = kind_schema(choice["part"], kind, schema["$defs"])
         properties = choice.get("properties", {})
-        if properties.get("kind", {}).get("const", kind) != kind:
-            continue
         schemas |= properties
         for others in (choice.get("additionalProperties"), *choice.get("patternProperties", {}).values()):
             if isinstance(others, dict) and isinstance(value, dict):

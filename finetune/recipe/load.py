@@ -15,7 +15,7 @@ from finetune.common.errors import RecipeError
 from finetune.recipe.conflicts import conflicts
 from finetune.recipe.explain import explain, override, recipe_error
 from finetune.recipe.parts import Part
-from finetune.recipe.schema import Recipe, cached_schema
+from finetune.recipe.schema import Recipe, outline
 from finetune.recipe.words import Location, Problem, describe, shorten
 from finetune.recipe.yaml_reader import dump_yaml, near_file, read_text, read_yaml
 
@@ -30,11 +30,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         found = "empty" if document.value is None else describe(document.value)
         raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
     for assignment in overrides:
-        override(document, assignment, cached_schema())
+        override(document, assignment, outline())
     try:
         recipe: Recipe = Recipe.model_validate(document.value)
     except ValidationError as error:
-        raise recipe_error(document, explain(document, error.errors(include_url=False), cached_schema())) from None
+        raise recipe_error(document, explain(document, error.errors(include_url=False), outline())) from None
     problems: list[Problem] = []
     recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
     problems += conflicts(recipe)

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+
+
+JsonSchema: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,26 @@ class Part:
         return core_schema.no_info_plain_validator_function(cls.parse, serialization=written)
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        kinds: list[dict[str, Any]] = []
-        short = []
-        for name in part_names(cls.folder):
-            part = load_part(cls.folder, name)
-            options = handler.resolve_ref_schema(handler(part.Options.__pydantic_core_schema__))
-            required = options.get("required", [])
-            if not required:
-                short.append(name)
-            properties = {"kind": {"const": name}, **options.get("properties", {})}
-            about = {"title": name, "description": (part.__doc__ or name).strip().partition("\n")[0]}
-            kinds.append({**options, **about, "properties": properties, "required": ["kind", *required]})
-        return {"anyOf": kinds + ([{"enum": short}] if short else [])}
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
+        return {"part": cls.folder}  # in its place: `kind_schema` of one kind, or `any_kind_schema`
+
+
+def kind_schema(folder: str, kind: str, definitions: JsonSchema) -> JsonSchema:
+    """JSON schema of a part of one kind; the definitions that it refers to are added to `definitions`."""
+    part = load_part(folder, kind)
+    prefix = f"{folder}.{kind}."
+    options = part.Options.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
+    definitions |= {prefix + name: definition for name, definition in options.pop("$defs", {}).items()}
+    about = {"title": kind, "description": (part.__doc__ or kind).strip().partition("\n")[0]}
+    properties = {"kind": {"const": kind}, **options.get("properties", {})}
+    return {**options, **about, "properties": properties, "required": ["kind", *options.get("required", [])]}
+
+
+def any_kind_schema(folder: str, definitions: JsonSchema) -> JsonSchema:
+    """JSON schema of a part of any kind, which may be its name alone where no option is required."""
+    kinds = [kind_schema(folder, kind, definitions) for kind in part_names(folder)]
+    short = [kind["title"] for kind in kinds if kind["required"] == ["kind"]]
+    return {"anyOf": kinds + ([{"enum": short}] if short else [])}
 
 
 class EncoderPart(Part):

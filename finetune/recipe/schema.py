@@ -15,7 +15,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.config import JsonDict
 
 from finetune.common.user_cache import user_cache
-from finetune.recipe.parts import EncoderPart, FormatPart, FusionPart, HeadPart, ProjectorPart, TaskPart
+from finetune.recipe.parts import (
+    EncoderPart,
+    FormatPart,
+    FusionPart,
+    HeadPart,
+    JsonSchema,
+    ProjectorPart,
+    TaskPart,
+    any_kind_schema,
+)
 from finetune.recipe.words import problem
 
 PATH_FILE: JsonDict = {"path": "file"}
@@ -297,9 +306,28 @@ class Recipe(Section):
     publish: Publish = Field({}, validate_default=True, description="Where and how the model is published.")
 
 
-def schema() -> dict[str, Any]:
-    """JSON schema of a recipe, with the options of every part there is: for editors, and for messages."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+@cache
+def outline() -> JsonSchema:
+    """JSON schema of a recipe for messages, with {"part": folder} where it has a part: `explain` reads the kinds that a
+    recipe names, and no other part's file.
+    """
+    return Recipe.model_json_schema()
 
 
-cached_schema = cache(schema)
+def schema() -> JsonSchema:
+    """JSON schema of a recipe with the options of every part there is, for editors."""
+    definitions: JsonSchema = {}
+
+    def with_parts(node: Any) -> Any:
+        if isinstance(node, list):
+            return [with_parts(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "part" in node:
+            beside = {key: value for key, value in node.items() if key != "part"}
+            return any_kind_schema(node["part"], definitions) | beside
+        return {key: with_parts(value) for key, value in node.items()}
+
+    root = with_parts(outline())
+    root["$defs"] |= definitions
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root}

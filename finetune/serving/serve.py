@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 LOCALHOST = "127.0.0.1"
-INSTALL = "serving needs FastAPI and uvicorn: pip install 'finetune[serve]'"
+INSTALL = "serving needs FastAPI and uvicorn: pip install -e '.[serve]' in the checkout"
 FLUSH_SECONDS = 5  # for the ends of answers to be sent
 
 
@@ -79,7 +79,7 @@ def load_engine(sources: Mapping[str, str], options: ServerOptions) -> Engine:
     assistants = load_models(sources)
     for assistant in assistants.values():
         assistant.limits = options.media_limits(assistant.limits)
-    return BatchingEngine(assistants, options.engine_limits())
+    return BatchingEngine(assistants, options)
 
 
 def run_server(engine: Engine, options: ServerOptions, listener: socket.socket, api_key: str | None = None) -> None:

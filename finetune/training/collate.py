@@ -20,7 +20,7 @@ class PackedRow(TypedDict):
     filler: bool
 
 
-class Layout(TypedDict, total=False):
+class TokenBatch(TypedDict, total=False):
     """Token ids (B, T) with their labels, -100 where nothing is learned. Packed rows have `position_ids` that restart
     with each sample, padded ones an `attention_mask`. `label_rows` (K,), indices into B*T of the states before a
     learned token, and `shift_labels` (1, K), those tokens: the output head is applied to them only.
@@ -45,7 +45,7 @@ class HeadBatch(TypedDict):
     weights: Tensor
 
 
-class Batch(Layout, total=False):
+class Batch(TokenBatch, total=False):
     """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
     a stage distills. Where losses are weighted: `loss_weights` (1, K), `items`, the number of learned tokens and of
     samples that heads answer, and `heads` {name: HeadBatch}.
@@ -53,13 +53,13 @@ class Batch(Layout, total=False):
 
     features: dict[str, list[Tensor]]
     media: dict[str, list[Tensor]]
-    teacher: Layout
+    teacher: TokenBatch
     loss_weights: Tensor
     items: int
     heads: dict[str, HeadBatch]
 
 
-class Tokens(NamedTuple):
+class LabelledTokens(NamedTuple):
     input_ids: Sequence[int]
     labels: Sequence[int]
 
@@ -91,14 +91,14 @@ class Collator:
 
     def __call__(self, rows: Sequence[PackedRow]) -> Batch:
         chosen = [self.samples[number] for row in rows for number in row["samples"]]
-        batch = Batch(**self._lay_out([Tokens(sample.input_ids, sample.labels) for sample in chosen]))
+        batch = Batch(**self._lay_out([LabelledTokens(sample.input_ids, sample.labels) for sample in chosen]))
         media: dict[str, list[Tensor]] = {}
         for medium in (medium for sample in chosen for medium in sample.media):
             media.setdefault(medium.kind, []).append(self.read(medium))
         batch[self.field] = media
         if self.heads is not None:
             self._add_heads(batch, chosen, self.heads)
-        teacher = [Tokens(s.teacher_input_ids, s.teacher_labels or ()) for s in chosen if s.teacher_input_ids]
+        teacher = [LabelledTokens(s.teacher_input_ids, s.teacher_labels or ()) for s in chosen if s.teacher_input_ids]
         if teacher:
             batch["teacher"] = self._lay_out(teacher)
         if any(row.get("filler") for row in rows):
@@ -118,18 +118,18 @@ class Collator:
         batch["loss_weights"] = torch.tensor([weights])
         batch["heads"] = {}
         for name, outputs in heads.items():
-            own = [i for i, sample in enumerate(chosen) if sample.head == name]
+            numbers = [i for i, sample in enumerate(chosen) if sample.head == name]
             batch["heads"][name] = HeadBatch(
-                rows=torch.tensor([ends[i] for i in own], dtype=torch.long),
-                targets=torch.tensor([chosen[i].target for i in own]).view(len(own), outputs),
-                groups=torch.tensor([groups[chosen[i].group] for i in own], dtype=torch.long),
-                weights=torch.tensor([chosen[i].loss_weight for i in own]),
+                rows=torch.tensor([ends[i] for i in numbers], dtype=torch.long),
+                targets=torch.tensor([chosen[i].target for i in numbers]).view(len(numbers), outputs),
+                groups=torch.tensor([groups[chosen[i].group] for i in numbers], dtype=torch.long),
+                weights=torch.tensor([chosen[i].loss_weight for i in numbers]),
             )
         batch["items"] = sum(learned) + sum(sample.head != "" for sample in chosen)
 
-    def _lay_out(self, samples: Sequence[Tokens]) -> Layout:
+    def _lay_out(self, samples: Sequence[LabelledTokens]) -> TokenBatch:
         # The first token of a sample follows another sample's last: nothing predicts it.
-        samples = [Tokens(ids, [IGNORED, *labels[1:]]) for ids, labels in samples]
+        samples = [LabelledTokens(ids, [IGNORED, *labels[1:]]) for ids, labels in samples]
         layout = _packed(samples) if self.packed else _padded(samples, self.pad_token_id)
         labels = layout["labels"]
         rows = torch.nonzero(labels[:, 1:].flatten() != IGNORED).flatten()
@@ -140,21 +140,21 @@ class Collator:
         return layout
 
 
-def _packed(samples: Sequence[Tokens]) -> Layout:
-    return Layout(
+def _packed(samples: Sequence[LabelledTokens]) -> TokenBatch:
+    return TokenBatch(
         input_ids=torch.tensor([[token for ids, _ in samples for token in ids]]),
         labels=torch.tensor([[label for _, labels in samples for label in labels]]),
         position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in samples])[None],
     )
 
 
-def _padded(samples: Sequence[Tokens], pad_token_id: int) -> Layout:
+def _padded(samples: Sequence[LabelledTokens], pad_token_id: int) -> TokenBatch:
     longest = max(len(ids) for ids, _ in samples)
 
     def pad(values: Sequence[int], filler: int) -> list[int]:
         return [*values, *[filler] * (longest - len(values))]
 
-    return Layout(
+    return TokenBatch(
         input_ids=torch.tensor([pad(ids, pad_token_id) for ids, _ in samples]),
         labels=torch.tensor([pad(labels, IGNORED) for _, labels in samples]),
         attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in samples]),

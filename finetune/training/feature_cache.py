@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from finetune.data.sample import Medium, Prepared
 from finetune.model.features import Features
 from finetune.recipe.schema import Train
 
-TRIED = 8  # media encoded to estimate the size of the cache
+ENCODED_FIRST = 8  # media encoded to estimate the size of the cache
 
 
 def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> None:
@@ -24,16 +23,16 @@ def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> Non
         if not missing:
             console.print(f"features of {kind}: all in the cache ({folder})")
             continue
-        tried, seconds_each = trial(features, missing)
-        size = sum(one.nbytes for one in tried) * len(missing) // len(tried)
+        first, seconds_each = first_features(features, missing)
+        size = sum(tensor.nbytes for tensor in first) * len(missing) // len(first)
         seconds = seconds_each * len(missing)
         console.print(
-            f"features of {kind}: {len(missing):,} × about {tuple(tried[0].shape)} "
-            f"{str(tried[0].dtype).removeprefix('torch.')} = {size / 2**20:,.0f} MiB on disk; encoded once in about "
+            f"features of {kind}: {len(missing):,} × about {tuple(first[0].shape)} "
+            f"{str(first[0].dtype).removeprefix('torch.')} = {size / 2**20:,.0f} MiB on disk; encoded once in about "
             f"{seconds:.0f} s, without cache {seconds * train.epochs:.0f} s in {train.epochs} epochs: pays from the "
             "second epoch on"
         )
-        free = shutil.disk_usage(existing_parent(folder)).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if size > 0.9 * free:
             raise DataError(
                 f"the features need {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free in "
@@ -43,14 +42,14 @@ def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> Non
             features.fill(missing, step, train.encode_batch, train.workers)
 
 
-def trial(features: Features, media: Sequence[Medium]) -> tuple[list[Tensor], float]:
+def first_features(features: Features, media: Sequence[Medium]) -> tuple[list[Tensor], float]:
     """(features of a few media, or of one where all have the same shape; seconds that the encoder takes for one).
     Raises DataError where none can be read.
     """
     kind = media[0].kind
-    count = 1 if features.encoders[kind].layout is not None else TRIED
+    count = 1 if features.encoders[kind].layout is not None else ENCODED_FIRST
     prepared: list[Prepared] = []
-    wrong: list[str] = []
+    errors: list[str] = []
     # Taken from all over the rows: files are often sorted, by length too.
     for medium in [*media[:: max(1, len(media) // count)], *media]:
         if len(prepared) == count:
@@ -58,14 +57,10 @@ def trial(features: Features, media: Sequence[Medium]) -> tuple[list[Tensor], fl
         try:
             prepared.append(features.prepared(medium))
         except DataError as error:  # reported with all others when the cache is filled
-            wrong.append(str(error))
+            errors.append(str(error))
     if not prepared:
         headline = f"none of {len(media)} media of kind {kind} can be used"
-        raise DataError(error_list(list(dict.fromkeys(wrong)), headline))
+        raise DataError(error_list(list(dict.fromkeys(errors)), headline))
     features.compute(kind, prepared[:1])  # warms up
     begin = perf_counter()
     return features.compute(kind, prepared), (perf_counter() - begin) / len(prepared)
-
-
-def existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())

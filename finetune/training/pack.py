@@ -43,20 +43,20 @@ def epoch_order(weights: Sequence[float], seed: int, epoch: int) -> list[int]:
 
 
 def units(groups: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int, seed: int | str) -> list[list[int]]:
-    """Groups that fit a row each: a larger one is dealt, shuffled, into several."""
-    found: list[list[int]] = []
+    """Groups that each fit a row: a larger one is split, in random order, into several."""
+    fitting: list[list[int]] = []
     for number, group in enumerate(groups):
-        dealt = list(group)
+        samples = list(group)
         if sum(lengths[sample] for sample in group) > capacity:
-            random.Random(f"{seed}/{number}").shuffle(dealt)
+            random.Random(f"{seed}/{number}").shuffle(samples)
         free = -1
-        for sample in dealt:
+        for sample in samples:
             if free < lengths[sample]:
-                found.append([])
+                fitting.append([])
                 free = capacity
-            found[-1].append(sample)
+            fitting[-1].append(sample)
             free -= lengths[sample]
-    return found
+    return fitting
 
 
 def plan_rows(

@@ -23,7 +23,7 @@ from finetune.training.shared import Shared
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """`training` and `validation` samples; `samples`: the training samples as tokens."""
 
     run: Run
@@ -48,7 +48,7 @@ class Prepared:
         return outputs
 
 
-def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> Prepared:
+def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> PreparedRun:
     """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
     splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
@@ -77,7 +77,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {recipe.train.tokens_per_batch:,} tokens "
         f"(one sample: {min(lengths)} to {max(lengths)})"
     )
-    return Prepared(run, splits.train, validation, TokenizedSamples.of(rows))
+    return PreparedRun(run, splits.train, validation, TokenizedSamples.of(rows))
 
 
 def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> None:
@@ -96,16 +96,12 @@ def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> Non
     write_text(path, digest.hexdigest() + "\n")
 
 
-@dataclass(frozen=True)
-class StageRows:
-    """`samples` of a stage, and its packed `rows`: numbers of samples, in the order in which they train."""
-
-    samples: TokenizedSamples
-    rows: list[list[int]]
-
-
-def stage_rows(prepared: Prepared, stage: Stage, model: MultimodalModel, seed: int) -> StageRows:
-    """The samples that a stage uses, packed into the rows of all its epochs."""
+def stage_rows(
+    prepared: PreparedRun, stage: Stage, model: MultimodalModel, seed: int
+) -> tuple[TokenizedSamples, list[list[int]]]:
+    """The samples that a stage uses, and the packed rows of all its epochs: numbers of samples, in the order in which
+    they train.
+    """
     run, training = prepared.run, prepared.training
     chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
     if stage.distill:
@@ -123,4 +119,4 @@ def stage_rows(prepared: Prepared, stage: Stage, model: MultimodalModel, seed: i
         seed=seed,
         groups=list(groups.values()),
     )
-    return StageRows(samples, rows)
+    return samples, rows

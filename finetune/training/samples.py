@@ -81,20 +81,20 @@ class TokenizedSamples:
     def taught_lengths(self) -> list[int]:
         """Tokens that a packed row must hold for each sample: with a teacher, as many as the longer of the two has."""
         teachers = self.column("teacher_input_ids")
-        return [max(own, len(ids or ())) for own, ids in zip(self.lengths, teachers, strict=True)]
+        return [max(length, len(ids or ())) for length, ids in zip(self.lengths, teachers, strict=True)]
 
 
 def tokenized(samples: Sequence[Sample], run: Run) -> list[TokenizedSample]:
     """Raises DataError with all rows that can't be used."""
     rows: list[TokenizedSample] = []
-    wrong: list[str] = []
+    errors: list[str] = []
     for sample in samples:
         try:
             rows.append(_tokenized(sample, run))
         except DataError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise DataError(error_list(wrong, f"{len(wrong)} of {len(samples)} training rows can't be used"))
+            errors.append(str(error))
+    if errors:
+        raise DataError(error_list(errors, f"{len(errors)} of {len(samples)} training rows can't be used"))
     return rows
 
 
@@ -136,15 +136,15 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
 
     The LLM's own answers are generated once per run. Raises DataError where a medium has no text.
     """
-    wrong = [
+    errors = [
         f"{sample.where}: {medium.path.name} has no caption or transcript"
         for sample in samples
         for medium in sample.media
         if medium.text is None
     ]
-    if wrong:
+    if errors:
         headline = f"stage {stage.name!r} distills: the task's `transcript` names the column with the media's text"
-        raise DataError(error_list(wrong, headline))
+        raise DataError(error_list(errors, headline))
     if stage.distill is not None and stage.distill.answers == "own":
         path = run.folder.data / f"answers-{stage.name}.json"
         if PartialState().is_main_process and not path.is_file():

@@ -22,7 +22,7 @@ from finetune.model.language_model import default_device
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.training.shared import Shared
-from finetune.training.sweep_choices import Choice, read_choices
+from finetune.training.sweep_choices import SweepChoice, read_choices
 from finetune.training.train import train
 
 
@@ -81,7 +81,7 @@ def sweep(
     shared = SharedParts()
 
     def one(trial: Any) -> float:
-        values = [f"{key}={suggested(trial, key, value)}" for key, value in choices]
+        values = [f"{choice.key}={suggested(trial, choice)}" for choice in choices]
         console.print(f"trial {trial.number}: {'  '.join(values)}")
         varied = load_recipe(recipe, [*overrides, *values])
         place = folder / f"trial-{trial.number:03d}"
@@ -95,13 +95,14 @@ def sweep(
             trial.set_user_attr("failed", str(error))
             raise Failed from error
 
-    lists = {key: list(values) for key, values in choices if isinstance(values, list)}
-    combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    wanted = len(combinations) if trials is None else trials
-    while (count := len(ended(study))) < wanted:
+    keys = [choice.key for choice in choices]
+    combinations = [
+        dict(zip(keys, values, strict=True)) for values in itertools.product(*(choice.values for choice in choices))
+    ]
+    while (count := len(ended(study))) < (len(combinations) if trials is None else trials):
         if trials is None:
-            tried = [trial.params for trial in ended(study)]
-            study.enqueue_trial(next(values for values in combinations if values not in tried))
+            done = [trial.params for trial in ended(study)]
+            study.enqueue_trial(next(values for values in combinations if values not in done))
         # Going on, the same seed would draw the first values once more.
         study.sampler = optuna.samplers.TPESampler(seed=first.seed + count)
         study.optimize(one, n_trials=1, catch=(Failed,))
@@ -181,13 +182,15 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
     return best.score
 
 
-def suggested(trial: Any, key: str, values: Choice | Any) -> Any:
-    if isinstance(values, list):
-        return trial.suggest_categorical(key, values)
-    low, high = values
-    if all(re.fullmatch("[-+]?[0-9]+", end) for end in values):
-        return trial.suggest_int(key, int(low), int(high), log=0 < 10 * int(low) <= int(high))
-    return trial.suggest_float(key, float(low), float(high), log=0 < 10 * float(low) <= float(high))
+def suggested(trial: Any, choice: SweepChoice) -> str | int | float:
+    """The value that optuna chooses."""
+    if not choice.is_range:
+        return trial.suggest_categorical(choice.key, choice.values)
+    low, high = choice.values
+    logarithmic = 0 < 10 * float(low) <= float(high)
+    if all(re.fullmatch("[-+]?[0-9]+", end) for end in choice.values):
+        return trial.suggest_int(choice.key, int(low), int(high), log=logarithmic)
+    return trial.suggest_float(choice.key, float(low), float(high), log=logarithmic)
 
 
 def refuse_other_sweep(folder: Path, recipe: Recipe, over: Sequence[str], trials: int | None) -> None:
@@ -225,12 +228,12 @@ def finish(folder: Path, recipe: Path | str, overrides: Sequence[str], study: An
         )
         for trial in ended(study)
     ]
-    complete = {trial.trial: trial.score for trial in trials if trial.score is not None}
+    complete = [(trial, trial.score) for trial in trials if trial.score is not None]
     if not complete:
         raise TrainingError(
             f"{folder}: none of {len(trials)} trials is complete: each failed or was pruned, see the lines above"
         )
-    best = next(trial for trial in trials if trial.score == max(complete.values()))
+    best, _ = max(complete, key=lambda pair: pair[1])
     validation = load_recipe(recipe, overrides).train.validation
     result = SweepResult(
         recipe=str(recipe),
@@ -243,7 +246,5 @@ def finish(folder: Path, recipe: Path | str, overrides: Sequence[str], study: An
     write_json(folder / "sweep.json", asdict(result))
     values = [f"{key}={value}" for key, value in best.values.items()]
     write_text(folder / "best.yaml", dump_recipe(load_recipe(recipe, [*overrides, *values])))
-    plots.sweep(
-        [(trial.values, trial.score) for trial in trials if trial.score is not None], folder / "plots" / "sweep.png"
-    )
+    plots.sweep([(trial.values, score) for trial, score in complete], folder / "plots" / "sweep.png")
     return result

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune.common.errors import RecipeError
 from finetune.recipe.load import load_recipe
@@ -11,18 +11,25 @@ from finetune.recipe.schema import Recipe
 
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 
-Choice = tuple[str, Any]  # ("key", [values as text]), or ("key", (low, high) as text) of a range
+
+@dataclass(frozen=True)
+class SweepChoice:
+    """The values, as text, that a sweep tries for one key; of a range the lowest and the highest."""
+
+    key: str
+    values: tuple[str, ...]
+    is_range: bool = False
 
 
 def read_choices(
     recipe: Path | str, over: Sequence[str], trials: int | None, overrides: Sequence[str]
-) -> tuple[list[Choice], Recipe]:
+) -> tuple[list[SweepChoice], Recipe]:
     """The choices of `--over`, and the recipe with the first value of each. Raises RecipeError for a wrong recipe, key
     or value, each value being tried once.
     """
     load_recipe(recipe, overrides)  # its own problems first
-    choices = [choice(text, ranges=trials is not None) for text in over]
-    first = varied(recipe, overrides, [f"{key}={values[0]}" for key, values in choices])
+    choices = [read_choice(text, ranges=trials is not None) for text in over]
+    first = varied(recipe, overrides, [f"{choice.key}={choice.values[0]}" for choice in choices])
     if first.train.validation is None:
         raise RecipeError(f"{recipe}: trials are compared on validation rows: write train.validation, and rows for it")
     for values in corners(choices):
@@ -30,15 +37,15 @@ def read_choices(
     return choices, first
 
 
-def choice(text: str, ranges: bool) -> Choice:
-    """`text` is one --over. Raises RecipeError."""
+def read_choice(text: str, ranges: bool) -> SweepChoice:
+    """`text`: one --over. Raises RecipeError."""
     key, equals, written = text.partition("=")
     values = [value.strip() for value in written.split(",")]
     if not equals or not key or not all(values):
         raise RecipeError(f"--over {text}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
     bounds = RANGE.fullmatch(values[0]) if len(values) == 1 else None
     if bounds is None:
-        return key, list(dict.fromkeys(values))
+        return SweepChoice(key, tuple(dict.fromkeys(values)))
     if not ranges:
         raise RecipeError(f"--over {text}: a range has no end of values; say how many trials with --trials")
     try:
@@ -47,7 +54,7 @@ def choice(text: str, ranges: bool) -> Choice:
         raise RecipeError(f"--over {text}: {written!r} isn't a range of numbers") from None
     if not low < high:
         raise RecipeError(f"--over {text}: the low end comes first, and is smaller")
-    return key, (bounds["low"], bounds["high"])
+    return SweepChoice(key, (bounds["low"], bounds["high"]), is_range=True)
 
 
 def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
@@ -62,11 +69,11 @@ def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) 
         raise RecipeError(message) from None
 
 
-def corners(choices: Sequence[Choice]) -> list[list[str]]:
+def corners(choices: Sequence[SweepChoice]) -> list[list[str]]:
     """Each value once, beside the first of all others: what can be checked before anything trains."""
-    firsts = [f"{key}={values[0]}" for key, values in choices]
+    firsts = [f"{choice.key}={choice.values[0]}" for choice in choices]
     return [
-        [*firsts[:number], f"{key}={value}", *firsts[number + 1 :]]
-        for number, (key, values) in enumerate(choices)
-        for value in values
+        [*firsts[:number], f"{choice.key}={value}", *firsts[number + 1 :]]
+        for number, choice in enumerate(choices)
+        for value in choice.values
     ]

@@ -26,7 +26,7 @@ from finetune.model.run import Run
 from finetune.recipe.load import dump_recipe
 from finetune.recipe.schema import Model, Recipe, Stage
 from finetune.training.collate import Collator
-from finetune.training.prepare import Prepared, prepare, stage_rows
+from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared
 from finetune.training.trainer import StageTraining, refuse_several_gpus
@@ -75,21 +75,21 @@ def train(
 
 
 def train_stages(
-    prepared: Prepared, shared: Shared | None = None, on_validation: OnValidation | None = None
+    prepared: PreparedRun, shared: Shared | None = None, on_validation: OnValidation | None = None
 ) -> tuple[TrainingResult, dict[str, float]]:
-    """Load the LLM, train the stages in order, and write the adapter folder; the seconds are of each part of the work."""
+    """Load the LLM, train the stages in order, and write the adapter folder. Returns results and seconds by part."""
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
     packed = packs_exactly(model.causal_lm)
     if not packed:
-        console.print("in this LLM packed samples would see each other: each has a padded row of its own instead")
+        console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
     begin = perf_counter()
     results: dict[str, StageResult] = {}
     for number, stage in enumerate(settings.stages):
-        use = stage_rows(prepared, stage, model, run.recipe.seed + 1000 * number)
+        samples, rows = stage_rows(prepared, stage, model, run.recipe.seed + 1000 * number)
         collator = Collator(
-            use.samples,
+            samples,
             features.features if settings.cache else lambda medium: features.prepared(medium).values,
             field="features" if settings.cache else "media",
             packed=packed,
@@ -102,7 +102,7 @@ def train_stages(
             stage=stage,
             settings=settings,
             collator=collator,
-            rows=use.rows,
+            rows=rows,
             folder=run.folder.checkpoints / stage.name,
             seed=run.recipe.seed,
             dtype=components.dtype,
@@ -139,7 +139,7 @@ def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
 
 
 def validation_callback(
-    prepared: Prepared, stage: Stage, model: MultimodalModel, on_validation: OnValidation | None
+    prepared: PreparedRun, stage: Stage, model: MultimodalModel, on_validation: OnValidation | None
 ) -> ValidationCallback | None:
     """None where the recipe asks for no validation."""
     run, settings = prepared.run, prepared.run.recipe.train.validation

@@ -62,7 +62,7 @@ def train_stage(
     """
     parts = trained_parts(training.model, training.stage.trains)
     stop = StopBetweenSteps()
-    own = [FiniteGradients(parts), WholeCheckpoints(training.folder), stop]
+    callbacks = [FiniteGradients(parts), WholeCheckpoints(training.folder), stop, *callbacks]
     trainer = StageTrainer(
         training.stage,
         parts,
@@ -71,7 +71,7 @@ def train_stage(
         train_dataset=packed_rows(training.rows),
         data_collator=training.collator,
         processing_class=training.tokenizer,
-        callbacks=[*own, *callbacks],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -83,7 +83,7 @@ def train_stage(
             "--resume needs the same recipe: begin anew with --run"
         ) from error
     finally:
-        for callback in (*own, *callbacks):
+        for callback in callbacks:
             getattr(callback, "close", lambda: None)()
         for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
             training.model.__dict__.pop(patched, None)

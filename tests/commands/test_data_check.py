@@ -110,6 +110,7 @@ def test_a_folder_of_something_else_is_not_overwritten(messy, tmp_path):
         finetune.data_check(messy[0], fix=messy[0].parent / "data", out=tmp_path / "r", workers=0)
 
 
+@pytest.mark.slow
 def test_processes_find_what_one_finds(messy, checked, tmp_path):
     result = finetune.data_check(messy[0], out=tmp_path, workers=2)
     assert result["json"].read_bytes() == checked["json"].read_bytes()

@@ -5,7 +5,7 @@ from tiny import tiny_recipe
 
 import finetune
 from finetune.commands._reader import Reader
-from finetune.commands.cli import print_previews
+from finetune.commands.tables import print_previews
 from finetune.common.errors import DataError
 from finetune.data.rows import read_splits
 from finetune.model.tokenize import IGNORED

@@ -12,7 +12,6 @@ from finetune.common.certificate import (
     compared_models,
     comparison,
     file_hashes,
-    markdown,
     read_certificate,
     verify,
     verify_if_certified,
@@ -125,12 +124,3 @@ def test_the_comparison_has_a_row_a_model(merged):
     columns, cells = comparison(read_certificate(merged))
     assert columns == ["", "KL (nats)", "same token", "largest difference", "KL from base", "mood.f1"]
     assert [row[-1] for row in cells] == ["0.700", "", "0.750", ""]
-
-
-def test_the_table_is_written_for_a_card(merged):
-    text = markdown(read_certificate(merged))
-    lines = text.splitlines()
-    assert lines[0].startswith("Merged into the dequantized nf4 LLM: it is closer. Compared with the adapter over")
-    assert {line.count("|") for line in lines[2:]} == {7} and len(lines) == 8
-    assert "mood.f1" in lines[2] and "words" not in text
-    assert "| merged into the dequantized nf4 LLM (kept) | 0.002 | 99.0% | 0.3 | 1.5 | 0.750 |" in lines

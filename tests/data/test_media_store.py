@@ -9,7 +9,7 @@ import soundfile
 from tiny_formats import picture
 
 from finetune.common.errors import DataError, MediaError
-from finetune.data.media_store import data_uri_content, kept, store_folder, suffix_of
+from finetune.data.media_store import data_uri_content, store_folder, stored, suffix_of
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +20,20 @@ def store(tmp_path, monkeypatch):
 
 def test_each_content_is_one_file_under_its_hash(store):
     content = picture()
-    path = kept(content, "x", 10**6)
+    path = stored(content, "x", 10**6)
     assert path.is_relative_to(store) and path.read_bytes() == content and store == store_folder()
     assert path.name == hashlib.sha256(content).hexdigest() + ".png"
     before = path.stat().st_mtime_ns
-    assert kept(content, "x", 10**6) == path and path.stat().st_mtime_ns == before
+    assert stored(content, "x", 10**6) == path and path.stat().st_mtime_ns == before
     path.write_bytes(b"half")  # as a crash of another program might leave it
-    assert kept(content, "x", 10**6).read_bytes() == content
+    assert stored(content, "x", 10**6).read_bytes() == content
     assert [file for file in store.rglob("*") if file.is_file()] == [path]
 
 
 @pytest.mark.parametrize("size", [0, 11])
 def test_too_much_and_nothing_are_refused(size, store):
     with pytest.raises(MediaError, match=rf"rows.csv:2: holds a medium of {size} bytes; 1 to 10"):
-        kept(b"x" * size, "rows.csv:2", 10)
+        stored(b"x" * size, "rows.csv:2", 10)
     assert not store.exists()
 
 
@@ -79,4 +79,4 @@ def test_a_folder_that_cant_be_written_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"can't be written .*XDG_CACHE_HOME"):
-        kept(b"x", "x", 10)
+        stored(b"x", "x", 10)

@@ -14,7 +14,6 @@ from tiny import COLOURS, part, tiny_picture
 from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import merged_with_adapter, tiny_merged
 
-from finetune.common.registry import load_part
 from finetune.data.sample import Medium, Message
 from finetune.export import vllm
 from finetune.export._check.probes import answered
@@ -31,8 +30,7 @@ NEW_TOKENS = 8
 
 
 def real(kind: str, name: str, **options):
-    encoders = load_part("encoders", kind)
-    return kind, encoders.build(encoders.Options(name=str(WEIGHTS / name), **options), torch.float32, CPU)
+    return part("encoders", kind, name=str(WEIGHTS / name), **options).build(torch.float32, CPU)
 
 
 def real_llm() -> dict:

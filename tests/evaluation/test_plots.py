@@ -56,6 +56,16 @@ def test_validation_scores_stand_at_their_steps_and_the_kept_one_is_marked():
     assert plots.validation_figure({"align": STAGES["align"]}, "classify") is None
 
 
+def test_every_metric_has_a_line_of_its_own_and_scores_begin_at_zero():
+    scores = {"classify": {f"metric_{number}": 0.0 for number in range(9)}}
+    stage = StageResult.model_validate(
+        {"steps": 2, "validation": [{"step": step, "scores": scores} for step in (1, 2)]}
+    )
+    axes = plots.validation_figure({"tune": stage}, "classify").axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 9
+    assert axes.get_ylim()[0] == 0
+
+
 def test_scores_of_every_condition_have_a_bar(tmp_path):
     table = {
         "classify": {"accuracy": {"tuned": 0.6, "base": 0.1, "probe": None}, "character_error_rate": {"tuned": 1.7}}

@@ -1,22 +1,22 @@
-"""Merged models that several files export: never written to."""
+"""Merged models that several files export."""
 
 import pytest
-from tiny import part, tiny_encoder, tiny_recipe
+from runs import copy_of
+from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of
 from tiny_merged import tiny_merged
 
-import finetune
+
+@pytest.fixture(scope="module")
+def run(finished_run, tmp_path_factory):
+    """A run that LLaVA's class fits; a copy, since exports are written into it."""
+    return copy_of(finished_run("plain"), tmp_path_factory.mktemp("export"))
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """A trained, evaluated and merged run that LLaVA's class fits; its LLM is in ../llm."""
-    folder = tmp_path_factory.mktemp("run")
-    recipe = finetune.load_recipe(tiny_recipe(folder, model__projectors={"image": {"kind": "mlp"}}))
-    path = finetune.train(recipe, folder / "run").path
-    finetune.evaluate(path)
-    finetune.merge(path)
-    return path
+@pytest.fixture(scope="module")
+def llm(finished_run):
+    """The folder of that run's LLM."""
+    return finished_run("plain").parent / "llm"
 
 
 @pytest.fixture(scope="session")

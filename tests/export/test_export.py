@@ -7,7 +7,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+from runs import change_json
 from safetensors.torch import load_file, save_file
+from saved_adapter import saved_adapter
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import tiny_merged
@@ -17,6 +19,7 @@ from finetune.common.certificate import file_hashes
 from finetune.common.errors import ArtifactError, ExportRefused, RecipeError
 from finetune.common.registry import load_part, part_names
 from finetune.data.media import decode
+from finetune.data.predictions import Prediction, write_predictions
 from finetune.data.sample import Medium, Message
 from finetune.export import _run as stage
 from finetune.export import adapter as adapter_target
@@ -32,10 +35,11 @@ from finetune.export._contract import (
 )
 from finetune.export._run import compare, export_run
 from finetune.model.load import load_merged
+from finetune.model.manifest import AdapterManifest
 
 
 @pytest.mark.slow
-def test_a_run_becomes_llava_that_another_process_loads(run):
+def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     result = export_run(run, "transformers")
     folder = run / "exports" / "transformers"
     assert result.folder == folder and result.model_class == "LlavaForConditionalGeneration"
@@ -49,7 +53,7 @@ def test_a_run_becomes_llava_that_another_process_loads(run):
     hashes = file_hashes(folder)
     hashes.pop("export.json")
     assert content["sha256"] == hashes and "model.safetensors" in hashes
-    assert not any(str(run.parent) in path.read_text() for path in folder.glob("*.json"))
+    assert not any(str(llm.parent) in path.read_text() for path in folder.glob("*.json"))
     with pytest.raises(ArtifactError, match="exists already: remove it, or choose another folder with --out"):
         export_run(run, "transformers", verify=False)
     assert file_hashes(folder).keys() == {*hashes, "export.json"}
@@ -69,7 +73,7 @@ def test_a_merged_folder_becomes_the_own_class_beside_it(merged, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, tmp_path):
+def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, llm, tmp_path):
     result = export_run(run, "adapter", tmp_path / "adapter")
     assert result.verification.engine.startswith("peft") and result.verification.rows >= 4
     assert result.verification.equal == result.verification.rows
@@ -77,7 +81,7 @@ def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "projectors.safetensors", "tokenizer.json"} <= names
     assert "README.md" not in names
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(run.parent / "llm") and config["revision"] is None
+    assert config["base_model_name_or_path"] == str(llm) and config["revision"] is None
     assert any("other machines need their own" in note for note in result.notes)
 
 
@@ -150,14 +154,17 @@ def test_probes_have_media_that_any_decoder_reads_alike(tmp_path):
 
 
 def test_held_out_rows_are_of_all_tasks_and_kinds_in_turn(tmp_path):
-    rows = [{"task": "a", "kinds": ["image"], "media": [f"{i}.png"], "question": f"q{i}"} for i in range(20)]
-    rows += [{"task": "a", "kinds": [], "media": [], "question": "text"}]
-    rows += [{"task": "b", "kinds": ["image", "audio"], "media": ["a.png", "a.wav"], "question": "both"}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def row(task, question, *files):
+        media = tuple(Medium(kind, tmp_path / name) for kind, name in files)
+        return Prediction(task, "rows.csv:2", media, question, "red")
+
+    rows = [row("a", f"q{i}", ("image", f"{i}.png")) for i in range(20)]
+    rows += [row("a", "text"), row("b", "both", ("image", "a.png"), ("audio", "a.wav"))]
+    write_predictions(tmp_path / "p.jsonl", rows)
     questions = held_out_questions(tmp_path / "p.jsonl", 5)
     assert [messages[0].content[-1] for messages in questions] == ["q0", "text", "both", "q1", "q2"]
     assert [medium.kind for medium in questions[2][0].content[:2]] == ["image", "audio"]
-    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n{}\n")
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0].as_json()) + "\n{}\n")
     with pytest.raises(ArtifactError, match=r"p.jsonl:2 is damaged .*evaluate` again"):
         held_out_questions(tmp_path / "p.jsonl", 5)
 
@@ -180,7 +187,7 @@ def test_every_target_keeps_the_contract(name):
     assert all(field.description for field in target.Options.model_fields.values())
 
 
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(run, merged, tmp_path):
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(run, llm, merged, tmp_path):
     before = set(tmp_path.rglob("*"))
     with pytest.raises(RecipeError, match="is called 'transfomers': did you mean 'transformers'"):
         export_run(run, "transfomers", tmp_path / "out")
@@ -188,14 +195,14 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(run, merged, tmp_p
         export_run(run, "transformers", tmp_path / "out", ["min_equl=1"])
     with pytest.raises(RecipeError, match="--option min_equal=2: Input should be less than or equal to 1"):
         export_run(run, "transformers", tmp_path / "out", ["min_equal=2"])
-    with pytest.raises(RecipeError, match="--option min_equal: no '='; write KEY=VALUE with one of the keys min_equal"):
+    with pytest.raises(RecipeError, match="--option min_equal: no '='; write KEY=VALUE, of min_equal"):
         export_run(run, "transformers", tmp_path / "out", ["min_equal"])
     with pytest.raises(ArtifactError, match="no such folder: name a run, or a merged folder"):
         export_run(tmp_path / "nowhere", "transformers")
     with pytest.raises(ArtifactError, match="an adapter folder; only merged models are exported"):
         export_run(run / "adapter", "transformers", tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"neither a run nor a folder .* \(its config.json is of type 'llama'\)"):
-        export_run(run.parent / "llm", "transformers", tmp_path / "out")
+    with pytest.raises(ArtifactError, match="a 'llama', not a model that `finetune merge` wrote"):
+        export_run(llm, "transformers", tmp_path / "out")
     with pytest.raises(ExportRefused, match="a merged folder has no adapter: name the run"):
         export_run(merged, "adapter", tmp_path / "out", verify=False)
     assert set(tmp_path.rglob("*")) == before
@@ -232,6 +239,9 @@ def test_a_process_that_fails_says_why(tmp_path):
 
 
 def test_an_adapter_over_a_gguf_base_is_not_compared(tmp_path):
-    (tmp_path / "multimodal.json").write_text(json.dumps({"language_model": {"name": "/x/y.gguf"}}))
+    folder = saved_adapter(tmp_path)
+    model = AdapterManifest.read(folder).model.model_dump(mode="json")
+    model["llm"]["name"] = "/x/y.gguf"
+    change_json(folder / "multimodal.json", model=model)
     with pytest.raises(EngineMissing, match="peft takes folders and Hub names, no GGUF files"):
-        adapter_target.answer(tmp_path, [], adapter_target.Options(), 4)
+        adapter_target.answer(folder, [], adapter_target.Options(), 4)

@@ -141,31 +141,31 @@ def test_both_are_in_one_file(tmp_path):
 @pytest.mark.parametrize(
     "encoder, projector, fusion, reason",
     [
-        (lambda: ("image", "vision", tiny_encoder("clip")), MLP, "prefix", "class token"),
-        (lambda: ("image", "vision", tiny_encoder("mobilenet_v2")), MLP, "prefix", "only SigLIP"),
-        (lambda: ("image", "vision", tiny_encoder(tiles=4)), MLP, "prefix", "tiles"),
-        (lambda: ("image", "vision", tiny_encoder()), part("projectors", "pixel_shuffle"), "prefix", "<img> and"),
+        (lambda: ("image", tiny_encoder("clip")), MLP, "prefix", "class token"),
+        (lambda: ("image", tiny_encoder("mobilenet_v2")), MLP, "prefix", "only SigLIP"),
+        (lambda: ("image", tiny_encoder(tiles=4)), MLP, "prefix", "tiles"),
+        (lambda: ("image", tiny_encoder()), part("projectors", "pixel_shuffle"), "prefix", "<img> and"),
         (
-            lambda: ("audio", "whisper", tiny_encoder_of("whisper", pool=2, **HEARS)),
+            lambda: ("audio", tiny_encoder_of("whisper", pool=2, **HEARS)),
             part("projectors", "linear"),
             "prefix",
             r"<\|audio_bos\|>.*stack",
         ),
-        (lambda: ("image", "vision", tiny_encoder()), MLP, "cross_attention", "cross_attention"),
-        (lambda: ("audio", "whisper", tiny_encoder_of("whisper")), STACK, "prefix", "pad_to_30_seconds"),
+        (lambda: ("image", tiny_encoder()), MLP, "cross_attention", "cross_attention"),
+        (lambda: ("audio", tiny_encoder_of("whisper")), STACK, "prefix", "pad_to_30_seconds"),
         (
-            lambda: ("audio", "whisper", tiny_encoder_of("whisper", **HEARS)),
+            lambda: ("audio", tiny_encoder_of("whisper", **HEARS)),
             part("projectors", "stack", factor=8),
             "prefix",
             "drops a row.* 4, 5",
         ),
-        (lambda: ("audio", "whisper", tiny_encoder_of("whisper", pool=2, **HEARS)), STACK, "prefix", "pool"),
-        (lambda: ("video", "video", tiny_encoder_of("siglip_frames")), MLP, "prefix", "video"),
+        (lambda: ("audio", tiny_encoder_of("whisper", pool=2, **HEARS)), STACK, "prefix", "pool"),
+        (lambda: ("video", tiny_encoder_of("siglip_frames")), MLP, "prefix", "video"),
     ],
 )
 def test_what_llama_cpp_does_otherwise_is_refused(tmp_path, encoder, projector, fusion, reason):
-    name, kind, built = encoder()
-    assistant = assistant_of(tmp_path, {name: (kind, built)}, {name: projector}, fusion=fusion)
+    name, built = encoder()
+    assistant = assistant_of(tmp_path, {name: built}, {name: projector}, fusion=fusion)
     with pytest.raises(ExportRefused, match=reason):
         media_models(assistant.model)
 

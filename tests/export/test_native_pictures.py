@@ -13,9 +13,10 @@ from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
 from finetune.export._language_model import lengthened
 from finetune.export._native import NotExact, compare_files, native_class, write_files, write_native
 from finetune.model.assistant import Assistant
-from finetune.model.bindings import Ask
+from finetune.model.bindings import TaskBinding
 from finetune.model.composite import compose
 from finetune.model.composition import PLACEHOLDERS
+from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders
 
 EXACT = (
@@ -108,14 +109,15 @@ def test_every_other_part_has_its_reason():
     assert reason_against(tiny_composite()) == "no class has the encoder 'vision' with the projector 'pixel_shuffle'"
     assert "cross_attention" in reason_against(tiny_composite(projector="mlp", fusion="cross_attention"))
     assert "tiles" in reason_against(assistant_of(encoder=tiny_encoder(tiles=4)).model)
-    head = Ask(part("tasks", "classify"), part("heads", "label"), {"labels": ["a", "b"], "several": False})
+    settings = HeadSettings(labels=("a", "b"))
+    head = TaskBinding(task=part("tasks", "classify"), head=part("heads", "label"), settings=settings)
     parts = {
         "encoders": {"image": tiny_encoder()},
         "projectors": {"image": part("projectors", "mlp")},
         "fusion": part("fusion", "prefix"),
         "placeholder_ids": {"image": 130},
     }
-    assert "a head with weights (mood)" in reason_against(compose(tiny_llm(), **parts, asks={"mood": head}))
+    assert "a head with weights (mood)" in reason_against(compose(tiny_llm(), **parts, bindings={"mood": head}))
     parts["projectors"] = {"image": part("projectors", "mlp", hidden=7)}
     assert "7 wide" in reason_against(compose(tiny_llm(), **parts))
     two = parts | {"placeholder_ids": {"image": 130, "video": 131}}

@@ -13,7 +13,6 @@ from textwrap import dedent
 import PIL.Image
 import pytest
 import torch
-from imports import imports_of
 from safetensors.torch import load_file
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound
@@ -53,10 +52,7 @@ COMPOSITES = {
 def exported_of(folder: Path, label: str, **kwargs):
     """(the merged model, the folder that was written for vLLM)."""
     encoders, projectors = COMPOSITES[label]
-    built = {}
-    for name, (kind, options) in encoders.items():
-        of_kind = {"image": "vision"}.get(name) or {"whisper": "whisper", "wav2vec2": "wave"}.get(kind, "spectrogram")
-        built[name] = (of_kind, tiny_encoder_of(kind, **options))
+    built = {name: tiny_encoder_of(kind, **options) for name, (kind, options) in encoders.items()}
     merged = tiny_merged(folder / "merged", built, projectors, **kwargs)
     (folder / "out").mkdir()
     exported_model = vllm.write(MergedModel(merged), folder / "out", vllm.Options())
@@ -226,8 +222,7 @@ def test_what_vllm_cannot_hold_is_refused_with_the_reason(tmp_path, changes, rea
     built = tiny_encoder_of("siglip_frames") if name == "video" else tiny_encoder()
     if family := changes.pop("llm", None):
         changes["llm"] = wide_llm(family)
-    encoders, projectors = {name: ("video" if name == "video" else "vision", built)}, {name: part("projectors", "mlp")}
-    merged = tiny_merged(tmp_path / "merged", encoders, projectors, **changes)
+    merged = tiny_merged(tmp_path / "merged", {name: built}, {name: part("projectors", "mlp")}, **changes)
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportRefused, match=reason):
         vllm.write(MergedModel(merged), tmp_path / "out", vllm.Options())
@@ -240,24 +235,42 @@ def file_of(module: str) -> Path | None:
 
 
 def imports_at_module_level(module: str) -> set[str]:
-    """Modules of this package that importing `module` imports."""
-    body = ast.parse(file_of(module).read_text()).body
-    nodes = [node for node in body if isinstance(node, ast.ImportFrom) and node.module.startswith("finetune")]
-    names = {node.module for node in nodes} | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
-    return {name for name in names if file_of(name)}
+    """Modules that importing `module` imports: those of this package, and names of other packages."""
+    names = set()
+    for node in ast.parse(file_of(module).read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    own = {name for name in names if name.startswith("finetune")}
+    return {name for name in own if file_of(name)} | {name.partition(".")[0] for name in names - own}
 
 
 def test_the_plugin_imports_nothing_that_needs_newer_transformers():
-    """It runs with vLLM's transformers: of this package it imports encoders, projectors and what those import."""
+    """It runs with vLLM's transformers and libraries: of this package it imports encoders, projectors, what a config
+    describes them by, and what those import.
+    """
     plugin = "finetune.export._vllm.model_class"
-    parts = {f"finetune.model.{role}.{name}" for role in ("encoders", "projectors") for name in part_names(role)}
-    found, to_read = set(), {plugin, *parts}
+    folders = ("encoders", "projectors", "fusion")  # a config without fusion has the default one
+    imported, to_read = (
+        set(),
+        {plugin, *(f"finetune.model.{role}.{name}" for role in folders for name in part_names(role))},
+    )
     while to_read:
-        found |= to_read
-        to_read = {other for name in to_read for other in imports_at_module_level(name)} - found
-    assert {"finetune.common.registry", "finetune.model.encoders._transformers", "finetune.data.sample"} <= found
-    allowed = ("finetune.common.", "finetune.data.", "finetune.model.encoders", "finetune.model.projectors")
-    assert not [name for name in found - {plugin} if not name.startswith(allowed)]
+        imported |= to_read
+        to_read = {
+            other for name in to_read if name.startswith("finetune") for other in imports_at_module_level(name)
+        } - imported
+    own = {name for name in imported if name.startswith("finetune")}
+    assert {"finetune.common.registry", "finetune.model.encoders._transformers", "finetune.data.sample"} <= own
+    allowed = (
+        *("finetune.common.", "finetune.data.", "finetune.recipe.", "finetune.model.encoders"),
+        *("finetune.model.projectors", "finetune.model.fusion", "finetune.model.heads"),
+        *("finetune.model.bindings", "finetune.model.composition"),
+    )
+    assert not [name for name in own - {plugin} if not name.startswith(allowed)]
+    libraries = imported - own - sys.stdlib_module_names
+    assert libraries <= {"torch", "transformers", "numpy", "pydantic", "pydantic_core", "typing_extensions"}, libraries
 
 
 def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):

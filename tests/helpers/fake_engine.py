@@ -13,7 +13,7 @@ from typing import Any
 from finetune.common.errors import DataError
 from finetune.data.media import decode
 from finetune.data.sample import Answer, Medium
-from finetune.serving.engine.contract import Busy, ModelInfo, Piece, Request, Stats, TaskInfo, TimedOut, Token
+from finetune.serving.engine.contract import AnswerPiece, Busy, ModelInfo, Request, Stats, TaskInfo, TimedOut, Token
 
 MODELS = {
     "shelf": ModelInfo(
@@ -60,7 +60,7 @@ class FakeStream:
             reason = None if number + 1 < len(sent) else "stop" if len(sent) == len(words) else "length"
             if reason:
                 self.ended = True
-            yield Piece(word, token, reason)
+            yield AnswerPiece(word, token, reason)
 
 
 @dataclass

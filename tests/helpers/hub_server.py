@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import yaml
+
 LFS = (".safetensors", ".png", ".webp")
 TOKEN = "hf_" + "w" * 34
 READ_TOKEN = "hf_" + "r" * 34
@@ -53,11 +55,11 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.damaged: set[str] = set()
 
-    def add(self, name: str, files: dict[str, bytes] | Path, **how: Any) -> str:
+    def add(self, name: str, files: dict[str, bytes] | Path, **settings: Any) -> str:
         """A repository with one commit: of these files, or of a folder."""
         if isinstance(files, Path):
             files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}
-        self.repositories[name] = Repository(**how)
+        self.repositories[name] = Repository(**settings)
         return self.repositories[name].commit(files)
 
     def fault(self, path: str) -> int | None:
@@ -85,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return content
 
-    def say(self, content: Any, status: int = 200, **headers: str) -> None:
+    def reply(self, content: Any, status: int = 200, **headers: str) -> None:
         payload = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(payload)), **headers}.items():
@@ -95,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(payload)
 
     def refuse(self, status: int, code: str = "", message: str = "refused") -> None:
-        self.say({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
+        self.reply({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
 
     def answer(self) -> None:
         path = unquote(urlparse(self.path).path)
@@ -122,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
     def token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
 
-    def known(self) -> bool:
+    def authenticated(self) -> bool:
         if self.token not in (TOKEN, READ_TOKEN):
             self.refuse(401, message="Invalid credentials in Authorization header")
         return self.token in (TOKEN, READ_TOKEN)
@@ -130,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
     def may_write(self) -> bool:
         if self.token == READ_TOKEN:
             self.refuse(403, message="this token may only read")
-        return self.token != READ_TOKEN and self.known()
+        return self.token != READ_TOKEN and self.authenticated()
 
     def repository(self, name: str, revision: str = "main") -> tuple[Repository, str] | None:
         found = self.server.repositories.get(name)
@@ -147,43 +149,43 @@ class Handler(BaseHTTPRequestHandler):
         return found, commit
 
     def whoami(self, _: bytes) -> None:
-        if self.known():
-            self.say({"type": "user", "id": "1", "name": "me", "orgs": [], "auth": {"type": "access_token"}})
+        if self.authenticated():
+            self.reply({"type": "user", "id": "1", "name": "me", "orgs": [], "auth": {"type": "access_token"}})
 
     def create(self, content: bytes) -> None:
         if not self.may_write():
             return
-        asked = json.loads(content)
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        requested = json.loads(content)
+        name = f"{requested.get('organization') or 'me'}/{requested['name']}"
         if name in self.server.repositories:
             self.refuse(409, message="exists")
             return
-        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        private = bool(requested.get("private")) or requested.get("visibility") == "private"
         self.server.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
-        self.say({"url": f"{self.server.url}/{name}", "name": name})
+        self.reply({"url": f"{self.server.url}/{name}", "name": name})
 
     def preupload(self, content: bytes, name: str, revision: str) -> None:
         if self.may_write() and (found := self.repository(name, revision)):
             files = []
             for path in [file["path"] for file in json.loads(content)["files"]]:
-                there = found[0].files.get(path)
-                how = {"uploadMode": "lfs" if path.endswith(LFS) else "regular", "shouldIgnore": False}
-                files.append({"path": path, **how, "oid": None if there is None else _oid(path, there)})
-            self.say({"files": files})
+                present = found[0].files.get(path)
+                mode = {"uploadMode": "lfs" if path.endswith(LFS) else "regular", "shouldIgnore": False}
+                files.append({"path": path, **mode, "oid": None if present is None else _oid(path, present)})
+            self.reply({"files": files})
 
     def batch(self, content: bytes, name: str) -> None:
         if not self.may_write():
             return
         objects = []
-        for asked in json.loads(content)["objects"]:
-            upload = {"upload": {"href": f"{self.server.url}/_lfs/{asked['oid']}", "header": {}}}
-            objects.append({**asked, **({} if asked["oid"] in self.server.blobs else {"actions": upload})})
-        self.say({"transfer": "basic", "objects": objects})
+        for requested in json.loads(content)["objects"]:
+            upload = {"upload": {"href": f"{self.server.url}/_lfs/{requested['oid']}", "header": {}}}
+            objects.append({**requested, **({} if requested["oid"] in self.server.blobs else {"actions": upload})})
+        self.reply({"transfer": "basic", "objects": objects})
 
     def store(self, content: bytes, oid: str) -> None:
         assert hashlib.sha256(content).hexdigest() == oid
         self.server.blobs[oid] = content
-        self.say({})
+        self.reply({})
 
     def commit(self, content: bytes, name: str, revision: str) -> None:
         if not self.may_write() or not (found := self.repository(name, revision)):
@@ -203,19 +205,22 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         commit = repository.commit(files)
-        self.say({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})
+        self.reply({"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})
 
     def info(self, _: bytes, name: str, revision: str | None = None) -> None:
         if found := self.repository(name, revision or "main"):
             repository, commit = found
             files = [{"rfilename": path} for path in repository.commits[commit]]
-            self.say({"_id": "1", "id": name, "sha": commit, "private": repository.private, "siblings": files})
+            readme = repository.commits[commit].get("README.md", b"").decode()
+            card = yaml.safe_load(readme.split("---")[1]) if readme.startswith("---") else {}
+            about = {"_id": "1", "id": name, "sha": commit, "private": repository.private, "cardData": card}
+            self.reply({**about, "siblings": files})
 
     def tree(self, _: bytes, name: str, revision: str, folder: str) -> None:
         if found := self.repository(name, revision):
             files = found[0].commits[found[1]]
-            listed = [_entry(path, files[path]) for path in files if path.startswith(folder.strip("/"))]
-            self.say(listed) if listed or not folder else self.refuse(404, "EntryNotFound", "Entry not found")
+            entries = [_entry(path, files[path]) for path in files if path.startswith(folder.strip("/"))]
+            self.reply(entries) if entries or not folder else self.refuse(404, "EntryNotFound", "Entry not found")
 
     def resolve(self, _: bytes, name: str, revision: str, path: str) -> None:
         if not (found := self.repository(name, revision)):
@@ -223,13 +228,13 @@ class Handler(BaseHTTPRequestHandler):
         repository, commit = found
         content = repository.commits[commit].get(path)
         if content is None:
-            self.say({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            self.reply({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
         etag = f'"{_oid(path, content)}"'
         linked = {"X_Linked_Etag": etag, "X_Linked_Size": str(len(content))} if path.endswith(LFS) else {}
         if path in self.server.damaged:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self.say(content, 200, ETag=etag, X_Repo_Commit=commit, **linked)
+        self.reply(content, 200, ETag=etag, X_Repo_Commit=commit, **linked)
 
 
 def _oid(path: str, content: bytes) -> str:
@@ -247,13 +252,13 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
 ROUTES = (
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/repos/create", Handler.create),
-    (r"/api/validate-yaml", lambda self, _: self.say({"errors": [], "warnings": []})),
+    (r"/api/validate-yaml", lambda self, _: self.reply({"errors": [], "warnings": []})),
     (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", Handler.preupload),
     (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
     (r"/_lfs/(\w+)", Handler.store),
     (r"/api/models/([^/]+/[^/]+)/commit/(.+)", Handler.commit),
     (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", lambda self, c, n, r, f: self.tree(c, n, r, f or "")),
     (r"/api/models/([^/]+/[^/]+)/revision/(.+)", Handler.info),
-    (r"/api/models/([^/]+/[^/]+)", Handler.info),
+    (r"/api/(?:models|datasets)/([^/]+/[^/]+)", Handler.info),
     (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
 )

@@ -85,10 +85,10 @@ def test_measures_are_those_of_the_folders_loaded_afresh(run):
     for messages, target in asked:
         batch = adapter._batch([messages], {}, None)
         answer = torch.tensor([adapter.tokenizer(f"{target}<|im_end|>", add_special_tokens=False)["input_ids"]])
-        ids = torch.cat([batch["input_ids"], answer], 1)
+        ids = torch.cat([batch.input_ids, answer], 1)
         with torch.no_grad():
             logits = [
-                m.model(ids, features=batch["features"]).logits[0, -answer.shape[1] - 1 : -1].double()
+                m.model(ids, features=batch.features).logits[0, -answer.shape[1] - 1 : -1].double()
                 for m in (merged, adapter)
             ]
         ours, theirs = (one.log_softmax(-1) for one in logits)
@@ -139,9 +139,9 @@ def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
 
 
 def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
-    run = trained_over(
-        tmp_path, quantize="none", adapter__initialization="pissa_niter_4", merge={"rows": 4, "rows_scored": 0}
-    )
+    stage = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3}
+    changes = {"train__stages": [stage], "merge": {"rows": 4, "rows_scored": 0}}
+    run = trained_over(tmp_path, quantize="none", adapter__initialization="pissa_niter_4", **changes)
     certificate = finetune.merge(run)
     assert certificate.how.startswith("all at once, in memory: 'pissa_niter_4'")
     assert certificate.saved.kl < 1e-5 < certificate.saved.kl_from_base

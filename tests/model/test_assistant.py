@@ -36,20 +36,20 @@ def test_an_answer_under_the_plain_template_ends_on_the_end_of_text():
 
 def test_an_adapter_cannot_ask_for_foreign_code(run, tmp_path):
     content = json.loads((run / "adapter" / "multimodal.json").read_text())
-    assert "trust_remote_code" not in content["language_model"]
-    content["language_model"]["trust_remote_code"] = True
-    seen = {}
+    assert content["model"]["llm"]["trust_remote_code"] is False
+    content["model"]["llm"]["trust_remote_code"] = True
+    loaded = []
 
-    def load_parts(*, llm, **others):
-        seen.update(llm)
+    def load_components(model, *others):
+        loaded.append(model.llm)
         raise ArtifactError("far enough")
 
     (tmp_path / "multimodal.json").write_text(json.dumps(content))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.model.load.load_parts", load_parts)
+        patch.setattr("finetune.model.load.load_components", load_components)
         with pytest.raises(ArtifactError, match="far enough"):
             finetune.load(tmp_path)
-    assert seen["trust_remote_code"] is False
+    assert [llm.trust_remote_code for llm in loaded] == [False]
     with pytest.raises(ArtifactError, match="names no commit"):
         finetune.load(tmp_path, trust_remote_code=True)
 

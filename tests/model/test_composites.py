@@ -14,7 +14,7 @@ from tiny_encoders import KINDS, medium_of, tiny_clip, tiny_encoder_of, tiny_sou
 from finetune.common.errors import ModelError
 from finetune.common.registry import load_part, part_names
 from finetune.data.sample import Medium, Message
-from finetune.model.composite import compose, segments_of
+from finetune.model.composite import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.features import encode_one
 from finetune.model.tokenize import add_placeholders, tokenize_prompt
@@ -64,7 +64,7 @@ def test_some_encoders_are_refused_and_others_are_not():
 
 @pytest.mark.parametrize("label, projector, fusion", CASES)
 def test_placeholders_are_the_rows_that_come(label, projector, fusion):
-    kind, medium = KINDS[label][0], medium_of(label)
+    medium = medium_of(label)
     encoder, prepared, features = encoded(label)
     tokenizer = fresh_tokenizer()
     placeholders = add_placeholders(tokenizer, [medium], PLACEHOLDERS)
@@ -73,7 +73,7 @@ def test_placeholders_are_the_rows_that_come(label, projector, fusion):
     def build():
         return compose(
             llm,
-            encoders={medium: (kind, encoder)},
+            encoders={medium: encoder},
             projectors={medium: part("projectors", projector, **SMALL.get(projector, {}))},
             fusion=part("fusion", fusion, **FUSIONS.get(fusion, {})),
             placeholder_ids={medium: placeholders[medium].id},
@@ -81,11 +81,11 @@ def test_placeholders_are_the_rows_that_come(label, projector, fusion):
 
     if refuses(projector, prepared):  # before anything runs
         with pytest.raises(ModelError, match=r"pixel_shuffle: \d+ rows"):
-            config = build().config
-            [segments_of(config, medium, one.layout) for one in prepared]
+            placement = build().composition.placement
+            [placement.segments(medium, one.layout) for one in prepared]
         return
     model = build()
-    planned = [segments_of(model.config, medium, one.layout) for one in prepared]
+    planned = [model.composition.placement.segments(medium, one.layout) for one in prepared]
     for one, rows, segments in zip(prepared, features, planned, strict=True):
         assert rows.shape == (len(one.layout.marks), one.layout.rows, encoder.width)
         projected, lengths = model.project(medium, [rows])
@@ -108,11 +108,10 @@ def test_placeholders_are_the_rows_that_come(label, projector, fusion):
 @pytest.mark.parametrize("fusion", part_names("fusion"))
 @pytest.mark.parametrize("label", ["whisper", "wav2vec2", "ast", "clap"])
 def test_ten_minutes_of_sound_take_the_placeholders_that_were_planned(label, fusion):
-    kind = KINDS[label][0]
     encoder = tiny_encoder_of(label)
     model = compose(
         tiny_llm(),
-        encoders={"audio": (kind, encoder)},
+        encoders={"audio": encoder},
         projectors={"audio": part("projectors", "stack", factor=8)},
         fusion=part("fusion", fusion, **FUSIONS.get(fusion, {})),
         placeholder_ids={"audio": 130},
@@ -123,7 +122,7 @@ def test_ten_minutes_of_sound_take_the_placeholders_that_were_planned(label, fus
     assert (windows, rows) == (len(prepared.layout.marks), prepared.layout.rows)
     if label in ("whisper", "wav2vec2"):  # rows of 20 ms
         assert 599 < 0.02 * windows * rows < 602
-    planned = segments_of(model.config, "audio", prepared.layout)
+    planned = model.composition.placement.segments("audio", prepared.layout)
     projected, lengths = model.project("audio", [features])
     assert len(projected) == sum(lengths) == windows * -(-rows // 8)
     assert [load_part("fusion", fusion).placeholders(n, None) for n in lengths] == [n for _, n in planned]

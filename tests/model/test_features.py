@@ -69,6 +69,22 @@ def test_a_medium_is_known_by_its_content(tmp_path):
         (tmp_path / name).write_bytes(content)
     first, copied, changed = (Medium("image", tmp_path / name).key for name in ("a.png", "b.png", "c.png"))
     assert first == copied != changed
+    (tmp_path / "a.png").write_bytes(b"three")
+    assert Medium("image", tmp_path / "a.png").key not in (first, changed)
+
+
+def test_a_medium_is_the_same_whatever_row_names_it(tmp_path):
+    path = tmp_path / "a.png"
+    medium, other = Medium("image", path, "a square", "rows.csv:2"), Medium("image", path, None, "rows.csv:9")
+    assert medium == other and len({medium, other}) == 1
+    assert medium.place == f"rows.csv:2: {path}" and Medium("image", path).place == ""
+    assert medium != Medium("video", path) and medium != Medium("image", tmp_path / "b.png")
+
+
+def test_a_key_that_is_known_is_not_read_from_the_file(tmp_path):
+    assert Medium("image", tmp_path / "absent.png", known_key="k").key == "k"
+    with pytest.raises(FileNotFoundError):
+        Medium("image", tmp_path / "absent.png").key  # noqa: B018
 
 
 def test_each_medium_is_computed_once(tmp_path):

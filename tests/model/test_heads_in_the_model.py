@@ -1,30 +1,33 @@
 """Heads on the composite: what they read when packed, what they add to the loss, what they say of each label."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from packed import PICTURE, features_of, samples_of, shake, train_composite
+from packed import PICTURE, batch_of, collator_of, features_of, samples_of, shake, train_composite
 from tiny import COMMON, FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_encoder, tiny_llm
 
 from finetune.common.errors import DataError
-from finetune.common.registry import load_part
 from finetune.model.adapter import attach, load_trained, save_trained
-from finetune.model.bindings import Ask, refuse_taken
+from finetune.model.bindings import TaskBinding, refuse_reserved
 from finetune.model.composite import compose
 from finetune.model.language_model import decoder_layers, packs_exactly
 from finetune.model.trainable import set_trainable
-from finetune.training.collate import IGNORED, Collator
-from finetune.training.samples import Shared
+from finetune.recipe.schema import Adapter
+from finetune.training.collate import IGNORED
+from finetune.training.samples import TokenizedSample
+from finetune.training.shared import Shared
 
 KINDS = {"colour": ("label", ["red", "blue", "green"]), "price": ("score", [1.0, 2.0, 4.0])}
 
 
-def asks_for_tests() -> dict[str, Ask]:
-    asks = {}
+def bindings_for_tests() -> dict[str, TaskBinding]:
+    bindings = {}
     for name, (kind, targets) in KINDS.items():
         head = part("heads", kind, **({"loss": "pairwise"} if kind == "score" else {}))
         task = part("tasks", "classify" if kind == "label" else "score")
-        asks[name] = Ask(task, head, load_part("heads", kind).settings(targets, head[1]))
-    return asks
+        bindings[name] = TaskBinding(task=task, head=head, settings=head.module.settings(targets, head.options))
+    return bindings
 
 
 def composite_with_heads(family: str = "llama", fusion: str = "prefix"):
@@ -35,27 +38,26 @@ def composite_with_heads(family: str = "llama", fusion: str = "prefix"):
         projectors={"image": part("projectors", "pixel_shuffle")},
         fusion=part("fusion", fusion, **FUSIONS[fusion]),
         placeholder_ids={"image": PLACEHOLDER},
-        asks=asks_for_tests(),
+        bindings=bindings_for_tests(),
     )
     return model.eval()
 
 
-def mixed_samples(placeholders: int = 4) -> list[dict]:
+OUTPUTS = {"colour": 3, "price": 1}
+
+
+def mixed_samples(placeholders: int = 4) -> list[TokenizedSample]:
     """Two that the LLM answers, two for each head."""
-    samples = samples_of([9, 6, 12, 7, 8, 10], placeholders)
     heads = ["", "colour", "price", "colour", "", "price"]
     targets = {"colour": [[1.0, 0, 0], [0, 0, 1.0]], "price": [[2.0], [1.0]]}
-    for number, (sample, head) in enumerate(zip(samples, heads, strict=True)):
+    samples = []
+    for number, (sample, head) in enumerate(zip(samples_of([9, 6, 12, 7, 8, 10], placeholders), heads, strict=True)):
+        sample = replace(sample, loss_weight=1.0 + number / 2)
         if head:
-            sample["labels"] = [IGNORED] * len(sample["labels"])
-        sample |= {"head": head, "target": targets[head].pop(0) if head else [], "group": "g" if head else ""}
-        sample["loss_weight"] = 1.0 + number / 2
+            labels = [IGNORED] * len(sample.labels)
+            sample = replace(sample, labels=labels, head=head, target=targets[head].pop(0), group="g")
+        samples.append(sample)
     return samples
-
-
-def batch_of(samples, numbers, packed=True):
-    collator = Collator(samples, features_of, field="features", packed=packed, heads={"colour": 3, "price": 1})
-    return collator([{"samples": numbers}])
 
 
 def head_scores(model, batch):
@@ -71,20 +73,19 @@ def test_a_head_reads_the_same_packed_padded_and_asked_alone(family, fusion):
     model = composite_with_heads(family, fusion)
     samples = mixed_samples(PICTURE[fusion])
     with torch.no_grad():
-        padded = head_scores(model, batch_of(samples, list(range(6)), packed=False))
-        found = dict(padded)
+        padded = dict(head_scores(model, batch_of(samples, range(6), packed=False, heads=OUTPUTS)))
         if packs_exactly(model.causal_lm):
-            packed = head_scores(model, batch_of(samples, [3, 0, 1, 2, 5, 4]))
+            packed = head_scores(model, batch_of(samples, [3, 0, 1, 2, 5, 4], heads=OUTPUTS))
             for name, order in (("colour", [1, 0]), ("price", [0, 1])):
-                torch.testing.assert_close(packed[name], found[name][order], atol=2e-4, rtol=1e-3)
+                torch.testing.assert_close(packed[name], padded[name][order], atol=2e-4, rtol=1e-3)
         for name, numbers in (("colour", [1, 3]), ("price", [2, 5])):
-            longest = max(len(samples[i]["input_ids"]) for i in numbers)
-            pads = [longest - len(samples[i]["input_ids"]) for i in numbers]
-            ids = torch.tensor([[0] * pad + samples[i]["input_ids"] for pad, i in zip(pads, numbers, strict=True)])
+            longest = max(len(samples[i].input_ids) for i in numbers)
+            pads = [longest - len(samples[i].input_ids) for i in numbers]
+            ids = torch.tensor([[0] * pad + samples[i].input_ids for pad, i in zip(pads, numbers, strict=True)])
             mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
             features = {"image": [features_of("image", str(i)) for i in numbers]}
-            asked = model.head_outputs(name, ids, mask, features)
-            torch.testing.assert_close(asked, found[name], atol=2e-4, rtol=1e-3)
+            alone = model.head_outputs(name, ids, mask, features)
+            torch.testing.assert_close(alone, padded[name], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -93,15 +94,15 @@ def test_labels_are_as_likely_as_written_out_one_by_one(family, fusion):
     """Sharing the question's keys and values gives what a whole forward pass of question and answer gives."""
     model = composite_with_heads(family, fusion)
     samples = samples_of([9, 6], PICTURE[fusion])
-    questions = [sample["input_ids"] for sample in samples]
+    questions = [sample.input_ids for sample in samples]
     # One answer is as long as the question is: fusions tell the two apart by their lengths.
     answers = [[5], [7, 9, 11], list(range(20, 20 + max(map(len, questions))))]
     longest = max(map(len, questions))
     ids = torch.tensor([[0] * (longest - len(one)) + one for one in questions])
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in questions])
     features = {"image": [features_of("image", str(i)) for i in range(2)]}
-    found = model.answer_log_probabilities(ids, mask, answers, features)
-    assert found.shape == (2, 3)
+    log_probabilities = model.answer_log_probabilities(ids, mask, answers, features)
+    assert log_probabilities.shape == (2, 3)
     for i, question in enumerate(questions):
         for j, answer in enumerate(answers):
             whole = torch.tensor([question + answer])
@@ -112,8 +113,8 @@ def test_labels_are_as_likely_as_written_out_one_by_one(family, fusion):
                     attention_mask=torch.ones_like(whole),
                     use_cache=False,
                 ).logits[0]
-            told = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
-            assert float(found[i, j]) == pytest.approx(float(told), abs=5e-3, rel=1e-4)
+            expected = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
+            assert float(log_probabilities[i, j]) == pytest.approx(float(expected), abs=5e-3, rel=1e-4)
 
 
 HYBRIDS = {  # with another memory than keys and values, and with a window shorter than the question
@@ -131,31 +132,31 @@ def test_labels_are_as_likely_whatever_an_llm_remembers_by(family, monkeypatch):
         (COMMON if family != "mamba" else {"hidden_size": 32, "num_hidden_layers": 2}) | HYBRIDS[family],
     )
     model = composite_with_heads(family)
-    question, answers = samples_of([19])[0]["input_ids"], [[5], [7, 9, 11]]
+    question, answers = samples_of([19])[0].input_ids, [[5], [7, 9, 11]]
     ids = torch.tensor([question])
     features = {"image": [features_of("image", "0")]}
     assert model.shares_memory() == (family == "mistral")
-    found = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
+    log_probabilities = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
     for place, answer in enumerate(answers):
         whole = torch.tensor([question + answer])
         with torch.no_grad():
             logits = model(whole, features=features, attention_mask=torch.ones_like(whole), use_cache=False).logits[0]
-        told = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
-        assert float(found[0, place]) == pytest.approx(float(told), abs=5e-3, rel=1e-4)
+        expected = logits.log_softmax(-1)[len(question) - 1 : -1].gather(-1, torch.tensor(answer)[:, None]).sum()
+        assert float(log_probabilities[0, place]) == pytest.approx(float(expected), abs=5e-3, rel=1e-4)
 
 
-def test_nothing_of_a_fusion_stays_on_an_llm_that_is_given_back():
+def test_nothing_of_a_fusion_stays_on_an_llm_that_is_released():
     model = composite_with_heads(fusion="cross_attention")
     layers = decoder_layers(model.causal_lm)
     assert sum(len(layer._forward_pre_hooks) for layer in layers) > 0
-    Shared(None, None, model.language_model, model).give_back()
+    Shared(None, None, model.language_model, model).release()
     assert sum(len(layer._forward_pre_hooks) for layer in layers) == 0
 
 
 @pytest.mark.parametrize("name", ["type", "values", "train"])
 def test_a_head_is_not_called_as_torch_calls_its_own(name):
     with pytest.raises(DataError, match=f"can't be called '{name}'"):
-        refuse_taken(name)
+        refuse_reserved(name)
 
 
 def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
@@ -163,20 +164,20 @@ def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
     model = composite_with_heads()
     samples = mixed_samples()
     rows = [[0, 1, 2, 3, 4, 5]]
-    batch = batch_of(samples, rows[0])
+    batch = batch_of(samples, rows[0], heads=OUTPUTS)
     with torch.no_grad():
         arguments = {"features": batch["features"], "position_ids": batch["position_ids"], "use_cache": False}
         logits = model(batch["input_ids"], **arguments).logits
         losses = -logits[0, :-1].log_softmax(-1).gather(-1, batch["labels"][0, 1:].clamp(min=0)[:, None])[:, 0]
         owner = (batch["position_ids"][0] == 0).cumsum(0)[1:] - 1
         learnt = batch["labels"][0, 1:] != IGNORED
-        weights = torch.tensor([samples[int(i)]["loss_weight"] for i in owner])
+        weights = torch.tensor([samples[int(i)].loss_weight for i in owner])
         total = (losses * weights * learnt).sum()
         scores = head_scores(model, batch)
-        for name, ask in model.bindings.items():
+        for name, binding in model.bindings.items():
             head = batch["heads"][name]
-            part_losses = load_part("heads", ask.head[0]).loss(
-                scores[name], head["targets"], head["groups"], ask.settings, ask.head[1]
+            part_losses = binding.head.module.loss(
+                scores[name], head["targets"], head["groups"], binding.settings, binding.head.options
             )
             total = total + (part_losses * head["weights"]).sum()
     expected = float(total) / (int(learnt.sum()) + 4)
@@ -185,7 +186,7 @@ def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
 
 
 def run(model, samples, rows, folder, trains=("projectors", "heads"), **changes):
-    collator = Collator(samples, features_of, field="features", heads={"colour": 3, "price": 1})
+    collator = collator_of(samples, heads=OUTPUTS)
     return train_composite(model, folder, trains=trains, rows=rows, collator=collator, **changes)
 
 
@@ -206,14 +207,14 @@ def test_a_row_without_anything_for_the_llm_trains_too(tmp_path):
 
 def test_trained_heads_are_exactly_the_heads_and_survive_saving(tmp_path):
     model = composite_with_heads()
-    attach(model, rank=2, alpha=4)
+    attach(model, Adapter(rank=2, alpha=4.0))
     shake(model)
     counts = set_trainable(model, ["heads"])
     assert counts == {"heads.colour": 2 * 32 + 3 * 32 + 3, "heads.price": 2 * 32 + 32 + 1}
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"heads"}
     save_trained(model, tmp_path)
     other = composite_with_heads()
-    attach(other, rank=2, alpha=4)
+    attach(other, Adapter(rank=2, alpha=4.0))
     with torch.no_grad():
         for parameter in other.heads.parameters():
             parameter.add_(1)

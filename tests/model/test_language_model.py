@@ -7,6 +7,7 @@ from tiny import fresh_tokenizer, tiny_encoder, tiny_llm, tiny_llm_folder, tiny_
 import finetune
 from finetune.common.errors import ModelError
 from finetune.model.language_model import load_language_model, load_tokenizer, resolve_dtype
+from finetune.recipe.schema import Llm
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,10 @@ def write_gguf(path, model, tokenizer) -> None:
     writer.close()
 
 
+def load(path, quantize="none"):
+    return load_language_model(Llm(name=str(path), quantize=quantize), torch.float32, CPU)
+
+
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
@@ -83,14 +88,14 @@ def gguf(tmp_path_factory):
 def test_a_gguf_file_is_the_model_it_was_made_of(gguf):
     path, model = gguf
     ids = torch.arange(3, 20)[None]
-    loaded = load_language_model(str(path), device=CPU)
+    loaded = load(path)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_gguf_file_is_quantized_like_any_other(gguf):
     path, model = gguf
     ids = torch.arange(3, 20)[None]
-    loaded = load_language_model(str(path), quantize="nf4", device=CPU)
+    loaded = load(path, "nf4")
     assert loaded.is_loaded_in_4bit
     ours, theirs = loaded(ids).logits.flatten(), model(ids).logits.flatten()
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
@@ -108,8 +113,8 @@ def test_its_tokenizer_comes_from_the_file_too(gguf):
 def test_quantized_weights_are_small_and_close(quantize, tmp_path):
     folder = tiny_llm_folder(tmp_path / "llm")
     ids = torch.arange(3, 20)[None]
-    exact = load_language_model(str(folder), device=CPU)
-    quantized = load_language_model(str(folder), quantize=quantize, device=CPU)
+    exact = load(folder)
+    quantized = load(folder, quantize)
     bytes_of = [sum(p.nbytes for p in model.model.layers.parameters()) for model in (quantized, exact)]
     assert bytes_of[0] < 0.3 * bytes_of[1]
     ours, theirs = quantized(ids).logits.flatten(), exact(ids).logits.flatten()
@@ -119,7 +124,7 @@ def test_quantized_weights_are_small_and_close(quantize, tmp_path):
 def test_int8_trains_evaluates_and_merges(tmp_path):
     recipe = tiny_recipe(tmp_path, model__llm={"name": str(tmp_path / "llm"), "quantize": "int8"}, merge__rows=8)
     run = finetune.train(finetune.load_recipe(recipe), tmp_path / "run").path
-    assert finetune.merge(run)["merged_into"] in ("the 16-bit LLM", "the dequantized int8 LLM")
+    assert finetune.merge(run).merged_into in ("the 16-bit LLM", "the dequantized int8 LLM")
 
 
 @pytest.mark.parametrize(
@@ -153,10 +158,10 @@ def test_batch_norms_of_a_frozen_encoder_stay_as_they_were():
 
 def test_names_that_lead_nowhere_are_one_message(tmp_path):
     with pytest.raises(ModelError, match=r"LLM .*nowhere.* can't be loaded"):
-        load_language_model(str(tmp_path / "nowhere"), device=CPU)
+        load(tmp_path / "nowhere")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 50)
     with pytest.raises(ModelError, match="can't be loaded"):
-        load_language_model(str(tmp_path / "broken.gguf"), device=CPU)
+        load(tmp_path / "broken.gguf")
 
 
 def test_numbers_follow_the_device():

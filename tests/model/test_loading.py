@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llm
 
 from finetune.common.errors import ArtifactError
-from finetune.model.loading import load_exactly
+from finetune.model.load import load_exactly
 
 
 @pytest.fixture

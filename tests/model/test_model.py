@@ -13,6 +13,7 @@ from finetune.model.adapter import attach, load_trained, save_trained
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import packs_exactly
 from finetune.model.trainable import set_trainable
+from finetune.recipe.schema import Adapter
 
 # No mask is made from positions in these: they train on padded rows.
 PADDED = {"bloom", "falcon", "mpt", "opt"}
@@ -46,7 +47,7 @@ def test_text_alone_gives_the_bare_llms_logits(family, fusion):
 @families
 def test_gradients_reach_the_projector_and_lora_and_nothing_else(family, fusion):
     model = tiny_composite(family, fusion=fusion)
-    attach(model, rank=2, alpha=4)
+    attach(model, Adapter(rank=2, alpha=4.0))
     shake(model)
     set_trainable(model, ["projectors", "fusion", "adapter"])
     batch = batch_of(samples_of([8], PICTURE[fusion]), [0], packed=False)
@@ -121,7 +122,7 @@ def test_what_was_trained_comes_back_from_its_folder(family, fusion, tmp_path):
     model = tiny_composite(family, fusion=fusion)
     other = copy.deepcopy(model)
     for composite in (model, other):
-        attach(composite, rank=2, alpha=4)
+        attach(composite, Adapter(rank=2, alpha=4.0))
     shake(model)
     with torch.no_grad():
         for parameter in model.projectors.parameters():
@@ -144,7 +145,7 @@ def test_what_was_trained_comes_back_from_its_folder(family, fusion, tmp_path):
 @families
 def test_a_merged_model_is_read_back_from_its_folder_alone(family, fusion, tmp_path):
     model = tiny_composite(family, fusion=fusion)
-    attach(model, rank=2, alpha=4)
+    attach(model, Adapter(rank=2, alpha=4.0))
     shake(model)
     pictures = {"image": [torch.randn(1, 3, 32, 32)]}
     ids = batch_of(samples_of([8], PICTURE[fusion]), [0], packed=False)["input_ids"]

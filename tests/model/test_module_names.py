@@ -38,18 +38,18 @@ def renaming(monkeypatch):
 
 
 def test_modules_that_were_renamed_are_an_error_with_names_of_both_sides(renaming, tmp_path):
-    with pytest.raises(ArtifactError, match=r"4 of the 14 modules|6 of the 14 modules") as told:
+    with pytest.raises(ArtifactError, match=r"4 of the 14 modules|6 of the 14 modules") as error:
         finetune.load(saved_adapter(tmp_path))
-    assert "model.layers.0.mlp.down_proj" in str(told.value) and "feed_forward" in str(told.value)
+    assert "model.layers.0.mlp.down_proj" in str(error.value) and "feed_forward" in str(error.value)
 
 
 def test_no_module_at_all_is_an_error_with_both_sides(tmp_path):
-    with pytest.raises(ArtifactError, match="none of the 14 modules") as told:
+    with pytest.raises(ArtifactError, match="none of the 14 modules") as error:
         adapter.fitted_adapter(saved_adapter(tmp_path), tiny_llm("gpt2"))
-    assert "model.layers.0.mlp.down_proj" in str(told.value) and "transformer.h.0.attn.c_attn" in str(told.value)
+    assert "model.layers.0.mlp.down_proj" in str(error.value) and "transformer.h.0.attn.c_attn" in str(error.value)
 
 
-def test_an_llm_of_other_sizes_is_told_by_both_sizes(tmp_path):
+def test_an_llm_of_other_sizes_is_refused_with_both_sizes(tmp_path):
     folder = saved_adapter(tmp_path)
     other = tiny_llm_folder(tmp_path / "other", hidden_size=64)
     path = folder / "multimodal.json"
@@ -64,12 +64,12 @@ def test_what_transformers_renames_itself_is_asked_of_it():
     """ViTMAE's attention was renamed between versions: its own table of older checkpoints tells."""
     config = transformers.ViTMAEConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = transformers.ViTMAEForPreTraining(config)
-    own = {name for name, _ in model.named_modules()}
+    names = {name for name, _ in model.named_modules()}
     then, now = "decoder.decoder_layers.0.attention.attention.query", "decoder.decoder_layers.0.attention.q_proj"
-    assert now in own and module_names.renamed([then], own, model) == {then: now}
+    assert now in names and module_names.renamed([then], names, model) == {then: now}
 
 
-def test_what_is_saved_describes_what_lora_hangs_on():
+def test_the_manifest_describes_the_modules_that_have_lora():
     content = json.loads((SAVED / "multimodal.json").read_text())["modules"]
     assert content["llm_class"] == "LlamaForCausalLM" and len(content["shapes"]) == 14
     assert content["shapes"]["model.layers.1.mlp.down_proj"] == [48, 32]

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from finetune.data.sources import model_arguments
 from packed import composite_with_lora, train_composite, weights_of
 from safetensors.torch import load_file
 from tiny import tiny_recipe
@@ -15,9 +14,10 @@ from tiny_encoders import KINDS, tiny_audio_folder, tiny_encoder_of, tiny_medium
 import finetune
 from finetune.common.errors import ModelError, RecipeError
 from finetune.merging import candidates as _candidates
-from finetune.model.build import load_parts
+from finetune.model.build import load_components
 from finetune.model.trainable import set_trainable
 from finetune.model.tuned_encoder import tune_encoder
+from finetune.recipe.schema import EncoderTuning
 
 LAYERED = [label for label in KINDS if label not in ("mobilenet_v2", "mobilenet_v2_frames", "clap", "clap_fused")]
 TUNED = {"lora": {"rank": 2, "alpha": 4}, "last": {"last_layers": 1}}
@@ -31,7 +31,7 @@ def encode(encoder, label: str) -> torch.Tensor:
 @pytest.mark.parametrize("label", LAYERED)
 def test_the_last_layers_are_those_nearest_to_the_features(label):
     encoder = tiny_encoder_of(label)
-    names = tune_encoder(encoder, tiny_medium(label), last_layers=1).names
+    names = tune_encoder(encoder, tiny_medium(label), EncoderTuning(last_layers=1)).names
     (layer,) = {re.search(r"(layers?|stages)\.(\d+)\.", name)[2] for name in names}
     assert layer == ("3" if label == "convnext" else "1" if label == "resnet" else "2")
     for name in names:  # each of them weighs
@@ -43,23 +43,23 @@ def test_the_last_layers_are_those_nearest_to_the_features(label):
             assert not torch.equal(encode(encoder, label), before), name
         with torch.no_grad():
             own.copy_(kept)
-    assert len(tune_encoder(encoder, tiny_medium(label), last_layers=2).names) > len(names)
+    assert len(tune_encoder(encoder, tiny_medium(label), EncoderTuning(last_layers=2)).names) > len(names)
 
 
 @pytest.mark.parametrize("label", ["siglip", "whisper", "wav2vec2"])
 def test_layers_behind_the_one_that_is_read_are_not_counted(label):
     encoder = tiny_encoder_of(label, layer=-2)
-    names = tune_encoder(encoder, tiny_medium(label), last_layers=1).names
+    names = tune_encoder(encoder, tiny_medium(label), EncoderTuning(last_layers=1)).names
     assert names and all("layers.1." in name for name in names)
     with pytest.raises(ModelError, match=r"last_layers is 3, but features of this .* come through 2"):
-        tune_encoder(encoder, tiny_medium(label), last_layers=3)
+        tune_encoder(encoder, tiny_medium(label), EncoderTuning(last_layers=3))
 
 
 @pytest.mark.parametrize("label", ["siglip", "dinov2", "whisper", "wav2vec2", "ast", "videomae", "vjepa2"])
 def test_lora_on_an_encoder_begins_as_the_encoder_was(label):
     encoder = tiny_encoder_of(label)
     before = encode(encoder, label)
-    tuned = tune_encoder(encoder, tiny_medium(label), rank=2)
+    tuned = tune_encoder(encoder, tiny_medium(label), EncoderTuning(rank=2))
     assert tuned.names and all(".lora_" in name for name in tuned.names)
     assert not any("head" in name or "predictor" in name for name in tuned.names)  # no feature comes through them
     torch.testing.assert_close(encode(encoder, label), before)
@@ -68,12 +68,12 @@ def test_lora_on_an_encoder_begins_as_the_encoder_was(label):
 
 def test_lora_needs_linear_layers():
     with pytest.raises(ModelError, match="ResNetModel has no linear layers for LoRA: write last_layers, not rank"):
-        tune_encoder(tiny_encoder_of("resnet"), tiny_medium("resnet"), rank=2)
+        tune_encoder(tiny_encoder_of("resnet"), tiny_medium("resnet"), EncoderTuning(rank=2))
 
 
 def test_targets_that_are_not_there_are_a_model_error():
     with pytest.raises(ModelError, match=r"PEFT refuses it: .*no_such"):
-        tune_encoder(tiny_encoder_of("siglip"), tiny_medium("siglip"), rank=2, targets=["no_such"])
+        tune_encoder(tiny_encoder_of("siglip"), tiny_medium("siglip"), EncoderTuning(rank=2, targets=["no_such"]))
 
 
 def tuning(folder, how: str, **changes):
@@ -106,19 +106,19 @@ def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
     picture = tmp_path / "data" / "images" / "test0.png"
     moved = shutil.copytree(run / "merged", tmp_path / "elsewhere")
     merged, adapter = finetune.load(moved), finetune.load(run / "adapter")
-    seen = []
+    features = []
     for assistant in (merged, adapter):
         encoder = assistant.encoders["image"]
         values = encoder.prepare(finetune.data.media.decode("image", picture)).values[None]
         with torch.no_grad():
-            seen.append(encoder.encode(values))
+            features.append(encoder.encode(values))
         assert isinstance(assistant.answer("What is this?", image=picture, max_new_tokens=3), str)
-    torch.testing.assert_close(seen[0], seen[1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(features[0], features[1], atol=1e-4, rtol=1e-3)
     untouched = finetune.model.encoders.vision.build(
         finetune.model.encoders.vision.Options(name=str(tmp_path / "encoder")), torch.float32, torch.device("cpu")
     )
     with torch.no_grad():
-        assert not torch.allclose(untouched.encode(values), seen[1], atol=1e-3)
+        assert not torch.allclose(untouched.encode(values), features[1], atol=1e-3)
 
 
 @pytest.mark.slow
@@ -128,22 +128,24 @@ def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(how, tmp_pat
         finetune.load_recipe(tuning(tmp_path, how, merge={"rows": 4, "min_agreement": 0.0, "max_kl": 1e9})),
         tmp_path / "run",
     )
-    honest = finetune.merge(run.path)["saved"]
+    honest = finetune.merge(run.path).saved
     write = _candidates.write_merged
 
-    def lose_the_encoder(*arguments, parts, **more):
-        for _, encoder in parts.encoders.values():
+    def lose_the_encoder(place, llm, tensors, own, run):
+        for encoder in run.components.encoders.values():
             for parameter in encoder.module.parameters():
                 parameter.data.zero_()
-        write(*arguments, parts=parts, **more)
+        write(place, llm, tensors, own, run)
 
     monkeypatch.setattr(_candidates, "write_merged", lose_the_encoder)
-    assert honest["kl"] < 1e-6 < 1e-3 < finetune.merge(run.path)["saved"]["kl"]
+    assert honest.kl < 1e-6 < 1e-3 < finetune.merge(run.path).saved.kl
 
 
 def test_the_same_seed_gives_the_same_lora_on_an_encoder(tmp_path):
-    model = model_arguments(finetune.load_recipe(tuning(tmp_path, "lora")))
-    first, same, other = (load_parts(**model, seed=seed).encoders["image"][1].module for seed in (5, 5, 6))
+    recipe = finetune.load_recipe(tuning(tmp_path, "lora"))
+    first, same, other = (
+        load_components(recipe.model, recipe.tune_encoders, seed).encoders["image"].module for seed in (5, 5, 6)
+    )
     named = [dict(module.named_parameters()) for module in (first, same, other)]
     new = [name for name in named[0] if "lora_A" in name]
     assert new and all(torch.equal(named[0][name], named[1][name]) for name in new)
@@ -154,7 +156,7 @@ def test_the_same_seed_gives_the_same_lora_on_an_encoder(tmp_path):
 def test_unfrozen_layers_of_a_half_precision_encoder_learn_in_full(label):
     encoder = tiny_encoder_of(label)
     encoder.module.to(torch.bfloat16)
-    names = tune_encoder(encoder, tiny_medium(label), last_layers=1).names
+    names = tune_encoder(encoder, tiny_medium(label), EncoderTuning(last_layers=1)).names
     for name in names:
         encoder.module.get_parameter(name).requires_grad_(True)
     features = encoder.encode(encoder.prepare(tiny_medium(label)).values[None])
@@ -195,7 +197,7 @@ def test_an_encoder_of_sound_is_tuned_too(label, tmp_path):
     encoder = finetune.model.encoders.whisper.build(
         finetune.model.encoders.whisper.Options(name=str(folder)), torch.float32, torch.device("cpu")
     )
-    tuned = tune_encoder(encoder, tiny_medium(label), rank=2)
+    tuned = tune_encoder(encoder, tiny_medium(label), EncoderTuning(rank=2))
     model = composite_with_lora()
     model.encoders["audio"], model.tuned["audio"] = encoder.module, tuned.names
     counts = set_trainable(model, ["encoders.audio"])

@@ -3,49 +3,71 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from finished_run import predictions_of, recipe_of, source_of, write_run
+from certificate_files import certificate_content
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from runs import change_json, copy_of, predictions_of, write_predictions
 
-from finetune.evaluation.report.content import SavedBinding, SavedKind, read_content
+from finetune.common.certificate import Certificate
+from finetune.evaluation.report.content import read_content
+from finetune.model.bindings import TaskBinding
+from finetune.model.heads import HeadSettings
 from finetune.publishing import card
 from finetune.publishing.parts import Base, Publication
 from finetune.publishing.staging import cleaned, public_names
+from finetune.recipe.parts import HeadPart, TaskPart
 from finetune.recipe.schema import Recipe
 
-OPTIONS = {"languages": ["zh"], "datasets": ["org/rows"], "limits": "Drawn pictures only."}
-BASES = [
-    Base("llm", "/home/someone/weights/minimind2-small", "org/minimind2", "c" * 40, "apache-2.0"),
-    Base("encoders.image", "org/mobilenet-v2", "org/mobilenet-v2", None, "mit"),
-]
+OPTIONS = {"languages": ["zh"], "datasets": ["org/rows"], "limits": "Drawn pictures only.", "licenses": {}}
 
 
-def binding_of(task="classify", head="language", settings=None) -> SavedBinding:
-    return SavedBinding(task=SavedKind(kind=task), head=SavedKind(kind=head), settings=settings or {})
+def binding_of(task="classify", head="language", **settings) -> TaskBinding:
+    return TaskBinding(task=TaskPart.of(task), head=HeadPart.of(head), settings=HeadSettings(**settings))
 
 
-def written(tmp_path, binding=None, merged=False, change=None, **options):
-    rows = predictions_of("classify", "emoji", "image", "label", 3)
-    for row in change or ():
-        rows[0] |= row
-    run = write_run(tmp_path / "run", recipe_of(source_of()) | {"publish": OPTIONS | options}, rows)
-    content = read_content(run)
-    recipe = content.recipe.model_dump(mode="json")
-    recipe = Recipe.model_validate(cleaned(recipe, public_names(BASES) | {source_of()["path"]: "test.csv"}))
-    certificate = content.certificate if merged else None
-    content = replace(content, recipe=recipe, bindings={"classify": binding or binding_of()}, certificate=certificate)
-    folder = tmp_path / "card"
-    folder.mkdir()
-    card.write_card(folder, Publication("me/emoji", merged, recipe, content, BASES, {"test.csv": "ofl-1.1"}))
-    return folder, run
+@pytest.fixture
+def written(finished_run, tmp_path):
+    """written(...) -> (folder of the card, run)."""
+    finished = finished_run("plain")
+    project = finished.parent
+    bases = [
+        Base("llm", str(project / "llm"), "org/llm", "c" * 40, "apache-2.0"),
+        Base("encoders.image", str(project / "encoder"), "org/encoder", None, "mit"),
+    ]
+
+    def write(binding=None, merged=False, change=None, **options):
+        run = copy_of(finished, tmp_path / str(len(list(tmp_path.iterdir()))), "checkpoints")
+        predictions = predictions_of(run)
+        predictions[0] |= change or {}
+        write_predictions(run, predictions)
+        change_json(
+            run / "metrics.json",
+            energy_joules={"train_cpu": 15432.1},
+            peak_memory_bytes={"train_cpu": 1395864371},
+        )
+        content = read_content(run)
+        recipe = content.recipe.model_dump(mode="json")
+        recipe["publish"] |= OPTIONS | options
+        recipe = Recipe.model_validate(cleaned(recipe, public_names(bases)))
+        bindings = {"classify": binding} if binding else content.bindings
+        content = replace(
+            content, recipe=recipe, bindings=bindings, certificate=content.certificate if merged else None
+        )
+        folder = run.parent / "card"
+        folder.mkdir()
+        card.write_card(folder, Publication("me/emoji", merged, recipe, content, bases, {"test.csv": "ofl-1.1"}))
+        return folder, run
+
+    return write
 
 
-def test_its_metadata_are_the_runs(tmp_path):
-    folder, run = written(tmp_path)
+def test_its_metadata_are_the_runs(written):
+    folder, run = written()
     data = ModelCard.load(folder / "README.md").data
-    assert data.base_model == ["org/minimind2", "org/mobilenet-v2"] and data.base_model_relation == "adapter"
+    assert data.base_model == ["org/llm", "org/encoder"] and data.base_model_relation == "adapter"
     assert (data.license, data.language, data.datasets) == ("apache-2.0", ["zh"], ["org/rows"])
     assert (data.library_name, data.pipeline_tag) == ("finetune", "image-text-to-text")
     scores = json.loads((run / "metrics.json").read_text())["scores"]["classify"]
@@ -54,34 +76,35 @@ def test_its_metadata_are_the_runs(tmp_path):
     }
 
 
-def test_its_tables_have_the_scores_under_every_condition(tmp_path):
-    folder, run = written(tmp_path)
+def test_its_tables_have_the_scores_under_every_condition(written):
+    folder, run = written()
     text = (folder / "README.md").read_text()
     for values in json.loads((run / "metrics.json").read_text())["scores"]["classify"].values():
         for condition, value in values.items():
             assert value is None or f"{value:.3f}" in text, condition
-    for part in ("Drawn pictures only.", "test.csv: ofl-1.1", "GiB", "Wh", "torch 2.13.0", "align", "0.0004", "blank"):
+    torch = json.loads((run / "versions.json").read_text())["torch"]
+    for part in ("Drawn pictures only.", "test.csv: ofl-1.1", "GiB", "Wh", f"torch {torch}", "align", "0.005", "blank"):
         assert part in text, part
-    assert "/home" not in text and "someone" not in text and "nan" not in text.lower().split()
+    assert str(run.parent) not in text and str(Path(*run.parts[:3])) not in text and "nan" not in text.lower().split()
 
 
-def test_samples_are_right_and_wrong_ones_with_their_pictures(tmp_path):
+def test_samples_are_right_and_wrong_ones_with_their_pictures(written):
     from PIL import Image
 
-    folder, _ = written(tmp_path, samples=6)
+    folder, _ = written(samples=4)
     text = (folder / "README.md").read_text()
     named = re.findall(r"!\[image\]\((samples/[^)]+)\)", text)
-    assert len(named) == 6 and text.count("✓") == 3 and text.count("✗") == 3
+    assert len(named) == 4 and text.count("✓") == 2 and text.count("✗") == 2
     for name in named:
         with Image.open(folder / name) as picture:
             assert max(picture.size) <= 160
-    folder, _ = written(tmp_path / "none", samples=0)
+    folder, _ = written(samples=0)
     assert "## Predictions" not in (folder / "README.md").read_text() and not (folder / "samples").exists()
 
 
-def test_what_rows_hold_cannot_become_markup(tmp_path):
-    evil = [{"question": "a | b\n# c <script>alert(1)</script> `x`", "good": 0.0, "tuned": "](http://x)|<b>"}]
-    folder, _ = written(tmp_path, change=evil, samples=40)
+def test_what_rows_hold_cannot_become_markup(written):
+    evil = {"question": "a | b\n# c <script>alert(1)</script> `x`", "good": 0.0, "tuned": "](http://x)|<b>"}
+    folder, _ = written(change=evil, samples=40)
     text = (folder / "README.md").read_text().partition("\n---\n")[2]
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
     assert "<script" not in html and "<b>" not in html and html.count("<h1>") == 1
@@ -93,16 +116,16 @@ def test_what_rows_hold_cannot_become_markup(tmp_path):
     ("head", "settings", "verb", "tag"),
     [
         ("language", {}, "answer", "image-text-to-text"),
-        ("label", {"labels": ["a", "b"], "several": False}, "probabilities", "image-classification"),
+        ("label", {"labels": ("a", "b")}, "probabilities", "image-classification"),
         ("score", {"mean": 0.0, "deviation": 1.0}, "number", "image-text-to-text"),
     ],
 )
-def test_the_snippet_asks_as_the_model_was_trained(head, settings, verb, tag, tmp_path):
-    folder, _ = written(tmp_path, binding_of(head=head, settings=settings))
+def test_the_snippet_asks_as_the_model_was_trained(head, settings, verb, tag, written):
+    folder, _ = written(binding_of(head=head, **settings))
     text = (folder / "README.md").read_text()
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     compile(snippet, "card", "exec")
-    assert 'finetune.load("me/emoji")' in snippet and f"model.{verb}('图片里是什么？'" in snippet
+    assert 'finetune.load("me/emoji")' in snippet and f"model.{verb}('What is this?'" in snippet
     assert ModelCard.load(folder / "README.md").data.pipeline_tag == tag
 
 
@@ -120,8 +143,19 @@ def test_the_hub_s_tag_is_what_the_model_does(media, kind, tag):
     assert card.pipeline_tag(media, [binding_of(kind)]) == tag
 
 
-def test_a_merged_model_shows_what_the_merge_proved(tmp_path):
-    folder, _ = written(tmp_path, merged=True)
+def test_the_certificate_is_a_paragraph_and_a_table():
+    text = card.merge_text(Certificate.model_validate(certificate_content()))
+    lines = text.splitlines()
+    assert lines[0].startswith("Merged into the dequantized nf4 LLM: it is closer. Compared with the adapter over")
+    assert {line.count("|") for line in lines[2:]} == {7} and len(lines) == 8
+    assert "mood.f1" in lines[2] and "words" not in text
+    assert "| merged into the dequantized nf4 LLM (kept) | 0.002 | 99.0% | 0.3 | 1.5 | 0.750 |" in lines
+
+
+def test_a_merged_model_shows_what_the_merge_proved(written):
+    folder, run = written(merged=True)
     text = (folder / "README.md").read_text()
-    assert "## Merge certificate" in text and "| 2e-09 | 100.0% |" in text
+    saved = json.loads((run / "certificate.json").read_text())["candidates"]["the 16-bit LLM"]
+    assert "## Merge certificate" in text
+    assert f"| merged into the 16-bit LLM (kept) | {saved['kl']:.2g} | {saved['agreement']:.1%} |" in text
     assert ModelCard.load(folder / "README.md").data.base_model_relation == "merge"

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from finished_run import recipe_of, source_of
+from loopback import asked_of, hub_on_loopback
+from tiny import tiny_recipe
 
 from finetune.publishing import checks, parts, staging
 from finetune.publishing.parts import Base
@@ -39,10 +40,9 @@ def test_licences_come_from_the_recipe_the_folder_or_are_asked_for(tmp_path):
     (tmp_path / "data" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Rows\n")
 
     def recipe_with(**publish) -> Recipe:
-        content = recipe_of(source_of(path=str(tmp_path / "data" / "rows.csv")))
-        content["model"]["llm"]["name"] = str(tmp_path / "llm")
-        content["model"]["encoders"]["image"]["name"] = str(tmp_path / "encoder")
-        return Recipe.model_validate(content | {"publish": publish})
+        rows = {"path": str(tmp_path / "data" / "rows.csv"), "task": "classify"}
+        recipe = tiny_recipe(tmp_path, data=[rows], publish=publish)
+        return Recipe.model_validate_json(recipe.read_text())
 
     recipe = recipe_with()
     bases = parts.with_licences(parts.bases_of(recipe, {}), {})
@@ -54,6 +54,17 @@ def test_licences_come_from_the_recipe_the_folder_or_are_asked_for(tmp_path):
     licences = {"encoders.image": "mit", "data": "cc0-1.0"}
     assert [base.licence for base in parts.with_licences(bases, licences)] == ["apache-2.0", "mit"]
     assert parts.data_licences(recipe_with(licenses=licences)) == {"rows.csv": "cc0-1.0"}
+
+
+def test_licences_on_the_hub_are_read_from_the_cards(monkeypatch, tmp_path):
+    rows = {"path": "org/rows", "format": "hub", "task": "classify"}
+    recipe = Recipe.model_validate_json(tiny_recipe(tmp_path, data=[rows]).read_text())
+    bases = [Base("llm", "org/llm", "org/llm", None), Base("encoders.image", "org/none", "org/none", None)]
+    with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
+        for name, licence in {"org/llm": "mit", "org/rows": "cc0-1.0"}.items():
+            hub.add(name, {"README.md": f"---\nlicense: {licence}\n---\n".encode()})
+        assert [base.licence for base in parts.with_licences(bases, {})] == ["mit", None]
+        assert parts.data_licences(recipe) == {"org/rows": "cc0-1.0"}
 
 
 def test_a_folder_is_a_base_for_merged_models_only():

@@ -92,7 +92,7 @@ def test_a_download_that_is_cut_leaves_nothing_behind(hub, tmp_path):
     assert finetune.pull("me/tiny", tmp_path / "pulled").is_dir()
 
 
-def test_what_is_there_is_not_overwritten(hub, tmp_path, monkeypatch):
+def test_an_existing_folder_is_not_overwritten(hub, tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "mine.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_what_is_there_is_not_overwritten(hub, tmp_path, monkeypatch):
     assert finetune.pull("me/tiny").name == "tiny"
 
 
-def test_what_the_hub_does_not_give_is_told(hub, monkeypatch, tmp_path):
+def test_what_the_hub_does_not_give_is_reported(hub, monkeypatch, tmp_path):
     repository = hub.repositories["me/tiny"]
     with pytest.raises(ModelError, match="me/nothing: the Hub has no such model"):
         finetune.load("me/nothing")
@@ -117,17 +117,17 @@ def test_what_the_hub_does_not_give_is_told(hub, monkeypatch, tmp_path):
         finetune.load("me/tiny")
 
 
-def test_offline_the_cache_is_used_or_its_lack_is_told(hub, monkeypatch, tmp_path):
+def test_offline_the_cache_is_used_or_its_lack_is_reported(hub, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    there = hub_of_finetune.fetched("me/tiny")
+    cached = hub_of_finetune.fetched("me/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub_of_finetune.fetched("me/tiny") == there
+    assert hub_of_finetune.fetched("me/tiny") == cached
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         finetune.pull("me/other", tmp_path / "other")
 
 
-def test_a_server_that_is_gone_is_told(hub, monkeypatch, tmp_path):
+def test_a_server_that_is_gone_is_reported(hub, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -135,7 +135,7 @@ def test_a_server_that_is_gone_is_told(hub, monkeypatch, tmp_path):
         finetune.pull("me/tiny", tmp_path / "pulled")
 
 
-def test_a_folder_that_is_neither_here_nor_a_name_is_told(tmp_path):
+def test_a_folder_that_is_neither_here_nor_a_name_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="no merged model, no adapter"):
         finetune.load(tmp_path / "nothing")
 

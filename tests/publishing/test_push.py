@@ -16,34 +16,32 @@ import yaml
 from hub_server import READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard
 from loopback import asked_of, hub_on_loopback
+from runs import copy_of
 from safetensors.torch import load_file, save_file
-from tiny import tiny_recipe
 
 import finetune
 import finetune.publishing.push as push_module
 from finetune.common.certificate import read_certificate, verify
 from finetune.common.errors import ArtifactError, FinetuneError, PublishError
-from finetune.publishing.compare import Questions
-
-LICENCES = {"llm": "apache-2.0", "encoders.image": "mit", "data": "cc0-1.0"}
-HUB_NAMES = {"llm": "org/llm", "encoders.image": "org/encoder"}
+from finetune.publishing.compare import HeldOutQuestions
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("push")
-    recipe = tiny_recipe(folder, publish={"licenses": LICENCES, "hub_names": HUB_NAMES, "languages": ["en"]})
-    run = finetune.train(finetune.load_recipe(recipe), folder / "run").path
-    finetune.evaluate(run)
-    finetune.merge(run)
-    return run
+def finished(finished_run, tmp_path_factory):
+    """A copy, since what is published is written into it."""
+    return copy_of(finished_run("plain"), tmp_path_factory.mktemp("push"))
+
+
+@pytest.fixture(scope="module")
+def project(finished_run):
+    return finished_run("plain").parent
 
 
 @pytest.fixture
-def hub(finished, monkeypatch, tmp_path):
+def hub(project, monkeypatch, tmp_path):
     with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
-        hub.add("org/llm", finished.parent / "llm")
-        hub.add("org/encoder", finished.parent / "encoder")
+        hub.add("org/llm", project / "llm")
+        hub.add("org/encoder", project / "encoder")
         yield hub
 
 
@@ -57,7 +55,7 @@ def without_answers(monkeypatch):
 @pytest.fixture
 def run(finished, tmp_path):
     """A copy, to be spoilt."""
-    return shutil.copytree(finished, tmp_path / "run")
+    return copy_of(finished, tmp_path)
 
 
 def with_publish(run: Path, **publish) -> Path:
@@ -71,14 +69,14 @@ def snippet_of(card: str) -> str:
     return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
 
 
-def said_by(snippet: str) -> str:
+def output_of(snippet: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(snippet, {})
     return out.getvalue().strip()
 
 
-def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, hub, tmp_path):
+def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, project, hub, tmp_path):
     result = finetune.push(finished, "tiny")
     repository = hub.repositories["me/tiny"]
     assert result.url == f"{hub.url}/me/tiny" and result.commit == repository.head
@@ -86,33 +84,34 @@ def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, hub
     assert {"adapter_model.safetensors", "multimodal.json", "README.md", "recipe.yaml"} <= set(repository.files)
     content = json.loads(repository.files["multimodal.json"])
     for part, name in (
-        (content["language_model"], "org/llm"),
-        (content["encoders"]["image"]["options"], "org/encoder"),
+        (content["model"]["llm"], "org/llm"),
+        (content["model"]["encoders"]["image"], "org/encoder"),
     ):
         assert (part["name"], part["revision"]) == (name, hub.repositories[name].head)
     assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] == "org/llm"
     everything = b"".join(repository.files.values())
-    assert str(finished.parent).encode() not in everything and TOKEN.encode() not in everything
+    assert not any(str(folder).encode() in everything for folder in (finished, project))
+    assert TOKEN.encode() not in everything
     card = repository.files["README.md"].decode()
     data = ModelCard(card).data
     assert (data.base_model, data.base_model_relation) == (["org/llm", "org/encoder"], "adapter")
     picture = tmp_path / "sample.webp"
     picture.write_bytes(repository.files["samples/1.webp"])
     expected = finetune.load(finished / "adapter").answer("What is this?", image=picture)
-    assert said_by(snippet_of(card)) == expected.strip()
+    assert output_of(snippet_of(card)) == expected.strip()
     assert any("4 of 4 rows are answered as here" in line for line in result.checks)
 
 
-def test_a_merged_model_is_published_and_pulled_whole(finished, hub, tmp_path):
+def test_a_merged_model_is_published_and_pulled_whole(finished, project, hub, tmp_path):
     result = finetune.push(finished, "me/whole", merged=True, private=False)
     assert not hub.repositories["me/whole"].private
     folder = finetune.pull("me/whole", tmp_path / "whole", revision=result.commit)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (folder / name).read_bytes() == (finished / "merged" / name).read_bytes()
-    assert str(finished.parent) not in (folder / "config.json").read_text()
+    assert str(project) not in (folder / "config.json").read_text()
     assert ModelCard.load(folder / "README.md").data.base_model_relation == "merge"
     verify(read_certificate(folder), folder)
-    picture = finished.parent / "data/images/test1.png"
+    picture = project / "data/images/test1.png"
     here, there = finetune.load(finished / "merged"), finetune.load(folder)
     assert there.answer("What is this?", image=picture) == here.answer("What is this?", image=picture)
     assert "## Merge certificate" in (folder / "README.md").read_text()
@@ -144,14 +143,14 @@ FAULTS = {
 def test_what_goes_wrong_on_the_way_up_leaves_the_hub_as_it_was(
     fault, finished, hub, without_answers, monkeypatch, tmp_path
 ):
-    faults, token, told = FAULTS[fault]
+    faults, token, message = FAULTS[fault]
     hub.faults = dict(faults)
     with asked_of(hub, monkeypatch, tmp_path / "cache", token):
-        with pytest.raises(PublishError, match=told) as error:
+        with pytest.raises(PublishError, match=message) as error:
             finetune.push(finished, "me/tiny")
         assert TOKEN not in str(error.value) and READ_TOKEN not in str(error.value)
-    there = hub.repositories.get("me/tiny")
-    assert there is None or set(there.files) == {".gitattributes"}
+    repository = hub.repositories.get("me/tiny")
+    assert repository is None or set(repository.files) == {".gitattributes"}
     hub.faults = {}
     with asked_of(hub, monkeypatch, tmp_path / "cache"):
         assert finetune.push(finished, "me/tiny").commit == hub.repositories["me/tiny"].head
@@ -167,8 +166,8 @@ def test_a_repository_with_other_content_is_not_touched(finished, hub):
     assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
 
 
-def test_other_weights_on_the_hub_are_found_after_the_upload(finished, hub, tmp_path):
-    other = shutil.copytree(finished.parent / "llm", tmp_path / "llm")
+def test_other_weights_on_the_hub_are_found_after_the_upload(finished, project, hub, tmp_path):
+    other = shutil.copytree(project / "llm", tmp_path / "llm")
     tensors = load_file(other / "model.safetensors")
     save_file({name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
     hub.add("org/llm", other)
@@ -176,7 +175,7 @@ def test_other_weights_on_the_hub_are_found_after_the_upload(finished, hub, tmp_
         finetune.push(finished, "me/tiny")
 
 
-def test_a_full_disk_on_the_way_down_is_told(finished, hub, monkeypatch):
+def test_a_full_disk_on_the_way_down_is_reported(finished, hub, monkeypatch):
     import huggingface_hub
 
     def full(*_, **__):
@@ -187,19 +186,19 @@ def test_a_full_disk_on_the_way_down_is_told(finished, hub, monkeypatch):
         finetune.push(finished, "me/tiny")
 
 
-def test_all_that_must_not_be_published_is_told_at_once(run, hub):
+def test_all_that_must_not_be_published_is_reported_at_once(run, hub):
     (run / "adapter" / "notes.bin").write_bytes(b"x")
     with_publish(run, licenses={"encoders.audio": "mit"}, hub_names={}, repo=None)
     with pytest.raises(PublishError) as error:
         finetune.push(run, "me/tiny")
-    told = str(error.value)
+    message = str(error.value)
     for part in ("encoders.audio", "licence of llm", "licence of encoders.image", "licence of the data", "--merged"):
-        assert part in told, part
+        assert part in message, part
     assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
     assert not list(run.glob("published/*.partial"))
 
 
-def test_files_that_give_something_away_are_told(run):
+def test_files_that_give_something_away_are_refused(run):
     (run / "adapter" / "notes.txt").write_text(f"made in {run}")
     (run / "adapter" / "weights.bin").write_bytes(b"x")
     with pytest.raises(PublishError) as error:
@@ -222,7 +221,7 @@ def test_a_certificate_of_other_weights_is_refused(run):
         finetune.push(run, "me/tiny", merged=True, dry_run=True)
 
 
-def test_an_adapter_trained_since_the_merge_is_told(run):
+def test_an_adapter_trained_since_the_merge_is_refused(run):
     path = run / "adapter" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
     with pytest.raises(PublishError, match=r"adapter_model\.safetensors: sha256 .*merge again"):
@@ -230,9 +229,9 @@ def test_an_adapter_trained_since_the_merge_is_told(run):
     finetune.push(run, "me/tiny", dry_run=True)
 
 
-@pytest.mark.parametrize("there", [{}, {"recipe.yaml": b"name: tiny", "multimodal.json": b"{}"}])
-def test_a_public_repository_is_not_written_where_private_is_asked_for(there, finished, hub, without_answers):
-    hub.add("me/tiny", there, private=False)
+@pytest.mark.parametrize("files", [{}, {"recipe.yaml": b"name: tiny", "multimodal.json": b"{}"}])
+def test_a_public_repository_is_not_written_where_private_is_asked_for(files, finished, hub, without_answers):
+    hub.add("me/tiny", files, private=False)
     with pytest.raises(PublishError, match="me/tiny: is public, but --private was given"):
         finetune.push(finished, "me/tiny", private=True)
     assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
@@ -243,12 +242,12 @@ def test_a_public_repository_is_not_written_where_private_is_asked_for(there, fi
 
 
 def test_nine_of_ten_rows_must_be_answered_as_they_were_evaluated(monkeypatch, tmp_path):
-    class Asked(Questions):
+    class Asked(HeldOutQuestions):
         def predictions_of(self, path):
             return {"a": ["yes"] * equal[path.name] + ["no"] * (10 - equal[path.name])}
 
     monkeypatch.setattr(push_module, "load_here", lambda path: path)
-    rows = [SimpleNamespace(sample=SimpleNamespace(where=f"rows.csv:{i}")) for i in range(10)]
+    rows = [SimpleNamespace(where=f"rows.csv:{i}") for i in range(10)]
     questions, merged, adapter = Asked({"a": rows}, {"a": ["yes"] * 10}, 8), tmp_path / "merged", tmp_path / "adapter"
     equal = {"adapter": 9, "merged": 2}
     assert "9 of 10" in push_module.answers_here(adapter, questions, adapter)[1]
@@ -261,13 +260,13 @@ def test_nine_of_ten_rows_must_be_answered_as_they_were_evaluated(monkeypatch, t
 
 
 @pytest.mark.parametrize("missing", ["adapter", "metrics.json", "recipe.yaml"])
-def test_a_run_that_has_not_got_that_far_is_told(missing, run):
+def test_a_run_that_has_not_got_that_far_is_refused(missing, run):
     shutil.rmtree(run / missing) if (run / missing).is_dir() else (run / missing).unlink()
     with pytest.raises(ArtifactError, match=f"no {missing} here"):
         finetune.push(run, "me/tiny", dry_run=True)
 
 
-def test_rows_that_changed_since_the_evaluation_are_told(run, hub):
+def test_rows_that_changed_since_the_evaluation_are_refused(run, hub):
     path = run / "predictions.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     with pytest.raises(FinetuneError, match="run `finetune evaluate` again"):
@@ -275,7 +274,7 @@ def test_rows_that_changed_since_the_evaluation_are_told(run, hub):
     assert "me/tiny" not in hub.repositories
 
 
-def test_an_adapter_trained_since_the_evaluation_is_told(run, hub):
+def test_an_adapter_trained_since_the_evaluation_is_refused(run, hub):
     path = run / "adapter" / "projectors.safetensors"
     save_file({name: -30 * tensor for name, tensor in load_file(path).items()}, path)
     with pytest.raises(PublishError, match="only 0 of 4 held-out rows are answered as they were evaluated"):
@@ -283,6 +282,7 @@ def test_an_adapter_trained_since_the_evaluation_is_told(run, hub):
     assert "me/tiny" not in hub.repositories
 
 
+@pytest.mark.slow
 def test_the_command_line_publishes_and_another_process_loads(finished, hub, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
         "HF_ENDPOINT": hub.url,

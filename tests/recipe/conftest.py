@@ -6,8 +6,7 @@ from pydantic import Field
 from recipe_texts import GOOD
 
 from finetune.common.registry import PartOptions, load_part, part_names
-from finetune.recipe import parts
-from finetune.recipe import schema as recipe_module
+from finetune.recipe import explain, parts
 
 
 @pytest.fixture
@@ -41,7 +40,5 @@ def odd_parts(monkeypatch):
     odd = {("encoders", "probe"): probe, ("tasks", "listen"): listen}
     extra = dict(odd.keys())
     monkeypatch.setattr(parts, "load_part", lambda *where: odd.get(where) or load_part(*where))
-    monkeypatch.setattr(parts, "part_names", lambda f: (*part_names(f), *([extra[f]] if f in extra else [])))
-    recipe_module.cached_schema.cache_clear()
-    yield
-    recipe_module.cached_schema.cache_clear()
+    for module in (parts, explain):
+        monkeypatch.setattr(module, "part_names", lambda f: (*part_names(f), *([extra[f]] if f in extra else [])))

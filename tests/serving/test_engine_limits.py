@@ -14,7 +14,7 @@ from finetune.common.errors import DataError, MediaError
 from finetune.data.media import decode
 from finetune.data.sample import Medium, Message
 from finetune.serving.engine import prompt
-from finetune.serving.engine.batch import Batch
+from finetune.serving.engine.batch import GenerationBatch
 from finetune.serving.engine.cache import PrefixCache
 from finetune.serving.engine.contract import Busy, EngineLimits, ModelInfo, TaskInfo, TimedOut
 from finetune.serving.engine.worker import HeadQuery, HostedModel, Worker
@@ -205,9 +205,12 @@ def test_stopping_finishes_running_requests(fusion, paths):
         with Slow(assistant.model, step_seconds), serving(assistant, max_batch=3) as engine:
 
             async def stopped(engine, drain_seconds):
-                streams = [engine.submit(one) for one in requests]
-                async for _ in streams[0]:
+                streams = [engine.submit(requests[0])]
+                async for _ in streams[0]:  # the others begin behind it, however fast they are read
                     break
+                streams += [engine.submit(one) for one in requests[1:]]
+                together = 3 if fusion == "prefix" else 1
+                await _soon(lambda: engine.stats().gauges["requests_running"] >= together)
                 end = threading.Thread(target=engine.stop, args=(drain_seconds,))
                 end.start()
                 await _soon(lambda: engine._worker.draining)
@@ -307,7 +310,7 @@ def within_ten_seconds(engine, requests):
 @pytest.mark.parametrize("place", ["keep", "join", "_encode_media"])
 def test_the_engine_survives_running_out_of_memory_anywhere(assistant, paths, monkeypatch, place):
     """All other requests are answered, so is the next one, and nothing is left waiting."""
-    owner = Worker if place == "_encode_media" else Batch
+    owner = Worker if place == "_encode_media" else GenerationBatch
     real, raised = getattr(owner, place), []
 
     def full_once(self, *given):
@@ -344,10 +347,10 @@ def test_a_tiny_temperature_is_greedy(assistant, paths):
 def test_answers_to_one_request_share_its_media(assistant, paths, monkeypatch):
     real, decoded = prompt.read_medium, []
 
-    def counted(encoder, kind, path, *rest):
-        decoded.append(path)
+    def counted(encoder, medium, limits):
+        decoded.append(medium.path)
         time.sleep(0.1)  # so that the other reader comes meanwhile
-        return real(encoder, kind, path, *rest)
+        return real(encoder, medium, limits)
 
     monkeypatch.setattr(prompt, "read_medium", counted)
     one = request((Message("user", (Medium("image", paths[0]), Medium("image", paths[1]), "What?")),), 6)

@@ -7,8 +7,9 @@ import pytest
 from finetune.common.errors import RecipeError
 from finetune.common.registry import parse_options
 from finetune.recipe.schema import Limits
-from finetune.serving.engine.contract import EngineLimits
+from finetune.serving.engine.contract import Busy, EngineLimits
 from finetune.serving.http.settings import ServerOptions
+from finetune.serving.serve import load_engine
 
 
 def test_options_are_parsed_and_validated():
@@ -17,7 +18,7 @@ def test_options_are_parsed_and_validated():
     assert parse_options([], ServerOptions) == ServerOptions()
     for pair, message in (
         ("max_byte=5", "did you mean 'max_bytes'"),
-        ("zzz=5", "there are: max_request_bytes, "),
+        ("zzz=5", "there are: max_batch, "),
         ("max_bytes", "write KEY=VALUE"),
         ("max_bytes=many", "max_bytes=many: Input should be a valid integer"),
         ("max_bytes=0", "greater than or equal to 1"),
@@ -29,8 +30,12 @@ def test_options_are_parsed_and_validated():
 
 
 def test_limits_reach_the_engine_and_its_models():
-    assert ServerOptions().engine_limits() == EngineLimits()
-    assert ServerOptions(max_batch=3, queue_limit=4).engine_limits() == EngineLimits(max_batch=3, queue_limit=4)
+    assert EngineLimits(**ServerOptions().model_dump(include=set(EngineLimits.model_fields))) == EngineLimits()
+    options = ServerOptions(max_batch=3, queue_limit=0)
+    engine = load_engine({}, options)
+    assert engine.limits is options
+    with pytest.raises(Busy):
+        engine._enter_queue()
     tighter = ServerOptions(max_pixels=5).media_limits(Limits(max_bytes=7))
     assert (tighter.max_bytes, tighter.max_pixels) == (7, 5)
 

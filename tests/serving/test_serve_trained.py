@@ -11,7 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 from fake_engine import served
-from tiny import tiny_picture, tiny_recipe
+from runs import copy_of
+from tiny import tiny_picture
 
 import finetune
 from finetune.serving.http.settings import ServerOptions
@@ -27,20 +28,9 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    rows = folder / "data"
-    colour = {"name": "colour", "task": "classify", "head": "label"}
-    words = {"name": "words", "task": {"kind": "classify", "prompt": "Which?"}}
-    sources = [
-        {"path": str(rows / f"{split}.csv"), **source, **({"split": "test"} if split == "test" else {})}
-        for split in ("train", "test")
-        for source in (colour, words)
-    ]
-    stages = [{"name": "tune", "trains": ["projectors", "adapter", "heads"], "learning_rate": 5.0e-3, "epochs": 2}]
-    return finetune.train(
-        finetune.load_recipe(tiny_recipe(folder, data=sources, train__stages=stages)), folder / "run"
-    ).path
+def run(finished_run, tmp_path_factory):
+    """Without its merged model, so that the adapter is served."""
+    return copy_of(finished_run("heads"), tmp_path_factory.mktemp("served"), "merged")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +80,7 @@ def test_answers_are_the_model_s_own(client, assistant, picture, words):
 
 def test_labels_are_the_model_s_own(client, assistant, picture):
     expected = assistant.probabilities("What is this?", task="colour", image=picture)
-    body = {"model": "other", "messages": about(picture, "What is this?")}
+    body = {"model": "other", "task": "colour", "messages": about(picture, "What is this?")}
     response = client.post("/classify", body=body, cast_to=object)["data"][0]
     assert response["probabilities"] == pytest.approx(expected, abs=1e-5)
     assert response["label"] == max(expected, key=expected.get)

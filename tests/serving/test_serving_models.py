@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from runs import change_json
 from safetensors.torch import load_file, save_file
-from tiny import part, tiny_encoder, tiny_recipe
+from tiny import part, tiny_encoder
 from tiny_merged import tiny_merged
 from tiny_serving import ask_all, request, serving
 
@@ -18,16 +19,14 @@ from finetune.serving.engine.models import load_models
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    return finetune.train(finetune.load_recipe(tiny_recipe(folder)), folder / "run").path / "adapter"
+def trained(finished_run):
+    return finished_run("plain") / "adapter"
 
 
 def changed(folder, to, file, **content):
     """A copy with changed values in a JSON file."""
     shutil.copytree(folder, to)
-    answers = json.loads((to / file).read_text())
-    (to / file).write_text(json.dumps(answers | content))
+    change_json(to / file, **content)
     return to
 
 
@@ -35,9 +34,10 @@ def changed(folder, to, file, **content):
 def adapters(request, trained, tmp_path_factory):
     """Two adapters on the same LLM; the second one's trained weights are perturbed."""
     place = tmp_path_factory.mktemp(request.param)
-    llm = json.loads((trained / "multimodal.json").read_text())["language_model"] | {"quantize": request.param}
-    first = changed(trained, place / "first", "multimodal.json", language_model=llm)
-    second = changed(trained, place / "second", "multimodal.json", language_model=llm)
+    model = json.loads((trained / "multimodal.json").read_text())["model"]
+    model["llm"]["quantize"] = request.param
+    first = changed(trained, place / "first", "multimodal.json", model=model)
+    second = changed(trained, place / "second", "multimodal.json", model=model)
     for name in ("adapter_model.safetensors", "projectors.safetensors"):
         torch.manual_seed(5)
         tensors = {key: t + 0.3 * torch.randn_like(t) for key, t in load_file(second / name).items()}
@@ -78,8 +78,8 @@ def test_adapters_on_one_llm_share_it_and_answer_as_alone(adapters, trained):
 
 
 def test_an_adapter_and_a_merged_model(trained, tmp_path):
-    encoder = ("vision", tiny_encoder())
-    tiny_merged(tmp_path / "run" / "merged", {"image": encoder}, {"image": part("projectors", "pixel_shuffle")})
+    encoders, projectors = {"image": tiny_encoder()}, {"image": part("projectors", "pixel_shuffle")}
+    tiny_merged(tmp_path / "run" / "merged", encoders, projectors)
     models = load_models({"run": tmp_path / "run", "adapter": trained})
     assert not hasattr(models["run"].model.language_model, "peft_config")
     requests = [request(q, 6, model=name) for q in questions(trained)[:3] for name in models]

@@ -102,6 +102,7 @@ def test_optuna_chooses_within_a_range_and_goes_on_where_it_stopped(recipe, tmp_
         finetune.sweep(recipe, [f"{RATE}=1e-4..1e-2"], 4, run=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_a_killed_sweep_left_running_comes_again(recipe, tmp_path, monkeypatch):
     over = [f"{RATE}=1e-3,1e-2"]
     with monkeypatch.context() as patched:

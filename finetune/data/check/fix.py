@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune.common.errors import DataError
+from finetune.common.run_folder import file_hash
 from finetune.data.check.ledger import ERRORS, Ledger
 from finetune.data.check.lenient import DELIMITERS, lenient_rows
 from finetune.data.formats import Columns
-from finetune.data.media_store import file_hash, suffix_of
+from finetune.data.formats._media import is_file_name, replaced
+from finetune.data.media_store import suffix_of
 from finetune.data.rows import detected
-from finetune.data.sample import KINDS, Row
+from finetune.data.sample import Row
 from finetune.recipe.schema import RowFile
 
 QUARANTINED = (*ERRORS, "leak_medium", "identical")  # rows with one of these findings are left out
@@ -48,7 +50,7 @@ def clean_copy(ledger: Ledger, sources: Sequence[RowFile], folder: Path, copy_me
     under the hash of their content: with `copy_media`, and from formats that keep them otherwise than as files named in
     rows.
     """
-    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         cleaner = _Cleaner(ledger, folder, copy_media, file)
         cleaned = [cleaner.clean(source, f"rows-{index}") for index, source in enumerate(sources)]
     return CleanCopy(cleaned, cleaner.written, cleaner.quarantined)
@@ -74,7 +76,8 @@ class _Cleaner:
         def unreadable(line: int, text: str, raw: str) -> None:
             self.leave_out(source, line, {"line": raw} if line else {}, [text])
 
-        with (self.folder / (stem + suffix)).open("w", encoding="utf-8", newline="") as file:
+        path = self.folder / (stem + suffix)
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer: csv.DictWriter[str] | None = None
             # Under the file's own names of columns: the recipe goes on renaming them.
             for row, number in zip(
@@ -125,26 +128,18 @@ class MediaCopier:
 
     def copied(self, row: Row) -> Columns:
         """The row's columns, its media as names below `folder`."""
-        renamed = {theirs: ours for ours, theirs in (self.source.columns or {}).items()}
-        return {key: self._value(value, row, renamed.get(key, key)) for key, value in row.columns.items()}
+        renamed = {theirs: ours for ours, theirs in self.source.columns.items()}
 
-    def _value(self, value: object, row: Row, key: str) -> object:
-        if isinstance(value, list):
-            return [self._value(one, row, key) for one in value]
-        if isinstance(value, dict):
-            if value.keys() <= {"bytes", "path"} and value:
-                return self._value(value.get("path") if value.get("bytes") is None else value["bytes"], row, key)
-            return {inner: self._value(one, row, inner) for inner, one in value.items()}
-        if isinstance(value, bytes | bytearray):
-            content = bytes(value)
-            digest = hashlib.sha256(content).hexdigest()
-            return self._copy(digest, suffix_of(content), lambda target: target.write_bytes(content))
-        single = key.removesuffix("s") if isinstance(key, str) else ""
-        if isinstance(value, Path) or (isinstance(value, str) and value and single in KINDS):
-            path = row.media_folder / value
-            if "://" not in str(value) and not str(value).startswith("data:") and path.is_file():
+        def copy(value: object, key: str) -> object:
+            if isinstance(value, bytes | bytearray):
+                content = bytes(value)
+                digest = hashlib.sha256(content).hexdigest()
+                return self._copy(digest, suffix_of(content), lambda target: target.write_bytes(content))
+            if is_file_name(value, key) and (path := row.media_folder / str(value)).is_file():
                 return self._copy(file_hash(path), path.suffix, lambda target: shutil.copyfile(path, target))
-        return str(value) if isinstance(value, Path) else value
+            return str(value) if isinstance(value, Path) else value
+
+        return {key: replaced(value, renamed.get(key, key), copy) for key, value in row.columns.items()}
 
     def _copy(self, digest: str, suffix: str, write: Callable[[Path], object]) -> str:
         self.folder.mkdir(exist_ok=True)
@@ -155,13 +150,8 @@ class MediaCopier:
 
 
 def json_line(value: object) -> str:
-    """A line of JSON. Lone surrogates, which UTF-8 can't encode, are escaped."""
-    line = json.dumps(value, ensure_ascii=False, default=_readable)
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        line = json.dumps(value, default=_readable)
-    return line + "\n"
+    """A line of JSON, for a file that escapes what UTF-8 can't encode: lone surrogates."""
+    return json.dumps(value, ensure_ascii=False, default=_readable) + "\n"
 
 
 def _readable(value: object) -> str:

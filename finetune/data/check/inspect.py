@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.data.media_store import file_hash
+from finetune.common.run_folder import file_hash
 
 if TYPE_CHECKING:
     import numpy as np

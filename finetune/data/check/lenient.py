@@ -136,7 +136,7 @@ def _rest_of_table(
     source: RowFile, copy: Path, last: int, encoding: str, delimiter: str, report: Report
 ) -> Iterator[Row]:
     """Rows of a table behind line `last`. Lines that aren't rows are left empty, so that others keep their numbers."""
-    # An undecodable byte becomes U+FFFD, which is found in the row.
+    # An undecodable byte becomes U+FFFD, a finding of the row.
     with (
         source.path.open(encoding=encoding, errors="replace", newline="") as lines,
         copy.open("w", encoding="utf-8", newline="") as file,

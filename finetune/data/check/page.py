@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHOWN = 24  # findings of a kind on the page; all are in check.json
 OPEN_KINDS = 5  # so many kinds of findings are shown unfolded; of more, only errors are
-EXAMPLES = 6  # rows from all over the data, whatever was found in them
+EXAMPLES = 6  # rows from all over the data, with and without findings
 PICTURES, SOUNDS = 96, 16  # of a page, at most
 SIDE = 128  # pixels of a thumbnail
 SECONDS = 5  # of a recording that can be played
@@ -28,7 +28,7 @@ BARS = 16
 
 
 @dataclass(frozen=True)
-class EmbeddedMedium:
+class InlineMedium:
     """A medium inside a page: a picture ("image") or a recording ("audio"), the name of its file, and a data URI."""
 
     kind: str
@@ -42,12 +42,12 @@ class Card:
 
     where: str
     text: str
-    media: tuple[EmbeddedMedium, ...] = ()
+    media: tuple[InlineMedium, ...] = ()
     files: str = ""
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """Findings of one kind: how many there are, and the first of them."""
 
     title: str
@@ -107,7 +107,7 @@ class Thumbnails:
         self.limits = limits
         self.left = {"image": PICTURES, "audio": SOUNDS}
 
-    def of(self, kind: str, path: Path) -> EmbeddedMedium | None:
+    def of(self, kind: str, path: Path) -> InlineMedium | None:
         """A picture or a video's first frame, or a recording's beginning; None for a file that can't be decoded, or
         when the page is full.
         """
@@ -124,17 +124,17 @@ class Thumbnails:
 
 def embedded(
     kind: str, path: Path, limits: Limits, *, side: int = SIDE, seconds: int = SECONDS, frames: int = 1
-) -> Iterator[EmbeddedMedium]:
+) -> Iterator[InlineMedium]:
     """A picture of at most `side` pixels, a recording's first `seconds`, or some `frames` of a video. Raises DataError
     for a file that can't be decoded.
     """
     if kind == "audio":
-        yield EmbeddedMedium("audio", path.name, sound_uri(decode(kind, path, limits=limits), seconds))
+        yield InlineMedium("audio", path.name, sound_uri(decode(kind, path, limits=limits), seconds))
     elif kind == "video":
         for frame in decode(kind, path, limits=limits, count=frames).frames:
-            yield EmbeddedMedium("image", path.name, picture_uri(frame, side))
+            yield InlineMedium("image", path.name, picture_uri(frame, side))
     else:
-        yield EmbeddedMedium("image", path.name, picture_uri(decode(kind, path, limits=limits), side))
+        yield InlineMedium("image", path.name, picture_uri(decode(kind, path, limits=limits), side))
 
 
 def picture_uri(picture: "Image", side: int) -> str:
@@ -163,7 +163,7 @@ def findings_page(ledger: Ledger, summary: Summary, names: Sequence[str], path: 
         severity, title = CODES[code]
         unfolded = severity == "error" or len(summary["findings"]) <= OPEN_KINDS
         cards = [_card(ledger, finding, names, thumbnails) for finding in ledger.findings(code, SHOWN)]
-        sections.append(Section(title, severity, count, unfolded, cards))
+        sections.append(PageSection(title, severity, count, unfolded, cards))
     page = render(
         "findings.html",
         title=f"{summary['name']}: rows before training",

@@ -6,17 +6,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TextIO, TypedDict
 
 from finetune.common.errors import DataError
-from finetune.common.run_folder import write_json
+from finetune.common.run_folder import file_hash, write_json
 from finetune.data.check.lenient import DELIMITERS
+from finetune.data.formats import _media as in_rows
 from finetune.data.formats._json import array_of, is_array
-from finetune.data.media_store import file_hash
 from finetune.data.rows import detected, read_rows
-from finetune.data.sample import KINDS, Row
+from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
@@ -43,8 +44,8 @@ class SplitPlan:
 
 
 class SplitResult(TypedDict):
-    """`files`, `rows`: of each split that has rows; `media`: how many were found; `sets`: how many sets of rows stay
-    together, `largest`: rows of the largest.
+    """`files`, `rows`: of each split that has rows; `media`: how many different ones; `sets`: how many sets of rows
+    stay together, `largest`: rows of the largest.
     """
 
     files: dict[str, Path]
@@ -157,7 +158,7 @@ def _keys(source: RowFile, plan: SplitPlan, media_columns: frozenset[str]) -> tu
                 )
         if missing := media_columns - row.columns.keys():
             raise DataError(f"{row.where}: no column {min(missing)!r} (columns: {', '.join(row.columns)})")
-        media = sorted(set(_media(row, row.columns, "", media_columns)))
+        media = _media(row, media_columns)
         for path in media:
             if path not in digests:
                 digests[path] = file_hash(path)
@@ -172,32 +173,30 @@ def _keys(source: RowFile, plan: SplitPlan, media_columns: frozenset[str]) -> tu
     return keys, labels
 
 
-def _media(row: Row, value: object, key: str, media_columns: frozenset[str]) -> Iterator[Path]:
-    """Files that a row names: the values of columns, and of parts of messages, that are called after a kind of medium
-    or are among `media_columns`.
+def _media(row: Row, media_columns: frozenset[str]) -> list[Path]:
+    """The files that a row names in columns and parts of messages called after a kind of media, or in `media_columns`,
+    each once. Raises DataError for missing ones, and for media embedded in the row.
     """
-    if isinstance(value, dict):
-        for inner, one in value.items():
-            yield from _media(row, one, inner, media_columns)
-    elif isinstance(value, list):
-        for one in value:
-            yield from _media(row, one, key, media_columns)
-    elif isinstance(value, bytes | bytearray):
-        raise DataError(
-            f"{row.where}: media are embedded in the row; write hold_out in the recipe, which splits such rows too"
-        )
-    elif isinstance(value, Path) or (
-        isinstance(value, str) and value and (key in media_columns or key.removesuffix("s") in KINDS)
-    ):
-        if str(value).startswith("data:") or "://" in str(value):
+    paths: set[Path] = set()
+
+    def add(value: object, key: str) -> None:
+        if isinstance(value, bytes | bytearray):
+            raise DataError(
+                f"{row.where}: media are embedded in the row; write hold_out in the recipe, which splits such rows too"
+            )
+        if not in_rows.is_file_name(value, "image" if key in media_columns else key):
             return
-        path = (row.media_folder / value).resolve()
+        path = (row.media_folder / str(value)).resolve()
         if not path.is_file():
             raise DataError(
                 f"{row.where}: no such {key}: {path}; name the folder of media with --media-folder, or leave "
                 "such rows out with `finetune data check --fix`"
             )
-        yield path
+        paths.add(path)
+
+    for column, value in row.columns.items():
+        in_rows.replaced(value, column, add)
+    return sorted(paths)
 
 
 def _connected(keys: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -270,7 +269,8 @@ def _json_rows(source: RowFile) -> Iterator[str]:
     path = source.path
     if not path.is_file() or path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
         for row in read_rows(source):
-            columns = {key: _relative(value, row.media_folder) for key, value in row.columns.items()}
+            relative = partial(_relative, row.media_folder)
+            columns = {name: in_rows.replaced(value, name, relative) for name, value in row.columns.items()}
             yield json.dumps(columns, ensure_ascii=False)
         return
     if is_array(path):
@@ -280,11 +280,7 @@ def _json_rows(source: RowFile) -> Iterator[str]:
         yield from (line.strip() for line in lines if line.strip())
 
 
-def _relative(value: object, folder: Path) -> object:
-    if isinstance(value, list):
-        return [_relative(one, folder) for one in value]
-    if isinstance(value, dict):
-        return {key: _relative(one, folder) for key, one in value.items()}
+def _relative(folder: Path, value: object, key: str) -> object:
     if not isinstance(value, Path):
         return value
     path = (folder / value).resolve()

@@ -81,7 +81,7 @@ class Scanner:
                 return
 
     def members(self) -> Iterator[str]:
-        """The keys of the object that begins here. The value of one has to be read before the next is asked for."""
+        """The keys of the object that begins here. Each value has to be read before the next key."""
         self.take("{")
         if self.peek() == "}":
             self.take("}")

@@ -69,8 +69,8 @@ def _parquet_files(path: Path, options: Options) -> list[str]:
         return [str(path)] if alone else []
     if not path.is_dir() or next(path.rglob("*.parquet"), None) is None:
         return []
-    found = load_dataset_builder(str(path), options.config).config.data_files or {}
-    files = _chosen(path, {str(split): list(files) for split, files in found.items()}, options.split)
+    splits = load_dataset_builder(str(path), options.config).config.data_files or {}
+    files = _chosen(path, {str(split): list(files) for split, files in splits.items()}, options.split)
     return files if all(file.endswith(".parquet") for file in files) else []
 
 

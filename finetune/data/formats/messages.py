@@ -13,9 +13,7 @@ from pathlib import Path
 from finetune.common.registry import PartOptions
 from finetune.data.formats import NumberedRows, _conversations, _json
 
-
-class Options(PartOptions):
-    pass
+Options = PartOptions
 
 
 def detects(path: Path) -> bool:

@@ -107,13 +107,13 @@ def _kaldi(path: Path, name: str) -> NumberedRows:
 
 def _pairs(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
     """(line, (id, rest)) of a file of Kaldi's. Raises DataError for an id written twice."""
-    seen: set[str] = set()
+    ids: set[str] = set()
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             key, *rest = line.strip().split(maxsplit=1)
-            if key in seen:
+            if key in ids:
                 raise DataError(f"{path.name}:{number}: {key!r} is written twice")
-            seen.add(key)
+            ids.add(key)
             yield number, (key, rest[0] if rest else "")

@@ -21,8 +21,7 @@ from finetune.recipe.schema import Limits
 MAX_BYTES = Limits().max_bytes  # of a file in an archive
 
 
-class Options(PartOptions):
-    pass
+Options = PartOptions
 
 
 def detects(path: Path) -> bool:

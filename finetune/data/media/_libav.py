@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.common.errors import MediaError
 from finetune.data.media import _source
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -25,7 +26,7 @@ COUNTING = re.compile(rb"stsz.{8}(?P<sizes>.{4})|stz2.{8}(?P<small>.{4})|trun.{4
 
 
 @contextmanager
-def container(file: BinaryIO, formats: tuple[str, ...], max_pixels: int, name: str) -> Iterator["InputContainer"]:
+def container(file: BinaryIO, formats: tuple[str, ...], limits: Limits, name: str) -> Iterator["InputContainer"]:
     """Open a container. Playlists and other files that name files or addresses are refused, by their format, and as no
     protocol is allowed. Errors of libav inside become MediaError.
     """
@@ -35,7 +36,7 @@ def container(file: BinaryIO, formats: tuple[str, ...], max_pixels: int, name: s
     options = {
         "format_whitelist": ",".join(formats),
         "protocol_whitelist": "none",
-        "max_pixels": str(max_pixels),
+        "max_pixels": str(limits.max_pixels),
         "max_streams": "64",
     }
     file.seek(0)
@@ -49,7 +50,7 @@ def container(file: BinaryIO, formats: tuple[str, ...], max_pixels: int, name: s
         with opened:
             for stream in opened.streams:
                 if stream.type == "video" and stream.codec_context is not None:
-                    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+                    stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
             yield opened
     except (av.FFmpegError, *RAISED) as error:
         raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
@@ -86,7 +87,7 @@ def _check_index(file: BinaryIO, name: str) -> None:
         box = file.read(length)
         if b"cmov" in box:
             raise MediaError(f"{name}: an mp4 file with a compressed index, which isn't supported; write it anew")
-        for found in COUNTING.finditer(box):
-            (count,) = struct.unpack(">I", found["sizes"] or found["small"] or found["run"])
+        for match in COUNTING.finditer(box):
+            (count,) = struct.unpack(">I", match["sizes"] or match["small"] or match["run"])
             if count > size:
                 raise MediaError(f"{name}: its index counts {count:,} samples in {size:,} bytes; write the file anew")

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from finetune.common.errors import MediaError
+from finetune.recipe.schema import Limits
 
-MAX_BYTES = 256 * 2**20
-MAX_PIXELS = 64 * 10**6
-MAX_SECONDS = 1800.0
-MAX_FRAMES = 256
+LIMITS = Limits()  # of a recipe that names none
 
 
 def named(source: Path | bytes, where: str, kind: str) -> str:
@@ -22,19 +20,17 @@ def named(source: Path | bytes, where: str, kind: str) -> str:
 
 
 @contextmanager
-def opened(source: Path | bytes, name: str, max_bytes: int) -> Iterator[BinaryIO]:
-    """Open a regular file, or bytes, of 1 to `max_bytes`, for reading. Pipes and devices are refused unopened. Raises
-    MediaError.
-
-    The file object's name isn't its path, so that no decoder looks for other files beside it.
+def opened(source: Path | bytes, name: str, limits: Limits) -> Iterator[BinaryIO]:
+    """Open a regular file, or bytes, of 1 to `max_bytes`, for reading: no pipe or device. The file object's name isn't
+    its path, so that no decoder reads other files beside it. Raises MediaError.
     """
     with io.BytesIO(source) if isinstance(source, bytes) else _open(source, name) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if size == 0:
             raise MediaError(f"{name}: empty, 0 bytes; write the file anew")
-        if size > max_bytes:
-            raise MediaError(f"{name}: {size:,} bytes; at most {max_bytes:,} are read (`media.max_bytes`)")
+        if size > limits.max_bytes:
+            raise MediaError(f"{name}: {size:,} bytes; at most {limits.max_bytes:,} are read (`media.max_bytes`)")
         yield file
 
 
@@ -61,13 +57,15 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
-def check_seconds(seconds: float, max_seconds: float, name: str) -> None:
+def check_seconds(seconds: float, limits: Limits, name: str) -> None:
     """Raises MediaError for a recording or video that is too long."""
-    if seconds > max_seconds:
-        raise MediaError(f"{name}: {seconds:,.1f} s or more; at most {max_seconds:,g} s are read (`media.max_seconds`)")
+    if seconds > limits.max_seconds:
+        most = f"{limits.max_seconds:,g} s are read (`media.max_seconds`)"
+        raise MediaError(f"{name}: {seconds:,.1f} s or more; at most {most}")
 
 
-def check_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
+def check_pixels(width: int, height: int, limits: Limits, name: str) -> None:
     """Raises MediaError for a picture or frame that is too large."""
-    if width * height > max_pixels:
-        raise MediaError(f"{name}: {width}x{height} pixels; at most {max_pixels:,} are decoded (`media.max_pixels`)")
+    if width * height > limits.max_pixels:
+        most = f"{limits.max_pixels:,} are decoded (`media.max_pixels`)"
+        raise MediaError(f"{name}: {width}x{height} pixels; at most {most}")

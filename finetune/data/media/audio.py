@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.common.errors import MediaError
 from finetune.data.media import _libav, _source
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,31 +21,25 @@ UNKNOWN = 2**62  # libsndfile's count of samples is at least so large if the hea
 OPEN_ENDED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes of the data chunk in WAV files that were streamed
 
 
-def decode_audio(
-    source: Path | bytes,
-    *,
-    where: str = "",
-    max_bytes: int = _source.MAX_BYTES,
-    max_seconds: float = _source.MAX_SECONDS,
-) -> "np.ndarray":
+def decode_audio(source: Path | bytes, *, where: str = "", limits: Limits = _source.LIMITS) -> "np.ndarray":
     """Decode one recording: the mean of its channels at 16 kHz, float32 (samples,) in [-1, 1].
 
-    Length is checked by the header, and counted while decoding. `where` (file and row) goes into the error.
-    Raises MediaError for a missing, oversized, truncated, empty or foreign file.
+    Length is checked by the header, and counted while decoding. Raises MediaError, which begins with `where` (file and
+    row), for a missing, oversized, truncated, empty or foreign file.
     """
     import soundfile
 
     name = _source.named(source, where, "recording")
-    with _source.opened(source, name, max_bytes) as file:
+    with _source.opened(source, name, limits) as file:
         _check_whole(file, name)
         try:
             opened = soundfile.SoundFile(file)
         except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, OSError):
             opened = None  # for libav
         if opened is None or opened.format not in FORMATS:
-            return _through_libav(file, name, max_seconds)
+            return _through_libav(file, name, limits)
         with opened:
-            return _through_sndfile(opened, name, max_seconds)
+            return _through_sndfile(opened, name, limits)
 
 
 def blank_sound(audio: "np.ndarray") -> "np.ndarray":
@@ -54,13 +49,13 @@ def blank_sound(audio: "np.ndarray") -> "np.ndarray":
     return np.zeros_like(audio)
 
 
-def _through_sndfile(opened: Any, name: str, max_seconds: float) -> "np.ndarray":
+def _through_sndfile(opened: Any, name: str, limits: Limits) -> "np.ndarray":
     import soundfile
 
     _check_form(opened.samplerate, opened.channels, name)
     declared = opened.frames if 0 < opened.frames < UNKNOWN else None
     if declared:
-        _source.check_seconds(declared / opened.samplerate, max_seconds, name)
+        _source.check_seconds(declared / opened.samplerate, limits, name)
 
     def blocks() -> Iterator["np.ndarray"]:
         count = 0
@@ -71,13 +66,13 @@ def _through_sndfile(opened: Any, name: str, max_seconds: float) -> "np.ndarray"
             raise MediaError(f"{name}: cut off: only {count:,} of {declared:,} samples; write the file anew")
 
     try:
-        return _collect(blocks(), opened.samplerate, max_seconds, name)
+        return _collect(blocks(), opened.samplerate, limits, name)
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError, MemoryError) as error:
         raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
 
 
-def _through_libav(file: BinaryIO, name: str, max_seconds: float) -> "np.ndarray":
-    with _libav.container(file, _libav.AUDIO, _source.MAX_PIXELS, name) as opened:
+def _through_libav(file: BinaryIO, name: str, limits: Limits) -> "np.ndarray":
+    with _libav.container(file, _libav.AUDIO, limits, name) as opened:
         if not opened.streams.audio:
             raise MediaError(f"{name}: no sound in it ({opened.format.name}); remove the row")
         stream = opened.streams.audio[0]
@@ -85,7 +80,7 @@ def _through_libav(file: BinaryIO, name: str, max_seconds: float) -> "np.ndarray
             raise MediaError(f"{name}: no decoder for its sound; write it as WAV or FLAC")
         _check_form(stream.sample_rate or RATE, stream.channels or 1, name)
         declared = _libav.declared_seconds(opened, stream) or 0
-        _source.check_seconds(declared, max_seconds, name)
+        _source.check_seconds(declared, limits, name)
         frames = opened.decode(stream)
         first = next(frames, None)
         if first is None:
@@ -100,7 +95,7 @@ def _through_libav(file: BinaryIO, name: str, max_seconds: float) -> "np.ndarray
                     raise MediaError(f"{name}: its rate changes from {rate:,} to {frame.sample_rate:,} a second")
                 yield _mono(frame)
 
-        audio = _collect(blocks(), rate, max_seconds, name)
+        audio = _collect(blocks(), rate, limits, name)
         if len(opened.streams) == 1 and len(audio) / RATE < declared / 2:
             raise MediaError(f"{name}: cut off: only {len(audio) / RATE:,.1f} of {declared:,.1f} s")
         return audio
@@ -120,25 +115,25 @@ def _mono(frame: Any) -> "np.ndarray":
     return values.mean(0, dtype=np.float32)
 
 
-def _collect(blocks: Iterable["np.ndarray"], rate: int, max_seconds: float, name: str) -> "np.ndarray":
-    """Mono blocks at `rate` -> one array at 16 kHz. Only what is kept is ever in memory."""
+def _collect(blocks: Iterable["np.ndarray"], rate: int, limits: Limits, name: str) -> "np.ndarray":
+    """Mono blocks at `rate` -> one array at 16 kHz. Raises MediaError."""
     import numpy as np
     import soxr
 
     resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32") if rate != RATE else None
-    kept: list[np.ndarray] = []
+    resampled: list[np.ndarray] = []
     samples = 0
     for block in blocks:
         samples += len(block)
-        _source.check_seconds(samples / rate, max_seconds, name)
+        _source.check_seconds(samples / rate, limits, name)
         if not np.isfinite(block).all():
             raise MediaError(f"{name}: holds samples that aren't finite numbers; write the file anew")
-        kept.append(resampler.resample_chunk(np.ascontiguousarray(block)) if resampler else block)
+        resampled.append(resampler.resample_chunk(np.ascontiguousarray(block)) if resampler else block)
     if not samples:
         raise MediaError(f"{name}: empty, no sample of sound; remove the row")
     if resampler:
-        kept.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    audio = np.concatenate(kept)
+        resampled.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    audio = np.concatenate(resampled)
     if not len(audio) or not np.isfinite(audio).all():
         raise MediaError(f"{name}: nothing is left of it at {RATE:,} samples a second; remove the row")
     return np.clip(audio, -1, 1, out=audio)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import MediaError
 from finetune.data.media import _source
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ def is_dicom(content: bytes, source: Path | bytes) -> bool:
     return content[128:132] == b"DICM" or (isinstance(source, Path) and source.suffix.lower() == ".dcm")
 
 
-def decode_dicom(content: bytes, *, name: str, max_bytes: int, max_pixels: int) -> "Image":
+def decode_dicom(content: bytes, name: str, limits: Limits) -> "Image":
     """First frame, RGB uint8. Grey values are rescaled by slope and intercept, then by the first window (centre and
     width), or where there is none from minimum and maximum; MONOCHROME1 is inverted.
 
@@ -34,7 +35,9 @@ def decode_dicom(content: bytes, *, name: str, max_bytes: int, max_pixels: int) 
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
     except ImportError:
-        raise MediaError(f"{name}: a DICOM file, which needs pydicom: pip install 'pydicom>=3'") from None
+        raise MediaError(
+            f"{name}: a DICOM file, which needs pydicom: in the checkout, pip install -e '.[dicom]'"
+        ) from None
     import numpy as np
     import PIL.Image
 
@@ -42,7 +45,7 @@ def decode_dicom(content: bytes, *, name: str, max_bytes: int, max_pixels: int) 
         raise MediaError(f"{name}: a deflated DICOM file, which isn't supported; write it with another transfer syntax")
     try:
         header = pydicom.dcmread(io.BytesIO(content), force=True)
-        _check(header, name, max_bytes, max_pixels)
+        _check(header, name, limits)
         pixels = np.asarray(pixel_array(header, index=0))
         if header.SamplesPerPixel > 1:
             grey = pixels.astype(np.float32) / (2 ** int(header.BitsStored) - 1)
@@ -66,7 +69,7 @@ def decode_dicom(content: bytes, *, name: str, max_bytes: int, max_pixels: int) 
         ) from None
 
 
-def _check(header: Any, name: str, max_bytes: int, max_pixels: int) -> None:
+def _check(header: Any, name: str, limits: Limits) -> None:
     """Raises MediaError if the first frame would be too large, or has another size in its compressed form."""
     from pydicom.encaps import get_frame
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -76,7 +79,7 @@ def _check(header: Any, name: str, max_bytes: int, max_pixels: int) -> None:
         raise MediaError(f"{name}: a DICOM file without pixels; remove the row")
     rows, columns, samples = int(header.Rows), int(header.Columns), int(header.SamplesPerPixel)
     frames = int(header.get("NumberOfFrames") or 1)
-    _source.check_pixels(columns, rows, max_pixels, name)
+    _source.check_pixels(columns, rows, limits, name)
     frame = rows * columns * samples * int(header.BitsAllocated) // 8
     if "TransferSyntaxUID" not in header.file_meta:
         implicit, little = header.original_encoding
@@ -85,8 +88,9 @@ def _check(header: Any, name: str, max_bytes: int, max_pixels: int) -> None:
     syntax = header.file_meta.TransferSyntaxUID
     # If frames are compressed, only the first is decoded.
     size = frame if syntax.is_compressed else frame * frames
-    if size > max_bytes:
-        raise MediaError(f"{name}: pixels of {size:,} bytes; at most {max_bytes:,} are decoded (`media.max_bytes`)")
+    if size > limits.max_bytes:
+        most = f"{limits.max_bytes:,} are decoded (`media.max_bytes`)"
+        raise MediaError(f"{name}: pixels of {size:,} bytes; at most {most}")
     if syntax.is_compressed:
         _check_compressed(get_frame(header.PixelData, 0, number_of_frames=frames), rows, columns, syntax, frame, name)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.common.errors import MediaError
 from finetune.data.media import _source
 from finetune.data.media.dicom import decode_dicom, is_dicom
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,32 +27,26 @@ SIDEWAYS = (5, 6, 7, 8)  # of them, those that swap width and height
 DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # grey in more than 8 bits
 
 
-def decode_image(
-    source: Path | bytes,
-    *,
-    where: str = "",
-    max_bytes: int = _source.MAX_BYTES,
-    max_pixels: int = _source.MAX_PIXELS,
-) -> "Image":
+def decode_image(source: Path | bytes, *, where: str = "", limits: Limits = _source.LIMITS) -> "Image":
     """Decode one picture: first frame, turned upright by its EXIF orientation, transparency over white, RGB uint8.
 
-    Size is checked before any pixel is decoded. `where` (file and row) goes into the error.
-    Raises MediaError for a missing, oversized, truncated or foreign file.
+    Size is checked before any pixel is decoded. Raises MediaError, which begins with `where` (file and row), for a
+    missing, oversized, truncated or foreign file.
     """
     name = _source.named(source, where, "picture")
-    with _source.opened(source, name, max_bytes) as file:
-        content = file.read(max_bytes)
+    with _source.opened(source, name, limits) as file:
+        content = file.read(limits.max_bytes)
     with _quiet():
         if is_dicom(content, source):
-            return decode_dicom(content, name=name, max_bytes=max_bytes, max_pixels=max_pixels)
-        return _decode(content, name, max_pixels)
+            return decode_dicom(content, name, limits)
+        return _decode(content, name, limits)
 
 
 def image_size(source: Path | bytes, *, where: str = "") -> tuple[int, int]:
     """(width, height) in pixels of what `decode_image` returns, by the header if possible. Raises MediaError."""
     import PIL.Image
 
-    with _source.opened(source, _source.named(source, where, "picture"), _source.MAX_BYTES) as file:
+    with _source.opened(source, _source.named(source, where, "picture"), _source.LIMITS) as file:
         try:
             with _quiet(), PIL.Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
@@ -85,12 +80,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _decode(content: bytes, name: str, max_pixels: int) -> "Image":
+def _decode(content: bytes, name: str, limits: Limits) -> "Image":
     import PIL.Image
 
     try:
         with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            _source.check_pixels(*image.size, max_pixels, name)
+            _source.check_pixels(*image.size, limits, name)
             image.load()
             upright = _upright(image)
             if upright.mode in DEEP:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from finetune.common.errors import MediaError
 from finetune.data.media import _libav, _source
 from finetune.data.media.image import blank_like, over_white
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,38 +43,35 @@ def decode_video(
     source: Path | bytes,
     *,
     where: str = "",
-    max_bytes: int = _source.MAX_BYTES,
-    max_pixels: int = _source.MAX_PIXELS,
-    max_seconds: float = _source.MAX_SECONDS,
-    max_frames: int = _source.MAX_FRAMES,
+    limits: Limits = _source.LIMITS,
     count: int | None = None,
     per_second: float | None = None,
 ) -> Clip:
     """Decode some frames, upright, transparency over white: `count` of them, the middle frame of each of so many equal
-    parts of the clip (all of its frames, once, where it has fewer); or those seen at 0, 1 / per_second, 2 / per_second,
-    ... s, each once; or all.
+    parts of the clip (all of its frames, once, where it has fewer); or those shown at 0, 1 / per_second, 2 /
+    per_second, ... s, each once; or all.
 
-    Length, size and number are checked by the header, and counted while decoding. `where` (file and row) goes into the
-    error. Raises MediaError for a missing, oversized, truncated or foreign file, and for more than `max_frames` frames.
+    Length, size and number are checked by the header, and counted while decoding. Raises MediaError, which begins with
+    `where` (file and row), for a missing, oversized, truncated or foreign file, and for more frames than the limit.
     """
     name = _source.named(source, where, "video")
-    with _source.opened(source, name, max_bytes) as file:
-        known = _survey(file, name, max_pixels, max_seconds)
+    with _source.opened(source, name, limits) as file:
+        known = _survey(file, name, limits)
         chosen = _choose(known, count, per_second)
-        if len(chosen) > max_frames:
+        if len(chosen) > limits.max_frames:
             raise MediaError(
-                f"{name}: {len(chosen):,} frames; at most {max_frames:,} are decoded (`media.max_frames`): let the "
-                "encoder read fewer, or raise the limit"
+                f"{name}: {len(chosen):,} frames; at most {limits.max_frames:,} are decoded (`media.max_frames`): let "
+                "the encoder read fewer, or raise the limit"
             )
         begin = min(known.ticks)
         frames: list[Image] = []
         seconds: list[float] = []
         pixels = 0
-        for tick, frame in _decoded(file, name, known, chosen, max_pixels):
+        for tick, frame in _decoded(file, name, known, chosen, limits):
             pixels += frame.width * frame.height
-            if pixels > CLIP_PICTURES * max_pixels:
+            if pixels > (most := CLIP_PICTURES * limits.max_pixels):
                 raise MediaError(
-                    f"{name}: its frames have more than {CLIP_PICTURES * max_pixels:,} pixels together; let "
+                    f"{name}: its frames have more than {most:,} pixels together; let "
                     "the encoder read fewer, or raise `media.max_pixels`"
                 )
             frames.append(_picture(frame))
@@ -86,16 +84,16 @@ def blank_clip(clip: Clip) -> Clip:
     return Clip(tuple(blank_like(frame) for frame in clip.frames), clip.seconds)
 
 
-def _survey(file: BinaryIO, name: str, max_pixels: int, max_seconds: float) -> _Frames:
+def _survey(file: BinaryIO, name: str, limits: Limits) -> _Frames:
     """Read the packets of the whole clip, without decoding. Raises MediaError for what is out of bounds or cut off."""
     ticks: list[int | None] = []
     keys: list[bool] = []
     last = (0, 1)  # tick and duration
-    with _libav.container(file, _libav.VIDEO, max_pixels, name) as opened:
+    with _libav.container(file, _libav.VIDEO, limits, name) as opened:
         stream = _stream(opened, name)
-        _source.check_pixels(stream.width, stream.height, max_pixels, name)
+        _source.check_pixels(stream.width, stream.height, limits, name)
         declared = _libav.declared_seconds(opened, stream)
-        _source.check_seconds(declared or 0, max_seconds, name)
+        _source.check_seconds(declared or 0, limits, name)
         end = 0.0  # of any stream
         for packet in opened.demux([one for one in opened.streams if one.type in ("video", "audio")]):
             if not packet.size:
@@ -111,7 +109,7 @@ def _survey(file: BinaryIO, name: str, max_pixels: int, max_seconds: float) -> _
             keys.append(packet.is_keyframe)
             if packet.pts is not None and (len(ticks) == 1 or packet.pts >= last[0]):
                 last = (packet.pts, packet.duration or 1)
-            _source.check_seconds(len(ticks) / MAX_RATE, max_seconds, name)
+            _source.check_seconds(len(ticks) / MAX_RATE, limits, name)
         end -= (opened.start_time or 0) / 1_000_000
         if declared and end < declared / 2:  # the last frame of a still scene may last long
             raise MediaError(f"{name}: cut off: only {end:,.1f} of {declared:,.1f} s; write the file anew")
@@ -125,7 +123,7 @@ def _survey(file: BinaryIO, name: str, max_pixels: int, max_seconds: float) -> _
         known = _Frames(
             tuple(range(len(ticks))), (True, *[False] * (len(ticks) - 1)), 1 / (rate or Fraction(25)), False
         )
-    _source.check_seconds(float((max(known.ticks) - min(known.ticks)) * known.unit), max_seconds, name)
+    _source.check_seconds(float((max(known.ticks) - min(known.ticks)) * known.unit), limits, name)
     return known
 
 
@@ -142,23 +140,23 @@ def _choose(known: _Frames, count: int | None, per_second: float | None) -> list
     due = Fraction(ticks[0]) * known.unit
     for number, tick in enumerate(ticks):
         following = (ticks[number + 1] if number + 1 < have else tick + known.lasts) * known.unit
-        if due < following:  # seen from this frame's time to the next one's
+        if due < following:  # shown from this frame's time to the next one's
             chosen.append(tick)
             due += ((following - due) // step + (1 if (following - due) % step else 0)) * step
     return chosen
 
 
 def _decoded(
-    file: BinaryIO, name: str, known: _Frames, chosen: Sequence[int], max_pixels: int
+    file: BinaryIO, name: str, known: _Frames, chosen: Sequence[int], limits: Limits
 ) -> Iterator[tuple[int, Any]]:
     """(tick, frame of libav) of each chosen frame, or of the next one if it can't be decoded."""
     waiting = list(chosen)
     last: tuple[int, Any] | None = None
     yielded = False
-    with _libav.container(file, _libav.VIDEO, max_pixels, name) as opened:
+    with _libav.container(file, _libav.VIDEO, limits, name) as opened:
         stream = _stream(opened, name)
         for number, frame in enumerate(_frames(opened, stream, _needed(known, chosen))):
-            _source.check_pixels(frame.width, frame.height, max_pixels, name)
+            _source.check_pixels(frame.width, frame.height, limits, name)
             tick = frame.pts if known.timed else number
             if tick is None:
                 raise MediaError(f"{name}: a frame has no time; write the file anew")

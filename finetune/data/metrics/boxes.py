@@ -11,7 +11,7 @@ Box = Sequence[float]
 OVERLAP = 0.5  # intersection over union from which a box is a hit
 
 
-def matched(said: Sequence[Box], right: Sequence[Box], allowed: Sequence[Sequence[bool]]) -> Measures:
+def matched(predicted: Sequence[Box], right: Sequence[Box], allowed: Sequence[Sequence[bool]]) -> Measures:
     """The measures of one row for `box_scores`. Boxes are paired one to one, with the largest sum of overlaps;
     `allowed` says of each predicted and each right box whether they may be a pair.
 
@@ -20,15 +20,15 @@ def matched(said: Sequence[Box], right: Sequence[Box], allowed: Sequence[Sequenc
     import numpy as np
     from scipy.optimize import linear_sum_assignment
 
-    most = max(len(said), len(right))
+    most = max(len(predicted), len(right))
     iou, hits = 1.0 if most == 0 else 0.0, 0
-    if said and right:
-        overlaps = overlap(np.array(said, dtype=np.float64), np.array(right, dtype=np.float64)) * np.array(allowed)
+    if predicted and right:
+        overlaps = overlap(np.array(predicted, dtype=np.float64), np.array(right, dtype=np.float64)) * np.array(allowed)
         iou = float(overlaps[linear_sum_assignment(overlaps, maximize=True)].sum() / most)
         near = overlaps >= OVERLAP
         hits = int(near[linear_sum_assignment(near, maximize=True)].sum())
-    correct = float(hits == len(said) == len(right))
-    counts = {"hits": hits, "said": len(said), "right": len(right)}
+    correct = float(hits == len(predicted) == len(right))
+    counts = {"hits": hits, "predicted": len(predicted), "right": len(right)}
     return {"good": iou, "iou": iou, f"accuracy@{OVERLAP}": correct, **counts}
 
 
@@ -37,7 +37,7 @@ def box_scores(rows: Rows) -> dict[str, float]:
     rows, left out if there are none.
     """
     scores = means(rows, ("iou", f"accuracy@{OVERLAP}"))
-    hits, boxes = sum(row["hits"] for row in rows), sum(row["said"] + row["right"] for row in rows)
+    hits, boxes = sum(row["hits"] for row in rows), sum(row["predicted"] + row["right"] for row in rows)
     return scores | ({f"f1@{OVERLAP}": 2 * hits / boxes} if boxes else {})
 
 

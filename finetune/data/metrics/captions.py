@@ -55,8 +55,8 @@ def _bleu_score(counts: list[int]) -> float:
     """BLEU, 0 to 100, of the words of answers and of references, then matches and totals of each order."""
     from sacrebleu.metrics.bleu import BLEU
 
-    said, right, matches, totals = counts[0], counts[1], counts[2 : 2 + ORDER], counts[2 + ORDER :]
-    return BLEU.compute_bleu(matches, totals, said, right, smooth_method="exp", effective_order=True).score
+    predicted, right, matches, totals = counts[0], counts[1], counts[2 : 2 + ORDER], counts[2 + ORDER :]
+    return BLEU.compute_bleu(matches, totals, predicted, right, smooth_method="exp", effective_order=True).score
 
 
 @cache
@@ -85,30 +85,30 @@ def _grams(tokens: Sequence[str]) -> list[tuple[int, int, int]]:
     return [(n, _number_of(gram), times) for (n, gram), times in Counter(grams).items()]
 
 
-def _cider_terms(said: Sequence[str], references: Sequence[Sequence[str]]) -> Measures:
+def _cider_terms(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> Measures:
     """Terms of CIDEr-D (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726), to be weighted by n-gram.
 
-    Tables of (place, n-gram, value). A place is an order of the answer ("said"), or of one of R references, so that
-    there are R * ORDER of them ("right": squared counts; "both": products with the answer's). "seen": the references'
-    n-grams. "highest": the highest number of an n-gram. "penalty": for each place of the references.
+    Tables of (place, n-gram, value). A place is an order of the answer ("predicted"), or of one of R references: R *
+    ORDER of them ("right": squared counts; "both": products with the answer's). "grams": those of the references.
+    "highest": the highest number of an n-gram. "penalty": for each place of the references.
     """
     import numpy as np
 
-    answer, refs = _grams(said), [_grams(reference) for reference in references]
+    answer, refs = _grams(predicted), [_grams(reference) for reference in references]
     times = {number: count for _, number, count in answer}
     right = [(ORDER * r + n, number, count) for r, grams in enumerate(refs) for n, number, count in grams]
     both = [(place, number, min(times[number], count) * count) for place, number, count in right if number in times]
     lengths = np.array([max(len(reference) - 1, 0) for reference in references], dtype=np.float64)
-    penalty = np.exp(-((max(len(said) - 1, 0) - lengths) ** 2) / (2 * SIGMA**2))
+    penalty = np.exp(-((max(len(predicted) - 1, 0) - lengths) ** 2) / (2 * SIGMA**2))
 
     def table(terms: list[tuple[int, int, int]]) -> "np.ndarray":
         return np.array(terms, dtype=np.int64).reshape(-1, 3)
 
     return {
-        "said": table([(n, number, count * count) for n, number, count in answer]),
+        "predicted": table([(n, number, count * count) for n, number, count in answer]),
         "right": table([(place, number, count * count) for place, number, count in right]),
         "both": table(both),
-        "seen": np.unique(np.array([number for _, number, _ in right], dtype=np.int64)),
+        "grams": np.unique(np.array([number for _, number, _ in right], dtype=np.int64)),
         "highest": max([number for _, number, _ in (*answer, *right)], default=0),
         "penalty": np.repeat(penalty, ORDER),
     }
@@ -118,8 +118,8 @@ def _cider(rows: Rows) -> float:
     """Mean CIDEr-D / 10 of rows of `_cider_terms`."""
     import numpy as np
 
-    seen = np.concatenate([row["seen"] for row in rows])
-    documents = np.bincount(seen, minlength=max(row["highest"] for row in rows) + 1)
+    grams = np.concatenate([row["grams"] for row in rows])
+    documents = np.bincount(grams, minlength=max(row["highest"] for row in rows) + 1)
     idf = np.log(len(rows)) - np.log(np.maximum(documents, 1))
     places = np.array([len(row["penalty"]) for row in rows])
 
@@ -132,8 +132,8 @@ def _cider(rows: Rows) -> float:
 
     row_of = np.repeat(np.arange(len(rows)), places)
     order = np.arange(len(row_of)) % ORDER
-    said = summed("said", np.full(len(rows), ORDER))[ORDER * row_of + order]
-    norm = np.sqrt(said * summed("right", places))
+    predicted = summed("predicted", np.full(len(rows), ORDER))[ORDER * row_of + order]
+    norm = np.sqrt(predicted * summed("right", places))
     cosine = np.divide(summed("both", places), norm, out=np.zeros_like(norm), where=norm > 0)
     similarity = cosine * np.concatenate([row["penalty"] for row in rows])
     return float(np.mean(np.bincount(row_of, weights=similarity) / places))

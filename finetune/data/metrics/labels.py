@@ -21,16 +21,16 @@ def fold(label: str) -> str:
     return plain.rstrip(".。．").rstrip() or plain
 
 
-def labelled(said: Iterable[str], right: Iterable[str]) -> Measures:
-    """The measures of one row: "said", "right" and "hits" are labels by `fold`, "names" the right ones as written.
+def labelled(predicted: Iterable[str], right: Iterable[str]) -> Measures:
+    """The measures of one row: "predicted", "right" and "hits" are labels by `fold`, "names" the right ones as written.
     "good" is the share of common labels among all of both: 1 or 0 for a single label.
     """
     names = {fold(label): label for label in right}
-    keys = dict.fromkeys(map(fold, said))
+    keys = dict.fromkeys(map(fold, predicted))
     hits = tuple(key for key in keys if key in names)
     every = len(keys.keys() | names.keys())
     return {
-        "said": tuple(keys),
+        "predicted": tuple(keys),
         "right": tuple(names),
         "hits": hits,
         "names": tuple(names.values()),
@@ -53,14 +53,20 @@ def with_probabilities(row: Measures, probabilities: Mapping[str, float]) -> Mea
 
 
 def counted(rows: Rows) -> dict[str, tuple[int, int, int]]:
-    """{label that is right somewhere: (rows where it is right and said, where it is said, where it is right)}."""
-    hits, said, right = (Counter(chain.from_iterable(row[key] for row in rows)) for key in ("hits", "said", "right"))
-    return {label: (hits[label], said[label], right[label]) for label in sorted(right)}
+    """{label that is right in some row: (rows where it is right and predicted, is predicted, is right)}."""
+    hits, predicted, right = (
+        Counter(chain.from_iterable(row[key] for row in rows)) for key in ("hits", "predicted", "right")
+    )
+    return {label: (hits[label], predicted[label], right[label]) for label in sorted(right)}
 
 
-def precision_recall_f1(hits: int, said: int, right: int) -> tuple[float, float, float]:
-    """Each is 0 if nothing was said, or nothing is right."""
-    return hits / said if said else 0.0, hits / right if right else 0.0, 2 * hits / (said + right) if hits else 0.0
+def precision_recall_f1(hits: int, predicted: int, right: int) -> tuple[float, float, float]:
+    """Each is 0 if nothing was predicted, or nothing is right."""
+    return (
+        hits / predicted if predicted else 0.0,
+        hits / right if right else 0.0,
+        2 * hits / (predicted + right) if hits else 0.0,
+    )
 
 
 def label_scores(rows: Rows) -> dict[str, float]:
@@ -72,8 +78,8 @@ def label_scores(rows: Rows) -> dict[str, float]:
         return {}
     each = [precision_recall_f1(*count) for count in counts]
     precision, recall, f1 = (sum(values) / len(counts) for values in zip(*each, strict=True))
-    hits, said, right = (sum(numbers) for numbers in zip(*counts, strict=True))
-    f1_micro = precision_recall_f1(hits, said, right)[2]
+    hits, predicted, right = (sum(numbers) for numbers in zip(*counts, strict=True))
+    f1_micro = precision_recall_f1(hits, predicted, right)[2]
     return {"precision": precision, "recall": recall, "f1": f1, "f1_micro": f1_micro}
 
 
@@ -125,8 +131,8 @@ def auroc(scores: "np.ndarray", truth: "np.ndarray") -> float | None:
 
 def label_tables(rows: Rows, labels: Sequence[str], several: bool) -> dict[str, Any]:
     """ "per_label": precision, recall, f1 and support of each label; and, where a row has one, "confusion": rows of
-    "counts" are the right labels, columns what was said, in the order of "labels", and in a last column all that is
-    none of them. `labels`: those there are; others that are right somewhere are added.
+    "counts" are the right labels, columns the predicted ones, in the order of "labels", and a last column all that is
+    none of them. `labels`: the known ones; others that are right in some row are added.
     """
     names: dict[str, str] = {fold(label): label for label in labels}
     for row in rows:
@@ -134,10 +140,10 @@ def label_tables(rows: Rows, labels: Sequence[str], several: bool) -> dict[str, 
             names.setdefault(key, name)
     names = dict(sorted(names.items(), key=lambda item: item[1]))
     counts = counted(rows)
-    said = Counter(chain.from_iterable(row["said"] for row in rows))
+    predicted = Counter(chain.from_iterable(row["predicted"] for row in rows))
     per_label = {}
     for key, name in names.items():
-        precision, recall, f1 = precision_recall_f1(*counts.get(key, (0, said[key], 0)))
+        precision, recall, f1 = precision_recall_f1(*counts.get(key, (0, predicted[key], 0)))
         support = counts[key][2] if key in counts else 0
         per_label[name] = {"precision": precision, "recall": recall, "f1": f1, "support": support}
     if several:
@@ -145,5 +151,5 @@ def label_tables(rows: Rows, labels: Sequence[str], several: bool) -> dict[str, 
     place = {key: number for number, key in enumerate(names)}
     table = [[0] * (len(place) + 1) for _ in place]
     for row in rows:
-        table[place[row["right"][0]]][place.get(next(iter(row["said"]), ""), len(place))] += 1
+        table[place[row["right"][0]]][place.get(next(iter(row["predicted"]), ""), len(place))] += 1
     return {"confusion": {"labels": list(names.values()), "counts": table}, "per_label": per_label}

@@ -21,8 +21,8 @@ def number_in(text: str) -> float | None:
 
 
 def number_scores(rows: Rows, low: float | None, high: float | None) -> dict[str, float]:
-    """Scores of rows with "said" (None without a number) and "right": mean_absolute_error, root_mean_squared_error,
-    spearman, pearson, readable (share of rows with a number).
+    """Scores of rows with "predicted" (None without a number) and "right": mean_absolute_error,
+    root_mean_squared_error, spearman, pearson, readable (share of rows with a number).
 
     An answer without a number has the largest possible error between `low` and `high`, by default the lowest and
     highest right number of these rows; for correlations it is the mean of the others. Correlations are 0 if all answers
@@ -32,10 +32,10 @@ def number_scores(rows: Rows, low: float | None, high: float | None) -> dict[str
     from scipy.stats import rankdata
 
     right = np.array([row["right"] for row in rows], dtype=np.float64)
-    said = np.array([row["said"] for row in rows], dtype=np.float64)  # None is NaN
-    readable = ~np.isnan(said)
+    predicted = np.array([row["predicted"] for row in rows], dtype=np.float64)  # None is NaN
+    readable = ~np.isnan(predicted)
     bottom, top = right.min() if low is None else low, right.max() if high is None else high
-    errors = np.where(readable, np.abs(said - right), np.maximum(right - bottom, top - right))
+    errors = np.where(readable, np.abs(predicted - right), np.maximum(right - bottom, top - right))
     scores = {
         "mean_absolute_error": float(errors.mean()),
         "root_mean_squared_error": float(np.sqrt(np.mean(errors**2))),
@@ -43,7 +43,7 @@ def number_scores(rows: Rows, low: float | None, high: float | None) -> dict[str
     }
     if np.ptp(right) == 0:
         return scores
-    filled = np.where(readable, said, said[readable].mean() if readable.any() else 0.0)
+    filled = np.where(readable, predicted, predicted[readable].mean() if readable.any() else 0.0)
     correlations = {"spearman": correlation(rankdata(filled), rankdata(right)), "pearson": correlation(filled, right)}
     return scores | correlations
 

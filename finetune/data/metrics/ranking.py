@@ -10,7 +10,7 @@ from finetune.data.metrics import Rows
 
 
 def ranking_scores(rows: Rows, k: int) -> dict[str, float]:
-    """Means over groups, of rows with "group", "said" (a number, or None: below all) and "right" (relevance, 0 for
+    """Means over groups, of rows with "group", "predicted" (a number, or None: below all) and "right" (relevance, 0 for
     none): ndcg@k (linear gains, as in sklearn's ndcg_score), hit_rate@k, mrr; auroc over groups with both relevant and
     other items.
 
@@ -18,8 +18,8 @@ def ranking_scores(rows: Rows, k: int) -> dict[str, float]:
     item can't be ranked well or badly: they are left out, and counted by `group_counts`.
     """
     scores: dict[str, list[float]] = {}
-    for said, right in _groups(rows).values():
-        for metric, value in _group_scores(tuple(said), tuple(right), k).items():
+    for predicted, right in _groups(rows).values():
+        for metric, value in _group_scores(tuple(predicted), tuple(right), k).items():
             scores.setdefault(metric, []).append(value)
     return {metric: sum(values) / len(values) for metric, values in scores.items()}
 
@@ -34,17 +34,17 @@ def group_counts(rows: Rows) -> dict[str, int]:
 def _groups(rows: Rows) -> dict[object, tuple[list[float], list[float]]]:
     groups: dict[object, tuple[list[float], list[float]]] = {}
     for row in rows:
-        said, right = groups.setdefault(row["group"], ([], []))
-        said.append(-math.inf if row["said"] is None else row["said"])
+        predicted, right = groups.setdefault(row["group"], ([], []))
+        predicted.append(-math.inf if row["predicted"] is None else row["predicted"])
         right.append(row["right"])
     return groups
 
 
 @lru_cache(maxsize=2**14)  # a bootstrap draws the same groups again and again
-def _group_scores(said: tuple[float, ...], right: tuple[float, ...], k: int) -> dict[str, float]:
+def _group_scores(predicted: tuple[float, ...], right: tuple[float, ...], k: int) -> dict[str, float]:
     if max(right) <= 0:
         return {}
-    order = sorted(zip(said, right, strict=True), key=lambda item: -item[0])
+    order = sorted(zip(predicted, right, strict=True), key=lambda item: -item[0])
     tied = [[gain for _, gain in block] for _, block in groupby(order, key=lambda item: item[0])]
     ideal = sum(gain * _discount(place, k) for place, gain in enumerate(sorted(right, reverse=True)))
     gained, missed, reciprocal, above, place = 0.0, 1.0, 0.0, 0.0, 0

@@ -73,7 +73,7 @@ def measure(prediction: float | None, target: Target, options: Options) -> Measu
     """ "good": the prediction for a relevant item, 1 - prediction for another: the probability of the truth."""
     relevance = target["relevance"]
     good = 0.0 if prediction is None else prediction if relevance > 0 else 1 - prediction
-    return {"good": good, "group": target["group"], "said": prediction, "right": relevance}
+    return {"good": good, "group": target["group"], "predicted": prediction, "right": relevance}
 
 
 def score(rows: Sequence[Measure], options: Options) -> dict[str, float]:

@@ -48,11 +48,11 @@ def read(answer: Answer, options: Options) -> float | None:
 def measure(prediction: float | None, target: float, options: Options) -> Measure:
     """ "good": 1 - error / range; without bounds, 1 / (1 + error)."""
     if prediction is None:
-        return {"good": 0.0, "said": None, "right": target}
+        return {"good": 0.0, "predicted": None, "right": target}
     error = abs(prediction - target)
     if options.minimum is None or options.maximum is None:
-        return {"good": 1 / (1 + error), "said": prediction, "right": target}
-    return {"good": 1 - error / (options.maximum - options.minimum), "said": prediction, "right": target}
+        return {"good": 1 / (1 + error), "predicted": prediction, "right": target}
+    return {"good": 1 - error / (options.maximum - options.minimum), "predicted": prediction, "right": target}
 
 
 def score(rows: Sequence[Measure], options: Options) -> dict[str, float]:

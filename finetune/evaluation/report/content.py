@@ -20,7 +20,7 @@ from finetune.evaluation.results import Metrics
 from finetune.model.bindings import TaskBinding
 from finetune.model.manifest import AdapterManifest
 from finetune.recipe.explain import explain, recipe_error
-from finetune.recipe.schema import Limits, Recipe, Source, cached_schema, task_names
+from finetune.recipe.schema import Limits, Recipe, Source, outline, task_names
 from finetune.recipe.yaml_reader import read_text, read_yaml
 
 CONSEQUENCES = {
@@ -141,7 +141,7 @@ def _recipe(path: Path) -> Recipe:
         try:
             return Recipe.model_validate(document.value)
         except ValidationError as error:
-            raise recipe_error(document, explain(document, error.errors(include_url=False), cached_schema())) from None
+            raise recipe_error(document, explain(document, error.errors(include_url=False), outline())) from None
     except RecipeError as error:
         raise RecipeError(f"{error}; the model and its data are unknown") from None
 

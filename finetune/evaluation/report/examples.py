@@ -31,7 +31,7 @@ Side = Literal["worst", "best"]
 
 
 @dataclass(frozen=True)
-class EmbeddedMedium:
+class AlbumMedium:
     """A medium as a data URI; without one, `note` says why."""
 
     kind: str
@@ -47,7 +47,7 @@ class Example:
     prediction: Prediction
     side: Side
     rank: int
-    media: list[EmbeddedMedium] = field(default_factory=list)
+    media: list[AlbumMedium] = field(default_factory=list)
 
     @property
     def task(self) -> str:
@@ -104,9 +104,9 @@ class Album:
     room: int = MEDIA_BYTES
     left_out: int = 0
     broken: int = 0
-    _embedded: dict[Medium, EmbeddedMedium] = field(default_factory=dict)
+    _embedded: dict[Medium, AlbumMedium] = field(default_factory=dict)
 
-    def embed(self, medium: Medium) -> EmbeddedMedium:
+    def embed(self, medium: Medium) -> AlbumMedium:
         """A thumbnail of a picture or of a video's first frame; a recording's first seconds."""
         if medium not in self._embedded:
             self._embedded[medium] = self._embed(medium)
@@ -114,25 +114,25 @@ class Album:
         self.broken += bool(embedded.note)
         if len(embedded.uri) > self.room:
             self.left_out += 1
-            return EmbeddedMedium(embedded.kind, embedded.name, note="left out to keep the page small")
+            return AlbumMedium(embedded.kind, embedded.name, note="left out to keep the page small")
         self.room -= len(embedded.uri)
         return embedded
 
-    def _embed(self, medium: Medium) -> EmbeddedMedium:
+    def _embed(self, medium: Medium) -> AlbumMedium:
         kind, path, name = medium.kind, medium.path, shorten(medium.path.name, 120)
         if kind not in DECODERS:
-            return EmbeddedMedium(kind, name, note=f"a medium of kind {shorten(kind, 40)!r} can't be shown")
+            return AlbumMedium(kind, name, note=f"a medium of kind {shorten(kind, 40)!r} can't be shown")
         if not path.is_file():
-            return EmbeddedMedium(kind, name, note="the file is missing")
+            return AlbumMedium(kind, name, note="the file is missing")
         first_frame = {"per_second": 1 / (2 * self.limits.max_seconds)} if kind == "video" else {}
         try:
             decoded = decode(kind, path, where=name, limits=self.limits, **first_frame)
         except MediaError as error:
-            return EmbeddedMedium(kind, name, note=str(error))
+            return AlbumMedium(kind, name, note=str(error))
         if kind == "audio":
-            return EmbeddedMedium(kind, name, data_uri("audio/ogg", ogg(decoded)))
+            return AlbumMedium(kind, name, data_uri("audio/ogg", ogg(decoded)))
         picture = decoded if kind == "image" else decoded.frames[0]
-        return EmbeddedMedium(kind, name, data_uri("image/webp", thumbnail(picture)))
+        return AlbumMedium(kind, name, data_uri("image/webp", thumbnail(picture)))
 
 
 def thumbnail(picture: "Image") -> bytes:

@@ -91,8 +91,8 @@ class LabelDetails:
 
 
 def _label_details(content: Content, task: str) -> LabelDetails | None:
-    found = content.metrics.tables.get(task, TaskTables())
-    labels, confusion = tables.label_table(found), tables.confusion_matrix(found.confusion)
+    by_label = content.metrics.tables.get(task, TaskTables())
+    labels, confusion = tables.label_table(by_label), tables.confusion_matrix(by_label.confusion)
     bins = tables.calibration(content.predictions_of(task))
     chart = None
     if bins:

@@ -46,7 +46,8 @@ class ScoreTable:
 def score_tables(content: Content) -> list[ScoreTable]:
     tables = []
     for task, metrics in content.metrics.scores.items():
-        conditions = list(dict.fromkeys(name for values in metrics.values() for name in values))
+        values_of = [values.items() for values in metrics.values()]
+        conditions = list(dict.fromkeys(name for values in values_of for name, value in values if value is not None))
         primary = content.primary(task, list(metrics)) if metrics else ""
         rows = []
         for metric, values in metrics.items():

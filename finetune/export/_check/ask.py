@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 Chat = list[dict[str, Any]]  # messages in the form of transformers' processors
 
 
-class Base(TypedDict):
+class BaseModelSpec(TypedDict):
     """How the LLM was loaded when its adapter was trained, and the options that its chat template is rendered with."""
 
     template_options: dict[str, bool]
@@ -24,18 +24,18 @@ class Base(TypedDict):
     device: str
 
 
-class Questions(TypedDict):
+class QuestionFile(TypedDict):
     """Media of `chats` are paths: PNG files, WAV files at 16 kHz, or videos."""
 
     chats: list[Chat]
     max_new_tokens: int
-    base: NotRequired[Base]
+    base: NotRequired[BaseModelSpec]
 
 
 def main(folder: str, questions_file: str, answers_file: str, *modules: str) -> None:
     for module in modules:
         importlib.import_module(module)
-    questions: Questions = json.loads(Path(questions_file).read_text(encoding="utf-8"))
+    questions: QuestionFile = json.loads(Path(questions_file).read_text(encoding="utf-8"))
     base = questions.get("base")
     engine, model, inputs_of = with_transformers(folder) if base is None else with_peft(folder, base)
     ends = model.generation_config.eos_token_id
@@ -82,7 +82,7 @@ def with_transformers(folder: str) -> tuple[str, Any, Callable[[Chat], Any]]:
     return f"transformers {transformers.__version__}", model, inputs_of
 
 
-def with_peft(folder: str, base: Base) -> tuple[str, Any, Callable[[Chat], Any]]:
+def with_peft(folder: str, base: BaseModelSpec) -> tuple[str, Any, Callable[[Chat], Any]]:
     """As `with_transformers`; messages have text only."""
     import peft
     import torch

@@ -1,7 +1,6 @@
 """An engine's OpenAI-compatible server in a process group of its own: started, queried, and stopped for certain."""
 
 import base64
-import json
 import os
 import re
 import signal
@@ -9,15 +8,16 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import IO, Any
 
+import httpx2
+
 from finetune.common.errors import ExportRefused
-from finetune.data.sample import Medium, Message
+from finetune.data.sample import Message
 
 ANSWER_SECONDS = 600.0
 STOP_SECONDS = 20.0
@@ -78,16 +78,12 @@ def chat_completion(server: Server, messages: Sequence[Message], max_new_tokens:
         "temperature": 0,
         **fields,
     }
-    request = urllib.request.Request(
-        f"{server.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-            return json.load(response)["choices"][0]
-    except (OSError, ValueError, LookupError) as error:
-        reason: object = error
-        if isinstance(error, urllib.error.HTTPError):
-            reason = error.read().decode(errors="replace")[:400]
+        response = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS, trust_env=False)
+        response.raise_for_status()
+        return response.json()["choices"][0]
+    except (httpx2.HTTPError, ValueError, LookupError) as error:
+        reason = error.response.text[:400] if isinstance(error, httpx2.HTTPStatusError) else error
         raise ExportRefused(f"{server.engine} doesn't answer a question: {reason}\n{server.log_excerpt()}") from None
 
 
@@ -96,18 +92,15 @@ def content_of(message: Message) -> list[dict[str, object]]:
     by a line break.
     """
     parts: list[dict[str, object]] = []
-    text = ""
-    for part in message.content:
-        if isinstance(part, str):
-            text += part
-            continue
-        parts += [{"type": "text", "text": text}] if text else []
-        parts.append(_media_part(part))
-        text = ""
-    return [*parts, {"type": "text", "text": text}] if text else parts
+    for kind, adjacent in groupby(filter(None, message.content), type):
+        if kind is str:
+            parts.append({"type": "text", "text": "".join(map(str, adjacent))})
+        else:
+            parts.extend(map(_media_part, adjacent))
+    return parts
 
 
-def _media_part(medium: Medium) -> dict[str, object]:
+def _media_part(medium: Any) -> dict[str, object]:
     encoded = base64.b64encode(medium.path.read_bytes()).decode()
     if medium.kind == "image":
         return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
@@ -119,11 +112,10 @@ def _wait(process: "subprocess.Popen[bytes]", server: Server, seconds: float) ->
     while time.monotonic() < end:
         if process.poll() is not None:
             raise ExportRefused(f"{server.engine} stopped with status {process.returncode}:\n{server.log_excerpt()}")
-        try:
-            with urllib.request.urlopen(f"{server.url}/health", timeout=5):
+        with suppress(httpx2.TransportError):
+            if httpx2.get(f"{server.url}/health", timeout=5, trust_env=False).is_success:
                 return
-        except OSError:
-            time.sleep(0.2)
+        time.sleep(0.2)
     raise ExportRefused(
         f"{server.engine} hasn't started within {seconds:g} s (`--option start_seconds=...` allows more):\n"
         + server.log_excerpt()

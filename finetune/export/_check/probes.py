@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from finetune.common.errors import DataError
-from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.predictions import read_predictions
 from finetune.data.sample import Medium, Message, Prepared
 from finetune.export._contract import Probe, without_end
 from finetune.model.assistant import Assistant
-from finetune.model.features import encode_one
+from finetune.model.features import decode_for, encode_one
 from finetune.model.language_model import context_length
 from finetune.model.tokenize import answer_ends, tokenize_prompt
 
@@ -60,8 +59,7 @@ def answered(
             for medium in media_of(messages):
                 if medium not in prepared:
                     encoder = assistant.encoders[medium.kind]
-                    sampling: dict[str, Any] = encoder.sampling
-                    decoded = decode(medium.kind, medium.path, limits=assistant.limits, **sampling)
+                    decoded = decode_for(encoder, medium.kind, medium.path, assistant.limits)
                     prepared[medium] = encoder.prepare(decoded)
                     files[medium] = _lossless(medium, decoded, folder / f"decoded-{len(files)}")
             batch = prompt_batch(assistant, messages, prepared)
@@ -96,10 +94,6 @@ def prompt_batch(
 
 def media_of(messages: Sequence[Message]) -> list[Medium]:
     return [part for message in messages for part in message.content if isinstance(part, Medium)]
-
-
-def without_media(messages: Conversation) -> Conversation:
-    return tuple(replace(m, content=tuple(part for part in m.content if isinstance(part, str))) for m in messages)
 
 
 def as_chat(messages: Sequence[Message], values: Mapping[Medium, Any]) -> list[dict[str, Any]]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from finetune.common.errors import ExportRefused
 from finetune.common.run_folder import read_json, write_json
-from finetune.export._check.ask import Questions
+from finetune.export._check.ask import QuestionFile
 from finetune.export._contract import EngineAnswers
 
 
-def answers_of_process(folder: Path, questions: Questions, modules: Sequence[str] = ()) -> EngineAnswers:
+def answers_of_process(folder: Path, questions: QuestionFile, modules: Sequence[str] = ()) -> EngineAnswers:
     """`modules` of this package are imported there. Raises ExportRefused with the process's last line if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         questions_file, answers_file = Path(scratch) / "questions.json", Path(scratch) / "answers.json"

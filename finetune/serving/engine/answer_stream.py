@@ -1,16 +1,16 @@
 """One answer, piece by piece, from the worker's thread to an event loop."""
 
 import asyncio
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
-from finetune.serving.engine.contract import Piece, TimedOut
+from finetune.serving.engine.contract import AnswerPiece, TimedOut
 
 
 class AnswerStream:
-    """The worker calls `put`; an event loop iterates, and may `cancel`. `deadline`: as `time.monotonic()`."""
+    """The worker calls `put`; the event loop in which it was made iterates, and may `cancel`. `deadline`: as
+    `time.monotonic()`.
+    """
 
     def __init__(self, timeout_seconds: float, wake_worker: Callable[[], None]) -> None:
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
@@ -18,10 +18,9 @@ class AnswerStream:
         self.cancelled = False
         self._timeout_seconds = timeout_seconds
         self._wake_worker = wake_worker
-        self._lock = threading.Lock()
-        self._ready: deque[Piece | BaseException] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[AnswerPiece | BaseException] = asyncio.Queue()
         self._ended = False
-        self._reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     @property
     def timed_out(self) -> TimedOut:
@@ -32,15 +31,10 @@ class AnswerStream:
             "`timeout_seconds`"
         )
 
-    def put(self, item: Piece | BaseException) -> None:
+    def put(self, item: AnswerPiece | BaseException) -> None:
         """The next piece, or the error that ends the answer."""
-        with self._lock:
-            self._ready.append(item)
-            reader = self._reader
-            if reader is None or reader[1].is_set():
-                return
         try:
-            reader[0].call_soon_threadsafe(reader[1].set)
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
         except RuntimeError:  # that event loop is closed
             self.cancelled = True
 
@@ -52,28 +46,17 @@ class AnswerStream:
     def __aiter__(self) -> "AnswerStream":
         return self
 
-    async def __anext__(self) -> Piece:
-        with self._lock:
-            if self._reader is None:
-                self._reader = (asyncio.get_running_loop(), asyncio.Event())
-            event = self._reader[1]
-        while True:
-            with self._lock:
-                if self._ready:
-                    return self._next()
-                if self._ended:
-                    raise StopAsyncIteration
-                event.clear()
-            try:
-                await asyncio.wait_for(event.wait(), self.deadline - time.monotonic())
-            except TimeoutError:  # not left to the worker, which may be in a long step
-                self._ended = True
-                self.cancel()
-                raise self.timed_out from None
-
-    def _next(self) -> Piece:
-        item = self._ready.popleft()
-        if isinstance(item, Piece):
+    async def __anext__(self) -> AnswerPiece:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                item = await self._items.get()
+        except TimeoutError:  # not left to the worker, which may be in a long step
+            self._ended = True
+            self.cancel()
+            raise self.timed_out from None
+        if isinstance(item, AnswerPiece):
             self._ended = item.finish_reason is not None
             return item
         self._ended = True

@@ -4,7 +4,6 @@ Padded on the left, so that all continue in the same column. B answers, T column
 """
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -47,15 +46,14 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class Batch:
+class GenerationBatch:
     """`join` reads the prompts of new answers, their media encoded; `step` gives each answer one more token."""
 
     def __init__(self, model: MultimodalModel, prefixes: PrefixCache) -> None:
         self.generations: list[Generation] = []
         self._model, self._prefixes = model, prefixes
-        parameters = signature(model.causal_lm.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._takes_positions = model.llm_takes("position_ids")
+        self._last_only = {"logits_to_keep": 1} if model.llm_takes("logits_to_keep") else {}
         self._device = model.get_input_embeddings().weight.device
         self._cache = _cache([])
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=self._device)
@@ -74,7 +72,7 @@ class Batch:
         columns = max(one.length - n for one, n in zip(new, cached, strict=True))
         cached = [max(0, one.length - columns) for one in new]
         blocks = [self._prefixes.read(one.cache_keys, n) for one, n in zip(new, cached, strict=True)]
-        if any(n and not found for n, found in zip(cached, blocks, strict=True)):  # evicted in the meantime
+        if any(n and not block for n, block in zip(cached, blocks, strict=True)):  # evicted in the meantime
             columns, cached, blocks = longest, [0] * len(new), [[] for _ in new]
         ids, mask = left_padded([one.input_ids for one in new], 0, self._device)
         embeddings = self._model.embed(ids, features_of(new))[:, -columns:]

@@ -4,6 +4,9 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pydantic import Field
+
+from finetune.common.registry import PartOptions
 from finetune.data.sample import Answer, Message
 
 MEBIBYTE = 2**20
@@ -22,25 +25,20 @@ class TimedOut(Exception):
     """A request took longer than its time limit."""
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """Sizes of an engine.
+class EngineLimits(PartOptions):
+    """Sizes of an engine."""
 
-    max_batch: answers of one model generated at a time
-    max_batch_tokens: tokens of these answers, padding and prompts included; also the most for a single request
-    prefill_tokens: prompt tokens read between two steps; a single prompt may be longer
-    queue_limit: waiting requests
-    media_cache_bytes, prefix_cache_bytes: cached features of media and keys and values of prompts; 0 caches nothing
-    media_waiting_bytes: decoded media that haven't been encoded yet
-    """
-
-    max_batch: int = 32
-    max_batch_tokens: int = 65_536
-    prefill_tokens: int = 4096
-    queue_limit: int = 128
-    media_cache_bytes: int = 256 * MEBIBYTE
-    prefix_cache_bytes: int = 256 * MEBIBYTE
-    media_waiting_bytes: int = 1024 * MEBIBYTE
+    max_batch: int = Field(32, ge=1, description="Answers of a model generated at a time.")
+    max_batch_tokens: int = Field(65_536, ge=1, description="Tokens of these answers, prompts and padding included.")
+    prefill_tokens: int = Field(4096, ge=1, description="Prompt tokens read between two steps, or a single prompt.")
+    queue_limit: int = Field(128, ge=0, description="Waiting requests; further ones get 429.")
+    media_cache_bytes: int = Field(256 * MEBIBYTE, ge=0, description="Cache of media features, bytes; 0 turns it off.")
+    media_waiting_bytes: int = Field(
+        1024 * MEBIBYTE, ge=1, description="Decoded media that wait, bytes; further ones get 429."
+    )
+    prefix_cache_bytes: int = Field(
+        256 * MEBIBYTE, ge=0, description="Cache of prompt prefixes, bytes; 0 turns it off."
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """The next final text of an answer: whole characters, no part of a stop string. The last piece has a
     `finish_reason`, 'stop' or 'length'.
     """
@@ -98,7 +96,7 @@ class Stream(Protocol):
     completion_tokens: int
     cached_tokens: int
 
-    def __aiter__(self) -> AsyncIterator[Piece]: ...
+    def __aiter__(self) -> AsyncIterator[AnswerPiece]: ...
     def cancel(self) -> None: ...
 
 

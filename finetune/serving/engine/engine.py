@@ -12,7 +12,7 @@ from finetune.model.assistant import Assistant
 from finetune.model.language_model import context_length
 from finetune.model.tokenize import answer_ends
 from finetune.serving.engine.answer_stream import AnswerStream
-from finetune.serving.engine.batch import Batch
+from finetune.serving.engine.batch import GenerationBatch
 from finetune.serving.engine.cache import PrefixCache
 from finetune.serving.engine.contract import Busy, EngineLimits, ModelInfo, Request, Stats, TaskInfo, TimedOut
 from finetune.serving.engine.generation import Generation
@@ -44,7 +44,7 @@ class BatchingEngine:
         return HostedModel(
             assistant,
             MediaReader(assistant, self._features, self._pool, self._worker.count),
-            Batch(model, self._prefixes),
+            GenerationBatch(model, self._prefixes),
             frozenset(answer_ends(assistant.tokenizer, model.causal_lm.generation_config)),
             strengths=None if model.fusion.strength is None else dict(model.fusion.strength),
             batch_size=most,
@@ -132,7 +132,7 @@ class BatchingEngine:
             if self._worker.stopped:
                 raise STOPPED
             read()
-        except Exception as error:  # whatever a decoder raises for a client's file, the client is told
+        except Exception as error:  # whatever a decoder raises for a client's file, the client gets it
             self._worker.leave_queue()
             self._worker.fail(error, fail)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from finetune.common.errors import DataError
 from finetune.serving.engine.answer_stream import AnswerStream
-from finetune.serving.engine.contract import Piece, Request, Token
-from finetune.serving.engine.prompt import Prompt
+from finetune.serving.engine.contract import AnswerPiece, Request, Token
+from finetune.serving.engine.prompt import RequestPrompt
 from finetune.serving.engine.sampling import Sampler, Vocabulary, log_probabilities
 from finetune.serving.engine.text import IncrementalDecoder
 
@@ -24,7 +24,7 @@ class Generation:
         self,
         request: Request,
         stream: AnswerStream,
-        prompt: Prompt,
+        prompt: RequestPrompt,
         decoder: IncrementalDecoder,
         *,
         limit: int,
@@ -40,7 +40,7 @@ class Generation:
         matcher = vocabulary.matcher(request.schema) if vocabulary and request.schema is not None else None
         self.sampler = Sampler(request, matcher)
         self.begun = time.monotonic()
-        self._last: Piece | None = None  # sent when the answer has left its batch
+        self._last: AnswerPiece | None = None  # sent when the answer has left its batch
         self._decoder = decoder
         self._vocabulary = vocabulary
         self._unsent: list[tuple[Token, int]] = []  # tokens to report, and where their text begins
@@ -102,11 +102,11 @@ class Generation:
         self.stream.completion_tokens = len(self.tokens)
         if last:
             end = decoder.released if decoder.stopped else float("inf")
-            self._last = Piece(text, tuple(t for t, start in self._unsent if start < end), self.finish_reason)
+            self._last = AnswerPiece(text, tuple(t for t, start in self._unsent if start < end), self.finish_reason)
         elif text:
             ready = tuple(t for t, _ in self._unsent) if decoder.whole else ()
             self._unsent = [] if ready else self._unsent
-            self.stream.put(Piece(text, ready))
+            self.stream.put(AnswerPiece(text, ready))
 
     def send_last(self) -> None:
         """Send the last piece, once."""

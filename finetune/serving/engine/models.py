@@ -33,9 +33,11 @@ def load_models(sources: Mapping[str, Path | str], device: torch.device | None =
     device = device or default_device()
     folders = {name: _folder(str(source)) for name, source in sources.items()}
     bases = {name: key for name, folder in folders.items() if (key := _base_of(folder))}
-    shared = {key: _SharedBase(device) for key, count in Counter(bases.values()).items() if count > 1}
+    shared = {key: _SharedBase() for key, count in Counter(bases.values()).items() if count > 1}
     return {
-        name: shared[bases[name]].load(folder) if bases.get(name) in shared else load(folder, device)
+        name: load_adapter(folder, device, shared_llm=shared[bases[name]].language_model)
+        if bases.get(name) in shared
+        else load(folder, device)
         for name, folder in folders.items()
     }
 
@@ -63,22 +65,17 @@ def _base_of(folder: Path) -> str | None:
 class _SharedBase:
     """A frozen LLM, and the frozen encoders that adapters on it have in common."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.language_model: Any = None
-        self.encoders: dict[tuple[str, str], Encoder] = {}
+    def __init__(self) -> None:
+        self._language_model: Any = None
+        self._encoders: dict[tuple[str, str], Encoder] = {}
 
-    def load(self, folder: Path) -> Assistant:
-        """The adapter folder's model, on this LLM."""
-        return load_adapter(folder, self.device, shared_llm=self._language_model)
-
-    def _language_model(self, components: Components) -> Any:
+    def language_model(self, components: Components) -> Any:
+        """A module of its own, for PEFT to modify, on the shared weights. `components` get the shared encoders."""
         for name, encoder in components.encoders.items():
             if name not in components.tuned:
                 key = (kind_of(encoder), encoder.fingerprint)
-                components.encoders[name] = self.encoders.setdefault(key, encoder)
-        if self.language_model is None:
-            self.language_model = load_llm(components)
-        # A module of its own for PEFT to modify, on the same parameters and buffers.
-        tensors = [*self.language_model.parameters(), *self.language_model.buffers()]
-        return copy.deepcopy(self.language_model, {id(tensor): tensor for tensor in tensors})
+                components.encoders[name] = self._encoders.setdefault(key, encoder)
+        if self._language_model is None:
+            self._language_model = load_llm(components)
+        tensors = [*self._language_model.parameters(), *self._language_model.buffers()]
+        return copy.deepcopy(self._language_model, {id(tensor): tensor for tensor in tensors})

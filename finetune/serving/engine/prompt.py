@@ -1,15 +1,14 @@
 """From a request to the LLM's input: decoded media and token ids. Runs in reader threads, beside the worker."""
 
-import hashlib
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from finetune.common.errors import DataError
+from finetune.common.run_folder import file_hash
 from finetune.data.sample import Layout, Medium, Message, Prepared
 from finetune.model.assistant import Assistant, without_kinds
 from finetune.model.features import encode_one, read_medium
@@ -58,7 +57,7 @@ class MediaPool:
 
 
 @dataclass
-class Prompt:
+class RequestPrompt:
     """Token ids; `symbols`, a text per token for the prefix cache: its id, or its medium's name; `media` by kind, in
     the order of their placeholders.
     """
@@ -94,8 +93,9 @@ class MediaReader:
         if encoder is None:
             kinds = ", ".join(self.assistant.encoders) or "text only"
             raise DataError(f"this model takes {kinds}, not {medium.kind}")
+        content = file_hash(medium.path) if medium.path.is_file() else ""  # decoding reports what isn't a file
         # Models that share an encoder share features.
-        shared = self.pool.medium(f"{medium.kind} {id(encoder)} {_file_hash(medium.path)}")
+        shared = self.pool.medium(f"{medium.kind} {id(encoder)} {content}")
         with shared.lock:
             if not shared.decoded and (cached := self.cache.get(shared.name)) is not None:
                 shared.layout, shared.features = cached
@@ -121,7 +121,7 @@ class MediaReader:
 
 def read_prompt(
     assistant: Assistant, reader: MediaReader, messages: Sequence[Message], strengths: Mapping[str, float], room: int
-) -> Prompt:
+) -> RequestPrompt:
     """A conversation as the LLM's input, without media of strength 0. `room`: the most tokens of a prompt.
 
     Raises DataError for media that can't be read and for a prompt that is too long; Busy as `MediaReader.decode`.
@@ -138,7 +138,7 @@ def read_prompt(
     by_kind: dict[str, list[SharedMedium]] = {}
     for medium in tokens.media:
         by_kind.setdefault(medium.kind, []).append(media[medium])
-    return Prompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), by_kind)
+    return RequestPrompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), by_kind)
 
 
 def _symbols(
@@ -169,11 +169,3 @@ class DecodedMedia:
 def _layout(medium: SharedMedium) -> Layout:
     assert medium.layout is not None  # set by `MediaReader.decode`
     return medium.layout
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""  # decoding reports the error

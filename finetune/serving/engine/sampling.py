@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 from finetune.common.errors import DataError
 from finetune.serving.engine.contract import JsonSchema, Request
@@ -69,14 +70,10 @@ class Sampler:
 
     def _sample(self, logits: Tensor) -> int:
         # Dividing by a tiny temperature would overflow to infinities.
-        probabilities = ((logits - logits.max()) / max(self.temperature, LOWEST_TEMPERATURE)).softmax(-1)
+        logits = (logits - logits.max()) / max(self.temperature, LOWEST_TEMPERATURE)
         if self.top_p < 1:
-            ordered, tokens = probabilities.sort(descending=True, stable=True)
-            # The fewest tokens whose probabilities reach `top_p`, the one that reaches it included.
-            probabilities = torch.zeros_like(probabilities).scatter(
-                0, tokens, ordered.masked_fill(ordered.cumsum(0) - ordered >= self.top_p, 0.0)
-            )
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+            logits = TopPLogitsWarper(self.top_p)(torch.empty(0, dtype=torch.long), logits[None])[0]
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
 
 
 def log_probabilities(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:

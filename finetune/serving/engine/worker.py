@@ -16,7 +16,7 @@ from finetune.data.sample import Answer, Message
 from finetune.model.assistant import Assistant
 from finetune.model.features import MediaView
 from finetune.serving.engine import static_batch
-from finetune.serving.engine.batch import Batch
+from finetune.serving.engine.batch import GenerationBatch
 from finetune.serving.engine.cache import PrefixCache
 from finetune.serving.engine.contract import Busy, EngineLimits, TimedOut
 from finetune.serving.engine.generation import Generation
@@ -64,7 +64,7 @@ class HostedModel:
 
     assistant: Assistant
     media: MediaReader
-    batch: Batch
+    batch: GenerationBatch
     ends: frozenset[int]
     strengths: dict[str, float] | None
     batch_size: int

@@ -24,7 +24,7 @@ from finetune.data.sample import Answer
 from finetune.serving.engine.contract import Busy, Engine, TimedOut
 from finetune.serving.http.access import AccessControl
 from finetune.serving.http.completion import ChatCompletion
-from finetune.serving.http.metrics import Metrics, RequestMetrics
+from finetune.serving.http.metrics import RequestMetrics, ServerMetrics
 from finetune.serving.http.page import page
 from finetune.serving.http.protocol import ApiError, JsonObject, new_id, now
 from finetune.serving.http.reader import HeadOutput, RequestReader
@@ -40,7 +40,7 @@ def build_app(engine: Engine, options: ServerOptions, folder: Path, api_key: str
     """The app for an engine that has been started. `folder`: private, for the media of requests in progress.
     `app.state.server.draining = True` makes it refuse new requests.
     """
-    server = Server(engine, options, folder)
+    server = HttpServer(engine, options, folder)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
     routes: dict[str, tuple[str, Callable[..., Awaitable[Response]]]] = {
@@ -70,12 +70,12 @@ def build_app(engine: Engine, options: ServerOptions, folder: Path, api_key: str
     return app
 
 
-class Server:
+class HttpServer:
     """The endpoints."""
 
     def __init__(self, engine: Engine, options: ServerOptions, folder: Path) -> None:
         self.engine, self.options, self.folder = engine, options, folder
-        self.metrics = Metrics(engine.stats)
+        self.metrics = ServerMetrics(engine.stats)
         self.started = now()
         self.draining = False
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from finetune.common.errors import DataError
-from finetune.serving.engine.contract import Busy, Engine, Piece, Request, Stream, TimedOut, Token
+from finetune.serving.engine.contract import AnswerPiece, Busy, Engine, Request, Stream, TimedOut, Token
 from finetune.serving.http.protocol import ApiError, ChatRequest, JsonObject, logprobs_of, new_id, now, usage_of
 
 STREAM_ERRORS = (DataError, Busy, TimedOut, MemoryError)  # that reading a stream may raise
@@ -30,8 +30,8 @@ class ChatCompletion:
         self.head: JsonObject = {"id": new_id("chatcmpl"), "created": now(), "model": self.model}
         self.streams: list[Stream] = []
         self.ended = False
-        self._reading: dict[asyncio.Future[Piece], int] = {}
-        self._first: list[tuple[int, Piece]] = []
+        self._reading: dict[asyncio.Future[AnswerPiece], int] = {}
+        self._first: list[tuple[int, AnswerPiece]] = []
         try:
             for request in requests:
                 self.streams.append(engine.submit(request))
@@ -97,13 +97,13 @@ class ChatCompletion:
     def _chunk(self, choices: list[JsonObject], usage: JsonObject) -> str:
         return _event({**self.head, "object": "chat.completion.chunk", "choices": choices, **usage})
 
-    async def _all(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _all(self) -> AsyncIterator[tuple[int, AnswerPiece]]:
         for first in self._first:
             yield first
         async for numbered in self._pieces:
             yield numbered
 
-    async def _merged(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _merged(self) -> AsyncIterator[tuple[int, AnswerPiece]]:
         """(number of the answer, its next piece) in order of arrival."""
         end = asyncio.get_running_loop().time() + self.seconds
         iterators = [aiter(stream) for stream in self.streams]

@@ -13,7 +13,7 @@ from finetune.serving.engine.contract import Stats, Stream
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
-class Metrics:
+class ServerMetrics:
     """`stats`: the engine's own metrics."""
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
@@ -51,7 +51,7 @@ class Metrics:
 class RequestMetrics:
     """ASGI middleware that counts and times all responses, by path for `paths`."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, paths: Iterable[str]) -> None:
         self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

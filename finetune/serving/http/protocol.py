@@ -21,36 +21,21 @@ LOWEST_LOGPROB = -9999.0  # nats; JSON has no infinity
 
 # Unsupported fields that would change the answer, and their values that don't.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "audio": (None,),
-    "modalities": (None, [], ["text"]),
-    "web_search_options": (None,),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "length_penalty": (None, 1),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "best_of": (None, 1),
-    "use_beam_search": (None, False),
-    "ignore_eos": (None, False),
-    "stop_token_ids": (None, []),
-    "bad_words": (None, []),
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "continue_final_message": (None, False),
-    "add_generation_prompt": (None, True),
-    "echo": (None, False),
+    name: (None, *harmless)
+    for names, *harmless in (
+        ("audio web_search_options structured_outputs chat_template",),
+        ("guided_json guided_regex guided_choice guided_grammar",),
+        ("tools functions stop_token_ids bad_words", []),
+        ("logit_bias chat_template_kwargs", {}),
+        ("tool_choice function_call", "none", "auto"),
+        ("modalities", [], ["text"]),
+        ("presence_penalty frequency_penalty min_p min_tokens", 0),
+        ("repetition_penalty length_penalty best_of", 1),
+        ("top_k", 0, -1),
+        ("use_beam_search ignore_eos continue_final_message echo", False),
+        ("add_generation_prompt", True),
+    )
+    for name in str(names).split()
 }
 
 

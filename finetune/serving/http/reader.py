@@ -137,8 +137,8 @@ class RequestReader:
             return name
         if name is not None or len(names) != 1:
             kind = "labels" if output == "labels" else "a number"
-            there = ", ".join(names) or f"none; {model!r} answers in words, at /v1/chat/completions"
-            raise invalid("task", f"those of {model!r} that answer by {kind}: {there}")
+            choices = ", ".join(names) or f"none; {model!r} answers in words, at /v1/chat/completions"
+            raise invalid("task", f"those of {model!r} that answer by {kind}: {choices}")
         return names[0]
 
     def _messages(self, turns: Sequence[Turn], model: str) -> tuple[Message, ...]:

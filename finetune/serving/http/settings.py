@@ -1,11 +1,9 @@
 """The server's limits, each set by `--option key=value`."""
 
-from dataclasses import fields
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from finetune.common.registry import PartOptions
 from finetune.recipe.schema import Limits
 from finetune.serving.engine.contract import EngineLimits
 
@@ -20,7 +18,9 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 ListSize = Annotated[int, Field(le=MOST_IN_A_LIST)]
 
 
-class ServerOptions(PartOptions):
+class ServerOptions(EngineLimits):
+    """Those of HTTP and of media, beside the engine's."""
+
     max_request_bytes: int = Field(64 * 2**20, ge=1, description="Size of a request body, bytes; larger ones get 413.")
     max_bytes: int = Field(32 * 2**20, ge=1, description="Size of one medium, bytes.")
     max_pixels: int = Field(32 * 10**6, ge=1, description="Size of one picture or video frame, pixels.")
@@ -34,30 +34,12 @@ class ServerOptions(PartOptions):
     max_answers: int = Field(8, ge=1, description="Answers to one request (`n`).")
     max_inputs: ListSize = Field(32, ge=1, description="Texts in one request to classify or score.")
     max_stops: ListSize = Field(16, ge=0, description="Stop strings in one request.")
-    queue_limit: int = Field(EngineLimits.queue_limit, ge=0, description="Waiting requests; further ones get 429.")
-    max_batch: int = Field(EngineLimits.max_batch, ge=1, description="Answers of a model generated at a time.")
-    max_batch_tokens: int = Field(
-        EngineLimits.max_batch_tokens, ge=1, description="Tokens of these answers, prompts and padding included."
-    )
-    media_cache_bytes: int = Field(
-        EngineLimits.media_cache_bytes, ge=0, description="Cache of media features, bytes; 0 turns it off."
-    )
-    media_waiting_bytes: int = Field(
-        EngineLimits.media_waiting_bytes, ge=1, description="Decoded media that wait, bytes; further ones get 429."
-    )
-    prefix_cache_bytes: int = Field(
-        EngineLimits.prefix_cache_bytes, ge=0, description="Cache of prompt prefixes, bytes; 0 turns it off."
-    )
     max_connections: int = Field(256, ge=1, description="Open connections; further ones get 503.")
     timeout_seconds: float = Field(120.0, gt=0, description="Time for one answer, queueing included, s; then 504.")
     body_seconds: float = Field(60.0, gt=0, description="Time for a request's headers, and for its body, to arrive, s.")
     drain_seconds: float = Field(30.0, ge=0, description="Time for running requests to finish after SIGTERM, s.")
     hosts: Names = Field((), description="Hosts that media may be downloaded from: a.example,*.b.example.")
     origins: Names = Field((), description="Other sites whose pages may use the API: https://a.example,...")
-
-    def engine_limits(self) -> EngineLimits:
-        names = (field.name for field in fields(EngineLimits))
-        return EngineLimits(**{name: getattr(self, name) for name in names if name in type(self).model_fields})
 
     def media_limits(self, of_model: Limits) -> Limits:
         """The tighter of these limits and the model's own."""

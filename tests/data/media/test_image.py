@@ -9,6 +9,7 @@ import pytest
 
 from finetune.common.errors import MediaError
 from finetune.data.media.image import blank_like, decode_image
+from finetune.recipe.schema import Limits
 
 
 def saved(image: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
@@ -141,14 +142,14 @@ def test_what_is_no_picture_is_named(content):
 
 def test_bounds_are_checked_before_pixels():
     with pytest.raises(MediaError, match=r"64x64 pixels; at most 4,000"):
-        decode_image(good, max_pixels=4000)
+        decode_image(good, limits=Limits(max_pixels=4000))
 
 
 def test_large_and_missing_files_are_refused_by_name(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(good)
     with pytest.raises(MediaError, match=r"a\.png: .* bytes; at most 10"):
-        decode_image(path, max_bytes=10)
+        decode_image(path, limits=Limits(max_bytes=10))
     with pytest.raises(MediaError, match="no such file"):
         decode_image(tmp_path / "b.png")
 

@@ -35,10 +35,10 @@ def test_boxes_are_paired_for_the_most_overlap():
 
 def test_by_hand():
     box, half, far = [0, 0, 10, 10], [0, 0, 10, 5], [50, 50, 60, 60]
-    assert every([half], [box]) == {"good": 0.5, "iou": 0.5, "accuracy@0.5": 1.0, "hits": 1, "said": 1, "right": 1}
+    assert every([half], [box]) == {"good": 0.5, "iou": 0.5, "accuracy@0.5": 1.0, "hits": 1, "predicted": 1, "right": 1}
     assert every([box, far], [box]) | {"good": 0.5, "iou": 0.5, "accuracy@0.5": 0.0} == every([box, far], [box])
     assert every([far, box], [box, far])["accuracy@0.5"] == 1.0
-    assert every([], []) == {"good": 1.0, "iou": 1.0, "accuracy@0.5": 1.0, "hits": 0, "said": 0, "right": 0}
+    assert every([], []) == {"good": 1.0, "iou": 1.0, "accuracy@0.5": 1.0, "hits": 0, "predicted": 0, "right": 0}
     assert every([], [box])["iou"] == every([box], [])["iou"] == 0.0
     assert every([[5, 5, 5, 5]], [[5, 5, 5, 5]])["iou"] == 0.0
     assert matched([box], [box], [[False]])["hits"] == 0

@@ -35,7 +35,7 @@ def test_a_text_holds_one_number_or_none(text, number):
 
 
 def rows_of(said, right):
-    return [{"said": one, "right": other} for one, other in zip(said, right, strict=True)]
+    return [{"predicted": one, "right": other} for one, other in zip(said, right, strict=True)]
 
 
 def test_scores_are_those_of_sklearn_and_scipy():

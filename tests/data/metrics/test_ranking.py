@@ -10,7 +10,7 @@ from finetune.data.metrics.ranking import group_counts, ranking_scores
 
 def rows_of(groups):
     return [
-        {"group": f"g{number}", "said": one, "right": float(other)}
+        {"group": f"g{number}", "predicted": one, "right": float(other)}
         for number, (said, right) in enumerate(groups)
         for one, other in zip(said, right, strict=True)
     ]

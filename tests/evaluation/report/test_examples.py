@@ -2,19 +2,24 @@
 
 import base64
 import io
+from pathlib import Path
 
 import PIL.Image
-from finished_run import DATA, rows_of
 
+from finetune.data.media import decode
+from finetune.data.predictions import Prediction
+from finetune.data.sample import Medium
 from finetune.evaluation.report.examples import Album, examples
-from finetune.evaluation.results import Prediction
-from finetune.recipe.schema import Limits, decode
+from finetune.recipe.schema import Limits
+
+
+def prediction(tuned, target, good, row="a:1") -> Prediction:
+    return Prediction("t", row, (), "", target, {"tuned": tuned}, good)
 
 
 def test_an_answer_is_marked_by_whether_it_is_right():
     def verdict(**row):
-        row = {"task": "t", "row": "a:1", "media": [], "kinds": [], "question": "", **row}
-        (example,) = examples([Prediction.parse(row)], Album(Limits()))
+        (example,) = examples([prediction(**row)], Album(Limits()))
         return example.verdict
 
     sure = {"label": "猫", "probabilities": {"猫": 0.9, "狗": 0.1}}
@@ -26,8 +31,8 @@ def test_an_answer_is_marked_by_whether_it_is_right():
 
 
 def test_a_video_is_shown_by_its_first_frame():
-    path = DATA / "clips" / rows_of("clips")[0]["video"]
-    shown = Album(Limits()).embed("video", str(path))
+    path = min((Path(__file__).parents[3] / "recipes" / "data" / "clips" / "videos").iterdir())
+    shown = Album(Limits()).embed(Medium("video", path))
     with PIL.Image.open(io.BytesIO(base64.b64decode(shown.uri.partition(",")[2]))) as opened:
         first = decode("video", path).frames[0].resize(opened.size).convert("L").tobytes()
         difference = [abs(a - b) for a, b in zip(opened.convert("L").tobytes(), first, strict=True)]
@@ -37,11 +42,10 @@ def test_a_video_is_shown_by_its_first_frame():
 def test_ties_are_broken_by_how_sure_it_was_and_both_sides_are_apart():
     def row(number, good, sure):
         tuned = {"label": "a", "probabilities": {"a": sure, "b": 1 - sure}}
-        line = {"task": "t", "row": f"r:{number}", "tuned": tuned, "target": "a" if good else "b", "good": good}
-        return Prediction.parse(line)
+        return prediction(tuned, "a" if good else "b", good, f"r:{number}")
 
     rows = [row(number, float(number % 2), 0.5 + number / 200) for number in range(90)]
-    found = examples([*rows, Prediction.parse({"task": "t", "row": "r:x"})], Album(Limits()))
+    found = examples([*rows, prediction("a", "a", None, "r:x")], Album(Limits()))
     worst, best = ([example.row for example in found if example.side == side] for side in ("worst", "best"))
     assert worst == [f"r:{number}" for number in range(88, 48, -2)]
     assert best == [f"r:{number}" for number in range(89, 49, -2)]

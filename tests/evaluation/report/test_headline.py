@@ -1,6 +1,9 @@
 """What a run comes to: verdicts that intervals allow."""
 
-from finished_run import Page, predictions_of, recipe_of, source_of, write_run
+import json
+
+from html_page import Page
+from runs import change_json, copy_of
 
 from finetune.evaluation.report.headline import Score, compare
 from finetune.evaluation.report.report import report
@@ -18,9 +21,11 @@ def test_a_verdict_needs_intervals_apart():
     assert compare(Score("tuned", 0.7), Score("base", 0.5), lower=True) == "no"
 
 
-def test_an_answer_that_needs_no_picture_is_recognised(tmp_path):
-    rows = predictions_of("classify", "emoji", "image", "label", 4)[:40]
-    for row in rows:
-        row["blank"] = row["shuffled"] = row["tuned"]
-    page = Page(report(write_run(tmp_path / "run", recipe_of(source_of()), rows)))
+def test_an_answer_that_needs_no_picture_is_recognised(finished_run, tmp_path):
+    run = copy_of(finished_run("plain"), tmp_path)
+    scores = json.loads((run / "metrics.json").read_text())["scores"]
+    for values in scores["classify"].values():
+        values["blank"] = values["shuffled"] = values["tuned"]
+    change_json(run / "metrics.json", scores=scores)
+    page = Page(report(run))
     assert "Does the answer depend on the pictures? No evidence :" in page.text

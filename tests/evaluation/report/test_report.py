@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 import soundfile
 import yaml
-from finished_run import Page, predictions_of, recipe_of, rows_of, source_of, stage_of, words_of, write_run
+from html_page import Page
+from runs import change_json, copy_of, predictions_of, write_predictions
 
 from finetune.common.errors import ArtifactError
 from finetune.evaluation.report.report import report
@@ -29,13 +30,26 @@ def pictures(page: Page) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """(run, page) of pictures with labels and recordings with intents."""
-    calls = source_of(name="calls", task={"kind": "classify", "media": ["audio"]})
-    rows = predictions_of("classify", "emoji", "image", "label", 1, sure=True)
-    rows += predictions_of("calls", "calls", "audio", "intent", 2)
-    run = write_run(tmp_path_factory.mktemp("report") / "run", recipe_of(source_of(), calls), rows)
+def finished(finished_run, tmp_path_factory):
+    """(run, page) of pictures and sounds with labels; where figures depend on the machine, with some that are known."""
+    run = copy_of(finished_run("media"), tmp_path_factory.mktemp("report"))
+    change_json(
+        run / "metrics.json",
+        seconds={"decode": 4.2, "encode": 61.9, "llm": 151.2, "train": 223.0, "evaluate": 7345.0},
+        peak_memory_bytes={"train_cpu": 1395864371, "evaluate_cpu": 1258291200},
+        energy_joules={"train_cpu": 15432.1},
+    )
+    change_json(run / "versions.json", torch="2.13.0")
+    adapter = json.loads((run / "adapter/multimodal.json").read_text())
+    adapter["model"]["encoders"]["image"]["revision"] = "0123456789abcdef" * 2 + "01234567"
+    (run / "adapter/multimodal.json").write_text(json.dumps(adapter))
     return run, Page(report(run))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy, to be changed."""
+    return copy_of(finished[0], tmp_path, "report.html")
 
 
 def test_the_page_is_whole_and_closed(finished):
@@ -68,44 +82,48 @@ def test_nothing_is_loaded_and_only_its_own_script_runs(finished):
 def test_scores_and_words_are_those_of_the_run(finished):
     run, page = finished
     metrics = json.loads((run / "metrics.json").read_text())
-    values = metrics["scores"]["classify"]["accuracy"]
-    low, high = metrics["intervals"]["classify"]["accuracy"]["tuned"]
-    assert f"Accuracy {values['tuned']:.3f} (95% CI {low:.3f} to {high:.3f}) on 246 held-out rows." in page.text
+    values = metrics["scores"]["pictures"]["accuracy"]
+    low, high = metrics["intervals"]["pictures"]["accuracy"]["tuned"]
+    assert f"Accuracy {values['tuned']:.3f} (95% CI {low:.3f} to {high:.3f}) on 16 held-out rows." in page.text
     assert f"accuracy falls from {values['tuned']:.3f} to {values['blank']:.3f} with blank pictures" in page.text
     assert "with other rows' recordings" in page.text
-    common, count = Counter(row["label"] for row in rows_of("emoji")).most_common(1)[0]
-    assert f"always answering “{common}” reaches {count / 246:.3f}" in page.text
+    assert "always answering “red” reaches 0.250" in page.text  # four colours, four times each
+    weights = metrics["train"]["stages"]["both"]["trained_weights"]
     for text in (
         "0123456789ab",
-        "pixel_shuffle",
-        "rank 16",
-        "915,456",
+        "cross_attention",
+        "rank 4",
+        f"{weights['projectors.image']:,}",
         "2 h 02 min",
         "1.30 GiB",
         "15,432 J",
         "torch 2.13.0",
-        "符号 212",
+        "red 4",
     ):
         assert text in page.text, text
-    assert "100.0% of 145 next tokens" in page.text
-    assert "/home/someone" not in (run / "report.html").read_text(encoding="utf-8")
+    positions = json.loads((run / "certificate.json").read_text())["positions"]
+    assert f"100.0% of {positions} next tokens" in page.text
+    assert str(run.parent) not in (run / "report.html").read_text(encoding="utf-8")
+    columns = "metric tuned base blank shuffled blank image blank audio"
+    assert f"pictures, with 95% CI where known {columns} probe accuracy" in page.text
+    assert f"both, with 95% CI where known {columns} accuracy" in page.text  # no probe of free text
     assert not page.of("aside")
     assert "at least 95.0% was required" in page.text and "at most 0.1 was allowed" in page.text
 
 
 def test_the_confusion_table_counts_the_predictions(finished):
-    _, page = finished
-    rows = predictions_of("classify", "emoji", "image", "label", 1, sure=True)
-    right = Counter(row["target"] for row in rows if words_of(row["tuned"]) == row["target"])
+    run, page = finished
+    rows = [row for row in predictions_of(run) if row["task"] == "sounds"]
+    right = Counter(row["target"] for row in rows if row["tuned"]["label"] == row["target"])
     label, count = right.most_common(1)[0]
     total = sum(row["target"] == label for row in rows)
     assert re.search(rf"{label} {total} (?:[\d·] )*{count} ", page.text)
 
 
-def test_the_worst_and_the_best_are_shown_with_their_media(finished):
-    _, page = finished
-    assert len([its for its in page.of("li") if "example" in its.get("class", "")]) == 80
-    assert len(page.of("audio")) == 40 and len(pictures(page)) == 40
+def test_every_prediction_is_shown_with_its_media(finished):
+    run, page = finished
+    assert len([its for its in page.of("li") if "example" in its.get("class", "")]) == 48
+    assert len(page.of("audio")) == 32 and len(pictures(page)) == 32
     for image in pictures(page):
         with PIL.Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as opened:
             assert max(opened.size) <= 160
@@ -113,9 +131,9 @@ def test_the_worst_and_the_best_are_shown_with_their_media(finished):
         samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["src"].partition(",")[2])))
         assert rate == 16_000 and samples.ndim == 1 and 0 < len(samples) <= 15 * rate
     # Of the wrong ones those first that it was surest of.
-    wrong = [row for row in predictions_of("classify", "emoji", "image", "label", 1, sure=True) if not row["good"]]
+    wrong = [row for row in predictions_of(run) if row["task"] == "sounds" and not row["good"]]
     surest = max(wrong, key=lambda row: max(row["tuned"]["probabilities"].values()))
-    assert pictures(page)[0]["alt"] == Path(surest["media"][0]).name
+    assert page.of("audio")[0]["aria-label"] == f"recording {Path(surest['media'][0]).name}"
 
 
 def test_two_reports_of_a_run_are_equal(finished, tmp_path):
@@ -128,8 +146,8 @@ def test_two_reports_of_a_run_are_equal(finished, tmp_path):
     assert report(str(run), tmp_path) == tmp_path / "report.html"
 
 
-def test_a_run_that_has_only_begun_says_what_is_missing(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(source_of())), encoding="utf-8")
+def test_a_run_that_has_only_begun_says_what_is_missing(finished, tmp_path):
+    shutil.copy(finished[0] / "recipe.yaml", tmp_path)
     page = Page(report(tmp_path))
     for name in ("metrics.json", "predictions.jsonl", "data/summary.json", "versions.json", "adapter/multimodal.json"):
         assert f"{name} is missing" in page.text
@@ -149,32 +167,41 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "predictions.jsonl", "data/summary.json", "recipe.yaml"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "predictions.jsonl", "data/summary.json", "recipe.yaml", "adapter/multimodal.json"]
+)
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00\ufffd"])
-def test_damaged_files_are_reported(tmp_path, name, content):
-    rows = predictions_of("classify", "emoji", "image", "label", 3)[:4]
-    run = write_run(tmp_path / "run", recipe_of(source_of()), rows)
+def test_damaged_files_are_reported(run, name, content):
+    write_predictions(run, predictions_of(run)[:4])
     (run / name).write_text(content, encoding="utf-8")
     page = Page(report(run))
     reported = {"predictions.jsonl": "None can be shown" if not content else "lines can't be read"}
     assert page.of("aside") or (name, content) == ("predictions.jsonl", "")
-    assert reported.get(name, name) in page.text
+    assert reported.get(name, name) in page.text and str(run.parent) not in page.text
 
 
-def test_a_damaged_certificate_is_reported(tmp_path):
-    rows = predictions_of("classify", "emoji", "image", "label", 3)[:4]
-    run = write_run(tmp_path / "run", recipe_of(source_of()), rows)
+def test_a_damaged_certificate_is_reported(run):
     (run / "certificate.json").write_text('{"format": 1, "merged_into": "x"}')
     page = Page(report(run))
     assert "certificate.json is damaged: why: Field required" in page.text and "Not merged yet" in page.text
 
 
-def test_media_that_moved_or_broke_are_reported(tmp_path):
+def test_damaged_lines_of_predictions_are_counted_and_the_others_shown(run):
+    good, *_ = (run / "predictions.jsonl").read_text().splitlines()
+    lines = [good, "{", "[1]", '{"task": "pictures"}', "", good.replace("image", "smell")]
+    (run / "predictions.jsonl").write_text("\n".join(lines))
+    page = Page(report(run))
+    assert "predictions.jsonl: 3 lines can't be read, the first is line 2" in page.text
+    assert len([its for its in page.of("li") if "example" in its.get("class", "")]) == 2
+
+
+def test_media_that_moved_or_broke_are_reported(run, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not a picture")
-    rows = predictions_of("classify", "emoji", "image", "label", 3)[:6]
+    rows = predictions_of(run)[:6]
     rows[0]["media"], rows[1]["media"] = [str(tmp_path / "broken.png")], [str(tmp_path / "gone.png")]
     rows[2]["kinds"] = ["smell"]
-    page = Page(report(write_run(tmp_path / "run", recipe_of(source_of()), rows)))
+    write_predictions(run, rows)
+    page = Page(report(run))
     assert "3 media of the predictions below can't be shown" in page.text
     assert "gone.png: the file is missing" in page.text and "broken.png: not a picture" in page.text
     assert str(tmp_path) not in page.text and len(pictures(page)) == 3
@@ -183,7 +210,14 @@ def test_media_that_moved_or_broke_are_reported(tmp_path):
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}${x}$"
 
 
-def test_what_data_hold_never_becomes_markup(tmp_path):
+def stage_of(run, steps: int = 8) -> dict:
+    """A stage of training as metrics.json has it, of so many steps."""
+    stage = json.loads((run / "metrics.json").read_text())["train"]["stages"]["both"]
+    curves = {key: (stage[key] * steps)[:steps] for key in ("losses", "token_accuracy")}
+    return stage | curves | {"steps": steps}
+
+
+def test_what_data_hold_never_becomes_markup(run, tmp_path):
     media = tmp_path / '<img src=x onerror=alert(3)>".png'
     PIL.Image.new("RGB", (30, 20), (200, 30, 30)).save(media, "PNG")
     rows = [
@@ -191,36 +225,39 @@ def test_what_data_hold_never_becomes_markup(tmp_path):
          "tuned": {"label": EVIL, "probabilities": {EVIL: 0.9, "b": 0.1}}, "base": EVIL, "blank": [EVIL],
          "shuffled": {"x": EVIL}, "good": 1.0},
     ]  # fmt: skip
-    recipe = recipe_of(source_of(path=f"/a/{EVIL}", task={"kind": "classify", "prompt": EVIL}, group=EVIL))
+    write_predictions(run, rows)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    task = recipe["data"][0]["task"] | {"prompt": EVIL}
+    recipe["data"] = [recipe["data"][0] | {"path": f"/a/{EVIL}", "task": task, "group": EVIL}]
     recipe["train"]["stages"][0]["trains"] = [EVIL]
     recipe["model"]["encoders"]["image"]["name"] = EVIL
     recipe["model"]["llm"] |= {"name": EVIL, "revision": EVIL}
-    run = write_run(
-        tmp_path / "run",
-        recipe,
-        rows,
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    stage = stage_of(run) | {"trained_weights": {EVIL: 3}}
+    change_json(
+        run / "metrics.json",
         scores={EVIL: {EVIL: {"tuned": 0.5, EVIL: 0.4}}},
         intervals={EVIL: {EVIL: {"tuned": [0.4, 0.6]}}},
         tables={EVIL: {"confusion": {"labels": [EVIL], "counts": [[1, 2]]}, "per_label": {EVIL: {EVIL: 1.0}}}},
-        train={
-            "stages": {EVIL: stage_of(8, 1, {EVIL: 3}) | {"validation": [{"step": 4, "scores": {EVIL: {EVIL: 1.0}}}]}}
-        },
+        train={"stages": {EVIL: stage | {"validation": [{"step": 4, "scores": {EVIL: {EVIL: 1.0}}}]}}},
         seconds={EVIL: 1.0},
     )
     (run / "data" / "check.json").write_text(
         json.dumps({"list": [{"severity": "error", "file": EVIL, "line": 3, "text": EVIL}]})
     )
     (run / "versions.json").write_text(json.dumps({EVIL: EVIL}))
-    (run / "data" / "summary.json").write_text(json.dumps({EVIL: {"rows": 1, "answers": {EVIL: 1}}}))
+    (run / "data" / "summary.json").write_text(
+        json.dumps({EVIL: {"rows": 1, "media": 1, "different_answers": 1, "answers": {EVIL: 1}}})
+    )
     page = Page(report(run))
     assert not page.open
     assert len(page.of("script")) == 1 and len(pictures(page)) == 1
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
-    assert page.text.count(EVIL) > 10 and "49" not in page.text.replace("49%", "")
+    assert page.text.count(EVIL) > 10 and EVIL.replace("{{ 7*7 }}", "49") not in page.text
     assert pictures(page)[0]["alt"] == media.name
 
 
-def test_long_runs_stay_small(tmp_path):
+def test_long_runs_stay_small(run, tmp_path):
     """Long answers, large pictures, long recordings, many tasks, labels and steps."""
     noise = random.Random(0)
     picture = PIL.Image.frombytes("RGB", (1200, 900), noise.randbytes(1200 * 900 * 3))
@@ -240,22 +277,24 @@ def test_long_runs_stay_small(tmp_path):
         "confusion": {"labels": labels, "counts": [[1] * 61] * 60},
         "per_label": {f"{label}{more}": {"f1": 0.5} for label in labels for more in range(20)},
     }
-    run = write_run(
-        tmp_path / "run", recipe_of(source_of("answer")), rows,
-        tables={f"t{task}": table for task in range(9)},
-        train={"stages": {"align": stage_of(40_000, 1, {"adapter": 1}), "tune": stage_of(40_000, 2, {"adapter": 1})}},
-    )  # fmt: skip
+    write_predictions(run, rows)
+    long = stage_of(run, 40_000)
+    metrics = json.loads((run / "metrics.json").read_text())
+    scores, intervals = ({f"t{task}": metrics[key]["pictures"] for task in range(9)} for key in ("scores", "intervals"))
+    tables = {f"t{task}": table for task in range(9)}
+    stages = {"stages": {"align": long, "tune": long}}
+    change_json(run / "metrics.json", scores=scores, intervals=intervals, tables=tables, train=stages)
     page = Page(report(run))
     assert (run / "report.html").stat().st_size < 8 * 2**20
     assert "are left out to keep the page small" in page.text and "too many for a confusion matrix" in page.text
     assert "and 5 more" in page.text
 
 
-def test_rows_left_out_are_listed(finished, tmp_path):
-    run = shutil.copytree(finished[0], tmp_path / "run")
+def test_rows_left_out_are_listed(run, tmp_path):
     source = tmp_path / "data"
     source.mkdir()
-    recipe = recipe_of(source_of(path=str(source / "train.csv")))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"] = [recipe["data"][0] | {"path": str(source / "train.csv")}]
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     checked = [
         {"code": "media", "severity": "error", "file": "train.csv", "line": 9, "text": "no such image", "media": []},

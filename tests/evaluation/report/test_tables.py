@@ -1,20 +1,23 @@
 """Tables of a report, by hand."""
 
+from finetune.data.predictions import Prediction
 from finetune.evaluation.report.tables import ConfusionCell, calibration, confusion_matrix
-from finetune.evaluation.results import Confusion, Prediction
+from finetune.evaluation.results import Confusion
 
 
 def test_calibration_by_hand():
+    def answered(tuned, target):
+        return Prediction("t", "a:1", (), "", target, {"tuned": tuned})
+
     def row(label, target, sure):
-        tuned = {"label": label, "probabilities": {label: sure, "other": 1 - sure}}
-        return Prediction.parse({"tuned": tuned, "target": target})
+        return answered({"label": label, "probabilities": {label: sure, "other": 1 - sure}}, target)
 
     rows = [
         row("a", "a", 0.91),
         row("a", "b", 0.97),
         row("b", "b", 0.55),
         row("b", "b", 1.0),
-        Prediction.parse({"tuned": "a", "target": "a"}),
+        answered("a", "a"),
     ]
     assert [(round(sure, 3), round(right, 3), count) for sure, right, count in calibration(rows)] == [
         (0.55, 1.0, 1),

@@ -28,9 +28,9 @@ def test_it_gives_what_qwen2_audio_s_own_encoder_gives(tmp_path):
     prepared = encoder.prepare(tiny_sound())
     with torch.no_grad():
         expected = other(prepared.values).last_hidden_state
-        found = encoder.encode(prepared.values[None])[0]
-    assert found.shape[1] == prepared.layout.rows == own.max_source_positions // 2
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        features = encoder.encode(prepared.values[None])[0]
+    assert features.shape[1] == prepared.layout.rows == own.max_source_positions // 2
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.5, 1.23])

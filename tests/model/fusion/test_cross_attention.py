@@ -11,6 +11,7 @@ from finetune.model.adapter import attach
 from finetune.model.composite import MultimodalModel, compose
 from finetune.model.fusion import Projected
 from finetune.model.trainable import set_trainable
+from finetune.recipe.schema import Adapter
 
 SOUND = PLACEHOLDER + 1
 IDS = torch.tensor([[5, 6, PLACEHOLDER, 7, 8, PLACEHOLDER, 9, 10]])
@@ -92,11 +93,11 @@ def test_what_is_added_is_attention_by_hand():
     media = rows / (rows.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
     keys, values = (media @ own.key_value.weight.T).split(8, dim=-1)
     queries = normed @ own.query.weight.T
-    for token, seen in enumerate((0, 2, 2, 5, 5)):
+    for token, visible in enumerate((0, 2, 2, 5, 5)):
         heads = []
         for head in (slice(0, 4), slice(4, 8)):
-            scores = keys[:seen, head] @ queries[0, token, head] / 4**0.5
-            heads.append(scores.softmax(0) @ values[:seen, head] if seen else torch.zeros(4))
+            scores = keys[:visible, head] @ queries[0, token, head] / 4**0.5
+            heads.append(scores.softmax(0) @ values[:visible, head] if visible else torch.zeros(4))
         expected = hidden[0, token] + torch.tanh(torch.tensor(0.3)) * own.out.weight @ torch.cat(heads)
         torch.testing.assert_close(got[0, token], expected, atol=1e-5, rtol=0)
 
@@ -123,25 +124,24 @@ def test_answers_of_a_batch_are_those_given_alone(beams):
     model = tiny_composite(fusion="cross_attention")
     prompts = [[5, PLACEHOLDER, 6, 7], [PLACEHOLDER, 8, PLACEHOLDER, 9, 10, 11], [12, 13]]
     media = [[features_of("image", str(n)) for n in range(prompt.count(PLACEHOLDER))] for prompt in prompts]
-    ask = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": beams}
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": beams}
     longest = max(map(len, prompts))
     together = model.generate(
         torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts]),
         attention_mask=torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
-        features={"image": [one for found in media for one in found]},
-        **ask,
+        features={"image": [one for pictures in media for one in pictures]},
+        **options,
     )
-    for prompt, found, answer in zip(prompts, media, together.tolist(), strict=True):
+    for prompt, pictures, answer in zip(prompts, media, together.tolist(), strict=True):
         ids = torch.tensor([prompt])
-        assert model.generate(ids, attention_mask=torch.ones_like(ids), features={"image": found}, **ask).tolist() == [
-            answer
-        ]
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), features={"image": pictures}, **options)
+        assert alone.tolist() == [answer]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_activation_checkpoints_give_the_same_gradients(fusion):
     model = tiny_composite(fusion=fusion)
-    attach(model, rank=2, alpha=4)
+    attach(model, Adapter(rank=2, alpha=4.0))
     set_trainable(model, ["projectors", "fusion", "adapter"])
     batch = batch_of(samples_of([9, 6, 12], load_part("fusion", fusion).placeholders(4, None)), [0, 1, 2], packed=True)
     inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}

@@ -31,8 +31,8 @@ def test_a_head_gives_one_loss_a_sample_and_an_answer_that_json_can_hold(name):
     assert scores.shape == targets.shape
     losses = part.loss(scores, targets, torch.zeros(4, dtype=torch.long), settings, options)
     assert losses.shape == (4,) and (losses >= 0).all()
-    said = part.answer(scores[0].tolist(), settings, options)
-    assert json.dumps([said.text, said.probabilities, said.number])
+    answer = part.answer(scores[0].tolist(), settings, options)
+    assert json.dumps([answer.text, answer.probabilities, answer.number])
     empty = part.loss(scores[:0], targets[:0], torch.zeros(0, dtype=torch.long), settings, options)
     assert empty.shape == (0,)
 
@@ -47,8 +47,8 @@ def test_what_a_head_has_learnt_by_heart_is_what_it_answers(name):
     scores = targets if name == "score" else 50 * targets
     losses = part.loss(scores, targets, torch.arange(4), settings, options)
     torch.testing.assert_close(losses, torch.zeros(4), atol=1e-6, rtol=0)
-    said = [part.answer(row, settings, options) for row in scores.tolist()]
-    assert [one.number or one.text for one in said] == pytest.approx(TARGETS[name], abs=1e-5)
+    answers = [part.answer(row, settings, options) for row in scores.tolist()]
+    assert [one.number or one.text for one in answers] == pytest.approx(TARGETS[name], abs=1e-5)
 
 
 def test_one_label_is_cross_entropy():
@@ -60,9 +60,9 @@ def test_one_label_is_cross_entropy():
         ours = label.loss(scores, targets, numbers, settings, label.Options(smoothing=smoothing))
         theirs = functional.cross_entropy(scores, numbers, reduction="none", label_smoothing=smoothing)
         torch.testing.assert_close(ours, theirs)
-    said = label.answer(scores[0].tolist(), settings, label.Options())
-    assert list(said.probabilities.values()) == pytest.approx(scores[0].softmax(0).tolist())
-    assert said.text == "abc"[int(scores[0].argmax())]
+    answer = label.answer(scores[0].tolist(), settings, label.Options())
+    assert list(answer.probabilities.values()) == pytest.approx(scores[0].softmax(0).tolist())
+    assert answer.text == "abc"[int(scores[0].argmax())]
 
 
 def test_rare_labels_weigh_more_where_it_is_asked_for():
@@ -93,8 +93,8 @@ def test_several_labels_are_binary_cross_entropy():
     assert targets.tolist() == [[1, 0], [1, 1], [0, 0]]
     theirs = functional.binary_cross_entropy_with_logits(scores, targets, reduction="none").mean(1)
     torch.testing.assert_close(label.loss(scores, targets, targets, settings, label.Options()), theirs)
-    said = label.answer([800.0, -800.0], settings, label.Options())
-    assert said.probabilities == pytest.approx({"a": 1.0, "b": 0.0})
+    answer = label.answer([800.0, -800.0], settings, label.Options())
+    assert answer.probabilities == pytest.approx({"a": 1.0, "b": 0.0})
 
 
 def test_a_label_of_no_training_row_is_refused():
@@ -117,11 +117,11 @@ def test_numbers_are_learnt_with_mean_0_and_deviation_1():
 def test_pairs_are_compared_inside_their_group_alone():
     options = score.Options(loss="pairwise")
     settings = score.settings([{"relevance": 1.0}, {"relevance": 0.0}], options)
-    given, wanted, groups = torch.randn(6), torch.tensor([2.0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 1, 1, 2])
-    losses = score.loss(given[:, None], wanted[:, None], groups, settings, options)
+    scores, relevance, groups = torch.randn(6), torch.tensor([2.0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 1, 1, 2])
+    losses = score.loss(scores[:, None], relevance[:, None], groups, settings, options)
     for i in range(6):
-        worse = [j for j in range(6) if groups[j] == groups[i] and wanted[j] < wanted[i]]
-        pairs = [math.log(1 + math.exp(float(given[j] - given[i]))) for j in worse]
+        worse = [j for j in range(6) if groups[j] == groups[i] and relevance[j] < relevance[i]]
+        pairs = [math.log(1 + math.exp(float(scores[j] - scores[i]))) for j in worse]
         assert float(losses[i]) == pytest.approx(sum(pairs) / max(len(pairs), 1), abs=1e-5)
     for order in itertools.permutations(range(3)):  # the right order costs least
         own = torch.tensor([3.0 - place for place in order])[:, None]

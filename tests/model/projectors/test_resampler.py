@@ -28,11 +28,11 @@ def test_queries_differ():
 
 
 def test_positions_are_sines_and_cosines():
-    found = resampler.positions(3, 4)
+    rows = resampler.positions(3, 4)
     expected = torch.tensor(
         [[0.0, 0, 1, 1], [0.841471, 0.0099998, 0.540302, 0.99995], [0.909297, 0.0199987, -0.416147, 0.9998]]
     )
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{"width": 30, "heads": 8}, {"width": 15, "heads": 3}])
