@@ -142,7 +142,7 @@ def test_of_a_head_with_weights_its_scores_of_the_question_are_compared(composit
         head_outputs=head_outputs,
         composition=model.composition,
         config=model.config,
-        causal_lm=model.causal_lm,
+        llm_takes=model.llm_takes,
         language_model=model.language_model,
         get_input_embeddings=model.get_input_embeddings,
     )
