@@ -229,6 +229,13 @@ def test_a_model_is_at_no_distance_from_itself():
     assert measures.kl_from_base == 0 and measures.scores is None
 
 
+def test_each_sample_has_its_counterpart():
+    row = distributions(5)
+    for rows in ([row], [row, row, row]):
+        with pytest.raises(ValueError, match="argument"):
+            distances(rows, [row, row], [row, row])
+
+
 def test_rounding_gives_no_negative_divergence():
     row = distributions(5)
     assert measured(row + 1e-7, row).kl == 0

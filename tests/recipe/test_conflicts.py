@@ -242,6 +242,16 @@ def test_what_a_stage_may_train_follows_from_the_recipe(folder):
     assert names in refused(overrides=[*overrides, "data.0.head=label", "train.stages.1.trains=[qqq, encoders, heads]"])
 
 
+def test_a_null_adapter_is_no_choice(folder):
+    names = "write one of projectors, projectors.image."
+    assert names in refused(overrides=["adapter=null", "train.stages.1.trains=[qqq]"])
+
+
+def test_the_metric_of_validation_is_a_tasks_or_the_mean(folder):
+    for metric in ("caption.bleu", "mean"):
+        load_recipe("x.yaml", ["data.0.hold_out_validation=0.1", f"train.validation={{metric: {metric}}}"])
+
+
 def test_rates_of_a_group_and_of_one_of_it_are_taken(folder):
     rates = "train.stages.1.learning_rates={projectors.image: 1e-3, adapter: 1e-4}"
     recipe = load_recipe("x.yaml", [rates, "train.stages.0.learning_rates={projectors: 1e-3}"])

@@ -114,6 +114,8 @@ def test_malformed_recipes_are_refused_where_they_are_wrong(folder, old, new, li
 def test_messages_read_exactly_so(folder):
     message = refused(change("quantize: nf4", "quantize: nf5"))
     assert message == "x.yaml:6: model.llm.quantize: got 'nf5'; write one of nf4, int8, none."
+    message = refused(change("image: {kind: vision", "Image: {kind: vision"))
+    assert message == "x.yaml:8: model.encoders.Image: a name here has the form ^[a-z][a-z0-9_]*$."
     message = refused(change("learning_rate: 1e-3", "learningrate: 1e-3"))
     assert message == "x.yaml:25: train.stages.0.learningrate: unknown key. Did you mean 'learning_rate'?"
 
