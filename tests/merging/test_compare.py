@@ -15,7 +15,7 @@ from finetune.merging.compare import Comparison, Distance, EncodedOnce, distance
 from finetune.model.adapter import attach
 from finetune.model.composite import compose
 from finetune.model.heads import HeadSettings
-from finetune.model.tokenize import IGNORED, add_placeholders, tokenize
+from finetune.model.tokenize import IGNORED, add_placeholders, tokenize, tokenize_prompt
 from finetune.recipe.schema import Adapter
 
 PICTURES = [Medium("image", Path(f"{number}.png"), known_key=str(number)) for number in range(3)]
@@ -128,6 +128,38 @@ def test_batches_keep_the_order_and_never_mix_heads():
     ]
 
 
+def test_of_a_head_with_weights_its_scores_of_the_question_are_compared(composite):
+    """The model's own head is put off by one that returns what it is given."""
+    settings, model, given = HeadSettings(labels=("a", "b")), composite.model, []
+
+    def head_outputs(name, ids, mask, features):
+        given.append((name, ids, mask, features))
+        return torch.arange(2.0 * len(ids)).view(len(ids), 2)
+
+    stub = SimpleNamespace(
+        heads={"mood": None},
+        bindings={"mood": SimpleNamespace(settings=settings)},
+        head_outputs=head_outputs,
+        composition=model.composition,
+        config=model.config,
+        llm_takes=model.llm_takes,
+        language_model=model.language_model,
+        get_input_embeddings=model.get_input_embeddings,
+    )
+    samples = [sample_of("What?", "a", task="mood"), sample_of("What is this?", "b", *PICTURES[:2], task="mood")]
+    rows = list(comparison_of(composite, samples).next_tokens(stub, View(), batch=2))
+    ((name, ids, mask, features),) = given
+    assert name == "mood" and list(features) == ["image"]
+    assert torch.equal(torch.cat(features["image"]), torch.cat([View().features(medium) for medium in PICTURES[:2]]))
+    segments = model.composition.placement.segments_by(View().layout)
+    for number, sample in enumerate(samples):
+        prompt = tokenize_prompt(sample.question, composite.tokenizer, composite.placeholders, segments)
+        assert ids[number][mask[number].bool()].tolist() == prompt.input_ids
+        assert mask[number, -1] == 1  # padded on the left
+        torch.testing.assert_close(rows[number], torch.tensor([[0.0, 1.0]]).log_softmax(-1))
+    assert set(ids[0][~mask[0].bool()].tolist()) == {composite.tokenizer.pad_token_id}
+
+
 def test_media_are_counted_and_each_task_has_its_main_metric(composite):
     binding = SimpleNamespace(task=SimpleNamespace(primary="bleu"))
     comparison = comparison_of(composite, caption=binding)
@@ -195,6 +227,13 @@ def test_a_model_is_at_no_distance_from_itself():
     measures = distances([row], [row], [row])
     assert (measures.kl, measures.agreement, measures.largest_logit_difference) == (0, 1, 0)
     assert measures.kl_from_base == 0 and measures.scores is None
+
+
+def test_each_sample_has_its_counterpart():
+    row = distributions(5)
+    for rows in ([row], [row, row, row]):
+        with pytest.raises(ValueError, match="argument"):
+            distances(rows, [row, row], [row, row])
 
 
 def test_rounding_gives_no_negative_divergence():

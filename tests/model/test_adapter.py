@@ -1,17 +1,28 @@
 import copy
+import json
 import re
 
 import pytest
 import torch
+import transformers
 from packed import shake
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, part, tiny_composite, tiny_llm_folder
+from saved_adapter import SAVED
+from tiny import VOCABULARY, part, tiny_composite, tiny_llm_folder, tiny_tokenizer
 
 from finetune.common.errors import ArtifactError, ModelError
-from finetune.model.adapter import attach, fitted_adapter, load_trained, save_trained, saved_adapter
+from finetune.model.adapter import (
+    attach,
+    fitted_adapter,
+    load_trained,
+    save_adapter_folder,
+    save_trained,
+    saved_adapter,
+)
 from finetune.model.composite import compose
 from finetune.model.language_model import load_language_model
+from finetune.model.manifest import AdapterManifest
 from finetune.recipe.schema import Adapter, Llm
 
 KINDS = [{}, {"rslora": True}, {"dora": True}, {"initialization": "pissa"}, {"targets": ["q_proj", "down_proj"]}]
@@ -197,3 +208,21 @@ def test_what_does_not_fit_is_counted_and_told_by_name_and_shape(tmp_path):
     words = rf"only in the model: {names[0]} ...; only in the file: projectors.image.other.0 ...$"
     with pytest.raises(ArtifactError, match=words):
         load_trained(model, tmp_path)
+
+
+def test_a_published_folder_names_the_llm_as_its_manifest_does(tmp_path):
+    """Not by a path of the machine that trained it."""
+    model, _ = composite_with()
+    manifest = AdapterManifest.read(SAVED)
+    llm = manifest.model.llm.model_copy(update={"name": "org/llm", "revision": "c" * 40})
+    manifest = manifest.model_copy(update={"model": manifest.model.model_copy(update={"llm": llm}), "seed": 5})
+    save_adapter_folder(model, tiny_tokenizer(), tmp_path, manifest)
+    assert AdapterManifest.read(tmp_path) == manifest
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"], config["r"]) == ("org/llm", "c" * 40, 4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("a red square")["input_ids"] == tiny_tokenizer()("a red square")["input_ids"]
+    assert load_trained(model, tmp_path).keys() == {"adapter", "projectors.image"}
+    bare = tmp_path / "without LoRA"
+    save_adapter_folder(tiny_composite(), tiny_tokenizer(), bare, manifest)
+    assert AdapterManifest.read(bare) == manifest and not (bare / "adapter_config.json").exists()

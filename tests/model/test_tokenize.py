@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import CHATML, fresh_tokenizer
+from tokenizers import processors
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
@@ -261,3 +262,19 @@ def test_a_placeholder_may_be_any_text_and_stays_whole(tokenizer):
     assert list(found) == ["audio"] and found["audio"].token == " ~a~ "
     assert tokenizer("x ~a~ y", add_special_tokens=False)["input_ids"].count(found["audio"].id) == 1
     assert tokenizer.convert_tokens_to_ids(" ~a~ ") == found["audio"].id
+
+
+def test_the_template_alone_says_where_special_tokens_stand(tokenizer, placeholders):
+    """A tokenizer that begins each text with one: the template, and marks of segments, would have it twice."""
+    sample = sample_of(*CONVERSATIONS["one turn"])
+
+    def ids():
+        whole = tokenize(sample, tokenizer, placeholders, lambda medium: [("0.0s ", 2)])
+        return whole, tokenize_prompt(sample.question, tokenizer, placeholders, lambda medium: [("0.0s ", 2)])
+
+    before = ids()
+    special = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[special]
+    )
+    assert tokenizer("a")["input_ids"][0] == special[1] and ids() == before

@@ -169,6 +169,21 @@ def assert_conflicts(messages, overrides=(), text=None) -> None:
             "train.cache: stores features of frozen encoders, but tune_encoders trains one: set train.cache: false.",
         ),
         (
+            ["tune_encoders={audio: {rank: 4}}", "train.cache=false"],
+            "tune_encoders.audio: no encoder has this name.",
+        ),
+        *(
+            (
+                [f"tune_encoders={{image: {tuning}}}", "train.cache=false"],
+                "tune_encoders.image: write either last_layers, or rank for LoRA.",
+            )
+            for tuning in ("{}", "{rank: 4, last_layers: 1}")
+        ),
+        (
+            ["tune_encoders={image: {last_layers: 1}}", "train.cache=false"],
+            "tune_encoders.image: no stage trains it: add 'encoders.image' to the trains of one.",
+        ),
+        (
             ["train.stages.1.name=align"],
             "train.stages.1.name: 'align' is train.stages.0 already: give each its own name.",
         ),
@@ -227,6 +242,16 @@ def test_what_a_stage_may_train_follows_from_the_recipe(folder):
     assert names in refused(overrides=[*overrides, "data.0.head=label", "train.stages.1.trains=[qqq, encoders, heads]"])
 
 
+def test_a_null_adapter_is_no_choice(folder):
+    names = "write one of projectors, projectors.image."
+    assert names in refused(overrides=["adapter=null", "train.stages.1.trains=[qqq]"])
+
+
+def test_the_metric_of_validation_is_a_tasks_or_the_mean(folder):
+    for metric in ("caption.bleu", "mean"):
+        load_recipe("x.yaml", ["data.0.hold_out_validation=0.1", f"train.validation={{metric: {metric}}}"])
+
+
 def test_rates_of_a_group_and_of_one_of_it_are_taken(folder):
     rates = "train.stages.1.learning_rates={projectors.image: 1e-3, adapter: 1e-4}"
     recipe = load_recipe("x.yaml", [rates, "train.stages.0.learning_rates={projectors: 1e-3}"])
@@ -268,6 +293,13 @@ def test_a_head_with_weights_needs_rows_and_a_stage_that_trains_it(folder):
     text = change("train:\n", SOURCE % ("classify, head: label", ", split: test"))
     expected = "data.1.head: no training rows have this task: there is nothing to learn its answers from."
     assert_conflicts([expected], text=text)
+
+
+def test_pairs_are_of_a_group(folder):
+    head = "data.0.head={kind: score, loss: pairwise}"
+    message = "data.0.head: pairwise compares rows of a group, and 'score' has none: use the task 'rank'."
+    assert_conflicts([message], ["data.0.task=score", head])
+    load_recipe("x.yaml", ["data.0.task=rank", head, "train.stages.1.trains=[heads]"])
 
 
 def test_held_out_shares_of_the_same_rows_agree(folder):

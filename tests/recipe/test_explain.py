@@ -114,6 +114,8 @@ def test_malformed_recipes_are_refused_where_they_are_wrong(folder, old, new, li
 def test_messages_read_exactly_so(folder):
     message = refused(change("quantize: nf4", "quantize: nf5"))
     assert message == "x.yaml:6: model.llm.quantize: got 'nf5'; write one of nf4, int8, none."
+    message = refused(change("image: {kind: vision", "Image: {kind: vision"))
+    assert message == "x.yaml:8: model.encoders.Image: a name here has the form ^[a-z][a-z0-9_]*$."
     message = refused(change("learning_rate: 1e-3", "learningrate: 1e-3"))
     assert message == "x.yaml:25: train.stages.0.learningrate: unknown key. Did you mean 'learning_rate'?"
 
@@ -260,16 +262,9 @@ def document(text: str):
     return read_yaml(text, "x.yaml")
 
 
-PARTS = {  # the schema of {size: ..., part: {kind: a or b, and its options}, sections: [{name: ...}], by_name: {...}}
+SCHEMA = {  # of {size: ..., sections: [{name: ...}], by_name: {...}, by_pattern: {...}}
     "properties": {
         "size": {"type": "integer"},
-        "part": {
-            "anyOf": [
-                {"properties": {"kind": {"const": "a"}, "alpha": {"type": "number"}}},
-                {"properties": {"kind": {"const": "b"}, "beta": {"type": "string"}}},
-                {"type": "null"},
-            ]
-        },
         "sections": {"type": "array", "items": {"properties": {"name": {"type": "string"}}}},
         "by_name": {"additionalProperties": {"properties": {"rate": {"type": "number"}}}},
         "by_pattern": {"patternProperties": {"^[a-z]+$": {"properties": {"share": {"type": "number"}}}}},
@@ -280,8 +275,6 @@ PARTS = {  # the schema of {size: ..., part: {kind: a or b, and its options}, se
 @pytest.mark.parametrize(
     ("text", "keys"),
     [
-        ("part: {kind: a}", "part.kind part.alpha"),
-        ("part: b", "part.kind part.beta"),
         ("sections: [{}, {}]", "sections.0 sections.0.name sections.1 sections.1.name"),
         ("by_name: {x: {}}", "by_name.x by_name.x.rate"),
         ("by_pattern: {y: null}", "by_pattern.y by_pattern.y.share"),
@@ -289,28 +282,28 @@ PARTS = {  # the schema of {size: ..., part: {kind: a or b, and its options}, se
 )
 def test_the_keys_are_those_that_a_document_has_or_may_have(text, keys):
     value = document(text).value
-    top = {"size", "part", "sections", "by_name", "by_pattern"}
-    found = list(dotted_keys(PARTS, value, PARTS))
+    top = {"size", "sections", "by_name", "by_pattern"}
+    found = list(dotted_keys(SCHEMA, value, SCHEMA))
     assert {key for key in found if key.startswith(f"{next(iter(value))}.")} == set(keys.split())
     assert {key for key in found if "." not in key} == top
     for key in found:
-        assert nearest_key(key, document(text), PARTS) == key
+        assert nearest_key(key, document(text), SCHEMA) == key
 
 
 def test_the_nearest_key_ends_in_what_was_written_or_is_spelt_most_alike():
     text = "by_name: {x: {}}"
-    assert nearest_key("rate", document(text), PARTS) == "by_name.x.rate"
-    assert nearest_key("by_name.x.rat", document(text), PARTS) == "by_name.x.rate"
-    assert nearest_key("sise", document(text), PARTS) == "size"
-    assert nearest_key("qqqqqq", document(text), PARTS) is None
+    assert nearest_key("rate", document(text), SCHEMA) == "by_name.x.rate"
+    assert nearest_key("by_name.x.rat", document(text), SCHEMA) == "by_name.x.rate"
+    assert nearest_key("sise", document(text), SCHEMA) == "size"
+    assert nearest_key("qqqqqq", document(text), SCHEMA) is None
 
 
 def test_schema_and_value_at_a_location():
-    value = {"part": {"kind": "a", "alpha": 0.5}, "sections": [{"name": "x"}]}
-    assert at(("part", "alpha"), value, PARTS) == ({"type": "number"}, 0.5)
-    assert at(("sections", 0, "name"), value, PARTS) == ({"type": "string"}, "x")
-    assert at(("sections", 1, "name"), value, PARTS) == ({}, None)
-    assert at(("nothing", "here"), value, PARTS) == ({}, None)
+    value = {"by_name": {"a": {"rate": 0.5}}, "sections": [{"name": "x"}]}
+    assert at(("by_name", "a", "rate"), value, SCHEMA) == ({"type": "number"}, 0.5)
+    assert at(("sections", 0, "name"), value, SCHEMA) == ({"type": "string"}, "x")
+    assert at(("sections", 1, "name"), value, SCHEMA) == ({}, None)
+    assert at(("nothing", "here"), value, SCHEMA) == ({}, None)
 
 
 def test_problems_are_told_in_the_order_of_the_file_ten_at_most():
@@ -326,7 +319,7 @@ def test_problems_are_told_in_the_order_of_the_file_ten_at_most():
 def overridden(text: str, *assignments: str):
     read = document(text)
     for assignment in assignments:
-        override(read, assignment, PARTS)
+        override(read, assignment, SCHEMA)
     return read
 
 
