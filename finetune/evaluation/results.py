@@ -9,7 +9,7 @@ import math
 from pydantic import BaseModel, ConfigDict, Field
 
 Value = float | None
-Scores = dict[str, dict[str, dict[str, Value]]]  # task -> metric -> condition -> value
+ScoreTables = dict[str, dict[str, dict[str, Value]]]  # task -> metric -> condition -> value
 
 
 class Result(BaseModel):
@@ -57,7 +57,7 @@ class Metrics(Result):
     """metrics.json."""
 
     train: TrainingResult = TrainingResult()
-    scores: Scores = {}
+    scores: ScoreTables = {}
     intervals: dict[str, dict[str, dict[str, tuple[float, float]]]] = Field(
         default={}, description="Task -> metric -> condition -> 95% confidence interval."
     )
