@@ -170,8 +170,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
     encoder = run.components.encoders["image"]
     lengths = rows_as_tokens.lengths
-    learnt = [sum(label != -100 for label in labels) for labels in rows_as_tokens.column("labels")]
-    assert options.model == "real" or min(learnt) > options.text_low, "words of the random texts got lost"
+    learned = [sum(label != -100 for label in labels) for labels in rows_as_tokens.column("labels")]
+    assert options.model == "real" or min(learned) > options.text_low, "words of the random texts got lost"
     config = model.causal_lm.config.get_text_config()
     seen = [number for row in rows for number in row]
     projector = [module.weight.numel() for module in model.projectors["image"] if isinstance(module, torch.nn.Linear)]
@@ -182,7 +182,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "lengths": [min(lengths), statistics.mean(lengths), max(lengths)],
         "tokens": sum(lengths[number] for number in seen),
         "padded_tokens": sum(len(row) * max(lengths[number] for number in row) for row in rows),
-        "learnt_tokens": sum(learnt[number] for number in seen),
+        "learned_tokens": sum(learned[number] for number in seen),
         "image_rows": encoder.layout.rows * len(seen),
         "pairs": sum(lengths[number] * (lengths[number] + 1) // 2 for number in seen),
         "frozen": linear_weights(model.causal_lm.base_model),
@@ -205,7 +205,7 @@ def model_flops(facts: dict[str, Any]) -> dict[str, float]:
     first, second = facts["projector"]
     return {
         "frozen layers: 2 N t forward + 2 N t backward to inputs": 4.0 * facts["frozen"] * facts["tokens"],
-        "head, at learnt tokens only: the same": 4.0 * facts["head"] * facts["learnt_tokens"],
+        "head, at learned tokens only: the same": 4.0 * facts["head"] * facts["learned_tokens"],
         "attention: 2 products of 2 d per causal pair and layer; twice that backward": 12.0
         * facts["attention_width"]
         * facts["layers"]
@@ -454,7 +454,7 @@ def make_watcher(gradients: dict[str, Any]) -> Any:
             self.ends.append(perf_counter())
 
         def check(self, losses: list[float]) -> None:
-            """Raises AssertionError where nothing was learnt."""
+            """Raises AssertionError where nothing was learned."""
             assert self.norms and all(norm > 0 for norm in self.norms.values()), f"a gradient is zero: {self.norms}"
             third = max(1, len(losses) // 3)
             first, last = statistics.mean(losses[:third]), statistics.mean(losses[-third:])

@@ -39,7 +39,7 @@ class Reader:
         return self.recipe.data[source].task.sample(row)
 
     def tokens(self, sample: Sample, source: int, split: str = "train") -> Tokens:
-        """The whole conversation if its answer is learnt as text, else up to the answer. Raises DataError."""
+        """The whole conversation if its answer is learned as text, else up to the answer. Raises DataError."""
         tokenizer, placeholders = self.components.tokenizer, self.components.placeholders
         if split != "train" or self.recipe.data[source].head.trained:
             return tokenize_prompt(sample.question, tokenizer, placeholders, self.segments, sample.where)

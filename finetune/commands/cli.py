@@ -76,7 +76,7 @@ def report(
     run: Run,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; default: RUN/report.html.")] = None,
 ) -> None:
-    """Write what a run was, learnt and cost to one HTML page that needs no network."""
+    """Write one offline HTML page about a run: recipe, scores, examples, cost."""
     from finetune.evaluation.report.report import report
 
     print(report(run, out))
@@ -84,7 +84,7 @@ def report(
 
 @app.command()
 def merge(run: Run) -> None:
-    """Merge the adapter into the LLM, prove it, and write RUN/merged and RUN/certificate.json."""
+    """Merge the adapter into the LLM, compare it with the trained model, and write RUN/merged and RUN/certificate.json."""
     from finetune.merging.merge import merge
 
     merge(run)
@@ -180,9 +180,11 @@ def chat(
     ] = None,
     strength: Annotated[
         list[str] | None,
-        typer.Option(metavar="X|MEDIUM=X", help="How much media weigh (cross-attention only); 0: the text-only LLM."),
+        typer.Option(
+            metavar="X|MEDIUM=X", help="Factor of what media add (cross-attention only); 0: the text-only LLM."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 256,
 ) -> None:
     """Ask a trained model."""
     from finetune.commands.chat import chat

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Piece:
     """A stretch of a row: `text` of `tokens` tokens, `ends` being where each of them ends in it; or a medium with its
-    marks. `learnt`: whether the model learns to write it.
+    marks. `learned`: whether the model learns to write it.
     """
 
     text: str
     tokens: int
-    learnt: bool = False
+    learned: bool = False
     medium: Medium | None = None
     ends: tuple[int, ...] = ()
 
@@ -47,12 +47,12 @@ class Preview:
         return sum(piece.tokens for piece in self.pieces)
 
     @property
-    def learnt(self) -> int:
-        return sum(piece.tokens for piece in self.pieces if piece.learnt)
+    def learned(self) -> int:
+        return sum(piece.tokens for piece in self.pieces if piece.learned)
 
     @property
     def summary(self) -> str:
-        return "unusable" if self.problem else f"{self.tokens:,} tokens, {self.learnt:,} learnt"
+        return "unusable" if self.problem else f"{self.tokens:,} tokens, {self.learned:,} learned"
 
 
 def data_preview(
@@ -124,8 +124,8 @@ def _pieces(reader: Reader, tokens: Tokens, boundaries: bool) -> Iterator[Piece]
         while end < len(ids) and ids[end] not in placeholders:
             end += 1
         begin = max(position, end - ahead) if medium else end
-        for learnt, run in groupby(range(position, begin), key=lambda at: labels[at] != IGNORED):
-            yield _text(tokenizer, [ids[at] for at in run], learnt, boundaries)
+        for learned, run in groupby(range(position, begin), key=lambda at: labels[at] != IGNORED):
+            yield _text(tokenizer, [ids[at] for at in run], learned, boundaries)
         left, position = sum(count for _, count in segments), begin
         while left:
             left -= ids[position] in placeholders
@@ -134,10 +134,10 @@ def _pieces(reader: Reader, tokens: Tokens, boundaries: bool) -> Iterator[Piece]
             yield Piece(medium.path.name, position - begin, medium=medium)
 
 
-def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], learnt: bool, boundaries: bool) -> Piece:
+def _text(tokenizer: "PreTrainedTokenizerBase", ids: list[int], learned: bool, boundaries: bool) -> Piece:
     def decoded(count: int) -> str:
         return str(tokenizer.decode(ids[:count], skip_special_tokens=False))
 
     # A character of several tokens ends with the last of them: U+FFFD stands for an incomplete one.
     ends = tuple(len(decoded(n + 1).removesuffix("\ufffd")) for n in range(len(ids))) if boundaries else ()
-    return Piece(decoded(len(ids)), len(ids), learnt, ends=ends)
+    return Piece(decoded(len(ids)), len(ids), learned, ends=ends)

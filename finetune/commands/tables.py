@@ -115,7 +115,7 @@ def print_previews(previews: "list[Preview]") -> None:
                 shown = f"[{piece.medium.kind} {piece.text} × {piece.tokens}]"
             elif piece.ends:
                 shown = "".join(f"{shown[begin:end]}|" for begin, end in pairwise((0, *piece.ends)))
-            text.append(shown, "cyan" if piece.medium else "bold green" if piece.learnt else "")
+            text.append(shown, "cyan" if piece.medium else "bold green" if piece.learned else "")
         console.print(text)
         if preview.answer:
             console.print(Text(f"expected answer: {preview.answer}", "dim"))

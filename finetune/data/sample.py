@@ -95,6 +95,7 @@ class Row:
                     f"{self.where}: {name!r} leads to {path}, outside {self.media_folder}; set `media_folder` to a "
                     "folder above, or `outside_media_folder: true`"
                 )
+            str(path).encode()  # names that aren't UTF-8 fit no table, and no prediction could name them
             if path.is_file():
                 return path
         except (OSError, ValueError) as error:  # too long for a name, or a character that no name may have

@@ -246,13 +246,13 @@ class MultimodalModel(PreTrainedModel):
         """Token ids (B, T), features {name: N tensors (S, L, W)} or prepared media -> the LLM's own output.
 
         Without `attention_mask`, restarting `position_ids` keep packed samples apart. `labels` (B, T), -100 where
-        nothing is learnt, give the mean next-token loss; with a `teacher`, see `imitate`.
+        nothing is learned, give the mean next-token loss; with a `teacher`, see `imitate`.
         """
         if teacher is not None:
             student = {"input_ids": input_ids, "features": features, "media": media, "attention_mask": attention_mask}
             student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"]}
             return self.imitate(student, teacher, temperature)
-        for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learnt
+        for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
@@ -282,7 +282,7 @@ class MultimodalModel(PreTrainedModel):
         return {"loss": loss, "agreement": (logits.argmax(-1) == target.argmax(-1)).sum()}
 
     def _label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
-        """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learnt token."""
+        """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learned token."""
         selects = self.llm_takes("logits_to_keep") and len(batch["input_ids"]) == 1
         selection: dict[str, Any] = {"logits_to_keep": label_rows} if selects else {}
         logits = self.forward(**batch, use_cache=False, **selection).logits

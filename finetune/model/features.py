@@ -66,7 +66,7 @@ class Features:
         )
         self.limits = limits or Limits()
         self.seconds = {"decode": 0.0, "encode": 0.0}
-        self._layouts: dict[Medium, Layout] = {}
+        self._layouts: dict[tuple[str, str], Layout] = {}
 
     def refresh(self) -> None:
         """Read the index again: another process may have filled the cache."""
@@ -87,9 +87,10 @@ class Features:
         store = self.stores.get(medium.kind)
         if store is not None and not store.missing([medium.key]):
             return store.layout(medium.key)
-        if medium not in self._layouts:
-            self._layouts[medium] = self.prepared(medium).layout
-        return self._layouts[medium]
+        content = (medium.kind, medium.key)
+        if content not in self._layouts:
+            self._layouts[content] = self.prepared(medium).layout
+        return self._layouts[content]
 
     def features(self, medium: Medium) -> Tensor:
         """(S, L, W): from the cache, or computed now."""

@@ -42,7 +42,7 @@ def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, 
 def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], segments: Segments) -> Tokens:
     """A whole conversation with labels.
 
-    Raises DataError, with the row, where nothing would be learnt, the text holds a placeholder, or the chat template
+    Raises DataError, with the row, where nothing would be learned, the text holds a placeholder, or the chat template
     doesn't render a conversation as a prefix of its continuation.
     """
     text = _render(tokenizer, sample.messages, placeholders, sample.where)
@@ -54,7 +54,7 @@ def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placehol
     ]
     input_ids, labels, media = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
     if all(label == IGNORED for label in labels[1:]):
-        raise DataError(f"{sample.where}: no token would be learnt from this row: the chat template drops the answer")
+        raise DataError(f"{sample.where}: no token would be learned from this row: the chat template drops the answer")
     return Tokens(input_ids, labels, media)
 
 
@@ -73,7 +73,7 @@ def tokenize_prompt(
 
 
 def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Tokens that end an answer: the one that the chat template ends a turn with, which is what is learnt, the
+    """Tokens that end an answer: the one that the chat template ends a turn with, which is what is learned, the
     tokenizer's, and those that the LLM came with.
     """
     last = answer_tokens("b", tokenizer)[-1]
@@ -86,7 +86,7 @@ def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
 
 
 def answer_tokens(text: str, tokenizer: Any) -> list[int]:
-    """What is learnt of an answer: its tokens, and the one that ends the turn."""
+    """What is learned of an answer: its tokens, and the one that ends the turn."""
     turn = Sample((Message("user", ("a",)), Message("assistant", (text,))), "answer")
     return [label for label in tokenize(turn, tokenizer, {}, lambda medium: []).labels if label != IGNORED]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from accelerate import PartialState
 
@@ -38,7 +39,7 @@ class PreparedRun:
         trained = any(binding.trained for binding in self.run.bindings.values())
         return trained or any(source.loss_weight != 1 for source in recipe.data)
 
-    @property
+    @cached_property
     def head_outputs(self) -> dict[str, int]:
         """{name of a head with weights: numbers that it gives}."""
         outputs: dict[str, int] = {}

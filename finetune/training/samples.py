@@ -1,6 +1,6 @@
 """Training rows as token ids, with a teacher's beside them where a stage distills."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,15 @@ class TokenizedSamples:
 
 def tokenized(samples: Sequence[Sample], run: Run) -> list[TokenizedSample]:
     """Raises DataError with all rows that can't be used."""
+    return _each(samples, lambda sample: _tokenized(sample, run))
+
+
+def _each(samples: Sequence[Sample], row_of: Callable[[Sample], TokenizedSample]) -> list[TokenizedSample]:
     rows: list[TokenizedSample] = []
     errors: list[str] = []
     for sample in samples:
         try:
-            rows.append(_tokenized(sample, run))
+            rows.append(row_of(sample))
         except DataError as error:
             errors.append(str(error))
     if errors:
@@ -153,13 +157,14 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
         answers = read_json(path)["answers"]
         # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
         samples = [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
-    components = run.components
-    rows = []
-    for sample, row in zip(samples, tokenized(samples, run), strict=True):
-        teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, lambda medium: [])
-        _refuse_too_long(teacher.input_ids, sample, run)
-        rows.append(replace(row, teacher_input_ids=teacher.input_ids, teacher_labels=teacher.labels))
-    return rows
+    return _each(samples, lambda sample: _with_teacher(sample, run))
+
+
+def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
+    row, components = _tokenized(sample, run), run.components
+    teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, lambda medium: [])
+    _refuse_too_long(teacher.input_ids, sample, run)
+    return replace(row, teacher_input_ids=teacher.input_ids, teacher_labels=teacher.labels)
 
 
 def own_answers(samples: Sequence[Sample], assistant: Assistant, max_new_tokens: int) -> list[str]:

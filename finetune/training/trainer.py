@@ -155,6 +155,7 @@ class StageTrainer(SFTTrainer):
         self.stage = stage
         self.parts = parts
         self.accuracies: list[float] = []
+        self.tokens = 0  # of all processes so far, in the branches of `compute_loss` that aren't trl's
         super().__init__(**kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -184,6 +185,8 @@ class StageTrainer(SFTTrainer):
         else:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.accuracies.append(right / max(count, 1))
+        tokens = torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
+        self.tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
         # As in trl: items are counted over all processes, and gradients are averaged over them.
         loss = total / (num_items_in_batch if num_items_in_batch else max(items, 1))
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
@@ -236,6 +239,7 @@ class StageTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.accuracies:
             logs["mean_token_accuracy"] = sum(self.accuracies) / len(self.accuracies)
+            logs["num_tokens"] = self.tokens
             self.accuracies.clear()
         super().log(logs, start_time)
 
@@ -265,7 +269,8 @@ class WholeCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # every process adds its own random state
         if PartialState().is_main_process:
             name = f"checkpoint-{state.global_step}"
-            older = list(self.folder.glob("checkpoint-*"))
+            older = [path for path in self.folder.glob("checkpoint-*") if path.name != name]
+            shutil.rmtree(self.folder / name, ignore_errors=True)
             os.replace(self.folder / STAGING / name, self.folder / name)
             for path in older:
                 shutil.rmtree(path)

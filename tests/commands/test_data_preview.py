@@ -27,8 +27,8 @@ def test_pieces_are_the_row_as_it_is_trained(recipe, reader):
     for preview, sample in zip(previews, samples, strict=False):
         tokens = reader.tokens(sample, sample.source)
         assert preview.tokens == len(tokens.input_ids)
-        assert preview.learnt == sum(label != IGNORED for label in tokens.labels)
-        said = "".join(piece.text for piece in preview.pieces if piece.learnt)
+        assert preview.learned == sum(label != IGNORED for label in tokens.labels)
+        said = "".join(piece.text for piece in preview.pieces if piece.learned)
         assert said == f"{sample.answer}<|im_end|>"
         (medium,) = (piece for piece in preview.pieces if piece.medium)
         assert medium.tokens == 4 and medium.medium == sample.media[0]
@@ -61,7 +61,7 @@ def test_two_pictures_and_text_between_keep_their_places(recipe, tmp_path, reade
 
 def test_rows_of_evaluation_end_where_the_answer_is_due(recipe):
     preview = finetune.data_preview(recipe, rows=1, split="test")[0]
-    assert preview.learnt == 0 and preview.answer == "red"
+    assert preview.learned == 0 and preview.answer == "red"
     assert preview.pieces[-1].text.endswith("<|im_start|>assistant\n")
 
 

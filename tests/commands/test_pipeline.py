@@ -146,7 +146,7 @@ def spoil(run: Path, change) -> None:
     save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path)
 
 
-def test_an_adapter_that_learnt_nothing_is_not_merged(plain, tmp_path):
+def test_an_adapter_that_learned_nothing_is_not_merged(plain, tmp_path):
     run = copy_of(plain, tmp_path, "merged", "certificate.json")
     spoil(run, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
     done = cli("merge", run)

@@ -26,7 +26,7 @@ def tokenized_sample(input_ids: list[int], labels: list[int], *media: str, **fie
 
 
 def samples_of(lengths: list[int], placeholders: int = 4) -> list[TokenizedSample]:
-    """One picture, a question of three tokens, an answer that is learnt."""
+    """One picture, a question of three tokens, an answer that is learned."""
     generator = torch.Generator().manual_seed(5)
     samples = []
     for number, length in enumerate(lengths):

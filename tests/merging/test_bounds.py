@@ -50,7 +50,7 @@ def test_beyond_any_bound_a_merge_is_refused_with_its_numbers(saved, words):
     assert "Nothing was kept" in str(caught.value)
 
 
-def test_an_adapter_that_has_learnt_nothing_is_refused():
+def test_an_adapter_that_has_learned_nothing_is_refused():
     with pytest.raises(MergeRefused, match="equals the untrained LLM"):
         merge.refuse_unless_faithful(measures(0, 1, kl_from_base=1.0), trained(kl_from_base=0.9e-6), BOUNDS)
 

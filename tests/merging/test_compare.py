@@ -48,7 +48,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def composite():
-    """A composite with LoRA that has learnt something; `tokenizer` and `placeholders` are its own."""
+    """A composite with LoRA that has learned something; `tokenizer` and `placeholders` are its own."""
     torch.manual_seed(0)
     tokenizer = fresh_tokenizer()
     placeholders = add_placeholders(tokenizer, ["image"], {"image": "<|image|>"})

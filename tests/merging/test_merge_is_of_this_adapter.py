@@ -54,7 +54,7 @@ def read_certificate_of(run):
 
 
 def test_rounding_alone_is_no_adapter(run):
-    """Nothing learnt, but other numbers: nearer to the LLM without the adapter than any bound would tell."""
+    """Nothing learned, but other numbers: nearer to the LLM without the adapter than any bound would tell."""
     spoil(run / "adapter" / "adapter_model.safetensors", lambda name, t: torch.zeros_like(t) if "lora_B" in name else t)
     change(run / "recipe.yaml", "dtype: auto\n  min_agreement", "dtype: bfloat16\n  min_agreement")
     change(run / "recipe.yaml", "min_agreement: 0.95", "min_agreement: 0.0")

@@ -16,7 +16,7 @@ def run(tmp_path_factory):
     return finetune.train(finetune.load_recipe(tiny_recipe(folder)), folder / "run").path
 
 
-def test_an_answer_ends_on_the_token_that_was_learnt_to_end_it():
+def test_an_answer_ends_on_the_token_that_was_learned_to_end_it():
     tokenizer = fresh_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"  # as base models with ChatML have it
     tokenizer.chat_template = CHATML

@@ -170,9 +170,9 @@ def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
         logits = model(batch["input_ids"], **arguments).logits
         losses = -logits[0, :-1].log_softmax(-1).gather(-1, batch["labels"][0, 1:].clamp(min=0)[:, None])[:, 0]
         owner = (batch["position_ids"][0] == 0).cumsum(0)[1:] - 1
-        learnt = batch["labels"][0, 1:] != IGNORED
+        learned = batch["labels"][0, 1:] != IGNORED
         weights = torch.tensor([samples[int(i)].loss_weight for i in owner])
-        total = (losses * weights * learnt).sum()
+        total = (losses * weights * learned).sum()
         scores = head_scores(model, batch)
         for name, binding in model.bindings.items():
             head = batch["heads"][name]
@@ -180,7 +180,7 @@ def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
                 scores[name], head["targets"], head["groups"], binding.settings, binding.head.options
             )
             total = total + (part_losses * head["weights"]).sum()
-    expected = float(total) / (int(learnt.sum()) + 4)
+    expected = float(total) / (int(learned.sum()) + 4)
     log = run(model, samples, rows, tmp_path)
     assert log[0]["loss"] == pytest.approx(expected, rel=1e-4)
 

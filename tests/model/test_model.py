@@ -27,11 +27,11 @@ def sample_losses(model: MultimodalModel, batch: dict) -> list[torch.Tensor]:
     arguments = {"position_ids": positions} if positions is not None else {"attention_mask": batch["attention_mask"]}
     logits = model(batch["input_ids"], features=batch["features"], use_cache=False, **arguments).logits
     losses = -logits[:, :-1].log_softmax(-1).gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
-    learnt = batch["labels"][:, 1:] != -100
+    learned = batch["labels"][:, 1:] != -100
     if positions is None:
-        return [losses[row][learnt[row]].mean() for row in range(len(losses))]
+        return [losses[row][learned[row]].mean() for row in range(len(losses))]
     owner = (positions[0] == 0).cumsum(0)[1:]
-    return [losses[0][(owner == number) & learnt[0]].mean() for number in range(1, int(owner.max()) + 1)]
+    return [losses[0][(owner == number) & learned[0]].mean() for number in range(1, int(owner.max()) + 1)]
 
 
 @fusions

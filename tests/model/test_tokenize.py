@@ -59,7 +59,7 @@ def turns_of(sample: Sample) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_what_is_learnt_is_what_the_template_marks_as_generated(name, tokenizer, placeholders):
+def test_what_is_learned_is_what_the_template_marks_as_generated(name, tokenizer, placeholders):
     sample = sample_of(*CONVERSATIONS[name])
     tokens = tokenize(sample, tokenizer, placeholders, segments)
     oracle = tokenizer.apply_chat_template(
@@ -77,12 +77,12 @@ def test_what_is_learnt_is_what_the_template_marks_as_generated(name, tokenizer,
         position += count
     assert [token for token, _ in folded] == oracle["input_ids"]
     marked = zip(oracle["input_ids"], oracle["assistant_masks"], strict=True)
-    assert [label for _, label in folded] == [token if learnt else -100 for token, learnt in marked]
+    assert [label for _, label in folded] == [token if learned else -100 for token, learned in marked]
     assert tokens.media == sample.media
     assert len(tokens.input_ids) == len(oracle["input_ids"]) + sum(LENGTHS[medium] - 1 for medium in sample.media)
 
 
-def test_the_answer_and_its_end_are_learnt_and_nothing_else(tokenizer, placeholders):
+def test_the_answer_and_its_end_are_learned_and_nothing_else(tokenizer, placeholders):
     tokens = tokenize(sample_of(*CONVERSATIONS["one turn"]), tokenizer, placeholders, segments)
     assert tokenizer.decode([label for label in tokens.labels if label != -100]) == "a red square<|im_end|>"
 
@@ -99,8 +99,8 @@ def test_the_prompt_is_the_beginning_of_the_whole(name, tokenizer, placeholders)
 def test_a_tokenizer_without_template_learns_the_same_way(tokenizer, placeholders):
     tokenizer.chat_template = PLAIN_TEMPLATE
     tokens = tokenize(sample_of(*CONVERSATIONS["two turns"]), tokenizer, placeholders, segments)
-    learnt = tokenizer.decode([label for label in tokens.labels if label != -100])
-    assert learnt == "a red square<|im_end|>blue\nand  two lines é ☃<|im_end|>"
+    learned = tokenizer.decode([label for label in tokens.labels if label != -100])
+    assert learned == "a red square<|im_end|>blue\nand  two lines é ☃<|im_end|>"
 
 
 @pytest.mark.parametrize("empty", ["", " \n"])
@@ -113,7 +113,7 @@ def test_a_template_that_drops_the_answer_is_refused(tokenizer, placeholders):
     tokenizer.chat_template = (
         "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"rows.csv:3: no token would be learnt"):
+    with pytest.raises(DataError, match=r"rows.csv:3: no token would be learned"):
         tokenize(sample_of(("user", "What?"), ("assistant", "red")), tokenizer, placeholders, segments)
 
 
@@ -176,8 +176,8 @@ def test_an_empty_thought_is_never_learnt(answers):
     tokenizer.chat_template = THINKING.replace("ANSWERS", answers)
     turns = (Message("user", ("What is this?",)), Message("assistant", ("blue",)))
     tokens = tokenize(Sample(turns, "rows.csv:2"), tokenizer, {}, segments)
-    learnt = tokenizer.decode([label for label in tokens.labels if label != IGNORED])
-    assert learnt == "blue<|im_end|>"
+    learned = tokenizer.decode([label for label in tokens.labels if label != IGNORED])
+    assert learned == "blue<|im_end|>"
     prompt = tokenize_prompt(turns[:1], tokenizer, {}, segments)
     assert tokens.input_ids[: len(prompt.input_ids)] == prompt.input_ids
 
@@ -221,11 +221,11 @@ def test_a_first_token_alone_is_nothing_to_learn(tokenizer):
     """No state comes before it that could predict it."""
     tokenizer.chat_template = "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"
     assert learnt_of(tokenizer, ("user", "What?"), ("assistant", "red square")) == "red square"
-    with pytest.raises(DataError, match="no token would be learnt from this row"):
+    with pytest.raises(DataError, match="no token would be learned from this row"):
         learnt_of(tokenizer, ("user", "What?"), ("assistant", "x"))
 
 
-def test_what_is_learnt_of_an_answer_are_its_tokens_and_the_end(tokenizer):
+def test_what_is_learned_of_an_answer_are_its_tokens_and_the_end(tokenizer):
     assert tokenizer.decode(answer_tokens("a red square", tokenizer)) == "a red square<|im_end|>"
 
 

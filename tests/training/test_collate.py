@@ -31,7 +31,7 @@ def test_padded_samples_are_rows():
     assert batch["media"] == {"image": ["image b", "image a"], "audio": ["audio c"]}
 
 
-def test_label_rows_are_the_places_before_each_learnt_token():
+def test_label_rows_are_the_places_before_each_learned_token():
     for packed in (True, False):
         batch = collator_of(SAMPLES, read=name, packed=packed)(ROW)
         labels = batch["labels"]

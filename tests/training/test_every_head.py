@@ -55,7 +55,7 @@ def test_every_head_is_scored_by_its_task(finished):
     assert set(roles) == {"projectors.image", "adapter", "heads.colour", "heads.mark", "heads.order"}
 
 
-def test_it_has_learnt_from_the_picture(finished):
+def test_it_has_learned_from_the_picture(finished):
     scores = read(finished / "metrics.json")["scores"]
     assert scores["colour"]["accuracy"]["tuned"] > scores["colour"]["accuracy"]["blank"]
     losses = read(finished / "metrics.json")["train"]["stages"]["tune"]["losses"]

@@ -12,7 +12,7 @@ from tiny import FUSIONS
 import finetune
 from finetune.common.errors import DataError
 
-pytestmark = pytest.mark.slow  # both runs are trained until they have learnt
+pytestmark = pytest.mark.slow  # both runs are trained until they have learned
 
 
 @pytest.fixture(scope="module", params=FUSIONS)

@@ -102,7 +102,7 @@ def test_training_learns(tmp_path):
     assert log[3]["loss"] > 0 and min(log[4]["loss"], log[5]["loss"]) < log[0]["loss"]
 
 
-def test_the_logged_loss_is_the_mean_over_the_learnt_tokens(tmp_path):
+def test_the_logged_loss_is_the_mean_over_the_learned_tokens(tmp_path):
     model = composite_with_lora().eval()
     batch = batch_of(SAMPLES, ROWS[0])
     inputs = {key: value for key, value in batch.items() if key not in {"label_rows", "shift_labels"}}

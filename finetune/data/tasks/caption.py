@@ -15,7 +15,7 @@ PRIMARY = "token_f1"
 
 class Options(QuestionOptions):
     prompt: Prompt = "Describe the picture."
-    caption: str = Field("caption", description="Column of the caption, or a list of captions; the first is learnt.")
+    caption: str = Field("caption", description="Column of the caption, or a list of captions; the first is learned.")
     references: str = Field("", description="Column of further captions that count as right; '' for none.")
 
 

@@ -27,7 +27,7 @@ def sample(row: Row, options: Options) -> Sample:
     turns = tuple(_turn(row, number, message, options) for number, message in enumerate(messages))
     if turns[-1].role != "assistant":
         raise DataError(
-            f"{row.where}: the last turn is the {turns[-1].role}'s; end with the assistant's, which is learnt"
+            f"{row.where}: the last turn is the {turns[-1].role}'s; end with the assistant's, which is learned"
         )
     return Sample(turns, row.where, "chat")
 

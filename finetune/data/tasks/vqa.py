@@ -17,7 +17,7 @@ PRIMARY = "vqa_accuracy"
 class Options(DistillableOptions):
     prompt: str = Field("", description="Text put after the row's question, like 'Answer in one word.'; '' for none.")
     question: str = Field("question", description="Column of the question, put after media and text.")
-    answers: str = Field("answers", description="Column of the answers, a list; the most frequent one is learnt.")
+    answers: str = Field("answers", description="Column of the answers, a list; the most frequent one is learned.")
     separator: str = Field(";", description="Separator of answers that aren't a list; '' if there is one per row.")
 
 

@@ -1,4 +1,4 @@
-"""answer, caption, chat, transcribe and vqa: what is asked, what is learnt, and what counts as right."""
+"""answer, caption, chat, transcribe and vqa: what is asked, what is learned, and what counts as right."""
 
 import pytest
 from task_rows import Asked
@@ -46,7 +46,7 @@ def test_error_rates_are_of_all_rows_together(tmp_path):
     assert asked.scores((asked.sample(text="?!"), "what")) == {"exact_match": 0.0}
 
 
-def test_the_commonest_answer_is_learnt_and_all_are_scored(tmp_path):
+def test_the_commonest_answer_is_learned_and_all_are_scored(tmp_path):
     asked = Asked("vqa", tmp_path)
     answers = ["2"] * 3 + ["two"] * 4 + ["three"] * 2 + ["a few"]
     sample = asked.sample(question="How many?", answers=answers)

@@ -6,7 +6,7 @@ from finetune.data.sample import Answer
 from finetune.data.tasks.score import Options, written
 
 
-def test_a_number_is_written_learnt_and_read(tmp_path):
+def test_a_number_is_written_learned_and_read(tmp_path):
     asked = Asked("score", tmp_path, minimum=1, maximum=5, digits=1)
     for value, answer in (("4.5", "4.5"), (4, "4"), ("3.00", "3"), ("4.25", "4.2")):
         sample = asked.sample(score=value)

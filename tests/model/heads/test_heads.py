@@ -21,9 +21,9 @@ def test_a_head_gives_one_loss_a_sample_and_an_answer_that_json_can_hold(name):
 
     part = load_part("heads", name)
     options = part.Options()
-    learnt = part.settings(TARGETS[name], options)
-    settings = HeadSettings.model_validate_json(learnt.model_dump_json(exclude_unset=True))
-    assert settings == learnt and not settings.free_text
+    learned = part.settings(TARGETS[name], options)
+    settings = HeadSettings.model_validate_json(learned.model_dump_json(exclude_unset=True))
+    assert settings == learned and not settings.free_text
     targets = torch.tensor([part.encode(target, settings) for target in TARGETS[name]])
     module = part.build(8, settings, options)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
@@ -38,7 +38,7 @@ def test_a_head_gives_one_loss_a_sample_and_an_answer_that_json_can_hold(name):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_what_a_head_has_learnt_by_heart_is_what_it_answers(name):
+def test_what_a_head_has_learned_by_heart_is_what_it_answers(name):
     """The loss falls to nothing on scores that say the target, and these are read as it."""
     part = load_part("heads", name)
     options = part.Options()
@@ -105,7 +105,7 @@ def test_a_label_of_no_training_row_is_refused():
         label.settings(["a", "a"], label.Options())
 
 
-def test_numbers_are_learnt_with_mean_0_and_deviation_1():
+def test_numbers_are_learned_with_mean_0_and_deviation_1():
     targets = [10.0, 20.0, 60.0]
     settings = score.settings(targets, score.Options())
     encoded = torch.tensor([score.encode(target, settings)[0] for target in targets])
