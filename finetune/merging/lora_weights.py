@@ -149,7 +149,7 @@ def merged_tensors(
             if name in targets or quantized:
                 state = lora.of(targets[name]) if lora and name in targets else {}
                 config = quantization.config if quantization is not None and quantized else None
-                weights |= merged_module(name, module, weights, dtype, state, lora.config if lora else None, config)
+                weights = merged_module(name, module, weights, dtype, state, lora.config if lora else None, config)
                 garbage += sum(tensor.nbytes for tensor in weights.values())
                 trim_memory()
             for inside, tensor in {**weights, **dict(module.named_buffers(recurse=False))}.items():

@@ -15,7 +15,7 @@ from tiny import tiny_llm
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from finetune.common.errors import ArtifactError, MergeRefused
+from finetune.common.errors import ArtifactError, MergeRefused, ModelError
 from finetune.merging.lora_weights import (
     LoraFile,
     Quantization,
@@ -207,6 +207,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(MergeRefused, match=r"model.layers.1.self_attn.q_proj: .*aren't finite"):
         streamed(folder, LoraFile(tmp_path / "adapter"), torch.float32, tmp_path / "scratch")
+
+
+def test_merged_whole_such_weights_are_refused_too(tmp_path):
+    wrapped = adapted(llm_folder(tmp_path / "llm", "llama"), "none", tmp_path / "adapter")
+    next(p for n, p in wrapped.named_parameters() if "lora_B" in n).data[0, 0] = float("inf")
+    with pytest.raises(MergeRefused, match=r"^the LLM: merging gives weights that aren't finite"):
+        into_plain(wrapped, torch.float32)
+
+
+def test_an_llm_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"LLM '.*/nowhere'"):
+        left_on_disk(tmp_path / "nowhere", tmp_path / "scratch")
 
 
 def test_blocks_are_the_outermost_modules_with_weights_of_their_own():

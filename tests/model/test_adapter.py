@@ -25,7 +25,14 @@ from finetune.model.language_model import load_language_model
 from finetune.model.manifest import AdapterManifest
 from finetune.recipe.schema import Adapter, Llm
 
-KINDS = [{}, {"rslora": True}, {"dora": True}, {"initialization": "pissa"}, {"targets": ["q_proj", "down_proj"]}]
+KINDS = [
+    {},
+    {"rslora": True},
+    {"dora": True},
+    {"initialization": "pissa"},
+    {"targets": ["q_proj", "down_proj"]},
+    {"targets": ["embed_tokens"]},
+]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 
