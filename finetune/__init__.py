@@ -1,4 +1,4 @@
-"""Fine-tune a frozen LLM with encoders for pictures, sound and video, on one small GPU: recipe → train → evaluate → merge → chat.
+"""Fine-tune a frozen LLM with encoders for pictures, sound and video: recipe → train → evaluate → merge → chat.
 
 Every command of the command line is one function here; torch is imported when one that needs it is first called.
 """

@@ -84,7 +84,7 @@ def report(
 
 @app.command()
 def merge(run: Run) -> None:
-    """Merge the adapter into the LLM, compare it with the trained model, and write RUN/merged and RUN/certificate.json."""
+    """Merge the adapter into the LLM, compare it with what was trained, and write RUN/merged with a certificate."""
     from finetune.merging.merge import merge
 
     merge(run)

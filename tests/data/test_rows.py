@@ -192,6 +192,7 @@ def test_a_medium_is_named_or_held_in_many_ways(tmp_path, monkeypatch):
         (["a.png", None], "column 'image' holds 'None'"),
         ("a" * 5000, "column 'image' holds 'aaa.*no path"),
         ("a\0.png", "column 'image' holds .*no path"),
+        ("a\udcff.png", "column 'image' holds .*no path"),  # a name that isn't UTF-8
         ("images\\a.png", "no such image: .*; write / between folders"),
         ("", "column 'image' holds ''"),
         (".", "no such image"),

@@ -113,6 +113,19 @@ def test_the_logged_loss_is_the_mean_over_the_learned_tokens(tmp_path):
     assert train_composite(model, tmp_path)[0]["loss"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_weighted_losses_of_equal_weights_are_the_plain_ones(tmp_path):
+    """The branch for heads and weights, with no head and all weights 1, against trl's own loss."""
+    torch.manual_seed(0)
+    plain = train_composite(composite_with_lora(), tmp_path / "plain")
+    torch.manual_seed(0)
+    weighted = train_composite(composite_with_lora(), tmp_path / "weighted", collator=collator_of(SAMPLES, heads={}))
+    assert len(plain) == len(weighted) > 2
+    for theirs, ours in zip(plain, weighted, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["num_tokens"] == theirs["num_tokens"] > 0
+        assert ours["mean_token_accuracy"] == pytest.approx(theirs["mean_token_accuracy"])
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
     model = composite_with_lora()
     keep = Keep(model)
