@@ -25,10 +25,10 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
-    """finished_run(KIND): the run folder of a kind in helpers/runs.py, trained, evaluated and merged by the product.
+    """finished_run(KIND): the run folder of a kind in helpers/trained_runs.py, trained, evaluated and merged by the product.
     All processes of a session share it and only read: whoever writes takes a copy.
     """
-    from runs import file_digests, make_run
+    from trained_runs import file_digests, make_run
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from cli import cli, run_real
-from runs import copy_of, file_digests, trained
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm_folder, tiny_recipe
+from trained_runs import copy_of, file_digests, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import finetune

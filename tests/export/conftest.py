@@ -1,10 +1,10 @@
 """Merged models that several files export."""
 
 import pytest
-from runs import copy_of
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of
 from tiny_merged import tiny_merged
+from trained_runs import copy_of
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-from runs import change_json
 from safetensors.torch import load_file, save_file
 from saved_adapter import saved_adapter
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound
 from tiny_merged import tiny_merged
+from trained_runs import change_json
 
 import finetune
 from finetune.common.certificate import file_hashes

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import copy_of, file_digests, trained
 from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe
+from trained_runs import copy_of, file_digests, trained
 
 import finetune
 from finetune.common.certificate import Dtypes, read_certificate, verify

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from runs import project_copy
 from safetensors.torch import load_file, save_file
+from trained_runs import project_copy
 
 import finetune
 from finetune.common import run_folder

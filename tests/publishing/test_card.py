@@ -9,7 +9,7 @@ import pytest
 from certificate_files import certificate_content
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from runs import change_json, copy_of, predictions_of, write_predictions
+from trained_runs import change_json, copy_of, predictions_of, write_predictions
 
 from finetune.common.certificate import Certificate
 from finetune.evaluation.report.content import read_content

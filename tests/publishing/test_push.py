@@ -16,8 +16,8 @@ import yaml
 from hub_server import READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard
 from loopback import asked_of, hub_on_loopback
-from runs import copy_of
 from safetensors.torch import load_file, save_file
+from trained_runs import copy_of
 
 import finetune
 import finetune.publishing.push as push_module

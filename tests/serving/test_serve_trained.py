@@ -11,8 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 from fake_engine import served
-from runs import copy_of
 from tiny import tiny_picture
+from trained_runs import copy_of
 
 import finetune
 from finetune.serving.http.settings import ServerOptions

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from runs import change_json
 from safetensors.torch import load_file, save_file
 from tiny import part, tiny_encoder
 from tiny_merged import tiny_merged
 from tiny_serving import ask_all, request, serving
+from trained_runs import change_json
 
 import finetune
 from finetune.common.errors import ArtifactError, ModelError

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import HEADS, project_copy
 from safetensors.torch import load_file
 from tiny import COLOURS
+from trained_runs import HEADS, project_copy
 
 import finetune
 from finetune.common.errors import DataError, RecipeError, TrainingError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).with_name("golden.json")
-KINDS = ("plain", "heads", "media")  # of helpers/runs.py; all compute in float32
+KINDS = ("plain", "heads", "media")  # of helpers/trained_runs.py; all compute in float32
 
 
 def figures_of(run: Path) -> dict:
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     import torch
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-    from runs import make_run
+    from trained_runs import make_run
 
     torch.set_num_threads(1)
     figures = {}

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from cli import cli
-from runs import MEDIA, media_recipe, trained
 from safetensors.torch import load_file
 from tiny import FUSIONS
+from trained_runs import MEDIA, media_recipe, trained
 
 import finetune
 from finetune.common.errors import DataError

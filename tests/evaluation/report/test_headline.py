@@ -3,7 +3,7 @@
 import json
 
 from html_page import Page
-from runs import change_json, copy_of
+from trained_runs import change_json, copy_of
 
 from finetune.evaluation.report.headline import Score, compare
 from finetune.evaluation.report.report import report

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import yaml
 from html_page import Page
-from runs import change_json, copy_of, predictions_of, write_predictions
+from trained_runs import change_json, copy_of, predictions_of, write_predictions
 
 from finetune.common.errors import ArtifactError
 from finetune.evaluation.report.report import report
