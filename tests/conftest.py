@@ -25,7 +25,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
-    """finished_run(KIND): the run folder of a kind in helpers/trained_runs.py, trained, evaluated and merged by the product.
+    """finished_run(KIND): a run folder of a kind in helpers/trained_runs.py: trained, evaluated, merged.
     All processes of a session share it and only read: whoever writes takes a copy.
     """
     from trained_runs import file_digests, make_run
