@@ -36,7 +36,8 @@ class Reader:
 
     def sample(self, source: int, row: Row) -> Sample:
         """Raises DataError."""
-        return self.recipe.data[source].task.sample(row)
+        sample: Sample = self.recipe.data[source].task.sample(row)
+        return sample
 
     def tokens(self, sample: Sample, source: int, split: str = "train") -> Tokens:
         """The whole conversation if its answer is learned as text, else up to the answer. Raises DataError."""

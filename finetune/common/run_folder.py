@@ -136,7 +136,8 @@ def file_hash(path: Path) -> str:
 def read_json(path: Path) -> JsonObject:
     """Raises ArtifactError if the file is missing or isn't JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content: JsonObject = json.loads(path.read_text(encoding="utf-8"))
+        return content
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing") from None
     except ValueError as error:

@@ -135,7 +135,8 @@ def _llava(encoder: Any) -> NativeClass:
 
 def _patches(encoder: Any) -> int:
     patch = encoder.module.config.patch_size
-    return (encoder.shape.height // patch) * (encoder.shape.width // patch)
+    patches: int = (encoder.shape.height // patch) * (encoder.shape.width // patch)
+    return patches
 
 
 @torch.no_grad()

@@ -181,7 +181,8 @@ def weight_of(llm: nn.Module, name: str) -> Tensor:
     above, _, last = name.rpartition(".")
     module = llm.get_submodule(above)
     with align_module_device(module, torch.device("cpu")):
-        return getattr(module, last).detach().clone()
+        weight: Tensor = getattr(module, last).detach().clone()
+        return weight
 
 
 def merged_module(

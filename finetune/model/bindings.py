@@ -29,7 +29,8 @@ class TaskBinding(Section, strict=False):
     def encode(self, sample: Sample) -> list[float]:
         """What a head with weights learns from the sample. Raises DataError."""
         try:
-            return self.head.module.encode(self.target(sample), self.settings)
+            target: list[float] = self.head.module.encode(self.target(sample), self.settings)
+            return target
         except DataError as error:
             raise DataError(f"{sample.where}: {error}") from None
 

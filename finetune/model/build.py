@@ -91,4 +91,5 @@ def build_model(
         model.tuned = {name: tuned.names for name, tuned in components.tuned.items()}
     if adapter is not None:
         adapters.attach(model, adapter)
-    return model.eval()
+    result: MultimodalModel = model.eval()
+    return result

@@ -206,7 +206,8 @@ class MultimodalModel(PreTrainedModel):
                 )
             projected[name] = Projected(mask, rows, lengths)
         samples = torch.zeros_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(-1)
-        return self.fusion(self.get_input_embeddings()(text), projected, samples)
+        fused: Tensor = self.fusion(self.get_input_embeddings()(text), projected, samples)
+        return fused
 
     def backbone(
         self,
@@ -286,7 +287,8 @@ class MultimodalModel(PreTrainedModel):
         selects = self.llm_takes("logits_to_keep") and len(batch["input_ids"]) == 1
         selection: dict[str, Any] = {"logits_to_keep": label_rows} if selects else {}
         logits = self.forward(**batch, use_cache=False, **selection).logits
-        return (logits[0] if selects else logits.flatten(0, 1)[label_rows]).float()
+        selected: Tensor = (logits[0] if selects else logits.flatten(0, 1)[label_rows]).float()
+        return selected
 
     @torch.no_grad()
     def head_outputs(self, name: str, input_ids: Tensor, attention_mask: Tensor, features: Any = None) -> Tensor:
@@ -388,7 +390,7 @@ class MultimodalModel(PreTrainedModel):
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T')."""
         embeddings = self.embed(input_ids, features, media)
-        tokens = self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+        tokens: Tensor = self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
         self._forget()
         return tokens
 

@@ -63,7 +63,8 @@ class SavedEncoder(Section):
 
     def restore(self, dtype: "torch.dtype") -> Encoder:
         """The encoder, with weights still to be loaded."""
-        return load_part("encoders", self.kind).restore(self.settings, dtype)
+        encoder: Encoder = load_part("encoders", self.kind).restore(self.settings, dtype)
+        return encoder
 
 
 class SavedProjector(Section):

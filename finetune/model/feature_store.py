@@ -45,7 +45,8 @@ class FeatureStore:
         return [key for key in dict.fromkeys(keys) if key not in self._files]
 
     def read(self, key: str) -> Tensor:
-        return self._open(key).get_tensor(key)
+        features: Tensor = self._open(key).get_tensor(key)
+        return features
 
     def layout(self, key: str) -> Layout:
         segments, rows, _ = self._open(key).get_slice(key).get_shape()

@@ -41,7 +41,8 @@ def default_device() -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """'auto' is bfloat16 where the device computes it, float16 on older GPUs (T4), float32 on CPU."""
     if name != "auto":
-        return getattr(torch, name)
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     if device.type == "cpu":
         return torch.float32
     # Turing answers yes to is_bf16_supported(), by emulation, many times slower than float16.
@@ -75,7 +76,8 @@ def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | Non
             f"LLM {llm.name!r} is a {type(model).__name__}, with encoders of its own; take a text-only model"
         )
     keep_layout(model)
-    return model.eval().requires_grad_(False)
+    result: PreTrainedModel = model.eval().requires_grad_(False)
+    return result
 
 
 def load_tokenizer(

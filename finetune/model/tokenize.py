@@ -114,12 +114,13 @@ def _render(
                 text += part
         turns.append({"role": message.role, "content": text})
     try:
-        return tokenizer.apply_chat_template(
+        result: str = tokenizer.apply_chat_template(
             turns,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **template_options(tokenizer),
         )
+        return result
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
 

@@ -38,7 +38,8 @@ class Part:
     @property
     def module(self) -> "ModuleType":
         """The part's file."""
-        return load_part(self.folder, self.kind)
+        result: ModuleType = load_part(self.folder, self.kind)
+        return result
 
     @classmethod
     def of(cls, kind: str, **options: Any) -> Self:
@@ -104,7 +105,8 @@ class EncoderPart(Part):
     @property
     def medium(self) -> str:
         """The kind of media that it takes: image, audio or video."""
-        return self.module.MEDIUM
+        result: str = self.module.MEDIUM
+        return result
 
     def build(self, dtype: "torch.dtype", device: "torch.device") -> Any:
         """The frozen `Encoder` with its weights: see `finetune/model/encoders/__init__.py`."""
@@ -116,11 +118,13 @@ class ProjectorPart(Part):
 
     def build(self, width_in: int, width_out: int) -> "nn.Module":
         """New weights, float32: (N, L, width_in) -> (N, L', width_out)."""
-        return self.module.build(width_in, width_out, self.options).float()
+        result: nn.Module = self.module.build(width_in, width_out, self.options).float()
+        return result
 
     def length(self, rows: int) -> int:
         """L' of L feature rows. Raises ModelError where they can't be projected."""
-        return self.module.length(rows, self.options)
+        result: int = self.module.length(rows, self.options)
+        return result
 
 
 class FusionPart(Part):
@@ -129,15 +133,18 @@ class FusionPart(Part):
     @property
     def trained(self) -> bool:
         """Whether it has weights."""
-        return self.module.TRAINED
+        result: bool = self.module.TRAINED
+        return result
 
     def build(self, language_model_config: Any, media: Sequence[str]) -> "nn.Module":
         """New weights, float32."""
-        return self.module.build(language_model_config, tuple(media), self.options).float()
+        result: nn.Module = self.module.build(language_model_config, tuple(media), self.options).float()
+        return result
 
     def placeholders(self, rows: int) -> int:
         """Placeholder tokens of a segment with this many projected rows."""
-        return self.module.placeholders(rows, self.options)
+        result: int = self.module.placeholders(rows, self.options)
+        return result
 
 
 class HeadPart(Part):
@@ -146,7 +153,8 @@ class HeadPart(Part):
     @property
     def trained(self) -> bool:
         """Whether it has weights of its own: it then reads the LLM's last state of a question."""
-        return self.module.TRAINED
+        result: bool = self.module.TRAINED
+        return result
 
 
 class TaskPart(Part):
@@ -161,12 +169,14 @@ class TaskPart(Part):
     @property
     def heads(self) -> tuple[str, ...]:
         """Kinds of heads that can answer it, the usual one first."""
-        return self.module.HEADS
+        result: tuple[str, ...] = self.module.HEADS
+        return result
 
     @property
     def primary(self) -> str:
         """The metric that stands for the task; less is better where its name holds 'error'."""
-        return self.module.PRIMARY
+        result: str = self.module.PRIMARY
+        return result
 
     def sample(self, row: Any) -> Any:
         """A `Row` as a `Sample`. Raises DataError."""
@@ -178,11 +188,13 @@ class TaskPart(Part):
 
     def measure(self, prediction: Any, target: Any) -> dict[str, Any]:
         """What `score` sums up of one prediction."""
-        return self.module.measure(prediction, target, self.options)
+        result: dict[str, Any] = self.module.measure(prediction, target, self.options)
+        return result
 
     def score(self, measures: list[dict[str, Any]]) -> dict[str, float]:
         """{metric: value} over the measures of one or more rows."""
-        return self.module.score(measures, self.options)
+        result: dict[str, float] = self.module.score(measures, self.options)
+        return result
 
     def tables(self, measures: list[dict[str, Any]]) -> dict[str, Any] | None:
         """For the report: the confusion of labels and scores per label; None for tasks without labels."""

@@ -67,7 +67,8 @@ class TokenizedSamples:
         return TokenizedSample(**self.table[number])
 
     def column(self, name: str) -> list[Any]:
-        return self.table[name][:]
+        result: list[Any] = self.table[name][:]
+        return result
 
     def select(self, numbers: Sequence[int]) -> "TokenizedSamples":
         return TokenizedSamples(self.table.select(numbers))

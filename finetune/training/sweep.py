@@ -184,13 +184,17 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
 
 def suggested(trial: Any, choice: SweepChoice) -> str | int | float:
     """The value that optuna chooses."""
+    value: str | int | float
     if not choice.is_range:
-        return trial.suggest_categorical(choice.key, choice.values)
+        value = trial.suggest_categorical(choice.key, choice.values)
+        return value
     low, high = choice.values
     logarithmic = 0 < 10 * float(low) <= float(high)
     if all(re.fullmatch("[-+]?[0-9]+", end) for end in choice.values):
-        return trial.suggest_int(choice.key, int(low), int(high), log=logarithmic)
-    return trial.suggest_float(choice.key, float(low), float(high), log=logarithmic)
+        value = trial.suggest_int(choice.key, int(low), int(high), log=logarithmic)
+        return value
+    value = trial.suggest_float(choice.key, float(low), float(high), log=logarithmic)
+    return value
 
 
 def refuse_other_sweep(folder: Path, recipe: Recipe, over: Sequence[str], trials: int | None) -> None:

@@ -50,7 +50,8 @@ class StageTraining:
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return -(-len(self.rows) // (self.settings.accumulate * PartialState().num_processes))
+        result: int = -(-len(self.rows) // (self.settings.accumulate * PartialState().num_processes))
+        return result
 
 
 def train_stage(
@@ -165,7 +166,8 @@ class StageTrainer(SFTTrainer):
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the weights are those of the step "
                 "before. Lower the learning rate, or train in bfloat16; --resume goes on from the last checkpoint"
             )
-        return loss
+        result: Tensor = loss
+        return result
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -112,7 +112,8 @@ def _mono(frame: Any) -> "np.ndarray":
         values = (values.astype(np.float32) - 128) / 128
     elif values.dtype.kind == "i":
         values = values.astype(np.float32) / 2.0 ** (8 * values.dtype.itemsize - 1)
-    return values.mean(0, dtype=np.float32)
+    mono: np.ndarray = values.mean(0, dtype=np.float32)
+    return mono
 
 
 def _collect(blocks: Iterable["np.ndarray"], rate: int, limits: Limits, name: str) -> "np.ndarray":

@@ -48,7 +48,8 @@ def _turn(row: Row, number: int, message: Any, options: Options) -> Message:
 def _part(row: Row, where: str, part: Any, role: str, options: Options) -> str | Medium:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+        text: str | Medium = part["text"]
+        return text
     if kind in options.media and part.get(kind) is not None:
         if role == "assistant":
             raise DataError(f"{where}: the assistant can't answer with media")

@@ -81,7 +81,8 @@ def chat_completion(server: Server, messages: Sequence[Message], max_new_tokens:
     try:
         response = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS, trust_env=False)
         response.raise_for_status()
-        return response.json()["choices"][0]
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
     except (httpx2.HTTPError, ValueError, LookupError) as error:
         reason = error.response.text[:400] if isinstance(error, httpx2.HTTPStatusError) else error
         raise ExportRefused(f"{server.engine} doesn't answer a question: {reason}\n{server.log_excerpt()}") from None

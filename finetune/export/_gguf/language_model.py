@@ -76,7 +76,8 @@ def _save_plain(assistant: Assistant, folder: Path) -> None:
 def chat_template(tokenizer: Any) -> str:
     """The template as trained with, independent of `enable_thinking`, which llama.cpp's server sets."""
     if "enable_thinking" not in tokenizer.chat_template:
-        return tokenizer.chat_template
+        template: str = tokenizer.chat_template
+        return template
     value = "false" if template_options(tokenizer) else "undefined_as_in_training"
     return f"{{%- set enable_thinking = {value} -%}}{tokenizer.chat_template}"
 

@@ -41,6 +41,7 @@ def version_of(python: str, plugin: bool) -> str:
     process = subprocess.run([python, "-c", DESCRIBE], capture_output=True, text=True, cwd=tempfile.gettempdir())
     if process.returncode:
         raise EngineMissing(f"{python} has no vLLM ({last_line(process)}): {INSTALL}")
+    version: str
     version, plugins = json.loads(process.stdout)
     if plugin and "finetune" not in plugins:
         raise EngineMissing(f"vLLM lacks the class of this model: {INSTALL_PLUGIN}")

@@ -40,4 +40,5 @@ def resampled(audio: "np.ndarray", rate: int) -> "np.ndarray":
         return audio
     import soxr
 
-    return soxr.resample(audio, RATE, rate)
+    resampled_audio: np.ndarray = soxr.resample(audio, RATE, rate)
+    return resampled_audio

@@ -115,7 +115,8 @@ def load(
     for name in report["missing_keys"]:
         if torch.is_floating_point(state[name]):
             state[name].fill_(float("nan"))
-    return module.to(device)
+    result: nn.Module = module.to(device)
+    return result
 
 
 def rebuild(settings: EncoderSettings, dtype: "torch.dtype", model_class: Any = None) -> tuple["nn.Module", Any]:
@@ -182,7 +183,10 @@ def each_segment(
 
     weight = weight_of(module)
     chunks = batch.flatten(0, 1).split(at_once)
-    return torch.cat([run(chunk.to(weight.device, weight.dtype)) for chunk in chunks]).unflatten(0, batch.shape[:2])
+    result: torch.Tensor = torch.cat([run(chunk.to(weight.device, weight.dtype)) for chunk in chunks]).unflatten(
+        0, batch.shape[:2]
+    )
+    return result
 
 
 def weight_of(module: "nn.Module") -> "torch.Tensor":

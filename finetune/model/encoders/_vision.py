@@ -96,9 +96,12 @@ def encode_pictures(module: "torch.nn.Module", pixels: "torch.Tensor", layer: in
 
 
 def _hidden_states(module: Any, pixels: "torch.Tensor", layer: int) -> "torch.Tensor":
+    hidden: torch.Tensor
     if layer == -1:
-        return module(pixel_values=pixels).last_hidden_state
-    return module(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
+        hidden = module(pixel_values=pixels).last_hidden_state
+    else:
+        hidden = module(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
+    return hidden
 
 
 def pool_grid(rows: "torch.Tensor", grid: tuple[int, int], side: int) -> "torch.Tensor":

@@ -62,9 +62,12 @@ class Encoder(shared.PretrainedEncoder):
 
     def _window(self) -> int:
         """Samples of a window."""
+        samples: int
         if self.module.config.model_type == CLAP:
-            return self.processor.nb_max_samples
-        return self.processor.max_length * self.processor.sampling_rate // 100  # frames of 10 ms
+            samples = self.processor.nb_max_samples
+        else:
+            samples = self.processor.max_length * self.processor.sampling_rate // 100  # frames of 10 ms
+        return samples
 
     def _encode_spectrograms(self, spectrograms: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -72,12 +75,13 @@ class Encoder(shared.PretrainedEncoder):
         if self.module.config.model_type == CLAP:
             # (n, W, frequencies, times). No window is longer than the model's: there is nothing to fuse.
             longer = torch.zeros(len(spectrograms), 1, dtype=torch.bool, device=spectrograms.device)
-            grid = self.module(input_features=spectrograms, is_longer=longer).last_hidden_state
+            grid: torch.Tensor = self.module(input_features=spectrograms, is_longer=longer).last_hidden_state
             return grid.permute(0, 3, 2, 1).flatten(1, 2)
         config = self.module.config
-        patches = self.module(input_values=spectrograms).last_hidden_state[:, TOKENS:]
+        patches: torch.Tensor = self.module(input_values=spectrograms).last_hidden_state[:, TOKENS:]
         frequencies = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-        return patches.unflatten(1, (frequencies, -1)).transpose(1, 2).flatten(1, 2)
+        grid = patches.unflatten(1, (frequencies, -1))
+        return grid.transpose(1, 2).flatten(1, 2)
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:

@@ -92,10 +92,12 @@ class Encoder(shared.PretrainedEncoder):
         else:
             rows = self.module(pixel_values=clips).last_hidden_state
         rows = rows.unflatten(1, (self._slots(), self.grid[0] * self.grid[1])).flatten(0, 1)
-        return pool_grid(rows, self.grid, self.options.pool).unflatten(0, (len(clips), self._slots()))
+        pooled: torch.Tensor = pool_grid(rows, self.grid, self.options.pool).unflatten(0, (len(clips), self._slots()))
+        return pooled
 
     def _slots(self) -> int:
-        return self.frames // self.module.config.tubelet_size
+        slots: int = self.frames // self.module.config.tubelet_size
+        return slots
 
     def _layout(self, marks: tuple[str, ...]) -> Layout:
         down, across = pooled_grid(self.grid, self.options.pool)

@@ -48,9 +48,12 @@ class Encoder(shared.PretrainedEncoder):
         return shared.each_segment(batch, self.module, self._encode_windows, at_once=8)
 
     def _encode_windows(self, windows: "torch.Tensor") -> "torch.Tensor":
+        hidden: torch.Tensor
         if self.options.layer == -1:
-            return self.module(windows).last_hidden_state
-        return self.module(windows, output_hidden_states=True).hidden_states[self.options.layer]
+            hidden = self.module(windows).last_hidden_state
+        else:
+            hidden = self.module(windows, output_hidden_states=True).hidden_states[self.options.layer]
+        return hidden
 
     def _convolutions(self) -> list[tuple[int, int]]:
         """(kernel, stride) of each."""

@@ -39,7 +39,8 @@ class Attention(nn.Module):
         # A softmax over nothing is NaN: a token before all media attends to everything, then is multiplied by zero.
         mask = (visible | ~any_visible)[:, None]
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(attended.transpose(1, 2).flatten(2)) * any_visible * torch.tanh(self.gate)
+        result: Tensor = self.out(attended.transpose(1, 2).flatten(2)) * any_visible * torch.tanh(self.gate)
+        return result
 
 
 class CrossAttention(nn.Module):

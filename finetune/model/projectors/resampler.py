@@ -44,7 +44,8 @@ def build(width_in: int, width_out: int, options: Options) -> "nn.Module":
             # Queries attend to each other too, so that they can share the rows among themselves.
             context = torch.cat([self.rows_norm(rows), normed], 1)
             queries = queries + self.attention(normed, context, context, need_weights=False)[0]
-            return queries + self.mlp(self.mlp_norm(queries))
+            result: torch.Tensor = queries + self.mlp(self.mlp_norm(queries))
+            return result
 
     class Resampler(nn.Module):
         def __init__(self) -> None:
@@ -60,7 +61,8 @@ def build(width_in: int, width_out: int, options: Options) -> "nn.Module":
             queries = self.queries.expand(len(rows), -1, -1)
             for block in self.blocks:
                 queries = block(queries, rows)
-            return self.outlet(queries)
+            result: torch.Tensor = self.outlet(queries)
+            return result
 
     return Resampler()
 

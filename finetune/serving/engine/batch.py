@@ -120,7 +120,8 @@ class GenerationBatch:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         lm = self._model.causal_lm
         output = lm(attention_mask=mask, past_key_values=cache, use_cache=True, **inputs, **self._last_only)
-        return output.logits[:, -1]
+        result: Tensor = output.logits[:, -1]
+        return result
 
     def _append(self, newcomers: Sequence[Generation], memory: KeysValues, mask: Tensor) -> None:
         missing = mask.shape[1] - self._mask.shape[1]

@@ -61,4 +61,5 @@ class IncrementalDecoder:
         return max(prefixes, default=0)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        result: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return result
