@@ -31,6 +31,8 @@ def pictures(page: Page) -> list[dict]:
 
 pytestmark = pytest.mark.slow  # its run takes long
 
+pytestmark = pytest.mark.slow  # its run takes long
+
 
 @pytest.fixture(scope="module")
 def finished(finished_run, tmp_path_factory):
