@@ -86,7 +86,7 @@ def test_calibration_shows_larger_dots_for_more_rows():
 
 @pytest.mark.parametrize("name", ["$x^2$", "a $ b", r"$\frac{", "<b>&", "标签"])
 def test_names_are_drawn_as_they_are_written(name):
-    """The same picture as that of a figure that was never told of formulas."""
+    """The same picture as that of a figure with formulas switched off."""
     with matplotlib.rc_context({"text.parse_math": False}):
         expected = io.BytesIO()
         plots.losses_figure({name: [1.0, 0.5]}).savefig(expected, format="png", dpi=plots.DPI)

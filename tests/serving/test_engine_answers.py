@@ -53,7 +53,7 @@ def test_each_request_has_its_own_strength(paths):
     assert assistant.model.fusion.strength == {"image": 1.0}
 
 
-PREFIX = "Look at the picture again. "
+PREFIX = "Describe the picture in detail. "
 
 
 def test_a_common_prefix_is_read_once(assistant, paths):
