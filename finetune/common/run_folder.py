@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from finetune.common.errors import ArtifactError, TrainingError
 
 JsonObject = dict[str, Any]
+WRITTEN_FIRST = {"recipe.yaml", "versions.json"}  # before rows and weights are read
 
 
 def refuse_several_processes(command: str) -> None:
@@ -47,7 +48,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_text: str, resume: bool) -> "RunFolder":
-        """A new folder, or with `resume` an existing one of the same recipe. Raises TrainingError otherwise."""
+        """A new folder, or with `resume` an existing one of the same recipe. Raises TrainingError otherwise.
+
+        A training that was refused before its first step, for a bad row say, leaves a folder that counts as new.
+        """
         run = cls(path)
         if resume:
             if not run.recipe.is_file():
@@ -57,7 +61,7 @@ class RunFolder:
                     f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
                     "resume with the same recipe and --set, or choose another --run"
                 )
-        elif run.recipe.exists() or (path.exists() and any(path.iterdir())):
+        elif path.exists() and any(entry.name not in WRITTEN_FIRST for entry in path.iterdir()):
             raise TrainingError(
                 f"{path}: there is a run here already: --resume goes on with it, --run DIR makes another"
             )
