@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -32,7 +33,8 @@ def report(run: Path | str, out: Path | str | None = None) -> Path:
     return path
 
 
-def page(content: Content) -> str:
+@cache
+def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("finetune.evaluation.report", ""),
         autoescape=select_autoescape(default=True),
@@ -47,6 +49,11 @@ def page(content: Content) -> str:
         "shorten": words.shorten,
         "duration": words.duration,
     }
+    return environment
+
+
+def page(content: Content) -> str:
+    environment = _templates()
     album = Album(content.limits)
     chosen = examples(content.predictions, album)
     script = environment.get_template("page.js").render()
