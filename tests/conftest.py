@@ -26,7 +26,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def imported_modules_stay():
-    """Garbage is looked for between the stages of a run, and not again and again among all of torch and transformers."""
+    """Stages of a run collect garbage: not again and again among all of torch and transformers."""
     gc.collect()
     gc.freeze()
 
