@@ -9,7 +9,8 @@ from finetune.serving.engine.contract import AnswerPiece, TimedOut
 
 class AnswerStream:
     """The worker calls `put`; the event loop in which it was made iterates, and may `cancel`. `deadline`: as
-    `time.monotonic()`.
+    `time.monotonic()`. Iteration raises DataError for media or text that can't be used, TimedOut, MemoryError, or Busy
+    before the first piece. The token counts are valid once the first piece has arrived.
     """
 
     def __init__(self, timeout_seconds: float, wake_worker: Callable[[], None]) -> None:

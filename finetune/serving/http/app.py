@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Answer
-from finetune.serving.engine.contract import Busy, Engine, TimedOut
+from finetune.serving.engine.contract import Busy, TimedOut
 from finetune.serving.http.access import AccessControl
 from finetune.serving.http.completion import ChatCompletion
 from finetune.serving.http.metrics import RequestMetrics, ServerMetrics
@@ -30,13 +30,16 @@ from finetune.serving.http.protocol import ApiError, JsonObject, new_id, now
 from finetune.serving.http.reader import HeadOutput, RequestReader
 from finetune.serving.http.settings import ServerOptions
 
+if TYPE_CHECKING:
+    from finetune.serving.engine.engine import BatchingEngine
+
 T = TypeVar("T")
 GRACE_SECONDS = 5.0  # the engine observes the time limit itself; after this much more it is considered hung
 CLIENT_CLOSED_REQUEST = 499  # as in nginx: nobody reads it
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def build_app(engine: Engine, options: ServerOptions, folder: Path, api_key: str | None = None) -> FastAPI:
+def build_app(engine: "BatchingEngine", options: ServerOptions, folder: Path, api_key: str | None = None) -> FastAPI:
     """The app for an engine that has been started. `folder`: private, for the media of requests in progress.
     `app.state.server.draining = True` makes it refuse new requests.
     """
@@ -73,7 +76,7 @@ def build_app(engine: Engine, options: ServerOptions, folder: Path, api_key: str
 class HttpServer:
     """The endpoints."""
 
-    def __init__(self, engine: Engine, options: ServerOptions, folder: Path) -> None:
+    def __init__(self, engine: "BatchingEngine", options: ServerOptions, folder: Path) -> None:
         self.engine, self.options, self.folder = engine, options, folder
         self.metrics = ServerMetrics(engine.stats)
         self.started = now()

@@ -8,7 +8,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from finetune.serving.engine.contract import Stream, Token
+from finetune.serving.engine.answer_stream import AnswerStream
+from finetune.serving.engine.contract import Token
 from finetune.serving.http.settings import MOST_IN_A_LIST
 
 JsonObject = dict[str, object]
@@ -199,7 +200,7 @@ def now() -> int:
     return int(time.time())
 
 
-def usage_of(streams: Sequence[Stream]) -> JsonObject:
+def usage_of(streams: Sequence[AnswerStream]) -> JsonObject:
     """Tokens of all answers to one prompt, which counts once."""
     prompt, completion = streams[0].prompt_tokens, sum(stream.completion_tokens for stream in streams)
     return {
