@@ -182,7 +182,7 @@ class Assistant:
         longest = max(map(len, answers))
         batch = self._batch([conversation], strengths, view, room=longest)
         copies = len(labels)
-        if self.model.shares_memory():
+        if self.model.shares_memory:
             copies = max(1, ANSWER_TOKENS // (batch.input_ids.shape[1] + longest))
         with self.with_strengths(strengths):
             log_probabilities = [
@@ -239,15 +239,12 @@ class Assistant:
     @contextmanager
     def with_strengths(self, strengths: Mapping[str, float]) -> Iterator[None]:
         """Media have these strengths inside the block."""
-        fusion = self.model.fusion
-        before = dict(fusion.strength or {})
-        if strengths:
-            fusion.strength.update(strengths)
+        fusion, before = self.model.fusion, self.model.fusion.strength
+        fusion.strength = {**(before or {}), **strengths} or None
         try:
             yield
         finally:
-            if strengths:
-                fusion.strength.update(before)
+            fusion.strength = before
 
 
 class FileView:

@@ -104,8 +104,6 @@ class Features:
         begin = perf_counter()
         with torch.no_grad():
             features = encode_all(self.encoders[kind], [one.values for one in prepared], batch)
-        if features[0].is_cuda:
-            torch.cuda.synchronize(features[0].device)
         self.seconds["encode"] += perf_counter() - begin
         return features
 

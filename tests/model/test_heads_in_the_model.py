@@ -135,7 +135,7 @@ def test_labels_are_as_likely_whatever_an_llm_remembers_by(family, monkeypatch):
     question, answers = samples_of([19])[0].input_ids, [[5], [7, 9, 11]]
     ids = torch.tensor([question])
     features = {"image": [features_of("image", "0")]}
-    assert model.shares_memory() == (family == "mistral")
+    assert model.shares_memory == (family == "mistral")
     log_probabilities = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
     for place, answer in enumerate(answers):
         whole = torch.tensor([question + answer])

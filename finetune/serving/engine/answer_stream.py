@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from finetune.serving.engine.contract import AnswerPiece, TimedOut
 
@@ -21,7 +21,6 @@ class AnswerStream:
         self._wake_worker = wake_worker
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[AnswerPiece | BaseException] = asyncio.Queue()
-        self._ended = False
 
     @property
     def timed_out(self) -> TimedOut:
@@ -44,21 +43,16 @@ class AnswerStream:
         self.cancelled = True
         self._wake_worker()
 
-    def __aiter__(self) -> "AnswerStream":
-        return self
-
-    async def __anext__(self) -> AnswerPiece:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            async with asyncio.timeout(self.deadline - time.monotonic()):
-                item = await self._items.get()
-        except TimeoutError:  # not left to the worker, which may be in a long step
-            self._ended = True
-            self.cancel()
-            raise self.timed_out from None
-        if isinstance(item, AnswerPiece):
-            self._ended = item.finish_reason is not None
-            return item
-        self._ended = True
-        raise item
+    async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
+        finish_reason = None
+        while finish_reason is None:
+            try:
+                async with asyncio.timeout(self.deadline - time.monotonic()):
+                    item = await self._items.get()
+            except TimeoutError:  # not left to the worker, which may be in a long step
+                self.cancel()
+                raise self.timed_out from None
+            if not isinstance(item, AnswerPiece):
+                raise item
+            finish_reason = item.finish_reason
+            yield item

@@ -80,9 +80,6 @@ class _EngineStats(Collector):
     def __init__(self, stats: Callable[[], Stats]) -> None:
         self.stats = stats
 
-    def describe(self) -> list[Metric]:
-        return []
-
     def collect(self) -> Iterable[Metric]:
         stats = self.stats()
         for name, value in stats.counters.items():

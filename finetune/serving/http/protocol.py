@@ -101,7 +101,8 @@ class AudioPart(BaseModel):
 
 
 TAGS = ("text", "image_url", "video_url", "input_audio", "audio_url")
-Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | AudioAddressPart, Field(discriminator="type")]
+MediaPart = ImagePart | VideoPart | AudioPart | AudioAddressPart
+Part = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 Short = Field(max_length=MOST_IN_A_LIST, fail_fast=True)
 Texts = Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 

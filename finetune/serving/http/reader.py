@@ -14,15 +14,12 @@ from finetune.data.sample import Medium, Message
 from finetune.serving.engine.contract import JsonSchema, ModelInfo, Request, TaskInfo
 from finetune.serving.http.protocol import (
     ApiError,
-    AudioAddressPart,
     AudioPart,
     ChatRequest,
     HeadRequest,
-    ImagePart,
-    Part,
+    MediaPart,
     TextPart,
     Turn,
-    VideoPart,
     invalid,
     parse_request,
 )
@@ -171,7 +168,7 @@ class RequestReader:
         if count > most:
             raise invalid(param, f"{count:,} characters; at most {most:,} are accepted")
 
-    def _medium(self, part: Part, field: str, model: str) -> Medium:
+    def _medium(self, part: MediaPart, field: str, model: str) -> Medium:
         kind, address = _kind_and_address(part)
         kinds, most = self.models[model].media, self.options.max_bytes
         if kind not in kinds:
@@ -201,14 +198,9 @@ class RequestReader:
         )
 
 
-def _kind_and_address(part: Part) -> tuple[str, str]:
-    if isinstance(part, ImagePart):
-        return "image", part.image_url.url
-    if isinstance(part, VideoPart):
-        return "video", part.video_url.url
-    if isinstance(part, AudioAddressPart):
-        return "audio", part.audio_url.url
-    assert isinstance(part, AudioPart)
+def _kind_and_address(part: MediaPart) -> tuple[str, str]:
+    if not isinstance(part, AudioPart):
+        return part.type.removesuffix("_url"), getattr(part, part.type).url
     data = part.input_audio.data
     return "audio", data if data[:5].lower() == "data:" else f"data:audio/x;base64,{data}"
 
