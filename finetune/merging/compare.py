@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -87,16 +88,9 @@ class Comparison:
 
     def _batches(self, composite: MultimodalModel, size: int) -> Iterator[tuple[str | None, list[Sample]]]:
         """(head with weights that answers, up to `size` samples in a row that it answers)."""
-        waiting: list[Sample] = []
-        current: str | None = None
-        for sample in self.samples:
-            head = sample.task if sample.task in composite.heads else None
-            if waiting and (len(waiting) == size or head != current):
-                yield current, waiting
-                waiting = []
-            current = head
-            waiting.append(sample)
-        yield current, waiting
+        for head, group in groupby(self.samples, lambda s: s.task if s.task in composite.heads else None):
+            while chunk := list(islice(group, size)):
+                yield head, chunk
 
     def _prompt(
         self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None, limit: int

@@ -218,7 +218,6 @@ def test_trained_heads_are_exactly_the_heads_and_survive_saving(tmp_path):
     with torch.no_grad():
         for parameter in other.heads.parameters():
             parameter.add_(1)
-    matched = load_trained(other, tmp_path)
-    assert matched["heads.colour"] == 4
+    load_trained(other, tmp_path)
     for one, two in zip(model.heads.parameters(), other.heads.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=0, rtol=0)

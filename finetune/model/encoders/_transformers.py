@@ -72,16 +72,8 @@ class PretrainedEncoder:
 E = TypeVar("E", bound=PretrainedEncoder)
 
 
-def load_config(options: PretrainedOptions) -> Any:
-    """The transformers config of a checkpoint. Raises ModelError."""
-    from transformers import AutoConfig
-
-    with loading(f"encoder {options.name!r}"):
-        return AutoConfig.from_pretrained(options.name, revision=options.revision)
-
-
-def load_processor(options: PretrainedOptions, auto_class: Any) -> Any:
-    """The image processor or feature extractor of a checkpoint. Raises ModelError."""
+def load_auto(options: PretrainedOptions, auto_class: Any) -> Any:
+    """The config or processor of a checkpoint, by one of transformers' Auto classes. Raises ModelError."""
     with loading(f"encoder {options.name!r}"):
         return auto_class.from_pretrained(options.name, revision=options.revision)
 
@@ -168,6 +160,16 @@ def measured(encoder: E, width: int) -> E:
     encoder.width = width
     encoder.fingerprint = fingerprint(encoder.module, encoder.settings())
     return encoder
+
+
+def hidden_states(module: Any, layer: int, **inputs: "torch.Tensor") -> "torch.Tensor":
+    """The features of a layer, numbered as in `LayerOptions`."""
+    hidden: torch.Tensor
+    if layer == -1:
+        hidden = module(**inputs).last_hidden_state
+    else:
+        hidden = module(**inputs, output_hidden_states=True).hidden_states[layer]
+    return hidden
 
 
 def each_segment(

@@ -85,15 +85,15 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoFeatureExtractor
+    from transformers import AutoConfig, AutoFeatureExtractor
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     config = getattr(config, "audio_config", config)
     if config.model_type not in (AST, CLAP):
         raise ModelError(
             f"encoder {options.name!r} is of type {config.model_type!r}, neither AST nor CLAP; {KINDS_OF_SOUND}"
         )
-    processor = shared.load_processor(options, AutoFeatureExtractor)
+    processor = shared.load_auto(options, AutoFeatureExtractor)
     # Whole CLAPs keep the tower's weights under `audio_model.`.
     module = shared.load(options, _model_class(config.model_type), config, dtype, device, {r"^audio_model\.": ""})
     return wrap(module, processor, options)

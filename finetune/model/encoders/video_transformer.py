@@ -105,9 +105,9 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     if config.model_type not in ("videomae", "vjepa2"):
         raise ModelError(
             f"encoder {options.name!r} is of type {config.model_type!r}, neither VideoMAE nor V-JEPA 2; "

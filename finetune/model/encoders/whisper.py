@@ -84,13 +84,13 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoFeatureExtractor
+    from transformers import AutoConfig, AutoFeatureExtractor
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     if config.model_type != "whisper":
         raise ModelError(f"encoder {options.name!r} is of type {config.model_type!r}, not a Whisper; {KINDS_OF_SOUND}")
-    processor = shared.load_processor(options, AutoFeatureExtractor)
+    processor = shared.load_auto(options, AutoFeatureExtractor)
     # Whole models keep the encoder's weights under `model.encoder.` or `encoder.`.
     names = {r"^(model\.)?encoder\.": ""}
     return wrap(shared.load(options, WhisperEncoder, config, dtype, device, names), processor, options)
