@@ -19,9 +19,9 @@ from finetune.merging.lora_weights import (
     LoraFile,
     Quantization,
     into_dequantized,
-    into_plain,
     load_on_disk,
     merged_tensors,
+    merged_whole,
     unties,
 )
 from finetune.merging.merged_folder import write_merged
@@ -140,7 +140,7 @@ class MergeJob:
         lora, quantization = self.lora, trained.quantization if candidate.quantized else None
         if lora is not None and not lora.by_module:
             llm = self.composite(on_cpu, self.llm.quantize if candidate.quantized else "none").language_model
-            llm = into_dequantized(llm, self.dtype) if candidate.quantized else into_plain(llm, self.dtype)
+            llm = into_dequantized(llm, self.dtype) if candidate.quantized else merged_whole(llm).to(self.dtype)
             method = f"all at once, in memory: {lora.config.init_lora_weights!r} draws at random for the whole LLM"
             lora, quantization = None, None
         elif self.llm.name.endswith(".gguf"):

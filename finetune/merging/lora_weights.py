@@ -230,11 +230,6 @@ def merged_whole(wrapped: Any, name: str = "the LLM") -> Any:
         raise MergeRefused(f"{name}: merging gives weights that aren't finite ({error}). Nothing was kept") from None
 
 
-def into_plain(wrapped: Any, dtype: torch.dtype) -> Any:
-    """All at once: an LLM that isn't quantized, under PEFT's wrapper -> merged, in `dtype`."""
-    return merged_whole(wrapped).to(dtype)
-
-
 def into_dequantized(wrapped: Any, dtype: torch.dtype) -> Any:
     """All at once: LoRA into the LLM that it was trained over, its 4-bit (or 8-bit) weights written out.
 

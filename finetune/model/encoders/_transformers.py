@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
@@ -11,8 +10,7 @@ from pydantic import Field
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.common.registry import PartOptions
-from finetune.data.sample import Layout
-from finetune.model.encoders import EncoderSettings
+from finetune.model.encoders import Encoder, EncoderSettings
 
 if TYPE_CHECKING:
     import torch
@@ -43,33 +41,7 @@ class LayerOptions(PretrainedOptions):
     )
 
 
-@dataclass
-class PretrainedEncoder:
-    """The state of an `Encoder`; each part's file adds `prepare` and `encode`."""
-
-    module: Any
-    processor: Any
-    options: PretrainedOptions
-    width: int = field(init=False)
-    fingerprint: str = field(init=False)
-
-    @property
-    def sampling(self) -> dict[str, float]:
-        return {}
-
-    @property
-    def layout(self) -> Layout | None:
-        return None
-
-    def settings(self) -> EncoderSettings:
-        return {
-            "options": self.options.model_dump(),
-            "config": json.loads(self.module.config.to_json_string(use_diff=False)),
-            "processor": json.loads(self.processor.to_json_string()),
-        }
-
-
-E = TypeVar("E", bound=PretrainedEncoder)
+E = TypeVar("E", bound=Encoder)
 
 
 def load_auto(options: PretrainedOptions, auto_class: Any) -> Any:

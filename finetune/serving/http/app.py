@@ -2,11 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
@@ -169,8 +170,11 @@ class HttpServer:
             }
         )
 
-    def _reader(self) -> RequestReader:
-        return RequestReader(self.engine.models, self.options, self.folder)
+    @contextmanager
+    def _reader(self) -> Iterator[RequestReader]:
+        """A reader of one request, whose media are deleted at the end of the block."""
+        with TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
+            yield RequestReader(self.engine.models, self.options, Path(folder))
 
     async def _body(self, request: Request) -> bytes:
         """Raises ApiError while draining, for a body that is too large, and for one that doesn't arrive in time."""
