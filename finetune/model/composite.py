@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from inspect import signature
+from itertools import groupby, islice
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -399,13 +400,9 @@ def encode_all(encoder: Encoder, media: Sequence[Tensor], batch: int) -> list[Te
     computed when it returns, also on an accelerator.
     """
     features: list[Tensor] = []
-    start = 0
-    while start < len(media):
-        end = start + 1
-        while end < min(start + batch, len(media)) and media[end].shape == media[start].shape:
-            end += 1
-        features.extend(encoder.encode(torch.stack(list(media[start:end]))))
-        start = end
+    for _, alike in groupby(media, lambda medium: medium.shape):
+        while group := list(islice(alike, batch)):
+            features.extend(encoder.encode(torch.stack(group)))
     if features and features[0].is_cuda:
         torch.cuda.synchronize(features[0].device)
     return features
