@@ -77,17 +77,17 @@ def merge_into(
         step()
         measures: dict[str, Measures] = {}
         methods: dict[str, str] = {}
-        for number, candidate in enumerate(candidates):
+        for number, (name, quantized) in enumerate(candidates.items()):
             place, scratch = folder / f"candidate-{number}", folder / "scratch"
-            methods[candidate.name] = job.write(place, scratch, trained, candidate)
+            methods[name] = job.write(place, scratch, trained, quantized)
             step()
-            measures[candidate.name] = job.measure(place, scratch, comparison, trained)
+            measures[name] = job.measure(place, scratch, comparison, trained)
             shutil.rmtree(scratch, ignore_errors=True)
             step()
     best, why = chosen(measures)
     bounds = bounds_of(job.run.recipe)
     refuse_unless_faithful(measures[best], trained, bounds)
-    keep_candidate(folder, [candidate.name for candidate in candidates].index(best))
+    keep_candidate(folder, list(candidates).index(best))
     merged = Certificate(
         format=1,
         merged_into=best,
