@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import ModelError
 from finetune.data.sample import Layout, Prepared
-from finetune.model import encoders
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._audio import KINDS_OF_SOUND, RATE, resampled
@@ -27,7 +27,7 @@ class Options(shared.PretrainedOptions):
 
 
 @dataclass
-class Encoder(encoders.Encoder):
+class Encoder(BaseEncoder):
     """Media are float32 samples at 16 kHz, cut into windows of the model's length, each a segment; features are the
     patches of the spectrogram, ordered by time, then from low to high frequency.
     """

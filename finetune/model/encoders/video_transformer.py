@@ -12,7 +12,7 @@ from pydantic import Field
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.data.sample import Layout, Prepared
-from finetune.model import encoders
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._vision import pool_grid, pooled_grid, time_marks
@@ -46,7 +46,7 @@ class Options(shared.PretrainedOptions):
 
 
 @dataclass
-class Encoder(encoders.Encoder):
+class Encoder(BaseEncoder):
     """Media are `finetune.data.media.video.Clip`. In a clip with too few frames for the model, some are repeated."""
 
     options: Options

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from finetune.common.errors import ModelError
 from finetune.data.sample import Layout, Prepared
-from finetune.model import encoders
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._audio import KINDS_OF_SOUND, RATE, WINDOW_SECONDS, cut_windows
@@ -38,7 +38,7 @@ class Options(shared.LayerOptions):
 
 
 @dataclass
-class Encoder(encoders.Encoder):
+class Encoder(BaseEncoder):
     """Media are float32 samples at 16 kHz, cut into equal windows; features are rows of 20 (or 40) milliseconds."""
 
     options: Options
