@@ -134,7 +134,7 @@ def test_labels_are_as_likely_whatever_an_llm_remembers_by(family, monkeypatch):
     question, answers = samples_of([19])[0].input_ids, [[5], [7, 9, 11]]
     ids = torch.tensor([question])
     features = {"image": [features_of("image", "0")]}
-    assert model.shares_memory() == (family == "mistral")
+    assert model.shares_memory == (family == "mistral")
     log_probabilities = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
     for place, answer in enumerate(answers):
         whole = torch.tensor([question + answer])
@@ -217,7 +217,6 @@ def test_trained_heads_are_exactly_the_heads_and_survive_saving(tmp_path):
     with torch.no_grad():
         for parameter in other.heads.parameters():
             parameter.add_(1)
-    matched = load_trained(other, tmp_path)
-    assert matched["heads.colour"] == 4
+    load_trained(other, tmp_path)
     for one, two in zip(model.heads.parameters(), other.heads.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=0, rtol=0)

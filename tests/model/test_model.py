@@ -133,9 +133,8 @@ def test_what_was_trained_comes_back_from_its_folder(family, fusion, tmp_path):
     call = {"input_ids": batch["input_ids"], "features": batch["features"]}
     expected = model(**call).logits
     assert (other(**call).logits - expected).abs().max() > 1e-3
-    matched = load_trained(other, tmp_path)
+    load_trained(other, tmp_path)
     assert torch.equal(other(**call).logits, expected)
-    assert all(count > 0 for count in matched.values()) and set(matched) - {"fusion"} == {"adapter", "projectors.image"}
     # The folder is an ordinary PEFT adapter of the bare LLM.
     plain = PeftModel.from_pretrained(copy.deepcopy(model.language_model).unload(), tmp_path)
     ids = torch.randint(3, VOCABULARY, (1, 6))
