@@ -19,7 +19,6 @@ from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import findings_page
 from finetune.data.sample import Row
 from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import Recipe, Source
 
 CHUNK = 32  # rows given to a worker at once
@@ -242,16 +241,6 @@ def write_report(ledger: Ledger, summary: Summary, names: Sequence[str], path: P
 def write_fixed(ledger: Ledger, recipe: Recipe, folder: Path, copy_media: bool) -> Fixed:
     """Write the cleaned copy and its recipe."""
     with whole_folder(folder) as partial:
-        copy = clean_copy(ledger, recipe.data, partial, copy_media)
-        data = [
-            source.model_copy(
-                update={
-                    "path": cleaned.path,
-                    "media_folder": cleaned.media_folder,
-                    "format": FormatPart.of(cleaned.format) if cleaned.format else None,
-                }
-            )
-            for source, cleaned in zip(recipe.data, copy.sources, strict=True)
-        ]
-        write_text(partial / "recipe.yaml", dump_recipe(recipe.model_copy(update={"data": data})))
-    return {"recipe": folder / "recipe.yaml", "rows": copy.rows, "quarantined": copy.quarantined}
+        sources, rows, quarantined = clean_copy(ledger, recipe.data, partial, copy_media)
+        write_text(partial / "recipe.yaml", dump_recipe(recipe.model_copy(update={"data": sources})))
+    return {"recipe": folder / "recipe.yaml", "rows": rows, "quarantined": quarantined}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +223,6 @@ def _in_words(content: Sequence[str | Medium]) -> str:
     return text
 
 
-@cache
+@lru_cache(2**16)
 def _file_hash(path: Path, size: int, modified: int) -> str:
     return file_hash(path)

@@ -19,32 +19,18 @@ from finetune.data.formats._media import is_file_name, replaced
 from finetune.data.media_store import suffix_of
 from finetune.data.rows import detected
 from finetune.data.sample import Row
-from finetune.recipe.schema import RowFile
+from finetune.recipe.parts import FormatPart
+from finetune.recipe.schema import RowFile, Source
 
 QUARANTINED = (*ERRORS, "leak_medium", "identical")  # rows with one of these findings are left out
 REFERENCING = ("table", "messages", "llava", "sharegpt")  # formats whose rows name files below the media folder
 
 
-@dataclass(frozen=True)
-class CleanSource:
-    """Where a source's rows are now; relative paths begin at the folder of the copy. `format`: None if detected."""
-
-    path: Path
-    media_folder: Path
-    format: str | None
-
-
-@dataclass(frozen=True)
-class CleanCopy:
-    """`rows`: how many were written; `quarantined`: how many were left out."""
-
-    sources: list[CleanSource]
-    rows: int
-    quarantined: int
-
-
-def clean_copy(ledger: Ledger, sources: Sequence[RowFile], folder: Path, copy_media: bool) -> CleanCopy:
-    """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl.
+def clean_copy(
+    ledger: Ledger, sources: Sequence[Source], folder: Path, copy_media: bool
+) -> tuple[list[Source], int, int]:
+    """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl. Returns the sources of the copy, with
+    paths relative to `folder`, how many rows were written, and how many left out.
 
     Tables stay CSV (TSV stays TSV), all else becomes JSON lines. Media stay where they are, or are copied to `media/`
     under the hash of their content: with `copy_media`, and from formats that keep them otherwise than as files named in
@@ -53,7 +39,7 @@ def clean_copy(ledger: Ledger, sources: Sequence[RowFile], folder: Path, copy_me
     with (folder / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         cleaner = _Cleaner(ledger, folder, copy_media, file)
         cleaned = [cleaner.clean(source, f"rows-{index}") for index, source in enumerate(sources)]
-    return CleanCopy(cleaned, cleaner.written, cleaner.quarantined)
+    return cleaned, cleaner.written, cleaner.quarantined
 
 
 class _Cleaner:
@@ -67,7 +53,7 @@ class _Cleaner:
         self.numbers = count()
         self.written = self.quarantined = 0
 
-    def clean(self, source: RowFile, stem: str) -> CleanSource:
+    def clean(self, source: Source, stem: str) -> Source:
         kind = (source.format or detected(source.path)).kind
         table = kind == "table"
         suffix = (".tsv" if source.path.suffix.lower() == ".tsv" else ".csv") if table else ".jsonl"
@@ -95,9 +81,12 @@ class _Cleaner:
                 else:
                     file.write(json_line(columns))
                 self.written += 1
-        return CleanSource(
-            Path(stem + suffix), Path("media") if copier else source.folder_of_media, None if table else "messages"
-        )
+        place = {
+            "path": Path(path.name),
+            "media_folder": Path("media") if copier else source.folder_of_media,
+            "format": None if table else FormatPart.of("messages"),
+        }
+        return source.model_copy(update=place)
 
     def reasons(self, row: int) -> list[str]:
         findings = self.ledger.query("select code, text from findings where row = ? order by id", row)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from finetune.data.check.inspect import View
+
 # Code of a finding -> its severity (an error stops training or evaluation) and its title.
 CODES = {
     "unreadable": ("error", "lines or files that can't be read"),
@@ -67,17 +69,6 @@ class Finding:
     other: str = ""
 
 
-@dataclass(frozen=True)
-class MediumUse:
-    """A medium of a row. `digest`: sha256 of its file; `hash`, `thumbnail`: as in `inspect.View`."""
-
-    digest: bytes
-    kind: str
-    path: str
-    hash: bytes = b""
-    thumbnail: bytes = b""
-
-
 @dataclass
 class Examined:
     """One row, as far as it could be read. `label_set`: equal for rows whose labels are of one set."""
@@ -92,7 +83,7 @@ class Examined:
     answer: str = ""
     label_set: str = ""
     labels: tuple[str, ...] = ()
-    media: list[MediumUse] = field(default_factory=list)
+    media: list[View] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
 

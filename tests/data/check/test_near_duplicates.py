@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from finetune.data.check.compare import NEAR_BITS, compare, near_pairs
-from finetune.data.check.ledger import Examined, Ledger, MediumUse
+from finetune.data.check.inspect import View
+from finetune.data.check.ledger import Examined, Ledger
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def ledger(tmp_path):
 
 def row(number, split="train", content=b"", question=b"", label="", digest=b"", hashed=b"", path=""):
     content = content or bytes([number])
-    media = [MediumUse(digest or bytes([number]), "image", path or f"{number}.png", hashed, bytes(768))]
+    media = [View("image", path or f"{number}.png", digest or bytes([number]), hashed, bytes(768))]
     labels = (label,) if label else ()
     asked = "classify" if label else ""
     return Examined(number, 0, number + 2, split, content, question or content, 10, label, asked, labels, media)
