@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHOWN = 24  # findings of a kind on the page; all are in check.json
-OPEN_KINDS = 5  # so many kinds of findings are shown unfolded; of more, only errors are
 EXAMPLES = 6  # rows from all over the data, with and without findings
 PICTURES, SOUNDS = 96, 16  # of a page, at most
 SIDE = 128  # pixels of a thumbnail
@@ -44,46 +43,6 @@ class Card:
     text: str
     media: tuple[InlineMedium, ...] = ()
     files: str = ""
-
-
-@dataclass(frozen=True)
-class PageSection:
-    """Findings of one kind: how many there are, and the first of them."""
-
-    title: str
-    severity: str
-    count: int
-    open: bool
-    cards: list[Card]
-
-
-@dataclass(frozen=True)
-class Tile:
-    number: int
-    label: str
-    colour: str = ""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """How many rows have `low` to `high` tokens."""
-
-    low: int
-    high: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """A histogram of tokens per training row."""
-
-    bars: list[Bar]
-    low: int
-    high: int
-
-    @property
-    def most(self) -> int:
-        return max(bar.rows for bar in self.bars)
 
 
 def render(template: str, **values: object) -> str:
@@ -158,17 +117,16 @@ def sound_uri(audio: "np.ndarray", seconds: int) -> str:
 def findings_page(ledger: Ledger, summary: Summary, names: Sequence[str], path: Path, limits: Limits) -> None:
     """Write check.html: findings by kind, errors first, with the media that they are about. `names`: of the sources."""
     thumbnails = Thumbnails(limits)
-    sections = []
-    for code, count in summary["findings"].items():
-        severity, title = CODES[code]
-        unfolded = severity == "error" or len(summary["findings"]) <= OPEN_KINDS
-        cards = [_card(ledger, finding, names, thumbnails) for finding in ledger.findings(code, SHOWN)]
-        sections.append(PageSection(title, severity, count, unfolded, cards))
+    cards = {
+        code: [_card(ledger, finding, names, thumbnails) for finding in ledger.findings(code, SHOWN)]
+        for code in summary["findings"]
+    }
     page = render(
         "findings.html",
         title=f"{summary['name']}: rows before training",
-        tiles=list(_tiles(summary)),
-        sections=sections,
+        summary=summary,
+        codes=CODES,
+        cards=cards,
         lengths=_lengths(ledger),
         examples=list(_examples(ledger, names, thumbnails)),
     )
@@ -186,25 +144,16 @@ def _card(ledger: Ledger, finding: Finding, names: Sequence[str], thumbnails: Th
     return Card(where, finding.text.removeprefix(f"{where}: "), tuple(filter(None, media)), files)
 
 
-def _tiles(summary: Summary) -> Iterator[Tile]:
-    yield Tile(summary["errors"], "errors", "error" if summary["errors"] else "")
-    yield Tile(summary["warnings"], "warnings", "warning" if summary["warnings"] else "")
-    yield Tile(summary["rows"], "rows read")
-    for split, counts in summary["splits"].items():
-        yield Tile(counts["rows"], f"{split} rows, {counts['tokens']:,} tokens")
-    for kind, count in summary["different_media"].items():
-        yield Tile(count, f"different {kind} files" if kind == "audio" else f"different {kind}s")
-
-
-def _lengths(ledger: Ledger) -> Lengths | None:
+def _lengths(ledger: Ledger) -> list[tuple[int, int, int]]:
+    """A histogram of tokens per training row: (least, most, rows with so many tokens) of each bar."""
     low, high, rows = next(ledger.query("select min(tokens), max(tokens), count(*) from rows where split = 'train'"))
     if not rows:
-        return None
+        return []
     width = max(1, -(-(high - low + 1) // BARS))
     query = "select (tokens - ?) / ? as bar, count(*) from rows where split = 'train' group by bar"
     counts = dict(ledger.query(query, low, width))
-    starts = [low + bar * width for bar in range((high - low) // width + 1)]
-    return Lengths([Bar(start, start + width - 1, counts.get(n, 0)) for n, start in enumerate(starts)], low, high)
+    starts = enumerate(range(low, high + 1, width))
+    return [(start, min(start + width - 1, high), counts.get(bar, 0)) for bar, start in starts]
 
 
 def _examples(ledger: Ledger, names: Sequence[str], thumbnails: Thumbnails) -> Iterator[Card]:

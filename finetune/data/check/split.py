@@ -201,21 +201,15 @@ def _media(row: Row, media_columns: frozenset[str]) -> list[Path]:
 
 def _connected(keys: Sequence[Sequence[str]]) -> list[list[int]]:
     """Sets of row numbers: rows that share a key, directly or through others, are in one."""
-    parent = list(range(len(keys)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
     first: dict[str, int] = {}
-    for row, row_keys in enumerate(keys):
-        for key in row_keys:
-            parent[root(row)] = root(first.setdefault(key, row))
+    edges = [(row, first.setdefault(key, row)) for row, row_keys in enumerate(keys) for key in row_keys]
+    graph = coo_array(([True] * len(edges), tuple(zip(*edges, strict=True))), shape=(len(keys), len(keys)))
     sets: dict[int, list[int]] = defaultdict(list)
-    for row in range(len(keys)):
-        sets[root(row)].append(row)
+    for row, number in enumerate(connected_components(graph, directed=False)[1].tolist()):
+        sets[number].append(row)
     return list(sets.values())
 
 
