@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finetune.data.media.audio import RATE
 from finetune.data.sample import Medium
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ SHORT_SECONDS = 0.3
 BLANK = 2.0  # grey levels: standard deviation of a picture, each channel
 SIDE = 8  # a picture's hash has SIDE x SIDE bits for its rows, and as many for its columns
 MARGIN = 2  # grey levels: less isn't an edge but noise
-RATE = 16_000  # of decoded audio
 
 
 class Remark(NamedTuple):

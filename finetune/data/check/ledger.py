@@ -108,7 +108,10 @@ class Summary(TypedDict):
 
 
 class Ledger:
-    def __init__(self, path: Path) -> None:
+    """`names`: of the sources, as findings show them."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.names = names
         self.base = sqlite3.connect(path)
         self.base.execute("pragma journal_mode = off")
         self.base.execute("pragma synchronous = off")
@@ -156,10 +159,9 @@ class Ledger:
         for values in self.query(f"{sql} order by source, number, id limit ?", code, limit):
             yield Finding(*values)
 
-
-def place(finding: Finding, names: Sequence[str]) -> str:
-    """ "rows.csv:12", or the file alone. `names`: of the sources."""
-    return f"{names[finding.source]}:{finding.number}" if finding.number else names[finding.source]
+    def where(self, source: int, number: int) -> str:
+        """ "rows.csv:12", or for line 0 the file alone."""
+        return f"{self.names[source]}:{number}" if number else self.names[source]
 
 
 def _encodable(text: str) -> str:

@@ -2,15 +2,16 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_text
-from finetune.data.check.ledger import CODES, Finding, Ledger, Summary, place
+from finetune.data.check.ledger import CODES, Finding, Ledger, Summary
 from finetune.data.media import decode
+from finetune.data.media.audio import RATE
 from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ EXAMPLES = 6  # rows from all over the data, with and without findings
 PICTURES, SOUNDS = 96, 16  # of a page, at most
 SIDE = 128  # pixels of a thumbnail
 SECONDS = 5  # of a recording that can be played
-RATE = 16_000  # samples a second of decoded audio
 BARS = 16
 
 
@@ -110,15 +110,17 @@ def sound_uri(audio: "np.ndarray", seconds: int) -> str:
     import soundfile
 
     content = io.BytesIO()
-    soundfile.write(content, audio[: seconds * RATE], RATE, format="OGG", subtype="VORBIS")
+    with soundfile.SoundFile(content, "w", RATE, 1, format="OGG", subtype="VORBIS") as file:
+        for second in range(seconds):  # libsndfile crashes on minutes at once
+            file.write(audio[second * RATE : (second + 1) * RATE])
     return f"data:audio/ogg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def findings_page(ledger: Ledger, summary: Summary, names: Sequence[str], path: Path, limits: Limits) -> None:
-    """Write check.html: findings by kind, errors first, with the media that they are about. `names`: of the sources."""
+def findings_page(ledger: Ledger, summary: Summary, path: Path, limits: Limits) -> None:
+    """Write check.html: findings by kind, errors first, with the media that they are about."""
     thumbnails = Thumbnails(limits)
     cards = {
-        code: [_card(ledger, finding, names, thumbnails) for finding in ledger.findings(code, SHOWN)]
+        code: [_card(ledger, finding, thumbnails) for finding in ledger.findings(code, SHOWN)]
         for code in summary["findings"]
     }
     page = render(
@@ -128,19 +130,19 @@ def findings_page(ledger: Ledger, summary: Summary, names: Sequence[str], path: 
         codes=CODES,
         cards=cards,
         lengths=_lengths(ledger),
-        examples=list(_examples(ledger, names, thumbnails)),
+        examples=list(_examples(ledger, thumbnails)),
     )
     write_text(path, page)
 
 
-def _card(ledger: Ledger, finding: Finding, names: Sequence[str], thumbnails: Thumbnails) -> Card:
+def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> Card:
     paths = [path for path in (finding.path, finding.other) if path]
     files = " = ".join(Path(path).name for path in paths)
     if not paths and finding.row is not None:
         paths = [path for (path,) in ledger.query("select path from uses where row = ? limit 2", finding.row)]
     kinds = [next(ledger.query("select kind from uses where path = ? limit 1", path), ("",))[0] for path in paths]
     media = [thumbnails.of(kind, Path(path)) for kind, path in zip(kinds, paths, strict=True) if kind]
-    where = place(finding, names)
+    where = ledger.where(finding.source, finding.number)
     return Card(where, finding.text.removeprefix(f"{where}: "), tuple(filter(None, media)), files)
 
 
@@ -156,11 +158,11 @@ def _lengths(ledger: Ledger) -> list[tuple[int, int, int]]:
     return [(start, min(start + width - 1, high), counts.get(bar, 0)) for bar, start in starts]
 
 
-def _examples(ledger: Ledger, names: Sequence[str], thumbnails: Thumbnails) -> Iterator[Card]:
+def _examples(ledger: Ledger, thumbnails: Thumbnails) -> Iterator[Card]:
     step = max(1, next(ledger.query("select count(*) from rows"))[0] // EXAMPLES)
     query = "select id, source, number, split, tokens, answer from rows where id % ? = 0 order by id limit ?"
     for row, source, number, split, tokens, answer in list(ledger.query(query, step, EXAMPLES)):
         uses = list(ledger.query("select kind, path from uses where row = ? limit 4", row))
         media = tuple(filter(None, (thumbnails.of(kind, Path(path)) for kind, path in uses)))
         text = f"{split}, {tokens:,} tokens" + (f": {answer}" if answer else "")
-        yield Card(f"{names[source]}:{number}", text, media)
+        yield Card(ledger.where(source, number), text, media)

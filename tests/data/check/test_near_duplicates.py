@@ -10,7 +10,7 @@ from finetune.data.check.ledger import Examined, Ledger
 
 @pytest.fixture
 def ledger(tmp_path):
-    opened = Ledger(tmp_path / "ledger.sqlite")
+    opened = Ledger(tmp_path / "ledger.sqlite", ["rows.csv"])
     yield opened
     opened.close()
 
@@ -24,7 +24,7 @@ def row(number, split="train", content=b"", question=b"", label="", digest=b"", 
 
 
 def found(ledger, code):
-    compare(ledger, lambda source, number: f"rows.csv:{number}")
+    compare(ledger)
     return [(finding.number, finding.text) for finding in ledger.findings(code)]
 
 
