@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune.common.errors import DataError
-from finetune.data.formats._json import array_of, is_array
+from finetune.data.formats._json import SUFFIXES, array_of, is_array
 from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.schema import RowFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SAMPLE_BYTES = 1 << 18  # of lines that aren't UTF-8, to detect their encoding by
 COHERENT = 0.2  # of 1: share of letters that are frequent in a language, from which a detected encoding is believed
 LONGEST = 1_000  # lines of one quoted field; beyond them its closing quote is taken to be missing
@@ -36,7 +35,7 @@ def lenient_rows(source: RowFile, report: Report) -> Iterator[Row]:
             yield row
         return
     except DataError as error:
-        if suffix not in (*DELIMITERS, *JSON_SUFFIXES) or not source.path.is_file():
+        if suffix not in (*DELIMITERS, *SUFFIXES) or not source.path.is_file():
             report(0, str(error), "")
             return
     part = source.format or detected(source.path)
@@ -51,10 +50,10 @@ def lenient_rows(source: RowFile, report: Report) -> Iterator[Row]:
             report(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8", "")
     if hasattr(options, "encoding"):
         options = options.model_copy(update={"encoding": None})  # the copy is UTF-8
-    folder = source.media_folder or source.path.parent
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / source.path.name
-        source = source.model_copy(update={"media_folder": folder, "format": replace(part, options=options)})
+        readable = {"media_folder": source.folder_of_media, "format": replace(part, options=options)}
+        source = source.model_copy(update=readable)
         if suffix in DELIMITERS:
             delimiter = getattr(options, "delimiter", None) or DELIMITERS[suffix]
             yield from _rest_of_table(source, copy, last, encoding, delimiter, report)

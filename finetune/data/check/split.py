@@ -15,14 +15,14 @@ from finetune.common.errors import DataError
 from finetune.common.run_folder import file_hash, write_json
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media as in_rows
-from finetune.data.formats._json import array_of, is_array
+from finetune.data.formats._json import SUFFIXES, array_of, is_array
+from finetune.data.formats.table import SHEETS
 from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
 SPLITS = ("train", "validation", "test")
-SHEETS = (".xlsx", ".xlsm")
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _write_json(source: RowFile, files: Mapping[str, TextIO], chosen: Sequence[s
 def _json_rows(source: RowFile) -> Iterator[str]:
     """Rows of JSON as the file has them, a line each; of other formats as JSON, media relative to the folder."""
     path = source.path
-    if not path.is_file() or path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         for row in read_rows(source):
             relative = partial(_relative, row.media_folder)
             columns = {name: in_rows.replaced(value, name, relative) for name, value in row.columns.items()}
