@@ -2,18 +2,15 @@
 
 import errno
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 from finetune.common.certificate import verify_if_certified
 from finetune.common.errors import ArtifactError, FinetuneError, ModelError
-from finetune.common.run_folder import read_json, whole_folder
+from finetune.common.run_folder import read_json
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")  # what loading reads; none can hold code
-PULLED_FILES = (*MODEL_FILES, "*.md", "*.yaml", "*.png", "*.webp")
 REASONS = {
     403: "the token lacks the permission: create one that may write to this repository, and log in again",
     409: "somebody else changed it at the same time; try again",
@@ -121,35 +118,11 @@ def fetched(name: str, revision: str | None = None, cache_folder: Path | None = 
     """
     from huggingface_hub import snapshot_download
 
-    with requesting(_title(name, revision)):
+    with requesting(title(name, revision)):
         folder = snapshot_download(name, revision=revision, cache_dir=cache_folder, allow_patterns=list(MODEL_FILES))
     verify_if_certified(Path(folder))
     return Path(folder)
 
 
-def pulled(name: str, to: Path, revision: str | None = None) -> Path:
-    """Download a published model into the folder `to`, which mustn't exist: whole and as the Hub's own hashes say, or
-    not at all. Raises ModelError, ArtifactError.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    if to.exists():
-        raise ArtifactError(f"{to}: already exists; choose another folder with --to")
-    with whole_folder(to) as partial:
-        with requesting(_title(name, revision)):
-            commit = HfApi().model_info(name, revision=revision).sha
-            snapshot_download(name, revision=commit, local_dir=partial, allow_patterns=list(PULLED_FILES))
-            hashes = HfApi().verify_repo_checksums(name, revision=commit, local_dir=partial)
-        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the downloader's own notes
-        if not any((partial / file).is_file() for file in ("multimodal.json", "config.json")):
-            raise ArtifactError(f"{name}: holds neither an adapter nor a merged model; nothing was downloaded")
-        damaged = [mismatch["path"] for mismatch in hashes.mismatches]
-        missing = [path for path in hashes.missing_paths if any(fnmatch(path, pattern) for pattern in PULLED_FILES)]
-        if damaged or missing:
-            raise ArtifactError(f"{name}: {[*damaged, *missing][0]} isn't the file on the Hub; pull the model again")
-        verify_if_certified(partial)
-    return to
-
-
-def _title(name: str, revision: str | None) -> str:
+def title(name: str, revision: str | None) -> str:
     return f"{name} at {revision}" if revision else name
