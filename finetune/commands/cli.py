@@ -11,6 +11,7 @@ import typer
 
 from finetune.common.errors import FinetuneError, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
+from finetune.common.version import VERSION
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -36,6 +37,21 @@ Set = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; default: runs/NAME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"finetune {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

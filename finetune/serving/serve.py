@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.serving.engine.engine import BatchingEngine
 
 LOCALHOST = "127.0.0.1"
-INSTALL = "serving needs FastAPI and uvicorn: pip install -e '.[serve]' in the checkout"
+INSTALL = "serving needs FastAPI and uvicorn: pip install 'finetune-kit[serve]'"
 FLUSH_SECONDS = 5  # for the ends of answers to be sent
 
 

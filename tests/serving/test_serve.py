@@ -80,7 +80,7 @@ def test_names_of_models(tmp_path, monkeypatch):
 
 def test_missing_libraries_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    with pytest.raises(RecipeError, match=r"pip install -e '\.\[serve\]'"):
+    with pytest.raises(RecipeError, match=r"pip install 'finetune-kit\[serve\]'"):
         finetune.serve([str(tmp_path)])
 
 
