@@ -53,6 +53,17 @@ class TaskTables(Result):
     per_label: dict[str, dict[str, int | float | None]] = Field(default={}, description="Label -> metric -> value.")
 
 
+class Comparison(Result):
+    """A score of the trained model minus the same under another condition, on the same rows."""
+
+    difference: float
+    low: Value = Field(default=None, description="95% confidence interval; null with too few rows.")
+    high: Value = None
+    gained: int = Field(default=0, description="Rows that are right, or better, only as trained.")
+    lost: int = Field(default=0, description="Rows that are right, or better, only in the other.")
+    p: Value = Field(default=None, description="Of McNemar's exact test; null where rows aren't simply right or wrong.")
+
+
 class Metrics(Result):
     """metrics.json."""
 
@@ -61,6 +72,10 @@ class Metrics(Result):
     intervals: dict[str, dict[str, dict[str, tuple[float, float]]]] = Field(
         default={}, description="Task -> metric -> condition -> 95% confidence interval."
     )
+    comparisons: dict[str, dict[str, dict[str, Comparison]]] = Field(
+        default={}, description="Task -> metric -> condition that the trained model is compared with."
+    )
+    scored_rows: dict[str, int] = Field(default={}, description="Task -> number of held-out rows scored.")
     tables: dict[str, TaskTables] = {}
     seconds: dict[str, float] = {}
     peak_memory_bytes: dict[str, float] = {}

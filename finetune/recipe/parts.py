@@ -174,7 +174,7 @@ class TaskPart(Part):
 
     @property
     def primary(self) -> str:
-        """The metric that stands for the task; less is better where its name holds 'error'."""
+        """The metric that stands for the task, where rows have it."""
         result: str = self.module.PRIMARY
         return result
 
