@@ -4,7 +4,7 @@ media, and a linear probe on the same features beside them.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -60,7 +60,7 @@ def evaluate(run: Path | str) -> dict[str, Any]:
         scores=evaluation.scores,
         intervals=evaluation.intervals,
         comparisons={
-            task: {m: {c: one.model_dump() for c, one in conditions.items()} for m, conditions in metrics.items()}
+            task: {m: {c: asdict(one) for c, one in conditions.items()} for m, conditions in metrics.items()}
             for task, metrics in evaluation.comparisons.items()
         },
         scored_rows=Counter(prediction.task for prediction in evaluation.predictions),

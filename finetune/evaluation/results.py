@@ -5,6 +5,7 @@ readable.
 """
 
 import math
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,6 +21,7 @@ class ValidationPass(Result):
     step: int = Field(description="Optimizer step of the stage.")
     score: float = Field(default=math.nan, description="Selection score, better when higher.")
     scores: dict[str, dict[str, Value]] = Field(default={}, description="Task -> metric -> value on validation rows.")
+    good: list[float] = Field(default=[], description="How good each row's answer is, 0 to 1; [] if rows have groups.")
 
 
 class StageResult(Result):
@@ -53,15 +55,21 @@ class TaskTables(Result):
     per_label: dict[str, dict[str, int | float | None]] = Field(default={}, description="Label -> metric -> value.")
 
 
-class Comparison(Result):
-    """A score of the trained model minus the same under another condition, on the same rows."""
+@dataclass(frozen=True)
+class Comparison:
+    """A score minus another of the same rows: of the trained model and under another condition, or of two trials.
+
+    `low` and `high`: the 95% confidence interval, None with too few rows. `gained`, `lost`: rows that are right, or
+    better, only in the first, or only in the second. `p`: of McNemar's exact test, None where rows aren't simply right
+    or wrong.
+    """
 
     difference: float
-    low: Value = Field(default=None, description="95% confidence interval; null with too few rows.")
+    low: Value = None
     high: Value = None
-    gained: int = Field(default=0, description="Rows that are right, or better, only as trained.")
-    lost: int = Field(default=0, description="Rows that are right, or better, only in the other.")
-    p: Value = Field(default=None, description="Of McNemar's exact test; null where rows aren't simply right or wrong.")
+    gained: int = 0
+    lost: int = 0
+    p: Value = None
 
 
 class Metrics(Result):

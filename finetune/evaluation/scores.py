@@ -92,12 +92,18 @@ def measured(binding: TaskBinding, samples: Sequence[Sample], answers: Sequence[
     return predictions, measures
 
 
+def measures_by_task(
+    bindings: Mapping[str, TaskBinding], samples: Sequence[Sample], answers: Sequence[Answer]
+) -> dict[str, Measures]:
+    return {
+        name: measured(bindings[name], [samples[i] for i in numbers], [answers[i] for i in numbers])[1]
+        for name, numbers in by_task(samples).items()
+    }
+
+
 def scored(bindings: Mapping[str, TaskBinding], samples: Sequence[Sample], answers: Sequence[Answer]) -> Scores:
-    scores = {}
-    for name, numbers in by_task(samples).items():
-        _, measures = measured(bindings[name], [samples[i] for i in numbers], [answers[i] for i in numbers])
-        scores[name] = bindings[name].task.score(measures)
-    return scores
+    measures = measures_by_task(bindings, samples, answers)
+    return {name: bindings[name].task.score(own) for name, own in measures.items()}
 
 
 def selection_score(scores: Scores, bindings: Mapping[str, TaskBinding], metric: str) -> float:

@@ -40,7 +40,7 @@ class ScoredRows:
         units = _units(rows)
         self.units = len(units)
         grouped = any(row.get("group") for row in rows)
-        self.right = {} if grouped else _right(rows, score, self.values)
+        self.right = {} if grouped else _right(rows, score)
         self.resampled = {metric: np.full(resamples, np.nan) for metric in self.values}
         generator = np.random.default_rng(seed)
         for number in range(resamples if self.units >= FEWEST else 0):
@@ -82,6 +82,15 @@ def compare(ours: ScoredRows, theirs: ScoredRows, metric: str) -> Comparison:
         gained=int((ours.good > theirs.good).sum()),
         lost=int((ours.good < theirs.good).sum()),
     )
+
+
+def compare_rows(ours: Sequence[float], theirs: Sequence[float], seed: int) -> Comparison:
+    """The mean of our numbers, one a row, minus that of theirs."""
+
+    def mean(rows: list[Measure]) -> dict[str, float]:
+        return {"mean": float(np.mean([row["good"] for row in rows]))}
+
+    return compare(*(ScoredRows([{"good": x} for x in values], mean, seed) for values in (ours, theirs)), "mean")
 
 
 def mcnemar(gained: int, lost: int, rows: int) -> Comparison:
@@ -130,13 +139,16 @@ def _middle(values: np.ndarray, level: float) -> Interval | None:
     return float(low), float(high)
 
 
-def _right(rows: Sequence[Measure], score: Score, values: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """Metric -> booleans (N,): the metrics of which each row alone has 0 or 1, and all together the mean."""
+def _right(rows: Sequence[Measure], score: Score) -> dict[str, np.ndarray]:
+    """Metric -> booleans (N,): the metrics of which each row alone has 0 or 1, and any rows together the mean."""
     each = [score([row]) for row in rows]
+    samples = [range(begin, len(rows), step) for begin, step in ((0, 1), (0, 2), (1, 2), (0, 3))]
+    means = [(list(sample), score([rows[i] for i in sample])) for sample in samples if sample]
     result = {}
-    for metric, value in values.items():
+    for metric in each[0] if each else ():
         own = np.array([one.get(metric, np.nan) for one in each])
-        if not lower_is_better(metric) and np.isin(own, (0, 1)).all() and np.isclose(own.mean(), value):
+        means_too = (np.isclose(own[sample].mean(), scores.get(metric, np.nan)) for sample, scores in means)
+        if not lower_is_better(metric) and np.isin(own, (0, 1)).all() and all(means_too):
             result[metric] = own == 1
     return result
 
