@@ -18,6 +18,7 @@ from finetune.common.certificate import Bounds, Certificate, LanguageModelFiles,
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder
+from finetune.data.metrics import main_metric
 from finetune.data.rows import read_splits, subset
 from finetune.evaluation.scores import known_bindings
 from finetune.merging.candidates import MergeJob, Trained, dtype_name
@@ -102,7 +103,10 @@ def merge_into(
         rows_scored=len(comparison.answered),
         positions=trained.positions,
         media=comparison.media,
-        primary=comparison.primary,
+        primary={
+            task: main_metric(metric, (trained.measures.scores or {}).get(task, {}))
+            for task, metric in comparison.primary.items()
+        },
         saved=measures[best],
         candidates=measures,
         trained=trained.measures,

@@ -168,7 +168,7 @@ class TaskPart(Part):
 
     @property
     def primary(self) -> str:
-        """The metric that stands for the task; less is better where its name holds 'error'."""
+        """The metric that stands for the task, where rows have it."""
         return str(self.module.PRIMARY)
 
     def sample(self, row: Any) -> Any:

@@ -133,7 +133,7 @@ def test_every_prediction_is_shown_with_its_media(finished):
     assert len(page.of("audio")) == 32 and len(pictures(page)) == 32
     for image in pictures(page):
         with PIL.Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as opened:
-            assert max(opened.size) <= 160
+            assert max(opened.size) <= 240
     for audio in page.of("audio"):
         samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["src"].partition(",")[2])))
         assert rate == 16_000 and samples.ndim == 1 and 0 < len(samples) <= 15 * rate
