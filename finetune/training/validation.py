@@ -21,8 +21,8 @@ OnValidation = Callable[[float], bool]  # selection score -> whether to stop the
 
 class ValidationCallback(TrainerCallback):
     """`evaluate()` gives the scores of the model as it is, and how good each row's answer is (see `ValidationPass`);
-    `select(scores)` gives the selection score; `on_validation` runs after each pass. The first process evaluates, all act
-    on it. Written into `folder`: validation.json, and `best/`, the weights of the best pass.
+    `select(scores)` gives the selection score; `on_validation` runs after each pass. The first process evaluates, all
+    act on it. Written into `folder`: validation.json, and `best/`, the weights of the best pass.
     """
 
     def __init__(

@@ -91,10 +91,15 @@ def test_scores_and_words_are_those_of_the_run(finished):
     metrics = json.loads((run / "metrics.json").read_text())
     values = metrics["scores"]["pictures"]["accuracy"]
     low, high = metrics["intervals"]["pictures"]["accuracy"]["tuned"]
-    assert f"Accuracy {values['tuned']:.3f} (95% CI {low:.3f} to {high:.3f}) on 16 held-out rows." in page.text
-    assert f"accuracy falls from {values['tuned']:.3f} to {values['blank']:.3f} with blank pictures" in page.text
+    assert (
+        f"On 16 held-out rows the trained model answers {values['tuned']:.0%} right (95% CI {low:.0%}–{high:.0%})".replace(
+            "%–", "–"
+        )
+        in page.text
+    )
+    assert f"With blank pictures it falls to {values['blank']:.0%}, so it does use them." in page.text
     assert "with other rows' recordings" in page.text
-    assert "always answering “red” reaches 0.250" in page.text  # four colours, four times each
+    assert "against 25% with “red”" in page.text  # four colours, four times each
     weights = metrics["train"]["stages"]["both"]["trained_weights"]
     for text in (
         "0123456789ab",
@@ -111,9 +116,9 @@ def test_scores_and_words_are_those_of_the_run(finished):
     positions = json.loads((run / "certificate.json").read_text())["positions"]
     assert f"100.0% of {positions} next tokens" in page.text
     assert str(run.parent) not in (run / "report.html").read_text(encoding="utf-8")
-    columns = "metric tuned base blank shuffled blank image blank audio"
-    assert f"pictures, with 95% CI where known {columns} probe accuracy" in page.text
-    assert f"both, with 95% CI where known {columns} accuracy" in page.text  # no probe of free text
+    columns = "metric trained untrained blank media other media blank pictures blank recordings"
+    assert f"pictures, n = 16, with 95% CI {columns} linear probe accuracy" in page.text
+    assert f"both, n = 16, with 95% CI {columns} accuracy" in page.text  # no probe of free text
     assert not page.of("aside")
     assert "at least 95.0% was required" in page.text and "at most 0.1 was allowed" in page.text
 
@@ -137,6 +142,8 @@ def test_every_prediction_is_shown_with_its_media(finished):
     for audio in page.of("audio"):
         samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["src"].partition(",")[2])))
         assert rate == 16_000 and samples.ndim == 1 and 0 < len(samples) <= 15 * rate
+    assert all(Path(row["media"][0]).name in page.text for row in predictions_of(run))
+    assert len(page.of("details")) > 3 and "13 more" in page.text  # of 16 right ones three are shown at once
     # Of the wrong ones those first that it was surest of.
     wrong = [row for row in predictions_of(run) if row["task"] == "sounds" and not row["good"]]
     surest = max(wrong, key=lambda row: max(row["tuned"]["probabilities"].values()))
@@ -246,6 +253,7 @@ def test_what_data_hold_never_becomes_markup(run, tmp_path):
         run / "metrics.json",
         scores={EVIL: {EVIL: {"tuned": 0.5, EVIL: 0.4}}},
         intervals={EVIL: {EVIL: {"tuned": [0.4, 0.6]}}},
+        comparisons={EVIL: {EVIL: {EVIL: {"difference": 0.1}}}},
         tables={EVIL: {"confusion": {"labels": [EVIL], "counts": [[1, 2]]}, "per_label": {EVIL: {EVIL: 1.0}}}},
         train={"stages": {EVIL: stage | {"validation": [{"step": 4, "scores": {EVIL: {EVIL: 1.0}}}]}}},
         seconds={EVIL: 1.0},
