@@ -76,8 +76,8 @@ def test_error_rates_are_better_when_lower():
     compared = {"base": Comparison(-1.294, -1.5, -1.1, 190, 0), "blank": Comparison(-0.644, -0.8, -0.5, 180, 1)}
     (found,) = headlines(content_of("word_error_rate", scores, compared, 192, "audio", (0.003, 0.015)))
     assert found.sentence == (
-        "On 192 held-out rows the trained model's word error rate is 0.8% (95% CI 0.3–1.5%; lower is better); the untrained "
-        "one's is 130%. With blank recordings it rises to 65%, so it does use them."
+        "On 192 held-out rows the trained model's word error rate is 0.8% (95% CI 0.3–1.5%; lower is better); the "
+        "untrained one's is 130%. With blank recordings it rises to 65%, so it does use them."
     )
     assert [one.verdict for one in found.conclusions] == ["yes", "yes"]
     assert (

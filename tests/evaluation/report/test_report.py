@@ -91,12 +91,8 @@ def test_scores_and_words_are_those_of_the_run(finished):
     metrics = json.loads((run / "metrics.json").read_text())
     values = metrics["scores"]["pictures"]["accuracy"]
     low, high = metrics["intervals"]["pictures"]["accuracy"]["tuned"]
-    assert (
-        f"On 16 held-out rows the trained model answers {values['tuned']:.0%} right (95% CI {low:.0%}–{high:.0%})".replace(
-            "%–", "–"
-        )
-        in page.text
-    )
+    interval = f"95% CI {low:.0%}–{high:.0%}".replace("%–", "–")
+    assert f"On 16 held-out rows the trained model answers {values['tuned']:.0%} right ({interval})" in page.text
     assert f"With blank pictures it falls to {values['blank']:.0%}, so it does use them." in page.text
     assert "with other rows' recordings" in page.text
     assert "against 25% with “red”" in page.text  # four colours, four times each
