@@ -86,7 +86,7 @@ class LiveDisplay:
 
 
 class TrainingBar(TrainerCallback):
-    """Step, loss, tokens a second, memory, time left; a plain line now and then where there's no terminal."""
+    """Step, loss, tokens a second, memory, time left; a plain line now and then where nothing can be shown live."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage = stage
@@ -104,7 +104,7 @@ class TrainingBar(TrainerCallback):
         memory = max(peak_memory_bytes().values()) / 2**30
         note = f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
         self._step(note, completed=state.global_step)
-        if not console.is_terminal and state.global_step % max(1, self.total // 5) == 0:
+        if not (console.is_terminal or console.is_jupyter) and state.global_step % max(1, self.total // 5) == 0:
             console.print(f"  {self.stage}: step {state.global_step}/{self.total}  {note}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ class LiveCurve(TrainerCallback):
 
     def _draw(self, state: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if self._display is None or not losses:
+        if self._display is None or len(losses) < 2:
             return
         begin = perf_counter()
         picture = plots.png(plots.losses_figure({self.stage: losses}, width=6.0, height=2.4))
