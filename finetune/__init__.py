@@ -82,7 +82,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     import importlib
+    import logging
+    import warnings
 
+    # What is imported now warns about widgets and kernels that aren't used.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return getattr(importlib.import_module(f"finetune.{_HOME[name]}"), name)
 
 

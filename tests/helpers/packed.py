@@ -14,6 +14,7 @@ from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Stage, Train
 from finetune.training.collate import Batch, Collator
 from finetune.training.samples import TokenizedSample, TokenizedSamples
+from finetune.training.stopping import StopBetweenSteps
 from finetune.training.trainer import StageTraining, train_stage
 
 PICTURE = {"prefix": 4, "cross_attention": 1}  # placeholder tokens of one, by fusion
@@ -101,7 +102,8 @@ def train_composite(
         seed=11,
         dtype=torch.float32,
     )
-    return train_stage(training, resume_from, callbacks)
+    with StopBetweenSteps() as stop:
+        return train_stage(training, stop, resume_from, callbacks)
 
 
 def weights_of(model: MultimodalModel) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from finetune.model.composite import compose
 from finetune.model.language_model import load_language_model
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.recipe.schema import Adapter, Llm
+from finetune.training.checkpoints import step_of
 from finetune.training.trainer import StageTrainer
 
 
@@ -73,7 +74,7 @@ def test_a_resumed_run_ends_on_the_weights_of_an_uninterrupted_one(act, expected
             accumulate=accumulate,
             save_every_n_steps=every,
         )
-    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    checkpoint = max((tmp_path / "cut").glob("checkpoint-*"), key=step_of)
     resumed = composite_with_lora()
     rest = train_composite(resumed, tmp_path / "cut", resume_from=checkpoint, accumulate=accumulate)
     assert [entry["loss"] for entry in rest] == pytest.approx([entry["loss"] for entry in log])
@@ -164,7 +165,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     run = RunFolder(tmp_path)
     with pytest.raises(OSError, match="no space left"):
         train_composite(composite_with_lora(), run.checkpoints / "tune")
-    assert run.newest_checkpoint("tune").name == "checkpoint-2"
+    assert run.checkpoints_of("tune")[0].name == "checkpoint-2"
     assert [path.name for path in (run.checkpoints / "tune").iterdir()] == ["checkpoint-2"]
     names = {path.name for path in (run.checkpoints / "tune" / "checkpoint-2").iterdir()}
     assert {
