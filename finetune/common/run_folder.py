@@ -88,8 +88,9 @@ class RunFolder:
         entries = list(self.path.iterdir()) if self.path.is_dir() else [self.path]
         known = WRITTEN_FIRST | WRITTEN_LATER
         foreign = [entry.name for entry in entries if entry.name not in known and entry.suffix not in UNFINISHED]
-        if not foreign and entries and not {entry.name for entry in entries} >= WRITTEN_FIRST:
-            foreign = [entry.name for entry in entries]
+        names = {entry.name for entry in entries}
+        if not names >= WRITTEN_FIRST and not names <= WRITTEN_FIRST:
+            foreign = foreign or [*names]
         if foreign:
             raise TrainingError(
                 f"{self.path}: --overwrite removes only what a run has written; {sorted(foreign)[0]} is something "

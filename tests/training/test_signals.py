@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from cli import REAL, cli
-from packed import composite_with_lora, train_composite
+from packed import At, composite_with_lora, train_composite
 from safetensors.torch import load_file
 from tiny import tiny_recipe
-from transformers import TrainerCallback
 
 from finetune.common.errors import Interrupted
 from finetune.common.run_folder import damage
@@ -24,16 +23,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_
 STAGE = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3, "epochs": 50}
 
 
-class Send(TrainerCallback):
+def sent(step, *numbers):
     """Signals to this process while step `step` (from 1) is made."""
-
-    def __init__(self, step, *numbers):
-        self.step, self.numbers = step, numbers
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            for number in self.numbers:
-                signal.raise_signal(number)
+    return At(step, lambda: [signal.raise_signal(number) for number in numbers])
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -41,7 +33,7 @@ def test_a_signal_saves_after_the_step(number, tmp_path, capfd):
     handlers = [signal.getsignal(each) for each in SIGNALS]
     folder = tmp_path / "checkpoints" / "tune"
     with pytest.raises(Interrupted, match="stopped after step 3 of 6") as stopped:
-        train_composite(composite_with_lora(), folder, callbacks=[Send(3, number)], save_every_n_steps=100)
+        train_composite(composite_with_lora(), folder, callbacks=[sent(3, number)], save_every_n_steps=100)
     assert stopped.value.exit_status == 128 + number
     assert [path.name for path in folder.iterdir()] == ["checkpoint-3"] and damage(folder / "checkpoint-3") is None
     assert "finishing this step and saving a checkpoint" in capfd.readouterr().err
@@ -52,7 +44,7 @@ def test_a_signal_saves_after_the_step(number, tmp_path, capfd):
 def test_ctrl_c_after_a_signal_ends_at_once(numbers, tmp_path):
     handlers = [signal.getsignal(each) for each in SIGNALS]
     with pytest.raises(KeyboardInterrupt):
-        train_composite(composite_with_lora(), tmp_path, callbacks=[Send(3, *numbers)], save_every_n_steps=100)
+        train_composite(composite_with_lora(), tmp_path, callbacks=[sent(3, *numbers)], save_every_n_steps=100)
     assert not list(tmp_path.glob("checkpoint-*"))
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
 
@@ -60,7 +52,7 @@ def test_ctrl_c_after_a_signal_ends_at_once(numbers, tmp_path):
 def test_a_signal_that_comes_again_changes_nothing(tmp_path, capfd):
     """A closed terminal sends SIGHUP twice: by the kernel and by the shell."""
     with pytest.raises(Interrupted) as stopped:
-        train_composite(composite_with_lora(), tmp_path, callbacks=[Send(3, signal.SIGHUP, signal.SIGHUP)])
+        train_composite(composite_with_lora(), tmp_path, callbacks=[sent(3, signal.SIGHUP, signal.SIGHUP)])
     assert stopped.value.exit_status == 129
     assert capfd.readouterr().err.count("SIGHUP") == 1
 

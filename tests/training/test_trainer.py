@@ -5,9 +5,11 @@ import torch
 from packed import (
     ROWS,
     SAMPLES,
+    At,
     batch_of,
     collator_of,
     composite_with_lora,
+    power_cut,
     read,
     samples_of,
     shake,
@@ -28,17 +30,6 @@ from finetune.training.checkpoints import step_of
 from finetune.training.trainer import StageTrainer
 
 
-class At(TrainerCallback):
-    """Does something before step `step` (from 1)."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            self.act()
-
-
 class Keep(TrainerCallback):
     """The trained weights after each step."""
 
@@ -47,10 +38,6 @@ class Keep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(weights_of(self.model))
-
-
-def power_cut():
-    raise OSError("power cut")
 
 
 def interrupt():
