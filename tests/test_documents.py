@@ -24,7 +24,7 @@ HISTORY = {"LOG.md", "CHANGELOG.md"}  # they name files and targets of the past
 RECIPES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 PATTERNS = ("*.py", "*.yaml", "*.sh", "*.ipynb", "*.jinja", "*.html")
 INSTALL = re.compile(r"pip install ([^`;&|#)\n]*)")
-OURS = re.compile(rf"(?P<name>\.|finetune[\w-]*)(\[(?P<extras>[\w,-]+)\])?")
+OURS = re.compile(r"(?P<name>\.|finetune[\w-]*)(\[(?P<extras>[\w,-]+)\])?")
 COMMAND = re.compile(r"(?:^|[\s/`])finetune +((?:data +)?[a-z_]+)\b(.*)")
 
 

@@ -76,14 +76,14 @@ def load_config(options: PretrainedOptions) -> Any:
     """The transformers config of a checkpoint. Raises ModelError."""
     from transformers import AutoConfig
 
-    with loading(f"encoder {options.name!r}"):
-        return AutoConfig.from_pretrained(options.name, revision=options.revision)
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
+        return AutoConfig.from_pretrained(options.name, revision=options.revision, local_files_only=local_only)
 
 
 def load_processor(options: PretrainedOptions, auto_class: Any) -> Any:
     """The image processor or feature extractor of a checkpoint. Raises ModelError."""
-    with loading(f"encoder {options.name!r}"):
-        return auto_class.from_pretrained(options.name, revision=options.revision)
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
+        return auto_class.from_pretrained(options.name, revision=options.revision, local_files_only=local_only)
 
 
 def load(
@@ -101,7 +101,7 @@ def load(
     """
     import torch
 
-    with loading(f"encoder {options.name!r}"):
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
         module, report = model_class.from_pretrained(
             options.name,
             revision=options.revision,
@@ -110,6 +110,8 @@ def load(
             key_mapping=key_mapping,
             use_safetensors=True,
             output_loading_info=True,
+            local_files_only=local_only,
+            adapter_kwargs={"local_files_only": local_only},
         )
     state = module.state_dict()
     for name in report["missing_keys"]:
