@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 from finetune.commands._doctor.finding import Condition
 
@@ -67,7 +68,8 @@ def quantized() -> Iterator[Condition]:
     layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     layer.load_state_dict(torch_layer.state_dict())
     layer = layer.to(where)
-    weights = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    packed: Any = layer.weight
+    weights = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).float()
     x = torch.linspace(-1, 1, 8 * 64, device=where).reshape(8, 64).requires_grad_()
     y = layer(x)
     y.sum().backward()
