@@ -84,8 +84,8 @@ def evaluate(run: Run) -> None:
     from finetune.commands.tables import print_scores
     from finetune.evaluation.evaluate import evaluate
 
-    metrics = evaluate(run)
-    print_scores(metrics["scores"], metrics["intervals"])
+    evaluate(run)
+    print_scores(run)
 
 
 @app.command()

@@ -3,10 +3,8 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty, Queue
@@ -15,10 +13,9 @@ from time import monotonic
 
 from finetune.common.certificate import verify_if_certified
 from finetune.common.errors import ArtifactError, FinetuneError, ModelError
-from finetune.common.run_folder import read_json, whole_folder
+from finetune.common.run_folder import read_json
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")  # what loading reads; none can hold code
-PULLED_FILES = (*MODEL_FILES, "*.md", "*.yaml", "*.png", "*.webp")
 PROBE_SECONDS = 3.0  # for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
 CONNECT = "check the connection, set HF_ENDPOINT to a mirror (https://hf-mirror.com), or name a folder that holds it"
 REASONS = {
@@ -174,7 +171,7 @@ def fetched(name: str, revision: str | None = None, cache_folder: Path | None = 
     from huggingface_hub import snapshot_download
 
     local_only = unreachable() is not None
-    with requesting(_title(name, revision), local_only=local_only):
+    with requesting(title(name, revision), local_only=local_only):
         folder = snapshot_download(
             name,
             revision=revision,
@@ -186,29 +183,5 @@ def fetched(name: str, revision: str | None = None, cache_folder: Path | None = 
     return Path(folder)
 
 
-def pulled(name: str, to: Path, revision: str | None = None) -> Path:
-    """Download a published model into the folder `to`, which mustn't exist: whole and as the Hub's own hashes say, or
-    not at all. Raises ModelError, ArtifactError.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    if to.exists():
-        raise ArtifactError(f"{to}: already exists; choose another folder with --to")
-    with whole_folder(to) as partial:
-        with requesting(_title(name, revision)):
-            commit = HfApi().model_info(name, revision=revision).sha
-            snapshot_download(name, revision=commit, local_dir=partial, allow_patterns=list(PULLED_FILES))
-            hashes = HfApi().verify_repo_checksums(name, revision=commit, local_dir=partial)
-        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the downloader's own notes
-        if not any((partial / file).is_file() for file in ("multimodal.json", "config.json")):
-            raise ArtifactError(f"{name}: holds neither an adapter nor a merged model; nothing was downloaded")
-        damaged = [mismatch["path"] for mismatch in hashes.mismatches]
-        missing = [path for path in hashes.missing_paths if any(fnmatch(path, pattern) for pattern in PULLED_FILES)]
-        if damaged or missing:
-            raise ArtifactError(f"{name}: {[*damaged, *missing][0]} isn't the file on the Hub; pull the model again")
-        verify_if_certified(partial)
-    return to
-
-
-def _title(name: str, revision: str | None) -> str:
+def title(name: str, revision: str | None) -> str:
     return f"{name} at {revision}" if revision else name

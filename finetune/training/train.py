@@ -16,7 +16,7 @@ from finetune.common.progress import console, fresh_memory, peak_memory_bytes, q
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
 from finetune.evaluation import plots
 from finetune.evaluation.results import StageResult, TrainingResult
-from finetune.evaluation.scores import Scores, answers_to, scored, selection_score
+from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import default_device, packs_exactly
@@ -147,9 +147,12 @@ def validation_callback(
         return None
     assistant = run.assistant(model)
 
-    def evaluate() -> Scores:
+    def evaluate() -> tuple[Scores, list[float]]:
         answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
-        return scored(run.bindings, prepared.validation, answers)
+        measures = measures_by_task(run.bindings, prepared.validation, answers)
+        rows = [row for own in measures.values() for row in own]
+        good = [] if any(row.get("group") for row in rows) else [float(row["good"]) for row in rows]
+        return {name: run.bindings[name].task.score(own) for name, own in measures.items()}, good
 
     return ValidationCallback(
         model,

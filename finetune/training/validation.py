@@ -20,9 +20,9 @@ OnValidation = Callable[[float], bool]  # selection score -> whether to stop the
 
 
 class ValidationCallback(TrainerCallback):
-    """`evaluate()` gives the scores of the model as it is, `select(scores)` their selection score; `on_validation` runs
-    after each pass. The first process evaluates, all act on it. Written into `folder`: validation.json, and `best/`,
-    the weights of the best pass.
+    """`evaluate()` gives the scores of the model as it is, and how good each row's answer is (see `ValidationPass`);
+    `select(scores)` gives the selection score; `on_validation` runs after each pass. The first process evaluates, all
+    act on it. Written into `folder`: validation.json, and `best/`, the weights of the best pass.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ValidationCallback(TrainerCallback):
         folder: Path,
         settings: Validation,
         *,
-        evaluate: Callable[[], Scores],
+        evaluate: Callable[[], tuple[Scores, list[float]]],
         select: Callable[[Scores], float],
         on_validation: OnValidation | None = None,
     ) -> None:
@@ -69,10 +69,10 @@ class ValidationCallback(TrainerCallback):
     def _pass(self, step: int) -> ValidationPass:
         training = self.model.training
         self.model.eval()
-        scores = self.evaluate()
+        scores, good = self.evaluate()
         self.model.train(training)
         rounded = {name: {metric: round(v, 4) for metric, v in metrics.items()} for name, metrics in scores.items()}
-        return ValidationPass(step=step, score=self.select(scores), scores=rounded)
+        return ValidationPass(step=step, score=self.select(scores), scores=rounded, good=[round(v, 4) for v in good])
 
     def _keep(self, one: ValidationPass) -> None:
         is_best = self.best is one

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.utils import _http
 from loopback import asked_of, hub_on_loopback
 from tiny import tiny_llm_folder, tiny_vision_folder
+from transformers import AutoConfig
 
 from finetune.common import hub
 from finetune.common.errors import DataError, FinetuneError, ModelError
@@ -19,6 +20,7 @@ from finetune.data.formats import hub as datasets_format
 from finetune.merging.lora_weights import load_on_disk
 from finetune.model.encoders import _transformers, vision
 from finetune.model.language_model import load_language_model, load_tokenizer
+from finetune.publishing.pull import pull
 from finetune.recipe.schema import Llm
 
 NAME = "someone/something"
@@ -28,10 +30,10 @@ LOADERS = {
     "tokenizer": lambda folder: load_tokenizer(NAME),
     "LLM": lambda folder: load_language_model(LLM, torch.float32),
     "LLM on disk": lambda folder: load_on_disk(LLM, torch.float32, folder),
-    "encoder": lambda folder: _transformers.load_config(ENCODER),
+    "encoder": lambda folder: _transformers.load_auto(ENCODER, AutoConfig),
     "dataset": lambda folder: next(iter(datasets_format.rows(Path(NAME), datasets_format.Options()))),
     "published model": lambda folder: hub.fetched(NAME),
-    "pull": lambda folder: hub.pulled(NAME, folder / "pulled"),
+    "pull": lambda folder: pull(NAME, folder / "pulled"),
 }
 
 

@@ -95,6 +95,6 @@ def test_names_are_drawn_as_they_are_written(name):
 
 def test_a_sweep_is_drawn_for_numbers_and_names(tmp_path):
     trials = [({"rate": rate, "kind": kind}, rate * 10) for rate in (1e-4, 1e-2) for kind in ("mlp", "linear")]
-    plots.sweep(trials, tmp_path / "sweep.png")
+    plots.sweep(trials, "classify.accuracy", tmp_path / "sweep.png")
     with PIL.Image.open(tmp_path / "sweep.png") as picture:
         assert picture.height > picture.width * 0.8  # a panel per key

@@ -298,7 +298,7 @@ def test_the_command_line_publishes_and_another_process_loads(finished, hub, tmp
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_without_a_name_the_recipe_s_is_taken(finished, hub, tmp_path):
+def test_without_a_name_the_recipe_s_is_taken(finished, hub, without_answers, tmp_path):
     with pytest.raises(PublishError, match=r"--repo NAME, or publish\.repo in .*recipe\.yaml"):
         finetune.push(finished)
     run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))

@@ -12,6 +12,7 @@ from pydantic import Field
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._vision import pool_grid, pooled_grid, time_marks
@@ -45,7 +46,7 @@ class Options(shared.PretrainedOptions):
 
 
 @dataclass
-class Encoder(shared.PretrainedEncoder):
+class Encoder(BaseEncoder):
     """Media are `finetune.data.media.video.Clip`. In a clip with too few frames for the model, some are repeated."""
 
     options: Options
@@ -105,9 +106,9 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     if config.model_type not in ("videomae", "vjepa2"):
         raise ModelError(
             f"encoder {options.name!r} is of type {config.model_type!r}, neither VideoMAE nor V-JEPA 2; "
