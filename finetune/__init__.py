@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_check import data_check
     from finetune.commands.data_label import data_label
     from finetune.commands.data_preview import data_preview
+    from finetune.commands.doctor import doctor
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
     from finetune.data.check.split import SplitPlan, data_split
@@ -37,6 +38,7 @@ _HOME = {
     "data_preview": "commands.data_preview",
     "data_split": "data.check.split",
     "evaluate": "evaluation.evaluate",
+    "doctor": "commands.doctor",
     "export_run": "export._run",
     "load": "model.load",
     "load_recipe": "recipe.load",
@@ -61,6 +63,7 @@ __all__ = [
     "data_label",
     "data_preview",
     "data_split",
+    "doctor",
     "evaluate",
     "export_run",
     "load",

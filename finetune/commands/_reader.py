@@ -119,12 +119,15 @@ def context_of(llm: Llm) -> int | None:
 
     from finetune.common.hub import loading
 
-    with loading(f"LLM {llm.name!r}"):
+    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
         if llm.name.endswith(".gguf"):
             config = AutoConfig.from_pretrained(str(Path(llm.name).parent), gguf_file=Path(llm.name).name)
         else:
             config = AutoConfig.from_pretrained(
-                llm.name, revision=llm.revision, trust_remote_code=llm.trust_remote_code
+                llm.name,
+                revision=llm.revision,
+                trust_remote_code=llm.trust_remote_code,
+                local_files_only=local_only,
             )
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -277,6 +278,19 @@ def recipes(
         return
     for name, comment in comments.items():
         print(f"{name:<24} {comment}")
+
+
+@app.command()
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Examine this environment: versions, device, memory, disks, the Hub. Exit status 1 where there are errors."""
+    from finetune.commands.doctor import doctor
+
+    diagnosis = doctor()
+    print(json.dumps(asdict(diagnosis), indent=2) if json_ else diagnosis)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
 
 
 @app.command()

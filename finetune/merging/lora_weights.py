@@ -67,7 +67,8 @@ class LoraFile:
 def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
     """The LLM with its weights left in its files; those to be converted lie in `scratch`. Raises ModelError."""
     options: dict[str, Any] = {"trust_remote_code": llm.trust_remote_code, "revision": llm.revision}
-    with loading(f"LLM {llm.name!r}"):
+    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
+        options["local_files_only"] = local_only
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(llm.name, **options)
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=llm.trust_remote_code)
@@ -77,6 +78,7 @@ def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
         # accelerate refuses to leave all of a model on disk.
         places = dict.fromkeys(sizes, "disk") | {min(sizes, key=lambda block: sizes[block]): "cpu"}
         options |= {"device_map": places, "offload_folder": str(scratch), "use_safetensors": True}
+        options["adapter_kwargs"] = {"local_files_only": local_only}
         return AutoModelForCausalLM.from_pretrained(llm.name, dtype=dtype, **options).eval()
 
 

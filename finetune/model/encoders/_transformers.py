@@ -46,8 +46,8 @@ E = TypeVar("E", bound=Encoder)
 
 def load_auto(options: PretrainedOptions, auto_class: Any) -> Any:
     """The config or processor of a checkpoint, by one of transformers' Auto classes. Raises ModelError."""
-    with loading(f"encoder {options.name!r}"):
-        return auto_class.from_pretrained(options.name, revision=options.revision)
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
+        return auto_class.from_pretrained(options.name, revision=options.revision, local_files_only=local_only)
 
 
 def load(
@@ -65,7 +65,7 @@ def load(
     """
     import torch
 
-    with loading(f"encoder {options.name!r}"):
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
         module, report = model_class.from_pretrained(
             options.name,
             revision=options.revision,
@@ -74,6 +74,8 @@ def load(
             key_mapping=key_mapping,
             use_safetensors=True,
             output_loading_info=True,
+            local_files_only=local_only,
+            adapter_kwargs={"local_files_only": local_only},
         )
     state = module.state_dict()
     for name in report["missing_keys"]:

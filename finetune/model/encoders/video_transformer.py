@@ -139,10 +139,14 @@ def _load_processor(options: Options) -> Any:
     from transformers import VideoMAEImageProcessor
     from transformers.utils import cached_file
 
-    with loading(f"encoder {options.name!r}"):
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
         for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
             file = cached_file(
-                options.name, name, revision=options.revision, _raise_exceptions_for_missing_entries=False
+                options.name,
+                name,
+                revision=options.revision,
+                local_files_only=local_only,
+                _raise_exceptions_for_missing_entries=False,
             )
             if file is not None:
                 with open(file, encoding="utf-8") as opened:
