@@ -90,7 +90,10 @@ def compare_rows(ours: Sequence[float], theirs: Sequence[float], seed: int) -> C
     def mean(rows: list[Measure]) -> dict[str, float]:
         return {"mean": float(np.mean([row["good"] for row in rows]))}
 
-    return compare(*(ScoredRows([{"good": x} for x in values], mean, seed) for values in (ours, theirs)), "mean")
+    def scored(numbers: Sequence[float]) -> ScoredRows:
+        return ScoredRows([{"good": number} for number in numbers], mean, seed)
+
+    return compare(scored(ours), scored(theirs), "mean")
 
 
 def mcnemar(gained: int, lost: int, rows: int) -> Comparison:

@@ -5,7 +5,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.common.errors import MediaError
 from finetune.data.media import DECODERS, decode
@@ -90,7 +90,10 @@ class Example:
     @property
     def boxes(self) -> list[DrawnBox]:
         """Of the target and the tuned answer, if they are boxes."""
-        sides = {"target": self.prediction.target, "tuned": self.prediction.tuned}
+        sides: dict[Literal["target", "tuned"], Any] = {
+            "target": self.prediction.target,
+            "tuned": self.prediction.tuned,
+        }
         return [
             DrawnBox(kind, left / 10, top / 10, (right - left) / 10, (bottom - top) / 10)
             for kind, regions in sides.items()

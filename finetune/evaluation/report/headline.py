@@ -63,11 +63,11 @@ def headline(content: Content, task: str, metrics: Mapping[str, Mapping[str, flo
     metric = content.primary(task, [name for name, values in metrics.items() if values.get("tuned") is not None])
     intervals = content.metrics.intervals.get(task, {}).get(metric, {})
     compared = content.metrics.comparisons.get(task, {}).get(metric, {})
-    scores = {
-        condition: Score(condition, value, *intervals.get(condition, (None, None)), compared.get(condition))
-        for condition, value in metrics[metric].items()
-        if value is not None
-    }
+    scores = {}
+    for condition, value in metrics[metric].items():
+        if value is not None:
+            low, high = intervals.get(condition, (None, None))
+            scores[condition] = Score(condition, value, low, high, compared.get(condition))
     predictions = content.predictions_of(task)
     kinds = sorted({medium.kind for prediction in predictions for medium in prediction.media})
     highest = max(abs(score.high or score.value) for score in scores.values())
