@@ -61,6 +61,14 @@ def _unreachable(endpoint: str, minute: int) -> str | None:
     return why and f"{endpoint} can't be reached ({why})"
 
 
+def _in_cache(name: str, cache_folder: Path | None = None) -> bool:
+    """Whether there is anything of a model. huggingface_hub's loaders would send a request of their own."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return (Path(cache_folder or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).is_dir()
+
+
 @contextmanager
 def loading(what: str, name: str) -> Iterator[bool]:
     """Turn what transformers and the Hub raise on a wrong name, revision, file or connection into one ModelError.
@@ -68,6 +76,8 @@ def loading(what: str, name: str) -> Iterator[bool]:
     Gives `local_files_only`: whether `name` is of the Hub and the Hub can't be reached, so that only its cache is read.
     """
     why = None if Path(name).exists() or name.endswith(".gguf") else unreachable()
+    if why is not None and not _in_cache(name):
+        raise ModelError(f"{what} isn't in the cache, and {why}; {CONNECT}")
     try:
         yield why is not None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -170,7 +180,7 @@ def fetched(name: str, revision: str | None = None, cache_folder: Path | None = 
     """
     from huggingface_hub import snapshot_download
 
-    local_only = unreachable() is not None
+    local_only = unreachable() is not None and _in_cache(name, cache_folder)
     with requesting(title(name, revision), local_only=local_only):
         folder = snapshot_download(
             name,

@@ -100,7 +100,7 @@ def test_what_is_in_the_cache_is_loaded_without_a_network(waits, tmp_path):
         options = vision.Options(name="someone/eyes")
         assert vision.build(options, torch.float32, torch.device("cpu")).width == 16
         assert Path(hub.fetched(NAME)).is_dir()
-        with pytest.raises(ModelError, match=r"someone/else: it isn't in the cache, and .* can't be reached"):
+        with pytest.raises(ModelError, match=r"someone/else: .* can't be reached"):
             hub.fetched("someone/else")
     expected = load_language_model(Llm(name=str(llm), quantize="none"), torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
