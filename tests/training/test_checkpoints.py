@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_before_is_taken(name, cut, tmp
     assert newest_whole(run, "tune").name == "checkpoint-2"
     message = "".join(capsys.readouterr().err.split())
     assert "checkpoint-4isdamaged" in message
-    assert name in message or name == "sha256.json"  # a wrong hash is told as one of its file
+    assert name in message or name == "sha256.json"  # a damaged manifest: named is the file that differs
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,4 +1,4 @@
-"""A training that is told to end: Ctrl-C, a machine that is taken away, a terminal that is closed."""
+"""Training that receives SIGINT, SIGTERM or SIGHUP saves a checkpoint and ends."""
 
 import os
 import pty

@@ -5,6 +5,7 @@ Shapes: N media, each of S segments of L rows of width W.
 """
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol
 
@@ -28,7 +29,7 @@ class EncoderSettings(TypedDict):
 
 
 @dataclass
-class Encoder:
+class Encoder(ABC):
     """A loaded encoder. Each part's file defines its own, with `prepare` and `encode`: `type(encoder).__module__` names
     its kind.
     """
@@ -49,15 +50,15 @@ class Encoder:
         """The layout of every medium; None if it depends on the medium."""
         return None
 
+    @abstractmethod
     def prepare(self, decoded: Any) -> Prepared:
         """A decoded medium -> float32 values on the CPU, without batch axis, and their layout. Runs in data workers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Stacked `Prepared.values` (N, ...) -> features (N, S, L, W) as their layout says, in the module's dtype and
         on its device.
         """
-        raise NotImplementedError
 
     def settings(self) -> EncoderSettings:
         """What `restore` rebuilds the encoder from."""
