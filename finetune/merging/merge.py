@@ -33,7 +33,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Llm, Recipe
 
 SAME = 1e-6  # nats: a merged model nearer than this to the LLM without adapter has learned nothing
-PACKAGES = ("finetune", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+PACKAGES = ("finetune-kit", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def merge(run: Path | str) -> Certificate:
