@@ -13,7 +13,7 @@ from tiny import tiny_picture
 
 from finetune.serving.http.page import page
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no browser: apt-get install chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(chromium() is None, reason="no browser: apt-get install chromium")]
 EMPTY = "!at('question').value && !chosen.length"
 SHIFT = 8
 
