@@ -81,6 +81,10 @@ def test_a_conversation_about_a_picture(chat, engine, picture):
     assert chat.run("turns.length") == 0 and "pictures" in chat.run("at('log').innerText")
 
 
+def test_an_empty_page_does_not_scroll(chat):
+    assert chat.run("document.documentElement.scrollHeight - innerHeight") == 0
+
+
 def test_a_picture_is_dropped_or_pasted_or_taken_back(chat, engine, picture):
     chat.drop(400, 300, picture)
     chat.wait("chosen.length === 1")
