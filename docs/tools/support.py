@@ -24,12 +24,13 @@ import av  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
 from tiny import COLOURS, FAMILIES, tiny_llm, tiny_picture, tiny_recipe  # noqa: E402
-from tiny_encoders import KINDS, medium_of, tiny_encoder_folder, tiny_sound  # noqa: E402
+from tiny_encoders import KINDS, medium_of, tiny_encoder_folder, tiny_encoder_of, tiny_medium, tiny_sound  # noqa: E402
 
 import finetune  # noqa: E402
-from finetune.common.errors import FinetuneError  # noqa: E402
+from finetune.common.errors import FinetuneError, Interrupted  # noqa: E402
 from finetune.common.registry import part_names  # noqa: E402
 from finetune.model.language_model import packs_exactly  # noqa: E402
+from finetune.recipe.parts import ProjectorPart  # noqa: E402
 
 PAGE = ROOT / "docs" / "support.md"
 BEGINNING = """# Support matrix
@@ -118,8 +119,9 @@ class Trials:
             with contextlib.redirect_stdout(io.StringIO()):
                 run = self.run(source, changes)
                 if "merge" in then:
-                    finetune.evaluate(run)
                     finetune.merge(run)
+        except Interrupted:
+            raise
         except FinetuneError as error:
             return self.refusal(str(error))
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of a library: nobody has foreseen it
@@ -203,7 +205,7 @@ def weights(trials: Trials) -> list[str]:
         for quantize in ("nf4", "int8", "none")
     }
     columns = [name if name != "none" else "`adapter: null`" for name in LORA]
-    return ["", "## Frozen weights and LoRA", "", "Trained, evaluated and merged.", "", *table("", columns, rows)]
+    return ["", "## Frozen weights and LoRA", "", "Trained and merged.", "", *table("", columns, rows)]
 
 
 def encoders(trials: Trials) -> list[str]:
@@ -212,20 +214,29 @@ def encoders(trials: Trials) -> list[str]:
         cells = []
         for label, projector in ENCODERS.values():
             source, changes = parts_of(trials, label, projector)
-            cells.append(trials.cell(source, {**changes, "model__fusion": options}, "merge"))
+            cells.append(trials.cell(source, {**changes, "model__fusion": options}))
         rows[f"`{fusion}`"] = cells
-    return ["", "## Fusion and encoders", "", "Trained, evaluated and merged.", "", *table("", list(ENCODERS), rows)]
+    return ["", "## Fusion and encoders", "", "Trained.", "", *table("", list(ENCODERS), rows)]
 
 
 def projectors(trials: Trials) -> list[str]:
     rows = {}
     for name in part_names("projectors"):
-        cells = []
-        for label, _ in ENCODERS.values():
-            source, changes = parts_of(trials, label, {"kind": name, **PROJECTORS.get(name, {})})
-            cells.append(trials.cell(source, changes))
-        rows[f"`{name}`"] = cells
-    return ["", "## Projectors and encoders", "", "Trained.", "", *table("", list(ENCODERS), rows)]
+        projector = ProjectorPart.of(name, **PROJECTORS.get(name, {}))
+        rows[f"`{name}`"] = [projected(trials, label, projector) for label, _ in ENCODERS.values()]
+    return ["", "## Projectors and encoders", "", "Features of a medium projected.", "", *table("", list(ENCODERS), rows)]
+
+
+def projected(trials: Trials, label: str, projector: ProjectorPart) -> str:
+    encoder = tiny_encoder_of(label)
+    with torch.no_grad():
+        features = encoder.encode(encoder.prepare(tiny_medium(label)).values[None]).flatten(0, 1)
+        try:
+            expected = projector.length(features.shape[1])
+            assert projector.build(encoder.width, 64)(features).shape[1:] == (expected, 64)
+        except FinetuneError as error:
+            return trials.refusal(str(error))
+    return "yes"
 
 
 def heads(trials: Trials) -> list[str]:
@@ -236,12 +247,12 @@ def heads(trials: Trials) -> list[str]:
         task = {"kind": source["task"]} if isinstance(source["task"], str) else source["task"]
         source = {**source, "task": {**task, "transcript": "transcript"}}
         rows[f"`{head}`"] = [
-            trials.cell(source, {"model__fusion": options, **kind}, *([] if kind else ["merge"]))
+            trials.cell(source, {"model__fusion": options, **kind})
             for options in FUSIONS.values()
             for kind in kinds.values()
         ]
     columns = [f"`{fusion}`, {kind}" for fusion in FUSIONS for kind in kinds]
-    text = "Trained, evaluated and merged; with `distill`, where the LLM imitates its own answers to transcripts, trained."
+    text = "Trained; with `distill` the LLM imitates its own answers to transcripts."
     return ["", "## Heads and objectives", "", text, "", *table("head", columns, rows)]
 
 
@@ -280,7 +291,6 @@ def exports(trials: Trials) -> list[str]:
     for name, (source, changes) in models.items():
         with contextlib.redirect_stdout(io.StringIO()):
             run = trials.run(source, changes)
-            finetune.evaluate(run)
             finetune.merge(run)
         rows[name] = [exported(trials, run, target.partition(",")[0], given) for target, given in targets.items()]
     text = (
