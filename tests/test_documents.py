@@ -4,6 +4,7 @@ import ast
 import itertools
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,7 @@ def test_every_page_is_in_the_navigation_once():
     assert set(named) - there <= {"init.md", "plan.md", "predict.md", "python.md"}  # left out of the site till they exist
 
 
+@cache
 def texts_of_the_program() -> str:
     """Every string of the package, with ... where something is put in."""
     texts = []

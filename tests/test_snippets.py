@@ -24,7 +24,7 @@ PRESENT = [path for path in DOCUMENTS if path.name not in HISTORY]
 every = pytest.mark.parametrize("document", PRESENT, ids=relative)
 ENCODERS = {"image": "vision", "audio": "whisper", "video": "video"}
 PROGRAM = re.compile(r"^(?:[\w./-]*/)?finetune +(?!/)(.*)$")
-IN_COLUMNS = re.compile(r"(?:^|\s)data: +(\[.*\])$", flags=re.MULTILINE)
+IN_COLUMNS = re.compile(r"(?:^|\s)(?:data: +\[(.*)\]|- (\{path: .*\}))$", flags=re.MULTILINE)
 
 
 def full_recipe(fragment: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def read(recipe: dict[str, Any], folder: Path) -> None:
 def recipes_in(document: Path) -> list[dict[str, Any]]:
     blocks = [yaml.safe_load(block) for block in fences_of(document, "yaml")]
     in_columns = (match for block in fences_of(document, "") for match in IN_COLUMNS.findall(block))
-    return [*blocks, *({"data": yaml.safe_load(sources)} for sources in in_columns)]
+    return [*blocks, *({"data": yaml.safe_load(f"[{several or one}]")} for several, one in in_columns)]
 
 
 @every
@@ -73,7 +73,7 @@ def test_recipes_are_read_by_the_schema(document, tmp_path):
 
 
 def test_recipes_and_commands_are_found_in_documents():
-    assert len(recipes_in(ROOT / "docs" / "data.md")) >= 9
+    assert len(recipes_in(ROOT / "docs" / "data.md")) >= 10
     assert all(len(recipes_in(ROOT / f"README{suffix}.md")) == 1 for suffix in ("", ".zh"))
     assert len(command_lines(ROOT / "README.md")) == 7
 

@@ -39,8 +39,7 @@ BEGINNING = """# Support matrix
 
 What combines with what. Each cell was tried on random models a few layers deep, on a CPU, by `python docs/tools/support.py`:
 *yes* means that a recipe with this combination trained, and merged or exported where the table says so. A number stands for a
-refusal; the program's own words are below the table. Combinations are refused when the recipe is read or when the run
-begins, not after hours.
+refusal, when the recipe is read or when the run begins; the program's own words are below the table.
 """
 ENCODERS = {  # column: (label of the tiny encoder, projector that takes it)
     "`vision`": ("siglip", {"kind": "pixel_shuffle"}),
@@ -126,12 +125,12 @@ class Trials:
             return self.refusal(str(error))
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of a library: nobody has foreseen it
             traceback.print_exc()
-            return self.refusal(f"not refused in time: it fails with {type(error).__name__}: {error}")
+            return self.refusal(f"a fault: it fails without a proper message, with {type(error).__name__}: {error}")
         return "yes"
 
     def refusal(self, message: str) -> str:
-        text = re.sub(rf"{re.escape(str(self.folder))}\S*?[/:](?=\S*)", "", message).strip()
-        text = " ".join(re.sub(r"^\S*recipe\.yaml(:\d+)*:? *", "", text).split())
+        text = " ".join(re.sub(r"\S*recipe\.yaml(:\d+)*:? ?|\S*/runs/\d+/\w+: ", "", message).split())
+        text = re.sub(r"\d+ rows aren't", "these rows aren't", text)
         if text not in self.reasons:
             self.reasons.append(text)
         return f"[{self.reasons.index(text) + 1}]"
@@ -294,7 +293,7 @@ def exports(trials: Trials) -> list[str]:
             finetune.merge(run)
         rows[name] = [exported(trials, run, target.partition(",")[0], given) for target, given in targets.items()]
     text = (
-        "Merged over a Llama, then exported. The cell names the class that was written; whether the engine answers alike is "
+        "Merged over a Llama, then exported. The cell names what was written; whether the engine answers alike is\n"
         "compared by `finetune export` itself, where the engine is installed. For `gguf` see [Export](export.md#gguf)."
     )
     return ["", "## Exports", "", text, "", *table("model", list(targets), rows)]
@@ -309,7 +308,7 @@ def exported(trials: Trials, run: Path, target: str, options: list[str]) -> str:
         return trials.refusal(str(error))
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    return f"`{result.model_class}`"
+    return f"`{result.model_class}`" if result.model_class.isidentifier() else result.model_class
 
 
 def page() -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -43,4 +44,4 @@ def links_of(document: Path) -> list[str]:
         links += [str(token.attrs[key]) for key in ("href", "src") if key in token.attrs]
         if token.type.startswith("html"):
             links += re.findall(r'(?:href|src)="([^"]+)"', token.content)
-    return [link for link in links if not re.match(r"[a-z]+:", link)]
+    return [unquote(link) for link in links if not re.match(r"[a-z]+:", link)]
