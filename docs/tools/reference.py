@@ -23,6 +23,7 @@ editors completion and checks. A key without a default must be written. `N` stan
 `NAME` for a name that you choose: `--set train.stages.1.epochs=3`.
 """
 SINGULAR = {"encoders": "encoder", "projectors": "projector", "heads": "head", "tasks": "task", "formats": "format"}
+PLURAL = {"section": "sections", "text": "texts", "integer": "integers", "path": "paths", "any": "anything"}
 Schema = dict[str, Any]
 
 
@@ -76,7 +77,8 @@ def type_of(node: Schema, definitions: Schema) -> str:
         return "section"
     kind = target.get("type")
     if kind == "array":
-        return f"list of {type_of(target['items'], definitions)}" if "items" in target else "list"
+        items = type_of(target.get("items", {}), definitions)
+        return f"list of {PLURAL.get(items, items)}"
     if kind == "object":
         values = values_of(target)
         return f"name → {type_of(values, definitions)}" if values else "mapping"
@@ -86,17 +88,19 @@ def type_of(node: Schema, definitions: Schema) -> str:
     return "path" if target.get("format") == "path" else words[kind]
 
 
-def default_of(name: str, owner: Schema, node: Schema) -> str:
+def default_of(name: str, owner: Schema, node: Schema, definitions: Schema) -> str:
     if name in owner.get("required", []):
         return ""
     value = node.get("default")
+    if value == {} and section_in(node, definitions) and not values_of(node):
+        return "those below"
     if isinstance(value, dict) and "kind" in value:
         value = value["kind"]
     return f"`{value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)}`"
 
 
 def escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("*.", "\\*.")
+    return " ".join(text.split()).replace("|", "\\|").replace("*.", "\\*.").replace(" -> ", " → ")
 
 
 def table(owner: Schema, definitions: Schema) -> Iterator[str]:
@@ -105,7 +109,7 @@ def table(owner: Schema, definitions: Schema) -> Iterator[str]:
     for name, node in owner["properties"].items():
         if name == "kind" and "const" in node:
             continue
-        kind, default = type_of(node, definitions), default_of(name, owner, node)
+        kind, default = type_of(node, definitions), default_of(name, owner, node, definitions)
         yield f"| `{name}` | {kind} | {default} | {escaped(node.get('description', ''))} |"
 
 
