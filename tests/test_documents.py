@@ -161,7 +161,10 @@ def test_the_table_of_commands_is_complete(page):
 
 def pages_of(entries: list) -> list[str]:
     return [
-        page for entry in entries for value in entry.values() for page in (pages_of(value) if isinstance(value, list) else [value])
+        page
+        for entry in entries
+        for value in entry.values()
+        for page in (pages_of(value) if isinstance(value, list) else [value])
     ]
 
 
@@ -172,7 +175,12 @@ def test_every_page_is_in_the_navigation_once():
     assert len(named) == len(set(named))
     assert {page for page in there if not page.endswith(".zh.md")} <= set(named)
     assert {page.replace(".zh.md", ".md") for page in there} <= set(named)
-    assert set(named) - there <= {"init.md", "plan.md", "predict.md", "python.md"}  # left out of the site till they exist
+    assert set(named) - there <= {
+        "init.md",
+        "plan.md",
+        "predict.md",
+        "python.md",
+    }  # left out of the site till they exist
 
 
 @cache
@@ -192,8 +200,12 @@ def texts_of_the_program() -> str:
 @pytest.mark.parametrize("page", ["troubleshooting.md", "troubleshooting.zh.md"])
 def test_messages_that_are_explained_are_messages_of_the_program(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    cells = re.findall(r"^\| `([^`]+)`", text.partition("## Without")[0].partition("## 没有网络")[0], flags=re.MULTILINE)
+    cells = re.findall(
+        r"^\| `([^`]+)`", text.partition("## Without")[0].partition("## 没有网络")[0], flags=re.MULTILINE
+    )
     assert len(cells) > 25
     said = texts_of_the_program()
-    unknown = {piece for cell in cells for piece in cell.split("...") if piece.strip(" :;,.()") and piece.strip() not in said}
+    unknown = {
+        piece for cell in cells for piece in cell.split("...") if piece.strip(" :;,.()") and piece.strip() not in said
+    }
     assert not unknown

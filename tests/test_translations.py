@@ -8,7 +8,9 @@ import yaml
 from documents import ROOT, TRANSLATED, links_of, relative, tokens_of
 
 MUST_EXIST = {"README", "docs/index", "docs/data", "docs/data-check", "docs/commands", "docs/troubleshooting"}
-MUST_EXIST |= {relative(path).removesuffix(".md") for path in (ROOT / "docs/tutorials").glob("*.md") if ".zh" not in path.name}
+MUST_EXIST |= {
+    relative(path).removesuffix(".md") for path in (ROOT / "docs/tutorials").glob("*.md") if ".zh" not in path.name
+}
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 

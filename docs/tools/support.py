@@ -37,9 +37,10 @@ BEGINNING = """# Support matrix
 
 <!-- Written by docs/tools/support.py, which tries each combination. -->
 
-What combines with what. Each cell was tried on random models a few layers deep, on a CPU, by `python docs/tools/support.py`:
-*yes* means that a recipe with this combination trained, and merged or exported where the table says so. A number stands for a
-refusal, when the recipe is read or when the run begins; the program's own words are below the table.
+What combines with what. Each cell was tried on random models a few layers deep, on a CPU, by
+`python docs/tools/support.py`: *yes* means that a recipe with this combination trained, and merged or exported where the
+table says so. A number stands for a refusal, when the recipe is read or when the run begins, or for a fault of a
+library; its words are below the table.
 """
 ENCODERS = {  # column: (label of the tiny encoder, projector that takes it)
     "`vision`": ("siglip", {"kind": "pixel_shuffle"}),
@@ -125,7 +126,7 @@ class Trials:
             return self.refusal(str(error))
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of a library: nobody has foreseen it
             traceback.print_exc()
-            return self.refusal(f"a fault: it fails without a proper message, with {type(error).__name__}: {error}")
+            return self.refusal(f"fails on a CPU, in a library: {type(error).__name__}: {error}")
         return "yes"
 
     def refusal(self, message: str) -> str:
@@ -223,7 +224,14 @@ def projectors(trials: Trials) -> list[str]:
     for name in part_names("projectors"):
         projector = ProjectorPart.of(name, **PROJECTORS.get(name, {}))
         rows[f"`{name}`"] = [projected(trials, label, projector) for label, _ in ENCODERS.values()]
-    return ["", "## Projectors and encoders", "", "Features of a medium projected.", "", *table("", list(ENCODERS), rows)]
+    return [
+        "",
+        "## Projectors and encoders",
+        "",
+        "Features of a medium projected.",
+        "",
+        *table("", list(ENCODERS), rows),
+    ]
 
 
 def projected(trials: Trials, label: str, projector: ProjectorPart) -> str:
@@ -268,7 +276,7 @@ def packing() -> list[str]:
     for family in FAMILIES:
         torch.manual_seed(0)
         kept[packs_exactly(tiny_llm(family))].append(f"`{family}`")
-    text = "Samples are packed into rows without padding where the LLM keeps them apart. This is tried at the start of each run."
+    text = "Samples are packed into rows without padding where the LLM keeps them apart, which each run tries at its start."
     return ["", "## Packing", "", text, "", f"- packed: {', '.join(kept[True])}", f"- padded: {', '.join(kept[False])}"]
 
 
