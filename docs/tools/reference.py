@@ -17,10 +17,10 @@ BEGINNING = """# Key reference
 
 <!-- Written by docs/tools/reference.py from the schema: change the descriptions there. -->
 
-Every key of a recipe with its type, default and meaning, then the options of each part. In a terminal: `finetune schema
-train` prints a section, `finetune schema projectors.mlp` a part, and `finetune schema` the JSON schema of the whole, which
-gives editors completion and checks. A key without a default must be written. `N` stands for the number of an entry, from
-0, `NAME` for a name that you choose: `--set train.stages.1.epochs=3`.
+Every key of a recipe with its type, default and meaning, then the options of each part. In a terminal:
+`finetune schema train` prints a section, `finetune schema projectors.mlp` a part, and `finetune schema` the JSON schema
+of the whole, which gives editors completion and checks. A key without a default must be written. `N` stands for the
+number of an entry, from 0, `NAME` for a name that you choose: `--set train.stages.1.epochs=3`.
 """
 SINGULAR = {"encoders": "encoder", "projectors": "projector", "heads": "head", "tasks": "task", "formats": "format"}
 PLURAL = {"section": "sections", "text": "texts", "integer": "integers", "path": "paths", "any": "anything"}

@@ -38,8 +38,8 @@ BEGINNING = """# Support matrix
 <!-- Written by docs/tools/support.py, which tries each combination. -->
 
 What combines with what. Each cell was tried on random models a few layers deep, on a CPU, by
-`python docs/tools/support.py`: *yes* means that a recipe with this combination trained, and merged or exported where the
-table says so. A number stands for a refusal, when the recipe is read or when the run begins, or for a fault of a
+`python docs/tools/support.py`: *yes* means that a recipe with this combination trained, and merged or exported where
+the table says so. A number stands for a refusal, when the recipe is read or when the run begins, or for a fault of a
 library; its words are below the table.
 """
 ENCODERS = {  # column: (label of the tiny encoder, projector that takes it)
@@ -276,7 +276,7 @@ def packing() -> list[str]:
     for family in FAMILIES:
         torch.manual_seed(0)
         kept[packs_exactly(tiny_llm(family))].append(f"`{family}`")
-    text = "Samples are packed into rows without padding where the LLM keeps them apart, which each run tries at its start."
+    text = "Samples are packed into rows without padding where the LLM keeps them apart; each run tries it."
     return ["", "## Packing", "", text, "", f"- packed: {', '.join(kept[True])}", f"- padded: {', '.join(kept[False])}"]
 
 
