@@ -5,7 +5,7 @@ NAMES ?= mobilenet_v2 minimind2_small
 MUTANTS ?=
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help quickstart install weights test test-fast mutants check format clean
+.PHONY: help quickstart install weights test test-fast mutants check format docs clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ check: install  ## Lint, formatting, types
 format: install  ## Put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install  ## Build the documentation as a site, in build/site; fails on a broken link
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## Remove the environment, caches and runs
 	rm -rf $(VENV) runs mutants .mypy_cache .ruff_cache .pytest_cache

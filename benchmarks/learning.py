@@ -11,7 +11,7 @@ Weights and recordings: python recipes/offline/fetch.py mobilenet_v2 minimind2_s
 `tuned`: the score on held-out rows. `blank`, `shuffled`: the same model with nothing to see or hear, and with another
 row's media; `blank image`, `blank audio`: with one of two media blank. `untrained`: the same parts before training.
 `probe`: logistic regression on the same encoder's mean-pooled features of the same training rows, regularised by
-cross-validation: what the encoder gives away without an LLM. 95%: of the scores of rows drawn anew (bootstrap).
+cross-validation: what the encoder gives away without an LLM. 95%: the confidence interval, by bootstrap over rows.
 """
 
 import argparse

@@ -87,7 +87,8 @@ def kind_schema(folder: str, kind: str, definitions: JsonSchema) -> JsonSchema:
     prefix = f"{folder}.{kind}."
     options = part.Options.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}")
     definitions |= {prefix + name: definition for name, definition in options.pop("$defs", {}).items()}
-    about = {"title": kind, "description": (part.__doc__ or kind).strip().partition("\n")[0]}
+    paragraph = (part.__doc__ or kind).strip().partition("\n\n")[0]
+    about = {"title": kind, "description": " ".join(paragraph.split())}
     properties = {"kind": {"const": kind}, **options.get("properties", {})}
     return {**options, **about, "properties": properties, "required": ["kind", *options.get("required", [])]}
 

@@ -1,4 +1,4 @@
-"""LLaVA's JSON: one array (or an object a line) of
+"""LLaVA's JSON, one array or an object per line:
 
 {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"},
                                                 {"from": "gpt", "value": "A cat."}]}

@@ -1,4 +1,4 @@
-"""ShareGPT's JSON: one array, or an object a line, of
+"""ShareGPT's JSON, one array or an object per line:
 
 {"system": "Be brief.", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
 

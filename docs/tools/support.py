@@ -1,0 +1,333 @@
+"""Writes docs/support.md: which parts and options combine, tried on random models a few layers deep.
+
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/support.py
+
+A combination counts as supported if a recipe with it trains, and where the table says so merges or exports. What is
+refused is shown with the program's own reason. Takes minutes on a CPU.
+"""
+
+import contextlib
+import csv
+import io
+import re
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+
+import av  # noqa: E402
+import soundfile  # noqa: E402
+import torch  # noqa: E402
+from tiny import COLOURS, FAMILIES, tiny_llm, tiny_picture, tiny_recipe  # noqa: E402
+from tiny_encoders import KINDS, medium_of, tiny_encoder_folder, tiny_encoder_of, tiny_medium, tiny_sound  # noqa: E402
+
+import finetune  # noqa: E402
+from finetune.common.errors import FinetuneError, Interrupted  # noqa: E402
+from finetune.common.registry import part_names  # noqa: E402
+from finetune.model.language_model import packs_exactly  # noqa: E402
+from finetune.recipe.parts import ProjectorPart  # noqa: E402
+
+PAGE = ROOT / "docs" / "support.md"
+BEGINNING = """# Support matrix
+
+<!-- Written by docs/tools/support.py, which tries each combination. -->
+
+What combines with what. Each cell was tried on random models a few layers deep, on a CPU, by
+`python docs/tools/support.py`: *yes* means that a recipe with this combination trained, and merged or exported where
+the table says so. A number stands for a refusal, when the recipe is read or when the run begins, or for a fault of a
+library; its words are below the table.
+"""
+ENCODERS = {  # column: (label of the tiny encoder, projector that takes it)
+    "`vision`": ("siglip", {"kind": "pixel_shuffle"}),
+    "`vision`, convolutions": ("mobilenet_v2", {"kind": "mlp"}),
+    "`whisper`": ("whisper", {"kind": "stack", "factor": 4}),
+    "`wave`": ("wav2vec2", {"kind": "stack", "factor": 4}),
+    "`spectrogram`": ("ast", {"kind": "resampler", "queries": 4, "width": 16, "heads": 2}),
+    "`video`": ("siglip_frames", {"kind": "mlp"}),
+    "`video_transformer`": ("videomae", {"kind": "mlp"}),
+}
+FUSIONS: dict[str, dict[str, Any]] = {
+    "prefix": {"kind": "prefix"},
+    "cross_attention": {"kind": "cross_attention", "every": 1, "heads": 2, "head_width": 8},
+}
+PROJECTORS: dict[str, dict[str, Any]] = {"resampler": {"queries": 4, "width": 16, "heads": 2}, "stack": {"factor": 4}}
+LORA: dict[str, dict[str, Any] | None] = {
+    "LoRA": {},
+    "rsLoRA": {"rslora": True},
+    "DoRA": {"dora": True},
+    "PiSSA": {"initialization": "pissa"},
+    "OLoRA": {"initialization": "olora"},
+    "none": None,
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "language": {"task": "classify"},
+    "language, answers: labels": {"task": "classify", "head": {"kind": "language", "answers": "labels"}},
+    "label": {"task": "classify", "head": "label"},
+    "score, squared": {"task": {"kind": "score", "number": "mark"}, "head": "score"},
+    "score, logistic": {"task": {"kind": "score", "number": "clicked"}, "head": {"kind": "score", "loss": "logistic"}},
+    "score, pairwise": {
+        "task": {"kind": "rank", "media": ["image"], "text": [], "group": "user", "relevance": "clicked"},
+        "head": {"kind": "score", "loss": "pairwise"},
+    },
+}
+ENCODER_LORA = {"tune_encoders": {"image": {"rank": 2}}, "train__cache": False}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "features cached": {},
+    "features not cached": {"train__cache": False},
+    "encoder with LoRA": ENCODER_LORA,
+    "encoder's last layers": ENCODER_LORA | {"tune_encoders": {"image": {"last_layers": 1}}},
+    "encoder with LoRA, features cached": ENCODER_LORA | {"train__cache": True},
+    "activation checkpoints": {"train__checkpoint_every_n_layers": 1},
+    "2 accumulated rows": {"train__accumulate": 2},
+    "validation": {"train__validation": {"every_n_steps": 2}, "data__0__hold_out_validation": 0.3},
+}
+
+
+class Trials:
+    """A project of tiny parts and rows, in which recipes are tried; refusals are numbered table by table."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.number, self.reasons = folder, 0, []
+        self.rows = {split: write_rows(folder / "rows", split, count) for split, count in (("train", 8), ("test", 4))}
+
+    def recipe(self, source: dict[str, Any], changes: dict[str, Any]) -> Path:
+        data = [{"path": str(path), "split": split, **source} for split, path in self.rows.items()]
+        stage = changes.pop("stage", {})
+        trains = ["projectors", "adapter"] if changes.get("adapter", {}) is not None else ["projectors"]
+        trains += ["fusion"] if changes.get("model__fusion", {}).get("kind") == "cross_attention" else []
+        trains += ["heads"] if source.get("head") not in (None, "language") and "answers" not in str(source) else []
+        trains += ["encoders"] if "tune_encoders" in changes else []
+        data[0]["hold_out_validation"] = changes.pop("data__0__hold_out_validation", 0.0)
+        stages = [{"name": "tune", "trains": trains, "learning_rate": 5.0e-3, **stage}]
+        settings = {"train__stages": stages, "train__tokens_per_batch": 512, "evaluate": {"max_new_tokens": 2}}
+        return tiny_recipe(self.folder, **{"data": data, **settings, "merge": {"rows": 2, "rows_scored": 0}, **changes})
+
+    def run(self, source: dict[str, Any], changes: dict[str, Any]) -> Path:
+        self.number += 1
+        torch.manual_seed(0)
+        recipe = finetune.load_recipe(self.recipe(source, {**changes}))
+        return finetune.train(recipe, self.folder / "runs" / str(self.number)).path
+
+    def cell(self, source: dict[str, Any], changes: dict[str, Any], *then: str) -> str:
+        """'yes', or the number of the refusal; `then`: merge."""
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                run = self.run(source, changes)
+                if "merge" in then:
+                    finetune.merge(run)
+        except Interrupted:
+            raise
+        except FinetuneError as error:
+            return self.refusal(str(error))
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # of a library: nobody has foreseen it
+            traceback.print_exc()
+            return self.refusal(f"fails on a CPU, in a library: {type(error).__name__}: {error}")
+        return "yes"
+
+    def refusal(self, message: str) -> str:
+        text = " ".join(re.sub(r"\S*recipe\.yaml(:\d+)*:? ?|\S*/runs/\d+/\w+: ", "", message).split())
+        text = re.sub(r"\d+ rows aren't", "these rows aren't", text)
+        if text not in self.reasons:
+            self.reasons.append(text)
+        return f"[{self.reasons.index(text) + 1}]"
+
+    def footnotes(self) -> list[str]:
+        lines = [f"{number}. {reason}" for number, reason in enumerate(self.reasons, 1)]
+        self.reasons = []
+        return ["", *lines] if lines else []
+
+
+def write_rows(folder: Path, split: str, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for number in range(count):
+        word, (red, green, blue) = list(COLOURS.items())[number % len(COLOURS)]
+        colour = (red, green, min(255, blue + number + 20 * (split == "test")))
+        name = f"{split}{number}"
+        tiny_picture(colour).save(folder / f"{name}.png")
+        soundfile.write(folder / f"{name}.wav", tiny_sound(0.6, seed=number + 20 * (split == "test")), 16_000)
+        write_video(folder / f"{name}.mp4", colour)
+        media = {"image": f"{name}.png", "audio": f"{name}.wav", "video": f"{name}.mp4"}
+        answers = {"label": word, "mark": number % 4, "clicked": number % 2, "user": f"{split}{number // 4}"}
+        rows.append(media | answers | {"transcript": f"a {word} square"})
+    path = folder / f"{split}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_video(path: Path, colour: tuple[int, int, int]) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_image(tiny_picture(colour, (32, 32)))))
+        container.mux(stream.encode())
+
+
+def table(corner: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]:
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+def parts_of(trials: Trials, label: str, projector: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A source and changes of the recipe for one encoder."""
+    folder, medium = trials.folder / label, medium_of(label)
+    if not folder.exists():
+        tiny_encoder_folder(folder, label)
+    encoder = {"kind": KINDS[label][0], "name": str(folder)}
+    encoder |= {"frames": 4} if medium == "video" else {}
+    changes = {"model__encoders": {medium: encoder}, "model__projectors": {medium: projector}}
+    return {"task": {"kind": "classify", "media": [medium]}}, changes
+
+
+def weights(trials: Trials) -> list[str]:
+    llm = str(trials.folder / "llm")
+    rows = {
+        f"`quantize: {quantize}`": [
+            trials.cell(
+                {"task": "classify"},
+                {
+                    "model__llm": {"name": llm, "quantize": quantize},
+                    "adapter": None if lora is None else {"rank": 4, **lora},
+                },
+                "merge",
+            )
+            for lora in LORA.values()
+        ]
+        for quantize in ("nf4", "int8", "none")
+    }
+    columns = [name if name != "none" else "`adapter: null`" for name in LORA]
+    return ["", "## Frozen weights and LoRA", "", "Trained and merged.", "", *table("", columns, rows)]
+
+
+def encoders(trials: Trials) -> list[str]:
+    rows = {}
+    for fusion, options in FUSIONS.items():
+        cells = []
+        for label, projector in ENCODERS.values():
+            source, changes = parts_of(trials, label, projector)
+            cells.append(trials.cell(source, {**changes, "model__fusion": options}))
+        rows[f"`{fusion}`"] = cells
+    return ["", "## Fusion and encoders", "", "Trained.", "", *table("", list(ENCODERS), rows)]
+
+
+def projectors(trials: Trials) -> list[str]:
+    rows = {}
+    for name in part_names("projectors"):
+        projector = ProjectorPart.of(name, **PROJECTORS.get(name, {}))
+        rows[f"`{name}`"] = [projected(trials, label, projector) for label, _ in ENCODERS.values()]
+    return [
+        "",
+        "## Projectors and encoders",
+        "",
+        "Features of a medium projected.",
+        "",
+        *table("", list(ENCODERS), rows),
+    ]
+
+
+def projected(trials: Trials, label: str, projector: ProjectorPart) -> str:
+    encoder = tiny_encoder_of(label)
+    with torch.no_grad():
+        features = encoder.encode(encoder.prepare(tiny_medium(label)).values[None]).flatten(0, 1)
+        try:
+            expected = projector.length(features.shape[1])
+            assert projector.build(encoder.width, 64)(features).shape[1:] == (expected, 64)
+        except FinetuneError as error:
+            return trials.refusal(str(error))
+    return "yes"
+
+
+def heads(trials: Trials) -> list[str]:
+    distill = {"stage": {"distill": {"max_new_tokens": 2}}}
+    kinds = {"next token": {}, "`distill`": distill}
+    rows = {}
+    for head, source in HEADS.items():
+        task = {"kind": source["task"]} if isinstance(source["task"], str) else source["task"]
+        source = {**source, "task": {**task, "transcript": "transcript"}}
+        rows[f"`{head}`"] = [
+            trials.cell(source, {"model__fusion": options, **kind})
+            for options in FUSIONS.values()
+            for kind in kinds.values()
+        ]
+    columns = [f"`{fusion}`, {kind}" for fusion in FUSIONS for kind in kinds]
+    text = "Trained; with `distill` the LLM imitates its own answers to transcripts."
+    return ["", "## Heads and objectives", "", text, "", *table("head", columns, rows)]
+
+
+def options(trials: Trials) -> list[str]:
+    rows = {
+        name: [trials.cell({"task": "classify"}, {"model__fusion": fusion, **changes}) for fusion in FUSIONS.values()]
+        for name, changes in OPTIONS.items()
+    }
+    return ["", "## Training options", "", "Trained.", "", *table("", [f"`{name}`" for name in FUSIONS], rows)]
+
+
+def packing() -> list[str]:
+    kept: dict[bool, list[str]] = {True: [], False: []}
+    for family in FAMILIES:
+        torch.manual_seed(0)
+        kept[packs_exactly(tiny_llm(family))].append(f"`{family}`")
+    text = "Samples are packed into rows without padding where the LLM keeps them apart; each run tries it."
+    return ["", "## Packing", "", text, "", f"- packed: {', '.join(kept[True])}", f"- padded: {', '.join(kept[False])}"]
+
+
+def exports(trials: Trials) -> list[str]:
+    models: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for name, label, projector in (
+        ("one picture encoder, `mlp`", "siglip", {"kind": "mlp"}),
+        ("one picture encoder, `pixel_shuffle`", "siglip", {"kind": "pixel_shuffle"}),
+        ("speech, `stack`", "whisper", {"kind": "stack", "factor": 4}),
+        ("video", "siglip_frames", {"kind": "mlp"}),
+    ):
+        models[name] = parts_of(trials, label, projector)
+    picture = models["one picture encoder, `mlp`"]
+    models["`cross_attention`"] = (picture[0], {**picture[1], "model__fusion": FUSIONS["cross_attention"]})
+    models["head `label`"] = (HEADS["label"], picture[1])
+    models["DoRA"] = (picture[0], {**picture[1], "adapter": {"rank": 4, "dora": True}})
+    targets = {"transformers": [], "vllm": [], "vllm, `adapter=true`": ["adapter=true"], "adapter": []}
+    rows = {}
+    for name, (source, changes) in models.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = trials.run(source, changes)
+            finetune.merge(run)
+        rows[name] = [exported(trials, run, target.partition(",")[0], given) for target, given in targets.items()]
+    text = (
+        "Merged over a Llama, then exported. The cell names what was written; whether the engine answers alike is\n"
+        "compared by `finetune export` itself, where the engine is installed. For `gguf` see [Export](export.md#gguf)."
+    )
+    return ["", "## Exports", "", text, "", *table("model", list(targets), rows)]
+
+
+def exported(trials: Trials, run: Path, target: str, options: list[str]) -> str:
+    out = run / "exported"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = finetune.export_run(run, target, out, options, verify=False)
+    except FinetuneError as error:
+        return trials.refusal(str(error))
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return f"`{result.model_class}`" if result.model_class.isidentifier() else result.model_class
+
+
+def page() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        trials = Trials(Path(folder))
+        tiny_recipe(trials.folder)
+        lines = [BEGINNING.rstrip()]
+        for chapter in (weights, encoders, projectors, heads, options, exports):
+            lines += chapter(trials) + trials.footnotes()
+        return "\n".join([*lines, *packing()]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
