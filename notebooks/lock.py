@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 FREEZE = "https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.gpu.txt"
 PYTHON = "3.13"
 # torch, and what a fresh Colab kernel has imported: replacing these needs a restart.
-KEPT = ("torch", "torchvision", "numpy", "pillow", "pydantic", "pydantic-core", "rich", "psutil", "ipython", "ipykernel")
+KEPT = ("torch", "torchvision", "numpy", "pillow", "pydantic", "pydantic-core", "rich", "psutil", "ipykernel")
 REMOVED = "torchao"  # PEFT refuses Colab's version, and the kit doesn't use it
 VERSIONS_HEADER = f"# Packages of Colab that matter to the kit, Python {PYTHON}; written by lock.py\n"
 LOCK_HEADER = "# Installed over Colab's packages with `pip install --no-deps`; written by lock.py\n"
