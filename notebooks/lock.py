@@ -15,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FREEZE = "https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.gpu.txt"
 PYTHON = "3.13"
+OLDEST = "3.11"  # of the kit: the same lock is tried there
 # torch, and what a fresh Colab kernel has imported: replacing these needs a restart.
 KEPT = ("torch", "torchvision", "numpy", "pillow", "pydantic", "pydantic-core", "rich", "psutil", "ipykernel")
 REMOVED = "torchao"  # PEFT refuses Colab's version, and the kit doesn't use it
@@ -36,7 +37,7 @@ def resolve(colab: dict[str, str]) -> dict[str, str]:
         kept.write_text(lines({name: public[name] for name in KEPT}), encoding="utf-8")
         lock.write_text(lines(public), encoding="utf-8")
         command = ["uv", "pip", "compile", "--quiet", str(HERE.parent / "pyproject.toml"), "--constraints", str(kept)]
-        command += ["--python-version", PYTHON, "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"]
+        command += ["--python-version", OLDEST, "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"]
         subprocess.run([*command, "--output-file", str(lock)], check=True, stdout=subprocess.DEVNULL)
         return pins(lock.read_text(encoding="utf-8"))
 

@@ -39,6 +39,7 @@ LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # @param {type:"string"}
 ENCODER = "google/siglip-base-patch16-224"  # @param {type:"string"}
 DTYPE = "float16"  # @param ["float16", "bfloat16", "float32"]
 EPOCHS = 2  # @param {type:"integer"}
+DATA_LICENSE = "ofl-1.1"  # @param {type:"string"}
 REPO = ""  # @param {type:"string"}
 
 # %% include folder
@@ -84,8 +85,8 @@ recipe = {
         ],
     },
     "evaluate": {"limit": 200, "max_new_tokens": 32},
-    "publish": {"languages": ["en"]},  #:en
-    "publish": {"languages": ["zh"]},  #:zh
+    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["en"]},  #:en
+    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},  #:zh
 }
 Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
 finetune.check("recipe.yaml")

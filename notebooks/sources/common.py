@@ -82,13 +82,15 @@ display(Image(RUN / "plots" / "scores.png", width=700))
 #
 # Checks the run, and writes the model card and the files to publish into `published/` of the run folder. If `REPO` is set
 # and there is a token with write access, in Colab's secrets as `HF_TOKEN`, the adapter is uploaded: into a **private**
-# repository, unless you make it public. Without a token nothing leaves this machine.
+# repository, unless you make it public. Without a token nothing leaves this machine. The card needs the licence of your
+# rows, as the Hub spells it; some held-out rows become samples on it.
 
 # %% [markdown] zh name publish
 # ## 发布
 #
 # 检查运行结果，并在运行目录的 `published/` 中写出模型卡片和待发布的文件。如果填写了 `REPO`，并且 Colab 的“密钥”中有一个名为
-# `HF_TOKEN`、具有写权限的令牌，就会上传适配器；新建的仓库默认为**私有**。没有令牌时不会上传任何内容。
+# `HF_TOKEN`、具有写权限的令牌，就会上传适配器；新建的仓库默认为**私有**。没有令牌时不会上传任何内容。模型卡片需要注明数据的
+# 许可证（采用 Hub 上的写法），并会展示几条留出的数据作为示例。
 
 # %% name publish
 from huggingface_hub import get_token

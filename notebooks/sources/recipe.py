@@ -31,6 +31,7 @@ CHANGES = ""  # @param {type:"string"}
 DTYPE = "float16"  # @param ["float16", "bfloat16", "float32"]
 DRIVE = False  # @param {type:"boolean"}
 NAME = "recipe"  # @param {type:"string"}
+DATA_LICENSE = "ofl-1.1"  # @param {type:"string"}
 REPO = ""  # @param {type:"string"}
 
 # %% include folder
@@ -64,9 +65,9 @@ print("\n" + path.read_text(encoding="utf-8"))
 # 最后在新进程中向合并后的模型提一个问题。断线后会从最近的检查点继续。
 
 # %%
-changes = [f"model.llm.dtype={DTYPE}", "train.save_every_n_steps=50", *CHANGES.split()]
+changes = [f"model.llm.dtype={DTYPE}", f"publish.licenses.data={DATA_LICENSE}", "train.save_every_n_steps=50"]
 started = (RUN / "recipe.yaml").is_file()
-result = finetune.run(path, changes, RUN, resume=started)
+result = finetune.run(path, [*changes, *CHANGES.split()], RUN, resume=started)
 print(result.prediction.question)
 print(result.prediction.target, "→", result.answer)
 

@@ -42,6 +42,7 @@ LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # @param {type:"string"}
 ENCODER = "openai/whisper-small"  # @param {type:"string"}
 DTYPE = "float16"  # @param ["float16", "bfloat16", "float32"]
 EPOCHS = 2  # @param {type:"integer"}
+DATA_LICENSE = "apache-2.0"  # @param {type:"string"}
 REPO = ""  # @param {type:"string"}
 
 # %% include folder
@@ -101,7 +102,7 @@ recipe = {
         ],
     },
     "evaluate": {"limit": 400, "max_new_tokens": 64},
-    "publish": {"languages": ["zh"]},
+    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},
 }
 Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
 finetune.check("recipe.yaml")

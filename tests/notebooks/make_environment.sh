@@ -9,4 +9,4 @@ python3 -m venv "$1"
 grep -vE '^(#|torch|torchvision|torchao|nvidia-(nccl|nvshmem|cu)|cuda-)' notebooks/colab-versions.txt >"$1/colab.txt"
 "$1/bin/python" -m pip install --quiet torch==2.13.0
 "$1/bin/python" -m pip install --quiet --no-deps torchao==0.10.0 --requirement "$1/colab.txt"
-"$1/bin/python" -m pip install --quiet nbclient nbformat ipykernel --constraint "$1/colab.txt"
+"$1/bin/python" -m pip install --quiet nbclient nbformat ipykernel httpx==0.28.1 --constraint "$1/colab.txt"

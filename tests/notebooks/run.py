@@ -76,13 +76,10 @@ def small_hub(folder: Path) -> Hub:
 def prepared(path: Path) -> nbformat.NotebookNode:
     """The notebook with small settings, and with checks of the kernel before and after."""
     notebook = nbformat.read(path, as_version=4)
-    (number,) = (
-        n for n, cell in enumerate(notebook.cells) if cell.source.startswith(("# @title Set", "# @title 设置"))
-    )
-    settings = {**SETTINGS, "REPO": f"tiny-{path.stem}"}
-    lines = [
-        f"{name} = {value!r}" for name, value in settings.items() if f"\n{name} = " in notebook.cells[number].source
-    ]
+    titles = ("# @title Settings", "# @title 设置")
+    (number,) = (n for n, cell in enumerate(notebook.cells) if cell.source.startswith(titles))
+    known, settings = notebook.cells[number].source, SETTINGS | {"REPO": f"tiny-{path.stem}"}
+    lines = [f"{name} = {value!r}" for name, value in settings.items() if f"\n{name} = " in known]
     notebook.cells.insert(number + 1, nbformat.v4.new_code_cell("\n".join(lines)))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(LOADED))
     notebook.cells.append(nbformat.v4.new_code_cell(UNCHANGED))
