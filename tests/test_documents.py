@@ -16,7 +16,7 @@ from finetune.common.registry import FOLDERS, part_names
 from finetune.common.version import DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS_OF_DOCUMENTS = ("docs", "recipes", "benchmarks", ".github")
+FOLDERS_OF_DOCUMENTS = ("docs", "recipes", "benchmarks", "notebooks", ".github")
 DOCUMENTS = sorted(
     {*ROOT.glob("*.md"), *(file for name in FOLDERS_OF_DOCUMENTS for file in (ROOT / name).rglob("*.md"))}
 )

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-python3 -m venv "$1"
+"${PYTHON:-python3}" -m venv "$1"
 # Colab's torch is a build for CUDA.
 grep -vE '^(#|torch|torchvision|torchao|nvidia-(nccl|nvshmem|cu)|cuda-)' notebooks/colab-versions.txt >"$1/colab.txt"
 "$1/bin/python" -m pip install --quiet torch==2.13.0
