@@ -1,11 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+COLAB ?= $(VENV)-colab
 NAMES ?= mobilenet_v2 minimind2_small
 MUTANTS ?=
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help quickstart install weights test test-fast mutants check format docs clean
+.PHONY: help quickstart install weights test test-fast notebooks mutants check format docs clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +31,15 @@ test: install  ## Run the tests (no network once the weights are there)
 test-fast: install  ## Run the tests that take seconds, not minutes
 	$(PYTEST) -m "not slow"
 
+notebooks: install $(COLAB)/.installed  ## Execute the notebooks with Colab's versions of packages, on small models
+	$(BIN)/python recipes/offline/fetch.py $(NAMES) whisper_tiny
+	$(COLAB)/bin/python tests/notebooks/run.py
+
+$(COLAB)/.installed: notebooks/colab-versions.txt tests/notebooks/make_environment.sh
+	rm -rf $(COLAB)
+	PYTHON=$(PYTHON) tests/notebooks/make_environment.sh $(COLAB)
+	@touch $@
+
 mutants: install  ## Change the core line by line, see whether its tests notice (hours; MUTANTS='finetune.training.pack*')
 	$(BIN)/python -m pip install --quiet 'mutmut>=3.8'
 	@mkdir -p mutants
@@ -50,4 +60,4 @@ docs: install  ## Build the documentation as a site, in build/site; fails on a b
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## Remove the environment, caches and runs
-	rm -rf $(VENV) runs mutants .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(COLAB) runs mutants .mypy_cache .ruff_cache .pytest_cache
