@@ -44,6 +44,13 @@ Set = Annotated[
 RunDir = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; default: runs/NAME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder, and begin anew.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OURS=THEIRS", help="The task's column and the file's, as image=photo; may be repeated."),
+]
+MediaFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Of the media that rows name; default: the folder of the rows.")
+]
 
 
 def print_version(asked: bool) -> None:
@@ -220,6 +227,38 @@ def chat(
     answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)
     if prompt is not None:
         print(answer)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A run, merged or adapter folder.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE|FOLDER|TABLE...", help="Media, folders of them, or rows without answers."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help=".csv or .jsonl of the answers; gone on with where it is unfinished.")
+    ] = Path("answers.csv"),
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of several tasks that the model was trained for.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="In place of the task's question.")] = None,
+    columns: Columns = None,
+    media_folder: MediaFolder = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows asked at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the file is there.")] = False,
+) -> None:
+    """Answer new files or rows with a trained model. Exit status 1 where some have no answer."""
+    from finetune.commands.predict import PredictOptions, predict
+    from finetune.commands.tables import print_predictions
+
+    options = PredictOptions(batch, max_new_tokens, media_folder, overwrite)
+    renamed = columns_of(columns or [])
+    result = predict(run, inputs, out, task=task, prompt=prompt, columns=renamed, options=options)
+    print_predictions(result)
+    if result.errors:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -427,6 +466,15 @@ def strength_of(given: list[str]) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in (one.split("=") for one in given)} or None
     except ValueError:
         raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
+
+
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """'image=photo', any number of times."""
+    pairs = [one.partition("=") for one in given]
+    for one, (ours, equals, theirs) in zip(given, pairs, strict=True):
+        if not (ours and equals and theirs):
+            raise RecipeError(f"--columns {one}: write the task's column, = and the file's, as image=photo")
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 @contextmanager

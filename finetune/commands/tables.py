@@ -12,10 +12,12 @@ from rich.text import Text
 
 from finetune.data.check.ledger import CODES
 from finetune.data.metrics import lower_is_better
+from finetune.data.rows import SHOWN, error_list
 
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
     from finetune.commands.data_preview import Preview
+    from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
@@ -38,6 +40,17 @@ def print_push(result: "Pushed") -> None:
     for line in result.checks:
         print(line)
     print(result.url or f"not uploaded; the files are in {result.folder}")
+
+
+def print_predictions(result: "Predictions") -> None:
+    errors = result.errors
+    if result.left_out:
+        others = ", ".join(path.name for path in result.left_out[:SHOWN])
+        more = f" and {len(result.left_out) - SHOWN:,} more" if len(result.left_out) > SHOWN else ""
+        print(f"{len(result.left_out):,} other files in the folders were left out: {others}{more}")
+    if errors:
+        print(error_list([f"{row.row}: {row.error}" for row in errors], f"{len(errors):,} rows without an answer"))
+    print(f"{result.out}: {len(result.rows) - len(errors):,} of {len(result.rows):,} rows answered")
 
 
 def print_run(result: "RunResult") -> None:
