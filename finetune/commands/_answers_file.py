@@ -20,8 +20,9 @@ MAX_FIELD = 2**28  # characters of a field that is read back
 @dataclass(frozen=True)
 class PredictedRow:
     """`row`: the file, or for a row of a table the table's name and the line. `columns`: as the table holds them.
-    `answer`: text, a label or labels, a number, or fields, as the task reads it; None where there is none, for the
-    reason in `error`. `probabilities`: of each label, where the model gives them.
+    `answer`: text, a label or labels, a number, or fields, as the task reads it, or where it can't, the text that the
+    model wrote; None where there is no answer, for the reason in `error`. `probabilities`: of each label, where the
+    model gives them.
     """
 
     row: str

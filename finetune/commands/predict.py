@@ -185,16 +185,14 @@ class Questions:
     def _predicted(self, one: Input, answer: Answer | DataError) -> PredictedRow:
         if isinstance(answer, DataError):
             return _failed(one, answer)
-        value, probabilities = self._read(answer)
-        error = "" if value is not None else f"the answer can't be read as {self.name}: {answer.text[:80]!r}"
-        return PredictedRow(one.name, one.columns, value, probabilities, error)
+        return PredictedRow(one.name, one.columns, *self._read(answer))
 
     def _read(self, answer: Answer) -> tuple[Any, Mapping[str, float]]:
-        """(the answer as the task reads it, each label's probability)."""
-        value = answer.text if self.task is None else self.task.read(answer)
+        """(the answer as the task reads it, or as it was written where it can't; each label's probability)."""
+        value = None if self.task is None else self.task.read(answer)
         if isinstance(value, dict) and value.keys() == {"label", "probabilities"} and answer.probabilities is not None:
             return value["label"], value["probabilities"]
-        return value, {}
+        return answer.text if value is None else value, {}
 
     def answer_of(self, text: str) -> Any:
         """An answer from the text that stands for it in a table."""

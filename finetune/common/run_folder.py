@@ -115,6 +115,10 @@ class RunFolder:
                 )
         return run
 
+    def evaluation_of(self, rows: Path) -> Path:
+        """The folder of the scores on rows that the recipe doesn't name."""
+        return self.evaluations / rows.absolute().stem
+
     def read_metrics(self) -> JsonObject:
         return read_json(self.metrics) if self.metrics.is_file() else {}
 
