@@ -96,13 +96,33 @@ def train(
 
 
 @app.command()
-def evaluate(run: Run) -> None:
+def evaluate(
+    run: Run,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE|FOLDER", help="Score these rows, not those of the recipe.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks they are for.")] = None,
+    columns: Columns = None,
+    media_folder: MediaFolder = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of their scores; default: RUN/evaluations/NAME of the file.")
+    ] = None,
+) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
+    if data is None and (task or columns or media_folder or out):
+        raise RecipeError("--task, --columns, --media-folder and --out are about other rows: name them with --data")
+    renamed = columns_of(columns or []) or None
     from finetune.commands.tables import print_scores
+    from finetune.common.run_folder import RunFolder
     from finetune.evaluation.evaluate import evaluate
 
-    evaluate(run)
-    print_scores(run)
+    metrics = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, out=out)
+    folder = (out or RunFolder(run).evaluation_of(data)) if data else None
+    print_scores(run, folder)
+    if count := metrics.get("data", {}).get("trained_on"):
+        print(f"{count:,} of these rows are also training rows: scores on them say little about new ones")
+    if folder:
+        print(folder)
 
 
 @app.command()

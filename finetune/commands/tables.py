@@ -1,5 +1,6 @@
 """What commands print: results as tables and lines."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from finetune.common.run_folder import read_json
 from finetune.data.check.ledger import CODES
 from finetune.data.metrics import lower_is_better
+from finetune.data.predictions import read_predictions
 from finetune.data.rows import SHOWN, error_list
 
 if TYPE_CHECKING:
@@ -90,13 +93,19 @@ def print_trials(result: "SweepResult") -> None:
     print(f"the best trial's recipe: {result.folder}/best.yaml")
 
 
-def print_scores(run: Path) -> None:
-    """Of an evaluated run: each task's table, and what it comes to in a sentence."""
+def print_scores(run: Path, evaluation: Path | None = None) -> None:
+    """Of an evaluated run: each task's table, and what it comes to in a sentence. `evaluation`: the folder of the
+    scores on other rows.
+    """
     from finetune.evaluation.report.content import read_content
     from finetune.evaluation.report.headline import headlines
     from finetune.evaluation.report.tables import score_tables
+    from finetune.evaluation.results import Metrics
 
     content = read_content(run)
+    if evaluation is not None:
+        metrics = Metrics.model_validate(read_json(evaluation / "metrics.json"))
+        content = replace(content, metrics=metrics, predictions=read_predictions(evaluation / "predictions.jsonl"))
     sentences = {headline.task: headline.sentence for headline in headlines(content)}
     for scores in score_tables(content):
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
