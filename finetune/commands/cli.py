@@ -72,12 +72,16 @@ def options(
 def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
+    from finetune.recipe.load import load_recipe
+    from finetune.recipe.remarks import remarks
 
     counts = check(recipe, set_ or [])
     print(f"{recipe}: OK")
     for split, count in counts.items():
         if count.rows:
             print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
+    for remark in remarks(load_recipe(recipe, set_ or [])):
+        print(f"  {remark}")
 
 
 @app.command()
@@ -287,10 +291,10 @@ def run(
 ) -> None:
     """The whole way: check, train, evaluate, merge, one question about a held-out row, and the report."""
     from finetune.commands.run import run as run_all
-    from finetune.commands.tables import print_run
+    from finetune.commands.tables import print_run, print_scores
 
     with how_to_go_on("run", recipe, set_ or []):
-        result = run_all(recipe, set_ or [], run, resume, overwrite)
+        result = run_all(recipe, set_ or [], run, resume, overwrite, print_scores)
     print_run(result)
 
 

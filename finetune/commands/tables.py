@@ -57,13 +57,14 @@ def print_predictions(result: "Predictions") -> None:
 
 
 def print_run(result: "RunResult") -> None:
-    print_scores(result.folder.path)
     from finetune.evaluation.report.words import readable
 
-    first, folder = result.prediction, result.folder
-    media = ", ".join(str(medium.path) for medium in first.media)
-    print(f"question{f' about {media}' if media else ''}: {first.question}")
-    print(f"  answer: {result.answer}   (right: {readable(first.target)})")
+    shown, folder = result.prediction, result.folder
+    for medium in shown.media:
+        print(f"{medium.kind:<12} {medium.path}")
+    for name, text in (("question", shown.question), ("answer", result.answer), ("right", readable(shown.target))):
+        print(f"{name:<12} {text}")
+    print()
     paths = {name: getattr(folder, name) for name in ("adapter", "metrics", "predictions", "plots", "merged")}
     for name, path in {**paths, "report": result.report}.items():
         print(f"{name:<12} {path}")
