@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_label import data_label
     from finetune.commands.data_preview import data_preview
     from finetune.commands.doctor import doctor
+    from finetune.commands.predict import predict
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
     from finetune.data.check.split import SplitPlan, data_split
@@ -43,6 +44,7 @@ _HOME = {
     "load": "model.load",
     "load_recipe": "recipe.load",
     "merge": "merging.merge",
+    "predict": "commands.predict",
     "pull": "publishing.pull",
     "push": "publishing.push",
     "recipes": "commands.recipes",
@@ -69,6 +71,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "predict",
     "pull",
     "push",
     "recipes",

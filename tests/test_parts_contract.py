@@ -16,12 +16,14 @@ from typing_extensions import get_protocol_members
 from finetune.common.errors import DataError, ModelError
 from finetune.common.registry import PartOptions, load_part, part_names
 from finetune.data.media import DECODERS
+from finetune.data.questions import question_of
 from finetune.data.sample import Answer, Medium, Row, Sample
 from finetune.data.tasks import TaskContract, TaskOptions
 from finetune.model.encoders import Encoder, EncoderContract
 from finetune.model.fusion import Fusion, FusionContract, Projected
 from finetune.model.heads import HeadContract, TrainedHeadContract
 from finetune.model.projectors import ProjectorContract
+from finetune.recipe.parts import TaskPart
 
 # What the right answers of the rows below reach, where it isn't 1.
 BEST = {"vqa_accuracy": (2 / 3 + 1) / 2}
@@ -151,6 +153,20 @@ def measured(task, options, samples, answers) -> list[dict]:
     read = lambda answer: json.loads(json.dumps(task.read(Answer(answer), options), allow_nan=False))  # noqa: E731
     targets = [read(s.answer) if s.target is None else json.loads(json.dumps(s.target)) for s in samples]
     return [task.measure(read(answer), target, options) for answer, target in zip(answers, targets, strict=True)]
+
+
+@every("tasks")
+def test_a_task_asks_the_same_of_a_row_without_its_answer(name, tmp_path):
+    task, options, samples, rows = task_samples(name, tmp_path)
+    for sample, row in zip(samples, rows, strict=True):
+        answered = task.stand_in(row, options)
+        if name == "chat":
+            unanswered = Row(row.path, row.number, {"messages": row.columns["messages"][:-1]}, tmp_path)
+        else:
+            columns = {key: value for key, value in row.columns.items() if key not in answered}
+            unanswered = Row(row.path, row.number, columns, tmp_path)
+        asked = question_of(unanswered, TaskPart(name, options))
+        assert asked.question == sample.question and asked.media == sample.media
 
 
 @every("tasks")

@@ -44,6 +44,13 @@ Set = Annotated[
 RunDir = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; default: runs/NAME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder, and begin anew.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OURS=THEIRS", help="The task's column and the file's, as image=photo; may be repeated."),
+]
+MediaFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Of the media that rows name; default: the folder of the rows.")
+]
 
 
 def print_version(asked: bool) -> None:
@@ -65,12 +72,16 @@ def options(
 def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
+    from finetune.recipe.load import load_recipe
+    from finetune.recipe.remarks import remarks
 
     counts = check(recipe, set_ or [])
     print(f"{recipe}: OK")
     for split, count in counts.items():
         if count.rows:
             print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
+    for remark in remarks(load_recipe(recipe, set_ or [])):
+        print(f"  {remark}")
 
 
 @app.command()
@@ -89,13 +100,33 @@ def train(
 
 
 @app.command()
-def evaluate(run: Run) -> None:
+def evaluate(
+    run: Run,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE|FOLDER", help="Score these rows, not those of the recipe.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks they are for.")] = None,
+    columns: Columns = None,
+    media_folder: MediaFolder = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Of their scores; default: RUN/evaluations/NAME of the file.")
+    ] = None,
+) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
+    if data is None and (task or columns or media_folder or out):
+        raise RecipeError("--task, --columns, --media-folder and --out are about other rows: name them with --data")
+    renamed = columns_of(columns or []) or None
     from finetune.commands.tables import print_scores
+    from finetune.common.run_folder import RunFolder
     from finetune.evaluation.evaluate import evaluate
 
-    evaluate(run)
-    print_scores(run)
+    metrics = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, out=out)
+    folder = (out or RunFolder(run).evaluation_of(data)) if data else None
+    print_scores(run, folder)
+    if count := metrics.get("data", {}).get("trained_on"):
+        print(f"{count:,} of these rows are also training rows: scores on them say little about new ones")
+    if folder:
+        print(folder)
 
 
 @app.command()
@@ -223,15 +254,47 @@ def chat(
 
 
 @app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A run, merged or adapter folder.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE|FOLDER|TABLE...", help="Media, folders of them, or rows without answers."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help=".csv or .jsonl of the answers; gone on with where it is unfinished.")
+    ] = Path("answers.csv"),
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of several tasks that the model was trained for.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="In place of the task's question.")] = None,
+    columns: Columns = None,
+    media_folder: MediaFolder = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows asked at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the file is there.")] = False,
+) -> None:
+    """Answer new files or rows with a trained model. Exit status 1 where some have no answer."""
+    from finetune.commands.predict import PredictOptions, predict
+    from finetune.commands.tables import print_predictions
+
+    options = PredictOptions(batch, max_new_tokens, media_folder, overwrite)
+    renamed = columns_of(columns or [])
+    result = predict(run, inputs, out, task=task, prompt=prompt, columns=renamed, options=options)
+    print_predictions(result)
+    if result.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
 def run(
     recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False, overwrite: Overwrite = False
 ) -> None:
     """The whole way: check, train, evaluate, merge, one question about a held-out row, and the report."""
     from finetune.commands.run import run as run_all
-    from finetune.commands.tables import print_run
+    from finetune.commands.tables import print_run, print_scores
 
     with how_to_go_on("run", recipe, set_ or []):
-        result = run_all(recipe, set_ or [], run, resume, overwrite)
+        result = run_all(recipe, set_ or [], run, resume, overwrite, print_scores)
     print_run(result)
 
 
@@ -427,6 +490,15 @@ def strength_of(given: list[str]) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in (one.split("=") for one in given)} or None
     except ValueError:
         raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
+
+
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """'image=photo', any number of times."""
+    pairs = [one.partition("=") for one in given]
+    for one, (ours, equals, theirs) in zip(given, pairs, strict=True):
+        if not (ours and equals and theirs):
+            raise RecipeError(f"--columns {one}: write the task's column, = and the file's, as image=photo")
+    return {ours: theirs for ours, _, theirs in pairs}
 
 
 @contextmanager

@@ -3,14 +3,16 @@
 import csv
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from finetune.commands._asking import ask, task_of
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.check.page import InlineMedium, embedded, render
+from finetune.data.questions import question_about_media, question_of
 from finetune.data.rows import detected, error_list, read_rows
-from finetune.data.sample import KINDS, Answer, Medium, Message, Row
+from finetune.data.sample import KINDS, Medium, Message, Row
 from finetune.recipe.load import load_recipe
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import Limits, RowFile, task_names
@@ -121,7 +123,7 @@ def data_label(
         from finetune.model.load import load
 
         assistant = load(run)
-    name, trained_for = _task_of(assistant, task)
+    name, trained_for = task_of(assistant, task)
     labelling = read_rows_to_label(Path(rows), Path(out), name, trained_for, labels)
     _resume(labelling)
     if assistant is not None:
@@ -145,10 +147,7 @@ def propose(labelling: Labelling, assistant: "Assistant", name: str | None, batc
         for start in range(0, len(open_items), batch):
             items = open_items[start : start + batch]
             questions = [item.question for item in items]
-            if name is not None:
-                answers = assistant.ask(name, questions, max_new_tokens=max_new_tokens)
-            else:
-                answers = [Answer(text) for text in assistant.answers(questions, max_new_tokens=max_new_tokens)]
+            answers = ask(assistant, name, questions, max_new_tokens=max_new_tokens)
             for item, answer in zip(items, answers, strict=True):
                 probabilities = answer.probabilities or {}
                 best = max(probabilities, key=probabilities.__getitem__) if probabilities else answer.text
@@ -156,17 +155,6 @@ def propose(labelling: Labelling, assistant: "Assistant", name: str | None, batc
                 item.line.confidence = f"{probabilities[best]:.3f}" if probabilities else ""
                 step()
             labelling.save()
-
-
-def _task_of(assistant: "Assistant | None", task: str | None) -> tuple[str | None, TaskPart | None]:
-    """(name, task) that a model was trained for. Raises DataError if there are several and none is named."""
-    bindings = assistant.model.bindings if assistant is not None else {}
-    if task is not None and task not in bindings:
-        raise DataError(f"--task {task}: the model was trained for {', '.join(bindings) or 'no task that is known'}")
-    if len(bindings) > 1 and task is None:
-        raise DataError(f"the model was trained for {', '.join(bindings)}: name one with --task")
-    name = task or next(iter(bindings), None)
-    return name, bindings[name].task if name else None
 
 
 def read_rows_to_label(
@@ -206,13 +194,11 @@ def _item(row: Row, task: TaskPart | None) -> Item:
     column = next((getattr(options, name) for name in ANSWER_COLUMNS if hasattr(options, name)), "label")
     label = str(row.columns.get(column) or "").strip()
     if task:
-        # Tasks refuse rows without an answer: any will do, as the question doesn't depend on it.
-        stand_in = label or next(iter(getattr(options, "labels", ())), "?")
-        sample = task.sample(replace(row, columns=row.columns | {column: stand_in}))
+        sample = question_of(row, task)
         media, question = sample.media, sample.question
     else:
-        media = row.media([kind for kind in KINDS if row.columns.get(kind)])
-        question = (Message("user", media),)
+        question = question_about_media(row)
+        media = tuple(part for part in question[0].content if isinstance(part, Medium))
     text = "\n".join(part for message in question for part in message.content if isinstance(part, str))
     if not text:
         others = (value for name, value in row.columns.items() if name not in (*KINDS, column))

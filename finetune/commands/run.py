@@ -1,13 +1,14 @@
-"""The whole way: check → train → evaluate → merge → one question → report."""
+"""The whole way: check → train → evaluate → report → merge → one question → report."""
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
-from finetune.common.errors import ArtifactError
+from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.run_folder import RunFolder, refuse_several_processes
 from finetune.data.predictions import Prediction, read_predictions
 from finetune.recipe.load import load_recipe
@@ -30,8 +31,13 @@ def run(
     run: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    on_scores: Callable[[Path], None] | None = None,
 ) -> RunResult:
-    """check → train → evaluate → merge → one question about one held-out row → report. Arguments: see `train`."""
+    """check → train → evaluate → report → merge → one question about one held-out row → report. Arguments: see `train`.
+
+    `on_scores`: called with the run's folder when its scores and the first report are written. Raises as each of these
+    does; where the merge is refused, MergeRefused, after a report that says so.
+    """
     from finetune.commands.check import check
 
     refuse_several_processes("`finetune run`")
@@ -43,9 +49,25 @@ def run(
 
     folder = train(load_recipe(recipe, overrides), run, resume, overwrite)
     metrics = evaluate(folder.path)
-    merge(folder.path)
-    first = read_predictions(folder.predictions)[0]
-    return RunResult(folder, metrics, first, answer_of(folder.merged, first), report(folder.path))
+    report(folder.path)
+    if on_scores is not None:
+        on_scores(folder.path)
+    try:
+        merge(folder.path)
+    except MergeRefused as refused:
+        raise MergeRefused(f"{refused}\nthe scores stand, and {report(folder.path)} says this too") from None
+    written = report(folder.path)
+    shown = typical(read_predictions(folder.predictions))
+    return RunResult(folder, metrics, shown, answer_of(folder.merged, shown), written)
+
+
+def typical(predictions: Sequence[Prediction]) -> Prediction:
+    """Of the first task's rows the first that is answered neither better nor worse than the median: right where most
+    are.
+    """
+    known = [one for one in predictions if one.task == predictions[0].task and one.good is not None]
+    middle = median_high(one.good for one in known if one.good is not None) if known else None
+    return next((one for one in known if one.good == middle), predictions[0])
 
 
 def answer_of(merged: Path, prediction: Prediction) -> str:

@@ -1,5 +1,6 @@
 """What commands print: results as tables and lines."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from finetune.common.run_folder import read_json
 from finetune.data.check.ledger import CODES
 from finetune.data.metrics import lower_is_better
+from finetune.data.predictions import read_predictions
+from finetune.data.rows import SHOWN, error_list
 
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
     from finetune.commands.data_preview import Preview
+    from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
@@ -40,14 +45,26 @@ def print_push(result: "Pushed") -> None:
     print(result.url or f"not uploaded; the files are in {result.folder}")
 
 
+def print_predictions(result: "Predictions") -> None:
+    errors = result.errors
+    if result.left_out:
+        others = ", ".join(path.name for path in result.left_out[:SHOWN])
+        more = f" and {len(result.left_out) - SHOWN:,} more" if len(result.left_out) > SHOWN else ""
+        print(f"{len(result.left_out):,} other files in the folders were left out: {others}{more}")
+    if errors:
+        print(error_list([f"{row.row}: {row.error}" for row in errors], f"{len(errors):,} rows without an answer"))
+    print(f"{result.out}: {len(result.rows) - len(errors):,} of {len(result.rows):,} rows answered")
+
+
 def print_run(result: "RunResult") -> None:
-    print_scores(result.folder.path)
     from finetune.evaluation.report.words import readable
 
-    first, folder = result.prediction, result.folder
-    media = ", ".join(str(medium.path) for medium in first.media)
-    print(f"question{f' about {media}' if media else ''}: {first.question}")
-    print(f"  answer: {result.answer}   (right: {readable(first.target)})")
+    shown, folder = result.prediction, result.folder
+    for medium in shown.media:
+        print(f"{medium.kind:<12} {medium.path}")
+    for name, text in (("question", shown.question), ("answer", result.answer), ("right", readable(shown.target))):
+        print(f"{name:<12} {text}")
+    print()
     paths = {name: getattr(folder, name) for name in ("adapter", "metrics", "predictions", "plots", "merged")}
     for name, path in {**paths, "report": result.report}.items():
         print(f"{name:<12} {path}")
@@ -77,13 +94,19 @@ def print_trials(result: "SweepResult") -> None:
     print(f"the best trial's recipe: {result.folder}/best.yaml")
 
 
-def print_scores(run: Path) -> None:
-    """Of an evaluated run: each task's table, and what it comes to in a sentence."""
+def print_scores(run: Path, evaluation: Path | None = None) -> None:
+    """Of an evaluated run: each task's table, and what it comes to in a sentence. `evaluation`: the folder of the
+    scores on other rows.
+    """
     from finetune.evaluation.report.content import read_content
     from finetune.evaluation.report.headline import headlines
     from finetune.evaluation.report.tables import score_tables
+    from finetune.evaluation.results import Metrics
 
     content = read_content(run)
+    if evaluation is not None:
+        metrics = Metrics.model_validate(read_json(evaluation / "metrics.json"))
+        content = replace(content, metrics=metrics, predictions=read_predictions(evaluation / "predictions.jsonl"))
     sentences = {headline.task: headline.sentence for headline in headlines(content)}
     for scores in score_tables(content):
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)

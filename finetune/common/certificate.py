@@ -15,6 +15,8 @@ from finetune.common.run_folder import RunFolder, damaged, file_hash, read_json,
 
 NAME = "certificate.json"
 FORMAT: Literal[1] = 1
+BARE = "the LLM without the adapter"
+UNTRAINED = "the untrained model"  # the base where no stage trains the adapter
 PUBLISHED_BESIDE = ("recipe.yaml", "samples")  # what publishing puts beside a model's own files
 
 # JSON has no infinity: null stands for it, where a model gives a probability that isn't a number.
@@ -35,7 +37,7 @@ class Measures(CertificatePart):
     largest_logit_difference: Distance = Field(
         description="Largest difference of a log-probability, among tokens that the reference gives at least 1e-4."
     )
-    kl_from_base: Distance = Field(description="KL divergence from the LLM without the adapter, in nats a token.")
+    kl_from_base: Distance = Field(description="KL divergence from the base, in nats a token.")
     scores: ModelScores | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
@@ -51,7 +53,7 @@ class Bounds(CertificatePart):
 
     min_agreement: float = Field(description="Least share of equal next tokens.")
     max_kl: float = Field(description="Largest KL divergence, in nats a token.")
-    min_kl_from_base: float | None = Field(description="Least KL divergence from the base; null without an adapter.")
+    min_kl_from_base: float | None = Field(description="Least KL divergence from the base; null: any.")
 
 
 class Dtypes(CertificatePart):
@@ -88,7 +90,10 @@ class Certificate(CertificatePart):
     saved: Measures = Field(description="Of the merged model, read back from disk.")
     candidates: dict[str, Measures] = Field(min_length=1, description="What was merged into -> its measures.")
     trained: Measures = Field(description="Of the reference itself.")
-    base: Measures = Field(description="Of the LLM without the adapter, the other parts as trained.")
+    base: Measures = Field(description="Of the base: `base_is` says what it is.")
+    base_is: str = Field(
+        default=BARE, description="The LLM without the adapter, the other parts as trained; or the untrained model."
+    )
     bounds: Bounds
     versions: dict[str, str] = Field(description="Package -> version.")
     sha256: FileHashes = Field(min_length=1, description="Hashes of the merged folder's files, without this one.")
@@ -174,13 +179,13 @@ def weights_hashes(name: str) -> dict[str, str]:
 
 
 def comparison(certificate: Certificate) -> tuple[list[str], list[list[str]]]:
-    """What was trained, each candidate, and the LLM without the adapter, with the score of each task's main metric:
+    """What was trained, each candidate, and the base, with the score of each task's main metric:
     (column names, cells of each row). Scores that no model has are left out.
     """
     models = {certificate.reference: certificate.trained}
     for name, measures in certificate.candidates.items():
         models[f"merged into {name}" + (" (kept)" if name == certificate.merged_into else "")] = measures
-    models["the LLM without the adapter"] = certificate.base
+    models[certificate.base_is] = certificate.base
     columns: list[tuple[str, str, Sequence[float | None]]] = [
         ("KL (nats)", ".2g", [measures.kl for measures in models.values()]),
         ("same token", ".1%", [measures.agreement for measures in models.values()]),

@@ -8,6 +8,7 @@ runs/NAME/
   tensorboard/STAGE/ event files, if train.track names tensorboard
   adapter/           the publishable artefact
   metrics.json, predictions.jsonl, plots/
+  evaluations/NAME/  metrics.json and predictions.jsonl of rows that the recipe doesn't name
   merged/            a self-contained checkpoint; certificate.json beside it
 """
 
@@ -27,7 +28,7 @@ from finetune.common.errors import ArtifactError, RecipeError, TrainingError
 JsonObject = dict[str, Any]
 WRITTEN_FIRST = {"recipe.yaml", "versions.json"}  # before rows and weights are read
 WRITTEN_LATER = {
-    *("data", "checkpoints", "adapter", "merged", "exports", "published", "plots", "tensorboard"),
+    *("data", "checkpoints", "adapter", "merged", "exports", "published", "plots", "tensorboard", "evaluations"),
     *("metrics.json", "predictions.jsonl", "certificate.json", "report.html"),
 }
 HASHES = "sha256.json"  # in each checkpoint
@@ -51,6 +52,7 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.predictions = path / "predictions.jsonl"
         self.plots = path / "plots"
+        self.evaluations = path / "evaluations"
         self.merged = path / "merged"
         self.certificate = path / "certificate.json"
 
@@ -114,6 +116,10 @@ class RunFolder:
                     "hasn't finished"
                 )
         return run
+
+    def evaluation_of(self, rows: Path) -> Path:
+        """The folder of the scores on rows that the recipe doesn't name."""
+        return self.evaluations / rows.absolute().stem
 
     def read_metrics(self) -> JsonObject:
         return read_json(self.metrics) if self.metrics.is_file() else {}

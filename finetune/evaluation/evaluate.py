@@ -3,7 +3,7 @@ media, and a linear probe on the same features beside them.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -14,10 +14,11 @@ from finetune.common.errors import DataError
 from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, refuse_several_processes
 from finetune.data.predictions import Prediction, write_predictions
-from finetune.data.rows import by_task, read_splits, subset
+from finetune.data.rows import by_task, content_key, read_splits, subset
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
 from finetune.evaluation.conditions import Condition, conditions
+from finetune.evaluation.new_rows import NewRows
 from finetune.evaluation.probe import probe
 from finetune.evaluation.results import Comparison
 from finetune.evaluation.scores import AnswerLoss, Measures, answer_losses, answers_to, known_bindings, measured
@@ -28,6 +29,7 @@ from finetune.model.bindings import TaskBinding
 from finetune.model.run import Run
 from finetune.recipe.load import load_recipe
 from finetune.recipe.parts import TaskPart
+from finetune.recipe.schema import Recipe
 
 Table = dict[str, dict[str, float | None]]  # {metric: {condition: value}}
 
@@ -45,18 +47,37 @@ class Evaluation:
     predictions: list[Prediction] = field(default_factory=list)
 
 
-def evaluate(run: Path | str) -> dict[str, Any]:
+def evaluate(
+    run: Path | str,
+    data: Path | str | None = None,
+    *,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    media_folder: Path | None = None,
+    out: Path | str | None = None,
+) -> dict[str, Any]:
     """Score a trained run on the rows its recipe names; writes metrics.json, predictions.jsonl and plots/scores.png.
     Returns what metrics.json holds.
+
+    `data`: score these rows instead, a file or folder with answers; what is written goes to `out`, by default
+    RUN/evaluations/NAME of the file, and the run's own scores stay. `task`: which of several tasks they are for.
+    `columns`: the task's column -> the file's, by default as in the recipe; `media_folder`: by default the rows' own.
+    Raises RecipeError, DataError, ArtifactError.
     """
     quiet_libraries()
     refuse_several_processes("`finetune evaluate`")
     fresh_memory()
     folder = RunFolder.open(Path(run), needs="adapter")
+    recipe = load_recipe(folder.recipe)
+    new = None if data is None else NewRows.of(recipe, Path(data), task, columns, media_folder)
+    written = RunFolder(new.folder(folder, out)) if new else folder
     begin = perf_counter()
     with EnergyMeter() as meter:
-        evaluation = _evaluated(folder)
-    folder.update_metrics(
+        evaluation, trained_on = _evaluated(folder, recipe, new)
+    if new:
+        written.metrics.unlink(missing_ok=True)  # perhaps of another task
+        written.update_metrics(data={"path": str(new.source.path), "trained_on": trained_on})
+    written.update_metrics(
         scores=evaluation.scores,
         intervals=evaluation.intervals,
         comparisons={
@@ -69,17 +90,20 @@ def evaluate(run: Path | str) -> dict[str, Any]:
         energy_joules={f"evaluate_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"evaluate_{device}": value for device, value in peak_memory_bytes().items()},
     )
-    write_predictions(folder.predictions, evaluation.predictions)
-    plots.scores(evaluation.scores, folder.plots / "scores.png")
-    return folder.read_metrics()
+    write_predictions(written.predictions, evaluation.predictions)
+    plots.scores(evaluation.scores, written.plots / "scores.png")
+    return written.read_metrics()
 
 
-def _evaluated(folder: RunFolder) -> Evaluation:
-    recipe = load_recipe(folder.recipe)
+def _evaluated(folder: RunFolder, recipe: Recipe, new: NewRows | None) -> tuple[Evaluation, int]:
+    """(the evaluation, how many of its rows are also training rows)."""
     splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
-    samples = subset(splits.of(recipe.evaluate.split), recipe.evaluate.limit, recipe.seed)
+    held_out = splits.of(recipe.evaluate.split)
+    samples = new.samples(recipe.media) if new else subset(held_out, recipe.evaluate.limit, recipe.seed)
     if not samples:
         raise DataError(f"no rows in split {recipe.evaluate.split!r} to evaluate on")
+    learned = {content_key(sample.messages) for sample in splits.train if new}
+    trained_on = sum(content_key(sample.messages) in learned for sample in samples if new)
     run = Run.load(folder, recipe, known_bindings(folder.adapter, samples, recipe.data))
     model = run.build(with_encoders=bool(run.components.tuned))
     for kind, media in run.features.missing([medium for sample in samples for medium in sample.media]).items():
@@ -91,7 +115,7 @@ def _evaluated(folder: RunFolder) -> Evaluation:
         answers.ask_untrained()
         load_trained(model, folder.adapter)
         answers.ask_trained()
-    return score_answers(answers, splits.train)
+    return score_answers(answers, splits.train), trained_on
 
 
 class Answers:

@@ -72,6 +72,10 @@ class Comparison:
     p: Value = None
 
 
+class MergeOutcome(Result):
+    refused: str | None = Field(default=None, description="Why the last merge was refused; null if it wasn't.")
+
+
 class Metrics(Result):
     """metrics.json."""
 
@@ -85,6 +89,7 @@ class Metrics(Result):
     )
     scored_rows: dict[str, int] = Field(default={}, description="Task -> number of held-out rows scored.")
     tables: dict[str, TaskTables] = {}
+    merge: MergeOutcome = MergeOutcome()
     seconds: dict[str, float] = {}
     peak_memory_bytes: dict[str, float] = {}
     energy_joules: dict[str, float] = {}

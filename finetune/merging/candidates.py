@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from finetune.common.certificate import Dtypes, Measures
+from finetune.common.certificate import BARE, UNTRAINED, Dtypes, Measures
 from finetune.common.errors import ArtifactError
 from finetune.common.progress import fresh_memory
 from finetune.merging.compare import Comparison, EncodedOnce, distances
@@ -39,8 +39,8 @@ BATCH_ON_DISK = 8  # samples compared at once where each pass reads the LLM from
 
 @dataclass
 class Trained:
-    """What is known of the model that was trained, and of its LLM without the adapter, once both are let go. `parts`:
-    the state of projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `Comparison.next_tokens`.
+    """What is known of the model that was trained, and of the base, once both are let go. `parts`: the state of
+    projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `Comparison.next_tokens`.
     """
 
     parts: dict[str, Tensor]
@@ -86,29 +86,43 @@ class MergeJob:
         trained = computed if self.llm.quantize == "none" else self.llm.quantize
         return Dtypes(llm=trained, computed=computed, merged=dtype_name(self.dtype))
 
+    @property
+    def base_is(self) -> str:
+        """What merged models are told from: with an adapter that was trained, the LLM without it."""
+        return BARE if self.run.recipe.trains_adapter else UNTRAINED
+
     def composite(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:
         """The model as it was trained, or with its adapter over an LLM that is quantized otherwise."""
+        model = self.untrained(components, quantize, with_encoders)
+        load_trained(model, self.run.folder.adapter)
+        return model
+
+    def untrained(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:
+        """The same parts with new weights."""
         llm = self.llm.model_copy(update={"quantize": quantize})
-        model = build_model(
+        return build_model(
             replace(components, model=components.model.model_copy(update={"llm": llm})),
             self.run.recipe.adapter,
             seed=self.run.recipe.seed,
             bindings=self.run.bindings,
             with_encoders=with_encoders,
         )
-        load_trained(model, self.run.folder.adapter)
-        return model
 
     def measure_trained(self, comparison: Comparison) -> Trained:
-        """Load what was trained, and measure it with its adapter and without. Encoders that were tuned are then as they
-        will be saved.
+        """Load what was trained, and measure it and the base. Encoders that were tuned are then as they will be
+        saved.
         """
         components, features = self.run.components, self.run.features
-        model, view = self.composite(components, self.llm.quantize, bool(components.tuned)), EncodedOnce(features)
-        tokens = list(comparison.next_tokens(model, view))
-        base = list(comparison.next_tokens(model, view, bare=True))
-        scores = comparison.scores(model, features, view)
-        base_scores = comparison.scores(model, features, view, bare=True)
+        model, bare = self.untrained(components, self.llm.quantize, bool(components.tuned)), self.base_is == BARE
+        if not bare:
+            view = EncodedOnce(features)  # with encoders as they were before they were tuned
+            base, base_scores = list(comparison.next_tokens(model, view)), comparison.scores(model, features, view)
+        load_trained(model, self.run.folder.adapter)
+        view = EncodedOnce(features)
+        tokens, scores = list(comparison.next_tokens(model, view)), comparison.scores(model, features, view)
+        if bare:
+            base = list(comparison.next_tokens(model, view, bare=True))
+            base_scores = comparison.scores(model, features, view, bare=True)
         trained = Trained(
             parts={name: tensor.detach().cpu().clone() for name, tensor in added_weights(model).items()},
             quantization=Quantization.of(model.causal_lm),

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.common import certificate
-from finetune.common.certificate import Bounds, Certificate, LanguageModelFiles, Measures
+from finetune.common.certificate import BARE, Bounds, Certificate, LanguageModelFiles, Measures
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder
@@ -32,15 +32,16 @@ from finetune.model.run import Run
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Llm, Recipe
 
-SAME = 1e-6  # nats: a merged model nearer than this to the LLM without adapter has learned nothing
+SAME = 1e-6  # nats: a merged model nearer than this to the base has learned nothing
 PACKAGES = ("finetune-kit", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def merge(run: Path | str) -> Certificate:
     """Merge a trained run; writes merged/ and certificate.json. Returns the certificate.
 
-    Raises MergeRefused where the merged model differs from what was trained, or not from the base; ArtifactError where
-    the adapter is missing, damaged, or another LLM's. What was merged before is then left as it was.
+    Raises MergeRefused where the merged model differs from what was trained, or not from the base; the reason is
+    then in metrics.json too. ArtifactError where the adapter is missing, damaged, or another LLM's. What was merged
+    before is left as it was.
     """
     quiet_libraries()
     refuse_several_processes("`finetune merge`")
@@ -61,8 +62,14 @@ def merge(run: Path | str) -> Certificate:
     comparison = Comparison(loaded, samples, answered)
     computed = loaded.components.dtype
     dtype = computed if recipe.merge.dtype == "auto" else resolve_dtype(recipe.merge.dtype, loaded.components.device)
-    with whole_folder(folder.merged) as partial:
-        merged = merge_into(partial, MergeJob(loaded, lora, dtype), comparison, llm_files, len(held_out))
+    try:
+        with whole_folder(folder.merged) as partial:
+            merged = merge_into(partial, MergeJob(loaded, lora, dtype), comparison, llm_files, len(held_out))
+    except MergeRefused as refused:
+        folder.update_metrics(merge={"refused": str(refused)})
+        raise
+    if "merge" in folder.read_metrics():
+        folder.update_metrics(merge={"refused": None})
     merged.write(folder.certificate)
     show(merged, folder.merged)
     return merged
@@ -87,7 +94,7 @@ def merge_into(
             step()
     best, why = chosen(measures)
     bounds = bounds_of(job.run.recipe)
-    refuse_unless_faithful(measures[best], trained, bounds)
+    refuse_unless_faithful(measures[best], trained, bounds, job.base_is)
     keep_candidate(folder, list(candidates).index(best))
     merged = Certificate(
         format=1,
@@ -111,6 +118,7 @@ def merge_into(
         candidates=measures,
         trained=trained.measures,
         base=trained.base_measures,
+        base_is=job.base_is,
         bounds=bounds,
         versions={name: version(name) for name in PACKAGES},
         sha256=certificate.file_hashes(folder),
@@ -124,7 +132,7 @@ def bounds_of(recipe: Recipe) -> Bounds:
     return Bounds(
         min_agreement=recipe.merge.min_agreement,
         max_kl=recipe.merge.max_kl,
-        min_kl_from_base=SAME if recipe.adapter else None,
+        min_kl_from_base=SAME,
     )
 
 
@@ -180,7 +188,7 @@ def keep_candidate(folder: Path, number: int) -> None:
         shutil.rmtree(path)
 
 
-def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds) -> None:
+def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds, base_is: str = BARE) -> None:
     """Raises MergeRefused where bounds are broken."""
     advice = "Nothing was kept: serve the adapter, or use a wider merge.dtype"
     if saved.agreement < bounds.min_agreement:
@@ -198,14 +206,19 @@ def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds) ->
     if least is None:
         return
     if trained.measures.kl_from_base < least or saved.kl_from_base < least:
+        if base_is == BARE:
+            raise MergeRefused(
+                "the merged model equals the untrained LLM: the adapter has learned nothing, or wasn't merged. "
+                "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
+            )
         raise MergeRefused(
-            "the merged model equals the untrained LLM: the adapter has learned nothing, or wasn't merged. "
-            "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
+            f"the merged model equals {base_is}: no stage trains the adapter, and other parts have learned nothing. "
+            "Nothing was kept. Train them for more than a few steps"
         )
     if saved.kl >= saved.kl_from_base:
         raise MergeRefused(
-            f"the merged model is no nearer to what was trained (KL {saved.kl:.2g}) than to the LLM without the "
-            f"adapter ({saved.kl_from_base:.2g}): what the adapter has learned is lost in rounding. {advice}"
+            f"the merged model is no nearer to what was trained (KL {saved.kl:.2g}) than to {base_is} "
+            f"({saved.kl_from_base:.2g}): what was learned is lost in rounding. {advice}"
         )
 
 

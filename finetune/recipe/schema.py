@@ -309,6 +309,11 @@ class Recipe(Section):
     merge: Merge = Field({}, validate_default=True, description="How the merged model is made and checked.")
     publish: Publish = Field({}, validate_default=True, description="Where and how the model is published.")
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether a stage trains LoRA on the LLM."""
+        return self.adapter is not None and any("adapter" in stage.trains for stage in self.train.stages)
+
 
 @cache
 def outline() -> JsonSchema:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -229,7 +230,10 @@ def test_the_command_line_goes_the_whole_way(tmp_path):
     done = run_real("run", recipe, "--run", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "answer:" in done.stdout and (tmp_path / "run" / "merged" / "config.json").is_file()
+    assert (
+        re.search(r"^question +\S.*\nanswer .*\nright +\S", done.stdout, re.M)
+        and (tmp_path / "run" / "merged" / "config.json").is_file()
+    )
 
 
 def test_a_question_is_asked_on_the_command_line(plain):

@@ -60,12 +60,15 @@ def test_at_a_bound_a_merge_is_kept(saved):
     merge.refuse_unless_faithful(saved, trained(kl_from_base=1e-6), BOUNDS)
 
 
-def test_without_an_adapter_a_merged_model_may_equal_the_llm():
+def test_bounds_are_the_recipes():
     section = SimpleNamespace(min_agreement=0.9, max_kl=0.2)
-    bounds = merge.bounds_of(SimpleNamespace(merge=section, adapter=None))
-    assert bounds == Bounds(min_agreement=0.9, max_kl=0.2, min_kl_from_base=None)
-    merge.refuse_unless_faithful(measures(0, 1, kl_from_base=0), trained(kl_from_base=0), bounds)
-    assert merge.bounds_of(SimpleNamespace(merge=section, adapter="LoRA")).min_kl_from_base == 1e-6
+    bounds = merge.bounds_of(SimpleNamespace(merge=section))
+    assert bounds == Bounds(min_agreement=0.9, max_kl=0.2, min_kl_from_base=1e-6)
+
+
+def test_without_a_trained_adapter_the_untrained_model_is_named():
+    with pytest.raises(MergeRefused, match="equals the untrained model: no stage trains the adapter"):
+        merge.refuse_unless_faithful(measures(0, 1, kl_from_base=0), trained(), BOUNDS, certificate.UNTRAINED)
 
 
 def test_the_closer_candidate_is_kept_and_both_divergences_are_told():
@@ -170,6 +173,7 @@ class Job:
         recipe = SimpleNamespace(adapter="LoRA", merge=SimpleNamespace(min_agreement=0.95, max_kl=0.1))
         self.run = SimpleNamespace(recipe=recipe, folder=SimpleNamespace(adapter=folder))
         self.reference, self.dtype = "the adapter over the nf4 LLM", "torch.bfloat16"
+        self.base_is = certificate.BARE
         self.dtypes = Dtypes(llm="nf4", computed="float32", merged="bfloat16")
 
     def measure_trained(self, comparison):

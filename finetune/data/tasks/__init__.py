@@ -8,6 +8,7 @@ from typing import Annotated, Any, Protocol, TypeAlias
 from pydantic import Field
 
 from finetune.common.registry import PartOptions
+from finetune.data.formats import Columns
 from finetune.data.sample import Answer, Row, Sample
 
 Measure: TypeAlias = dict[str, Any]
@@ -39,6 +40,11 @@ class TaskContract(Protocol):
 
     def sample(self, row: Row, options: Any) -> Sample:
         """A row as a conversation with its media. Raises DataError."""
+
+    def stand_in(self, row: Row, options: Any) -> Columns:
+        """Columns that take the place of a row's answer where it isn't known or isn't to be read: with them `sample`
+        asks the row's question.
+        """
 
     def read(self, answer: Answer, options: Any) -> Any:
         """An answer as a prediction, which JSON can hold; None if it can't be read."""

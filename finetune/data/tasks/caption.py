@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from finetune.data.formats import Columns
 from finetune.data.metrics.captions import caption_counts, caption_scores
 from finetune.data.sample import Message, Row, Sample
 from finetune.data.tasks import Measure, Prompt, _free_text
@@ -28,6 +29,10 @@ def sample(row: Row, options: Options) -> Sample:
         captions += texts_of(row, options.references)
     question = user_turn(row, options.media, (options.text,), options.prompt, transcript=captions[0])
     return Sample((question, Message("assistant", (captions[0],))), row.where, "caption", target=captions)
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    return {options.caption: "?"} | ({options.references: "?"} if options.references else {})
 
 
 def measure(prediction: str, target: list[str], options: Options) -> Measure:

@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from finetune.common.errors import DataError
+from finetune.data.formats import Columns
 from finetune.data.sample import Medium, Message, Row, Sample
 from finetune.data.tasks import TaskOptions, _free_text
 
@@ -30,6 +31,19 @@ def sample(row: Row, options: Options) -> Sample:
             f"{row.where}: the last turn is the {turns[-1].role}'s; end with the assistant's, which is learned"
         )
     return Sample(turns, row.where, "chat")
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    """A row without `messages` asks its `prompt` about its media."""
+    messages = row.columns.get("messages")
+    if messages is None:
+        content = [{"type": kind, kind: row.columns[kind]} for kind in options.media if row.columns.get(kind)]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": row.text("prompt")}]}]
+    if isinstance(messages, list) and not (
+        messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+    ):
+        messages = [*messages, {"role": "assistant", "content": "?"}]
+    return {"messages": messages}
 
 
 def _turn(row: Row, number: int, message: Any, options: Options) -> Message:

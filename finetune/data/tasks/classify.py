@@ -6,6 +6,7 @@ from typing import Self, TypeAlias, TypedDict
 from pydantic import Field, model_validator
 
 from finetune.common.errors import DataError
+from finetune.data.formats import Columns
 from finetune.data.metrics import means
 from finetune.data.metrics.labels import (
     fold,
@@ -58,6 +59,10 @@ def sample(row: Row, options: Options) -> Sample:
     target = labels if options.separator else None
     turns = question(row, options), Message("assistant", (answer,))
     return Sample(turns, row.where, "classify", target=target)
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    return {options.label: options.labels[0] if options.labels else "?"}
 
 
 def read(answer: Answer, options: Options) -> Prediction:

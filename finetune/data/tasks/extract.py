@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from finetune.common.errors import DataError
+from finetune.data.formats import Columns
 from finetune.data.metrics import means
 from finetune.data.metrics.labels import precision_recall_f1
 from finetune.data.sample import Answer, Message, Row, Sample
@@ -64,6 +65,11 @@ def sample(row: Row, options: Options) -> Sample:
         raise DataError(f"{row.where}: the answer isn't valid JSON: it holds NaN, or is deeper than {MAX_DEPTH} levels")
     turns = question(row, options, prompt=prompt), Message("assistant", (answer,))
     return Sample(turns, row.where, "extract", target=target)
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    empty = dict.fromkeys(options.fields)
+    return {options.answer: empty} if options.answer else empty
 
 
 def read(answer: Answer, options: Options) -> JsonObject | None:

@@ -11,6 +11,7 @@ from typing import Self, TypedDict
 from pydantic import Field, model_validator
 
 from finetune.common.errors import DataError
+from finetune.data.formats import Columns
 from finetune.data.metrics.labels import fold
 from finetune.data.metrics.ranking import group_counts, ranking_scores
 from finetune.data.sample import Answer, Message, Row, Sample
@@ -53,6 +54,10 @@ def sample(row: Row, options: Options) -> Sample:
     answer = Message("assistant", (options.relevant if relevance > 0 else options.irrelevant,))
     target: Target = {"group": group, "relevance": relevance}
     return Sample((question, answer), row.where, "rank", target=target, group=group)
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    return {options.relevance: 0} | ({} if row.columns.get(options.group) else {options.group: "?"})
 
 
 def read(answer: Answer, options: Options) -> float | None:

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from finetune.common.errors import DataError
+from finetune.data.formats import Columns
 from finetune.data.metrics.numbers import number_in, number_scores
 from finetune.data.sample import Answer, Message, Row, Sample
 from finetune.data.tasks import Measure, Prompt
@@ -37,6 +38,10 @@ def sample(row: Row, options: Options) -> Sample:
         raise DataError(f"{row.where}: column {options.number!r} holds {number:g}; the task's bounds are {bounds}")
     turns = question(row, options), Message("assistant", (written(number, options.digits),))
     return Sample(turns, row.where, "score", target=number)
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    return {options.number: _bounded(0, options)}
 
 
 def read(answer: Answer, options: Options) -> float | None:

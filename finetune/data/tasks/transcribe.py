@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from finetune.data.formats import Columns
 from finetune.data.metrics import means
 from finetune.data.metrics.text import edits, words
 from finetune.data.sample import Message, Row, Sample
@@ -29,6 +30,10 @@ def sample(row: Row, options: Options) -> Sample:
     text = row.text(options.text)
     question = user_turn(row, options.media, (), options.prompt, transcript=text)
     return Sample((question, Message("assistant", (text,))), row.where, "transcribe")
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    return {options.text: "?"}
 
 
 def measure(prediction: str, target: str, options: Options) -> Measure:

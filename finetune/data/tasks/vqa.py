@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from finetune.data.formats import Columns
 from finetune.data.metrics import means
 from finetune.data.metrics.answers import commonest, normalised, vqa_accuracy
 from finetune.data.sample import Message, Row, Sample
@@ -29,6 +30,10 @@ def sample(row: Row, options: Options) -> Sample:
     row.text(options.question)  # required here, unlike in the task `answer`
     turns = question(row, options, options.question), Message("assistant", (commonest(answers),))
     return Sample(turns, row.where, "vqa", target=answers)
+
+
+def stand_in(row: Row, options: Options) -> Columns:
+    return {options.answers: ["?"]}
 
 
 def measure(prediction: str, target: list[str], options: Options) -> Measure:

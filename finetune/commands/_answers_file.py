@@ -1,0 +1,151 @@
+"""The file that `finetune predict` writes: a .csv or .jsonl with a line for each row, appended as answers come."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.common.errors import DataError, RecipeError
+from finetune.data.questions import Input
+
+PROBABILITY = "probability_"  # beginning of the column of a label's probability
+MAX_FIELD = 2**28  # characters of a field that is read back
+
+
+@dataclass(frozen=True)
+class PredictedRow:
+    """`row`: the file, or for a row of a table the table's name and the line. `columns`: as the table holds them.
+    `answer`: text, a label or labels, a number, or fields, as the task reads it, or where it can't, the text that the
+    model wrote; None where there is no answer, for the reason in `error`. `probabilities`: of each label, where the
+    model gives them.
+    """
+
+    row: str
+    columns: Mapping[str, str]
+    answer: Any = None
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def answer_text(self) -> str:
+        """The answer as a table holds it: text as it is, anything else as JSON."""
+        if self.answer is None:
+            return ""
+        return self.answer if isinstance(self.answer, str) else json.dumps(self.answer, ensure_ascii=False)
+
+
+class AnswersFile:
+    """`inputs`: all rows that it is for; `labels`: those with probabilities; `answer_of`: what a table's text of an
+    answer stands for.
+    """
+
+    def __init__(
+        self, path: Path, inputs: Sequence[Input], labels: Sequence[str], answer_of: Callable[[str], Any]
+    ) -> None:
+        self.path, self.answer_of = path, answer_of
+        self.jsonl = path.suffix.lower() == ".jsonl"
+        names = list(dict.fromkeys(name for one in inputs for name in one.columns))
+        first = "row" if names else "file"
+        ours = [first, "answer", "error", "probabilities", *(f"{PROBABILITY}{label}" for label in labels)]
+        self.inputs = {one.name: one for one in inputs}
+        self.first, self.labels = first, tuple(labels)
+        self.kept = {name: f"input_{name}" if name in ours else name for name in names}  # column -> its name here
+        self.header = [first, *self.kept.values(), "answer", *ours[4:], "error"]
+
+    def answered(self) -> dict[str, PredictedRow]:
+        """The rows that an interrupted earlier call has answered; a torn last line isn't. Raises DataError where the
+        file is of other rows, or finished.
+        """
+        if not self.path.exists():
+            return {}
+        text = self.path.read_text(encoding="utf-8-sig", errors="replace")
+        rows = self._read_jsonl(text) if self.jsonl else self._read_csv(text)
+        for row in rows:
+            known = self.inputs.get(row.row)
+            if known is None or {name: known.columns.get(name, "") for name in self.kept} != row.columns:
+                raise self._foreign(f"its row {row.row!r} isn't among these, or has changed")
+        done = {row.row: row for row in rows if not row.error}
+        if len(done) == len(self.inputs):
+            raise DataError(f"{self.path}: all {len(done):,} rows are answered in it; --overwrite begins anew")
+        return done
+
+    @contextmanager
+    def appending(self, done: Sequence[PredictedRow]) -> Iterator[Callable[[PredictedRow], None]]:
+        """The file with the rows `done`, and a function that writes a further one to disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        with partial.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+            if not self.jsonl:
+                file.write("\ufeff")  # Excel reads UTF-8 with its mark
+                csv.writer(file, lineterminator="\n").writerow(self.header)
+            for row in done:
+                self._write(file, row)
+        os.replace(partial, self.path)
+        with self.path.open("a", encoding="utf-8", newline="", errors="backslashreplace") as file:
+
+            def append(row: PredictedRow) -> None:
+                self._write(file, row)
+                file.flush()
+
+            yield append
+
+    def _write(self, file: IO[str], row: PredictedRow) -> None:
+        kept = {here: row.columns.get(name, "") for name, here in self.kept.items()}
+        if self.jsonl:
+            line = {self.first: row.row, **kept, "answer": row.answer}
+            line |= {"probabilities": dict(row.probabilities)} if self.labels else {}
+            file.write(json.dumps(line | {"error": row.error}, ensure_ascii=False) + "\n")
+            return
+        shares = [f"{row.probabilities[label]:.4f}" if row.probabilities else "" for label in self.labels]
+        cells = [row.row, *kept.values(), row.answer_text, *shares, row.error]
+        csv.writer(file, lineterminator="\n").writerow(cells)
+
+    def _read_csv(self, text: str) -> list[PredictedRow]:
+        csv.field_size_limit(MAX_FIELD)
+        records: list[list[str]] = []
+        try:
+            records.extend(csv.reader(io.StringIO(text, newline=""), strict=True))
+        except csv.Error:  # torn within a quoted field
+            pass
+        else:
+            if not text.endswith("\n"):
+                records.pop()
+        if not records or records[0] != self.header:
+            raise self._foreign("its columns are others")
+        return [self._row(dict(zip(self.header, record, strict=True))) for record in records[1:]]
+
+    def _read_jsonl(self, text: str) -> list[PredictedRow]:
+        rows = []
+        for number, line in enumerate(text.split("\n")[:-1], 1):
+            try:
+                rows.append(self._row(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self._foreign(f"line {number} holds something else ({error!r})") from None
+        return rows
+
+    def _row(self, cells: dict[str, Any]) -> PredictedRow:
+        columns = {name: cells[here] for name, here in self.kept.items()}
+        if self.jsonl:
+            answer, probabilities = cells["answer"], cells.get("probabilities", {})
+        else:
+            answer = None if cells["error"] else self.answer_of(cells["answer"])
+            shares = {label: cells[f"{PROBABILITY}{label}"] for label in self.labels}
+            probabilities = {label: float(share) for label, share in shares.items() if share}
+        return PredictedRow(cells[self.first], columns, answer, probabilities, cells["error"])
+
+    def _foreign(self, reason: str) -> DataError:
+        return DataError(
+            f"{self.path}: is there, and isn't an interrupted file of these answers: {reason}; name another file with "
+            "--out, or give --overwrite"
+        )
+
+
+def refuse_other_suffixes(path: Path) -> None:
+    """Raises RecipeError."""
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise RecipeError(f"--out {path}: write a file that ends in .csv or .jsonl")

@@ -1,0 +1,38 @@
+"""What commands share that put rows to a trained model: which of its tasks is meant, and a batch of questions."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from finetune.common.errors import DataError
+from finetune.data.sample import Answer, Message
+from finetune.recipe.parts import TaskPart
+
+if TYPE_CHECKING:
+    from finetune.model.assistant import Assistant
+    from finetune.model.features import MediaView
+
+
+def task_of(assistant: "Assistant | None", task: str | None) -> tuple[str | None, TaskPart | None]:
+    """(name, task) that a model was trained for. Raises DataError if there are several and none is named."""
+    bindings = assistant.model.bindings if assistant is not None else {}
+    if task is not None and task not in bindings:
+        raise DataError(f"--task {task}: the model was trained for {', '.join(bindings) or 'no task that is known'}")
+    if len(bindings) > 1 and task is None:
+        raise DataError(f"the model was trained for {', '.join(bindings)}: name one with --task")
+    name = task or next(iter(bindings), None)
+    return name, bindings[name].task if name else None
+
+
+def ask(
+    assistant: "Assistant",
+    name: str | None,
+    questions: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    view: "MediaView | None" = None,
+) -> list[Answer]:
+    """Answers of the task `name`, or in words where the model knows no task, as one batch. Raises DataError."""
+    shown = {} if view is None else {"view": view}
+    if name is not None:
+        return assistant.ask(name, questions, max_new_tokens=max_new_tokens, **shown)
+    return [Answer(text) for text in assistant.answers(questions, max_new_tokens=max_new_tokens, **shown)]

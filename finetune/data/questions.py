@@ -1,0 +1,118 @@
+"""Rows whose answers aren't known, or aren't to be read: media files, folders of them, and files of rows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.common.errors import DataError
+from finetune.data.formats._media import is_hidden, kind_of
+from finetune.data.rows import detected, error_list, read_rows
+from finetune.data.sample import KINDS, Message, Row, Sample
+from finetune.recipe.parts import TaskPart
+from finetune.recipe.schema import Limits, RowFile
+
+
+@dataclass(frozen=True)
+class Input:
+    """A row to be asked about. `name`: its file, or for a row of a table the table's name and the line. `columns`:
+    the
+    texts and numbers that its table holds, as text.
+    """
+
+    name: str
+    row: Row
+    columns: dict[str, str]
+
+
+def question_of(row: Row, task: TaskPart, prompt: str | None = None) -> Sample:
+    """The question of a row that may lack an answer; the sample's own answer says nothing. `prompt`: in place of the
+    task's, or of the row's question where each row has its own. Raises DataError.
+    """
+    options: Any = task.options
+    changed: dict[str, Any] = {"transcript": ""} if hasattr(options, "transcript") else {}
+    columns = row.columns
+    if prompt is not None:
+        own_question = getattr(options, "question", "")
+        if own_question or not hasattr(options, "prompt"):
+            columns = columns | {own_question or "prompt": prompt}
+        else:
+            changed["prompt"] = prompt
+    asked = replace(task, options=options.model_copy(update=changed))
+    columns = columns | task.module.stand_in(replace(row, columns=columns), asked.options)
+    sample: Sample = asked.sample(replace(row, columns=columns))
+    return sample
+
+
+def question_about_media(row: Row, prompt: str | None = None) -> tuple[Message, ...]:
+    """For a model that was trained for no known task: the row's media, then `prompt`. Raises DataError."""
+    media = row.media([kind for kind in KINDS if row.columns.get(kind)])
+    return (Message("user", (*media, *([prompt] if prompt else []))),)
+
+
+def read_inputs(
+    paths: Sequence[Path], kinds: Sequence[str], columns: dict[str, str], media_folder: Path | None = None
+) -> tuple[list[Input], list[Path]]:
+    """(the rows of media files, of folders of media, and of files of rows; files of the folders that were left out).
+    A folder is read with the folders in it. `kinds`: of the media that the model takes; `columns`: the task's column ->
+    the file's column. Raises DataError.
+    """
+    inputs: list[Input] = []
+    left_out: list[Path] = []
+    for path in paths:
+        if path.is_file() and kind_of(path.name):
+            inputs.append(_medium(path))
+        elif path.is_dir() and not _holds_rows(path):
+            files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
+            media = [file for file in files if kind_of(file.name) in kinds]
+            if not media:
+                raise DataError(f"{path}: no {' or '.join(kinds) or 'medium'} in it, of {len(files):,} files")
+            inputs += map(_medium, media)
+            left_out += [file for file in files if kind_of(file.name) not in kinds]
+        else:
+            source = RowFile(path=path, format=detected(path), columns=columns, media_folder=media_folder)
+            inputs += _rows(source)
+    if not inputs:
+        raise DataError(f"{', '.join(map(str, paths))}: no rows")
+    names = [one.name for one in inputs]
+    if len({*names}) < len(names):
+        twice = list(dict.fromkeys(name for name in names if names.count(name) > 1))
+        raise DataError(error_list(twice, f"{len(twice)} rows or files are named twice; answer them in two files"))
+    return inputs, left_out
+
+
+def _medium(path: Path) -> Input:
+    name = str(path).encode(errors="backslashreplace").decode()  # no table holds names that aren't UTF-8
+    return Input(name, Row(path, 1, {str(kind_of(path.name)): path.absolute()}, path.parent), {})
+
+
+def _rows(source: RowFile) -> list[Input]:
+    inputs = []
+    for row in read_rows(source, Limits().max_bytes):
+        renamed = {ours for ours, theirs in source.columns.items() if theirs in row.columns and ours != theirs}
+        kept = {name: value for name, value in row.columns.items() if name not in renamed}
+        texts = {name: text for name, value in kept.items() if (text := _text(value)) is not None}
+        inputs.append(Input(row.where, row, texts))
+    return inputs
+
+
+def _text(value: Any) -> str | None:
+    """Text, a number, or a list of them as JSON; None for anything else, such as a picture's bytes."""
+    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+        return json.dumps(value, ensure_ascii=False)
+    if value is None or isinstance(value, str | int | float | Path):
+        return "" if value is None else str(value)
+    return None
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(is_hidden(part) for part in file.relative_to(folder).parts)
+
+
+def _holds_rows(folder: Path) -> bool:
+    """Whether a folder is one of rows, as a dataset on disk is, and not of media alone."""
+    try:
+        return detected(folder).kind != "folders"
+    except DataError:
+        return False

@@ -1,0 +1,66 @@
+"""Rows with answers that the recipe of a run doesn't name, to be scored as one of its tasks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.common.errors import DataError, RecipeError
+from finetune.common.run_folder import RunFolder, read_json
+from finetune.data.rows import detected, read_samples
+from finetune.data.sample import Sample
+from finetune.recipe.schema import Limits, Recipe, Source, task_names
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """`task`: the name of their task binding; `source`: their file, read as source `number` of the recipe is."""
+
+    task: str
+    number: int
+    source: Source
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        path: Path,
+        task: str | None,
+        columns: Mapping[str, str] | None,
+        media_folder: Path | None,
+    ) -> "NewRows":
+        """Raises RecipeError, DataError."""
+        if not path.exists():
+            raise RecipeError(f"--data {path}: no such file or folder")
+        names = task_names(recipe.data)
+        known = list(dict.fromkeys(names))
+        if task is None and len(known) > 1:
+            raise RecipeError(f"the run was trained for {', '.join(known)}: name one with --task")
+        if task is not None and task not in known:
+            raise RecipeError(f"--task {task}: the run was trained for {', '.join(known)}")
+        number = names.index(task or known[0])
+        like = recipe.data[number]
+        changes = {
+            "path": path.absolute(),
+            "format": like.format if path.suffix == like.path.suffix else detected(path),
+            "media_folder": media_folder,
+            "columns": like.columns if columns is None else dict(columns),
+            "group": None,
+        }
+        return cls(names[number], number, like.model_copy(update=changes))
+
+    def samples(self, limits: Limits) -> list[Sample]:
+        """Raises DataError with the rows that can't be used."""
+        samples = [sample for sample, _ in read_samples(self.source, limits.max_bytes)]
+        return [replace(sample, task=self.task, source=self.number) for sample in samples]
+
+    def folder(self, run: RunFolder, out: Path | str | None) -> Path:
+        """Where their scores go. Raises DataError where those of other rows are, or of a run."""
+        folder = run.evaluation_of(self.source.path) if out is None else Path(out)
+        before = RunFolder(folder)
+        if before.recipe.exists():
+            raise DataError(f"--out {folder}: is a run's folder; name another")
+        if before.metrics.exists():
+            data = read_json(before.metrics).get("data", {}).get("path")
+            if data != str(self.source.path):
+                raise DataError(f"{folder}: holds the scores of other rows, {data}; name another folder with --out")
+        return folder

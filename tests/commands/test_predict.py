@@ -1,0 +1,186 @@
+"""Answers to new files and rows are those of the model asked directly, and an interrupted file is gone on with."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from cli import cli
+from tiny import tiny_picture
+from trained_runs import HEADS
+
+import finetune
+from finetune.commands import predict as predicting
+from finetune.common.errors import DataError, RecipeError
+
+
+@pytest.fixture(scope="module")
+def plain(finished_run):
+    return finished_run("plain")
+
+
+@pytest.fixture(scope="module")
+def heads(finished_run):
+    return finished_run("heads")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "new"
+    (folder / "deeper").mkdir(parents=True)
+    for number, name in enumerate(["b.png", "a.png", "deeper/c.png", "d.png", "e.png"]):
+        tiny_picture((40 * number, 200 - 30 * number, 90)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def read(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_of_pictures_is_answered_as_one_by_one(plain, pictures, tmp_path):
+    (pictures / "torn.png").write_bytes((pictures / "a.png").read_bytes()[:40])
+    out = tmp_path / "answers.csv"
+    done = cli("predict", plain, pictures, "--out", out, "--batch", 4, "--max-new-tokens", 4)
+    assert done.returncode == 1, done.stderr
+    assert "1 other files in the folders were left out: notes.txt" in done.stdout
+    assert "1 rows without an answer" in done.stdout and "5 of 6 rows answered" in done.stdout
+    rows = read(out)
+    assert list(rows[0]) == ["file", "answer", "error"]
+    assert [row["file"] for row in rows] == [
+        str(pictures / name) for name in ("a.png", "b.png", "d.png", "deeper/c.png", "e.png", "torn.png")
+    ]
+    assert "torn.png" in rows[-1]["error"] and not rows[-1]["answer"]
+    model = finetune.load(plain)
+    for row in rows[:-1]:
+        assert row["answer"] == model.answer("What is this?", image=row["file"], max_new_tokens=4), row
+        assert not row["error"]
+
+
+def test_rows_that_failed_are_asked_again_and_a_finished_file_stays(plain, pictures, tmp_path):
+    whole = (pictures / "a.png").read_bytes()
+    (pictures / "a.png").write_bytes(b"")
+    out = tmp_path / "answers.jsonl"
+    first = finetune.predict(plain, pictures, out)
+    assert [row.error != "" for row in first.rows] == [True, False, False, False, False]
+    (pictures / "a.png").write_bytes(whole)
+    second = finetune.predict(plain, pictures, out)
+    assert not second.errors and second.rows[1:] == first.rows[1:]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["file"] for line in lines] == [row.row for row in second.rows]
+    assert [line["answer"] for line in lines] == [row.answer for row in second.rows]
+    before = out.read_bytes()
+    with pytest.raises(DataError, match="all 5 rows are answered in it; --overwrite"):
+        finetune.predict(plain, pictures, out)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_an_interrupted_file_is_gone_on_with(suffix, heads, pictures, tmp_path, monkeypatch):
+    """Torn in the middle of its third row: two rows stay as they are, the others are asked."""
+    out, whole = tmp_path / f"answers.{suffix}", tmp_path / f"whole.{suffix}"
+    finetune.predict(heads, pictures, whole, task="colour")
+    lines = whole.read_bytes().splitlines(keepends=True)
+    kept = lines[: 2 + (suffix == "csv")]
+    out.write_bytes(b"".join(kept) + lines[len(kept)][:-20])
+    asked: list[str] = []
+    real = predicting.Questions.answered
+
+    def counted(self, rows, total):
+        asked.extend(one.name for one in rows)
+        return real(self, rows, total)
+
+    monkeypatch.setattr(predicting.Questions, "answered", counted)
+    result = finetune.predict(heads, pictures, out, task="colour")
+    assert len(asked) == 3 and asked == [row.row for row in result.rows[2:]]
+    assert out.read_bytes() == whole.read_bytes() and not result.errors
+
+
+def test_rows_are_on_disk_before_the_next_batch(plain, pictures, tmp_path, monkeypatch):
+    out = tmp_path / "answers.jsonl"
+    counts = []
+    real = predicting.Questions._batch
+
+    def counted(self, rows):
+        counts.append(len(out.read_text().splitlines()))
+        return real(self, rows)
+
+    monkeypatch.setattr(predicting.Questions, "_batch", counted)
+    finetune.predict(plain, pictures, out, options=predicting.PredictOptions(batch=2))
+    assert counts == [0, 2, 4]
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_every_head_answers_a_table_without_answers(task, heads, tmp_path):
+    """Columns of the rows are kept; answers, probabilities and numbers are those of the assistant."""
+    source = heads.parent / "rows" / f"{task}-test.csv"
+    rows = [{key: row[key] for key in ("image", "text")} for row in read(source)]
+    table = tmp_path / "rows.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["photo", "text", "answer"])
+        writer.writeheader()
+        writer.writerows({"photo": row["image"], "text": row["text"], "answer": "known"} for row in rows)
+    options = predicting.PredictOptions(media_folder=heads.parent / "rows", max_new_tokens=6)
+    out = tmp_path / "answers.csv"
+    result = finetune.predict(heads, table, out, task=task, columns={"image": "photo"}, options=options)
+    model = finetune.load(heads)
+    labels = model.model.bindings[task].settings.labels
+    written = read(out)
+    header = ["row", "photo", "text", "input_answer", "answer", *(f"probability_{label}" for label in labels), "error"]
+    assert list(written[0]) == header
+    for number, (row, line, predicted) in enumerate(zip(rows, written, result.rows, strict=True), 2):
+        assert (line["row"], line["photo"], line["input_answer"]) == (f"rows.csv:{number}", row["image"], "known")
+        picture = heads.parent / "rows" / row["image"]
+        prompt = HEADS[task]["task"].get("prompt", "What is this?")
+        if task in ("colour", "likely"):
+            expected = model.probabilities(prompt, task=task, image=picture)
+            assert predicted.probabilities == pytest.approx(expected, abs=1e-3)
+            assert predicted.answer == line["answer"] == max(expected, key=expected.__getitem__)
+            assert float(line[f"probability_{line['answer']}"]) == pytest.approx(max(expected.values()), abs=1e-3)
+        elif task == "mark":
+            assert float(line["answer"]) == predicted.answer
+            assert predicted.answer == pytest.approx(model.number(prompt, task=task, image=picture), abs=1e-2)
+        elif task == "words":
+            said = model.answer(f"{row['text']}\n{prompt}", max_new_tokens=6)
+            assert line["answer"] == said
+
+
+def test_another_prompt_is_asked(plain, pictures):
+    asked = finetune.predict(plain, pictures / "a.png", prompt="Which colour?")
+    assert asked.out is None and asked.rows[0].answer == finetune.load(plain).answer(
+        "Which colour?", image=pictures / "a.png"
+    )
+    assert f"<td>{asked.rows[0].answer}</td>" in asked._repr_html_()
+
+
+def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
+    out = tmp_path / "answers.csv"
+    with pytest.raises(RecipeError, match=r"nowhere: no such file"):
+        finetune.predict(plain, tmp_path / "nowhere", out)
+    with pytest.raises(RecipeError, match=r"\.csv or \.jsonl"):
+        finetune.predict(plain, pictures, tmp_path / "answers.xlsx")
+    with pytest.raises(DataError, match="name one with --task"):
+        finetune.predict(heads, pictures, out)
+    with pytest.raises(DataError, match="named twice"):
+        finetune.predict(plain, [pictures, pictures / "a.png"], out)
+    shutil.rmtree(pictures / "deeper")
+    for name in ("a", "b", "d", "e"):
+        (pictures / f"{name}.png").unlink()
+    with pytest.raises(DataError, match="no image in it, of 1 files"):
+        finetune.predict(plain, pictures, out)
+    assert not out.exists()
+
+
+def test_a_file_of_something_else_stays_as_it_is(plain, pictures, tmp_path):
+    out = tmp_path / "answers.csv"
+    out.write_text("name,phone\nAnn,1\n")
+    with pytest.raises(DataError, match="columns are others; name another file with --out"):
+        finetune.predict(plain, pictures, out)
+    out.write_text("file,answer,error\nelsewhere.png,cat,\n")
+    with pytest.raises(DataError, match=r"'elsewhere.png' isn't among these"):
+        finetune.predict(plain, pictures, out)
+    assert out.read_text() == "file,answer,error\nelsewhere.png,cat,\n"
+    options = predicting.PredictOptions(overwrite=True)
+    assert len(finetune.predict(plain, pictures, out, options=options).rows) == len(read(out)) == 5

@@ -1,0 +1,75 @@
+"""Rows that a recipe doesn't name are scored as those that it names are."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from cli import cli
+from trained_runs import copy_of, file_digests, predictions_of
+
+import finetune
+from finetune.common.errors import DataError, RecipeError
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    return copy_of(finished_run("heads"), tmp_path, "checkpoints", "merged")
+
+
+def renamed_copy(source: Path, to: Path, **columns: str) -> Path:
+    """The rows of a table with other column names."""
+    with source.open(newline="") as file:
+        rows = list(csv.reader(file))
+    with to.open("w", newline="") as file:
+        csv.writer(file).writerows([[columns.get(name, name) for name in rows[0]], *rows[1:]])
+    return to
+
+
+def test_the_recipes_own_rows_get_the_same_scores_beside_the_runs(run, finished_run, tmp_path):
+    """The held-out rows under other names of their columns; what the run holds stays as it is."""
+    rows = finished_run("heads").parent / "rows"
+    table = renamed_copy(rows / "colour-test.csv", tmp_path / "again.csv", image="photo", label="class")
+    before = file_digests(run)
+    options = ["--task", "colour", "--columns", "image=photo", "--columns", "label=class", "--media-folder", rows]
+    done = cli("evaluate", run, "--data", table, *options)
+    assert done.returncode == 0, done.stderr
+    assert "colour, n = 8" in done.stdout and "training rows" not in done.stdout
+    folder = run / "evaluations" / "again"
+    assert done.stdout.strip().endswith(str(folder))
+    metrics, own = (json.loads((place / "metrics.json").read_text()) for place in (folder, run))
+    assert metrics["scores"].keys() == {"colour"} and metrics["data"]["path"] == str(table)
+    for condition in ("tuned", "base", "blank", "probe"):  # media are shuffled among those of other tasks too
+        for metric, values in own["scores"]["colour"].items():
+            assert metrics["scores"]["colour"][metric][condition] == values[condition], (metric, condition)
+    mine, theirs = predictions_of(folder), [row for row in predictions_of(run) if row["task"] == "colour"]
+    for row, other in zip(mine, theirs, strict=True):
+        assert {**row, "row": "", "shuffled": None} == {**other, "row": "", "shuffled": None}
+    after = file_digests(run)
+    assert {name: after[name] for name in before} == before
+
+
+def test_rows_that_were_trained_on_are_counted(run, finished_run):
+    rows = finished_run("heads").parent / "rows" / "mark-train.csv"
+    done = cli("evaluate", run, "--data", rows, "--task", "mark", "--out", run / "evaluations" / "seen")
+    assert done.returncode == 0, done.stderr
+    assert "mark, n = 24" in done.stdout and "24 of these rows are also training rows" in done.stdout
+    with pytest.raises(DataError, match="holds the scores of other rows"):
+        finetune.evaluate(run, rows.with_name("mark-test.csv"), task="mark", out=run / "evaluations" / "seen")
+
+
+def test_what_can_not_be_meant_is_refused_before_the_model_is_loaded(run, finished_run, tmp_path):
+    rows = finished_run("heads").parent / "rows" / "mark-test.csv"
+    with pytest.raises(RecipeError, match="colour, likely, mark, order, words: name one with --task"):
+        finetune.evaluate(run, rows)
+    with pytest.raises(RecipeError, match="--task colours: the run was trained for colour"):
+        finetune.evaluate(run, rows, task="colours")
+    with pytest.raises(RecipeError, match="no such file"):
+        finetune.evaluate(run, tmp_path / "none.csv", task="mark")
+    with pytest.raises(DataError, match="is a run's folder"):
+        finetune.evaluate(run, rows, task="mark", out=run)
+    with pytest.raises(DataError, match="8 of 8 rows can't be used"):
+        finetune.evaluate(run, rows, task="mark", columns={"mark": "text"})
+    done = cli("evaluate", run, "--task", "mark")
+    assert done.returncode == 2 and "name them with --data" in done.stderr
+    assert not (run / "evaluations").exists()
