@@ -12,10 +12,12 @@ from rich.text import Text
 
 from finetune.data.check.ledger import CODES
 from finetune.data.metrics import lower_is_better
+from finetune.data.rows import error_list
 
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
     from finetune.commands.data_preview import Preview
+    from finetune.commands.init import Written
     from finetune.commands.run import RunResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
@@ -32,6 +34,16 @@ def print_export(result: "ExportResult") -> None:
             f"tokens, {checked.equal} are equal to the end"
         )
     print(result.folder)
+
+
+def print_written(result: "Written") -> None:
+    print(*result.summary, sep="\n")
+    print(f"{result.path}: written")
+    if result.wrong:
+        print(error_list(result.wrong, f"{len(result.wrong)} rows can't be used"))
+        print(f"next: finetune data check {result.path} --fix cleaned")
+        return
+    print(f"next: finetune check {result.path}, then finetune run {result.path}")
 
 
 def print_push(result: "Pushed") -> None:

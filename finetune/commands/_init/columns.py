@@ -25,7 +25,24 @@ MOST_LABELS = 200
 MOST = 0.9  # share of the values that decides
 HAN = re.compile("[\u3400-\u9fff]")
 KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
-LABEL_NAMES = frozenset("label labels class category kind type target tag tags 标签 类别 分类 类型 种类".split())
+LABEL_NAMES = frozenset(
+    [
+        "label",
+        "labels",
+        "class",
+        "category",
+        "kind",
+        "type",
+        "target",
+        "tag",
+        "tags",
+        "标签",
+        "类别",
+        "分类",
+        "类型",
+        "种类",
+    ]
+)
 FOUR_NUMBERS = re.compile(r"\s*-?[\d.]+(?:\s*[,\s]\s*-?[\d.]+){3}\s*")
 
 

@@ -39,8 +39,7 @@ class Found:
 
 
 def find(path: Path) -> tuple[Found, ...]:
-    """What there is to train on, training rows first. Raises DataError, with what was looked for, if there is nothing.
-    """
+    """What there is to train on, training rows first. Raises DataError, with what was looked for, if there is nothing."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; name the file or folder of your rows")
     if _formats(path):
