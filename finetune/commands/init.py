@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack
 
 from finetune.commands._init import cards, measure
-from finetune.commands._init.columns import Column, describe_columns, file_names, language_of
-from finetune.commands._init.files import SPLITS, Found, find, hosts_of, media_folder
+from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
+from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
 from finetune.commands._init.task import Task, Yaml, answers_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.common.errors import DataError, RecipeError
@@ -65,7 +65,8 @@ class Plan:
     name: str
     found: tuple[Found, ...]
     columns: tuple[Column, ...]
-    media_names: Mapping[str, Sequence[str]]
+    places: tuple[MediaPlace, ...]
+    hosts: tuple[str, ...]
     task: Task
     prompt: str
     language: str
@@ -99,8 +100,7 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force
     plan = _plan(path, choices, ask, out)
     if plan.target.exists() and not force:
         raise RecipeError(f"{plan.target} exists already; choose another --name or --out, or overwrite it with --force")
-    folder = choices.get("media_folder")
-    keys = [_source_keys(plan, file, Path(folder) if folder else None) for file in plan.found]
+    keys = [_source_keys(plan, file, place) for file, place in zip(plan.found, plan.places, strict=True)]
     sources = [_source(file, of_file) for file, of_file in zip(plan.found, keys, strict=True)]
     read = [measure.usable_rows(source) for source in sources]
     seed = _seed(read[0], sources[0])
@@ -123,6 +123,7 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force
         ],
         schedule=schedule,
         trained_head=trained_head,
+        validates=any(file.split == "validation" for file in plan.found),
     )
     write_text(plan.target, draft.text())
     load_recipe(plan.target)
@@ -133,10 +134,16 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force
 
 def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
     found = find(path)
-    rows = [row.columns for file in found for row in islice(read_rows(file.as_row_file()), EXAMINED)]
-    if not rows:
+    by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
+    rows = [row for of_file in by_file for row in of_file]
+    if not by_file[0]:
         raise DataError(f"{found[0].path}: no rows")
-    columns = describe_columns(rows)
+    described = describe_columns(rows)
+    media = [column.name for column in described if column.kind in MEDIA]
+    names = [{name: file_names(row.get(name) for row in of_file) for name in media} for of_file in by_file]
+    folder = Path(choice) if (choice := choices.get("media_folder")) else None
+    places = tuple(media_place(file, of_file, folder) for file, of_file in zip(found, names, strict=True))
+    columns = tuple(column for column in described if column.name not in places[0].missing)
     task, language = _task(columns, choices, ask, found[0].path)
     prompt = task.prompt
     if task.kind != "chat":
@@ -154,14 +161,15 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
     else:
         question = Question("Share of the rows that is held out as test", "0.2" if len(rows) < FEW else "0.1", _share)
         hold_out = _settled(None if share is None else f"{share:g}", ask, question, _share)
-    media = {kind: task.columns.get(kind, kind) for kind in task.media}
-    names = {kind: file_names(row.get(column) for row in rows) for kind, column in media.items()}
+    media = [task.columns.get(kind, kind) for kind in task.media]
+    hosts = hosts_of(name for of_file in names for column in media for name in of_file.get(column, ()))
     return Plan(
         out or Path(f"{name}.yaml"),
         name,
         found,
         columns,
-        names,
+        places,
+        tuple(hosts),
         task,
         prompt,
         language,
@@ -232,7 +240,8 @@ def _share(text: str) -> float:
 
 def _default_name(file: Path, path: Path) -> str:
     """After the file, or the folder where the file's name says nothing."""
-    for candidate in (file.stem if file.is_file() else file.name, path.resolve().name, file.resolve().parent.name):
+    for place in (file, path.resolve(), file.resolve().parent):
+        candidate = place.stem if place.is_file() else place.name
         name = re.sub("[^a-z0-9._-]+", "-", candidate.lower()).strip("-._")
         if name and name not in GENERIC:
             return name
@@ -252,22 +261,18 @@ def _encoders(names: Sequence[str], media: Sequence[str]) -> dict[str, str]:
     return encoders
 
 
-def _source_keys(plan: Plan, found: Found, folder: Path | None) -> Yaml:
+def _source_keys(plan: Plan, found: Found, place: MediaPlace) -> Yaml:
     """The keys of a source but `path`, in the order in which they are written; paths are absolute."""
     keys: Yaml = {}
     task = plan.task
     if options := found.format.options.model_dump(mode="json", exclude_unset=True):
         keys["format"] = {"kind": found.format.kind, **options}
-    names = [name for of_kind in plan.media_names.values() for name in of_kind]
-    outside = False
-    if folder is None:
-        folder, outside = media_folder(found, names)
-    if folder:
-        keys["media_folder"] = str(folder.resolve())
-    if outside:
+    if place.folder:
+        keys["media_folder"] = str(place.folder.resolve())
+    if place.outside:
         keys["outside_media_folder"] = True
-    if hosts := hosts_of(names):
-        keys["hosts"] = hosts
+    if plan.hosts:
+        keys["hosts"] = [*plan.hosts]
     if task.columns:
         keys["columns"] = task.columns
     keys["task"] = task.written(plan.prompt)
@@ -330,6 +335,8 @@ def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> l
         + (f", {len(task.answer.texts)} labels: {labels}" if listed else "")
     )
     lines.append(f"task: {task.kind}; language: {plan.language or 'neither English nor Chinese'}")
+    if missing := plan.places[0].missing:
+        lines.append(f"no files of: {', '.join(missing)}")
     if task.group:
         lines.append(f"group: rows of one {task.group!r} are never both in training and in the test")
     if task.unused:
@@ -337,8 +344,8 @@ def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> l
         lines.append(
             f"not used: {unused} (--text COLUMN puts one before the question; it must not give the answer away)"
         )
-    encoders = "".join(f" with {parts.encoder['name']}" for parts in draft.media.values())
-    lines.append(f"model for {plan.card.title}: {draft.llm['name']}{encoders}")
+    models = [draft.llm["name"], *(parts.encoder["name"] for parts in draft.media.values())]
+    lines.append(f"model for {plan.card.title}: {', '.join(map(str, models))}")
     return lines
 
 

@@ -1,5 +1,5 @@
-"""The LLM and the encoders for a card. The parts and sizes are those of the recipes that come with the package: quickstart
-for the CPU, colab-t4, gpu-8gb, the recipes for 12 GB, gpu-16gb. Features are computed once and kept, so that an encoder
+"""The LLM and the encoders for a card. Parts and sizes are those of the recipes that come with the package: colab-t4,
+gpu-8gb, the recipes for 12 GB, gpu-16gb. Features are computed once and kept, so that an encoder
 costs little memory while the LLM trains.
 """
 
@@ -49,7 +49,7 @@ SIGLIP2_384 = Pretrained("google/siglip2-base-patch16-384", "f775b65a79762255128
 SO400M = Pretrained("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3", 27)
 WHISPER = Pretrained("openai/whisper-small", "973afd24965f72e36ca33b3055d56a652f456b4d")
 
-# In 4 bits an LLM of n billion parameters takes about 0.6 n GB; the rest is for activations. Qwen2.5-3B isn't here, since
+# In 4 bits an LLM of n billion parameters takes about 0.6 n GB; the rest is for activations. Qwen2.5-3B isn't here:
 # its licence forbids commercial use.
 CARDS = (
     Card("cpu", "the CPU", 0, QWEN_05B, SIGLIP, 1024, "4.0e-4"),

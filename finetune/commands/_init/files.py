@@ -1,7 +1,7 @@
 """The files of rows below a path: their formats, splits and encodings, and where their media are."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,7 @@ class Found:
 
 
 def find(path: Path) -> tuple[Found, ...]:
-    """What there is to train on, training rows first. Raises DataError, with what was looked for, if there is nothing."""
+    """What there is to train on, training rows first. Raises DataError, with what was looked for, if there is none."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; name the file or folder of your rows")
     if _formats(path):
@@ -108,26 +108,44 @@ def _advice(path: Path) -> str:
     return ""
 
 
-def media_folder(found: Found, names: Iterable[str]) -> tuple[Path | None, bool]:
-    """(folder that media are relative to, None for the default; whether they are outside it). Raises DataError where no
-    file can be found.
+@dataclass(frozen=True)
+class MediaPlace:
+    """`folder`: that media are relative to, None for the default. `outside`: whether some aren't below it. `missing`:
+    columns of which no file is there.
     """
-    local = [name for name in islice(names, TRIED) if "://" not in name and not name.startswith("data:")]
+
+    folder: Path | None
+    outside: bool
+    missing: tuple[str, ...] = ()
+
+
+def media_place(found: Found, names: Mapping[str, Sequence[str]], folder: Path | None) -> MediaPlace:
+    """Where the media are that each column names. `folder`: the only place to look at, None: the rows' folder, those in
+    it, and the one above. Raises DataError where no file can be found.
+    """
+    local = {column: [name for name in values if "://" not in name][:TRIED] for column, values in names.items()}
+    local = {column: values for column, values in local.items() if values}
     if not local:
-        return None, False
+        return MediaPlace(folder, False)
     default = found.as_row_file().folder_of_media
-    below = [folder for folder in sorted(default.iterdir()) if folder.is_dir()]
-    candidates = [default, *below, default.parent]
-    counts = [sum((folder / name).is_file() for name in local) for folder in candidates]
-    best = counts.index(max(counts))
-    if not counts[best]:
+    below = [inside for inside in sorted(default.iterdir()) if inside.is_dir()]
+    candidates = [folder] if folder else [default, *below, default.parent]
+
+    def hits(place: Path, column: str) -> int:
+        return sum((place / name).is_file() for name in local[column])
+
+    best = max(candidates, key=lambda place: sum(hits(place, column) for column in local))
+    missing = tuple(column for column in local if not hits(best, column))
+    if len(missing) == len(local):
+        example = next(iter(local.values()))[0]
+        places = str(folder) if folder else f"{default}, in a folder there, or in {default.parent}"
         raise DataError(
-            f"{found.path}: names media such as {local[0]!r}, which isn't in {default}, in a folder there, or in "
-            f"{default.parent}; put them there, or name their folder with --media-folder"
+            f"{found.path}: names media such as {example!r}, which isn't in {places}; put them there, or name their "
+            "folder with --media-folder"
         )
-    folder = candidates[best]
-    outside = any(not (folder / name).resolve().is_relative_to(folder.resolve()) for name in local)
-    return (None if folder == default else folder), outside
+    root = best.resolve()
+    outside = any(not (best / n).resolve().is_relative_to(root) for c in local if c not in missing for n in local[c])
+    return MediaPlace(None if best == default else best, outside, missing)
 
 
 def hosts_of(names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The rows as samples of the task: how many are usable, their media, their length in tokens, and the schedule for them."""
+"""The rows as samples of the task: how many are usable, their media, their tokens, and the schedule for them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -101,7 +101,8 @@ def schedule(
     samples: Sequence[Sample], tokens: Mapping[str, float], sizes: Sequence[MediaSizes], most: int, aligns: bool
 ) -> Schedule:
     """`tokens`: of one medium of a kind, or of a second of sound; `most`: tokens per packed row that the card allows.
-    `aligns`: whether there is a first stage, for projectors and heads. The packed rows are made so short that an epoch has some steps, yet hold the longest row.
+    `aligns`: whether there is a first stage, for projectors and heads. The packed rows are made so short that an
+    epoch has some steps, yet hold the longest row.
     """
     seconds = {size.kind: size.seconds for size in sizes}
     longest = mean = answer = 0.0

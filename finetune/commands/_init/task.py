@@ -9,49 +9,15 @@ from finetune.common.errors import RecipeError
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
 
-ANSWERS = [
-    "label",
-    "labels",
-    "class",
-    "category",
-    "标签",
-    "类别",
-    "分类",
-    "answer",
-    "answers",
-    "reply",
-    "response",
-    "答案",
-    "回答",
-    "回复",
-    "caption",
-    "captions",
-    "description",
-    "描述",
-    "说明",
-    "transcript",
-    "transcription",
-    "text",
-    "sentence",
-    "文本",
-    "文字",
-    "转写",
-    "boxes",
-    "bbox",
-    "box",
-    "score",
-    "rating",
-    "price",
-    "评分",
-    "分数",
-    "得分",
-    "价格",
-    "json",
-    "target",
-    "output",
-]  # names of columns that hold answers, the surest first
-QUESTIONS = set(["question", "query", "prompt", "instruction", "问题", "提问", "指令"])
-GROUPS = set(["patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"])
+# Names of columns that hold answers, the surest first.
+ANSWERS = ("label", "labels", "class", "category", "标签", "类别", "分类")
+ANSWERS += ("answer", "answers", "reply", "response", "答案", "回答", "回复")
+ANSWERS += ("caption", "captions", "description", "描述", "说明", "transcript", "transcription", "text", "sentence")
+ANSWERS += ("文本", "文字", "转写", "boxes", "bbox", "box", "score", "rating", "price", "评分", "分数", "得分", "价格")
+ANSWERS += ("json", "target", "output")
+QUESTIONS = {"question", "query", "prompt", "instruction", "问题", "提问", "指令"}
+REPLIES = {"answer", "answers", "reply", "response", "output", "target", "答案", "回答", "回复"}
+GROUPS = {"patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"}
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
 FEWEST_GROUPS = 10  # of rows that are held out together
 MOST_CHOICES = 20  # labels of which each is tried for every answer
@@ -85,10 +51,12 @@ DEFAULT_MEDIA = {"transcribe": ("audio",)}
 def answers_in(columns: Sequence[Column]) -> list[Column]:
     """Columns that could be the answer, the likeliest first."""
 
+    asked = any(column.name.lower() in QUESTIONS for column in columns)
+
     def order(column: Column) -> tuple[int, int, int]:
         constant = column.kind in ("label", "text", "number") and len(column.texts) < 2
         name = column.name.lower()
-        known = ANSWERS.index(name) if name in ANSWERS else len(ANSWERS)
+        known = -1 if asked and name in REPLIES else ANSWERS.index(name) if name in ANSWERS else len(ANSWERS)
         return (column.kind != "messages") + 2 * constant, known, BY_KIND.index(column.kind)
 
     fit = [column for column in columns if column.kind in BY_KIND and column.name.lower() not in QUESTIONS]
@@ -152,9 +120,9 @@ def _kind(answer: Column, asked: Column | None, media: tuple[str, ...]) -> str:
         return "classify" if answer.name.lower() in LABEL_NAMES or len(answer.texts) <= 2 else "score"
     if answer.kind in ("label", "labels"):
         return "classify"
-    if media == ("audio",):
-        return "transcribe"
-    return "caption" if media else "answer"
+    if not media or answer.name.lower() in REPLIES:
+        return "answer"
+    return "transcribe" if media == ("audio",) else "caption"
 
 
 def _text_before(

@@ -10,8 +10,7 @@ from finetune.commands._init.measure import Schedule
 from finetune.commands._init.task import Yaml
 
 TEMPLATE = """\
-# {{ title }}
-# Written by finetune init for {{ card.title }}. Every key: finetune schema. Parts to choose from: docs/parts.md
+# {{ title }}; written by finetune init for {{ card.title }}
 name: {{ name }}
 seed: {{ seed }}
 model:
@@ -30,15 +29,18 @@ model:
 adapter: {rank: 16, alpha: 32, dropout: 0.05}
 data:
 {% for source in sources %}
-  - path: {{ source.path | scalar }}  # {{ "{:,}".format(source.rows) }} rows
+  - path: {{ source.path | flow }}  # {{ "{:,}".format(source.rows) }} rows
 {% for key, value in source.keys.items() %}
-    {{ key }}: {{ value | scalar }}{{ comments.get(key, "") if loop.index else "" }}
+    {{ key }}: {{ value | flow }}{{ comments.get(key, "") }}
 {% endfor %}
 {% endfor %}
 train:
   tokens_per_batch: {{ schedule.tokens_per_batch }}  # the longest row has about {{ schedule.longest }}
 {% if card.checkpoints %}
   checkpoint_every_n_layers: 1  # less memory, more time
+{% endif %}
+{% if validates %}
+  validation: {every_n_steps: 25}  # the best weights are kept
 {% endif %}
   stages:  # about {{ "{:,}".format(schedule.steps) }} steps in all
 {% if schedule.align %}
@@ -50,7 +52,6 @@ evaluate: {max_new_tokens: {{ schedule.answer_tokens }}}  # length of the longes
 COMMENTS = {
     "hold_out": "  # share of test rows, never trained on",
     "group": "  # its rows are all in training or all in the test",
-    "head": "",
 }
 
 
@@ -65,7 +66,9 @@ class WrittenSource:
 
 @dataclass(frozen=True)
 class Draft:
-    """All that the text is made of. `trained_head`: whether the head has weights of its own."""
+    """All that the text is made of. `trained_head`: whether the head has weights of its own; `validates`:
+    whether there are validation rows.
+    """
 
     title: str
     name: str
@@ -76,10 +79,11 @@ class Draft:
     sources: Sequence[WrittenSource]
     schedule: Schedule
     trained_head: bool
+    validates: bool
 
     def text(self) -> str:
         environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
-        environment.filters |= {"flow": flow, "scalar": flow}
+        environment.filters["flow"] = flow
         heads = ["heads"] if self.trained_head else []
         projectors = ["projectors"] if self.media else []
         return (
