@@ -108,7 +108,13 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force
     parts = {medium: _parts(plan, medium) for medium in plan.task.media}
     trained_head = sources[0].head.trained
     tokens = {medium: part.tokens for medium, part in parts.items()}
-    schedule = measure.schedule(read[0].samples, tokens, sizes, plan.card.tokens, bool(parts) or trained_head)
+    held_out = measure.held_out(read[0], sources[0], seed)
+    schedule = measure.schedule(
+        measure.lengths([sample for rows in read for sample in rows.samples], tokens, sizes),
+        len(read[0].samples) - held_out,
+        plan.card.tokens,
+        bool(parts) or trained_head,
+    )
     base = plan.target.parent
     draft = Draft(
         title=f"{plan.name}: {_one_line(_about(plan.task))}",
@@ -127,7 +133,7 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force
     )
     write_text(plan.target, draft.text())
     load_recipe(plan.target)
-    counts = _counts(plan.found, read, measure.held_out(read[0], sources[0], seed))
+    counts = _counts(plan.found, read, held_out)
     wrong = tuple(error for rows in read for error in rows.wrong)
     return Written(plan.target, (*_summary(plan, draft, sizes), counts), wrong)
 

@@ -42,6 +42,15 @@ class MediaSizes:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """Tokens of a row, of the longest row, and of the longest answer."""
+
+    mean: float
+    longest: float
+    answer: float
+
+
+@dataclass(frozen=True)
 class Schedule:
     """`steps`: optimizer steps of all epochs, about. `longest`: estimated tokens of the longest row."""
 
@@ -97,32 +106,34 @@ def media_sizes(samples: Sequence[Sample]) -> list[MediaSizes]:
     return sizes
 
 
-def schedule(
-    samples: Sequence[Sample], tokens: Mapping[str, float], sizes: Sequence[MediaSizes], most: int, aligns: bool
-) -> Schedule:
-    """`tokens`: of one medium of a kind, or of a second of sound; `most`: tokens per packed row that the card allows.
-    `aligns`: whether there is a first stage, for projectors and heads. The packed rows are made so short that an
-    epoch has some steps, yet hold the longest row.
-    """
-    seconds = {size.kind: size.seconds for size in sizes}
-    longest = mean = answer = 0.0
+def lengths(samples: Sequence[Sample], tokens: Mapping[str, float], sizes: Sequence[MediaSizes]) -> Lengths:
+    """Estimated tokens. `tokens`: of one medium of a kind, or of a second of sound."""
+    seconds = {size.kind: size.seconds if size.kind == "audio" else (1.0, 1.0) for size in sizes}
+    mean = longest = answer = 0.0
     for sample in samples:
-        text = TURN * len(sample.messages)
-        text += sum(_tokens(part) for message in sample.messages for part in message.content if isinstance(part, str))
-        media = [(tokens[m.kind], seconds[m.kind] if m.kind == "audio" else (1.0, 1.0)) for m in sample.media]
-        mean += (text + sum(each * usual for each, (usual, _) in media)) / len(samples)
-        longest = max(longest, text + sum(each * most_seconds for each, (_, most_seconds) in media))
+        parts = [part for message in sample.messages for part in message.content if isinstance(part, str)]
+        text = TURN * len(sample.messages) + sum(map(_tokens, parts))
+        kinds = [medium.kind for medium in sample.media]
+        mean += (text + sum(tokens[kind] * seconds[kind][0] for kind in kinds)) / len(samples)
+        longest = max(longest, text + sum(tokens[kind] * seconds[kind][1] for kind in kinds))
         answer = max(answer, _tokens(sample.answer))
-    size = most
-    while size > SMALLEST and (mean * len(samples) / size < STEPS_AN_EPOCH or size > most):
+    return Lengths(mean, longest, answer)
+
+
+def schedule(length: Lengths, rows: int, most: int, aligns: bool) -> Schedule:
+    """For so many training rows. `most`: tokens per packed row that the card allows; `aligns`: whether there is a first
+    stage, for projectors and heads. The packed rows are so short that an epoch has some steps, yet hold the longest row.
+    """
+    tokens, size = length.mean * rows, most
+    while size > SMALLEST and tokens / size < STEPS_AN_EPOCH:
         size //= 2
-    while size < longest * MARGIN:
+    while size < length.longest * MARGIN:
         size *= 2
-    an_epoch = max(math.floor(mean * len(samples) / size), 1)
-    align = math.ceil(ALIGN_STEPS / an_epoch) if aligns else 0
-    tune = max(math.ceil((TUNE_STEPS + (0 if align else ALIGN_STEPS)) / an_epoch), 2)
-    limit = min(max(8 * math.ceil(answer * MARGIN / 8), 8), 512)
-    return Schedule(size, align, tune, (align + tune) * an_epoch, round(longest), limit)
+    per_epoch = max(math.floor(tokens / size), 1)
+    align = math.ceil(ALIGN_STEPS / per_epoch) if aligns else 0
+    tune = max(math.ceil((TUNE_STEPS + (0 if aligns else ALIGN_STEPS)) / per_epoch), 2)
+    answer = min(max(8 * math.ceil(length.answer * MARGIN / 8), 8), 512)
+    return Schedule(size, align, tune, (align + tune) * per_epoch, round(length.longest), answer)
 
 
 def _tokens(text: str) -> float:
@@ -134,7 +145,8 @@ def _tokens(text: str) -> float:
 def _size(medium: Medium) -> tuple[float, ...]:
     """(width, height) in pixels, or (seconds,). Raises DataError."""
     if medium.kind == "image":
-        return image_size(medium.path, where=medium.where)
+        width, height = image_size(medium.path, where=medium.where)
+        return float(width), float(height)
     if medium.kind == "audio":
         return (len(decode("audio", medium.path, where=medium.where)) / RATE,)
     # The middle frame of a clip stands for half of its length.

@@ -9,12 +9,13 @@ from finetune.common.errors import RecipeError
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
 
-# Names of columns that hold answers, the surest first.
-ANSWERS = ("label", "labels", "class", "category", "标签", "类别", "分类")
-ANSWERS += ("answer", "answers", "reply", "response", "答案", "回答", "回复")
-ANSWERS += ("caption", "captions", "description", "描述", "说明", "transcript", "transcription", "text", "sentence")
-ANSWERS += ("文本", "文字", "转写", "boxes", "bbox", "box", "score", "rating", "price", "评分", "分数", "得分", "价格")
-ANSWERS += ("json", "target", "output")
+ANSWERS = (  # names of columns that hold answers, the surest first
+    *("label", "labels", "class", "category", "标签", "类别", "分类"),
+    *("answer", "answers", "reply", "response", "答案", "回答", "回复"),
+    *("caption", "captions", "description", "描述", "说明"),
+    *("transcript", "transcription", "text", "sentence", "文本", "文字", "转写"),
+    *("boxes", "bbox", "box", "score", "rating", "price", "评分", "分数", "得分", "价格", "json", "target", "output"),
+)
 QUESTIONS = {"question", "query", "prompt", "instruction", "问题", "提问", "指令"}
 REPLIES = {"answer", "answers", "reply", "response", "output", "target", "答案", "回答", "回复"}
 GROUPS = {"patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"}

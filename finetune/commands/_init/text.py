@@ -28,11 +28,12 @@ model:
 {% endif %}
 adapter: {rank: 16, alpha: 32, dropout: 0.05}
 data:
-{% for source in sources %}
-  - path: {{ source.path | flow }}  # {{ "{:,}".format(source.rows) }} rows
-{% for key, value in source.keys.items() %}
+  - path: {{ sources[0].path | flow }}  # {{ "{:,}".format(sources[0].rows) }} rows
+{% for key, value in sources[0].keys.items() %}
     {{ key }}: {{ value | flow }}{{ comments.get(key, "") }}
 {% endfor %}
+{% for source in sources[1:] %}
+  - {{ source.whole() | flow }}  # {{ "{:,}".format(source.rows) }} rows
 {% endfor %}
 train:
   tokens_per_batch: {{ schedule.tokens_per_batch }}  # the longest row has about {{ schedule.longest }}
@@ -62,6 +63,9 @@ class WrittenSource:
     path: str
     rows: int
     keys: Yaml
+
+    def whole(self) -> Yaml:
+        return {"path": self.path, **self.keys}
 
 
 @dataclass(frozen=True)
