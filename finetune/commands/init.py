@@ -274,7 +274,7 @@ def _source_keys(plan: Plan, found: Found, place: MediaPlace) -> Yaml:
     if options := found.format.options.model_dump(mode="json", exclude_unset=True):
         keys["format"] = {"kind": found.format.kind, **options}
     if place.folder:
-        keys["media_folder"] = str(place.folder.resolve())
+        keys["media_folder"] = str(place.folder.absolute())
     if place.outside:
         keys["outside_media_folder"] = True
     if plan.hosts:
@@ -316,7 +316,7 @@ def _relative(name: str, base: Path) -> str:
 
 
 def _written_path(path: Path, base: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), base.resolve())).as_posix()
+    return Path(os.path.relpath(path, base)).as_posix()  # not resolved: links stay as the user knows them
 
 
 def _with_paths(keys: Yaml, base: Path) -> Yaml:

@@ -122,7 +122,7 @@ def lengths(samples: Sequence[Sample], tokens: Mapping[str, float], sizes: Seque
 
 def schedule(length: Lengths, rows: int, most: int, aligns: bool) -> Schedule:
     """For so many training rows. `most`: tokens per packed row that the card allows; `aligns`: whether there is a first
-    stage, for projectors and heads. The packed rows are so short that an epoch has some steps, yet hold the longest row.
+    stage, for projectors and heads. Packed rows are so short that an epoch has some steps, yet hold the longest row.
     """
     tokens, size = length.mean * rows, most
     while size > SMALLEST and tokens / size < STEPS_AN_EPOCH:
