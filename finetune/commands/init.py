@@ -92,7 +92,7 @@ def init(path: Path | str, *, out: Path | str | None = None, force: bool = False
     Raises DataError where there are no usable rows; RecipeError for a choice that doesn't fit them, and for a file that
     exists, without `force`.
     """
-    return write_recipe(Path(path), choices, lambda question: question.default, out and Path(out), force).path
+    return write_recipe(Path(path), choices, lambda question: question.default, Path(out) if out else None, force).path
 
 
 def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force: bool) -> Written:
@@ -188,7 +188,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
 
 def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
     """The task and its language."""
-    likely = answers_in(columns)
+    likely = answers_in(columns, choices.get("task"))
     by_name = {column.name: column for column in columns}
 
     def known(name: str) -> Column:
@@ -359,4 +359,5 @@ def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int)
     counts = {file.split: len(rows.samples) for file, rows in zip(found, read, strict=True)}
     counts["train"] -= held_out
     counts["test"] = counts.get("test", 0) + held_out
-    return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    hint = "" if counts["test"] else "; too few for a test: label more, or give --hold-out a larger share"
+    return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + hint

@@ -165,6 +165,8 @@ def _texts(name: str, lists: Sequence[Sequence[str]]) -> Column:
 def _are_labels(name: str, different: Iterable[str], rows: int) -> bool:
     """Whether there are so few different values, and such short ones, that each is learned from several rows."""
     texts = tuple(different)
+    if len(texts) >= rows and name.lower() not in LABEL_NAMES:
+        return False
     several = max(rows / 4, min(rows / 2, 10)) if name.lower() not in LABEL_NAMES else rows / 2
     return len(texts) <= max(min(several, MOST_LABELS), 2) and max(map(len, texts), default=0) <= SHORT
 

@@ -35,7 +35,7 @@ class Found:
     reason: str = ""
 
     def as_row_file(self) -> RowFile:
-        return RowFile(path=self.path, format=self.format)
+        return RowFile(path=self.path.absolute(), format=self.format)
 
 
 def find(path: Path) -> tuple[Found, ...]:

@@ -17,7 +17,7 @@ MEASURED = 24  # media of a kind that are opened
 TURN = 12  # tokens of a chat template around a turn
 SECONDS = 10.0  # taken for a recording's length where none can be read
 STEPS_AN_EPOCH = 25  # at least, if the rows allow it
-ALIGN_STEPS, TUNE_STEPS = 40, 80  # at least; below about 100 optimizer steps little is learned
+ALIGN_STEPS, TUNE_STEPS = 60, 90  # at least; below about 100 optimizer steps little is learned
 MARGIN = 1.25  # by which the longest row may be longer than estimated
 SMALLEST = 256  # tokens of a packed row
 

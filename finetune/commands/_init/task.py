@@ -22,7 +22,19 @@ GROUPS = {"patient", "speaker", "subject", "customer", "user", "client", "病人
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
 FEWEST_GROUPS = 10  # of rows that are held out together
 MOST_CHOICES = 20  # labels of which each is tried for every answer
-TASKS = ("answer", "caption", "chat", "classify", "extract", "ground", "score", "transcribe", "vqa")
+FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
+    "answer": ("text", "label", "number"),
+    "caption": ("text", "texts", "label"),
+    "chat": ("messages",),
+    "classify": ("label", "labels", "number"),
+    "extract": ("json",),
+    "ground": ("boxes",),
+    "score": ("number",),
+    "transcribe": ("text", "label"),
+    "vqa": ("texts", "labels", "text", "label"),
+}
+STRICT = ("chat", "extract", "ground", "score")  # no other kinds can be read
+TASKS = tuple(FITTING)
 NAMES = {"image": ("picture", "图片"), "audio": ("recording", "录音"), "video": ("video", "视频")}
 
 
@@ -49,16 +61,20 @@ class Task:
 DEFAULT_MEDIA = {"transcribe": ("audio",)}
 
 
-def answers_in(columns: Sequence[Column]) -> list[Column]:
-    """Columns that could be the answer, the likeliest first."""
+def answers_in(columns: Sequence[Column], kind: str | None) -> list[Column]:
+    """Columns that could be the answer, the likeliest first: those that fit the task of that kind, then by their names;
+    of unknown names the last.
+    """
+    fitting = FITTING.get(kind or "", BY_KIND)
 
     asked = any(column.name.lower() in QUESTIONS for column in columns)
 
-    def order(column: Column) -> tuple[int, int, int]:
+    def order(column: Column) -> tuple[int, int, int, int]:
         constant = column.kind in ("label", "text", "number") and len(column.texts) < 2
         name = column.name.lower()
         known = -1 if asked and name in REPLIES else ANSWERS.index(name) if name in ANSWERS else len(ANSWERS)
-        return (column.kind != "messages") + 2 * constant, known, BY_KIND.index(column.kind)
+        unsure = (column.kind != "messages") + 2 * constant + 4 * (column.kind not in fitting)
+        return unsure, known, BY_KIND.index(column.kind), -columns.index(column)
 
     fit = [column for column in columns if column.kind in BY_KIND and column.name.lower() not in QUESTIONS]
     return sorted(fit, key=order)
@@ -70,6 +86,10 @@ def task_for(columns: Sequence[Column], answer: Column, kind: str | None, text: 
     """
     if kind is not None and kind not in TASKS:
         raise RecipeError(f"--task {kind}: finetune init writes recipes for {', '.join(TASKS)}; see docs/parts.md")
+    if kind in STRICT and answer.kind not in FITTING[kind]:
+        raise RecipeError(
+            f"--task {kind}: column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}; name another with --answer"
+        )
     media = _media_of(columns, answer)
     asked = next((c for c in columns if c.name.lower() in QUESTIONS and c.kind != "empty" and c is not answer), None)
     kind = kind or _kind(answer, asked, tuple(media))
@@ -101,12 +121,18 @@ def task_for(columns: Sequence[Column], answer: Column, kind: str | None, text: 
 
 
 def _media_of(columns: Sequence[Column], answer: Column) -> dict[str, str]:
-    """{kind of media: the column that holds it}; the kinds alone where they are in the conversations."""
+    """{kind of media: the column that holds it, for at least half of the rows}; the kinds alone where the media are in
+    the conversations.
+    """
     if answer.kind == "messages":
         return {kind: kind for kind in answer.media}
     media: dict[str, str] = {}
     for column in columns:
-        if column.kind in ("image", "audio", "video") and (column.kind not in media or column.name == column.kind):
+        if (
+            column.kind in NAMES
+            and 2 * column.filled >= answer.filled
+            and (column.kind not in media or column.name == column.kind)
+        ):
             media[column.kind] = column.name
     return media
 
@@ -208,13 +234,13 @@ def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, chinese
         "classify": ("What is this?", "这是什么？"),
         "caption": (f"Describe the {medium}.", f"描述这{'段' if media != ('image',) else '张'}{medium}。"),
         "transcribe": ("Transcribe.", "写下录音的内容。"),
-        "score": (f"What is the {answer}?", f"{answer}是多少？"),
+        "score": (f"Estimate the {answer}.", f"估计{answer}。"),
         "ground": ("Where is it? [x1, y1, x2, y2], 0 to 1000", "它在哪里？[x1, y1, x2, y2]，0 到 1000"),
         "extract": ("Fill this in as JSON.", "填写这个 JSON。"),
-        "answer": ("" if asked else f"What is the {answer}?", "" if asked else f"{answer}是什么？"),
+        "answer": ("" if asked else f"Write the {answer}.", "" if asked else f"写出{answer}。"),
     }
     if kind == "classify" and answer.lower() not in LABEL_NAMES:
-        wordings["classify"] = (f"What is the {answer}?", f"{answer}是什么？")
+        wordings["classify"] = (f"Which {answer}?", f"{answer}是什么？")
     return wordings.get(kind, ("", ""))[chinese]
 
 
