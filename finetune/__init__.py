@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_label import data_label
     from finetune.commands.data_preview import data_preview
     from finetune.commands.doctor import doctor
+    from finetune.commands.init import init
     from finetune.commands.predict import predict
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
@@ -41,6 +42,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "doctor": "commands.doctor",
     "export_run": "export._run",
+    "init": "commands.init",
     "load": "model.load",
     "load_recipe": "recipe.load",
     "merge": "merging.merge",
@@ -68,6 +70,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export_run",
+    "init",
     "load",
     "load_recipe",
     "merge",

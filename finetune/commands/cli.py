@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune.common.errors import FinetuneError, Interrupted, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
 from finetune.common.version import VERSION
+
+if TYPE_CHECKING:
+    from finetune.commands.init import Question
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -66,6 +69,66 @@ def options(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="Your rows.", show_default=False)],
+    task: Annotated[str | None, typer.Option(help="classify, caption, transcribe, ...; default: by the rows.")] = None,
+    answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of the answers.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question to the model.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column put before the question.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(help="cpu, t4, 8gb, 12gb, 16gb, 24gb, or the GPU's memory in GB; default: this machine's."),
+    ] = None,
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="en, zh, ...; default: by the rows.")] = None,
+    hold_out: Annotated[float | None, typer.Option(help="Share of the rows that is held out as test.")] = None,
+    llm: Annotated[str | None, typer.Option(metavar="NAME", help="Another LLM: Hub id or folder.")] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[MEDIUM=]NAME", help="Another encoder: Hub id or folder; may be repeated."),
+    ] = None,
+    media_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="That media paths are relative to.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The recipe; default: NAME.yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the defaults.")] = False,
+) -> None:
+    """Write a recipe for a file or folder of your own rows; asks at most five questions."""
+    from finetune.commands.init import Choices, write_recipe
+    from finetune.commands.tables import print_written
+
+    if not yes and not sys.stdin.isatty():
+        raise RecipeError(
+            "finetune init asks questions, and there is no terminal to ask on: add --yes for the defaults"
+        )
+    choices = Choices(
+        task=task,
+        answer=answer,
+        prompt=prompt,
+        text=text,
+        name=name,
+        card=card,
+        language=language,
+        hold_out=hold_out,
+        llm=llm,
+        encoders=encoder or (),
+        media_folder=media_folder,
+    )
+    print_written(write_recipe(path, choices, (lambda question: question.default) if yes else ask, out, force))
+
+
+def ask(question: "Question") -> str:
+    """Asks until the answer can be taken."""
+    while True:
+        text: str = typer.prompt(question.text, default=question.default)
+        try:
+            question.parse(text)
+        except RecipeError as error:
+            print(error, file=sys.stderr)
+        else:
+            return text
 
 
 @app.command()

@@ -20,6 +20,7 @@ from finetune.data.rows import SHOWN, error_list
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
     from finetune.commands.data_preview import Preview
+    from finetune.commands.init import Written
     from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
     from finetune.export._contract import ExportResult
@@ -37,6 +38,16 @@ def print_export(result: "ExportResult") -> None:
             f"tokens, {checked.equal} are equal to the end"
         )
     print(result.folder)
+
+
+def print_written(result: "Written") -> None:
+    print(*result.summary, sep="\n")
+    print(f"{result.path}: written")
+    if result.wrong:
+        print(error_list(result.wrong, f"{len(result.wrong)} rows can't be used"))
+        print(f"next: finetune data check {result.path} --fix cleaned")
+        return
+    print(f"next: finetune check {result.path}, then finetune run {result.path}")
 
 
 def print_push(result: "Pushed") -> None:

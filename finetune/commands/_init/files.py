@@ -1,0 +1,153 @@
+"""The files of rows below a path: their formats, splits and encodings, and where their media are."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from finetune.common.errors import DataError
+from finetune.common.registry import load_part, part_names
+from finetune.data.check.lenient import encoding_of
+from finetune.data.formats import _media
+from finetune.recipe.parts import FormatPart
+from finetune.recipe.schema import RowFile
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+TRIED = 50  # media whose files are looked for
+SHOWN = 6  # names in an error
+LOOKED_FOR = (
+    "a table (.csv, .tsv, .xlsx) or JSON (.jsonl, .json); a folder for each label with its media in it; recordings "
+    "with their transcripts (Common Voice, LJSpeech, Kaldi); .tar files (WebDataset); .parquet or .arrow files; or "
+    "folders or files called train, validation and test of these"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file or folder of rows. `reason`: why its format has options, '' where it has none."""
+
+    path: Path
+    split: str
+    format: FormatPart
+    reason: str = ""
+
+    def as_row_file(self) -> RowFile:
+        return RowFile(path=self.path.absolute(), format=self.format)
+
+
+def find(path: Path) -> tuple[Found, ...]:
+    """What there is to train on, training rows first. Raises DataError, with what was looked for, if there is none."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; name the file or folder of your rows")
+    if _formats(path):
+        return (_found(path, "train"),)
+    if not path.is_dir():
+        raise DataError(f"{path}: no format recognises it. Looked for: {LOOKED_FOR}")
+    inside = [file for file in sorted(path.iterdir()) if not _media.is_hidden(file.name) and _formats(file)]
+    by_split = {SPLITS[file.stem.lower()]: file for file in inside if file.stem.lower() in SPLITS}
+    if "train" in by_split:
+        return tuple(_found(by_split[split], split) for split in ("train", "validation", "test") if split in by_split)
+    files = [file for file in inside if file.is_file()] or inside
+    if len(files) == 1:
+        return (_found(files[0], "train"),)
+    if files:
+        names = ", ".join(file.name for file in files[:SHOWN])
+        raise DataError(
+            f"{path}: {len(files)} files or folders of rows ({names}); name one of them, or call them train, "
+            "validation and test"
+        )
+    raise DataError(f"{path}: no rows in it. Looked for: {LOOKED_FOR}. In it are: {_contents(path)}{_advice(path)}")
+
+
+def _formats(path: Path) -> list[str]:
+    kinds = part_names(FormatPart.folder)
+    return [kind for kind in kinds if load_part(FormatPart.folder, kind).detects(path)]
+
+
+def _found(path: Path, split: str) -> Found:
+    """With the options that reading the file needs: its encoding, its delimiter, suffixes to ignore."""
+    formats = _formats(path)
+    if len(formats) > 1:
+        raise DataError(f"{path}: could be {' or '.join(formats)}; name a file or folder in it")
+    kind, suffix = formats[0], path.suffix.lower()
+    if kind == "table" and suffix in (".csv", ".tsv"):
+        encoding = encoding_of(path)
+        options = {} if encoding in ("utf-8-sig", "utf-16") else {"encoding": encoding}
+        with path.open(encoding=encoding, errors="replace", newline="") as file:
+            header = file.readline()
+        if suffix == ".csv" and ";" in header and "," not in header:
+            options["delimiter"] = ";"
+        return Found(path, split, FormatPart.of(kind, **options), " and ".join(options))
+    if kind == "folders" and (ignore := _other_suffixes(path)):
+        return Found(path, split, FormatPart.of(kind, ignore=ignore), f"{', '.join(ignore)} files are left out")
+    return Found(path, split, FormatPart.of(kind))
+
+
+def _other_suffixes(path: Path) -> tuple[str, ...]:
+    """Suffixes of files that aren't media, in a folder of labels."""
+    files = [file for folder in (path, *path.iterdir()) if folder.is_dir() for file in folder.iterdir()]
+    others = {f.suffix.lower() for f in files if f.is_file() and not _media.kind_of(f.name)}
+    return tuple(sorted(others - {"", *(Path(f.name).suffix for f in files if _media.is_hidden(f.name))}))
+
+
+def _contents(path: Path) -> str:
+    suffixes = Counter(file.suffix.lower() or "without suffix" for file in islice(path.rglob("*"), 10_000))
+    counts = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(SHOWN)]
+    return ", ".join(counts) or "no files"
+
+
+def _advice(path: Path) -> str:
+    if any(_media.kind_of(file.name) for file in path.iterdir()):
+        return (
+            ". What the media show isn't written anywhere: put them into a folder for each label, or write a table "
+            "with a column of their names and a column of answers"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class MediaPlace:
+    """`folder`: that media are relative to, None for the default. `outside`: whether some aren't below it. `missing`:
+    columns of which no file is there.
+    """
+
+    folder: Path | None
+    outside: bool
+    missing: tuple[str, ...] = ()
+
+
+def media_place(found: Found, names: Mapping[str, Sequence[str]], folder: Path | None) -> MediaPlace:
+    """Where the media are that each column names. `folder`: the only place to look at, None: the rows' folder, those in
+    it, and the one above. Raises DataError where no file can be found.
+    """
+    local = {column: [name for name in values if "://" not in name][:TRIED] for column, values in names.items()}
+    local = {column: values for column, values in local.items() if values}
+    if not local:
+        return MediaPlace(folder, False)
+    default = found.as_row_file().folder_of_media
+    below = [inside for inside in sorted(default.iterdir()) if inside.is_dir()]
+    candidates = [folder] if folder else [default, *below, default.parent]
+
+    def hits(place: Path, column: str) -> int:
+        return sum((place / name).is_file() for name in local[column])
+
+    best = max(candidates, key=lambda place: sum(hits(place, column) for column in local))
+    missing = tuple(column for column in local if not hits(best, column))
+    if len(missing) == len(local):
+        example = next(iter(local.values()))[0]
+        places = str(folder) if folder else f"{default}, in a folder there, or in {default.parent}"
+        raise DataError(
+            f"{found.path}: names media such as {example!r}, which isn't in {places}; put them there, or name their "
+            "folder with --media-folder"
+        )
+    root = best.resolve()
+    outside = any(not (best / n).resolve().is_relative_to(root) for c in local if c not in missing for n in local[c])
+    return MediaPlace(None if best == default else best, outside, missing)
+
+
+def hosts_of(names: Iterable[str]) -> list[str]:
+    """Hosts that media are downloaded from, where they are addresses."""
+    return sorted({host for name in names if "://" in name and (host := urlsplit(name).hostname)})

@@ -1,0 +1,363 @@
+"""A recipe for a file or folder of a user's rows: what is in them, what can be learned, which parts fit a card."""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypedDict, TypeVar, Unpack
+
+from finetune.commands._init import cards, measure
+from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
+from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
+from finetune.commands._init.task import Task, Yaml, answers_in, task_for
+from finetune.commands._init.text import Draft, WrittenSource
+from finetune.common.errors import DataError, RecipeError
+from finetune.common.run_folder import write_text
+from finetune.data.rows import read_rows
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Source
+
+EXAMINED = 20_000  # rows by which columns are described
+FEW = 500  # rows, of which a larger share is held out
+SEEDS = range(7, 27)
+GENERIC = {*SPLITS, "labels", "label", "data", "dataset", "metadata", "annotations", "rows", "table", "index"}
+SHOWN = 6  # labels, or columns, in the summary
+
+
+class Choices(TypedDict, total=False):
+    """What `init` doesn't have to guess. `answer`, `text`: columns; `prompt`: the question; `card`: see `finetune init
+    --help`; `hold_out`: share of test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
+    """
+
+    task: str | None
+    answer: str | None
+    prompt: str | None
+    text: str | None
+    name: str | None
+    card: str | None
+    language: str | None
+    hold_out: float | None
+    llm: str | None
+    encoders: Sequence[str]
+    media_folder: Path | str | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """`parse`: raises RecipeError for an answer that can't be taken."""
+
+    text: str
+    default: str
+    parse: Callable[[str], object]
+
+
+Ask = Callable[[Question], str]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before the rows are read as samples. `encoders`: medium -> name of another encoder."""
+
+    target: Path
+    name: str
+    found: tuple[Found, ...]
+    columns: tuple[Column, ...]
+    places: tuple[MediaPlace, ...]
+    hosts: tuple[str, ...]
+    task: Task
+    prompt: str
+    language: str
+    card: cards.Card
+    hold_out: float
+    llm: str | None
+    encoders: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Written:
+    """`path`: the recipe; `summary`: lines on what was found and chosen; `wrong`: errors of rows that can't be used."""
+
+    path: Path
+    summary: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+
+def init(path: Path | str, *, out: Path | str | None = None, force: bool = False, **choices: Unpack[Choices]) -> Path:
+    """Write a recipe for the rows of a file or folder, and return its path: OUT, default NAME.yaml in this folder. What
+    `choices` leave open is taken from the rows.
+
+    Raises DataError where there are no usable rows; RecipeError for a choice that doesn't fit them, and for a file that
+    exists, without `force`.
+    """
+    return write_recipe(Path(path), choices, lambda question: question.default, Path(out) if out else None, force).path
+
+
+def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force: bool) -> Written:
+    """The same; `ask` answers what `choices` leave open: at most five questions. Raises what `init` raises."""
+    plan = _plan(path, choices, ask, out)
+    if plan.target.exists() and not force:
+        raise RecipeError(f"{plan.target} exists already; choose another --name or --out, or overwrite it with --force")
+    keys = [_source_keys(plan, file, place) for file, place in zip(plan.found, plan.places, strict=True)]
+    sources = [_source(file, of_file) for file, of_file in zip(plan.found, keys, strict=True)]
+    read = [measure.usable_rows(source) for source in sources]
+    seed = _seed(read[0], sources[0])
+    sizes = measure.media_sizes([sample for rows in read for sample in rows.samples])
+    parts = {medium: _parts(plan, medium) for medium in plan.task.media}
+    trained_head = sources[0].head.trained
+    tokens = {medium: part.tokens for medium, part in parts.items()}
+    held_out = measure.held_out(read[0], sources[0], seed)
+    schedule = measure.schedule(
+        measure.lengths([sample for rows in read for sample in rows.samples], tokens, sizes),
+        len(read[0].samples) - held_out,
+        plan.card.tokens,
+        bool(parts) or trained_head,
+    )
+    base = plan.target.parent
+    draft = Draft(
+        title=f"{plan.name}: {_one_line(_about(plan.task))}",
+        name=plan.name,
+        seed=seed,
+        card=plan.card,
+        llm=cards.llm_of(plan.card, plan.language, plan.llm and _relative(plan.llm, base)),
+        media=parts,
+        sources=[
+            WrittenSource(_written_path(file.path, base), len(rows.samples), _with_paths(of_file, base))
+            for file, rows, of_file in zip(plan.found, read, keys, strict=True)
+        ],
+        schedule=schedule,
+        trained_head=trained_head,
+        validates=any(file.split == "validation" for file in plan.found),
+    )
+    write_text(plan.target, draft.text())
+    load_recipe(plan.target)
+    counts = _counts(plan.found, read, held_out)
+    wrong = tuple(error for rows in read for error in rows.wrong)
+    return Written(plan.target, (*_summary(plan, draft, sizes), counts), wrong)
+
+
+def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
+    found = find(path)
+    by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
+    rows = [row for of_file in by_file for row in of_file]
+    if not by_file[0]:
+        raise DataError(f"{found[0].path}: no rows")
+    described = describe_columns(rows)
+    media = [column.name for column in described if column.kind in MEDIA]
+    names = [{name: file_names(row.get(name) for row in of_file) for name in media} for of_file in by_file]
+    folder = Path(choice) if (choice := choices.get("media_folder")) else None
+    places = tuple(media_place(file, of_file, folder) for file, of_file in zip(found, names, strict=True))
+    columns = tuple(column for column in described if column.name not in places[0].missing)
+    task, language = _task(columns, choices, ask, found[0].path)
+    prompt = task.prompt
+    if task.kind != "chat":
+        prompt = _settled(
+            choices.get("prompt"), ask, Question("The question to the model", prompt, _one_line), _one_line
+        )
+    question = Question("Name of the run", _default_name(found[0].path, path), _valid_name)
+    name = _settled(choices.get("name"), ask, question, _valid_name)
+    usual_card = "" if choices.get("card") else cards.this_card().name
+    question = Question(f"Card ({', '.join(cards.NAMES)}, or GB of memory)", usual_card, cards.card_of)
+    card = _settled(choices.get("card"), ask, question, cards.card_of)
+    share = choices.get("hold_out")
+    if any(file.split == "test" for file in found):
+        hold_out = share or 0.0
+    else:
+        question = Question("Share of the rows that is held out as test", "0.2" if len(rows) < FEW else "0.1", _share)
+        hold_out = _settled(None if share is None else f"{share:g}", ask, question, _share)
+    media = [task.columns.get(kind, kind) for kind in task.media]
+    hosts = hosts_of(name for of_file in names for column in media for name in of_file.get(column, ()))
+    return Plan(
+        out or Path(f"{name}.yaml"),
+        name,
+        found,
+        columns,
+        places,
+        tuple(hosts),
+        task,
+        prompt,
+        language,
+        card,
+        hold_out,
+        choices.get("llm"),
+        _encoders(choices.get("encoders") or (), task.media),
+    )
+
+
+def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
+    """The task and its language."""
+    likely = answers_in(columns, choices.get("task"))
+    by_name = {column.name: column for column in columns}
+
+    def known(name: str) -> Column:
+        if name not in by_name:
+            raise RecipeError(f"--answer {name}: there is no such column; there are: {', '.join(by_name)}")
+        return by_name[name]
+
+    if choices.get("answer") is None and not likely:
+        kinds = ", ".join(f"{column.name} ({column.kind})" for column in columns)
+        raise DataError(
+            f"{path}: no column could be the answer. Looked for labels, numbers, boxes, JSON, conversations and text "
+            f"beside media and ids. Its columns: {kinds}; add one, or name it with --answer"
+        )
+    if len(likely) == 1 and choices.get("answer") is None:
+        answer = likely[0]
+    else:
+        text = f"The column of the answers ({', '.join(column.name for column in likely)})"
+        question = Question(text, likely[0].name if likely else "", known)
+        answer = _settled(choices.get("answer"), ask, question, known)
+    kind, before, language = choices.get("task"), choices.get("text"), choices.get("language")
+    task = task_for(columns, answer, kind, before, language or "en")
+    language = language or language_of(_texts(columns, task))
+    return task_for(columns, answer, kind, before, language), language
+
+
+def _settled(choice: str | None, ask: Ask, question: Question, parse: Callable[[str], Value]) -> Value:
+    return parse(ask(question) if choice is None else choice)
+
+
+def _texts(columns: Sequence[Column], task: Task) -> list[str]:
+    """Of the columns that the task reads; of all, where these hold no letters."""
+    used = [text for column in columns if column.name not in task.unused for text in column.texts[:1000]]
+    return used if any(map(str.isalpha, "".join(used))) else [text for c in columns for text in c.texts[:1000]]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _valid_name(name: str) -> str:
+    if not re.fullmatch("[a-z0-9][a-z0-9._-]*", name):
+        raise RecipeError(f"--name {name!r}: write small letters, digits, '.', '_' and '-', a letter or digit first")
+    return name
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 0.9:
+        raise RecipeError(f"--hold-out {text}: write a share above 0, at most 0.9; without test rows nothing is scored")
+    return share
+
+
+def _default_name(file: Path, path: Path) -> str:
+    """After the file, or the folder where the file's name says nothing."""
+    for place in (file, path.resolve(), file.resolve().parent):
+        candidate = place.stem if place.is_file() else place.name
+        name = re.sub("[^a-z0-9._-]+", "-", candidate.lower()).strip("-._")
+        if name and name not in GENERIC:
+            return name
+    return "finetuned"
+
+
+def _encoders(names: Sequence[str], media: Sequence[str]) -> dict[str, str]:
+    encoders: dict[str, str] = {}
+    for name in names:
+        medium, equals, encoder = name.partition("=")
+        if not equals and len(media) == 1:
+            medium, encoder = media[0], name
+        if medium not in media or not encoder:
+            needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: these rows have no media"
+            raise RecipeError(f"--encoder {name}: write {needed}")
+        encoders[medium] = encoder
+    return encoders
+
+
+def _source_keys(plan: Plan, found: Found, place: MediaPlace) -> Yaml:
+    """The keys of a source but `path`, in the order in which they are written; paths are absolute."""
+    keys: Yaml = {}
+    task = plan.task
+    if options := found.format.options.model_dump(mode="json", exclude_unset=True):
+        keys["format"] = {"kind": found.format.kind, **options}
+    if place.folder:
+        keys["media_folder"] = str(place.folder.absolute())
+    if place.outside:
+        keys["outside_media_folder"] = True
+    if plan.hosts:
+        keys["hosts"] = [*plan.hosts]
+    if task.columns:
+        keys["columns"] = task.columns
+    keys["task"] = task.written(plan.prompt)
+    if task.head != "language":
+        keys["head"] = task.head
+    if found.split != "train":
+        return keys | {"split": found.split}
+    return keys | ({"hold_out": plan.hold_out} if plan.hold_out else {}) | ({"group": task.group} if task.group else {})
+
+
+def _source(found: Found, keys: Yaml) -> Source:
+    source: Source = Source.model_validate(keys | {"path": found.path})
+    return source
+
+
+def _seed(rows: measure.Rows, source: Source) -> int:
+    """The first by which both sides of a hold-out get rows, which chance denies to a few."""
+    if not source.hold_out:
+        return SEEDS[0]
+    return next((s for s in SEEDS if 0 < measure.held_out(rows, source, s) < len(rows.samples)), SEEDS[0])
+
+
+def _parts(plan: Plan, medium: str) -> cards.MediumParts:
+    name = plan.encoders.get(medium)
+    folder = Path(name) if name and Path(name).is_dir() else None
+    return cards.parts_of(medium, plan.card, name and _relative(name, plan.target.parent), folder)
+
+
+def _relative(name: str, base: Path) -> str:
+    """A Hub id as it is; a local folder or file relative to the recipe's folder."""
+    if not Path(name).exists():
+        return name
+    path = _written_path(Path(name), base)
+    return path if path.startswith((".", "/")) else f"./{path}"
+
+
+def _written_path(path: Path, base: Path) -> str:
+    return Path(os.path.relpath(path, base)).as_posix()  # not resolved: links stay as the user knows them
+
+
+def _with_paths(keys: Yaml, base: Path) -> Yaml:
+    folder = keys.get("media_folder")
+    return keys | ({"media_folder": _written_path(Path(str(folder)), base)} if folder else {})
+
+
+def _about(task: Task) -> str:
+    media = " and ".join(task.media) or "text"
+    return f"{task.kind}, {media} -> column {task.answer.name!r}"
+
+
+def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
+    task, first = plan.task, plan.found[0]
+    why = f", read with {first.format.kind}'s {first.reason}" if first.reason else ""
+    lines = [f"{first.path}: format {first.format.kind}{why}, columns {', '.join(c.name for c in plan.columns)}"]
+    lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
+    labels = ", ".join(task.answer.texts[:SHOWN]) + (", ..." if len(task.answer.texts) > SHOWN else "")
+    listed = task.kind == "classify"
+    lines.append(
+        f"answer: {task.answer.name!r}, {task.answer.kind}"
+        + (f", {len(task.answer.texts)} labels: {labels}" if listed else "")
+    )
+    lines.append(f"task: {task.kind}; language: {plan.language or 'neither English nor Chinese'}")
+    if missing := plan.places[0].missing:
+        lines.append(f"no files of: {', '.join(missing)}")
+    if task.group:
+        lines.append(f"group: rows of one {task.group!r} are never both in training and in the test")
+    if task.unused:
+        unused = ", ".join(task.unused[:SHOWN]) + (", ..." if len(task.unused) > SHOWN else "")
+        lines.append(
+            f"not used: {unused} (--text COLUMN puts one before the question; it must not give the answer away)"
+        )
+    models = [draft.llm["name"], *(parts.encoder["name"] for parts in draft.media.values())]
+    lines.append(f"model for {plan.card.title}: {', '.join(map(str, models))}")
+    return lines
+
+
+def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int) -> str:
+    counts = {file.split: len(rows.samples) for file, rows in zip(found, read, strict=True)}
+    counts["train"] -= held_out
+    counts["test"] = counts.get("test", 0) + held_out
+    hint = "" if counts["test"] else "; too few for a test: label more, or give --hold-out a larger share"
+    return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + hint

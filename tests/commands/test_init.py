@@ -1,0 +1,376 @@
+"""finetune init: a recipe that `check` accepts, for each kind of rows that users bring."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import openpyxl
+import pytest
+import typer.testing
+from cli import cli
+from media_files import video
+from tiny import tiny_llm_folder, tiny_picture, tiny_vision_folder
+from tiny_encoders import tiny_audio_folder
+from tiny_formats import common_voice, put, sound
+
+import finetune
+from finetune.commands._init import cards
+from finetune.commands._init.columns import describe_columns, language_of
+from finetune.commands.cli import app
+from finetune.common.errors import DataError, RecipeError
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
+
+ROWS = 24
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+LABELS = tuple(COLOURS)
+
+
+@pytest.fixture(autouse=True)
+def in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def table(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]], **options: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
+        csv.writer(file, **options).writerows([header, *rows])
+    return path
+
+
+def pictures(folder: Path, count: int = ROWS) -> list[str]:
+    """Files of pictures, each of other content, of three colours in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{number}.png" for number in range(count)]
+    for number, name in enumerate(names):
+        red, green, blue = COLOURS[LABELS[number % 3]]
+        tiny_picture((red, green, (blue + number) % 256)).save(folder / name)
+    return names
+
+
+def recordings(folder: Path, count: int = ROWS) -> list[str]:
+    """0.1 s of silence each, with some bytes behind it that differ."""
+    return [put(folder / f"{n}.wav", sound() + bytes([n] * 2)).name for n in range(count)]
+
+
+def written(path: Path, **choices: object) -> Recipe:
+    """The recipe that init writes; `check` accepts it, and it is short."""
+    file = finetune.init(path, **{"card": "cpu", **choices})
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 30 and text.startswith(f"# {file.stem}: ")
+    counts = finetune.check(file)
+    assert counts["train"].rows and counts["test"].rows
+    return load_recipe(file)
+
+
+def class_folders() -> Path:
+    for number, name in enumerate(pictures(Path("all"))):
+        target = Path("pets") / ("cats", "dogs")[number % 2] / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Path("all", name).rename(target)
+    return Path("pets")
+
+
+def with_labels() -> Path:
+    rows = [[f"{n}.png", LABELS[n % 3], n] for n in range(len(pictures(Path("shop"))))]
+    return table(Path("shop/products.csv"), ["photo", "shelf", "number"], rows)
+
+
+def sheet() -> Path:
+    book = openpyxl.Workbook()
+    for row in [["image", "label"], *([f"{n}.png", LABELS[n % 3]] for n in range(len(pictures(Path("shop")))))]:
+        book.active.append(row)
+    book.save("shop/products.xlsx")
+    return Path("shop/products.xlsx")
+
+
+def captions() -> Path:
+    names = pictures(Path("album/images"))
+    rows = [{"file": name, "caption": f"A {LABELS[n % 3]} square, seen {n} times"} for n, name in enumerate(names)]
+    return put(Path("album/rows.jsonl"), "\n".join(map(json.dumps, rows))).parent
+
+
+def questions() -> Path:
+    rows = [[name, f"What is on square {n}?", f"a dot {n}"] for n, name in enumerate(pictures(Path("charts")))]
+    return table(Path("charts/rows.csv"), ["image", "question", "answer"], rows)
+
+
+def many_answers() -> Path:
+    names = pictures(Path("vqa"))
+    rows = [
+        {"image": name, "question": "Which?", "answers": [f"dot {n}", "dot", f"{n}"]} for n, name in enumerate(names)
+    ]
+    return put(Path("vqa/rows.json"), rows)
+
+
+def transcripts() -> Path:
+    rows = [[name, f"the quick fox {n}"] for n, name in enumerate(recordings(Path("speech/wavs")))]
+    return table(Path("speech/rows.tsv"), ["file", "sentence"], rows, delimiter="\t").parent
+
+
+def corpus() -> Path:
+    folder = common_voice(Path("voices"))
+    recordings(folder / "clips")
+    rows = "".join(f"c{n % 12}\t{n}.wav\tthe quick fox {n}\ttwenties\n" for n in range(ROWS))
+    put(folder / "validated.tsv", "client_id\tpath\tsentence\tage\n" + rows)
+    return folder
+
+
+def clips() -> Path:
+    names = [put(Path("clips") / f"{n}.mp4", video(range(20, 60 + n, 10))).name for n in range(6)]
+    return table(Path("clips/rows.csv"), ["clip", "label"], [[name, LABELS[n % 2]] for n, name in enumerate(names)])
+
+
+def two_media() -> Path:
+    seen, heard = pictures(Path("both/images")), recordings(Path("both/sounds"))
+    rows = [[f"images/{a}", f"sounds/{b}", LABELS[n % 3]] for n, (a, b) in enumerate(zip(seen, heard, strict=True))]
+    return table(Path("both/rows.csv"), ["picture", "call", "label"], rows)
+
+
+def ratings() -> Path:
+    rows = [[name, n % 5 + 1] for n, name in enumerate(pictures(Path("rated")))]
+    return table(Path("rated/rows.csv"), ["image", "rating"], rows)
+
+
+def prices() -> Path:
+    rows = [[name, 9.5 + 3 * n] for n, name in enumerate(pictures(Path("priced")))]
+    return table(Path("priced/rows.csv"), ["image", "price"], rows)
+
+
+def text_only() -> Path:
+    rows = [[n, f"The delivery number {n} was late", LABELS[n % 2]] for n in range(ROWS)]
+    return table(Path("posts.csv"), ["id", "post", "label"], rows)
+
+
+def several_labels() -> Path:
+    rows = [[name, ";".join(LABELS[: n % 3 + 1])] for n, name in enumerate(pictures(Path("tagged")))]
+    return table(Path("tagged/rows.csv"), ["image", "tags"], rows)
+
+
+def boxes() -> Path:
+    names = pictures(Path("boxed"))
+    rows = [{"image": name, "phrase": f"dot {n}", "bbox": [20, 10, 8, 9 + n % 3]} for n, name in enumerate(names)]
+    return put(Path("boxed/rows.jsonl"), "\n".join(map(json.dumps, rows)))
+
+
+def forms() -> Path:
+    names = pictures(Path("forms"))
+    rows = [{"image": name, "json": {"total": n, "shop": f"shop {n}"}} for n, name in enumerate(names)]
+    return put(Path("forms/rows.jsonl"), "\n".join(map(json.dumps, rows)))
+
+
+def conversations() -> Path:
+    names = pictures(Path("talk"))
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    return put(Path("talk/rows.json"), [{"image": name, "conversations": turns} for name in names])
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "options", "media"),
+    [
+        (class_folders, "classify", {"label": "label"}, ["image"]),
+        (with_labels, "classify", {"label": "shelf"}, ["image"]),
+        (sheet, "classify", {}, ["image"]),
+        (captions, "caption", {"caption": "caption"}, ["image"]),
+        (questions, "answer", {"question": "question", "answer": "answer"}, ["image"]),
+        (many_answers, "vqa", {"answers": "answers"}, ["image"]),
+        (transcripts, "transcribe", {"text": "sentence"}, ["audio"]),
+        (corpus, "transcribe", {"text": "text"}, ["audio"]),
+        (clips, "classify", {}, ["video"]),
+        (two_media, "classify", {}, ["image", "audio"]),
+        (ratings, "score", {"number": "rating", "minimum": 1.0, "maximum": 5.0}, ["image"]),
+        (prices, "score", {"number": "price", "minimum": None}, ["image"]),
+        (text_only, "classify", {"text": "post"}, []),
+        (several_labels, "classify", {"label": "tags", "separator": ";"}, ["image"]),
+        (boxes, "ground", {"boxes": "bbox", "text": "phrase", "order": "corner_and_size"}, ["image"]),
+        (forms, "extract", {"answer": "json"}, ["image"]),
+        (conversations, "chat", {}, ["image"]),
+    ],
+)
+def test_the_task_is_that_of_the_rows(rows: Callable[[], Path], kind, options, media):
+    recipe = written(rows())
+    task = recipe.data[0].task
+    assert task.kind == kind and [*task.media] == media == [*recipe.model.encoders]
+    chosen = task.options.model_dump()
+    assert {key: chosen[key] for key in options} == options
+    assert recipe.data[0].head.kind == ("score" if kind == "score" else "language")
+
+
+def test_an_answer_is_one_of_the_labels_where_they_are_few():
+    recipe = written(with_labels())
+    assert recipe.data[0].head.options.answers == "labels"
+    assert recipe.data[0].columns == {"image": "photo"}
+
+
+def test_a_speaker_is_on_one_side():
+    assert written(corpus()).data[0].group == "speaker"
+    rows = [[name, f"the fox {n}", f"p{n % 12}"] for n, name in enumerate(recordings(Path("patients")))]
+    path = table(Path("patients/rows.csv"), ["audio", "text", "patient"], rows)
+    assert written(path).data[0].group == "patient"
+
+
+def test_a_chinese_table_in_gb18030_gets_chinese_questions_and_an_llm_that_reads_them():
+    rows = [[name, f"这是第{n}张方块的图片，颜色很好看"] for n, name in enumerate(pictures(Path("图")))]
+    path = table(Path("图/商品.csv"), ["图片", "描述"], rows, encoding="gb18030")
+    recipe = written(path, card="8gb", name="goods")
+    source = recipe.data[0]
+    assert source.format.options.encoding in ("gb18030", "gbk", "gb2312")
+    assert source.task.kind == "caption" and source.task.options.prompt == "描述这张图片。"
+    assert recipe.model.llm.name.startswith("Qwen/")
+    english = written(captions(), card="8gb", name="album")
+    assert english.data[0].task.options.prompt == "Describe the picture." and "SmolLM2" in english.model.llm.name
+
+
+@pytest.mark.parametrize(
+    ("texts", "language"),
+    [
+        (["猫", "狗"], "zh"),
+        (["a cat"], "en"),
+        (["我要退 iPhone"], "zh"),
+        (["ein Mädchen, schön"], ""),
+        (["ねこです"], ""),
+    ],
+)
+def test_languages(texts, language):
+    assert language_of(texts) == language
+
+
+def test_semicolons_and_splits_in_files_of_their_own():
+    names = pictures(Path("shop/images"))
+    rows = [[name, LABELS[n % 3]] for n, name in enumerate(names)]
+    table(Path("shop/train.csv"), ["image", "label"], rows[:16], delimiter=";")
+    table(Path("shop/val.csv"), ["image", "label"], rows[16:20], delimiter=";")
+    table(Path("shop/test.csv"), ["image", "label"], rows[20:], delimiter=";")
+    recipe = written(Path("shop"))
+    assert [source.split for source in recipe.data] == ["train", "validation", "test"]
+    assert recipe.train.validation and not recipe.data[0].hold_out
+    assert recipe.data[0].media_folder == Path("shop/images").resolve()
+
+
+def test_there_are_enough_steps_for_few_rows_and_not_too_many_for_many():
+    few = written(with_labels()).train
+    assert few.tokens_per_batch == 256 and sum(stage.epochs for stage in few.stages) >= 20
+    rows = [[n, f"The delivery {n} was " + "late " * 100, LABELS[n % 2]] for n in range(600)]
+    many = written(table(Path("many.csv"), ["id", "post", "label"], rows)).train
+    assert many.epochs == 2 and many.tokens_per_batch == 1024
+
+
+def test_media_in_another_folder_are_found_and_others_named():
+    rows = [[name, LABELS[n % 3]] for n, name in enumerate(pictures(Path("elsewhere/deep")))]
+    path = table(Path("tables/rows.csv"), ["image", "label"], rows)
+    with pytest.raises(DataError, match=r"names media such as '0.png', which isn't in .*--media-folder"):
+        finetune.init(path)
+    assert (
+        written(path, media_folder=Path("elsewhere/deep")).data[0].folder_of_media == Path("elsewhere/deep").resolve()
+    )
+
+
+@pytest.mark.parametrize("file", ["notes.pdf", "photo.png", None])
+def test_a_folder_without_rows_says_what_was_looked_for(file):
+    Path("stuff").mkdir()
+    if file:
+        put(Path("stuff") / file, b"x")
+    done = cli("init", "stuff", "--yes")
+    assert done.returncode == 2 and "Looked for: a table (.csv, .tsv, .xlsx)" in done.stderr
+    assert ("1 " + Path(file).suffix if file else "no files") in done.stderr
+    assert ("put them into a folder for each label" in done.stderr) == (file == "photo.png")
+    assert not [*Path().glob("*.yaml")]
+
+
+def test_a_table_without_an_answer_says_so():
+    path = table(Path("shop/rows.csv"), ["image"], [[name] for name in pictures(Path("shop"))])
+    with pytest.raises(DataError, match=r"no column could be the answer.*image \(image\)"):
+        finetune.init(path)
+    path = table(Path("lonely.csv"), ["label"], [[LABELS[n % 3]] for n in range(ROWS)])
+    with pytest.raises(RecipeError, match="nothing to ask about"):
+        finetune.init(path)
+
+
+def test_it_overwrites_only_with_force():
+    path = with_labels()
+    written(path)
+    with pytest.raises(RecipeError, match=r"products\.yaml exists already; .*--force"):
+        finetune.init(path, card="cpu")
+    assert written(path, force=True, prompt="Which shelf?").data[0].task.options.prompt == "Which shelf?"
+
+
+def test_rows_that_cannot_be_used_are_listed_with_the_command_that_removes_them():
+    rows = [[name, LABELS[n % 3]] for n, name in enumerate(pictures(Path("shop")))]
+    table(Path("shop/rows.csv"), ["image", "label"], [*rows, ["gone.png", "red"], ["0.png", ""]])
+    done = cli("init", "shop", "--yes", "--card", "t4")
+    assert done.returncode == 0, done.stderr
+    assert "2 rows can't be used" in done.stdout and "rows.csv:26: no such image" in done.stdout
+    assert "next: finetune data check shop.yaml --fix cleaned" in done.stdout
+    assert load_recipe("shop.yaml").model.llm.dtype == "float16"
+
+
+def test_without_a_terminal_it_needs_yes():
+    done = cli("init", str(with_labels()))
+    assert done.returncode == 2 and "add --yes" in done.stderr
+
+
+def test_it_asks_at_most_five_questions_and_again_after_a_wrong_answer(monkeypatch):
+    path = with_labels()
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    answers = "nothing\nshelf\nWhich shelf?\nshop\n10\n0.3\n"
+    done = typer.testing.CliRunner().invoke(app, ["init", str(path)], input=answers)
+    assert done.exit_code == 0, done.output
+    assert done.output.count("]: ") == 6 and "there is no such column" in done.output
+    recipe = load_recipe("shop.yaml")
+    assert recipe.data[0].task.options.prompt == "Which shelf?" and recipe.data[0].hold_out == 0.3
+    assert "8 GB" in Path("shop.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", cards.NAMES)
+def test_every_card_has_a_recipe(name):
+    recipe = written(with_labels(), card=name)
+    grid = {"google/siglip-base-patch16-224": 14, "google/siglip2-base-patch16-384": 24}
+    side = grid.get(recipe.model.encoders["image"].options.name, 27)
+    assert recipe.model.projectors["image"].length(side**2) <= 81
+    assert recipe.model.llm.dtype == ("float16" if name == "t4" else "auto")
+
+
+@pytest.mark.parametrize(
+    ("memory", "name"), [("6", "cpu"), ("10gb", "8gb"), ("16", "16gb"), ("80 GB", "24gb"), ("T4", "t4")]
+)
+def test_a_card_by_its_memory(memory, name):
+    assert cards.card_of(memory).name == name
+
+
+def test_the_parts_are_those_of_the_recipes_for_the_same_cards():
+    recipes = {"t4": "colab-t4", "8gb": "gpu-8gb", "12gb": "read-documents", "16gb": "gpu-16gb"}
+    root = Path(__file__).parents[2] / "recipes"
+    for name, recipe in recipes.items():
+        text, card = (root / f"{recipe}.yaml").read_text(encoding="utf-8"), cards.card_of(name)
+        for part in (card.english or card.llm, card.vision):
+            assert f"name: {part.name}\n" in text and f"revision: {part.revision}\n" in text, (name, part)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["a.jpg", "b.JPG"], "image"),
+        (["https://example.com/a.mp3?x=1"], "audio"),
+        (["1", "2.5", "-3e4"], "number"),
+        (["[1, 2, 3, 4]", "5,6,7,8"], "boxes"),
+        (["x1", "x2", "x3"], "id"),
+        (["", None], "empty"),
+        (["yes", "no"] * 9, "label"),
+        ([f"sentence number {n} is long" for n in range(9)], "text"),
+    ],
+)
+def test_columns(values, kind):
+    (column,) = describe_columns([{"column": value} for value in values])
+    assert column.kind == kind
+
+
+@pytest.mark.slow
+def test_the_recipe_trains():
+    tiny_llm_folder(Path("weights/llm"))
+    tiny_vision_folder(Path("weights/vision"))
+    tiny_audio_folder(Path("weights/whisper"))
+    path, folders = two_media(), ["image=weights/vision", "audio=weights/whisper"]
+    recipe = finetune.init(path, card="cpu", llm="weights/llm", encoders=folders)
+    run = finetune.train(load_recipe(recipe, ["train.stages.0.epochs=1", "train.stages.1.epochs=1"]), Path("run"))
+    assert run is not None and (Path("run") / "adapter").is_dir()
