@@ -1,6 +1,5 @@
 """The sources of a recipe as samples, split into training, validation and test."""
 
-import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -9,7 +8,8 @@ from pathlib import Path
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
-from finetune.data.sample import Message, Row, Sample
+from finetune.data.hold_out import content_key, holds_out, keys_of, splits_of
+from finetune.data.sample import Row, Sample
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import Limits, RowFile, Source, task_names
 
@@ -71,15 +71,18 @@ def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tu
 def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().max_bytes) -> Splits:
     """All samples, each under the name of its task binding.
 
-    `hold_out` moves rows from training to test by the hash of their group, first medium or text, so that the same
-    picture is never on both sides; the next higher hashes are for validation. Raises DataError where a training row is
-    also in another split.
+    `hold_out` moves exact shares of rows from training to test and validation, by seed and content; rows that share
+    media or a group stay together. Raises DataError where a training row is also in another split.
     """
     splits = Splits()
+    samples: list[Sample] = []
+    keys: list[list[str]] = []
     for number, (source, name) in enumerate(zip(sources, task_names(sources), strict=True)):
         for sample, group in read_samples(source, max_bytes):
-            bound = replace(sample, task=name, source=number, weight=source.weight)
-            splits.of(split_of(sample, group, source, seed)).append(bound)
+            samples.append(replace(sample, task=name, source=number, weight=source.weight))
+            keys.append(keys_of(sample, group) if holds_out(source) else [])
+    for sample, split in zip(samples, splits_of(keys, [s.source for s in samples], sources, seed), strict=True):
+        splits.of(split).append(sample)
     training = {content_key(sample.messages): sample.where for sample in splits.train}
     for split in ("validation", "test"):
         twice = [
@@ -90,14 +93,6 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
         if twice:
             raise DataError(error_list(twice, f"{len(twice)} rows are both in training and in {split}"))
     return splits
-
-
-def split_of(sample: Sample, group: str, source: Source, seed: int) -> str:
-    """What a row is for. `group`: from `group_of`."""
-    chance = _chance(sample, group, seed) if source.split == "train" else 1.0
-    if chance < source.hold_out:
-        return "test"
-    return "validation" if chance < source.hold_out + source.hold_out_validation else source.split
 
 
 def subset(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
@@ -142,16 +137,6 @@ def error_list(errors: Sequence[str], headline: str) -> str:
     return f"{headline}:\n  " + "\n  ".join(errors[:SHOWN]) + more
 
 
-def content_key(messages: Sequence[Message]) -> bytes:
-    """16 bytes, equal for messages with the same text and media, whatever the files are called."""
-    digest = hashlib.sha256()
-    for message in messages:
-        for part in (message.role, *message.content):
-            content = (part if isinstance(part, str) else part.key).encode()
-            digest.update(len(content).to_bytes(8, "big") + content)
-    return digest.digest()[:16]
-
-
 def group_of(row: Row, source: Source) -> str:
     """The group that a row is held out with, '' where the source names no column for it. Raises DataError where the
     column is empty.
@@ -162,13 +147,6 @@ def group_of(row: Row, source: Source) -> str:
     if value in (None, ""):
         raise DataError(f"{row.where}: column {source.group!r}, by which rows are held out, is empty or missing")
     return str(value)
-
-
-def _chance(sample: Sample, group: str, seed: int) -> float:
-    """A number in [0, 1) that depends only on the seed and the row's group, or its first medium, or its question."""
-    group = group or sample.group
-    content = group or (sample.media[0].key if sample.media else str(sample.question))
-    return int(hashlib.sha256(f"{seed}/{content}".encode()).hexdigest()[:12], 16) / 16**12
 
 
 @dataclass(frozen=True)
