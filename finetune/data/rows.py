@@ -8,12 +8,11 @@ from pathlib import Path
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
+from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import content_key, holds_out, keys_of, splits_of
 from finetune.data.sample import Row, Sample
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import Limits, RowFile, Source, task_names
-
-SHOWN = 10  # errors listed at once
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,40 @@ def detected(path: Path) -> FormatPart:
 
 def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tuple[Sample, str]]:
     """All samples of one source, each with the group that it is held out with: '' for its own content. Raises DataError
-    with up to ten wrong rows, and the number of all.
+    with the first faults, and the number of all.
     """
+    samples, faults = _usable_rows(source, max_bytes)
+    if faults.count:
+        raise DataError(fault_list([(faults, len(samples))]))
+    return samples
+
+
+def _usable_rows(source: Source, max_bytes: int) -> tuple[list[tuple[Sample, str]], Faults]:
+    from finetune.data.check.lenient import lenient_rows
+
     samples: list[tuple[Sample, str]] = []
-    wrong: list[str] = []
-    for row in read_rows(source, max_bytes):
+    faults = Faults(source)
+    for row in lenient_rows(source, faults.unreadable, max_bytes):
         try:
             samples.append((source.task.sample(row), group_of(row, source)))
         except DataError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise DataError(
-            error_list(wrong, f"{source.path}: {len(wrong)} of {len(wrong) + len(samples)} rows can't be used")
-        )
-    if not samples:
-        raise DataError(f"{source.path}: no rows")
-    return samples
+            faults.unusable(row, error)
+    if not samples and not faults.count:
+        faults.unreadable(0, f"{source.path}: no rows", "")
+    return samples, faults
+
+
+def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
+    """The faults of sources, each with the number of its usable rows, as one message."""
+    lines = [line for faults, usable in found for line in faults.lines(faults.count + usable)]
+    advice = "`finetune data check RECIPE` examines all rows and media, and writes a copy without faults (--fix)"
+    if len(lines) == 1:
+        return f"{lines[0]}\n{advice}"
+    wrong = ", ".join(
+        f"{faults.source.path}: {faults.count:,} of {faults.count + usable:,} rows can't be used"
+        for faults, usable in found
+    )
+    return f"{error_list(lines, wrong)}\n{advice}"
 
 
 def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().max_bytes) -> Splits:
@@ -77,10 +94,16 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     splits = Splits()
     samples: list[Sample] = []
     keys: list[list[str]] = []
+    wrong: list[tuple[Faults, int]] = []
     for number, (source, name) in enumerate(zip(sources, task_names(sources), strict=True)):
-        for sample, group in read_samples(source, max_bytes):
+        usable, faults = _usable_rows(source, max_bytes)
+        if faults.count:
+            wrong.append((faults, len(usable)))
+        for sample, group in usable if not wrong else ():
             samples.append(replace(sample, task=name, source=number, weight=source.weight))
             keys.append(keys_of(sample, group) if holds_out(source) else [])
+    if wrong:
+        raise DataError(fault_list(wrong))
     for sample, split in zip(samples, splits_of(keys, [s.source for s in samples], sources, seed), strict=True):
         splits.of(split).append(sample)
     training = {content_key(sample.messages): sample.where for sample in splits.train}
