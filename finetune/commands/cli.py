@@ -66,11 +66,7 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
 
-    counts = check(recipe, set_ or [])
-    print(f"{recipe}: OK")
-    for split, count in counts.items():
-        if count.rows:
-            print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
+    print(check(recipe, set_ or []))
 
 
 @app.command()

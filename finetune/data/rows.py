@@ -4,22 +4,30 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil, sqrt
 from pathlib import Path
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
 from finetune.data.faults import SHOWN, Faults
-from finetune.data.hold_out import content_key, holds_out, keys_of, splits_of
+from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
 from finetune.data.sample import Row, Sample
+from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import Limits, RowFile, Source, task_names
+from finetune.recipe.schema import Limits, Recipe, RowFile, Source, task_names
+
+FEW_ROWS = 30  # to score
+MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
 
 
 @dataclass(frozen=True)
 class Splits:
+    """`together`: of sources that hold rows out, how many rows each set has that stays together."""
+
     train: list[Sample] = field(default_factory=list)
     validation: list[Sample] = field(default_factory=list)
     test: list[Sample] = field(default_factory=list)
+    together: list[int] = field(default_factory=list)
 
     def of(self, split: str) -> list[Sample]:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
@@ -106,6 +114,7 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
         raise DataError(fault_list(wrong))
     for sample, split in zip(samples, splits_of(keys, [s.source for s in samples], sources, seed), strict=True):
         splits.of(split).append(sample)
+    splits.together.extend(len(rows) for rows in connected([own for own in keys if own]))
     training = {content_key(sample.messages): sample.where for sample in splits.train}
     for split in ("validation", "test"):
         twice = [
@@ -116,6 +125,50 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
         if twice:
             raise DataError(error_list(twice, f"{len(twice)} rows are both in training and in {split}"))
     return splits
+
+
+def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
+    """Raises DataError where there is no row to train on, to evaluate, or to validate though the recipe does."""
+    needed = ["train", recipe.evaluate.split, *(["validation"] if recipe.train.validation else [])]
+    for split in dict.fromkeys(needed):
+        if splits.of(split):
+            continue
+        if split == "train":
+            raise DataError("data: all rows are held out, none is left to train on: lower hold_out")
+        raise DataError(f"data: no row is held out for {split}: {_more_held_out(splits, split, 1)}")
+
+
+def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
+    """Warnings of splits too small for scores to mean much."""
+    rows = min(len(splits.of(recipe.evaluate.split)), recipe.evaluate.limit or FEW_ROWS)
+    if rows < FEW_ROWS:
+        cure = _more_held_out(splits, recipe.evaluate.split, FEW_ROWS)
+        if rows == recipe.evaluate.limit:
+            cure = f"raise evaluate.limit to {FEW_ROWS} or more"
+        yield f"only {rows} row{'s' * (rows > 1)} to score: a share of 50% could as well be {_range(rows)}; {cure}"
+
+
+def _range(rows: int) -> str:
+    """The 95% interval of one half of so few rows (Wilson)."""
+    half = 1.96 / 2 / sqrt(rows + 1.96**2)
+    return f"{max(0.0, 0.5 - half):.0%} or {min(1.0, 0.5 + half):.0%}"
+
+
+def _more_held_out(splits: Splits, split: str, rows: int) -> str:
+    """What gives at least `rows` rows of a split."""
+    key = HOLD_OUT_KEYS[split]
+    other = f"add a source with split: {split} and {rows} rows or more"
+    if not splits.together:
+        return other
+    total, smallest = sum(splits.together), min(splits.together)
+    if smallest > 1:
+        text = (
+            f"rows that share media or a group stay together, in {len(splits.together):,} sets of {smallest:,} or more"
+        )
+    else:
+        text = f"{total:,} rows can be held out"
+    share = ceil(100 * max(rows, smallest) / total) / 100
+    return f"{text}; {f'{key}: {share:g} would do, or ' if share <= MOST_HELD_OUT else ''}{other}"
 
 
 def subset(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
