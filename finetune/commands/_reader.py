@@ -1,12 +1,15 @@
 """Rows as training will read them, without the LLM's weights: shared by the commands that examine data."""
 
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from finetune.common.errors import DataError, MediaError
 from finetune.data.check.inspect import View, text_remarks, view
 from finetune.data.check.ledger import Examined, Finding
-from finetune.data.rows import content_key, group_of, split_of
+from finetune.data.check.lenient import lenient_rows
+from finetune.data.hold_out import content_key, holds_out, keys_of, splits_of
+from finetune.data.rows import group_of
 from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.schema import Llm, Recipe, task_names
@@ -55,7 +58,7 @@ class Reader:
         decoded = decode_for(encoder, medium.kind, medium.path, self.recipe.media)
         return view(medium, decoded), encoder.layout or encoder.prepare(decoded).layout
 
-    def examine(self, number: int, source: int, row: Row) -> Examined:
+    def examine(self, number: int, source: int, row: Row, split: str) -> Examined:
         """All findings about one row by itself. `number`: of the row, over all sources."""
         result = Examined(number, source, row.number)
 
@@ -67,7 +70,7 @@ class Reader:
             return result
         try:
             sample = self.sample(source, row)
-            group = group_of(row, self.recipe.data[source])
+            group_of(row, self.recipe.data[source])
         except DataError as error:
             add("medium" if isinstance(error, MediaError) else "row", str(error))
             return result
@@ -86,15 +89,14 @@ class Reader:
             for remark in text_remarks(text):
                 add(*remark)
         try:
-            self._measure(result, sample, group)
+            self._measure(result, sample, split)
         except DataError as error:
             add("tokens", str(error))
         return result
 
-    def _measure(self, result: Examined, sample: Sample, group: str) -> None:
+    def _measure(self, result: Examined, sample: Sample, split: str) -> None:
         """Add split, tokens, contents and labels. Raises DataError if the row can't be tokenized."""
         source = self.recipe.data[result.source]
-        split = split_of(sample, group, source, self.recipe.seed)
         tokens = len(self.tokens(sample, result.source, split).input_ids)
         problem = None
         if split == "train" and tokens > (limit := self.recipe.train.tokens_per_batch):
@@ -111,6 +113,22 @@ class Reader:
             result.labels = tuple(str(label) for label in labels)
             result.label_set = f"{self.names[result.source]} {source.task.options.model_dump_json()}"
             result.answer = sample.answer
+
+
+def held_out(recipe: Recipe) -> dict[tuple[int, int], str]:
+    """{(number of a source, place of a row among its `lenient_rows`): split} of the usable rows of sources that hold
+    rows out.
+    """
+    places: list[tuple[int, int]] = []
+    keys: list[list[str]] = []
+    for number, source in enumerate(recipe.data):
+        if holds_out(source):
+            for place, row in enumerate(lenient_rows(source, lambda line, text, raw: None)):
+                with suppress(DataError):  # a finding of its own
+                    keys.append(keys_of(source.task.sample(row), group_of(row, source)))
+                    places.append((number, place))
+    splits = splits_of(keys, [number for number, _ in places], recipe.data, recipe.seed)
+    return dict(zip(places, splits, strict=True))
 
 
 def context_of(llm: Llm) -> int | None:

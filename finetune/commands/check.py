@@ -1,17 +1,129 @@
 """Check a recipe and its rows, without loading a model. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.rows import SplitSummary, read_splits, summary
+from finetune.commands._lengths import estimate, settings_of
+from finetune.common.errors import RecipeError
+from finetune.common.hub import PROBE_SECONDS, unreachable
+from finetune.common.run_folder import JsonObject
+from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary
 from finetune.recipe.load import load_recipe, refuse_missing_trackers
+from finetune.recipe.remarks import remarks
+from finetune.recipe.schema import Llm, Recipe
+from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
+
+# Of these families transformers loads the text part of a vision-language checkpoint by itself.
+TEXT_PART_LOADS = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
 
 
-def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, SplitSummary]:
-    """Read a recipe and its rows, and check that their media exist. Returns {split: counts}.
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """`splits`: {split: counts}; `stages`: steps of each, () where the tokenizer isn't at hand; `warnings`: what makes
+    a run a waste; `notes`: what its author may not expect, and what couldn't be checked.
+    """
+
+    recipe: Path
+    splits: dict[str, SplitSummary]
+    stages: tuple[StageSteps, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.recipe}: OK"]
+        for split, count in self.splits.items():
+            if count.rows:
+                lines.append(
+                    f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers"
+                )
+        for stage in self.stages:
+            epochs = f"{stage.epochs} epoch{'s' * (stage.epochs > 1)}"
+            lines.append(
+                f"  stage {stage.stage}: about {stage.steps:,} optimizer steps, {epochs} of {stage.rows:,} rows"
+            )
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def check(recipe: Path | str, overrides: Sequence[str] = ()) -> CheckedRecipe:
+    """Read a recipe and its rows, and check that their media exist, that the LLM is one, that there are rows to score,
+    and that the stages have steps enough.
 
     Raises RecipeError, DataError.
     """
     loaded = load_recipe(recipe, overrides)
     refuse_missing_trackers(loaded)
-    return summary(read_splits(loaded.data, loaded.seed, loaded.media.max_bytes))
+    notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm)]
+    splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)
+    refuse_empty_splits(splits, loaded)
+    warnings = list(few_rows(splits, loaded))
+    stages: tuple[StageSteps, ...] = ()
+    estimated = estimate(loaded.model, splits.train)
+    if estimated is None:
+        notes.append("steps aren't counted: the tokenizer of model.llm is neither a folder's nor in the Hub's cache")
+    else:
+        stages = steps_of(loaded.train, splits.train, estimated.lengths)
+        warnings += _few_steps(loaded, splits, estimated.lengths, stages)
+        if estimated.unknown:
+            notes.append(f"tokens of {', '.join(estimated.unknown)} aren't counted: only the encoder's weights tell")
+    return CheckedRecipe(Path(recipe), summary(splits), stages, tuple(warnings), tuple(notes))
+
+
+def _few_steps(recipe: Recipe, splits: Splits, lengths: Sequence[int], stages: Sequence[StageSteps]) -> Iterator[str]:
+    few = [stage for stage in stages if stage.steps < FEW_STEPS]
+    if not few:
+        return
+    better = more_steps(recipe.train, splits.train, lengths)
+    counts = steps_of(better, splits.train, lengths)
+    changes = [
+        f"{key}: {getattr(better, key)}"
+        for key in ("tokens_per_batch", "accumulate")
+        if getattr(better, key) != getattr(recipe.train, key)
+    ]
+    changes += [
+        f"epochs: {new.epochs} in stage {new.name}"
+        for old, new in zip(recipe.train.stages, better.stages, strict=True)
+        if new.epochs != old.epochs
+    ]
+    steps = " and ".join(f"{stage.steps} of {stage.stage}" for stage in few)
+    more = ", ".join(f"{count.steps} of {count.stage}" for count in counts)
+    yield f"few optimizer steps to learn from ({steps}): {', '.join(changes)} would give about {more}"
+
+
+def refuse_multimodal(llm: Llm) -> Iterator[str]:
+    """Notes, where the LLM's config isn't at hand. Raises RecipeError where it is that of a model with encoders of its
+    own, or of one that isn't a causal LM.
+    """
+    if llm.name.endswith(".gguf"):
+        return
+    config = settings_of(llm.name, llm.revision, "config.json")
+    if not config and not Path(llm.name).exists():
+        config = _downloaded_config(llm)
+    if not config:
+        yield f"whether model.llm is a text-only LLM isn't known: there is no config.json of {llm.name!r} at hand"
+        return
+    what = (config.get("architectures") or [config.get("model_type")])[0]
+    own = [key.removesuffix("_config") for key in ("vision_config", "audio_config", "thinker_config") if key in config]
+    if own and config.get("model_type") not in TEXT_PART_LOADS:
+        inner = [config.get(key) for key in ("text_config", "llm_config", "language_config")]
+        names = [part["_name_or_path"] for part in inner if isinstance(part, dict) and part.get("_name_or_path")]
+        advice = f"take its text LLM, {names[0]!r}" if names else "take the text LLM that it was made from"
+        raise RecipeError(
+            f"model.llm.name: {llm.name!r} is a {what}, with encoders of its own ({', '.join(own)}); {advice}"
+        )
+    if config.get("is_encoder_decoder"):
+        raise RecipeError(f"model.llm.name: {llm.name!r} is a {what}, an encoder and decoder; take a decoder-only LLM")
+
+
+def _downloaded_config(llm: Llm) -> JsonObject:
+    """The config from the Hub; {} without a network, or where the Hub has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if unreachable() is not None:
+        return {}
+    with suppress(HfHubHTTPError, OSError, ValueError):
+        hf_hub_download(llm.name, "config.json", revision=llm.revision, etag_timeout=PROBE_SECONDS)
+    return settings_of(llm.name, llm.revision, "config.json")

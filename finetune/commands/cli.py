@@ -135,16 +135,8 @@ def ask(question: "Question") -> str:
 def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
-    from finetune.recipe.load import load_recipe
-    from finetune.recipe.remarks import remarks
 
-    counts = check(recipe, set_ or [])
-    print(f"{recipe}: OK")
-    for split, count in counts.items():
-        if count.rows:
-            print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
-    for remark in remarks(load_recipe(recipe, set_ or [])):
-        print(f"  {remark}")
+    print(check(recipe, set_ or []))
 
 
 @app.command()

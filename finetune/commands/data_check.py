@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TypedDict
 
-from finetune.commands._reader import Reader
+from finetune.commands._reader import Reader, held_out
 from finetune.common.errors import DataError, FinetuneError
 from finetune.common.run_folder import whole_folder, write_text
 from finetune.data.check.compare import NEAR_BITS, NEAR_LEVELS, compare
@@ -25,7 +25,7 @@ CHUNK = 32  # rows given to a worker at once
 FEW_ROWS = 256  # for fewer no worker is started
 CHUNKS_AHEAD = 4  # per worker, waiting to be read or reported
 
-NumberedRow = tuple[int, int, Row]  # number over all sources, number of the source, the row
+NumberedRow = tuple[int, int, Row, str]  # number over all sources, number of the source, the row, its split
 
 
 class Fixed(TypedDict):
@@ -84,7 +84,7 @@ def fill(ledger: Ledger, recipe: Recipe, workers: int | None) -> int:
     from rich.console import Console
 
     count = 0
-    rows = _numbered_rows(ledger, recipe.data)
+    rows = _numbered_rows(ledger, recipe)
     first = list(islice(rows, FEW_ROWS))
     rows = chain(first, rows)
     if workers is None:
@@ -109,15 +109,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _numbered_rows(ledger: Ledger, sources: Sequence[Source]) -> Iterator[NumberedRow]:
-    count = 0
-    for number, source in enumerate(sources):
+def _numbered_rows(ledger: Ledger, recipe: Recipe) -> Iterator[NumberedRow]:
+    count, splits = 0, held_out(recipe)
+    for number, source in enumerate(recipe.data):
 
         def report(line: int, text: str, raw: str, source: int = number) -> None:
             ledger.add_findings([Finding("unreadable", text, None, source, line)])
 
-        for row in lenient_rows(source, report):
-            yield count, number, row
+        for place, row in enumerate(lenient_rows(source, report)):
+            yield count, number, row, splits.get((number, place), source.split)
             count += 1
 
 
@@ -148,7 +148,7 @@ def in_processes(recipe: Recipe, rows: Iterator[NumberedRow], workers: int) -> I
                     waiting.append((chunk[0], pool.submit(_examine, chunk)))
                 if not waiting:
                     return
-                (_, _, row), future = waiting[0]
+                (_, _, row, _), future = waiting[0]
                 yield future.result()
                 waiting.popleft()
         except BrokenProcessPool:

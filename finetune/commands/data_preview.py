@@ -6,12 +6,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands._reader import Reader
+from finetune.commands._reader import Reader, held_out
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_text
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import Thumbnails, render
-from finetune.data.rows import Source, group_of, split_of
+from finetune.data.rows import Source, group_of
 from finetune.data.sample import Medium
 from finetune.model.tokenize import IGNORED, Tokens
 from finetune.recipe.load import load_recipe
@@ -71,10 +71,10 @@ def data_preview(
     """
     loaded = load_recipe(recipe, overrides)
     reader = Reader(loaded)
-    sources = loaded.data
+    sources, splits = loaded.data, held_out(loaded)
     used = [n for n, source in enumerate(sources) if split in (source.split, *_held_out(source))]
     each = max(1, -(-rows // max(1, len(used))))
-    previews = [preview for n in used for preview in _previews(reader, n, split, each, boundaries)][:rows]
+    previews = [preview for n in used for preview in _previews(reader, n, split, splits, each, boundaries)][:rows]
     if not previews:
         raise DataError(f"no row is for {split}: there are {', '.join(sorted({source.split for source in sources}))}")
     if html is not None:
@@ -89,17 +89,20 @@ def _held_out(source: Source) -> list[str]:
     return [split for split, share in shares.items() if share]
 
 
-def _previews(reader: Reader, number: int, split: str, count: int, boundaries: bool) -> Iterator[Preview]:
+def _previews(
+    reader: Reader, number: int, split: str, splits: dict[tuple[int, int], str], count: int, boundaries: bool
+) -> Iterator[Preview]:
     source = reader.recipe.data[number]
     unreadable: list[Preview] = []
     shown = 0
-    for row in lenient_rows(source, lambda line, text, raw: unreadable.append(Preview(text, problem=text))):
+    rows = lenient_rows(source, lambda line, text, raw: unreadable.append(Preview(text, problem=text)))
+    for place, row in enumerate(rows):
         if shown == count:
             return
         try:
             sample = reader.sample(number, row)
-            group = group_of(row, source)
-            if split_of(sample, group, source, reader.recipe.seed) != split:
+            group_of(row, source)
+            if splits.get((number, place), source.split) != split:
                 continue
             tokens = reader.tokens(sample, number, split)
             learns = any(label != IGNORED for label in tokens.labels)

@@ -3,6 +3,7 @@
 FinetuneError                 exit status 1; its text is all that the command line prints
 ├─ RecipeError           2    the recipe, an option of the command line, or a part's options
 ├─ DataError             2    a row, a file of rows, a split
+│  ├─ MissingColumn      2    a column that a row lacks
 │  └─ MediaError         2    a picture, recording or video that can't be decoded or is out of bounds
 ├─ ModelError            1    an LLM, an encoder or a projector that can't be built or don't fit together
 ├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be continued
@@ -29,6 +30,12 @@ class RecipeError(FinetuneError):
 
 class DataError(FinetuneError):
     exit_status = 2
+
+
+class MissingColumn(DataError):
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
 
 
 class MediaError(DataError):

@@ -1,26 +1,33 @@
 """The sources of a recipe as samples, split into training, validation and test."""
 
-import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil, sqrt
 from pathlib import Path
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
-from finetune.data.sample import Message, Row, Sample
+from finetune.data.faults import SHOWN, Faults
+from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
+from finetune.data.sample import Row, Sample
+from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import Limits, RowFile, Source, task_names
+from finetune.recipe.schema import Limits, Recipe, RowFile, Source, task_names
 
-SHOWN = 10  # errors listed at once
+FEW_ROWS = 30  # to score
+MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
 
 
 @dataclass(frozen=True)
 class Splits:
+    """`together`: of sources that hold rows out, how many rows each set has that stays together."""
+
     train: list[Sample] = field(default_factory=list)
     validation: list[Sample] = field(default_factory=list)
     test: list[Sample] = field(default_factory=list)
+    together: list[int] = field(default_factory=list)
 
     def of(self, split: str) -> list[Sample]:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
@@ -50,36 +57,64 @@ def detected(path: Path) -> FormatPart:
 
 def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tuple[Sample, str]]:
     """All samples of one source, each with the group that it is held out with: '' for its own content. Raises DataError
-    with up to ten wrong rows, and the number of all.
+    with the first faults, and the number of all.
     """
+    samples, faults = _usable_rows(source, max_bytes)
+    if faults.count:
+        raise DataError(fault_list([(faults, len(samples))]))
+    return samples
+
+
+def _usable_rows(source: Source, max_bytes: int) -> tuple[list[tuple[Sample, str]], Faults]:
+    from finetune.data.check.lenient import lenient_rows
+
     samples: list[tuple[Sample, str]] = []
-    wrong: list[str] = []
-    for row in read_rows(source, max_bytes):
+    faults = Faults(source)
+    for row in lenient_rows(source, faults.unreadable, max_bytes):
         try:
             samples.append((source.task.sample(row), group_of(row, source)))
         except DataError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise DataError(
-            error_list(wrong, f"{source.path}: {len(wrong)} of {len(wrong) + len(samples)} rows can't be used")
-        )
-    if not samples:
-        raise DataError(f"{source.path}: no rows")
-    return samples
+            faults.unusable(row, error)
+    if not samples and not faults.count:
+        faults.unreadable(0, f"{source.path}: no rows", "")
+    return samples, faults
+
+
+def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
+    """The faults of sources, each with the number of its usable rows, as one message."""
+    lines = [line for faults, usable in found for line in faults.lines(faults.count + usable)]
+    advice = "`finetune data check RECIPE` examines all rows and media, and writes a copy without faults (--fix)"
+    if len(lines) == 1:
+        return f"{lines[0]}\n{advice}"
+    wrong = ", ".join(
+        f"{faults.source.path}: {faults.count:,} of {faults.count + usable:,} rows can't be used"
+        for faults, usable in found
+    )
+    return f"{error_list(lines, wrong)}\n{advice}"
 
 
 def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().max_bytes) -> Splits:
     """All samples, each under the name of its task binding.
 
-    `hold_out` moves rows from training to test by the hash of their group, first medium or text, so that the same
-    picture is never on both sides; the next higher hashes are for validation. Raises DataError where a training row is
-    also in another split.
+    `hold_out` moves exact shares of rows from training to test and validation, by seed and content; rows that share
+    media or a group stay together. Raises DataError where a training row is also in another split.
     """
     splits = Splits()
+    samples: list[Sample] = []
+    keys: list[list[str]] = []
+    wrong: list[tuple[Faults, int]] = []
     for number, (source, name) in enumerate(zip(sources, task_names(sources), strict=True)):
-        for sample, group in read_samples(source, max_bytes):
-            bound = replace(sample, task=name, source=number, weight=source.weight)
-            splits.of(split_of(sample, group, source, seed)).append(bound)
+        usable, faults = _usable_rows(source, max_bytes)
+        if faults.count:
+            wrong.append((faults, len(usable)))
+        for sample, group in usable if not wrong else ():
+            samples.append(replace(sample, task=name, source=number, weight=source.weight))
+            keys.append(keys_of(sample, group) if holds_out(source) else [])
+    if wrong:
+        raise DataError(fault_list(wrong))
+    for sample, split in zip(samples, splits_of(keys, [s.source for s in samples], sources, seed), strict=True):
+        splits.of(split).append(sample)
+    splits.together.extend(len(rows) for rows in connected([own for own in keys if own]))
     training = {content_key(sample.messages): sample.where for sample in splits.train}
     for split in ("validation", "test"):
         twice = [
@@ -92,12 +127,48 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     return splits
 
 
-def split_of(sample: Sample, group: str, source: Source, seed: int) -> str:
-    """What a row is for. `group`: from `group_of`."""
-    chance = _chance(sample, group, seed) if source.split == "train" else 1.0
-    if chance < source.hold_out:
-        return "test"
-    return "validation" if chance < source.hold_out + source.hold_out_validation else source.split
+def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
+    """Raises DataError where there is no row to train on, to evaluate, or to validate though the recipe does."""
+    needed = ["train", recipe.evaluate.split, *(["validation"] if recipe.train.validation else [])]
+    for split in dict.fromkeys(needed):
+        if splits.of(split):
+            continue
+        if split == "train":
+            raise DataError("data: all rows are held out, none is left to train on: lower hold_out")
+        raise DataError(f"data: no row is held out for {split}: {_more_held_out(splits, split, 1)}")
+
+
+def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
+    """Warnings of splits too small for scores to mean much."""
+    rows = min(len(splits.of(recipe.evaluate.split)), recipe.evaluate.limit or FEW_ROWS)
+    if rows < FEW_ROWS:
+        cure = _more_held_out(splits, recipe.evaluate.split, FEW_ROWS)
+        if rows == recipe.evaluate.limit:
+            cure = f"raise evaluate.limit to {FEW_ROWS} or more"
+        yield f"only {rows} row{'s' * (rows > 1)} to score: a share of 50% could as well be {_range(rows)}; {cure}"
+
+
+def _range(rows: int) -> str:
+    """The 95% interval of one half of so few rows (Wilson)."""
+    half = 1.96 / 2 / sqrt(rows + 1.96**2)
+    return f"{max(0.0, 0.5 - half):.0%} or {min(1.0, 0.5 + half):.0%}"
+
+
+def _more_held_out(splits: Splits, split: str, rows: int) -> str:
+    """What gives at least `rows` rows of a split."""
+    key = HOLD_OUT_KEYS[split]
+    other = f"add a source with split: {split} and {rows} rows or more"
+    if not splits.together:
+        return other
+    total, smallest = sum(splits.together), min(splits.together)
+    if smallest > 1:
+        text = (
+            f"rows that share media or a group stay together, in {len(splits.together):,} sets of {smallest:,} or more"
+        )
+    else:
+        text = f"{total:,} rows can be held out"
+    share = ceil(100 * max(rows, smallest) / total) / 100
+    return f"{text}; {f'{key}: {share:g} would do, or ' if share <= MOST_HELD_OUT else ''}{other}"
 
 
 def subset(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Sample]:
@@ -142,16 +213,6 @@ def error_list(errors: Sequence[str], headline: str) -> str:
     return f"{headline}:\n  " + "\n  ".join(errors[:SHOWN]) + more
 
 
-def content_key(messages: Sequence[Message]) -> bytes:
-    """16 bytes, equal for messages with the same text and media, whatever the files are called."""
-    digest = hashlib.sha256()
-    for message in messages:
-        for part in (message.role, *message.content):
-            content = (part if isinstance(part, str) else part.key).encode()
-            digest.update(len(content).to_bytes(8, "big") + content)
-    return digest.digest()[:16]
-
-
 def group_of(row: Row, source: Source) -> str:
     """The group that a row is held out with, '' where the source names no column for it. Raises DataError where the
     column is empty.
@@ -162,13 +223,6 @@ def group_of(row: Row, source: Source) -> str:
     if value in (None, ""):
         raise DataError(f"{row.where}: column {source.group!r}, by which rows are held out, is empty or missing")
     return str(value)
-
-
-def _chance(sample: Sample, group: str, seed: int) -> float:
-    """A number in [0, 1) that depends only on the seed and the row's group, or its first medium, or its question."""
-    group = group or sample.group
-    content = group or (sample.media[0].key if sample.media else str(sample.question))
-    return int(hashlib.sha256(f"{seed}/{content}".encode()).hexdigest()[:12], 16) / 16**12
 
 
 @dataclass(frozen=True)

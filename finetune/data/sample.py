@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.common.errors import DataError, MediaError
+from finetune.common.errors import DataError, MediaError, MissingColumn
 from finetune.common.run_folder import file_hash
 from finetune.data.fetch import fetched
 from finetune.data.media_store import data_uri_content, stored
@@ -50,9 +50,10 @@ class Row:
             have = ", ".join(repr(name) for name in self.columns)
             if column in self.columns:
                 raise DataError(f"{self.where}: column {column!r} holds {value!r}: fill it in, or leave the row out")
-            raise DataError(
+            raise MissingColumn(
                 f"{self.where}: column {column!r} is missing (columns: {have}); say which it is with "
-                f"`columns: {{{column}: ...}}`"
+                f"`columns: {{{column}: ...}}`",
+                column,
             )
         return value.strip()
 

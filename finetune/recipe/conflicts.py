@@ -52,7 +52,11 @@ def _source_conflicts(recipe: Recipe) -> Iterator[Problem]:
         for medium in source.task.media:
             if medium not in media:
                 encoders = shorten(", ".join(recipe.model.encoders) or "none")
-                message = f"{source.task.kind!r} needs an encoder for {medium!r}; encoders: {encoders}."
+                takes = ", ".join(sorted(media & {encoder.medium for encoder in recipe.model.encoders.values()}))
+                message = (
+                    f"{source.task.kind!r} needs an encoder for {medium!r}; encoders: {encoders}. If its rows hold "
+                    f"{takes or 'text alone'}, write {{kind: {source.task.kind}, media: [{takes}]}}."
+                )
                 yield Problem(("data", index, "task"), message)
         # Another sheet of the file, or split of the dataset, has other rows.
         options = source.format.options.model_dump_json(exclude_defaults=True) if source.format else "{}"

@@ -13,7 +13,7 @@ from finetune.common.errors import RecipeError
 from finetune.recipe.conflicts import conflicts
 from finetune.recipe.explain import explain, override, recipe_error
 from finetune.recipe.parts import Part
-from finetune.recipe.schema import Recipe, outline
+from finetune.recipe.schema import Recipe, Source, outline
 from finetune.recipe.words import Location, Problem, describe, shorten
 from finetune.recipe.yaml_reader import dump_yaml, near_file, read_text, read_yaml
 
@@ -34,11 +34,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise recipe_error(document, explain(document, error.errors(include_url=False), outline())) from None
     problems: list[Problem] = []
+    recipe = _with_media(recipe)
     recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
     problems += conflicts(recipe)
     if problems:
         raise recipe_error(document, problems)
     return recipe
+
+
+def _with_media(recipe: Recipe) -> Recipe:
+    """The recipe with the only encoder's medium in tasks whose `media` aren't written, where they'd be pictures as for
+    any task.
+    """
+    media = {encoder.medium for encoder in recipe.model.encoders.values()}
+    if len(media) != 1 or media == {"image"}:
+        return recipe
+    return recipe.model_copy(update={"data": [_source_with(source, *media) for source in recipe.data]})
+
+
+def _source_with(source: Source, medium: str) -> Source:
+    task = source.task
+    if task.media != ("image",) or "media" in task.options.model_fields_set:
+        return source
+    options = task.options.model_copy(update={"media": (medium,)})
+    return source.model_copy(update={"task": replace(task, options=options)})
 
 
 def refuse_missing_trackers(recipe: Recipe) -> None:

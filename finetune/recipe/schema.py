@@ -140,7 +140,11 @@ class Source(RowFile):
     head: HeadPart = Field("language", validate_default=True, description="Output head: language, label or score.")
     split: Literal["train", "validation", "test"] = Field("train", description="What the rows are for.")
     hold_out: float = Field(
-        0.0, ge=0, le=0.9, description="Share of the source's media held out as test rows, by seed and content hash."
+        0.0,
+        ge=0,
+        le=0.9,
+        description="Share of the source's rows held out as test rows, by seed and content. Rows that share media or a "
+        "group stay together.",
     )
     hold_out_validation: float = Field(
         0.0, ge=0, le=0.9, description="Share held out in the same way as validation rows, for train.validation."

@@ -1,5 +1,6 @@
 import base64
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_a_row_held_out_is_lost_to_training_and_depends_on_the_seed_alone(data):
         return held_out
 
     assert test_rows(0) == test_rows(0) != test_rows(1)
-    assert 6 <= len(test_rows(0)) <= 26  # three standard deviations of 40 draws at 0.4
+    assert len(test_rows(0)) == 16
 
 
 def test_rows_of_one_picture_stay_on_one_side(tmp_path):
@@ -114,14 +115,57 @@ def test_a_row_of_training_under_another_name_in_the_test_is_refused(data):
         read_splits([source(data / "train.csv"), source(test, split="test")], 0)
 
 
-def test_all_wrong_rows_are_counted_and_ten_are_shown(tmp_path):
+def test_all_wrong_rows_are_counted_and_twenty_are_shown(tmp_path):
     tiny_picture().save(tmp_path / "a.png")
-    rows = [["a.png", "red"], *[["missing.png", "red"]] * 11, ["a.png", ""], ["../a.png", "red"]]
+    rows = [["a.png", "red"], *[["missing.png", "red"]] * 21, ["a.png", ""], ["../a.png", "red"]]
     with pytest.raises(DataError) as caught:
         read_splits([source(write(tmp_path / "rows.csv", rows))], 0)
     lines = str(caught.value).splitlines()
-    assert "13 of 14 rows can't be used" in lines[0] and lines[-1].strip() == "... and 3 more"
-    assert "rows.csv:3: no such image" in lines[1] and len(lines) == 12
+    assert "23 of 24 rows can't be used" in lines[0] and lines[-2].strip() == "... and 3 more"
+    assert "rows.csv:3: no such image" in lines[1] and len(lines) == 23
+    assert "finetune data check RECIPE" in lines[-1]
+
+
+def refused(*sources: Source) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        read_splits(sources, 0)
+    return str(caught.value).splitlines()
+
+
+def test_the_faults_of_every_file_are_shown_with_the_rows_own_ids(tmp_path):
+    tiny_picture().save(tmp_path / "a.png")
+    (tmp_path / "first.csv").write_text("image,label,id\na.png,red,r1\ngone.png,red,r2\na.png,red,r3,more\n,red,r4\n")
+    second = [
+        {"id": "x7", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]},
+        {"id": "x8", "image": "a.png", "conversations": [{"from": "robot", "value": "<image>"}]},
+    ]
+    (tmp_path / "second.json").write_text(json.dumps(second))
+    lines = refused(source(tmp_path / "first.csv"), source(tmp_path / "second.json", "chat"))
+    assert "3 of 4 rows" in lines[0] and "2 of 2 rows" in lines[0]
+    text = "\n".join(lines)
+    for place in ("first.csv:3 (id 'r2'): no such", "first.csv:4:", "first.csv:5 (id 'r4'):", "(id 'x7')", "(id 'x8')"):
+        assert place in text, (place, text)
+
+
+def test_a_missing_column_is_one_line_with_all_that_are_missing_and_the_likely_ones(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("images,labels,note\n" + "a.png,red,x\n" * 160)
+    lines = refused(source(path))
+    assert len(lines) == 2 and "in 159 of 159 other rows no column 'label' or 'image'" in lines[0]
+    assert "`columns: {label: labels, image: images}`" in lines[0]
+
+
+def test_a_map_of_columns_the_wrong_way_round_is_turned(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("file,label\na.png,red\n")
+    lines = refused(source(path, columns={"file": "image"}))
+    assert "the wrong way round, write `columns: {image: file}`" in lines[0]
+
+
+def test_the_column_of_a_json_object_is_an_option(tmp_path):
+    tiny_picture().save(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("image,total\na.png,3\n")
+    assert "`answer: COLUMN`" in refused(source(tmp_path / "rows.csv", "extract"))[0]
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,8 @@ def assert_conflicts(messages, overrides=(), text=None) -> None:
         ),
         (
             ["data.0.task=transcribe"],
-            "data.0.task: 'transcribe' needs an encoder for 'audio'; encoders: image.",
+            "data.0.task: 'transcribe' needs an encoder for 'audio'; encoders: image. If its rows hold image, write "
+            "{kind: transcribe, media: [image]}.",
         ),
         (
             ["data.0.split=validation", "evaluate.split=validation"],

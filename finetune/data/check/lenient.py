@@ -14,7 +14,7 @@ from finetune.common.errors import DataError
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
 from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
-from finetune.recipe.schema import RowFile
+from finetune.recipe.schema import Limits, RowFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SAMPLE_BYTES = 1 << 18  # of lines that aren't UTF-8, to detect their encoding by
@@ -24,13 +24,13 @@ LONGEST = 1_000  # lines of one quoted field; beyond them its closing quote is t
 Report = Callable[[int, str, str], None]  # number of the line (0: the file), what is wrong with it, the line itself
 
 
-def lenient_rows(source: RowFile, report: Report) -> Iterator[Row]:
+def lenient_rows(source: RowFile, report: Report, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
     """The rows of a source, under the line numbers of its file. What can't be read goes to `report`; reading then goes
     on with the next row of CSV, TSV and JSON, and ends with other formats.
     """
     last, suffix = 0, source.path.suffix.lower()
     try:
-        for row in read_rows(source):
+        for row in read_rows(source, max_bytes):
             last = row.number
             yield row
         return

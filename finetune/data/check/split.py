@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media as in_rows
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
 from finetune.data.formats.table import SHEETS
+from finetune.data.hold_out import assigned, connected
 from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
@@ -101,7 +102,7 @@ def data_split(
         }
         report["values"] = {split: dict(sorted(count.items())) for split, count in counts.items()}
     write_json(into / "split.json", report)
-    sets = [len(rows_together) for rows_together in _connected(keys)]
+    sets = [len(rows_together) for rows_together in connected(keys)]
     return {
         "files": files,
         "rows": rows,
@@ -118,31 +119,6 @@ def _format(path: Path, encoding: str | None, sheet: str | None) -> FormatPart:
     if changes and part.kind != "table":
         raise DataError(f"{path}: --{next(iter(changes))} is for tables; these rows are read as {part.kind!r}")
     return replace(part, options=part.options.model_copy(update=changes))
-
-
-def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
-    """The split of each row. Rows that share one of the `keys` stay together; `labels` are spread evenly."""
-    sets = _connected(keys)
-    strata: dict[str, list[list[int]]] = defaultdict(list)
-    for rows in sets:
-        counts = Counter(labels[row] for row in rows)
-        strata[min(counts, key=lambda label: (-counts[label], label))].append(rows)
-    result = [""] * len(keys)
-    owed = dict.fromkeys(shares, 0.0)  # rows that earlier labels fell short by: else small ones would all round down
-    rest, *filling = [split for split in SPLITS if shares[split]]
-    for label in sorted(strata):
-        within = sorted(strata[label], key=lambda rows: _chance(min(key for row in rows for key in keys[row]), seed))
-        total = sum(map(len, within))
-        wanted = {split: shares[split] * total + owed[split] for split in shares}
-        taken = dict.fromkeys(shares, 0)
-        for rows in within:
-            # Fill a split as long as it comes nearer to its share.
-            split = next((s for s in filling if taken[s] + len(rows) / 2 <= wanted[s]), rest)
-            taken[split] += len(rows)
-            for row in rows:
-                result[row] = split
-        owed = {split: wanted[split] - taken[split] for split in shares}
-    return result
 
 
 def _keys(source: RowFile, plan: SplitPlan, media_columns: frozenset[str]) -> tuple[list[list[str]], list[str]]:
@@ -197,24 +173,6 @@ def _media(row: Row, media_columns: frozenset[str]) -> list[Path]:
     for column, value in row.columns.items():
         in_rows.replaced(value, column, add)
     return sorted(paths)
-
-
-def _connected(keys: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Sets of row numbers: rows that share a key, directly or through others, are in one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    first: dict[str, int] = {}
-    edges = [(row, first.setdefault(key, row)) for row, row_keys in enumerate(keys) for key in row_keys]
-    graph = coo_array(([True] * len(edges), tuple(zip(*edges, strict=True))), shape=(len(keys), len(keys)))
-    sets: dict[int, list[int]] = defaultdict(list)
-    for row, number in enumerate(connected_components(graph, directed=False)[1].tolist()):
-        sets[number].append(row)
-    return list(sets.values())
-
-
-def _chance(key: str, seed: int) -> str:
-    return sha256(f"{seed}/{key}".encode()).hexdigest()
 
 
 def _write(source: RowFile, into: Path, chosen: Sequence[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, MissingColumn
 from finetune.data.formats import Columns
 from finetune.data.metrics import means
 from finetune.data.metrics.labels import precision_recall_f1
@@ -50,9 +50,14 @@ class Options(DistillableOptions):
 def sample(row: Row, options: Options) -> Sample:
     if options.answer:
         values = value_of(row, options.answer)
+        if options.answer not in row.columns:
+            raise MissingColumn(
+                f"{row.where}: column {options.answer!r} is missing (columns: {', '.join(row.columns)[:200]}); name "
+                "that of the JSON object with `answer: COLUMN`",
+                options.answer,
+            )
         if not isinstance(values, dict):
-            problem = f"holds {str(values)[:60]!r}" if options.answer in row.columns else "is missing"
-            raise DataError(f"{row.where}: column {options.answer!r} {problem}; write a JSON object")
+            raise DataError(f"{row.where}: column {options.answer!r} holds {str(values)[:60]!r}; write a JSON object")
     else:
         values = {name: _cell(row, name, kind, options) for name, kind in options.fields.items()}
     if misfit := _misfit(values, options):
@@ -123,7 +128,8 @@ def tables(rows: Sequence[Measure], options: Options) -> Tables:
 def _cell(row: Row, name: str, kind: Kind, options: Options) -> Any:
     """The value of a field from the column of its name; None if that is empty. Raises DataError."""
     if name not in row.columns:
-        raise DataError(f"{row.where}: column {name!r} is missing; the columns are: {', '.join(row.columns)[:200]}")
+        columns = ", ".join(row.columns)[:200]
+        raise MissingColumn(f"{row.where}: column {name!r} is missing; the columns are: {columns}", name)
     value = value_of(row, name)
     if value is None or isinstance(kind, dict):
         return value

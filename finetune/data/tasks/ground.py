@@ -8,7 +8,7 @@ from typing import Literal, TypedDict
 
 from pydantic import Field
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, MissingColumn
 from finetune.data.formats import Columns
 from finetune.data.media.image import image_size
 from finetune.data.metrics.boxes import box_scores, matched
@@ -101,8 +101,10 @@ def _boxes_of(row: Row, options: Options) -> list[list[float]]:
         isinstance(box, list) and len(box) == 4 and all(type(number) in (int, float) for number in box) for box in value
     ):
         return value
-    problem = f"holds {str(value)[:60]!r}" if options.boxes in row.columns else "is missing"
-    raise DataError(f"{row.where}: column {options.boxes!r} {problem}; write [x1, y1, x2, y2], or a list of boxes")
+    what = f"{row.where}: column {options.boxes!r}"
+    if options.boxes not in row.columns:
+        raise MissingColumn(f"{what} is missing; write [x1, y1, x2, y2], or a list of boxes", options.boxes)
+    raise DataError(f"{what} holds {str(value)[:60]!r}; write [x1, y1, x2, y2], or a list of boxes")
 
 
 def _scaled(box: list[float], row: Row, question: Message, options: Options) -> list[int]:

@@ -1,0 +1,177 @@
+"""About how many tokens the rows of a recipe have: from the tokenizer's and the encoders' files, without torch."""
+
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.common.errors import ModelError
+from finetune.common.run_folder import JsonObject, read_json
+from finetune.data.sample import Medium, Sample
+from finetune.recipe.parts import EncoderPart
+from finetune.recipe.schema import Model
+
+COUNTED = 1000  # samples; the others are taken to be as long
+ROLE_TOKENS = 4  # around a message, where the chat template can't be rendered
+MARK_TOKENS = 4  # "1.5s " before a frame
+STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`lengths`: tokens of each sample; `unknown`: kinds of media that they leave out."""
+
+    lengths: list[int]
+    unknown: tuple[str, ...]
+
+
+def local_file(name: str, revision: str | None, file: str) -> Path | None:
+    """A file of a model: in its folder, or in the Hub's cache; None where it isn't there."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with suppress(HFValidationError, OSError):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+    return None
+
+
+def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
+    path = local_file(name, revision, file)
+    with suppress(OSError, ValueError):
+        if path is not None and isinstance(read := read_json(path), dict):
+            return read
+    return {}
+
+
+def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
+    """The lengths of samples; None where the tokenizer isn't at hand."""
+    path = local_file(model.llm.name, model.llm.revision, "tokenizer.json")
+    if path is None or not samples:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception:  # of the Rust library, for a file of another version
+        return None
+    counter = _Counter(model, tokenizer, _Template(model))
+    numbers = random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
+    known = {number: counter.tokens(samples[number]) for number in numbers}
+    lengths = [known.get(number, known[numbers[number % len(numbers)]]) for number in range(len(samples))]
+    return Estimate(lengths, tuple(sorted(counter.unknown)))
+
+
+@dataclass
+class _Counter:
+    model: Model
+    tokenizer: Any
+    template: "_Template"
+    unknown: set[str] = field(default_factory=set)
+    _rows: dict[str, int | None] = field(default_factory=dict)
+
+    def tokens(self, sample: Sample) -> int:
+        text = self.template.render(sample)
+        count = len(self.tokenizer.encode(text, add_special_tokens=False).ids) + self.template.around(sample)
+        return count + sum(map(self.of_medium, sample.media))
+
+    def of_medium(self, medium: Medium) -> int:
+        part = self.model.encoders.get(medium.kind)
+        try:
+            segments, rows, marks = _layout(part, medium) if part else None
+            placed = self.model.fusion.placeholders(self.model.projectors[medium.kind].length(rows))
+        except (ModelError, TypeError, KeyError):  # not known without the weights
+            self.unknown.add(medium.kind)
+            return 0
+        return segments * (placed + marks)
+
+
+class _Template:
+    """The LLM's chat template, rendered as transformers does."""
+
+    def __init__(self, model: Model) -> None:
+        name, revision = model.llm.name, model.llm.revision
+        settings = settings_of(name, revision, "tokenizer_config.json")
+        file = model.llm.chat_template or local_file(name, revision, "chat_template.jinja")
+        text = file.read_text(encoding="utf-8") if file else settings.get("chat_template")
+        self.tokens = {key: _text(settings.get(key)) for key in ("bos_token", "eos_token")}
+        self.template: Any = None
+        if isinstance(text, str):
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            with suppress(TemplateError):
+                environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+                self.template = environment.from_string(text)
+
+    def render(self, sample: Sample) -> str:
+        turns = [
+            {"role": message.role, "content": "".join(part for part in message.content if isinstance(part, str))}
+            for message in sample.messages
+        ]
+        if self.template is not None:
+            try:
+                return str(self.template.render(messages=turns, add_generation_prompt=False, **self.tokens))
+            except Exception:  # of any template, for turns that it doesn't take
+                self.template = None
+        return "\n".join(turn["content"] for turn in turns)
+
+    def around(self, sample: Sample) -> int:
+        return 0 if self.template is not None else ROLE_TOKENS * len(sample.messages)
+
+
+def _text(token: object) -> str:
+    """A special token, which may be an object with its content."""
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+
+
+def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int] | None:
+    """(segments, feature rows of each, tokens of its mark) of a medium; None where only the weights tell."""
+    options: Any = part.options
+    if part.kind == "whisper":
+        return _windows(options, medium)
+    if part.kind not in ("vision", "video"):
+        return None
+    grid = _grid(options)
+    if grid is None:
+        return None
+    if part.kind == "vision":
+        extra = int(options.tokens == "all")
+        # Of tiles there are as many as the picture's shape and size ask for: half of the most, on average.
+        segments = 1 if options.tiles == 1 else 1 + (options.tiles + 1) // 2
+        return segments, grid[0] * grid[1] + extra, 0
+    if options.frames is None:
+        return None
+    side = options.pool or max(grid)
+    return options.frames, min(grid[0], side) * min(grid[1], side), MARK_TOKENS * options.time
+
+
+def _grid(options: Any) -> tuple[int, int] | None:
+    config = settings_of(options.name, options.revision, "config.json")
+    config = config.get("vision_config", config)
+    processor = settings_of(options.name, options.revision, "preprocessor_config.json")
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
+        side = size if isinstance(size, int) else config.get("image_size")
+        size = {"height": side, "width": side}
+    patch = config.get("patch_size", STRIDE)
+    if not all(isinstance(number, int) for number in (size["height"], size["width"], patch)):
+        return None
+    return size["height"] // patch, size["width"] // patch
+
+
+def _windows(options: Any, medium: Medium) -> tuple[int, int, int] | None:
+    import soundfile
+
+    try:
+        seconds = float(soundfile.info(str(medium.path)).duration)
+    except RuntimeError:
+        return None
+    windows = max(1, -(-seconds // options.window_seconds))
+    each = 30.0 if options.pad_to_30_seconds else seconds / windows
+    return int(windows), max(1, round(50 * each / options.pool)), 0

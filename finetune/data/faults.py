@@ -1,0 +1,101 @@
+"""What is wrong with the rows of a source: every fault with its file and row, and a missing column once."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from finetune.common.errors import DataError, MissingColumn
+from finetune.common.registry import nearest
+from finetune.data.sample import KINDS, Row
+from finetune.recipe.schema import Source
+
+SHOWN = 20  # faults listed at once
+
+
+class Faults:
+    """The faults of one source."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.texts: list[str] = []
+        self._missing: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+
+    def unreadable(self, line: int, text: str, raw: str) -> None:
+        """What `lenient_rows` reports."""
+        name = None
+        if raw.lstrip().startswith("{"):
+            with suppress(ValueError, AttributeError, RecursionError):
+                name = json.loads(raw).get("id")
+        self.texts.append(with_id(text, f"{self.source.path.name}:{line}", name))
+
+    def unusable(self, row: Row, error: DataError) -> None:
+        if isinstance(error, MissingColumn):
+            self._missing[missing_columns(self.source, row, error)].append(row)
+        else:
+            self.texts.append(with_id(str(error), row.where, row.columns.get("id")))
+
+    @property
+    def count(self) -> int:
+        """Faults of single rows."""
+        return len(self.texts) + sum(map(len, self._missing.values()))
+
+    def lines(self, rows: int) -> list[str]:
+        """A line per fault. `rows`: how many rows the source has."""
+        return [self._missing_line(columns, own, rows) for columns, own in self._missing.items()] + self.texts
+
+    def _missing_line(self, columns: tuple[str, ...], rows: Sequence[Row], total: int) -> str:
+        names = " or ".join(map(repr, columns))
+        have = list(rows[0].columns)
+        where = with_id(f"{rows[0].where}:", rows[0].where, rows[0].columns.get("id"))
+        if len(rows) > 1:
+            where = f"{rows[0].where}: here and in {len(rows) - 1:,} of {total - 1:,} other rows"
+        line = f"{where} no column {names}"
+        return f"{line} (columns: {', '.join(map(repr, have))[:300]}); {self._cure(columns, have)}"
+
+    def _cure(self, columns: Sequence[str], have: Sequence[str]) -> str:
+        """Which columns may be meant: a `columns` map that is the wrong way round, or names that are alike."""
+        turned = {theirs: ours for ours, theirs in self.source.columns.items() if theirs in columns and ours in have}
+        if turned:
+            return f"`columns` is the wrong way round, write {_mapping(turned)}"
+        options: dict[str, Any] = self.source.task.options.model_dump()
+        free = [name for name in have if name not in self.source.columns]
+        likely = {column: near for column in columns if (near := nearest(column, free))}
+        mapping = {column: likely.get(column, "...") for column in columns}
+        cure = f"say which {'they are' if len(columns) > 1 else 'it is'} with {_mapping(mapping)}"
+        named = [key for key in ("answer",) if options.get(key) in columns and self.source.task.kind == "extract"]
+        if named:
+            cure += f", or name the column of the JSON object in the task: `answer: {likely.get(columns[0], 'COLUMN')}`"
+        return cure
+
+
+def _mapping(columns: dict[str, str]) -> str:
+    return "`columns: {" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}`"
+
+
+def with_id(text: str, where: str, name: object) -> str:
+    """The text of a fault with the row's own id behind its place, if it has one."""
+    if isinstance(name, str | int) and name != "" and text.startswith(f"{where}:"):
+        return f"{where} (id {name!r}){text.removeprefix(where)}"
+    return text
+
+
+def missing_columns(source: Source, row: Row, error: MissingColumn) -> tuple[str, ...]:
+    """All columns that the task needs and the row lacks: the task stops at the first, which is filled in to find the
+    next.
+    """
+    missing = [error.column]
+    while True:
+        # Its own file stands for a medium: only whether it is there is looked at.
+        filled = {column: row.path if column in KINDS else "1" for column in missing}
+        try:
+            source.task.sample(replace(row, columns=row.columns | filled))
+        except MissingColumn as further:
+            if further.column not in missing:
+                missing.append(further.column)
+                continue
+        except DataError:
+            pass
+        return tuple(missing)
