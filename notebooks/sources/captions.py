@@ -47,12 +47,14 @@ REPO = ""  # @param {type:"string"}
 # %% [markdown] en
 # ## The recipe
 #
-# A tenth of the pictures is held out; half of that tenth is scored while training, and each stage keeps its best weights.
+# A tenth of the pictures is held out, for the scores. A T4 computes in float16, and the language model is stored in 4 bits
+# (nf4). First the projector learns to translate pictures for the frozen model, then projector and LoRA learn together.
 
 # %% [markdown] zh
 # ## 配方
 #
-# 留出一部分图片：十分之一用于最后评分，另有二十分之一在训练过程中评分，每个阶段保留得分最高的权重。
+# 留出十分之一的图片用来评分。T4 以 float16 计算，语言模型以 4 位（nf4）存储。第一阶段只训练投影器，让它把图片转换成冻结的
+# 语言模型能理解的表示；第二阶段同时训练投影器和 LoRA。
 
 # %%
 import yaml
@@ -73,12 +75,11 @@ recipe = {
             "task": {"kind": "caption", "prompt": QUESTION},
             "columns": {"image": IMAGE_COLUMN, "caption": CAPTION_COLUMN},
             "hold_out": 0.1,
-            "hold_out_validation": 0.05,
         }
     ],
     "train": {
         "save_every_n_steps": 50,
-        "validation": {"every_n_steps": 25, "limit": 32},
+        "tokens_per_batch": 1024,
         "stages": [
             {"name": "align", "trains": ["projectors"], "learning_rate": 1e-3, "epochs": 1},
             {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 2e-4, "epochs": EPOCHS},

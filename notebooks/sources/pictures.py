@@ -97,6 +97,7 @@ recipe = {
     ],
     "train": {
         "save_every_n_steps": 50,
+        "tokens_per_batch": 1024,
         "stages": [
             {"name": "align", "trains": ["projectors", "heads"], "learning_rate": 1e-3, "epochs": 1},
             {

@@ -37,19 +37,17 @@ REPO = ""  # @param {type:"string"}
 # %% include folder
 
 # %% [markdown] en
-# ## What there is
+# ## The recipe, and others
 
 # %% [markdown] zh
-# ## 有哪些配方
+# ## 所选配方及其他配方
 
 # %%
 import finetune
 
-for name, comment in finetune.recipes().items():
-    print(f"{name:<24} {comment}")
-
 path = Path("kit/recipes") / f"{RECIPE}.yaml"
-print("\n" + path.read_text(encoding="utf-8"))
+print(path.read_text(encoding="utf-8"))
+finetune.recipes()
 
 # %% [markdown] en
 # ## The whole way

@@ -91,6 +91,7 @@ recipe = {
     ],
     "train": {
         "save_every_n_steps": 50,
+        "tokens_per_batch": 1024,
         "stages": [
             {"name": "hear", "trains": ["projectors", "heads"], "learning_rate": 1e-3, "epochs": 2},
             {

@@ -28,7 +28,8 @@ def test_every_format_becomes_rgb(form):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr", "I", "F"])
 def test_every_mode_becomes_rgb(mode):
     form = "TIFF" if mode in ("CMYK", "YCbCr", "F", "I") else "PNG"
-    assert decode_image(saved(PIL.Image.new(mode, (8, 6)), form)).mode == "RGB"
+    packing = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 11 can't read what it writes without one
+    assert decode_image(saved(PIL.Image.new(mode, (8, 6)), form, **packing)).mode == "RGB"
 
 
 def test_sixteen_bits_are_scaled_not_clipped():
