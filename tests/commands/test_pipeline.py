@@ -19,6 +19,8 @@ import finetune
 from finetune.common.errors import ArtifactError, MergeRefused, ModelError, TrainingError
 from finetune.merging.merge import SAME
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["plain", pytest.param("nf4", marks=pytest.mark.slow)])
 def finished(request, finished_run):
@@ -167,7 +169,6 @@ def test_a_merge_that_changes_answers_is_refused(plain, tmp_path):
     assert not list(run.glob("merged*")) and not (run / "certificate.json").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -192,7 +193,6 @@ def test_an_adapter_that_peft_cannot_make_is_a_model_error(tmp_path):
         trained(tiny_recipe(tmp_path, adapter__initialization="pissa", model__llm__quantize="nf4"))
 
 
-@pytest.mark.slow
 def test_training_without_a_cache_ends_on_the_same_adapter(plain, tmp_path):
     other = trained(plain.parent / "recipe.yaml", ["train.cache=false"], tmp_path / "run")
     for name in ("adapter_model.safetensors", "projectors.safetensors"):
@@ -209,7 +209,6 @@ def test_a_run_that_is_there_is_not_overwritten(plain):
         finetune.train(finetune.load_recipe(plain.parent / "recipe.yaml", ["seed=4"]), plain, resume=True)
 
 
-@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_ends_on_the_same_adapter(plain, tmp_path):
     run = copy_of(plain, tmp_path)
     before = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -225,7 +224,6 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
             verb(tmp_path)
 
 
-@pytest.mark.slow
 def test_the_command_line_goes_the_whole_way(tmp_path):
     recipe = tiny_recipe(tmp_path)
     done = run_real("run", recipe, "--run", tmp_path / "run", cwd=tmp_path)

@@ -145,10 +145,12 @@ def covered(draw, trials: int, **grouped) -> float:
     return held / trials
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     assert covered(lambda generator: generator.normal(size=60), 150) == pytest.approx(0.9, abs=0.07)
 
 
+@pytest.mark.slow
 def test_rows_of_a_group_are_drawn_together():
     """Rows that are the same within a group tell no more than one of them does."""
 

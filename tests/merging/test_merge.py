@@ -19,6 +19,8 @@ from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.data.rows import read_splits, subset
 from finetune.merging import candidates, merged_folder
 
+pytestmark = pytest.mark.slow
+
 FUSION = {"kind": "cross_attention", "every": 1, "heads": 2, "head_width": 8, "gate": 0.7}
 
 
@@ -75,7 +77,6 @@ def conversations(run: Path) -> list[tuple]:
     return [(sample.question, sample.answer) for sample in samples]
 
 
-@pytest.mark.slow
 def test_measures_are_those_of_the_folders_loaded_afresh(run):
     """By other code: whole conversations through both models, and torch's own KL divergence, in float64."""
     certificate = read_certificate(run)
@@ -103,7 +104,6 @@ def test_measures_are_those_of_the_folders_loaded_afresh(run):
         assert measures.scores["classify"]["accuracy"] == pytest.approx(sum(right) / 64, abs=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
 def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, run, tmp_path, monkeypatch):
     if fusion == "prefix":
@@ -124,7 +124,6 @@ def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, run, tmp_path, 
     assert not list(run.glob("*.partial")) and not (run / "merged" / "scratch").exists()
 
 
-@pytest.mark.slow
 def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
     monkeypatch.setattr(merged_folder, "SHARD_BYTES", 50_000)
     other = few_rows(run, tmp_path)
@@ -141,7 +140,6 @@ def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):
     assert one == two
 
 
-@pytest.mark.slow
 def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
     stage = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3}
     changes = {"train__stages": [stage], "merge": {"rows": 4, "rows_scored": 0}}
@@ -152,7 +150,6 @@ def test_an_initialisation_by_chance_is_merged_whole(tmp_path):
     assert certificate.saved.scores is None and certificate.rows_scored == 0
 
 
-@pytest.mark.slow
 def test_a_refused_merge_leaves_the_older_one(run, tmp_path):
     other = few_rows(run, tmp_path)
     spoil(other, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
@@ -187,7 +184,6 @@ def merge_and_be_killed(run: Path) -> None:
     finetune.merge(run)
 
 
-@pytest.mark.slow
 def test_a_merge_that_is_killed_leaves_nothing_half_written(run, tmp_path):
     """Killed while the second candidate is written; the next merge clears up and ends on the same weights."""
     other = few_rows(run, tmp_path)

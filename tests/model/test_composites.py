@@ -19,6 +19,8 @@ from finetune.model.composition import PLACEHOLDERS
 from finetune.model.features import encode_one
 from finetune.model.tokenize import add_placeholders, tokenize_prompt
 
+pytestmark = pytest.mark.slow
+
 ODD = {
     "image": [PIL.Image.new("RGB", size, (9, 120, 200)) for size in ((37, 53), (5, 250), (250, 5), (1, 1))],
     "audio": [tiny_sound(0.1), tiny_sound(1.37), 0 * tiny_sound(0.5), tiny_sound(11)],

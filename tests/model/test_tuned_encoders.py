@@ -22,6 +22,8 @@ from finetune.model.trainable import set_trainable
 from finetune.model.tuned_encoder import tune_encoder
 from finetune.recipe.schema import EncoderTuning
 
+pytestmark = pytest.mark.slow
+
 LAYERED = [label for label in KINDS if label not in ("mobilenet_v2", "mobilenet_v2_frames", "clap", "clap_fused")]
 TUNED = {"lora": {"rank": 2, "alpha": 4}, "last": {"last_layers": 1}}
 
@@ -99,7 +101,6 @@ def merged_run(request, tmp_path_factory):
     return request.param, run
 
 
-@pytest.mark.slow
 def test_a_tuned_encoder_goes_the_whole_way(merged_run, tmp_path):
     how, run = merged_run
     stage = json.loads((run / "metrics.json").read_text())["train"]["stages"]["tune"]
@@ -134,7 +135,6 @@ def test_a_tuned_encoder_goes_the_whole_way(merged_run, tmp_path):
         assert not torch.allclose(untouched.encode(values), features[1], atol=1e-3)
 
 
-@pytest.mark.slow
 def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(merged_run, tmp_path, monkeypatch):
     honest = read_certificate(merged_run[1]).saved
     run = copy_of(merged_run[1], tmp_path)
@@ -176,7 +176,6 @@ def test_unfrozen_layers_of_a_half_precision_encoder_learn_in_full(label):
     assert all(encoder.module.get_parameter(name).grad.dtype == torch.float32 for name in names)
 
 
-@pytest.mark.slow
 def test_a_resumed_stage_goes_on_with_the_tuned_encoder(merged_run, tmp_path):
     """A stage that is done is read back into the encoder, and the next one begins from it."""
     whole = merged_run[1]

@@ -16,6 +16,8 @@ from tiny import tiny_picture
 from finetune.common.errors import DataError
 from finetune.serving.engine.contract import TimedOut
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):

@@ -9,6 +9,8 @@ from tiny_serving import alone, ask_all, pictures, questions, request, serving, 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def assistant():

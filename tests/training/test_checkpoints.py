@@ -16,6 +16,8 @@ from finetune.recipe.schema import Validation
 from finetune.training.checkpoints import newest_whole
 from finetune.training.validation import ValidationCallback
 
+pytestmark = pytest.mark.slow
+
 FILES = [
     *("adapter_config.json", "adapter_model.safetensors", "projectors.safetensors", "optimizer.pt", "scheduler.pt"),
     *("rng_state.pth", "trainer_state.json", "sha256.json"),

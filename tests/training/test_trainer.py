@@ -29,6 +29,8 @@ from finetune.recipe.schema import Adapter, Llm
 from finetune.training.checkpoints import step_of
 from finetune.training.trainer import StageTrainer
 
+pytestmark = pytest.mark.slow
+
 
 class Keep(TrainerCallback):
     """The trained weights after each step."""
@@ -44,7 +46,6 @@ def interrupt():
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("act, expected, step", [(power_cut, OSError, 4), (interrupt, Interrupted, 3)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_ends_on_the_weights_of_an_uninterrupted_one(act, expected, step, accumulate, tmp_path):
