@@ -456,13 +456,13 @@ def data_check(
     workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: one a core.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the report; default: runs/NAME-check.")] = None,
 ) -> None:
-    """Examine every row and medium before training. Exit status 2 where there are errors."""
+    """Examine every row and medium before training. Exit status 2 where errors remain."""
     from finetune.commands.data_check import data_check
     from finetune.commands.tables import print_findings
 
     result = data_check(recipe, set_ or [], fix=fix, copy_media=copy_media, workers=workers, out=out)
     print_findings(result)
-    if result["errors"]:
+    if result["errors"] and not ("fixed" in result and result["fixed"]["clean"]):
         raise typer.Exit(2)
 
 

@@ -4,10 +4,10 @@ import json
 import os
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from finetune.commands._reader import Reader, held_out
 from finetune.common.errors import DataError, FinetuneError
@@ -20,6 +20,8 @@ from finetune.data.check.page import findings_page
 from finetune.data.sample import Row
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.words import Location
+from finetune.recipe.yaml_reader import read_text, read_yaml, rewritten
 
 CHUNK = 32  # rows given to a worker at once
 FEW_ROWS = 256  # for fewer no worker is started
@@ -29,11 +31,14 @@ NumberedRow = tuple[int, int, Row, str]  # number over all sources, number of th
 
 
 class Fixed(TypedDict):
-    """The cleaned copy: its `recipe`, how many `rows` it has, and how many were left out."""
+    """The cleaned copy: its `recipe`, how many `rows` it has, how many were left out, and whether it is `clean`: each
+    source has rows left.
+    """
 
     recipe: Path
     rows: int
     quarantined: int
+    clean: bool
 
 
 class CheckResult(Summary, total=False):
@@ -73,7 +78,7 @@ def data_check(
             findings_page(ledger, summary, folder / "check.html", loaded.media)
             result: CheckResult = {**summary, "json": folder / "check.json", "html": folder / "check.html"}
             if fix is not None:
-                result["fixed"] = write_fixed(ledger, loaded, Path(fix), copy_media)
+                result["fixed"] = write_fixed(ledger, loaded, Path(fix), copy_media, rewriting(recipe, overrides))
         finally:
             ledger.close()
     return result
@@ -238,9 +243,45 @@ def write_report(ledger: Ledger, summary: Summary, path: Path) -> None:
     os.replace(partial, path)
 
 
-def write_fixed(ledger: Ledger, recipe: Recipe, folder: Path, copy_media: bool) -> Fixed:
-    """Write the cleaned copy and its recipe."""
+def write_fixed(
+    ledger: Ledger, recipe: Recipe, folder: Path, copy_media: bool, recipe_text: Callable[[Recipe], str]
+) -> Fixed:
+    """Write the cleaned copy and its recipe, as `recipe_text` writes it."""
     with whole_folder(folder) as partial:
-        sources, rows, quarantined = clean_copy(ledger, recipe.data, partial, copy_media)
-        write_text(partial / "recipe.yaml", dump_recipe(recipe.model_copy(update={"data": sources})))
-    return {"recipe": folder / "recipe.yaml", "rows": rows, "quarantined": quarantined}
+        sources, rows, quarantined, clean = clean_copy(ledger, recipe.data, partial, copy_media)
+        write_text(partial / "recipe.yaml", recipe_text(recipe.model_copy(update={"data": sources})))
+    return {"recipe": folder / "recipe.yaml", "rows": rows, "quarantined": quarantined, "clean": clean}
+
+
+def rewriting(path: Path | str, overrides: Sequence[str]) -> Callable[[Recipe], str]:
+    """Writes a recipe that differs in paths and formats as the file at `path`, with only those changed. With overrides,
+    which may be anywhere, it is written anew, with all defaults.
+    """
+    text = read_text(path)
+
+    def write(recipe: Recipe) -> str:
+        if overrides:
+            return dump_recipe(recipe)
+        written = read_yaml(text, str(path)).value
+        changes = dict(_changed_paths(written, recipe.model_dump(mode="json"), ()))
+        for number, source in enumerate(recipe.data):
+            entry = written["data"][number]
+            changes["data", number, "path"] = str(source.path)
+            changes["data", number, "media_folder"] = str(source.media_folder)
+            if source.format or "format" in entry:
+                changes["data", number, "format"] = source.format.kind if source.format else None
+        return rewritten(text, changes)
+
+    return write
+
+
+def _changed_paths(written: Any, resolved: Any, location: Location) -> Iterator[tuple[Location, str | None]]:
+    """Paths that are absolute only since they were resolved."""
+    if isinstance(written, dict) and isinstance(resolved, dict):
+        for key in written.keys() & resolved.keys():
+            yield from _changed_paths(written[key], resolved[key], (*location, key))
+    elif isinstance(written, list) and isinstance(resolved, list):
+        for number, (old, new) in enumerate(zip(written, resolved, strict=True)):
+            yield from _changed_paths(old, new, (*location, number))
+    elif isinstance(written, str) and isinstance(resolved, str) and written != resolved and os.path.isabs(resolved):
+        yield location, resolved

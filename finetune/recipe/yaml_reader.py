@@ -4,9 +4,11 @@ PyYAML parses; the values are built here from its nodes. Plain scalars follow YA
 `0o17`, `1:30` and `2024-01-01` stay text), keys are always text. Tags, anchors and aliases are refused.
 """
 
+import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +145,39 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
             )
         return number
     return text
+
+
+def rewritten(text: str, changes: Mapping[Location, str | None]) -> str:
+    """The text of a document with other values at some places; comments, order and all else stay. A key that isn't
+    written is added to its mapping, unless its value is None.
+    """
+    edits: list[tuple[int, int, str]] = []
+    for location, value in changes.items():
+        *above, last = location
+        parent = _Loader(text).get_single_node()
+        for step in above:
+            parent = _child(parent, step)
+        node, written = _child(parent, last), "null" if value is None else _inline(value)
+        if node is not None:
+            start, end = node.start_mark.index, node.end_mark.index
+            edits.append((start, start + len(text[start:end].rstrip()), written))
+        elif value is not None:
+            first = parent.value[0][0].start_mark
+            behind = ", " if parent.flow_style else "\n" + " " * first.column
+            edits.append((first.index, first.index, f"{last}: {written}{behind}"))
+    for start, end, written in sorted(edits, reverse=True):
+        text = text[:start] + written + text[end:]
+    return text
+
+
+def _child(node: yaml.Node, step: str | int) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return node.value[int(step)]
+    return next((value for key, value in node.value if key.value == step), None)
+
+
+def _inline(text: str) -> str:
+    return text if re.fullmatch("[/A-Za-z][A-Za-z0-9._/-]*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def read_text(path: str | Path) -> str:

@@ -102,6 +102,42 @@ def test_media_can_be_copied_too(messy, tmp_path):
     assert all(medium.path.is_relative_to(moved) for sample in splits.train for medium in sample.media)
 
 
+RECIPE = """\
+# my own words
+name: tiny   # a name
+model:
+  llm: {name: llm, quantize: none}  # small
+  encoders:
+    image: {kind: vision, name: "encoder"}
+  projectors: {image: pixel_shuffle}
+data:
+  # products
+  - task: classify
+    path: data/train.csv   # photographed
+  - {path: 'data/test.csv', split: test, task: classify}
+train:
+  stages:
+    - {name: align, trains: [projectors], learning_rate: 1.0e-3}
+"""
+
+
+def test_the_copy_has_the_users_own_recipe_with_other_paths_and_exits_with_0(messy, tmp_path):
+    """Comments and order stay; the copy reads from anywhere."""
+    folder = messy[0].parent
+    (folder / "own.yaml").write_text(RECIPE, encoding="utf-8")
+    done = cli("data", "check", folder / "own.yaml", "--fix", tmp_path / "fixed", "--workers", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "fixed" / "recipe.yaml").read_text(encoding="utf-8")
+    expected = RECIPE.replace("name: llm,", f"name: {folder}/llm,").replace('"encoder"', f"{folder}/encoder")
+    expected = expected.replace("  - task: classify", f"  - media_folder: {folder}/data\n    task: classify")
+    expected = expected.replace("data/train.csv ", "rows-0.csv ")
+    expected = expected.replace("{path: 'data/test.csv'", f"{{media_folder: {folder}/data, path: rows-1.csv")
+    assert text == expected
+    assert len(finetune.load_recipe(tmp_path / "fixed" / "recipe.yaml").data) == 2
+    done = cli("data", "check", folder / "own.yaml", "--workers", "0", cwd=tmp_path)
+    assert done.returncode == 2
+
+
 def test_a_folder_of_something_else_is_not_overwritten(messy, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="something else"):

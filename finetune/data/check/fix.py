@@ -26,9 +26,9 @@ REFERENCING = ("table", "messages", "llava", "sharegpt")  # formats whose rows n
 
 def clean_copy(
     ledger: Ledger, sources: Sequence[Source], folder: Path, copy_media: bool
-) -> tuple[list[Source], int, int]:
+) -> tuple[list[Source], int, int, bool]:
     """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl. Returns the sources of the copy, with
-    paths relative to `folder`, how many rows were written, and how many left out.
+    paths relative to `folder`, how many rows were written, how many left out, and whether each source has some left.
 
     Tables stay CSV (TSV stays TSV), all else becomes JSON lines. Media stay where they are, or are copied to `media/`
     under the hash of their content: with `copy_media`, and from formats that keep them otherwise than as files named in
@@ -37,7 +37,7 @@ def clean_copy(
     with (folder / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         cleaner = _Cleaner(ledger, folder, copy_media, file)
         cleaned = [cleaner.clean(source, f"rows-{index}") for index, source in enumerate(sources)]
-    return cleaned, cleaner.written, cleaner.quarantined
+    return cleaned, cleaner.written, cleaner.quarantined, not cleaner.emptied
 
 
 class _Cleaner:
@@ -49,7 +49,7 @@ class _Cleaner:
         self.copy_media = copy_media
         self.quarantine = quarantine
         self.numbers = count()
-        self.written = self.quarantined = 0
+        self.written = self.quarantined = self.emptied = 0
 
     def clean(self, source: Source, stem: str) -> Source:
         kind = (source.format or detected(source.path)).kind
@@ -60,7 +60,7 @@ class _Cleaner:
         def unreadable(line: int, text: str, raw: str) -> None:
             self.leave_out(source, line, {"line": raw} if line else {}, [text])
 
-        path = self.folder / (stem + suffix)
+        path, before = self.folder / (stem + suffix), self.written
         with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer: csv.DictWriter[str] | None = None
             # Under the file's own names of columns: the recipe goes on renaming them.
@@ -79,6 +79,7 @@ class _Cleaner:
                 else:
                     file.write(json_line(columns))
                 self.written += 1
+        self.emptied += self.written == before
         place = {
             "path": Path(path.name),
             "media_folder": Path("media") if copies else source.folder_of_media,

@@ -21,7 +21,7 @@ CODES = {
     "leak_row": ("error", "training rows that are in evaluation too"),
     "leak_medium": ("warning", "training rows with a medium that is in evaluation too"),
     "leak_near": ("warning", "training pictures that are near-duplicates of one in evaluation"),
-    "identical": ("warning", "repeated rows"),
+    "identical": ("warning", "duplicate rows"),
     "contradiction": ("warning", "the same question and media with another label"),
     "duplicate": ("warning", "files with the same content as another"),
     "near": ("warning", "near-duplicate pictures"),
