@@ -24,7 +24,7 @@ from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.run import Run
 from finetune.recipe.load import dump_recipe
-from finetune.recipe.schema import Model, Recipe, Stage
+from finetune.recipe.schema import Model, Recipe, Stage, Train
 from finetune.training.collate import Collator
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
@@ -132,10 +132,15 @@ def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
     model = run.build(with_encoders=not settings.cache, language_model=shared.language_model if shared else None)
     if shared:
         shared.composite = model
+    set_up(model, settings)
+    return model
+
+
+def set_up(model: MultimodalModel, settings: Train) -> None:
+    """What of a recipe's `train` is set in the model itself."""
     model.encode_batch = settings.encode_batch
     if settings.checkpoint_every_n_layers:
         model.causal_lm.activation_checkpointing_enable(every_n_layers=settings.checkpoint_every_n_layers)
-    return model
 
 
 def validation_callback(
