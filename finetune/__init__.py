@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_check import data_check
     from finetune.commands.data_label import data_label
     from finetune.commands.data_preview import data_preview
+    from finetune.commands.plan import plan
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
     from finetune.data.check.split import SplitPlan, data_split
@@ -41,6 +42,7 @@ _HOME = {
     "load": "model.load",
     "load_recipe": "recipe.load",
     "merge": "merging.merge",
+    "plan": "commands.plan",
     "pull": "publishing.pull",
     "push": "publishing.push",
     "recipes": "commands.recipes",
@@ -66,6 +68,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "plan",
     "pull",
     "push",
     "recipes",

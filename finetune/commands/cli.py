@@ -11,6 +11,7 @@ import typer
 
 from finetune.common.errors import FinetuneError, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
+from finetune.training.plan.cards import CARDS, DEFAULT
 
 OUT_OF_MEMORY = (
     "out of memory: close other programs, or take a smaller model.llm.name, model.llm.quantize: nf4, a smaller "
@@ -48,6 +49,28 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     for split, count in counts.items():
         if count.rows:
             print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    set_: Set = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="CARD", help=f"One of {', '.join(CARDS)}; default: this machine's, or {DEFAULT}.")
+    ] = None,
+    rent: Annotated[float | None, typer.Option(min=0, help="Of the card, in US$ an hour; default: the table's.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what a run takes before weights are downloaded: memory, disk, hours. Exit status 1 if tight, 2 if too large."""
+    from finetune.commands.plan import plan
+    from finetune.commands.tables import print_plan
+
+    result = plan(recipe, set_ or [], gpu, rent)
+    if json_:
+        print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_plan(result)
+    raise typer.Exit(result.exit_status)
 
 
 @app.command()

@@ -26,6 +26,7 @@ class Phase:
     name: str
     parts: dict[str, int]
     flops: int = 0
+    calls: int = 0
 
     @property
     def total(self) -> int:
@@ -116,7 +117,7 @@ def composed(planned: PlannedRun, recipe: Recipe, dtype: torch.dtype) -> Multimo
 
 def _phase(name: str, memory: StepMemory) -> Phase:
     parts = {**memory.weights, "optimizer": memory.optimizer, "gradients": memory.gradients}
-    return Phase(name, {**parts, "activations": memory.activations}, memory.flops)
+    return Phase(name, {**parts, "activations": memory.activations}, memory.flops, memory.calls)
 
 
 def _encode(planned: PlannedRun, kind: str, meter: Meter) -> tuple[Phase, int]:
@@ -132,11 +133,11 @@ def _encode(planned: PlannedRun, kind: str, meter: Meter) -> tuple[Phase, int]:
     with torch.no_grad():
         values = torch.empty(batch, *most.values.shape)
         features = encoder.encode(values)
-    activations, flops = meter.peak - before, meter.flops // batch
+    activations, flops, calls = meter.peak - before, meter.flops // batch, meter.calls // batch
     segment = features.nbytes / batch / len(most.layout.marks) / most.layout.rows
     size = sum(segment * len(one.layout.marks) * one.layout.rows for one in prepared) / len(prepared)
     parts = {f"encoders.{kind}": size_of(tensors_of(encoder.module)), "activations": activations}
-    return Phase(f"encode {kind}", parts, flops), round(size)
+    return Phase(f"encode {kind}", parts, flops, calls), round(size)
 
 
 def _train(
@@ -192,7 +193,7 @@ def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tupl
     if planned.run.recipe.train.cache:
         parts |= {f"encoders.{n}": size_of(tensors_of(e.module)) for n, e in planned.run.components.encoders.items()}
     parts |= {"keys and values": kept + answers, "activations": max(meter.peak - before - kept, 0)}
-    return Phase("evaluate", parts, meter.flops // evaluate.batch), kv_token, length
+    return Phase("evaluate", parts, meter.flops // evaluate.batch, meter.calls // evaluate.batch), kv_token, length
 
 
 def with_dtype(recipe: Recipe, dtype: str, **llm: Any) -> Recipe:

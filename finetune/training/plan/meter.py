@@ -32,11 +32,11 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.calls = 0
         self._seen: Any = weakref.WeakKeyDictionary()
 
     def reset(self) -> None:
-        self.peak, self.flops = self.live, 0
+        self.peak, self.flops, self.calls = self.live, 0, 0
 
     def note(self, tensor: Any) -> None:
         """Count a tensor's storage, once."""
@@ -57,6 +57,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = self.run(func, args, kwargs)
+        self.calls += 1
         for tensor in tree_leaves(result):
             self.note(tensor)
         self.flops += _flops(func, args, kwargs, result)

@@ -22,7 +22,8 @@ OWN_ROLES = ("encoders", "projectors", "fusion", "heads")
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes at the peak of a step after the first one. `weights`: {role: bytes}, the LLM under `language_model`;
-    `flops` of one packed row, forward and backward, with what activation checkpoints compute again.
+    `flops` and `calls` (of operations) of one packed row, forward and backward, with what activation checkpoints
+    compute again.
     """
 
     weights: dict[str, int]
@@ -30,6 +31,7 @@ class StepMemory:
     gradients: int
     activations: int
     flops: int
+    calls: int
 
     @property
     def total(self) -> int:
@@ -69,9 +71,9 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     del loss
     trained = [p for parameters in parts.values() for p in parameters]
     gradients = size_of(p.grad for p in trained)
-    added, flops = meter.peak - before, meter.flops // steps
+    added, flops, calls = meter.peak - before, meter.flops // steps, meter.calls // steps
     states = optimizer_bytes(optimizer)
-    return StepMemory(weights, states, gradients, max(added - gradients, 0), flops)
+    return StepMemory(weights, states, gradients, max(added - gradients, 0), flops, calls)
 
 
 def weights_of(model: MultimodalModel) -> dict[str, int]:
