@@ -10,9 +10,9 @@ import torch
 
 from finetune.model.composite import MultimodalModel
 from finetune.recipe.schema import Llm, Recipe, Stage
-from finetune.training.collate import PackedRow
+from finetune.training.collate import Batch, PackedRow
 from finetune.training.plan.meter import Meter, Rehearsal, with_data
-from finetune.training.plan.rows import PlannedRows, PlannedRun
+from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
 from finetune.training.plan.shapes import language_model_on_meta, without_data
 from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
 from finetune.training.train import set_up
@@ -82,8 +82,11 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
         stages: dict[str, StageWork] = {}
         states = 0
         for number, stage in enumerate(recipe.train.stages):
-            memory, work = _train(planned, model, stage, meter, (gpu, packed, recipe.seed + 1000 * number))
-            stages[stage.name] = work
+            with with_data():
+                training, batch, in_all = step_of(planned, model, stage, packed, recipe.seed + 1000 * number)
+            memory = measure_step(training, on_paper(batch), meter, gpu)
+            tokens = batch["input_ids"].numel()
+            stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens, training.steps)
             states = max(states, memory.optimizer)
             phases.append(_phase(f"train {stage.name}", memory))
         evaluation, kv_token, longest = _evaluate(planned, model, meter)
@@ -140,29 +143,26 @@ def _encode(planned: PlannedRun, kind: str, meter: Meter) -> tuple[Phase, int]:
     return Phase(f"encode {kind}", parts, flops, calls), round(size)
 
 
-def _train(
-    planned: PlannedRun, model: MultimodalModel, stage: Stage, meter: Meter, how: tuple[bool, bool, int]
-) -> tuple[StepMemory, StageWork]:
-    gpu, packed, seed = how
-    settings, bindings = planned.run.recipe.train, planned.rows.bindings.values()
-    weighted = any(b.trained for b in bindings) or any(s.loss_weight != 1 for s in planned.run.recipe.data)
-    with with_data():
-        rows = planned.stage_rows(stage, model, seed)
-        collator = planned.collator(rows.samples, weighted and not stage.distill, packed)
-        batch = collator([PackedRow(samples=rows.fullest, filler=False)])
+def step_of(
+    planned: PlannedRun, model: MultimodalModel, stage: Stage, packed: bool, seed: int
+) -> tuple[StageTraining, Batch, StageRows]:
+    """What a stage trains with, and the batch of its fullest row."""
+    recipe, bindings = planned.run.recipe, planned.rows.bindings.values()
+    weighted = any(b.trained for b in bindings) or any(source.loss_weight != 1 for source in recipe.data)
+    rows = planned.stage_rows(stage, model, seed)
+    collator = planned.collator(rows.samples, weighted and not stage.distill, packed)
     training = StageTraining(
         model=model,
         tokenizer=planned.run.components.tokenizer,
         stage=stage,
-        settings=settings,
+        settings=recipe.train,
         collator=collator,
         rows=[rows.fullest] * rows.rows,
         folder=Path("runs"),
         seed=seed,
         dtype=planned.run.components.dtype,
     )
-    memory = measure_step(training, on_paper(batch), meter, gpu)
-    return memory, StageWork(rows.rows, rows.tokens, batch["input_ids"].numel(), training.steps)
+    return training, collator([PackedRow(samples=rows.fullest, filler=False)]), rows
 
 
 def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tuple[Phase, int, int]:
