@@ -1,8 +1,10 @@
-"""What `finetune plan` says beside what a step really takes: python benchmarks/plan_accuracy.py [--only NAME] [--json FILE]
+"""What `finetune plan` says beside what a step really takes: python benchmarks/plan_accuracy.py
 
 Each pair of a recipe and a shape is planned from configs, and then run: the same trainer takes the same step over
-models with random weights, its tensors counted as they come and go, and the process's own memory watched beside them. On
-a GPU (--gpu) the peak of torch's allocator takes the place of the count. Every run has a process of its own.
+models with random weights, its tensors counted as they come and go. `taken` is what the real step adds to the weights:
+gradients, activations and the optimizer's state; `process` is by how much resident memory grows meanwhile, which has
+more in it: work space within an operation, which no tensor shows, and holes between blocks of memory. With --gpu, the
+peak of torch's allocator, weights and all, stands in its place. Every pair has a process of its own.
 """
 
 import argparse
@@ -39,24 +41,22 @@ class Pair:
 
 
 PAIRS: dict[str, Pair] = {
-    "tiny": Pair(changes={"train__stages": ONE_STAGE}),
+    "tiny, second stage": Pair(),
     "nf4": Pair(shape=SMALL, changes={"model__llm__quantize": "nf4", "train__stages": ONE_STAGE}),
     "int8": Pair(shape=SMALL, changes={"model__llm__quantize": "int8", "train__stages": ONE_STAGE}),
     "projectors alone": Pair(shape=SMALL, changes={"train__stages": ALIGN}),
-    "checkpoints": Pair(
-        shape=SMALL, changes={"train__checkpoint_every_n_layers": 1, "train__stages": ONE_STAGE}
-    ),
+    "checkpoints": Pair(shape=SMALL, changes={"train__checkpoint_every_n_layers": 1, "train__stages": ONE_STAGE}),
     "two rows a step": Pair(shape=SMALL, changes={"train__accumulate": 2, "train__stages": ONE_STAGE}),
     "long row": Pair(shape=SMALL, changes={"train__tokens_per_batch": 512, "train__stages": ONE_STAGE}),
     "qwen3, resampler": Pair(
-        family="qwen3", shape=SMALL, changes={"model__projectors__image": {"kind": "resampler"}, "train__stages": ONE_STAGE}
+        family="qwen3",
+        shape=SMALL,
+        changes={"model__projectors__image": {"kind": "resampler"}, "train__stages": ONE_STAGE},
     ),
     "gemma2, eager": Pair(
         family="gemma2", shape=SMALL, changes={"model__llm__attention": "eager", "train__stages": ONE_STAGE}
     ),
-    "cross-attention": Pair(
-        shape=SMALL, changes={"model__fusion": "cross_attention", "train__stages": WITH_FUSION}
-    ),
+    "cross-attention": Pair(shape=SMALL, changes={"model__fusion": "cross_attention", "train__stages": WITH_FUSION}),
     "encoder with LoRA": Pair(
         shape=SMALL,
         changes={"train__cache": False, "tune_encoders": {"image": {"rank": 4}}, "train__stages": WITH_ENCODER},
@@ -181,7 +181,7 @@ def main() -> None:
         print(json.dumps(compare(arguments.only, arguments.gpu)))
         return
     results = {}
-    print(f"{'pair':<18} {'planned':>9} {'real':>9} {'worst part':>24}   {'step':>8} {'process':>8}   MiB")
+    print(f"{'pair':<20} {'planned':>9} {'real':>9} {'worst part':>24}   {'taken':>8} {'process':>8}   MiB")
     for name in PAIRS:
         command = [sys.executable, __file__, "--only", name, *(["--gpu"] if arguments.gpu else [])]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -190,10 +190,11 @@ def main() -> None:
         totals = [sum(both[side] for both in parts.values()) / 2**20 for side in (0, 1)]
         off = {part: (plan - real) / real if real else float(plan > 0) for part, (plan, real) in parts.items()}
         worst = max(off, key=lambda part: abs(off[part]))
-        step = sum(parts[part][1] for part in ("gradients", "activations")) / 2**20
+        step = sum(parts[part][1] for part in ("gradients", "activations", "optimizer")) / 2**20
         grown = (result["allocated"] or result["process"]) / 2**20
         print(
-            f"{name:<18} {totals[0]:>9.1f} {totals[1]:>9.1f} {f'{worst} {off[worst]:+.1%}':>24}   {step:>8.1f} {grown:>8.1f}",
+            f"{name:<20} {totals[0]:>9.1f} {totals[1]:>9.1f} {f'{worst} {off[worst]:+.1%}':>24}   "
+            f"{step:>8.1f} {grown:>8.1f}",
             flush=True,
         )
     if arguments.json:

@@ -49,6 +49,7 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     for split, count in counts.items():
         if count.rows:
             print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
+    print(f"  memory, disk and hours: finetune plan {recipe}")
 
 
 @app.command()
@@ -56,12 +57,15 @@ def plan(
     recipe: RecipeFile,
     set_: Set = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="CARD", help=f"One of {', '.join(CARDS)}; default: this machine's, or {DEFAULT}.")
+        str | None,
+        typer.Option(metavar="CARD", help=f"One of {', '.join(CARDS)}; default: this machine's, or {DEFAULT}."),
     ] = None,
-    rent: Annotated[float | None, typer.Option(min=0, help="Of the card, in US$ an hour; default: the table's.")] = None,
+    rent: Annotated[
+        float | None, typer.Option(min=0, help="Of the card, in US$ an hour; default: the table's.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Say what a run takes before weights are downloaded: memory, disk, hours. Exit status 1 if tight, 2 if too large."""
+    """Say what a run takes, before weights are downloaded: memory, disk, hours. Exit status 1: tight, 2: too large."""
     from finetune.commands.plan import plan
     from finetune.commands.tables import print_plan
 

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from finetune.training.plan.plan import Plan
 
 
-def plan(recipe: Path | str, overrides: Sequence[str] = (), gpu: str | None = None, rent: float | None = None) -> "Plan":
+def plan(
+    recipe: Path | str, overrides: Sequence[str] = (), gpu: str | None = None, rent: float | None = None
+) -> "Plan":
     """See `finetune.training.plan.plan.plan`. Raises RecipeError, DataError, ModelError."""
     loaded = load_recipe(recipe, overrides)
     if gpu is not None:

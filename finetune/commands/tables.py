@@ -52,7 +52,7 @@ def print_run(result: "RunResult") -> None:
 
 def print_plan(result: "Plan") -> None:
     from finetune.training.plan.cards import GIB, SIZES, USABLE
-    from finetune.training.plan.plan import duration, parts_of, size
+    from finetune.training.plan.plan import TIGHT, duration, parts_of, size
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="memory of the card", title_justify="left")
     table.add_column("", no_wrap=True)
@@ -65,13 +65,21 @@ def print_plan(result: "Plan") -> None:
     table.add_row("time", *(duration(result.seconds[phase.name]) for phase in result.phases))
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{size(result.needed)} of a card are needed, in the phase '{result.fullest.name}', in {result.dtype}")
+    console.print(
+        f"{size(result.needed)} of a card are needed, in the phase '{result.fullest.name}', in {result.dtype}"
+    )
     for nominal in SIZES:
         change = result.fit(nominal * USABLE)
-        settings = "" if change is None or not change.keys else f" with {change} ({change.needed / GIB:.1f} GiB)"
-        console.print(f"  {nominal:>2} GB: {'does not fit' if change is None else 'fits'}{settings}", soft_wrap=True)
+        verdict = "does not fit"
+        if change is not None:
+            verdict = "tight" if change.needed > TIGHT * nominal * USABLE * GIB else "fits"
+            verdict += f" with {change} ({change.needed / GIB:.1f} GiB)" if change.keys else ""
+        console.print(f"  {nominal:>2} GB: {verdict}", soft_wrap=True)
     for what, amounts in (("disk", result.disk), ("later", result.memory_elsewhere)):
-        console.print(f"{what}: " + ", ".join(f"{name} {size(amount)}" for name, amount in amounts.items() if amount), soft_wrap=True)
+        console.print(
+            f"{what}: " + ", ".join(f"{name} {size(amount)}" for name, amount in amounts.items() if amount),
+            soft_wrap=True,
+        )
     for note in result.notes:
         console.print(f"({note})", style="dim", soft_wrap=True)
     print(result.line())

@@ -1,9 +1,10 @@
 """Graphics cards: memory, speed and rent. Imports no torch.
 
 Speeds are the makers' own for dense matrix products in 16 bits with sums in 32 bits, where they name them: for GeForce
-that is half of what is mostly quoted, and without the "sparsity" that doubles it again. Sources: NVIDIA's data sheets of
-T4, L4, A10, A100 and H100, and its white papers on the Turing, Ampere GA102 and Ada GPU architectures. Rents are what
-one such card cost by the hour, on demand, at the cheaper providers in 2025: they change by the month, so pass your own.
+that is half of what is mostly quoted, and without the "sparsity" that doubles it again. They are from NVIDIA's data
+sheets of T4, L4, A10, A100 and H100 and its white papers on the Turing, Ampere GA102 and Ada architectures, or for
+smaller cards of these computed from their units and clock. Rents are rough: what a card cost by the hour, on demand, at
+the cheaper providers in 2025. They change by the month, so pass your own.
 """
 
 from dataclasses import dataclass

@@ -145,6 +145,16 @@ def _places(index: Tensor | None) -> Sequence[Tensor | None]:
         return index.nonzero().unbind(1)
 
 
+@contextmanager
+def gpu_autocasts() -> Iterator[None]:
+    """PEFT asks whether a GPU autocasts: in the forward pass, and where activation checkpoints repeat it."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 class AutocastOnGpu(TorchFunctionMode):
     """Autocast to `dtype`, as on a GPU, for tensors that are on the CPU: what the CPU's own autocast leaves in half
     precision, and a GPU's computes in float32, is cast here.
@@ -156,13 +166,11 @@ class AutocastOnGpu(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self.autocast.__enter__()
-        torch.set_autocast_enabled("cuda", True)  # PEFT asks for this one
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.set_autocast_enabled("cuda", False)
         self.autocast.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """What a plan knows of the rows: some of them tokenized, and how many there are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 

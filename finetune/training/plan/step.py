@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from finetune.model.composite import MultimodalModel
 from finetune.model.trainable import set_trainable, trained_parts
-from finetune.recipe.schema import Stage
-from finetune.training.collate import Batch, Collator
-from finetune.training.plan.meter import AutocastOnGpu, Meter
+from finetune.training.collate import Batch
+from finetune.training.plan.meter import AutocastOnGpu, Meter, gpu_autocasts
 from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, trainer_arguments
 
 OWN_ROLES = ("encoders", "projectors", "fusion", "heads")
@@ -64,22 +62,30 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     meter.reset()
     model.train()
     steps = min(training.settings.accumulate, 2)
-    for _ in range(steps):  # the second one finds gradients of the first
-        with AutocastOnGpu(training.dtype) if gpu and training.dtype != torch.float32 else nullcontext():
-            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=None)
-        loss.backward()
-    del loss
+    autocasts = gpu and training.dtype != torch.float32
+    with gpu_autocasts() if autocasts else nullcontext():
+        for _ in range(steps):  # the second one finds gradients of the first
+            with AutocastOnGpu(training.dtype) if autocasts else nullcontext():
+                loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=None)
+            loss.backward()
+        del loss
     trained = [p for parameters in parts.values() for p in parameters]
     gradients = size_of(p.grad for p in trained)
     added, flops, calls = meter.peak - before, meter.flops // steps, meter.calls // steps
     states = optimizer_bytes(optimizer)
+    model.zero_grad()
+    for patched in ("forward", "_original_forward"):  # trl's fused head, as in `train_stage`
+        model.__dict__.pop(patched, None)
     return StepMemory(weights, states, gradients, max(added - gradients, 0), flops, calls)
 
 
 def weights_of(model: MultimodalModel) -> dict[str, int]:
     """Bytes of each role's parameters and buffers: 'language_model', 'adapter', 'projectors.image' and the like."""
     adapter = [p for name, p in model.language_model.named_parameters() if "lora_" in name]
-    sizes = {"language_model": size_of(tensors_of(model.language_model)) - size_of(adapter), "adapter": size_of(adapter)}
+    sizes = {
+        "language_model": size_of(tensors_of(model.language_model)) - size_of(adapter),
+        "adapter": size_of(adapter),
+    }
     for role in OWN_ROLES:
         group = getattr(model, role)
         members = group.items() if isinstance(group, nn.ModuleDict) else [("", group)]
