@@ -301,7 +301,7 @@ def ask(url: str, model: str, question: Body) -> Reply:
 
 
 def report(results: dict[str, Result], equal: dict[str, int], count: int, arguments: argparse.Namespace) -> None:
-    versions = {name: version(name) for name in ("finetune", "torch", "transformers")}
+    versions = {name: version(name) for name in ("finetune-kit", "torch", "transformers")}
     if arguments.vllm and "vllm" in results:
         code = "import importlib.metadata as m; print(next(d.version for d in m.distributions() if 'vllm' in d.name))"
         versions["vllm"] = subprocess.run([arguments.vllm, "-c", code], capture_output=True, text=True).stdout.strip()

@@ -503,6 +503,7 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
     from finetune.model.trainable import set_trainable, trained_parts
     from finetune.training.collate import Collator
     from finetune.training.feature_cache import fill_cache
+    from finetune.training.stopping import StopBetweenSteps
     from finetune.training.trainer import StageTraining, train_stage
 
     memory = Memory()
@@ -550,7 +551,8 @@ def train_ours(options: argparse.Namespace, checkpointed: bool) -> tuple[dict[st
             seed=options.seed,
             dtype=components.dtype,
         )
-        log = train_stage(training, callbacks=[watcher])
+        with StopBetweenSteps() as stop:
+            log = train_stage(training, stop, callbacks=[watcher])
         seconds = {
             "tokenize": tokenized_at - begin,
             "encode": encoded_at - tokenized_at,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_check import data_check
     from finetune.commands.data_label import data_label
     from finetune.commands.data_preview import data_preview
+    from finetune.commands.doctor import doctor
     from finetune.commands.plan import plan
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
@@ -38,6 +39,7 @@ _HOME = {
     "data_preview": "commands.data_preview",
     "data_split": "data.check.split",
     "evaluate": "evaluation.evaluate",
+    "doctor": "commands.doctor",
     "export_run": "export._run",
     "load": "model.load",
     "load_recipe": "recipe.load",
@@ -63,6 +65,7 @@ __all__ = [
     "data_label",
     "data_preview",
     "data_split",
+    "doctor",
     "evaluate",
     "export_run",
     "load",
@@ -85,7 +88,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     import importlib
+    import logging
+    import warnings
 
+    # What is imported now warns about widgets and kernels that aren't used.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return getattr(importlib.import_module(f"finetune.{_HOME[name]}"), name)
 
 

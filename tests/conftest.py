@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,13 @@ quiet_libraries()
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def imported_modules_stay():
+    """Stages of a run collect garbage: not again and again among all of torch and transformers."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What the documents name exists: links, headings, files, commands and their options, make targets, extras, recipes."""
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from markdown_it.token import Token
 
 from finetune.commands.cli import app
 from finetune.common.registry import FOLDERS, part_names
+from finetune.common.version import DISTRIBUTION
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS_OF_DOCUMENTS = ("docs", "recipes", "benchmarks", ".github")
@@ -20,6 +22,9 @@ DOCUMENTS = sorted(
 )
 HISTORY = {"LOG.md", "CHANGELOG.md"}  # they name files and targets of the past
 RECIPES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+PATTERNS = ("*.py", "*.yaml", "*.sh", "*.ipynb", "*.jinja", "*.html")
+INSTALL = re.compile(r"pip install ([^`;&|#)\n]*)")
+OURS = re.compile(r"(?P<name>\.|finetune[\w-]*)(\[(?P<extras>[\w,-]+)\])?")
 COMMAND = re.compile(r"(?:^|[\s/`])finetune +((?:data +)?[a-z_]+)\b(.*)")
 
 
@@ -126,16 +131,41 @@ def test_the_tables_of_recipes_are_complete(document, header, column):
 
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name not in HISTORY], ids=relative)
-def test_named_files_make_targets_and_extras_exist(document):
+def test_named_files_and_make_targets_exist(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for line in code_of(document):
         if target := re.match(r"make ([a-z-]+)", line):
             assert target[1] in targets, line
-        for names in re.findall(r"pip install .*\[([a-z,]+)\]", line):
-            assert set(names.split(",")) <= set(extras), line
         for path in re.findall(r"(?<![\w./-])(?:finetune|tests|benchmarks|docs|\.ci)/[\w./-]+", line):
             assert "NAME" in path or (ROOT / path).exists(), path
+
+
+def places_of_install_lines() -> list[Path]:
+    """Documents that tell of the present, recipes, notebooks, scripts, and the package, which has them in messages."""
+    files = [path for path in DOCUMENTS if path.name not in HISTORY]
+    for folder, pattern in itertools.product(("finetune", "recipes", "benchmarks", "docs", "tests/engines"), PATTERNS):
+        files += [path for path in (ROOT / folder).rglob(pattern) if (ROOT / "recipes" / "data") not in path.parents]
+    return [ROOT / "Makefile", *files]
+
+
+def test_install_lines_name_this_distribution_and_its_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == DISTRIBUTION
+    extras = project["optional-dependencies"]
+    words = [("pyproject.toml", word) for requirements in extras.values() for word in requirements]
+    for path in places_of_install_lines():
+        for arguments in INSTALL.findall(path.read_text(encoding="utf-8")):
+            words += [(relative(path), word) for word in re.split(r"""[\s'"]+""", arguments)]
+    installed: dict[str, set[str]] = {}
+    for place, word in words:
+        if found := OURS.match(word):
+            assert found["name"] in (DISTRIBUTION, "."), f"{place}: {word}"
+            installed.setdefault(place, set()).update((found["extras"] or "").split(","))
+    for place, named in installed.items():
+        assert named - {""} <= set(extras), place
+    places = {"pyproject.toml", "Makefile", "README.md", "docs/serve.md", "recipes/radiology.yaml"}
+    assert places <= installed.keys()
+    assert {"dicom", "label", "serve"} <= set().union(*(installed[p] for p in installed if p.startswith("finetune/")))
 
 
 def test_the_table_of_parts_is_complete():

@@ -220,7 +220,7 @@ def test_an_encoder_has_what_the_rest_asks_of_it(name):
         f"tiny_encoders has no {name}"
     ):
         encoder = tiny_encoder_of(kind)
-        assert get_protocol_members(Encoder) <= {*dir(encoder)} and type(encoder).__module__ == part.__name__
+        assert isinstance(encoder, Encoder) and type(encoder).__module__ == part.__name__
         prepared = encoder.prepare(tiny_medium(kind))
         assert prepared.values.dtype == torch.float32 and prepared.values.device.type == "cpu"
         features = encoder.encode(prepared.values[None])

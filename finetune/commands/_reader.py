@@ -1,15 +1,13 @@
 """Rows as training will read them, without the LLM's weights: shared by the commands that examine data."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from finetune.common.errors import DataError, MediaError
 from finetune.data.check.inspect import View, text_remarks, view
-from finetune.data.check.ledger import Examined, Finding, MediumUse
-from finetune.data.rows import group_of, split_of
-from finetune.data.sample import Layout, Medium, Message, Row, Sample
+from finetune.data.check.ledger import Examined, Finding
+from finetune.data.rows import content_key, group_of, split_of
+from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.schema import Llm, Recipe, task_names
 
@@ -30,7 +28,7 @@ class Reader:
         self.names = task_names(recipe.data)
         # Tuning an encoder doesn't change what it reads.
         self.components = load_components(recipe.model, {}, recipe.seed, torch.device("cpu"))
-        self.segments = self.components.placement.segments_by(lambda m: self.inspected(m.kind, m.path)[1])
+        self.segments = self.components.placement.segments_by(lambda medium: self.inspected(medium)[1])
         self.context = context_of(recipe.model.llm)
         self.inspected = lru_cache(CACHED_MEDIA)(self._inspected)
 
@@ -46,16 +44,16 @@ class Reader:
             return tokenize_prompt(sample.question, tokenizer, placeholders, self.segments, sample.where)
         return tokenize(sample, tokenizer, placeholders, self.segments)
 
-    def _inspected(self, kind: str, path: Path) -> tuple[View, Layout]:
+    def _inspected(self, medium: Medium) -> tuple[View, Layout]:
         """What a medium shows, and its layout. Raises DataError, and MediaError if it can't be decoded."""
         from finetune.model.features import decode_for
 
-        if kind not in self.components.encoders:
+        if medium.kind not in self.components.encoders:
             kinds = ", ".join(self.components.encoders) or "text only"
-            raise DataError(f"holds {kind}, but this model reads {kinds}")
-        encoder = self.components.encoders[kind]
-        decoded = decode_for(encoder, kind, path, self.recipe.media)
-        return view(kind, path, decoded), encoder.layout or encoder.prepare(decoded).layout
+            raise DataError(f"holds {medium.kind}, but this model reads {kinds}")
+        encoder = self.components.encoders[medium.kind]
+        decoded = decode_for(encoder, medium.kind, medium.path, self.recipe.media)
+        return view(medium, decoded), encoder.layout or encoder.prepare(decoded).layout
 
     def examine(self, number: int, source: int, row: Row) -> Examined:
         """All findings about one row by itself. `number`: of the row, over all sources."""
@@ -73,31 +71,30 @@ class Reader:
         except DataError as error:
             add("medium" if isinstance(error, MediaError) else "row", str(error))
             return result
-        views: dict[Medium, View] = {}
-        for medium in sample.media:
+        for medium in dict.fromkeys(sample.media):
             try:
-                views[medium] = self.inspected(medium.kind, medium.path)[0]
+                result.media.append(self.inspected(medium)[0])
             except DataError as error:
                 add("medium", str(error), medium.path)
         if result.findings:
+            result.media.clear()
             return result
-        for medium, shown in views.items():
-            result.media.append(MediumUse(shown.digest, medium.kind, str(medium.path), shown.hash, shown.thumbnail))
+        for shown in result.media:
             for remark in shown.remarks:
-                add(*remark, medium.path)
+                add(*remark, shown.path)
         for text in dict.fromkeys(p for m in sample.messages for p in m.content if isinstance(p, str)):
             for remark in text_remarks(text):
                 add(*remark)
         try:
-            self._measure(result, sample, group, views)
+            self._measure(result, sample, group)
         except DataError as error:
             add("tokens", str(error))
         return result
 
-    def _measure(self, result: Examined, sample: Sample, group: str, views: Mapping[Medium, View]) -> None:
+    def _measure(self, result: Examined, sample: Sample, group: str) -> None:
         """Add split, tokens, contents and labels. Raises DataError if the row can't be tokenized."""
         source = self.recipe.data[result.source]
-        split = split_of(sample, group, source, self.recipe.seed, lambda medium: views[medium].digest.hex())
+        split = split_of(sample, group, source, self.recipe.seed)
         tokens = len(self.tokens(sample, result.source, split).input_ids)
         problem = None
         if split == "train" and tokens > (limit := self.recipe.train.tokens_per_batch):
@@ -107,23 +104,13 @@ class Reader:
         if problem:
             result.findings.append(Finding(*problem, result.row, result.source, result.number))
         result.split, result.tokens = split, tokens
-        result.question = content_of(sample.question, views)
-        result.content = content_of(sample.messages, views)
+        result.question = content_key(sample.question)
+        result.content = content_key(sample.messages)
         if "label" in source.task.heads:
             labels = sample.target if isinstance(sample.target, list) else [sample.answer]
             result.labels = tuple(str(label) for label in labels)
             result.label_set = f"{self.names[result.source]} {source.task.options.model_dump_json()}"
             result.answer = sample.answer
-
-
-def content_of(messages: Sequence[Message], views: Mapping[Medium, View]) -> bytes:
-    """16 bytes, equal for messages with the same text and media, whatever the files are called."""
-    digest = hashlib.sha256()
-    for message in messages:
-        for part in (message.role, *message.content):
-            content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else views[part].digest
-            digest.update(len(content).to_bytes(8, "big") + content)
-    return digest.digest()[:16]
 
 
 def context_of(llm: Llm) -> int | None:
@@ -132,12 +119,15 @@ def context_of(llm: Llm) -> int | None:
 
     from finetune.common.hub import loading
 
-    with loading(f"LLM {llm.name!r}"):
+    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
         if llm.name.endswith(".gguf"):
             config = AutoConfig.from_pretrained(str(Path(llm.name).parent), gguf_file=Path(llm.name).name)
         else:
             config = AutoConfig.from_pretrained(
-                llm.name, revision=llm.revision, trust_remote_code=llm.trust_remote_code
+                llm.name,
+                revision=llm.revision,
+                trust_remote_code=llm.trust_remote_code,
+                local_files_only=local_only,
             )
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)

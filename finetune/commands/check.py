@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.rows import SplitSummary, read_splits, summary
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import load_recipe, refuse_missing_trackers
 
 
 def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, SplitSummary]:
@@ -13,4 +13,5 @@ def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, SplitS
     Raises RecipeError, DataError.
     """
     loaded = load_recipe(recipe, overrides)
+    refuse_missing_trackers(loaded)
     return summary(read_splits(loaded.data, loaded.seed, loaded.media.max_bytes))

@@ -2,15 +2,22 @@
 
 import json
 import logging
+import os
 import re
+import shlex
+import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from finetune.common.errors import FinetuneError, RecipeError
+from finetune.common.errors import FinetuneError, Interrupted, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
+from finetune.common.version import VERSION
 from finetune.training.plan.cards import CARDS, DEFAULT
 
 OUT_OF_MEMORY = (
@@ -37,6 +44,22 @@ Set = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; default: runs/NAME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder, and begin anew.")]
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"finetune {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -78,14 +101,18 @@ def plan(
 
 
 @app.command()
-def train(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
+def train(
+    recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False, overwrite: Overwrite = False
+) -> None:
     """Train the stages of a recipe; writes RUN/adapter."""
-    from finetune.recipe.load import load_recipe
+    from finetune.recipe.load import load_recipe, refuse_missing_trackers
 
     loaded = load_recipe(recipe, set_ or [])  # so that a mistake is reported before torch is imported
+    refuse_missing_trackers(loaded)
     from finetune.training.train import train
 
-    train(loaded, run, resume)
+    with how_to_go_on("train", recipe, set_ or []):
+        train(loaded, run, resume, overwrite)
 
 
 @app.command()
@@ -94,8 +121,8 @@ def evaluate(run: Run) -> None:
     from finetune.commands.tables import print_scores
     from finetune.evaluation.evaluate import evaluate
 
-    metrics = evaluate(run)
-    print_scores(metrics["scores"], metrics["intervals"])
+    evaluate(run)
+    print_scores(run)
 
 
 @app.command()
@@ -223,12 +250,16 @@ def chat(
 
 
 @app.command()
-def run(recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False) -> None:
+def run(
+    recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False, overwrite: Overwrite = False
+) -> None:
     """The whole way: check, train, evaluate, merge, one question about a held-out row, and the report."""
     from finetune.commands.run import run as run_all
     from finetune.commands.tables import print_run
 
-    print_run(run_all(recipe, set_ or [], run, resume))
+    with how_to_go_on("run", recipe, set_ or []):
+        result = run_all(recipe, set_ or [], run, resume, overwrite)
+    print_run(result)
 
 
 @app.command()
@@ -274,6 +305,19 @@ def recipes(
         return
     for name, comment in comments.items():
         print(f"{name:<24} {comment}")
+
+
+@app.command()
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Examine this environment: versions, device, memory, disks, the Hub. Exit status 1 where there are errors."""
+    from finetune.commands.doctor import doctor
+
+    diagnosis = doctor()
+    print(json.dumps(asdict(diagnosis), indent=2) if json_ else diagnosis)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -410,6 +454,23 @@ def strength_of(given: list[str]) -> float | dict[str, float] | None:
         return {name: float(value) for name, value in (one.split("=") for one in given)} or None
     except ValueError:
         raise RecipeError(f"--strength {' '.join(given)}: write a number, or image=0.5 for one medium") from None
+
+
+@contextmanager
+def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Adds the command that goes on to the message of a training that a signal has stopped."""
+    try:
+        yield
+    except Interrupted as stopped:
+        program = ["finetune" if shutil.which("finetune") == sys.argv[0] else sys.argv[0]]
+        if Path(sys.argv[0]).name != "finetune":
+            program = [sys.executable, "-m", "finetune.commands.cli"]
+        sets = [word for assignment in overrides for word in ("--set", assignment)]
+        command = shlex.join([*program, verb, str(recipe), *sets, "--run", str(stopped.run), "--resume"])
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = f", launched for {processes} processes as before" if processes > 1 else ""
+        message = f"{stopped}\nto go on{launched}:\n  {command}"
+        raise Interrupted(message, stopped.signal_number, stopped.run) from None
 
 
 def main() -> None:

@@ -14,12 +14,11 @@ from finetune.common.errors import DataError, FinetuneError
 from finetune.common.run_folder import whole_folder, write_text
 from finetune.data.check.compare import NEAR_BITS, NEAR_LEVELS, compare
 from finetune.data.check.fix import check_target, clean_copy
-from finetune.data.check.ledger import CODES, ERRORS, Examined, Finding, Ledger, SplitCounts, Summary, place
+from finetune.data.check.ledger import CODES, ERRORS, Examined, Finding, Ledger, SplitCounts, Summary
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import findings_page
 from finetune.data.sample import Row
 from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import Recipe, Source
 
 CHUNK = 32  # rows given to a worker at once
@@ -65,14 +64,13 @@ def data_check(
         check_target(Path(fix), sources)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        ledger = Ledger(Path(temporary) / "ledger.sqlite")
+        ledger = Ledger(Path(temporary) / "ledger.sqlite", names_of(sources))
         try:
             rows = fill(ledger, loaded, workers)
-            names = names_of(sources)
-            compare(ledger, lambda source, number: f"{names[source]}:{number}")
-            summary = summary_of(ledger, loaded.name, names, rows)
-            write_report(ledger, summary, names, folder / "check.json")
-            findings_page(ledger, summary, names, folder / "check.html", loaded.media)
+            compare(ledger)
+            summary = summary_of(ledger, loaded.name, rows)
+            write_report(ledger, summary, folder / "check.json")
+            findings_page(ledger, summary, folder / "check.html", loaded.media)
             result: CheckResult = {**summary, "json": folder / "check.json", "html": folder / "check.html"}
             if fix is not None:
                 result["fixed"] = write_fixed(ledger, loaded, Path(fix), copy_media)
@@ -191,7 +189,7 @@ def names_of(sources: Sequence[Source]) -> list[str]:
     return [f"{path.parent.name}/{path.name}" if files[path.name] > 1 else path.name for path in paths]
 
 
-def summary_of(ledger: Ledger, name: str, names: Sequence[str], rows: int) -> Summary:
+def summary_of(ledger: Ledger, name: str, rows: int) -> Summary:
     counts = ledger.counts()
     splits: dict[str, SplitCounts] = {
         split: {"rows": count, "tokens": tokens, "longest": longest}
@@ -209,16 +207,17 @@ def summary_of(ledger: Ledger, name: str, names: Sequence[str], rows: int) -> Su
         "different_media": media,
         "near": {"bits_of_128": NEAR_BITS, "levels_of_255": NEAR_LEVELS},
         "findings": {code: counts[code] for code in CODES if code in counts},
-        "examples": {code: _example(next(ledger.findings(code, 1)), names) for code in CODES if code in counts},
+        "examples": {code: _example(ledger, code) for code in CODES if code in counts},
     }
 
 
-def _example(finding: Finding, names: Sequence[str]) -> str:
-    where = place(finding, names)
+def _example(ledger: Ledger, code: str) -> str:
+    finding = next(ledger.findings(code, 1))
+    where = ledger.where(finding.source, finding.number)
     return finding.text if finding.text.startswith(where) else f"{where}: {finding.text}"
 
 
-def write_report(ledger: Ledger, summary: Summary, names: Sequence[str], path: Path) -> None:
+def write_report(ledger: Ledger, summary: Summary, path: Path) -> None:
     """check.json: the summary, and every finding as {"code", "severity", "file", "line", "text", "media"}."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -228,7 +227,7 @@ def write_report(ledger: Ledger, summary: Summary, names: Sequence[str], path: P
             entry = {
                 "code": finding.code,
                 "severity": CODES[finding.code][0],
-                "file": names[finding.source],
+                "file": ledger.names[finding.source],
                 "line": finding.number or None,
                 "text": finding.text,
                 "media": [path for path in (finding.path, finding.other) if path],
@@ -242,16 +241,6 @@ def write_report(ledger: Ledger, summary: Summary, names: Sequence[str], path: P
 def write_fixed(ledger: Ledger, recipe: Recipe, folder: Path, copy_media: bool) -> Fixed:
     """Write the cleaned copy and its recipe."""
     with whole_folder(folder) as partial:
-        copy = clean_copy(ledger, recipe.data, partial, copy_media)
-        data = [
-            source.model_copy(
-                update={
-                    "path": cleaned.path,
-                    "media_folder": cleaned.media_folder,
-                    "format": FormatPart.of(cleaned.format) if cleaned.format else None,
-                }
-            )
-            for source, cleaned in zip(recipe.data, copy.sources, strict=True)
-        ]
-        write_text(partial / "recipe.yaml", dump_recipe(recipe.model_copy(update={"data": data})))
-    return {"recipe": folder / "recipe.yaml", "rows": copy.rows, "quarantined": copy.quarantined}
+        sources, rows, quarantined = clean_copy(ledger, recipe.data, partial, copy_media)
+        write_text(partial / "recipe.yaml", dump_recipe(recipe.model_copy(update={"data": sources})))
+    return {"recipe": folder / "recipe.yaml", "rows": rows, "quarantined": quarantined}

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 ANSWER_COLUMNS = ("label", "answer", "caption", "text")  # options of tasks that name the column of the answer
 BUTTONS = 24  # labels; more are a list
 HOST = "127.0.0.1"
-INSTALL = (
-    "the page needs Gradio: in the checkout, pip install -e '.[label]'; without --page the labels are written into a "
-    "CSV"
-)
+INSTALL = "the page needs Gradio: pip install 'finetune-kit[label]'; without --page the labels are written into a CSV"
 
 
 @dataclass

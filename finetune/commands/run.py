@@ -25,9 +25,13 @@ class RunResult:
 
 
 def run(
-    recipe: Path | str, overrides: Sequence[str] = (), run: Path | str | None = None, resume: bool = False
+    recipe: Path | str,
+    overrides: Sequence[str] = (),
+    run: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> RunResult:
-    """check → train → evaluate → merge → one question about one held-out row → report."""
+    """check → train → evaluate → merge → one question about one held-out row → report. Arguments: see `train`."""
     from finetune.commands.check import check
 
     refuse_several_processes("`finetune run`")
@@ -37,7 +41,7 @@ def run(
     from finetune.merging.merge import merge
     from finetune.training.train import train
 
-    folder = train(load_recipe(recipe, overrides), run, resume)
+    folder = train(load_recipe(recipe, overrides), run, resume, overwrite)
     metrics = evaluate(folder.path)
     merge(folder.path)
     first = read_predictions(folder.predictions)[0]

@@ -1,7 +1,8 @@
 """What commands print: results as tables and lines."""
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.data.check.ledger import CODES
+from finetune.data.metrics import lower_is_better
 
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
@@ -40,11 +42,13 @@ def print_push(result: "Pushed") -> None:
 
 
 def print_run(result: "RunResult") -> None:
-    print_scores(result.metrics["scores"], result.metrics["intervals"])
+    print_scores(result.folder.path)
+    from finetune.evaluation.report.words import readable
+
     first, folder = result.prediction, result.folder
     media = ", ".join(str(medium.path) for medium in first.media)
     print(f"question{f' about {media}' if media else ''}: {first.question}")
-    print(f"  answer: {result.answer}   (right: {first.target})")
+    print(f"  answer: {result.answer}   (right: {readable(first.target)})")
     paths = {name: getattr(folder, name) for name in ("adapter", "metrics", "predictions", "plots", "merged")}
     for name, path in {**paths, "report": result.report}.items():
         print(f"{name:<12} {path}")
@@ -86,39 +90,55 @@ def print_plan(result: "Plan") -> None:
 
 
 def print_trials(result: "SweepResult") -> None:
+    from finetune.evaluation.report.headline import figures, verdict_of
+
     trials = sorted(result.trials, key=lambda trial: (trial.score is None, -(trial.score or 0)))
+    sign = -1 if lower_is_better(result.metric) else 1  # errors are selected by their negative
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("trial", *trials[0].values, result.metric, "passes", "seconds"):
+    for name in ("trial", *trials[0].values, result.metric + " ↓" * (sign < 0), "passes", "seconds"):
         table.add_column(name, justify="right", overflow="fold")
     for trial in trials:
-        score = trial.state if trial.score is None else f"{trial.score:.4f}"
+        score = trial.state if trial.score is None else f"{sign * trial.score:.4f}"
         seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
         values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in trial.values.values())
         best = " (best)" if trial.trial == result.best else ""
         table.add_row(f"{trial.trial}{best}", *values, score, str(len(trial.passes)), seconds)
     Console().print(table)
+    if result.rows:
+        print(f"n = {result.rows:,} validation rows" + "; ↓ lower is better" * (sign < 0))
+    if result.compared:
+        certain = "" if verdict_of(result.compared, lower=False) == "yes" else "not certainly "
+        difference = figures("accuracy", result.compared)
+        print(f"trial {result.best} is {certain}better than trial {result.second}, row by row: {difference}")
     print(f"the best trial's recipe: {result.folder}/best.yaml")
 
 
-def print_scores(scores: dict[str, Any], intervals: dict[str, Any]) -> None:
-    for task, metrics in scores.items():
-        conditions = list(next(iter(metrics.values())))
-        table = Table(title=task, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+def print_scores(run: Path) -> None:
+    """Of an evaluated run: each task's table, and what it comes to in a sentence."""
+    from finetune.evaluation.report.content import read_content
+    from finetune.evaluation.report.headline import headlines
+    from finetune.evaluation.report.tables import score_tables
+
+    content = read_content(run)
+    sentences = {headline.task: headline.sentence for headline in headlines(content)}
+    for scores in score_tables(content):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
         table.add_column("", no_wrap=True)
-        for condition in conditions:
-            table.add_column(condition.replace("_", "\n"), justify="right")
+        for condition in scores.conditions:
+            table.add_column(condition.replace("_", "\n"), justify="right", no_wrap=True)
             if condition == "tuned":
-                table.add_column("95% CI", justify="right")
-        for metric, values in metrics.items():
+                table.add_column("95% CI", justify="right", min_width=len("0.561–0.683"))
+        for row in scores.metrics:
             cells = []
-            for condition in conditions:
-                value = values.get(condition)
-                cells.append("" if value is None else f"{value:.3f}")
+            for condition, cell in zip(scores.conditions, row.cells, strict=True):
+                cells.append("" if cell.value is None else f"{cell.value:.3f}")
                 if condition == "tuned":
-                    ends = intervals.get(task, {}).get(metric, {}).get("tuned")
-                    cells.append(f"{ends[0]:.3f}–{ends[1]:.3f}" if ends else "")
-            table.add_row(metric, *cells)
+                    cells.append("" if cell.low is None else f"{cell.low:.3f}–{cell.high:.3f}")
+            table.add_row(row.metric + " ↓" * row.lower_is_better, *cells)
+        lower = "; ↓ lower is better" if any(row.lower_is_better for row in scores.metrics) else ""
+        print(f"{scores.task}, n = {scores.rows:,}{lower}")
         Console().print(table)
+        print(f"{sentences.get(scores.task, '')}\n")
 
 
 def print_findings(result: "CheckResult") -> None:

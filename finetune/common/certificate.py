@@ -5,7 +5,6 @@ certificate.json stands in the run folder and, byte for byte the same, in merged
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -174,50 +173,26 @@ def weights_hashes(name: str) -> dict[str, str]:
     return {file.name: file_hash(file) for file in files}
 
 
-@dataclass(frozen=True)
-class ComparedModel:
-    """A row of the comparison. `kept`: whether it is what merged/ holds."""
-
-    name: str
-    kept: bool
-    measures: Measures
-
-
-def compared_models(certificate: Certificate) -> list[ComparedModel]:
-    """What was trained, each candidate, and the LLM without the adapter."""
-    return [
-        ComparedModel(certificate.reference, False, certificate.trained),
-        *(
-            ComparedModel(f"merged into {name}", name == certificate.merged_into, measures)
-            for name, measures in certificate.candidates.items()
-        ),
-        ComparedModel("the LLM without the adapter", False, certificate.base),
-    ]
-
-
 def comparison(certificate: Certificate) -> tuple[list[str], list[list[str]]]:
-    """`compared_models` as text, with the score of each task's main metric: (column names, cells of each row). Scores
-    that no model has are left out.
+    """What was trained, each candidate, and the LLM without the adapter, with the score of each task's main metric:
+    (column names, cells of each row). Scores that no model has are left out.
     """
-    models = compared_models(certificate)
-    scores = [
-        [(model.measures.scores or {}).get(task, {}).get(metric) for model in models]
-        for task, metric in certificate.primary.items()
-    ]
+    models = {certificate.reference: certificate.trained}
+    for name, measures in certificate.candidates.items():
+        models[f"merged into {name}" + (" (kept)" if name == certificate.merged_into else "")] = measures
+    models["the LLM without the adapter"] = certificate.base
     columns: list[tuple[str, str, Sequence[float | None]]] = [
-        ("KL (nats)", ".2g", [model.measures.kl for model in models]),
-        ("same token", ".1%", [model.measures.agreement for model in models]),
-        ("largest difference", ".2g", [model.measures.largest_logit_difference for model in models]),
-        ("KL from base", ".2g", [model.measures.kl_from_base for model in models]),
+        ("KL (nats)", ".2g", [measures.kl for measures in models.values()]),
+        ("same token", ".1%", [measures.agreement for measures in models.values()]),
+        ("largest difference", ".2g", [measures.largest_logit_difference for measures in models.values()]),
+        ("KL from base", ".2g", [measures.kl_from_base for measures in models.values()]),
     ]
-    for (task, metric), values in zip(certificate.primary.items(), scores, strict=True):
+    for task, metric in certificate.primary.items():
+        values = [(measures.scores or {}).get(task, {}).get(metric) for measures in models.values()]
         if any(value is not None for value in values):
             columns.append((f"{task}.{metric}", ".3f", values))
     cells = [
-        [
-            model.name + (" (kept)" if model.kept else ""),
-            *("" if values[number] is None else format(values[number], form) for _, form, values in columns),
-        ]
-        for number, model in enumerate(models)
+        [name, *("" if values[row] is None else format(values[row], form) for _, form, values in columns)]
+        for row, name in enumerate(models)
     ]
     return ["", *(name for name, _, _ in columns)], cells

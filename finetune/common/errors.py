@@ -6,7 +6,7 @@ FinetuneError                 exit status 1; its text is all that the command li
 │  └─ MediaError         2    a picture, recording or video that can't be decoded or is out of bounds
 ├─ ModelError            1    an LLM, an encoder or a projector that can't be built or don't fit together
 ├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be continued
-│  └─ Interrupted      130    stopped by the user after a whole checkpoint; `--resume` continues
+│  └─ Interrupted    128+n    stopped by signal n after a whole checkpoint; `--resume` continues
 ├─ ArtifactError         1    a run folder, adapter or merged folder that is missing, broken or foreign
 │  ├─ MergeRefused       3    the merged model isn't what was trained, or is only the base
 │  └─ ExportRefused      3    a target that can't hold this model, or answers otherwise than it
@@ -14,6 +14,9 @@ FinetuneError                 exit status 1; its text is all that the command li
 
 A message says where (file, row, key), what was seen, and what to do next.
 """
+
+import signal
+from pathlib import Path
 
 
 class FinetuneError(Exception):
@@ -41,7 +44,15 @@ class TrainingError(FinetuneError):
 
 
 class Interrupted(TrainingError):
-    exit_status = 130
+    """`signal_number`: 2 after Ctrl-C, 15 where a machine is taken away; `run`: the folder that `--resume` goes on
+    with.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT, run: Path | None = None) -> None:
+        super().__init__(message)
+        self.signal_number = int(signal_number)
+        self.run = run
+        self.exit_status = 128 + self.signal_number
 
 
 class ArtifactError(FinetuneError):

@@ -1,19 +1,23 @@
 """Loading from the Hub or a folder, with errors that a user can act on."""
 
 import errno
+import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from time import monotonic
 
 from finetune.common.certificate import verify_if_certified
 from finetune.common.errors import ArtifactError, FinetuneError, ModelError
-from finetune.common.run_folder import read_json, whole_folder
+from finetune.common.run_folder import read_json
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")  # what loading reads; none can hold code
-PULLED_FILES = (*MODEL_FILES, "*.md", "*.yaml", "*.png", "*.webp")
+PROBE_SECONDS = 3.0  # for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
+CONNECT = "check the connection, set HF_ENDPOINT to a mirror (https://hf-mirror.com), or name a folder that holds it"
 REASONS = {
     403: "the token lacks the permission: create one that may write to this repository, and log in again",
     409: "somebody else changed it at the same time; try again",
@@ -24,12 +28,61 @@ REASONS = {
 }
 
 
-@contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turn what transformers and the Hub raise on a wrong name, revision, file or connection into one ModelError."""
+def unreachable() -> str | None:
+    """Why the Hub, or HF_ENDPOINT, can't be reached; None if it can, or if HF_HUB_OFFLINE is set. Takes at most
+    PROBE_SECONDS, and asks once a minute.
+
+    huggingface_hub asks five times for each file that isn't in its cache, which takes 24 s a file.
+    """
+    from huggingface_hub import constants
+
+    return None if constants.is_offline_mode() else _unreachable(constants.ENDPOINT, int(monotonic() // 60))
+
+
+@lru_cache(maxsize=1)
+def _unreachable(endpoint: str, minute: int) -> str | None:
+    from huggingface_hub import get_session
+
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PROBE_SECONDS)
+    outcome: Queue[str | None] = Queue()
+
+    def ask() -> None:
+        try:
+            status = get_session().head(endpoint, timeout=seconds).status_code
+            outcome.put(f"it answers {status}" if status in (502, 503, 504) else None)
+        except Exception as error:  # of any library on the way: names, certificates, proxies
+            outcome.put(_first_line(error))
+
+    Thread(target=ask, daemon=True).start()  # since no time limit holds for the search for its address
     try:
-        yield
+        why = outcome.get(timeout=seconds)
+    except Empty:
+        why = f"no answer in {seconds:g} s; HF_HUB_ETAG_TIMEOUT sets how many"
+    return why and f"{endpoint} can't be reached ({why})"
+
+
+def _in_cache(name: str, cache_folder: Path | None = None) -> bool:
+    """Whether there is anything of a model. huggingface_hub's loaders would send a request of their own."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return (Path(cache_folder or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).is_dir()
+
+
+@contextmanager
+def loading(what: str, name: str) -> Iterator[bool]:
+    """Turn what transformers and the Hub raise on a wrong name, revision, file or connection into one ModelError.
+
+    Gives `local_files_only`: whether `name` is of the Hub and the Hub can't be reached, so that only its cache is read.
+    """
+    why = None if Path(name).exists() or name.endswith(".gguf") else unreachable()
+    if why is not None and not _in_cache(name):
+        raise ModelError(f"{what} isn't in the cache, and {why}; {CONNECT}")
+    try:
+        yield why is not None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if why is not None and isinstance(error, OSError):
+            raise ModelError(f"{what} isn't in the cache, and {why}; {CONNECT}") from error
         raise ModelError(f"{what} can't be loaded: {_first_line(error)}") from error
 
 
@@ -63,16 +116,22 @@ def verify_weights(folder: Path) -> None:
 
 
 @contextmanager
-def requesting(what: str, raises: type[FinetuneError] = ModelError) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one error that says what to do: f"{what}: reason"."""
+def requesting(what: str, raises: type[FinetuneError] = ModelError, *, local_only: bool = False) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one error that says what to do: f"{what}: reason". Raises it at once if the
+    Hub can't be reached; not if `local_only`, where nothing but the cache is read.
+    """
     from huggingface_hub.errors import HTTPError
 
+    why = unreachable()
+    if why is not None and not local_only:
+        raise raises(f"{what}: {why}; {CONNECT}")
     try:
         yield
     except FinetuneError:
         raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise raises(f"{what}: {reason(error)}") from error
+        because = f"it isn't in the cache, and {why}; {CONNECT}" if why is not None else reason(error)
+        raise raises(f"{what}: {because}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -121,35 +180,18 @@ def fetched(name: str, revision: str | None = None, cache_folder: Path | None = 
     """
     from huggingface_hub import snapshot_download
 
-    with requesting(_title(name, revision)):
-        folder = snapshot_download(name, revision=revision, cache_dir=cache_folder, allow_patterns=list(MODEL_FILES))
+    local_only = unreachable() is not None and _in_cache(name, cache_folder)
+    with requesting(title(name, revision), local_only=local_only):
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_folder,
+            allow_patterns=list(MODEL_FILES),
+            local_files_only=local_only,
+        )
     verify_if_certified(Path(folder))
     return Path(folder)
 
 
-def pulled(name: str, to: Path, revision: str | None = None) -> Path:
-    """Download a published model into the folder `to`, which mustn't exist: whole and as the Hub's own hashes say, or
-    not at all. Raises ModelError, ArtifactError.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    if to.exists():
-        raise ArtifactError(f"{to}: already exists; choose another folder with --to")
-    with whole_folder(to) as partial:
-        with requesting(_title(name, revision)):
-            commit = HfApi().model_info(name, revision=revision).sha
-            snapshot_download(name, revision=commit, local_dir=partial, allow_patterns=list(PULLED_FILES))
-            hashes = HfApi().verify_repo_checksums(name, revision=commit, local_dir=partial)
-        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the downloader's own notes
-        if not any((partial / file).is_file() for file in ("multimodal.json", "config.json")):
-            raise ArtifactError(f"{name}: holds neither an adapter nor a merged model; nothing was downloaded")
-        damaged = [mismatch["path"] for mismatch in hashes.mismatches]
-        missing = [path for path in hashes.missing_paths if any(fnmatch(path, pattern) for pattern in PULLED_FILES)]
-        if damaged or missing:
-            raise ArtifactError(f"{name}: {[*damaged, *missing][0]} isn't the file on the Hub; pull the model again")
-        verify_if_certified(partial)
-    return to
-
-
-def _title(name: str, revision: str | None) -> str:
+def title(name: str, revision: str | None) -> str:
     return f"{name} at {revision}" if revision else name

@@ -36,8 +36,8 @@ def fresh_memory() -> None:
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar; call what it gives once a step, with text to show beside it."""
+def bar(what: str, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar; call what it gives once a step, with text to show beside it. `completed`: steps done before."""
     columns = (
         TextColumn("{task.description:<18}"),
         BarColumn(),
@@ -45,44 +45,66 @@ def bar(what: str, total: int) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total, note="")
+    # In notebooks rich's own display needs ipywidgets, and warns where they are missing.
+    with Progress(*columns, console=console, disable=console.is_jupyter) as progress:
+        task = progress.add_task(what, total=total, completed=completed, note="")
+        live = LiveDisplay() if console.is_jupyter else None
 
         def step(note: str = "", completed: int | None = None) -> None:
             if completed is None:
                 progress.update(task, advance=1, note=note)
             else:
                 progress.update(task, completed=completed, note=note)
+            if live is not None and (live.stale or progress.finished):
+                live.show(progress)
 
         yield step
 
 
+class LiveDisplay:
+    """A place below a notebook's cell whose content is shown anew; only for `console.is_jupyter`."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown_at = 0.0
+
+    @property
+    def stale(self) -> bool:
+        """Whether what is seen is older than a quarter of a second."""
+        return perf_counter() - self._shown_at > 0.25
+
+    def show(self, content: Any) -> None:
+        """`content`: an object that IPython can display, or MIME type -> data."""
+        from IPython.display import display
+
+        raw = isinstance(content, dict)
+        if self._handle is None:
+            self._handle = display(content, display_id=True, raw=raw)
+        else:
+            self._handle.update(content, raw=raw)
+        self._shown_at = perf_counter()
+
+
 class TrainingBar(TrainerCallback):
-    """Step, loss, tokens a second, memory, time left; a plain line now and then where there's no terminal."""
+    """Step, loss, tokens a second, memory, time left; a plain line now and then where nothing can be shown live."""
 
     def __init__(self, stage: str, total: int) -> None:
         self.stage = stage
         self.total = total
-        self.begin = perf_counter()
-        self.first: tuple[int, float] | None = None
         self._context: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._context = bar(self.stage, self.total)
+        self._context = bar(self.stage, self.total, completed=state.global_step)
         self._step = self._context.__enter__()
-        self.begin = perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        tokens, now = int(logs.get("num_tokens", 0)), perf_counter()
-        if self.first is None:  # the first step warms up: it isn't counted
-            self.first = (tokens, now)
-        speed = (tokens - self.first[0]) / (now - self.first[1]) if now > self.first[1] else 0.0
+        speed = logs.get("tokens_per_second", 0.0)  # none after the first step
         memory = max(peak_memory_bytes().values()) / 2**30
         note = f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
         self._step(note, completed=state.global_step)
-        if not console.is_terminal and state.global_step % max(1, self.total // 5) == 0:
+        if not (console.is_terminal or console.is_jupyter) and state.global_step % max(1, self.total // 5) == 0:
             console.print(f"  {self.stage}: step {state.global_step}/{self.total}  {note}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

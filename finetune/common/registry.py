@@ -56,7 +56,7 @@ def load_part(folder: str, name: str) -> Any:
     """
     names = part_names(folder)
     if name not in names:
-        near = _nearest(name, names)
+        near = nearest(name, names)
         raise RecipeError(
             f"no {folder.removesuffix('s')} is called {name!r}"
             + (f": did you mean {near!r}?" if near else ".")
@@ -78,7 +78,7 @@ def parse_options(pairs: Sequence[str], model: type[OptionsT]) -> OptionsT:
         if not equals:
             raise RecipeError(f"--option {pair}: no '='; write KEY=VALUE, of {names}")
         if key not in model.model_fields:
-            near = _nearest(key, model.model_fields)
+            near = nearest(key, model.model_fields)
             advice = f"did you mean {near!r}?" if near else f"there are: {names}"
             raise RecipeError(f"--option {pair}: unknown key; {advice}")
         values[key] = None if value == "null" else value
@@ -90,5 +90,8 @@ def parse_options(pairs: Sequence[str], model: type[OptionsT]) -> OptionsT:
         raise RecipeError(f"--option {key}={values.get(key)}: {first['msg']}") from None
 
 
-def _nearest(word: str, words: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, list(words), n=1)), None)
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The word with the most similar spelling, if there is one; case, `-` and `_` don't count."""
+    spellings = {other.lower().replace("-", "_"): other for other in words}
+    near = difflib.get_close_matches(word[:100].lower().replace("-", "_"), spellings, n=1)
+    return spellings[near[0]] if near else None

@@ -3,7 +3,9 @@
 runs/NAME/
   recipe.yaml        as resolved, with package versions below it in versions.json
   data/              counts per split, tokenized rows
-  checkpoints/STAGE/checkpoint-N/    appears under this name only when it is whole; STAGE/final when done
+  checkpoints/STAGE/checkpoint-N/    appears under this name only when it is whole; the last two are kept; STAGE/final
+                     when the stage is done; the hashes of its files are in each
+  tensorboard/STAGE/ event files, if train.track names tensorboard
   adapter/           the publishable artefact
   metrics.json, predictions.jsonl, plots/
   merged/            a self-contained checkpoint; certificate.json beside it
@@ -20,10 +22,16 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finetune.common.errors import ArtifactError, TrainingError
+from finetune.common.errors import ArtifactError, RecipeError, TrainingError
 
 JsonObject = dict[str, Any]
 WRITTEN_FIRST = {"recipe.yaml", "versions.json"}  # before rows and weights are read
+WRITTEN_LATER = {
+    *("data", "checkpoints", "adapter", "merged", "exports", "published", "plots", "tensorboard"),
+    *("metrics.json", "predictions.jsonl", "certificate.json", "report.html"),
+}
+HASHES = "sha256.json"  # in each checkpoint
+UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
 
 def refuse_several_processes(command: str) -> None:
@@ -47,12 +55,17 @@ class RunFolder:
         self.certificate = path / "certificate.json"
 
     @classmethod
-    def create(cls, path: Path, recipe_text: str, resume: bool) -> "RunFolder":
-        """A new folder, or with `resume` an existing one of the same recipe. Raises TrainingError otherwise.
+    def create(cls, path: Path, recipe_text: str, resume: bool, overwrite: bool = False) -> "RunFolder":
+        """A new folder, or with `resume` an existing one of the same recipe. With `overwrite` a run that is there is
+        removed; where the folder holds anything but a run, it is left as it is. Raises TrainingError, RecipeError.
 
         A training that was refused before its first step, for a bad row say, leaves a folder that counts as new.
         """
         run = cls(path)
+        if resume and overwrite:
+            raise RecipeError("--resume goes on with a run and --overwrite removes it: leave out one of them")
+        if overwrite and path.exists():
+            run._remove()
         if resume:
             if not run.recipe.is_file():
                 raise TrainingError(f"{path}: nothing to resume: there is no run here; leave out --resume to begin one")
@@ -63,11 +76,31 @@ class RunFolder:
                 )
         elif path.exists() and any(entry.name not in WRITTEN_FIRST for entry in path.iterdir()):
             raise TrainingError(
-                f"{path}: there is a run here already: --resume goes on with it, --run DIR makes another"
+                f"{path}: there is a run here already: --resume goes on with it, --overwrite removes it and begins "
+                "anew, --run DIR makes another"
             )
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, recipe_text)
         return run
+
+    def _remove(self) -> None:
+        """Remove all that a run has written, and nothing else. Raises TrainingError where there is anything else."""
+        entries = list(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        known = WRITTEN_FIRST | WRITTEN_LATER
+        foreign = [entry.name for entry in entries if entry.name not in known and entry.suffix not in UNFINISHED]
+        names = {entry.name for entry in entries}
+        if not names >= WRITTEN_FIRST and not names <= WRITTEN_FIRST:
+            foreign = foreign or [*names]
+        if foreign:
+            raise TrainingError(
+                f"{self.path}: --overwrite removes only what a run has written; {sorted(foreign)[0]} is something "
+                "else: move it away, or choose another --run"
+            )
+        for entry in sorted(entries, key=lambda entry: entry.name in WRITTEN_FIRST):  # these tell that it is a run
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     @classmethod
     def open(cls, path: Path, needs: Literal["recipe", "adapter", "metrics", "merged"] = "recipe") -> "RunFolder":
@@ -97,16 +130,13 @@ class RunFolder:
         for path in (self.checkpoints / stage).glob("*.partial"):
             shutil.rmtree(path)
 
-    def newest_checkpoint(self, stage: str) -> Path | None:
-        """The last whole checkpoint of a stage: its `final` if it is done."""
+    def checkpoints_of(self, stage: str) -> list[Path]:
+        """The checkpoints of a stage, newest first: only `final` if it is done."""
         folder = self.checkpoints / stage
         if (folder / "final").is_dir():
-            return folder / "final"
-        numbered = sorted(
-            (path for path in folder.glob("checkpoint-*") if path.suffix not in (".partial", ".old")),
-            key=lambda path: int(path.name.rpartition("-")[2]),
-        )
-        return numbered[-1] if numbered else None
+            return [folder / "final"]
+        numbered = [path for path in folder.glob("checkpoint-*") if path.suffix not in UNFINISHED]
+        return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 @contextmanager
@@ -129,6 +159,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_hashes(folder: Path) -> None:
+    """Write HASHES, the SHA-256 of every file in the folder, when all of them are there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
+    write_json(folder / HASHES, {path.relative_to(folder).as_posix(): file_hash(path) for path in files})
+
+
+def damage(folder: Path) -> str | None:
+    """The first file that isn't as `write_hashes` found it, and what is wrong with it; None if all are."""
+    try:
+        hashes = read_json(folder / HASHES)
+    except ArtifactError as error:
+        return str(error)
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if file_hash(folder / name) != expected:
+            return f"{folder / name} isn't as it was written"
+    return None
 
 
 def file_hash(path: Path) -> str:

@@ -3,13 +3,13 @@
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
-from finetune.data.sample import Medium, Row, Sample
+from finetune.data.sample import Message, Row, Sample
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import Limits, RowFile, Source, task_names
 
@@ -80,23 +80,21 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
         for sample, group in read_samples(source, max_bytes):
             bound = replace(sample, task=name, source=number, weight=source.weight)
             splits.of(split_of(sample, group, source, seed)).append(bound)
-    training = {content_key(sample): sample.where for sample in splits.train}
+    training = {content_key(sample.messages): sample.where for sample in splits.train}
     for split in ("validation", "test"):
         twice = [
             f"{training[key]} is also {sample.where}"
             for sample in splits.of(split)
-            if (key := content_key(sample)) in training
+            if (key := content_key(sample.messages)) in training
         ]
         if twice:
             raise DataError(error_list(twice, f"{len(twice)} rows are both in training and in {split}"))
     return splits
 
 
-def split_of(
-    sample: Sample, group: str, source: Source, seed: int, key: Callable[[Medium], str] = lambda medium: medium.key
-) -> str:
-    """What a row is for. `group`: from `group_of`; `key`: the key of a medium's content."""
-    chance = _chance(sample, group, seed, key) if source.split == "train" else 1.0
+def split_of(sample: Sample, group: str, source: Source, seed: int) -> str:
+    """What a row is for. `group`: from `group_of`."""
+    chance = _chance(sample, group, seed) if source.split == "train" else 1.0
     if chance < source.hold_out:
         return "test"
     return "validation" if chance < source.hold_out + source.hold_out_validation else source.split
@@ -144,14 +142,14 @@ def error_list(errors: Sequence[str], headline: str) -> str:
     return f"{headline}:\n  " + "\n  ".join(errors[:SHOWN]) + more
 
 
-def content_key(sample: Sample) -> str:
-    """A hash of a row's text and media, whatever its files are called."""
+def content_key(messages: Sequence[Message]) -> bytes:
+    """16 bytes, equal for messages with the same text and media, whatever the files are called."""
     digest = hashlib.sha256()
-    for message in sample.messages:
-        digest.update(message.role.encode())
-        for part in message.content:
-            digest.update(part.encode() if isinstance(part, str) else part.key.encode())
-    return digest.hexdigest()
+    for message in messages:
+        for part in (message.role, *message.content):
+            content = (part if isinstance(part, str) else part.key).encode()
+            digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.digest()[:16]
 
 
 def group_of(row: Row, source: Source) -> str:
@@ -166,10 +164,10 @@ def group_of(row: Row, source: Source) -> str:
     return str(value)
 
 
-def _chance(sample: Sample, group: str, seed: int, key: Callable[[Medium], str]) -> float:
+def _chance(sample: Sample, group: str, seed: int) -> float:
     """A number in [0, 1) that depends only on the seed and the row's group, or its first medium, or its question."""
     group = group or sample.group
-    content = group or (key(sample.media[0]) if sample.media else str(sample.question))
+    content = group or (sample.media[0].key if sample.media else str(sample.question))
     return int(hashlib.sha256(f"{seed}/{content}".encode()).hexdigest()[:12], 16) / 16**12
 
 

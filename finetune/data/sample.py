@@ -1,9 +1,10 @@
 """A row of a file, and the sample that it becomes: one conversation with its media in place."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,10 @@ class Row:
         return f"{self.path.name}:{self.number}"
 
     def text(self, column: str) -> str:
-        """A column that must hold text, or a number, which is written out. Raises DataError with row and column."""
+        """A column that must hold text; a number or boolean is written as JSON. Raises DataError, with the row."""
         value = self.columns.get(column)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            value = str(value)
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            value = json.dumps(value)
         if not isinstance(value, str) or not value.strip():
             have = ", ".join(repr(name) for name in self.columns)
             if column in self.columns:
@@ -223,6 +224,6 @@ def _in_words(content: Sequence[str | Medium]) -> str:
     return text
 
 
-@cache
+@lru_cache(2**16)
 def _file_hash(path: Path, size: int, modified: int) -> str:
     return file_hash(path)

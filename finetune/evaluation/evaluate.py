@@ -2,8 +2,9 @@
 media, and a linear probe on the same features beside them.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,10 +17,11 @@ from finetune.data.predictions import Prediction, write_predictions
 from finetune.data.rows import by_task, read_splits, subset
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
-from finetune.evaluation.bootstrap import intervals
 from finetune.evaluation.conditions import Condition, conditions
 from finetune.evaluation.probe import probe
+from finetune.evaluation.results import Comparison
 from finetune.evaluation.scores import AnswerLoss, Measures, answer_losses, answers_to, known_bindings, measured
+from finetune.evaluation.uncertainty import ScoredRows, compare
 from finetune.model.adapter import load_trained
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
@@ -32,10 +34,13 @@ Table = dict[str, dict[str, float | None]]  # {metric: {condition: value}}
 
 @dataclass
 class Evaluation:
-    """`scores`, `intervals` (95%) and `tables` by task binding, as in metrics.json; a prediction a row."""
+    """`scores`, `intervals` (95%), `comparisons` and `tables` by task binding, as in metrics.json; one prediction
+    per row.
+    """
 
     scores: dict[str, Table] = field(default_factory=dict)
     intervals: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    comparisons: dict[str, dict[str, dict[str, Comparison]]] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     predictions: list[Prediction] = field(default_factory=list)
 
@@ -54,6 +59,11 @@ def evaluate(run: Path | str) -> dict[str, Any]:
     folder.update_metrics(
         scores=evaluation.scores,
         intervals=evaluation.intervals,
+        comparisons={
+            task: {m: {c: asdict(one) for c, one in conditions.items()} for m, conditions in metrics.items()}
+            for task, metrics in evaluation.comparisons.items()
+        },
+        scored_rows=Counter(prediction.task for prediction in evaluation.predictions),
         tables=evaluation.tables,
         seconds={"evaluate": perf_counter() - begin},
         energy_joules={f"evaluate_{device}": joules for device, joules in meter.joules.items()},
@@ -159,7 +169,7 @@ def score_answers(answers: Answers, training: Sequence[Sample]) -> Evaluation:
                 rows = [replace(row, good=round(float(m["good"]), 4)) for row, m in zip(rows, measures, strict=True)]
         shown = [*answers.given, "probe"] if "shuffled" in by_condition else ["tuned", "base"]
         result.scores[name] = {m: {c: values.get(c) for c in shown} for m, values in scores.values.items()}
-        result.intervals[name] = scores.intervals
+        result.intervals[name], result.comparisons[name] = scores.intervals, scores.comparisons
         if scores.tables is not None:
             result.tables[name] = scores.tables
         predictions |= dict(zip(numbers, rows, strict=True))
@@ -168,24 +178,31 @@ def score_answers(answers: Answers, training: Sequence[Sample]) -> Evaluation:
 
 
 class TaskScores:
-    """The scores of one task binding, condition by condition."""
+    """The scores of one task binding, condition by condition: first the tuned one, with which others are compared."""
 
     def __init__(self, binding: TaskBinding, seed: int) -> None:
         self.task: TaskPart = binding.task
         self.seed = seed
         self.values: Table = {}
         self.intervals: dict[str, dict[str, list[float]]] = {}
+        self.comparisons: dict[str, dict[str, Comparison]] = {}
         self.tables: dict[str, Any] | None = None
+        self._tuned: ScoredRows | None = None
 
     def add(self, condition: str, measures: Measures, losses: Sequence[AnswerLoss | None]) -> None:
         for measure, loss in zip(measures, losses, strict=True):
             if loss is not None:
                 measure |= {"nats": loss.nats, "tokens": loss.tokens}
-        for metric, value in self._score(measures).items():
+        scored = ScoredRows(measures, self._score, self.seed)
+        for metric, value in scored.values.items():
             self.values.setdefault(metric, {})[condition] = round(value, 4)
-        for metric, ends in intervals(measures, self._score, self.seed).items():
-            self.intervals.setdefault(metric, {})[condition] = [round(end, 4) for end in ends]
+            if ends := scored.interval(metric):
+                self.intervals.setdefault(metric, {})[condition] = [round(end, 4) for end in ends]
+            if self._tuned and metric in self._tuned.values:
+                compared = self.comparisons.setdefault(metric, {})
+                compared[condition] = compare(self._tuned, scored, metric)
         if condition == "tuned":
+            self._tuned = scored
             self.tables = self.task.tables(measures)
 
     def _score(self, measures: Measures) -> dict[str, float]:

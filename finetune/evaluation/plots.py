@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.data.metrics import lower_is_better
+from finetune.evaluation.report import words
 from finetune.evaluation.results import StageResult
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def validation_figure(
         return None
     for number, (metric, pieces) in enumerate(curves.items()):
         for piece_number, piece in enumerate(pieces):
-            label = metric.replace("_", " ") if not piece_number else None
+            label = words.plain(metric) if not piece_number else None
             colour, line = CURVES[number % len(CURVES)], "-" if number < len(CURVES) else ":"
             axes.plot(*zip(*piece, strict=True), line, marker="o", markersize=3.5, color=colour, label=label)
     for number, step in enumerate(best_steps):
@@ -108,13 +110,13 @@ def scores(table: Mapping[str, Mapping[str, Mapping[str, float | None]]], path: 
                 x = place + (number - (len(drawn) - 1) / 2) * width
                 axes.bar(x, min(value, 1.0), width * 0.92, color=colours[condition])
                 axes.text(x, min(value, 1.0) + 0.01, f"{value:.2f}", ha="center", fontsize=6.5)
-        names = [metric.replace("_error_rate", " error rate\n(lower is better)") for metric in metrics]
+        names = [words.plain(name) + "\n(lower is better)" * lower_is_better(name) for name in metrics]
         axes.set_xticks(range(len(metrics)), names)
         axes.set_xlim(-0.6, most - 0.4)
         axes.set_ylim(0, 1.08)
         if len(table) > 1:
             axes.set_title(task, loc="left", fontsize=10)
-    keys = [Patch(color=colour, label=name.replace("_", " ")) for name, colour in colours.items()]
+    keys = [Patch(color=colour, label=words.condition(name)) for name, colour in colours.items()]
     figure.legend(handles=keys, frameon=False, fontsize=8, ncols=min(len(keys), 2 * most), loc="outside upper center")
     _save(figure, path)
 
@@ -136,14 +138,16 @@ def calibration_figure(bins: Sequence[tuple[float, float, int]], width: float = 
     return figure
 
 
-def sweep(trials: Sequence[tuple[Mapping[str, object], float]], path: Path) -> None:
-    """`trials`: (key of the recipe -> its value, selection score) of complete ones. A panel per key, with the score
+def sweep(trials: Sequence[tuple[Mapping[str, object], float]], metric: str, path: Path) -> None:
+    """`trials`: (key of the recipe -> its value, selection score) of complete ones. A panel per key, with the metric
     over its values and the best trial ringed.
     """
     keys = list(trials[0][0])
     figure, panels = _figure(6.0, 2.6 * len(keys), len(keys))
     results = [score for _, score in trials]
     best = results.index(max(results))
+    if lower_is_better(metric):  # errors are selected by their negative
+        results = [-score for score in results]
     for axes, key in zip(panels, keys, strict=True):
         values = [chosen[key] for chosen, _ in trials]
         numbers = [number for value in values if (number := _number(value)) is not None]
@@ -157,7 +161,7 @@ def sweep(trials: Sequence[tuple[Mapping[str, object], float]], path: Path) -> N
         elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
             axes.set_xscale("log")
         axes.set_xlabel(key)
-        axes.set_ylabel("selection score")
+        axes.set_ylabel(f"{words.plain(metric)}\n(lower is better)" if lower_is_better(metric) else words.plain(metric))
     _save(figure, path)
 
 

@@ -5,6 +5,7 @@ readable.
 """
 
 import math
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,6 +21,7 @@ class ValidationPass(Result):
     step: int = Field(description="Optimizer step of the stage.")
     score: float = Field(default=math.nan, description="Selection score, better when higher.")
     scores: dict[str, dict[str, Value]] = Field(default={}, description="Task -> metric -> value on validation rows.")
+    good: list[float] = Field(default=[], description="How good each row's answer is, 0 to 1; [] if rows have groups.")
 
 
 class StageResult(Result):
@@ -53,6 +55,23 @@ class TaskTables(Result):
     per_label: dict[str, dict[str, int | float | None]] = Field(default={}, description="Label -> metric -> value.")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A score minus another of the same rows: of the trained model and under another condition, or of two trials.
+
+    `low` and `high`: the 95% confidence interval, None with too few rows. `gained`, `lost`: rows that are right, or
+    better, only in the first, or only in the second. `p`: of McNemar's exact test, None where rows aren't simply right
+    or wrong.
+    """
+
+    difference: float
+    low: Value = None
+    high: Value = None
+    gained: int = 0
+    lost: int = 0
+    p: Value = None
+
+
 class Metrics(Result):
     """metrics.json."""
 
@@ -61,6 +80,10 @@ class Metrics(Result):
     intervals: dict[str, dict[str, dict[str, tuple[float, float]]]] = Field(
         default={}, description="Task -> metric -> condition -> 95% confidence interval."
     )
+    comparisons: dict[str, dict[str, dict[str, Comparison]]] = Field(
+        default={}, description="Task -> metric -> condition that the trained model is compared with."
+    )
+    scored_rows: dict[str, int] = Field(default={}, description="Task -> number of held-out rows scored.")
     tables: dict[str, TaskTables] = {}
     seconds: dict[str, float] = {}
     peak_memory_bytes: dict[str, float] = {}

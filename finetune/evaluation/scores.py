@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from finetune.common.errors import ArtifactError, TrainingError
+from finetune.data.metrics import lower_is_better, main_metric
 from finetune.data.rows import by_task
 from finetune.data.sample import Answer, Sample
 from finetune.model.assistant import Assistant
@@ -91,12 +92,18 @@ def measured(binding: TaskBinding, samples: Sequence[Sample], answers: Sequence[
     return predictions, measures
 
 
+def measures_by_task(
+    bindings: Mapping[str, TaskBinding], samples: Sequence[Sample], answers: Sequence[Answer]
+) -> dict[str, Measures]:
+    return {
+        name: measured(bindings[name], [samples[i] for i in numbers], [answers[i] for i in numbers])[1]
+        for name, numbers in by_task(samples).items()
+    }
+
+
 def scored(bindings: Mapping[str, TaskBinding], samples: Sequence[Sample], answers: Sequence[Answer]) -> Scores:
-    scores = {}
-    for name, numbers in by_task(samples).items():
-        _, measures = measured(bindings[name], [samples[i] for i in numbers], [answers[i] for i in numbers])
-        scores[name] = bindings[name].task.score(measures)
-    return scores
+    measures = measures_by_task(bindings, samples, answers)
+    return {name: bindings[name].task.score(own) for name, own in measures.items()}
 
 
 def selection_score(scores: Scores, bindings: Mapping[str, TaskBinding], metric: str) -> float:
@@ -104,13 +111,10 @@ def selection_score(scores: Scores, bindings: Mapping[str, TaskBinding], metric:
     count negatively. Raises TrainingError for a metric that doesn't exist.
     """
     if metric == "mean":
-        values = []
-        for name, metrics in scores.items():
-            primary = bindings[name].task.primary
-            values.append(-metrics[primary] if "error" in primary else metrics[primary])
-        return sum(values) / len(values)
+        mains = [(metrics, main_metric(bindings[name].task.primary, metrics)) for name, metrics in scores.items()]
+        return sum(-metrics[main] if lower_is_better(main) else metrics[main] for metrics, main in mains) / len(mains)
     name, _, key = metric.partition(".")
     if key not in scores.get(name, {}):
         known = ", ".join(f"{name}.{key}" for name, metrics in scores.items() for key in metrics)
         raise TrainingError(f"train.validation.metric: no {metric!r} on the validation rows; there are: {known}")
-    return -scores[name][key] if "error" in key else scores[name][key]
+    return -scores[name][key] if lower_is_better(key) else scores[name][key]

@@ -28,7 +28,7 @@ from finetune.export._contract import (
 FORMAT = 1
 PROBES = 16  # questions compared, at most
 MAX_NEW_TOKENS = 24  # per compared answer
-PACKAGES = ("finetune", "torch", "transformers", "tokenizers", "safetensors", "peft", "gguf")
+PACKAGES = ("finetune-kit", "torch", "transformers", "tokenizers", "safetensors", "peft", "gguf")
 
 
 def export_run(

@@ -1,7 +1,6 @@
 """What was trained, and the merged models that may stand for it: made, written, read back and measured."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from finetune.merging.lora_weights import (
     LoraFile,
     Quantization,
     into_dequantized,
-    into_plain,
     load_on_disk,
     merged_tensors,
+    merged_whole,
     unties,
 )
 from finetune.merging.merged_folder import write_merged
@@ -57,14 +56,6 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """`name`: what LoRA is merged into; `quantized`: whether its weights are quantized and dequantized first."""
-
-    name: str
-    quantized: bool
-
-
-@dataclass(frozen=True)
 class MergeJob:
     """What every candidate is made from. `run.recipe.adapter`: LoRA's settings as it was trained; `dtype`: of merged
     weights.
@@ -84,11 +75,10 @@ class MergeJob:
         return f"the adapter over the {llm} LLM" if self.lora else f"the {llm} LLM"
 
     @property
-    def candidates(self) -> Sequence[Candidate]:
-        plain = Candidate("the 16-bit LLM", False)
-        if self.llm.quantize == "none":
-            return [plain]
-        return [plain, Candidate(f"the dequantized {self.llm.quantize} LLM", True)]
+    def candidates(self) -> dict[str, bool]:
+        """{what LoRA is merged into: whether its weights are quantized and dequantized first}."""
+        quantize = self.llm.quantize
+        return {"the 16-bit LLM": False} | ({} if quantize == "none" else {f"the dequantized {quantize} LLM": True})
 
     @property
     def dtypes(self) -> Dtypes:
@@ -132,15 +122,15 @@ class MergeJob:
                 tuned.lora.merge_and_unload()
         return trained
 
-    def write(self, place: Path, scratch: Path, trained: Trained, candidate: Candidate) -> str:
-        """Write a candidate's folder; says how it was merged."""
+    def write(self, place: Path, scratch: Path, trained: Trained, quantized: bool) -> str:
+        """Write a candidate's folder; says how it was merged. `quantized`: see `candidates`."""
         fresh_memory()
         # 16-bit weights needn't fit where 4-bit ones do.
         on_cpu = replace(self.run.components, device=torch.device("cpu"))
-        lora, quantization = self.lora, trained.quantization if candidate.quantized else None
+        lora, quantization = self.lora, trained.quantization if quantized else None
         if lora is not None and not lora.by_module:
-            llm = self.composite(on_cpu, self.llm.quantize if candidate.quantized else "none").language_model
-            llm = into_dequantized(llm, self.dtype) if candidate.quantized else into_plain(llm, self.dtype)
+            llm = self.composite(on_cpu, self.llm.quantize if quantized else "none").language_model
+            llm = into_dequantized(llm, self.dtype) if quantized else merged_whole(llm).to(self.dtype)
             method = f"all at once, in memory: {lora.config.init_lora_weights!r} draws at random for the whole LLM"
             lora, quantization = None, None
         elif self.llm.name.endswith(".gguf"):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -19,20 +20,11 @@ from finetune.model.heads import HeadSettings
 from finetune.model.language_model import without_adapter
 from finetune.model.padding import left_padded
 from finetune.model.run import Run
-from finetune.model.tokenize import IGNORED, tokenize, tokenize_prompt
+from finetune.model.tokenize import IGNORED, Tokens, tokenize, tokenize_prompt
 
 POSITIONS = 1024  # limit of next-token distributions kept for comparison
 LOGITS = 2**26  # limit of logits kept for comparison
 LIKELY = 1e-4
-
-
-@dataclass(frozen=True)
-class ComparedPrompt:
-    """`positions`: of the states that predict the answer, counted from the end; none where a head answers."""
-
-    input_ids: list[int]
-    positions: list[int]
-    media: tuple[Medium, ...]
 
 
 @dataclass(frozen=True)
@@ -82,59 +74,52 @@ class Comparison:
             batch = 1  # padding would move the positions
         with without_adapter(composite.language_model) if bare else nullcontext():
             for head, chunk in self._batches(composite, batch):
-                prompts = [self._prompt(sample, composite, view, head, max(1, limit)) for sample in chunk]
-                yield from self._log_probabilities(composite, prompts, head, view)
+                tokens = [self._tokens(sample, composite, view, head) for sample in chunk]
+                yield from self._log_probabilities(composite, tokens, head, view, max(1, limit))
 
     def _batches(self, composite: MultimodalModel, size: int) -> Iterator[tuple[str | None, list[Sample]]]:
         """(head with weights that answers, up to `size` samples in a row that it answers)."""
-        waiting: list[Sample] = []
-        current: str | None = None
-        for sample in self.samples:
-            head = sample.task if sample.task in composite.heads else None
-            if waiting and (len(waiting) == size or head != current):
-                yield current, waiting
-                waiting = []
-            current = head
-            waiting.append(sample)
-        yield current, waiting
+        for head, group in groupby(self.samples, lambda s: s.task if s.task in composite.heads else None):
+            while chunk := list(islice(group, size)):
+                yield head, chunk
 
-    def _prompt(
-        self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None, limit: int
-    ) -> ComparedPrompt:
-        """A sample as it is trained, with at most `limit` of its positions."""
+    def _tokens(self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None) -> Tokens:
+        """A sample as it is trained; without its answer where a head gives it."""
         tokenizer, placeholders = self.run.components.tokenizer, self.run.components.placeholders
         segments = composite.composition.placement.segments_by(view.layout)
         if head:
-            tokens = tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)
-            return ComparedPrompt(tokens.input_ids, [], tokens.media)
-        tokens = tokenize(sample, tokenizer, placeholders, segments)
-        learned = [i for i, label in enumerate(tokens.labels[1:]) if label != IGNORED][:limit]
-        return ComparedPrompt(tokens.input_ids, [i - len(tokens.input_ids) for i in learned], tokens.media)
+            return tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)
+        return tokenize(sample, tokenizer, placeholders, segments)
 
     @torch.no_grad()
     def _log_probabilities(
-        self, composite: MultimodalModel, prompts: Sequence[ComparedPrompt], head: str | None, view: MediaView
+        self, composite: MultimodalModel, samples: Sequence[Tokens], head: str | None, view: MediaView, limit: int
     ) -> Iterator[Tensor]:
+        """`limit`: of the positions of each sample."""
         device = composite.get_input_embeddings().weight.device
         pad = self.run.components.tokenizer.pad_token_id
-        ids, mask = left_padded([prompt.input_ids for prompt in prompts], pad, device)
+        ids, mask = left_padded([tokens.input_ids for tokens in samples], pad, device)
         features: dict[str, list[Tensor]] = {}
-        for medium in (medium for prompt in prompts for medium in prompt.media):
+        for medium in (medium for tokens in samples for medium in tokens.media):
             features.setdefault(medium.kind, []).append(view.features(medium))
         if head:
             settings = composite.bindings[head].settings
             for row in composite.head_outputs(head, ids, mask, features):
                 yield head_logits(row, settings).float().log_softmax(-1).cpu()
             return
-        count = -min(min(prompt.positions) for prompt in prompts)  # of the last positions, whose logits are computed
+        positions = [  # of the states that predict the answer, counted from the end
+            [i - len(tokens.input_ids) for i, label in enumerate(tokens.labels[1:]) if label != IGNORED][:limit]
+            for tokens in samples
+        ]
+        count = -min(map(min, positions))  # of the last positions, whose logits are computed
         options: dict[str, Any] = {"use_cache": False}
         if composite.llm_takes("logits_to_keep"):
             options["logits_to_keep"] = count
         if len(ids) > 1:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = composite(ids, features=features, attention_mask=mask, **options).logits[:, -count:]
-        for row, prompt in zip(logits, prompts, strict=True):
-            yield row[[place + count for place in prompt.positions]].float().log_softmax(-1).cpu()
+        for row, places in zip(logits, positions, strict=True):
+            yield row[[place + count for place in places]].float().log_softmax(-1).cpu()
 
 
 def head_logits(scores: Tensor, settings: HeadSettings) -> Tensor:

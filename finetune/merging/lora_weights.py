@@ -17,7 +17,6 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import (
@@ -34,7 +33,6 @@ from finetune.recipe.schema import Llm
 
 GARBAGE_BYTES = 2**25
 LEAF = "leaf"
-PREFIX = "base_model.model."  # PEFT's, before the LLM's own names
 # Initialisations that leave the base alone, or change each weight by a rule without chance. Others are drawn anew for
 # the whole LLM, in its order.
 BY_MODULE = (True, False, "gaussian", "orthogonal", "olora", "pissa")
@@ -42,15 +40,19 @@ CHANGES_BASE = ("olora", "pissa")
 
 
 class LoraFile:
-    """The LoRA of an adapter folder, read module by module. Raises ArtifactError where it is missing or damaged."""
+    """The LoRA of an adapter folder. Raises ArtifactError where it is missing or damaged.
+
+    `tensors`: {module: its tensors, under the names that they have for a model that is only this one}.
+    """
 
     def __init__(self, folder: Path) -> None:
         read_json(folder / "adapter_config.json")
         self.config: Any = LoraConfig.from_pretrained(str(folder))
         self.path = folder / "adapter_model.safetensors"
-        self.tensors: dict[str, list[str]] = {}
-        for name in tensor_names(self.path):
-            self.tensors.setdefault(name.removeprefix(PREFIX).partition(".lora_")[0], []).append(name)
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in module_names.tensors(self.path).items():
+            module = module_names.module_of(name)
+            self.tensors.setdefault(module, {})[name.replace(f".{module}.", f".{LEAF}.", 1)] = tensor
 
     @property
     def by_module(self) -> bool:
@@ -61,30 +63,12 @@ class LoraFile:
         """{module as the files call it: as the LLM does}. Raises ArtifactError where it has no such module."""
         return module_names.matched(str(self.path), list(self.tensors), blocks(llm), llm)
 
-    def of(self, module: str) -> dict[str, Tensor]:
-        """The tensors of one module, under the names that they have for a model that is only this one."""
-        with safe_open(self.path, framework="pt") as file:
-            return {
-                name.replace(f"{PREFIX}{module}.", f"{PREFIX}{LEAF}.", 1): file.get_tensor(name)
-                for name in self.tensors[module]
-            }
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Raises ArtifactError where the file isn't whole."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: train again, or copy the whole adapter folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise ArtifactError(f"{path} is damaged ({error}): train again, or copy it anew") from None
-
 
 def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
     """The LLM with its weights left in its files; those to be converted lie in `scratch`. Raises ModelError."""
     options: dict[str, Any] = {"trust_remote_code": llm.trust_remote_code, "revision": llm.revision}
-    with loading(f"LLM {llm.name!r}"):
+    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
+        options["local_files_only"] = local_only
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(llm.name, **options)
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=llm.trust_remote_code)
@@ -94,6 +78,7 @@ def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
         # accelerate refuses to leave all of a model on disk.
         places = dict.fromkeys(sizes, "disk") | {min(sizes, key=lambda block: sizes[block]): "cpu"}
         options |= {"device_map": places, "offload_folder": str(scratch), "use_safetensors": True}
+        options["adapter_kwargs"] = {"local_files_only": local_only}
         return AutoModelForCausalLM.from_pretrained(llm.name, dtype=dtype, **options).eval()
 
 
@@ -147,7 +132,7 @@ def merged_tensors(
             weights: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
             quantized = quantization is not None and name in quantization.modules
             if name in targets or quantized:
-                state = lora.of(targets[name]) if lora and name in targets else {}
+                state = lora.tensors[targets[name]] if lora and name in targets else {}
                 config = quantization.config if quantization is not None and quantized else None
                 weights = merged_module(name, module, weights, dtype, state, lora.config if lora else None, config)
                 garbage += sum(tensor.nbytes for tensor in weights.values())
@@ -245,11 +230,6 @@ def merged_whole(wrapped: Any, name: str = "the LLM") -> Any:
         return wrapped.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise MergeRefused(f"{name}: merging gives weights that aren't finite ({error}). Nothing was kept") from None
-
-
-def into_plain(wrapped: Any, dtype: torch.dtype) -> Any:
-    """All at once: an LLM that isn't quantized, under PEFT's wrapper -> merged, in `dtype`."""
-    return merged_whole(wrapped).to(dtype)
 
 
 def into_dequantized(wrapped: Any, dtype: torch.dtype) -> Any:

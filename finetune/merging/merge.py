@@ -18,11 +18,13 @@ from finetune.common.certificate import Bounds, Certificate, LanguageModelFiles,
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder
+from finetune.data.metrics import main_metric
 from finetune.data.rows import read_splits, subset
 from finetune.evaluation.scores import known_bindings
 from finetune.merging.candidates import MergeJob, Trained, dtype_name
 from finetune.merging.compare import Comparison
-from finetune.merging.lora_weights import LoraFile, tensor_names
+from finetune.merging.lora_weights import LoraFile
+from finetune.model import module_names
 from finetune.model.adapter import saved_adapter
 from finetune.model.language_model import resolve_dtype
 from finetune.model.manifest import AdapterManifest
@@ -31,7 +33,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Llm, Recipe
 
 SAME = 1e-6  # nats: a merged model nearer than this to the LLM without adapter has learned nothing
-PACKAGES = ("finetune", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+PACKAGES = ("finetune-kit", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def merge(run: Path | str) -> Certificate:
@@ -76,17 +78,17 @@ def merge_into(
         step()
         measures: dict[str, Measures] = {}
         methods: dict[str, str] = {}
-        for number, candidate in enumerate(candidates):
+        for number, (name, quantized) in enumerate(candidates.items()):
             place, scratch = folder / f"candidate-{number}", folder / "scratch"
-            methods[candidate.name] = job.write(place, scratch, trained, candidate)
+            methods[name] = job.write(place, scratch, trained, quantized)
             step()
-            measures[candidate.name] = job.measure(place, scratch, comparison, trained)
+            measures[name] = job.measure(place, scratch, comparison, trained)
             shutil.rmtree(scratch, ignore_errors=True)
             step()
     best, why = chosen(measures)
     bounds = bounds_of(job.run.recipe)
     refuse_unless_faithful(measures[best], trained, bounds)
-    keep_candidate(folder, [candidate.name for candidate in candidates].index(best))
+    keep_candidate(folder, list(candidates).index(best))
     merged = Certificate(
         format=1,
         merged_into=best,
@@ -101,7 +103,10 @@ def merge_into(
         rows_scored=len(comparison.answered),
         positions=trained.positions,
         media=comparison.media,
-        primary=comparison.primary,
+        primary={
+            task: main_metric(metric, (trained.measures.scores or {}).get(task, {}))
+            for task, metric in comparison.primary.items()
+        },
         saved=measures[best],
         candidates=measures,
         trained=trained.measures,
@@ -148,7 +153,7 @@ def checked_adapter(folder: Path, llm: Llm) -> LanguageModelFiles:
             f"{llm.name}: {file} isn't what the adapter was trained over (sha256 {hashes.get(file, 'none')[:12]}, then "
             f"{manifest.llm_sha256[file][:12]}): put the LLM's files back, or train again"
         )
-    tensor_names(folder / "projectors.safetensors")
+    module_names.tensors(folder / "projectors.safetensors")
     name = Path(llm.name).name if local else llm.name
     return LanguageModelFiles(name=name, revision=trained.revision, sha256=hashes)
 

@@ -1,6 +1,5 @@
 """LoRA by PEFT on the LLM, and the folder that is published: what was trained, and how to rebuild the rest."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,25 +99,20 @@ def save_trained(model: MultimodalModel, folder: Path) -> None:
     save_file(content, folder / "projectors.safetensors")
 
 
-def load_trained(model: MultimodalModel, folder: Path) -> dict[str, int]:
-    """Load what `save_trained` wrote into a model of the same parts; {role: tensors matched}. Weights of encoders that
-    the model doesn't hold, because it is given features, are left out.
+def load_trained(model: MultimodalModel, folder: Path) -> None:
+    """Load what `save_trained` wrote into a model of the same parts. Weights of encoders that the model doesn't hold,
+    because it is given features, are left out.
 
     Raises ArtifactError where a part is missing, matches nothing, or has other names or shapes.
     """
-    matches: dict[str, int] = {}
     if isinstance(model.language_model, PeftModel):
         path = folder / "adapter_model.safetensors"
-        saved = tensors(path, "the adapter")
+        saved = tensors(path)
         own = {_plain(name): p for name, p in model.language_model.named_parameters() if is_lora(name)}
         names = matched(str(path), modules(saved), modules(own), model.causal_lm)
-        moved = {}
-        for name, tensor in saved.items():
-            module = module_of(name)
-            moved[name.replace(module, names[module], 1)] = tensor
-        matches["adapter"] = _copy(path, moved, own)
+        _copy(path, {name.replace(old := module_of(name), names[old], 1): t for name, t in saved.items()}, own)
     path = folder / "projectors.safetensors"
-    saved = tensors(path, "the projectors")
+    saved = tensors(path)
     if not model.tuned:
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith("encoders.")}
     for medium, names_in_model in model.tuned.items():
@@ -127,15 +121,10 @@ def load_trained(model: MultimodalModel, folder: Path) -> dict[str, int]:
         for old, new in renamed(weights, names_in_model, model.encoders[medium]).items():
             saved[f"{prefix}{new}"] = saved.pop(f"{prefix}{old}")
     _copy(path, saved, _own_tensors(model))
-    for name in saved:
-        group, inside = name.split(".")[:2]
-        role = group if group == "fusion" else f"{group}.{inside}"
-        matches[role] = matches.get(role, 0) + 1
-    return matches
 
 
 @torch.no_grad()
-def _copy(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
+def _copy(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Copy saved tensors over those of the same names. Raises ArtifactError where names or shapes differ."""
     shapes, own_shapes = ({name: tensor.shape for name, tensor in both.items()} for both in (saved, own))
     if shapes != own_shapes:
@@ -149,20 +138,15 @@ def _copy(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
         )
     for name, tensor in saved.items():
         own[name].copy_(tensor)
-    return len(saved)
 
 
 def save_adapter_folder(model: MultimodalModel, tokenizer: Any, folder: Path, manifest: AdapterManifest) -> None:
     """Write the publishable folder."""
+    for config in getattr(model.language_model, "peft_config", {}).values():
+        config.base_model_name_or_path, config.revision = manifest.model.llm.name, manifest.model.llm.revision
     save_trained(model, folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-    config_path = folder / "adapter_config.json"
-    if config_path.is_file():  # a relative or local path of this machine is of no use elsewhere
-        config = read_json(config_path)
-        config["base_model_name_or_path"] = manifest.model.llm.name
-        config["revision"] = manifest.model.llm.revision
-        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _plain(name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ Strength = float | Mapping[str, float] | None
 ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 
 
-class PromptBatch(NamedTuple):
-    """Prompts padded on the left: `input_ids` and `attention_mask` (B, T); `features` {medium: each (S, L, W)}."""
+class PromptBatch(TypedDict):
+    """Keywords of the composite's `forward` and `generate`: prompts padded on the left, `input_ids` and
+    `attention_mask` (B, T); `features` {medium: each (S, L, W)}.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -83,18 +85,21 @@ class Assistant:
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
         strengths = self.strengths(strength)
-        batch = self._batch(conversations, strengths, view)
-        longest, context = batch.input_ids.shape[1], context_length(self.model.causal_lm)
+        tokens = self.generate(self.batch(conversations, strengths, view), max_new_tokens, strengths)
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def generate(self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}) -> Tensor:
+        """Greedy answers, new tokens only (B, T'); they end where the LLM's context does."""
+        longest, context = batch["input_ids"].shape[1], context_length(self.model.causal_lm)
         with self.with_strengths(strengths):
-            tokens = self.model.generate(
-                **batch._asdict(),
+            return self.model.generate(
+                **batch,
                 max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
                 do_sample=False,
                 repetition_penalty=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
             )
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def probabilities(
         self,
@@ -109,9 +114,8 @@ class Assistant:
         labels. Raises DataError.
         """
         labelled = [name for name, binding in self.model.bindings.items() if binding.settings.labels]
-        name = self._task_binding(labelled, task, "labels")
         media = media_of(image=image, audio=audio, video=video)
-        return dict(self.ask(name, [(Message("user", (*media, prompt)),)])[0].probabilities or {})
+        return dict(self._only_answer(labelled, task, "labels", (*media, prompt)).probabilities or {})
 
     def number(
         self,
@@ -124,18 +128,21 @@ class Assistant:
     ) -> float:
         """The number that the score head of `task` gives. As `probabilities`."""
         numeric = [name for name, binding in self.model.bindings.items() if binding.settings.deviation is not None]
-        name = self._task_binding(numeric, task, "a number")
         media = media_of(image=image, audio=audio, video=video)
-        number = self.ask(name, [(Message("user", (*media, prompt)),)])[0].number
+        number = self._only_answer(numeric, task, "a number", (*media, prompt)).number
         return float("nan") if number is None else number
 
-    def _task_binding(self, names: Sequence[str], task: str | None, answer: str) -> str:
-        """The name `task`, or the only one, of `names`: the task bindings with such an answer. Raises DataError."""
+    def _only_answer(
+        self, names: Sequence[str], task: str | None, answer: str, question: tuple[str | Medium, ...]
+    ) -> Answer:
+        """The answer of `task`, or of the only one of `names`: the task bindings with such an answer. Raises
+        DataError.
+        """
         if task is None and len(names) != 1:
             raise DataError(f"name one with task=: {', '.join(names) or 'no task was trained with such a head'}")
         if task is not None and task not in names:
             raise DataError(f"{task!r} isn't answered by {answer}; these are: {', '.join(names) or 'none'}")
-        return task or names[0]
+        return self.ask(task or names[0], [(Message("user", question),)])[0]
 
     def names_without_text(self) -> list[str]:
         """Task bindings that are answered otherwise than by free text."""
@@ -162,7 +169,7 @@ class Assistant:
         strengths = self.strengths(strength)
         if binding.trained:
             with self.with_strengths(strengths):
-                outputs = self.model.head_outputs(name, **self._batch(conversations, strengths, view)._asdict())
+                outputs = self.model.head_outputs(name, **self.batch(conversations, strengths, view))
             head = binding.head
             return [head.module.answer(row, binding.settings, head.options) for row in outputs.tolist()]
         return [self._likeliest(binding, conversation, strengths, view) for conversation in conversations]
@@ -180,24 +187,24 @@ class Assistant:
         labels = binding.settings.labels
         answers = [answer_tokens(label, self.tokenizer) for label in labels]
         longest = max(map(len, answers))
-        batch = self._batch([conversation], strengths, view, room=longest)
+        batch = self.batch([conversation], strengths, view, room=longest)
         copies = len(labels)
-        if self.model.shares_memory():
-            copies = max(1, ANSWER_TOKENS // (batch.input_ids.shape[1] + longest))
+        if self.model.shares_memory:
+            copies = max(1, ANSWER_TOKENS // (batch["input_ids"].shape[1] + longest))
         with self.with_strengths(strengths):
             log_probabilities = [
-                self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch._asdict())
+                self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch)
                 for start in range(0, len(labels), copies)
             ]
         shares = torch.cat(log_probabilities, 1)[0].softmax(-1).tolist()
         probabilities = dict(zip(labels, shares, strict=True))
         return Answer(max(probabilities, key=lambda label: probabilities[label]), probabilities)
 
-    def _batch(
+    def batch(
         self,
         conversations: Sequence[Sequence[Message]],
-        strengths: Mapping[str, float],
-        view: MediaView | None,
+        strengths: Mapping[str, float] = {},
+        view: MediaView | None = None,
         room: int = 0,
     ) -> PromptBatch:
         """Conversations as a batch, after which the LLM must have room for `room` tokens. Raises DataError."""
@@ -217,7 +224,7 @@ class Assistant:
         for prompt in prompts:
             for medium in prompt.media:
                 features.setdefault(medium.kind, []).append(view.features(medium))
-        return PromptBatch(input_ids, mask, features)
+        return PromptBatch(input_ids=input_ids, attention_mask=mask, features=features)
 
     def strengths(self, strength: Strength, defaults: Mapping[str, float] | None = None) -> dict[str, float]:
         """The strength of each medium: as asked, else of `defaults`, else as the model has it now; {} where the fusion
@@ -239,23 +246,22 @@ class Assistant:
     @contextmanager
     def with_strengths(self, strengths: Mapping[str, float]) -> Iterator[None]:
         """Media have these strengths inside the block."""
-        fusion = self.model.fusion
-        before = dict(fusion.strength or {})
-        if strengths:
-            fusion.strength.update(strengths)
+        fusion, before = self.model.fusion, self.model.fusion.strength
+        fusion.strength = {**(before or {}), **strengths} or None
         try:
             yield
         finally:
-            if strengths:
-                fusion.strength.update(before)
+            fusion.strength = before
 
 
 class FileView:
-    """Media from their files, each read once, for its layout and for its features."""
+    """Media from their files, each read once, for its layout and for its features. `prepared`: those read before."""
 
-    def __init__(self, encoders: Mapping[str, Encoder], limits: Limits) -> None:
+    def __init__(
+        self, encoders: Mapping[str, Encoder], limits: Limits, prepared: Mapping[Medium, Prepared] = {}
+    ) -> None:
         self.encoders, self.limits = encoders, limits
-        self._prepared: dict[Medium, Prepared] = {}
+        self._prepared = dict(prepared)
 
     def layout(self, medium: Medium) -> Layout:
         return self._read(medium).layout

@@ -11,7 +11,9 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from inspect import signature
+from itertools import groupby, islice
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -102,7 +104,6 @@ class MultimodalModel(PreTrainedModel):
         self.fusion.attach(decoder_layers(self.causal_lm))
         self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
-        self._shares_memory: bool | None = None
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
@@ -149,8 +150,6 @@ class MultimodalModel(PreTrainedModel):
         frozen = nullcontext() if trained else torch.autocast(device, enabled=False)
         with frozen, torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = encode_all(self.encoder_parts[name], media, self.encode_batch)
-        if features and features[0].is_cuda:
-            torch.cuda.synchronize(features[0].device)
         self.encode_seconds += perf_counter() - begin
         return features
 
@@ -316,7 +315,7 @@ class MultimodalModel(PreTrainedModel):
         The question is read once, and its keys and values are shared by all answers; LLMs with another memory than keys
         and values (Mamba, RWKV, hybrids) take one question, and read it once an answer.
         """
-        if not self.shares_memory():
+        if not self.shares_memory:
             if len(input_ids) > 1:
                 raise ModelError("this LLM's memory isn't keys and values alone: pass one question at a time")
             return self._answers_in_full(input_ids[0], answers, features)
@@ -349,14 +348,10 @@ class MultimodalModel(PreTrainedModel):
         log_probabilities = logits.log_softmax(-1).gather(-1, ids.repeat(batch, 1)[..., None])[..., 0]
         return (log_probabilities * real.repeat(batch, 1)).sum(-1).view(batch, count)
 
+    @cached_property
     @torch.no_grad()
     def shares_memory(self) -> bool:
-        """Whether the LLM's memory of a question is keys and values alone, which several answers can share."""
-        if self._shares_memory is None:
-            self._shares_memory = self._tried_sharing()
-        return self._shares_memory
-
-    def _tried_sharing(self) -> bool:
+        """Whether the LLM's memory of a question is keys and values alone, which several answers can share: tried."""
         if not self.llm_takes("past_key_values"):
             return False
         cache = DynamicCache(config=self.causal_lm.config.get_text_config())
@@ -401,15 +396,15 @@ class MultimodalModel(PreTrainedModel):
 
 
 def encode_all(encoder: Encoder, media: Sequence[Tensor], batch: int) -> list[Tensor]:
-    """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once."""
+    """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once. All are
+    computed when it returns, also on an accelerator.
+    """
     features: list[Tensor] = []
-    start = 0
-    while start < len(media):
-        end = start + 1
-        while end < min(start + batch, len(media)) and media[end].shape == media[start].shape:
-            end += 1
-        features.extend(encoder.encode(torch.stack(list(media[start:end]))))
-        start = end
+    for _, alike in groupby(media, lambda medium: medium.shape):
+        while group := list(islice(alike, batch)):
+            features.extend(encoder.encode(torch.stack(group)))
+    if features and features[0].is_cuda:
+        torch.cuda.synchronize(features[0].device)
     return features
 
 

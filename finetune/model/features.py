@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -104,8 +104,6 @@ class Features:
         begin = perf_counter()
         with torch.no_grad():
             features = encode_all(self.encoders[kind], [one.values for one in prepared], batch)
-        if features[0].is_cuda:
-            torch.cuda.synchronize(features[0].device)
         self.seconds["encode"] += perf_counter() - begin
         return features
 
@@ -120,12 +118,12 @@ class Features:
         def computed() -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
             waiting: list[tuple[Medium, Prepared]] = []
             loader: Any = DataLoader(_Decoding(self, media), batch_size=None, num_workers=workers)
-            for decoded in loader:
-                if decoded.prepared is None:
-                    wrong.append(decoded.error)
+            for number, prepared in enumerate(loader):
+                if isinstance(prepared, str):
+                    wrong.append(prepared)
                 else:
-                    waiting.append((media[decoded.number], decoded.prepared))
-                if waiting and (len(waiting) == batch or decoded.number == len(media) - 1):
+                    waiting.append((media[number], prepared))
+                if waiting and (len(waiting) == batch or number == len(media) - 1):
                     features = self.compute(kind, [prepared for _, prepared in waiting], batch)
                     for (medium, prepared), rows in zip(waiting, features, strict=True):
                         yield medium.key, rows, prepared.layout.marks
@@ -147,14 +145,8 @@ class Features:
         }
 
 
-class _Decoded(NamedTuple):
-    number: int
-    prepared: Prepared | None
-    error: str
-
-
-class _Decoding(torch.utils.data.Dataset[_Decoded]):
-    """The work of a data worker: decode and prepare medium number n."""
+class _Decoding(torch.utils.data.Dataset[Prepared | str]):
+    """The work of a data worker: decode and prepare medium number n, or say what is wrong with it."""
 
     def __init__(self, features: Features, media: Sequence[Medium]) -> None:
         self.features, self.media = features, media
@@ -162,8 +154,8 @@ class _Decoding(torch.utils.data.Dataset[_Decoded]):
     def __len__(self) -> int:
         return len(self.media)
 
-    def __getitem__(self, number: int) -> _Decoded:
+    def __getitem__(self, number: int) -> Prepared | str:
         try:
-            return _Decoded(number, self.features.prepared(self.media[number]), "")
+            return self.features.prepared(self.media[number])
         except DataError as error:  # as text: across processes an exception would arrive with a traceback in it
-            return _Decoded(number, None, str(error))
+            return str(error)

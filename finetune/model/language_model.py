@@ -64,12 +64,17 @@ def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | Non
     }
     if llm.attention != "auto":
         options["attn_implementation"] = llm.attention
-    with loading(f"LLM {llm.name!r}"):
+    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
         if llm.name.endswith(".gguf"):
             model = _load_gguf(llm, options)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                llm.name, use_safetensors=True, quantization_config=quantization(llm, dtype), **options
+                llm.name,
+                use_safetensors=True,
+                quantization_config=quantization(llm, dtype),
+                local_files_only=local_only,
+                adapter_kwargs={"local_files_only": local_only},
+                **options,
             )
     return ready(model, llm)
 
@@ -92,8 +97,10 @@ def load_tokenizer(
     source: dict[str, Any] = {"pretrained_model_name_or_path": name, "revision": revision}
     if name.endswith(".gguf"):
         source = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
-    with loading(f"tokenizer of {name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=trust_remote_code, **source)
+    with loading(f"tokenizer of {name!r}", name) as local_only:
+        tokenizer = AutoTokenizer.from_pretrained(
+            trust_remote_code=trust_remote_code, local_files_only=local_only, **source
+        )
     if chat_template is not None:
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     elif tokenizer.chat_template is None:

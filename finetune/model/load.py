@@ -40,14 +40,23 @@ def load(
     ModelError where the Hub doesn't deliver.
     """
     quiet_libraries()
-    path = Path(folder)
-    if not path.exists() and hub.is_repository(str(folder)):
-        path = hub.fetched(str(folder), revision)
-    elif revision is not None:
+    return load_folder(model_folder(folder, revision), device, trust_remote_code)
+
+
+def model_folder(source: Path | str, revision: str | None = None) -> Path:
+    """The folder that `load` reads, its files as certified."""
+    path = Path(source)
+    if not path.exists() and hub.is_repository(str(source)):
+        return hub.fetched(str(source), revision)
+    if revision is not None:
         raise ModelError(f"{path}: a revision is for models of the Hub, not for folders")
-    else:
-        path = next((p for p in (path / "merged", path / "adapter", path) if _is_model(p)), path)
-        certificate.verify_if_certified(path)
+    path = next((p for p in (path / "merged", path / "adapter", path) if _is_model(p)), path)
+    certificate.verify_if_certified(path)
+    return path
+
+
+def load_folder(path: Path, device: torch.device | None = None, trust_remote_code: bool = False) -> Assistant:
+    """A merged folder or an adapter folder. Raises as `load`."""
     if (path / MANIFEST).is_file():
         return load_adapter(path, device, trust_remote_code)
     if (path / "config.json").is_file():

@@ -106,14 +106,14 @@ def modules(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(map(module_of, names)))
 
 
-def tensors(path: Path, content: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that holds `content`. Raises ArtifactError."""
+def tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of an adapter folder, mapped into memory. Raises ArtifactError."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing: {content} can't be loaded")
+        raise ArtifactError(f"{path} is missing: train again, or copy the whole adapter folder")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ArtifactError(f"{path} is damaged: {error}; {content} can't be loaded") from None
+        raise ArtifactError(f"{path} is damaged ({error}): train again, or copy it anew") from None
 
 
 def is_lora(name: str) -> bool:

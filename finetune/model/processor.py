@@ -195,14 +195,10 @@ def _canonical(kind: str, medium: Any) -> Any:
     if kind == "image" and isinstance(medium, PIL.Image.Image):
         return over_white(medium) if medium.has_transparency_data else medium.convert("RGB")
     if kind == "audio" and isinstance(medium, np.ndarray | torch.Tensor):
-        return _samples(medium)
+        samples = np.asarray(medium, np.float32).squeeze()
+        if samples.ndim != 1:
+            raise DataError(f"audio: samples of shape {samples.shape}; give one channel, at {RATE:,} samples a second")
+        return samples
     if kind == "video" and isinstance(medium, Clip):
         return medium
     raise DataError(f"{kind}: give a file's path, its bytes, or a decoded medium, not a {type(medium).__name__}")
-
-
-def _samples(sound: Any) -> np.ndarray:
-    samples = np.asarray(sound, np.float32).squeeze()
-    if samples.ndim != 1:
-        raise DataError(f"audio: samples of shape {samples.shape}; give one channel, at {RATE:,} samples a second")
-    return samples

@@ -36,11 +36,6 @@ def write_card(folder: Path, publication: Publication) -> None:
     content, recipe = publication.content, publication.recipe
     media = list(recipe.model.encoders)
     chosen = samples(content, folder, recipe.publish.samples)
-    split_counts = (
-        f"{name}: {split.rows:,} rows, {split.media or 0:,} media"
-        for name, split in content.splits.items()
-        if split.rows
-    )
     card = ModelCard.from_template(
         card_data(publication, pipeline_tag(media, content.bindings.values())),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -54,11 +49,11 @@ def write_card(folder: Path, publication: Publication) -> None:
         ),
         snippet=snippet(content, publication.repo, chosen),
         scores=score_tables(content),
-        conditions="; ".join(conditions(content)),
+        conditions=conditions(content),
         certificate=merge_text(content.certificate) if content.certificate else "",
         samples=sample_table(chosen),
         sources=source_table(publication),
-        rows="; ".join(split_counts),
+        splits={name: split for name, split in content.splits.items() if split.rows},
         stages=stage_table(content),
         components=table(
             ["component", "name", "commit", "options"],
@@ -68,12 +63,13 @@ def write_card(folder: Path, publication: Publication) -> None:
             ["", "part", "amount"], [[cost.title, *row] for cost in tables.costs(content) for row in cost.rows]
         ),
         versions=", ".join(f"{name} {version}" for name, version in content.versions.items() if name != "processes"),
-        limits=limits(content, recipe.publish.limits),
-        licence=publication.licence or "unknown",
-        licences=[
-            *((base.role, base.licence or "unknown") for base in publication.bases),
-            *((source, licence or "unknown") for source, licence in publication.data_licences.items()),
-        ],
+        stated_limits=recipe.publish.limits,
+        predictions=len(content.predictions),
+        few_rows=FEW_ROWS,
+        tested_on=tested_on(content),
+        loss_measured=any("error_nats_per_token" in metrics for metrics in content.metrics.scores.values()),
+        licence=publication.licence,
+        data_licences=publication.data_licences,
     )
     card.save(folder / "README.md")
 
@@ -163,9 +159,10 @@ def score_tables(content: Content) -> list[tuple[str, int, str]]:
     return result
 
 
-def conditions(content: Content) -> list[str]:
+def conditions(content: Content) -> dict[str, str]:
+    """Condition -> what it is."""
     names = dict.fromkeys(name for scores in tables.score_tables(content) for name in scores.conditions)
-    return [f"*{words.plain(name)}*: {words.meaning(name)}" for name in names if words.meaning(name)]
+    return {words.plain(name): words.meaning(name) for name in names if words.meaning(name)}
 
 
 def source_table(publication: Publication) -> str:
@@ -256,17 +253,8 @@ def snippet(content: Content, repo: str, chosen: Sequence[CardSample]) -> str:
     return "\n".join([*imports, "", f'model = finetune.load("{repo}")', call])
 
 
-def limits(content: Content, stated: str) -> list[str]:
-    """What the figures don't show, in sentences; `stated`: the recipe's own."""
-    count = len(content.predictions)
+def tested_on(content: Content) -> list[str]:
+    """The sources of the evaluated split; all, where it was held out of them."""
     split = content.recipe.evaluate.split if content.recipe else "test"
     rows = tables.sources(content)
-    names = ", ".join(dict.fromkeys([row.path for row in rows if row.split == split] or [row.path for row in rows]))
-    sentences = [stated] if stated else []
-    sentences.append(f"It was tested on {count:,} held-out rows of its own sources ({names}), and on nothing else.")
-    if count < FEW_ROWS:
-        sentences.append("With so few rows the intervals in the tables are wide.")
-    if not any("error_nats_per_token" in metrics for metrics in content.metrics.scores.values()):
-        sentences.append("How much of the LLM's knowledge of language was kept wasn't measured.")
-    sentences.append("It wasn't tested for bias, for safety, or in languages other than those of its rows.")
-    return sentences
+    return list(dict.fromkeys([row.path for row in rows if row.split == split] or [row.path for row in rows]))

@@ -1,10 +1,16 @@
 """Pull: a published model from the Hub into a folder, whole or not at all."""
 
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from finetune.common import hub
+from finetune.common.certificate import verify_if_certified
 from finetune.common.errors import ArtifactError
 from finetune.common.progress import quiet_libraries
+from finetune.common.run_folder import whole_folder
+
+PULLED_FILES = (*hub.MODEL_FILES, "*.md", "*.yaml", "*.png", "*.webp")
 
 
 def pull(repo: str, to: Path | str | None = None, *, revision: str | None = None) -> Path:
@@ -14,7 +20,25 @@ def pull(repo: str, to: Path | str | None = None, *, revision: str | None = None
     Raises ModelError if it can't be downloaded, ArtifactError if a file doesn't have the Hub's hash, or a merged model
     not the certified ones; nothing is left behind then.
     """
+    from huggingface_hub import HfApi, snapshot_download
+
     quiet_libraries()
     if not hub.is_repository(repo):
         raise ArtifactError(f"{repo!r} isn't the name of a repository: write user/name")
-    return hub.pulled(repo, Path(to) if to is not None else Path(repo.partition("/")[2]), revision)
+    to = Path(to) if to is not None else Path(repo.partition("/")[2])
+    if to.exists():
+        raise ArtifactError(f"{to}: already exists; choose another folder with --to")
+    with whole_folder(to) as partial:
+        with hub.requesting(hub.title(repo, revision)):
+            commit = HfApi().model_info(repo, revision=revision).sha
+            snapshot_download(repo, revision=commit, local_dir=partial, allow_patterns=list(PULLED_FILES))
+            hashes = HfApi().verify_repo_checksums(repo, revision=commit, local_dir=partial)
+        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the downloader's own notes
+        if not any((partial / file).is_file() for file in ("multimodal.json", "config.json")):
+            raise ArtifactError(f"{repo}: holds neither an adapter nor a merged model; nothing was downloaded")
+        damaged = [mismatch["path"] for mismatch in hashes.mismatches]
+        missing = [path for path in hashes.missing_paths if any(fnmatch(path, pattern) for pattern in PULLED_FILES)]
+        if damaged or missing:
+            raise ArtifactError(f"{repo}: {[*damaged, *missing][0]} isn't the file on the Hub; pull the model again")
+        verify_if_certified(partial)
+    return to

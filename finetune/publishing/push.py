@@ -120,7 +120,7 @@ def stage(folder: RunFolder, recipe: Recipe, into: Path, *, repo: str, merged: b
 
 def unfinished(content: Content) -> list[str]:
     """What the card needs and the run doesn't have."""
-    missing = [] if content.recipe else [note for note in content.missing if note.startswith("recipe.yaml")]
+    missing = []
     if not content.metrics.scores:
         missing.append("metrics.json: holds no scores; run `finetune evaluate`")
     if not content.predictions:

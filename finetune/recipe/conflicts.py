@@ -4,8 +4,9 @@ import os
 import re
 from collections.abc import Iterator
 
+from finetune.common.registry import nearest
 from finetune.recipe.schema import Model, Recipe, Stage, task_names
-from finetune.recipe.words import Location, Problem, describe, nearest, shorten
+from finetune.recipe.words import Location, Problem, describe, shorten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HOLD_OUT_KEYS = {"validation": "hold_out_validation", "test": "hold_out"}

@@ -6,9 +6,9 @@ from typing import Any, get_args
 from pydantic_core import ErrorDetails, core_schema
 
 from finetune.common.errors import RecipeError
-from finetune.common.registry import part_names
+from finetune.common.registry import nearest, part_names
 from finetune.recipe.parts import JsonSchema, kind_schema
-from finetune.recipe.words import MAX_DEPTH, Location, Problem, describe, dotted, nearest, shorten
+from finetune.recipe.words import MAX_DEPTH, Location, Problem, describe, dotted, shorten
 from finetune.recipe.yaml_reader import Document, Place, read_yaml
 
 MAX_PROBLEMS = 10  # shown at once

@@ -1,15 +1,13 @@
 """Reading a recipe: file, overrides, paths, conflicts."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from finetune.common.errors import RecipeError
 from finetune.recipe.conflicts import conflicts
@@ -41,6 +39,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise recipe_error(document, problems)
     return recipe
+
+
+def refuse_missing_trackers(recipe: Recipe) -> None:
+    """Raises RecipeError where train.track names a package that isn't installed. Apart from `load_recipe`, which also
+    reads the recipes of runs that were trained elsewhere.
+    """
+    for number, tracker in enumerate(recipe.train.track):
+        spec = importlib.util.find_spec(tracker)
+        if spec is None or spec.origin is None:  # a mere folder of this name: wandb makes one
+            raise RecipeError(f"train.track.{number}: {tracker} isn't installed: pip install {tracker}")
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -105,8 +105,7 @@ class EncoderPart(Part):
     @property
     def medium(self) -> str:
         """The kind of media that it takes: image, audio or video."""
-        result: str = self.module.MEDIUM
-        return result
+        return str(self.module.MEDIUM)
 
     def build(self, dtype: "torch.dtype", device: "torch.device") -> Any:
         """The frozen `Encoder` with its weights: see `finetune/model/encoders/__init__.py`."""
@@ -123,8 +122,7 @@ class ProjectorPart(Part):
 
     def length(self, rows: int) -> int:
         """L' of L feature rows. Raises ModelError where they can't be projected."""
-        result: int = self.module.length(rows, self.options)
-        return result
+        return int(self.module.length(rows, self.options))
 
 
 class FusionPart(Part):
@@ -133,8 +131,7 @@ class FusionPart(Part):
     @property
     def trained(self) -> bool:
         """Whether it has weights."""
-        result: bool = self.module.TRAINED
-        return result
+        return bool(self.module.TRAINED)
 
     def build(self, language_model_config: Any, media: Sequence[str]) -> "nn.Module":
         """New weights, float32."""
@@ -143,8 +140,7 @@ class FusionPart(Part):
 
     def placeholders(self, rows: int) -> int:
         """Placeholder tokens of a segment with this many projected rows."""
-        result: int = self.module.placeholders(rows, self.options)
-        return result
+        return int(self.module.placeholders(rows, self.options))
 
 
 class HeadPart(Part):
@@ -153,8 +149,7 @@ class HeadPart(Part):
     @property
     def trained(self) -> bool:
         """Whether it has weights of its own: it then reads the LLM's last state of a question."""
-        result: bool = self.module.TRAINED
-        return result
+        return bool(self.module.TRAINED)
 
 
 class TaskPart(Part):
@@ -169,14 +164,12 @@ class TaskPart(Part):
     @property
     def heads(self) -> tuple[str, ...]:
         """Kinds of heads that can answer it, the usual one first."""
-        result: tuple[str, ...] = self.module.HEADS
-        return result
+        return tuple(self.module.HEADS)
 
     @property
     def primary(self) -> str:
-        """The metric that stands for the task; less is better where its name holds 'error'."""
-        result: str = self.module.PRIMARY
-        return result
+        """The metric that stands for the task, where rows have it."""
+        return str(self.module.PRIMARY)
 
     def sample(self, row: Any) -> Any:
         """A `Row` as a `Sample`. Raises DataError."""

@@ -33,6 +33,7 @@ PATH_NEW: JsonDict = {"path": "new"}
 PATH_OR_HUB_ID: JsonDict = {"path": "maybe"}
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Quantize = Literal["nf4", "int8", "none"]
 MediumName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 PublishedPart = Annotated[str, Field(pattern=r"^(llm|data|encoders\.[a-z][a-z0-9_]*)$")]
@@ -232,6 +233,9 @@ class Train(Section):
         0, ge=0, description="Layers per activation checkpoint: 0 no checkpoints, 1 every layer."
     )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
+    track: list[Tracker] = Field(
+        [], description="Where losses, rates and validation scores are shown live; tensorboard: in RUN/tensorboard."
+    )
     mixing_temperature: float = Field(
         1.0,
         ge=1,

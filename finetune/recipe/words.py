@@ -1,7 +1,5 @@
 """What messages about recipes are made of."""
 
-import difflib
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -15,13 +13,6 @@ Location = tuple[str | int, ...]  # keys and indices from the root: ("data", 0, 
 class Problem(NamedTuple):
     location: Location
     message: str
-
-
-def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The word with the most similar spelling, if there is one; case, `-` and `_` don't count."""
-    spellings = {other.lower().replace("-", "_"): other for other in words}
-    near = difflib.get_close_matches(word[:100].lower().replace("-", "_"), spellings, n=1)
-    return spellings[near[0]] if near else None
 
 
 def shorten(text: object, width: int = 60) -> str:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from finetune.common.errors import RecipeError
-from finetune.recipe.words import MAX_DEPTH, Location, dotted, nearest, shorten
+from finetune.common.registry import nearest
+from finetune.recipe.words import MAX_DEPTH, Location, dotted, shorten
 
 MAX_BYTES = 2**20
 MAX_DIGITS = 18

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 from finetune.common.errors import RecipeError
 from finetune.common.registry import parse_options
-from finetune.serving.engine.contract import Engine
 from finetune.serving.http.settings import ServerOptions
 
 if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from finetune.serving.engine.engine import BatchingEngine
+
 LOCALHOST = "127.0.0.1"
-INSTALL = "serving needs FastAPI and uvicorn: pip install -e '.[serve]' in the checkout"
+INSTALL = "serving needs FastAPI and uvicorn: pip install 'finetune-kit[serve]'"
 FLUSH_SECONDS = 5  # for the ends of answers to be sent
 
 
@@ -71,7 +72,7 @@ def parse_models(models: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def load_engine(sources: Mapping[str, str], options: ServerOptions) -> Engine:
+def load_engine(sources: Mapping[str, str], options: ServerOptions) -> "BatchingEngine":
     """An engine for the models. The tighter of the server's and a model's own limits on media hold."""
     from finetune.serving.engine.engine import BatchingEngine
     from finetune.serving.engine.models import load_models
@@ -82,7 +83,9 @@ def load_engine(sources: Mapping[str, str], options: ServerOptions) -> Engine:
     return BatchingEngine(assistants, options)
 
 
-def run_server(engine: Engine, options: ServerOptions, listener: socket.socket, api_key: str | None = None) -> None:
+def run_server(
+    engine: "BatchingEngine", options: ServerOptions, listener: socket.socket, api_key: str | None = None
+) -> None:
     """Serve on a listening socket until SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="finetune-serve-", ignore_cleanup_errors=True) as name:
         folder = Path(name)  # for the media of requests
@@ -92,7 +95,7 @@ def run_server(engine: Engine, options: ServerOptions, listener: socket.socket, 
 
 def serve_until(
     stop: threading.Event,
-    engine: Engine,
+    engine: "BatchingEngine",
     options: ServerOptions,
     listener: socket.socket,
     folder: Path,

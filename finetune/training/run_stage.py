@@ -9,10 +9,13 @@ from accelerate import PartialState
 
 from finetune.common.errors import Interrupted
 from finetune.common.progress import TrainingBar, console
-from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
+from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_hashes, write_json
 from finetune.evaluation.results import StageResult
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.trainable import set_trainable
+from finetune.training.checkpoints import newest_whole, step_of
+from finetune.training.live_curve import LiveCurve
+from finetune.training.stopping import StopBetweenSteps
 from finetune.training.trainer import StageTraining, train_stage
 from finetune.training.validation import ValidationCallback
 
@@ -20,23 +23,42 @@ FEW_STEPS = 50
 
 
 def run_stage(folder: RunFolder, training: StageTraining, validation: ValidationCallback | None) -> StageResult:
-    """Train a stage, from its newest checkpoint if there is one; it ends on its best weights where it is validated."""
+    """Train a stage, from its newest whole checkpoint if there is one; it ends on its best weights where it is
+    validated. Raises Interrupted where a signal has ended it, with all that it has trained on disk.
+    """
     name, processes = training.stage.name, PartialState()
     trained = set_trainable(training.model, training.stage.trains)
     if processes.is_main_process:
         folder.remove_torn(name)
     processes.wait_for_everyone()
-    checkpoint = folder.newest_checkpoint(name)
+    checkpoint = newest_whole(folder, name)
     if checkpoint is not None and checkpoint.name == "final":
         load_trained(training.model, checkpoint)
         console.print(f"{name}: done before")
         return StageResult.model_validate(read_json(checkpoint / "result.json"))
     announce(training, trained)
     begin = perf_counter()
-    try:
-        log = _trained(training, checkpoint, validation)
-    except Interrupted as error:
-        raise Interrupted(f"{name}: {error}; go on with --resume --run {folder.path}, and the same --set") from None
+    with StopBetweenSteps() as stop:
+        try:
+            log = _trained(training, stop, checkpoint, validation)
+        except Interrupted as error:
+            message = f"{name}: {error}; the checkpoint is in {folder.path}"
+            raise Interrupted(message, error.signal_number, folder.path) from None
+        result = _finished(training, trained, log, validation, perf_counter() - begin)
+    if stop.agreed():  # too late for this stage; the next one isn't begun
+        raise Interrupted(f"{name}: stopped when it was done", stop.signal_number, folder.path)
+    return result
+
+
+def _finished(
+    training: StageTraining,
+    trained: dict[str, int],
+    log: list[dict[str, float]],
+    validation: ValidationCallback | None,
+    seconds: float,
+) -> StageResult:
+    """The result of a stage that has trained; its weights are kept as `final`."""
+    processes = PartialState()
     best_step = validation.restore_best() if validation else None
     steps = validation.history[-1].step if validation else training.steps  # fewer where it ended early
     rows = training.rows[: steps * training.settings.accumulate * processes.num_processes]
@@ -47,7 +69,7 @@ def run_stage(folder: RunFolder, training: StageTraining, validation: Validation
         steps=steps,
         samples=sum(len(row) for row in rows),
         tokens=sum(lengths[number] for row in rows for number in row),
-        seconds=perf_counter() - begin,
+        seconds=seconds,
         trained_weights=trained,
         validation=validation.history if validation else [],
         best_step=best_step,
@@ -69,15 +91,21 @@ def announce(training: StageTraining, trained: dict[str, int]) -> None:
 
 
 def _trained(
-    training: StageTraining, checkpoint: Path | None, validation: ValidationCallback | None
+    training: StageTraining,
+    stop: StopBetweenSteps,
+    checkpoint: Path | None,
+    validation: ValidationCallback | None,
 ) -> list[dict[str, float]]:
     """The log, an entry a step."""
+    name, done = training.stage.name, step_of(checkpoint) if checkpoint else 0
+    if done:
+        console.print(f"{name}: goes on after step {done:,} of {training.steps:,}")
     if validation and checkpoint is not None:
-        validation.resume(int(checkpoint.name.rpartition("-")[2]))
+        validation.resume(done)
         if validation.exhausted:  # interrupted after the pass that had ended it: nothing is left to train
             return [entry for entry in read_json(checkpoint / "trainer_state.json")["log_history"] if "loss" in entry]
-    callbacks: list[Any] = [TrainingBar(training.stage.name, training.steps), *([validation] if validation else [])]
-    return train_stage(training, checkpoint, callbacks)
+    callbacks: list[Any] = [TrainingBar(name, training.steps), LiveCurve(name), *([validation] if validation else [])]
+    return train_stage(training, stop, checkpoint, callbacks)
 
 
 def finish(training: StageTraining, result: StageResult) -> None:
@@ -86,5 +114,6 @@ def finish(training: StageTraining, result: StageResult) -> None:
     with whole_folder(final) as partial:
         save_trained(training.model, partial)
         write_json(partial / "result.json", result.model_dump())
+        write_hashes(partial)
     for old in [*training.folder.glob("checkpoint-*"), *training.folder.glob("best")]:
         shutil.rmtree(old)

@@ -17,7 +17,8 @@ from finetune.common.errors import FinetuneError, Interrupted, TrainingError
 from finetune.common.progress import console, quiet_libraries
 from finetune.common.run_folder import refuse_several_processes, write_json, write_text
 from finetune.evaluation import plots
-from finetune.evaluation.results import Metrics, Value
+from finetune.evaluation.results import Comparison, Metrics, Value
+from finetune.evaluation.uncertainty import compare_rows
 from finetune.model.language_model import default_device
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import Recipe
@@ -44,13 +45,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What sweep.json holds. `best`: number of the best trial."""
+    """What sweep.json holds. `best`: number of the best trial; `second`: of the next, None without one. `rows`: number
+    of validation rows; `compared`: how good the best trial's answers are, minus the second's; both are None where rows
+    have groups.
+    """
 
     recipe: str
     folder: str
     device: str
     metric: str
     best: int
+    second: int | None
+    rows: int | None
+    compared: Comparison | None
     trials: list[Trial]
 
 
@@ -178,6 +185,7 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
     *_, last = metrics.train.stages.values()
     best = max(last.validation, key=lambda one: one.score)
     trial.set_user_attr("scores", best.scores)
+    trial.set_user_attr("good", best.good)
     trial.set_user_attr("seconds", metrics.seconds["train"])
     return best.score
 
@@ -237,18 +245,25 @@ def finish(folder: Path, recipe: Path | str, overrides: Sequence[str], study: An
         raise TrainingError(
             f"{folder}: none of {len(trials)} trials is complete: each failed or was pruned, see the lines above"
         )
-    best, _ = max(complete, key=lambda pair: pair[1])
-    validation = load_recipe(recipe, overrides).train.validation
+    (best, _), *others = sorted(complete, key=lambda pair: -pair[1])
+    second = others[0][0].trial if others else None
+    good = {trial.number: trial.user_attrs.get("good") for trial in study.trials}
+    first = load_recipe(recipe, overrides)
+    metric = first.train.validation.metric if first.train.validation else "mean"
+    same = second is not None and good[best.trial] and len(good[best.trial]) == len(good[second] or [])
     result = SweepResult(
         recipe=str(recipe),
         folder=str(folder),
         device=default_device().type,
-        metric=validation.metric if validation else "mean",
+        metric=metric,
         best=best.trial,
+        second=second,
+        rows=len(good[best.trial] or []) or None,
+        compared=compare_rows(good[best.trial], good[second], first.seed) if same else None,
         trials=trials,
     )
     write_json(folder / "sweep.json", asdict(result))
     values = [f"{key}={value}" for key, value in best.values.items()]
     write_text(folder / "best.yaml", dump_recipe(load_recipe(recipe, [*overrides, *values])))
-    plots.sweep([(trial.values, score) for trial, score in complete], folder / "plots" / "sweep.png")
+    plots.sweep([(trial.values, score) for trial, score in complete], metric, folder / "plots" / "sweep.png")
     return result

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.common.errors import RecipeError
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import load_recipe, refuse_missing_trackers
 from finetune.recipe.schema import Recipe
 
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
@@ -27,7 +27,7 @@ def read_choices(
     """The choices of `--over`, and the recipe with the first value of each. Raises RecipeError for a wrong recipe, key
     or value, each value being tried once.
     """
-    load_recipe(recipe, overrides)  # its own problems first
+    refuse_missing_trackers(load_recipe(recipe, overrides))  # its own problems first
     choices = [read_choice(text, ranges=trials is not None) for text in over]
     first = varied(recipe, overrides, [f"{choice.key}={choice.values[0]}" for choice in choices])
     if first.train.validation is None:

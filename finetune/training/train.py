@@ -16,14 +16,14 @@ from finetune.common.progress import console, fresh_memory, peak_memory_bytes, q
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
 from finetune.evaluation import plots
 from finetune.evaluation.results import StageResult, TrainingResult
-from finetune.evaluation.scores import Scores, answers_to, scored, selection_score
+from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import default_device, packs_exactly
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.run import Run
-from finetune.recipe.load import dump_recipe
+from finetune.recipe.load import dump_recipe, refuse_missing_trackers
 from finetune.recipe.schema import Model, Recipe, Stage, Train
 from finetune.training.collate import Collator
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
@@ -39,23 +39,26 @@ def train(
     recipe: Recipe,
     run: Path | str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     *,
     shared: Shared | None = None,
     on_validation: OnValidation | None = None,
 ) -> RunFolder:
-    """Train a recipe's stages and write the adapter folder. Ctrl-C leaves a whole checkpoint; `resume` goes on.
+    """Train a recipe's stages and write the adapter folder. `overwrite` removes a run that is in the folder.
 
+    Ctrl-C, SIGTERM and SIGHUP leave a whole checkpoint and raise Interrupted; `resume` goes on from it.
     `shared`: components that are loaded already. `on_validation(score)` runs after each validation pass; return True to
     stop the stage.
     """
     quiet_libraries()
     fresh_memory()
     refuse_several_gpus()
+    refuse_missing_trackers(recipe)
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
     folder = RunFolder(Path(run or Path("runs") / recipe.name))
     if processes.is_main_process:
-        folder = RunFolder.create(folder.path, dump_recipe(recipe), resume)
+        folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
         record_versions(folder.path / "versions.json", processes.num_processes)
     processes.wait_for_everyone()
     begin = perf_counter()
@@ -152,9 +155,12 @@ def validation_callback(
         return None
     assistant = run.assistant(model)
 
-    def evaluate() -> Scores:
+    def evaluate() -> tuple[Scores, list[float]]:
         answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
-        return scored(run.bindings, prepared.validation, answers)
+        measures = measures_by_task(run.bindings, prepared.validation, answers)
+        rows = [row for own in measures.values() for row in own]
+        good = [] if any(row.get("group") for row in rows) else [float(row["good"]) for row in rows]
+        return {name: run.bindings[name].task.score(own) for name, own in measures.items()}, good
 
     return ValidationCallback(
         model,

@@ -4,37 +4,37 @@ isn't finite reaches the weights.
 
 import math
 import os
-import shutil
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from time import perf_counter
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from finetune.common.errors import Interrupted, TrainingError
+from finetune.common.run_folder import read_json
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.composite import MultimodalModel
 from finetune.model.trainable import trained_parts
 from finetune.recipe.schema import Stage, Train
+from finetune.training.checkpoints import STAGING, WholeCheckpoints, step_of
 from finetune.training.collate import Batch, Collator
+from finetune.training.stopping import StopBetweenSteps
+from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
-STAGING = "writing.partial"  # where checkpoints are written before they appear under their own names
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
 
 
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: numbers of the collator's samples, in the order in which they train, over all
-    epochs; `folder`: for checkpoints.
+    epochs; `folder`: for checkpoints, RUN/checkpoints/STAGE.
     """
 
     model: MultimodalModel
@@ -55,15 +55,27 @@ class StageTraining:
 
 
 def train_stage(
-    training: StageTraining, resume_from: Path | None = None, callbacks: Sequence[TrainerCallback] = ()
+    training: StageTraining,
+    stop: StopBetweenSteps,
+    resume_from: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train what has requires_grad; the log, an entry a step.
 
-    Raises Interrupted after Ctrl-C, with a whole checkpoint on disk, and TrainingError on a value that isn't finite.
+    Raises Interrupted where `stop` was asked to end it before its last step, with a whole checkpoint on disk, and
+    TrainingError on a value that isn't finite.
     """
     parts = trained_parts(training.model, training.stage.trains)
-    stop = StopBetweenSteps()
-    callbacks = [FiniteGradients(parts), WholeCheckpoints(training.folder), stop, *callbacks]
+    track, run = training.settings.track, training.folder.parents[1]
+    first_step = 1 + (step_of(resume_from) if resume_from else 0)
+    # `stop` comes last: what is asked while another callback validates holds for this step.
+    callbacks = [
+        *tensorboard_callbacks(track, run / "tensorboard" / training.stage.name, first_step),
+        FiniteGradients(parts),
+        WholeCheckpoints(training.folder),
+        *callbacks,
+        stop,
+    ]
     trainer = StageTrainer(
         training.stage,
         parts,
@@ -75,6 +87,9 @@ def train_stage(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        if hasattr(callback, "report"):
+            callback.report = trainer.report
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
@@ -86,11 +101,14 @@ def train_stage(
     finally:
         for callback in callbacks:
             getattr(callback, "close", lambda: None)()
+        end_tracking(track)
         for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
             training.model.__dict__.pop(patched, None)
     ended = any(getattr(callback, "ended", False) for callback in callbacks)
-    if stop.requested and not ended and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
+    if stop.signal_number and not ended and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.signal_number
+        )
     return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
 
 
@@ -127,6 +145,7 @@ def trainer_arguments(training: StageTraining) -> SFTConfig:
         gradient_checkpointing=False,  # switched on in the LLM, where it belongs
         save_strategy="steps",
         save_steps=settings.save_every_n_steps,
+        save_total_limit=2,  # where the newest is damaged, the one before is there
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -139,7 +158,9 @@ def trainer_arguments(training: StageTraining) -> SFTConfig:
         max_length=None,
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # all that trains is used in every step, if only multiplied by zero
-        report_to=[],
+        report_to=reported_to(settings.track),
+        run_name=f"{training.folder.parents[1].name}-{stage.name}",
+        project="finetune",
         disable_tqdm=True,
     )
 
@@ -157,6 +178,7 @@ class StageTrainer(SFTTrainer):
         self.parts = parts
         self.accuracies: list[float] = []
         self.tokens = 0  # of all processes so far, in the branches of `compute_loss` that aren't trl's
+        self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -243,14 +265,34 @@ class StageTrainer(SFTTrainer):
             logs["mean_token_accuracy"] = sum(self.accuracies) / len(self.accuracies)
             logs["num_tokens"] = self.tokens
             self.accuracies.clear()
+        if "loss" in logs:
+            self._add_speed_and_rates(logs)
         super().log(logs, start_time)
+
+    def _add_speed_and_rates(self, logs: dict[str, float]) -> None:
+        """Tokens a second since the first step of this process, which warms up; parts' own learning rates."""
+        tokens, now = self.tokens + self._total_train_tokens, perf_counter()
+        if self.first_log is None:
+            self.first_log = tokens, now
+        else:
+            logs["tokens_per_second"] = (tokens - self.first_log[0]) / (now - self.first_log[1])
+        if self.stage.learning_rates:
+            factor = logs["learning_rate"] / rate_of(next(iter(self.parts)), self.stage)  # the first part's is logged
+            logs |= {f"learning_rate/{role}": factor * rate_of(role, self.stage) for role in self.parts}
+
+    def report(self, values: dict[str, float]) -> None:
+        """Show values to trackers beside the log, of which an entry is a step."""
+        self.callback_handler.on_log(self.args, self.state, TrainerControl(), logs=values)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
             save_trained(self.model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(self.model, Path(resume_from_checkpoint))
+        checkpoint = Path(resume_from_checkpoint)
+        load_trained(self.model, checkpoint)
+        counts = [entry["num_tokens"] for entry in read_json(checkpoint / "trainer_state.json")["log_history"]]
+        self.tokens = self._total_train_tokens = int(counts[-1])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written once, where the adapter is published."""
@@ -259,28 +301,6 @@ class StageTrainer(SFTTrainer):
 def rate_of(role: str, stage: Stage) -> float:
     """The learning rate of a part: its own ('projectors.image'), that of its kind ('projectors'), or the stage's."""
     return stage.learning_rates.get(role, stage.learning_rates.get(role.partition(".")[0], stage.learning_rate))
-
-
-class WholeCheckpoints(TrainerCallback):
-    """A checkpoint appears under its name, in place of the one before, only once all processes have written it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # every process adds its own random state
-        if PartialState().is_main_process:
-            name = f"checkpoint-{state.global_step}"
-            older = [path for path in self.folder.glob("checkpoint-*") if path.name != name]
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            os.replace(self.folder / STAGING / name, self.folder / name)
-            for path in older:
-                shutil.rmtree(path)
-        PartialState().wait_for_everyone()
-
-    def close(self) -> None:
-        if PartialState().is_main_process:
-            shutil.rmtree(self.folder / STAGING, ignore_errors=True)
 
 
 class FiniteGradients(TrainerCallback):
@@ -309,40 +329,6 @@ class FiniteGradients(TrainerCallback):
                 f"a gradient isn't finite at step {state.global_step + 1}; the weights are those of the step before. "
                 "Lower the learning rate; --resume goes on from the last checkpoint"
             )
-
-
-class StopBetweenSteps(TrainerCallback):
-    """Ctrl-C ends the step, writes a checkpoint and stops; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        try:
-            self._before = signal.signal(signal.SIGINT, self._request)
-        except ValueError:  # not in the main thread: there's no Ctrl-C to catch
-            self._before = None
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:  # all stop after the same step, whichever got the signal first
-            flag = torch.tensor(float(self.requested), device=args.device)
-            self.requested = bool(reduce(flag, "sum"))
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Also called where training ends by an error."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
 
 
 def refuse_several_gpus() -> None:

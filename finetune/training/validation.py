@@ -8,8 +8,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from finetune.common.errors import TrainingError
 from finetune.common.progress import console
-from finetune.common.run_folder import read_json, whole_folder, write_json
+from finetune.common.run_folder import damage, read_json, whole_folder, write_hashes, write_json
 from finetune.evaluation.results import ValidationPass
 from finetune.evaluation.scores import Scores
 from finetune.model.adapter import load_trained, save_trained
@@ -20,9 +21,9 @@ OnValidation = Callable[[float], bool]  # selection score -> whether to stop the
 
 
 class ValidationCallback(TrainerCallback):
-    """`evaluate()` gives the scores of the model as it is, `select(scores)` their selection score; `on_validation` runs
-    after each pass. The first process evaluates, all act on it. Written into `folder`: validation.json, and `best/`,
-    the weights of the best pass.
+    """`evaluate()` gives the scores of the model as it is, and how good each row's answer is (see `ValidationPass`);
+    `select(scores)` gives the selection score; `on_validation` runs after each pass. The first process evaluates, all
+    act on it. Written into `folder`: validation.json, and `best/`, the weights of the best pass.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class ValidationCallback(TrainerCallback):
         folder: Path,
         settings: Validation,
         *,
-        evaluate: Callable[[], Scores],
+        evaluate: Callable[[], tuple[Scores, list[float]]],
         select: Callable[[Scores], float],
         on_validation: OnValidation | None = None,
     ) -> None:
@@ -39,6 +40,7 @@ class ValidationCallback(TrainerCallback):
         self.evaluate, self.select, self.on_validation = evaluate, select, on_validation
         self.history: list[ValidationPass] = []
         self.ended = False
+        self.report: Callable[[dict[str, float]], None] = lambda scores: None  # the trainer's, while it trains
 
     @property
     def best(self) -> ValidationPass | None:
@@ -69,17 +71,20 @@ class ValidationCallback(TrainerCallback):
     def _pass(self, step: int) -> ValidationPass:
         training = self.model.training
         self.model.eval()
-        scores = self.evaluate()
+        scores, good = self.evaluate()
         self.model.train(training)
         rounded = {name: {metric: round(v, 4) for metric, v in metrics.items()} for name, metrics in scores.items()}
-        return ValidationPass(step=step, score=self.select(scores), scores=rounded)
+        return ValidationPass(step=step, score=self.select(scores), scores=rounded, good=[round(v, 4) for v in good])
 
     def _keep(self, one: ValidationPass) -> None:
         is_best = self.best is one
         if is_best:
             with whole_folder(self.folder / "best") as partial:
                 save_trained(self.model, partial)
+                write_hashes(partial)
         write_json(self.folder / "validation.json", {"passes": [each.model_dump() for each in self.history]})
+        scores = {f"eval_{task}/{name}": v for task, each in one.scores.items() for name, v in each.items()}
+        self.report({"eval_score": one.score, **{name: v for name, v in scores.items() if v is not None}})
         console.print(f"  step {one.step}: validation {one.score:.4f}" + " (best)" * is_best)
 
     @property
@@ -89,10 +94,17 @@ class ValidationCallback(TrainerCallback):
         return best is not None and patience is not None and sum(p.step > best.step for p in self.history) >= patience
 
     def resume(self, step: int) -> None:
-        """Restore the passes up to a checkpoint: later ones come again, with the same scores."""
+        """Restore the passes up to a checkpoint: later ones come again, with the same scores.
+
+        Raises TrainingError where the weights of the best of them are damaged: the stage might end on them.
+        """
         path = self.folder / "validation.json"
         saved = read_json(path)["passes"] if path.is_file() else []
         self.history = [ValidationPass.model_validate(one) for one in saved if one["step"] <= step]
+        if self.history and (found := damage(self.folder / "best")):
+            raise TrainingError(
+                f"{found}: these are the best weights so far. Remove {self.folder}, and --resume begins this stage anew"
+            )
 
     def restore_best(self) -> int | None:
         """Put the best pass's weights into the model; its step. Call when the stage has trained."""

@@ -1,6 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cli import cli
+
+from finetune.common.version import DISTRIBUTION, VERSION
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -38,3 +46,23 @@ def test_the_options_of_one_part_are_printed_to_read():
     assert "group: Column of the user" in printed and "(default 'group')" in printed
     done = cli("schema", "task.rank")
     assert done.returncode == 2 and "task.rank: write 'serve'" in done.stderr
+
+
+def test_the_version_is_that_of_the_distribution_and_imports_nothing_slow():
+    code = (
+        "import runpy, sys\nsys.argv = ['finetune', '--version']\n"
+        "try:\n    runpy.run_module('finetune.commands.cli', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "slow = {'torch', 'transformers', 'numpy', 'datasets', 'huggingface_hub'} & sys.modules.keys()\n"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"finetune {VERSION}\n"
+
+
+def test_the_wheel_has_the_version_and_the_name():
+    metadata = pytest.importorskip("hatchling.metadata.core")
+    plugins = pytest.importorskip("hatchling.plugin.manager")
+    project = metadata.ProjectMetadata(str(ROOT), plugins.PluginManager())
+    assert (project.name, project.version) == (DISTRIBUTION, VERSION)

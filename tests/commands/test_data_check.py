@@ -158,6 +158,7 @@ def test_text_alone_and_an_llm_that_reads_little(tmp_path):
     assert result["findings"]["context"] == 2 and result["different_media"] == {}
 
 
+@pytest.mark.slow
 def test_an_encoder_that_is_not_there_is_one_line(messy, tmp_path):
     with pytest.raises(ModelError, match="nowhere"):
         finetune.data_check(messy[0], ["model.encoders.image.name=nobody/nowhere"], out=tmp_path, workers=1)

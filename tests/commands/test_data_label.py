@@ -152,7 +152,7 @@ def test_media_are_shown_and_what_can_not_be_decoded_is_told(labelling, rows):
 
 def test_the_page_without_gradio_says_how_to_get_it(rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(RecipeError, match=r"pip install -e '\.\[label\]'"):
+    with pytest.raises(RecipeError, match=r"pip install 'finetune-kit\[label\]'"):
         finetune.data_label(rows, out=tmp_path / "labels.csv", page_port=7860)
 
 

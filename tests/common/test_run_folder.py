@@ -1,6 +1,6 @@
 import pytest
 
-from finetune.common.errors import TrainingError
+from finetune.common.errors import RecipeError, TrainingError
 from finetune.common.run_folder import RunFolder
 
 
@@ -18,3 +18,60 @@ def test_a_run_with_anything_more_is_left_alone(tmp_path, name):
     with pytest.raises(TrainingError, match="--resume"):
         RunFolder.create(tmp_path, "name: second\n", resume=False)
     assert folder.recipe.read_text(encoding="utf-8") == "name: first\n"
+
+
+def finished(folder):
+    run = RunFolder.create(folder, "name: first\n", resume=False)
+    (folder / "versions.json").touch()
+    for name in ("data", "checkpoints", "merged.partial"):
+        (folder / name).mkdir()
+        (folder / name / "file").touch()
+    (folder / "metrics.json").touch()
+    return run
+
+
+def test_a_run_is_overwritten(tmp_path):
+    finished(tmp_path / "run")
+    run = RunFolder.create(tmp_path / "run", "name: second\n", resume=False, overwrite=True)
+    assert run.recipe.read_text(encoding="utf-8") == "name: second\n"
+    assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
+
+
+def test_overwriting_follows_no_link(tmp_path):
+    finished(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    (tmp_path / "run" / "exports").symlink_to(tmp_path / "elsewhere")
+    RunFolder.create(tmp_path / "run", "name: second\n", resume=False, overwrite=True)
+    assert (tmp_path / "elsewhere" / "file").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "notes.txt").touch(),
+        lambda folder: (folder / "versions.json").unlink(),  # a project with recipe.yaml and data/
+        lambda folder: (folder / "recipe.yaml").unlink(),
+    ],
+)
+def test_what_is_no_run_is_not_overwritten(spoil, tmp_path):
+    finished(tmp_path)
+    spoil(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(TrainingError, match="--overwrite removes only what a run has written"):
+        RunFolder.create(tmp_path, "name: second\n", resume=False, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_is_not_overwritten(tmp_path):
+    (tmp_path / "run").write_text("kept")
+    with pytest.raises(TrainingError, match="something else"):
+        RunFolder.create(tmp_path / "run", "name: second\n", resume=False, overwrite=True)
+    assert (tmp_path / "run").read_text() == "kept"
+
+
+def test_to_go_on_and_to_overwrite_exclude_each_other(tmp_path):
+    finished(tmp_path)
+    with pytest.raises(RecipeError, match="--overwrite"):
+        RunFolder.create(tmp_path, "name: first\n", resume=True, overwrite=True)
+    assert (tmp_path / "metrics.json").exists()

@@ -221,10 +221,10 @@ def test_media_are_fetched_from_the_hosts_of_a_source_alone(tmp_path, monkeypatc
     assert calls == [("https://example.com/a.png", ("example.com",), "rows.csv:2", 7)]
 
 
-@pytest.mark.parametrize(("value", "text"), [(3, "3"), (2.5, "2.5"), (" a ", "a")])
-def test_numbers_are_text(value, text, tmp_path):
+@pytest.mark.parametrize(("value", "text"), [(3, "3"), (2.5, "2.5"), (" a ", "a"), (True, "true")])
+def test_numbers_and_booleans_are_text(value, text, tmp_path):
     assert Row(tmp_path, 1, {"label": value}, tmp_path).text("label") == text
-    for wrong in (True, float("nan"), None, ["a"], ""):
+    for wrong in (float("nan"), None, ["a"], ""):
         with pytest.raises(DataError, match="column 'label' holds"):
             Row(tmp_path, 1, {"label": wrong}, tmp_path).text("label")
 

@@ -49,7 +49,7 @@ def test_a_long_stage_keeps_its_ends_and_few_points():
 def test_validation_scores_stand_at_their_steps_and_the_kept_one_is_marked():
     figure = plots.validation_figure(STAGES, "classify")
     found = curves(figure)
-    assert found["accuracy"] == [[5, 0.25], [7, 0.75]] and found["f1"] == [[7, 0.5]]
+    assert found["accuracy"] == [[5, 0.25], [7, 0.75]] and found["F1"] == [[7, 0.5]]
     assert [x for x, _ in found["best step, kept"]] == [7, 7]
     assert curves(plots.validation_figure(STAGES, "words"))["exact match"] == [[5, 0.5]]
     assert plots.validation_figure(STAGES, "nothing") is None
@@ -95,6 +95,6 @@ def test_names_are_drawn_as_they_are_written(name):
 
 def test_a_sweep_is_drawn_for_numbers_and_names(tmp_path):
     trials = [({"rate": rate, "kind": kind}, rate * 10) for rate in (1e-4, 1e-2) for kind in ("mlp", "linear")]
-    plots.sweep(trials, tmp_path / "sweep.png")
+    plots.sweep(trials, "classify.accuracy", tmp_path / "sweep.png")
     with PIL.Image.open(tmp_path / "sweep.png") as picture:
         assert picture.height > picture.width * 0.8  # a panel per key

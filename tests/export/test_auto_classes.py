@@ -26,6 +26,8 @@ from finetune.export._check.probes import noise, prompt_batch
 from finetune.model.load import load_merged
 from finetune.model.processor import MultimodalProcessor
 
+pytestmark = pytest.mark.slow
+
 PICTURE, OTHER = noise("image"), noise("image", 1)
 QUESTION = [
     {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is this?"}]}

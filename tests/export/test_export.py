@@ -37,8 +37,9 @@ from finetune.export._run import compare, export_run
 from finetune.model.load import load_merged
 from finetune.model.manifest import AdapterManifest
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     result = export_run(run, "transformers")
     folder = run / "exports" / "transformers"
@@ -59,7 +60,6 @@ def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     assert file_hashes(folder).keys() == {*hashes, "export.json"}
 
 
-@pytest.mark.slow
 def test_a_merged_folder_becomes_the_own_class_beside_it(merged, monkeypatch):
     monkeypatch.setattr(stage, "MAX_NEW_TOKENS", 8)
     result = export_run(merged, "transformers")
@@ -72,7 +72,6 @@ def test_a_merged_folder_becomes_the_own_class_beside_it(merged, monkeypatch):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.slow
 def test_the_adapter_by_itself_is_loaded_by_plain_peft(run, llm, tmp_path):
     result = export_run(run, "adapter", tmp_path / "adapter")
     assert result.verification.engine.startswith("peft") and result.verification.rows >= 4

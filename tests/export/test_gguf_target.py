@@ -28,6 +28,8 @@ from finetune.export._gguf.modelfile import go_template, modelfile, turns_of
 from finetune.model.language_model import load_tokenizer
 from finetune.model.load import load_merged
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MINIMIND = Path(__file__).parents[2] / "weights" / "minimind2-small"
 HEARS = {"pad_to_30_seconds": True}

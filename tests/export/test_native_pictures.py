@@ -19,6 +19,8 @@ from finetune.model.composition import PLACEHOLDERS
 from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders
 
+pytestmark = pytest.mark.slow
+
 EXACT = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "olmo2", "stablelm"),
     *("gpt2", "gpt_neox", "opt", "bloom", "falcon", "mpt"),

@@ -20,6 +20,8 @@ from finetune.model.encoders import whisper
 from finetune.model.language_model import load_tokenizer
 from finetune.model.tokenize import add_placeholders
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = Path(__file__).parents[2] / "weights"
 CLASSES = {"linear": "Qwen2AudioForConditionalGeneration", "mlp": "AudioFlamingo3ForConditionalGeneration"}
 SOUND = Medium("audio", Path("sound"))

@@ -29,6 +29,8 @@ from finetune.export._contract import EngineMissing, MergedModel, Probe
 from finetune.export._vllm import environment, model_class
 from finetune.model.load import load_merged
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # label: (encoders by label and options, projectors)
 COMPOSITES = {

@@ -1,11 +1,12 @@
 """Samples with a picture, batches of them, and a composite trained on them by one stage's trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import PLACEHOLDER, VOCABULARY, tiny_composite, tiny_tokenizer
+from transformers import TrainerCallback
 
 from finetune.data.sample import Medium
 from finetune.model.adapter import attach
@@ -14,6 +15,7 @@ from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Stage, Train
 from finetune.training.collate import Batch, Collator
 from finetune.training.samples import TokenizedSample, TokenizedSamples
+from finetune.training.stopping import StopBetweenSteps
 from finetune.training.trainer import StageTraining, train_stage
 
 PICTURE = {"prefix": 4, "cross_attention": 1}  # placeholder tokens of one, by fusion
@@ -101,9 +103,25 @@ def train_composite(
         seed=11,
         dtype=torch.float32,
     )
-    return train_stage(training, resume_from, callbacks)
+    with StopBetweenSteps() as stop:
+        return train_stage(training, stop, resume_from, callbacks)
 
 
 def weights_of(model: MultimodalModel) -> dict[str, torch.Tensor]:
     """A copy of what trains."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class At(TrainerCallback):
+    """Does something before step `step` (from 1)."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.act()
+
+
+def power_cut() -> None:
+    raise OSError("power cut")

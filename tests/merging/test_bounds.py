@@ -15,7 +15,6 @@ from finetune.common.certificate import Bounds, Certificate, Dtypes, LanguageMod
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.run_folder import file_hash
 from finetune.merging import merge
-from finetune.merging.candidates import Candidate
 from finetune.recipe.schema import Llm
 
 PLAIN, DEQUANTIZED = "the 16-bit LLM", "the dequantized nf4 LLM"
@@ -167,7 +166,7 @@ class Job:
 
     def __init__(self, folder, kls):
         self.kls = dict(zip((PLAIN, DEQUANTIZED), kls, strict=True))
-        self.candidates = [Candidate(PLAIN, False), Candidate(DEQUANTIZED, True)]
+        self.candidates = {PLAIN: False, DEQUANTIZED: True}
         recipe = SimpleNamespace(adapter="LoRA", merge=SimpleNamespace(min_agreement=0.95, max_kl=0.1))
         self.run = SimpleNamespace(recipe=recipe, folder=SimpleNamespace(adapter=folder))
         self.reference, self.dtype = "the adapter over the nf4 LLM", "torch.bfloat16"
@@ -176,11 +175,12 @@ class Job:
     def measure_trained(self, comparison):
         return trained()
 
-    def write(self, place, scratch, trained, candidate):
+    def write(self, place, scratch, trained, quantized):
+        name = DEQUANTIZED if quantized else PLAIN
         for folder in (place, scratch):
             folder.mkdir()
-            (folder / "model.safetensors").write_text(candidate.name)
-        return f"how {candidate.name}"
+            (folder / "model.safetensors").write_text(name)
+        return f"how {name}"
 
     def measure(self, place, scratch, comparison, trained):
         assert (scratch / "model.safetensors").is_file()

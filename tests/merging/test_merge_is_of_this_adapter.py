@@ -13,6 +13,8 @@ from finetune.common import run_folder
 from finetune.common.certificate import read_certificate
 from finetune.common.errors import ArtifactError, MergeRefused
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(finished_run, tmp_path):

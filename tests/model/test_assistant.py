@@ -9,6 +9,8 @@ from finetune.model.language_model import PLAIN_TEMPLATE
 from finetune.model.tokenize import answer_ends
 from finetune.training.trainer import SKIPPED, FiniteGradients
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -59,7 +61,6 @@ def test_an_adapter_folder_answers(run):
     assert isinstance(finetune.load(run / "adapter").answer("What is this?", image=picture, max_new_tokens=3), str)
 
 
-@pytest.mark.slow
 def test_the_head_cannot_be_a_target(tmp_path):
     recipe = tiny_recipe(tmp_path, adapter={"rank": 2, "targets": ["q_proj", "lm_head"]})
     with pytest.raises(ModelError, match="the output head can't be one"):
@@ -99,7 +100,6 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(run):
     versions.write_text(json.dumps(content))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [finetune.evaluate, finetune.merge, finetune.run])
 def test_what_is_for_one_process_says_so(command, run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")

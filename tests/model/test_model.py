@@ -1,5 +1,6 @@
 import copy
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from finetune.recipe.schema import Adapter
 PADDED = {"bloom", "falcon", "mpt", "opt"}
 families = pytest.mark.parametrize("family", FAMILIES)
 fusions = pytest.mark.parametrize("fusion", FUSIONS)
+# Where the two hardly meet, the fusions take turns; of folders, one test takes the one turn, another test the other.
+turns = pytest.mark.parametrize("family, fusion", list(zip(FAMILIES, cycle(FUSIONS))))
+other_turns = pytest.mark.parametrize("family, fusion", list(zip(FAMILIES, cycle(reversed(FUSIONS)))))
 
 
 def sample_losses(model: MultimodalModel, batch: dict) -> list[torch.Tensor]:
@@ -43,8 +47,7 @@ def test_text_alone_gives_the_bare_llms_logits(family, fusion):
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=0)
 
 
-@fusions
-@families
+@turns
 def test_gradients_reach_the_projector_and_lora_and_nothing_else(family, fusion):
     model = tiny_composite(family, fusion=fusion)
     attach(model, Adapter(rank=2, alpha=4.0))
@@ -103,8 +106,7 @@ def test_no_gradient_flows_from_one_sample_to_another(family):
         assert gradient[~own].abs().max() == 0
 
 
-@fusions
-@families
+@other_turns
 def test_the_fused_loss_is_the_ordinary_loss(family, fusion):
     model = tiny_composite(family, fusion=fusion)
     batch = batch_of(samples_of([9, 6, 12], PICTURE[fusion]), [0, 2, 1], packed=family not in PADDED)
@@ -115,8 +117,7 @@ def test_the_fused_loss_is_the_ordinary_loss(family, fusion):
     torch.testing.assert_close(model(**batch, fused_lm_head=True).loss, expected, atol=1e-5, rtol=0)
 
 
-@fusions
-@families
+@turns
 def test_what_was_trained_comes_back_from_its_folder(family, fusion, tmp_path):
     torch.manual_seed(1)
     model = tiny_composite(family, fusion=fusion)
@@ -132,17 +133,15 @@ def test_what_was_trained_comes_back_from_its_folder(family, fusion, tmp_path):
     call = {"input_ids": batch["input_ids"], "features": batch["features"]}
     expected = model(**call).logits
     assert (other(**call).logits - expected).abs().max() > 1e-3
-    matched = load_trained(other, tmp_path)
+    load_trained(other, tmp_path)
     assert torch.equal(other(**call).logits, expected)
-    assert all(count > 0 for count in matched.values()) and set(matched) - {"fusion"} == {"adapter", "projectors.image"}
     # The folder is an ordinary PEFT adapter of the bare LLM.
     plain = PeftModel.from_pretrained(copy.deepcopy(model.language_model).unload(), tmp_path)
     ids = torch.randint(3, VOCABULARY, (1, 6))
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-6, rtol=0)
 
 
-@fusions
-@families
+@other_turns
 def test_a_merged_model_is_read_back_from_its_folder_alone(family, fusion, tmp_path):
     model = tiny_composite(family, fusion=fusion)
     attach(model, Adapter(rank=2, alpha=4.0))

@@ -6,18 +6,23 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from packed import composite_with_lora, train_composite, weights_of
 from safetensors.torch import load_file
 from tiny import tiny_recipe
 from tiny_encoders import KINDS, tiny_audio_folder, tiny_encoder_of, tiny_medium
+from trained_runs import copy_of, trained
 
 import finetune
+from finetune.common.certificate import read_certificate
 from finetune.common.errors import ModelError, RecipeError
 from finetune.merging import candidates as _candidates
 from finetune.model.build import load_components
 from finetune.model.trainable import set_trainable
 from finetune.model.tuned_encoder import tune_encoder
 from finetune.recipe.schema import EncoderTuning
+
+pytestmark = pytest.mark.slow
 
 LAYERED = [label for label in KINDS if label not in ("mobilenet_v2", "mobilenet_v2_frames", "clap", "clap_fused")]
 TUNED = {"lora": {"rank": 2, "alpha": 4}, "last": {"last_layers": 1}}
@@ -84,15 +89,25 @@ def tuning(folder, how: str, **changes):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", TUNED)
-def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
-    run = finetune.train(finetune.load_recipe(tuning(tmp_path, how)), tmp_path / "run").path
+@pytest.fixture(scope="module", params=TUNED)
+def merged_run(request, tmp_path_factory):
+    """(how the encoder is tuned, a merged run): in a first stage, not in the second. For reading only."""
+    path = tuning(tmp_path_factory.mktemp(request.param), request.param)
+    recipe = json.loads(path.read_text())
+    recipe["train"]["stages"].append({"name": "more", "trains": ["projectors"], "learning_rate": 1.0e-3})
+    path.write_text(json.dumps(recipe))
+    run = trained(path)
+    finetune.merge(run)
+    return request.param, run
+
+
+def test_a_tuned_encoder_goes_the_whole_way(merged_run, tmp_path):
+    how, run = merged_run
     stage = json.loads((run / "metrics.json").read_text())["train"]["stages"]["tune"]
     assert set(stage["trained_weights"]) == {"projectors.image", "encoders.image", "adapter"}
     saved = load_file(run / "adapter" / "projectors.safetensors")
     ours = {name.removeprefix("encoders.image."): t for name, t in saved.items() if name.startswith("encoders.")}
-    published = load_file(tmp_path / "encoder" / "model.safetensors")
+    published = load_file(run.parent / "encoder" / "model.safetensors")
     if how == "lora":
         assert ours and all("lora_" in name for name in ours)
         assert all(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
@@ -100,10 +115,9 @@ def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
         known = {name: next(t for key, t in published.items() if key.endswith(name)) for name in ours}
         assert ours and all("layers.2." in name for name in ours)
         assert any(not torch.equal(known[name], tensor) for name, tensor in ours.items())
-    scores = finetune.evaluate(run)["scores"]["classify"]["accuracy"]
+    scores = finetune.evaluate(copy_of(run, tmp_path))["scores"]["classify"]["accuracy"]
     assert set(scores) == {"tuned", "base", "blank", "shuffled", "probe"}
-    finetune.merge(run)
-    picture = tmp_path / "data" / "images" / "test0.png"
+    picture = run.parent / "data" / "images" / "test0.png"
     moved = shutil.copytree(run / "merged", tmp_path / "elsewhere")
     merged, adapter = finetune.load(moved), finetune.load(run / "adapter")
     features = []
@@ -115,20 +129,18 @@ def test_a_tuned_encoder_goes_the_whole_way(how, tmp_path):
         assert isinstance(assistant.answer("What is this?", image=picture, max_new_tokens=3), str)
     torch.testing.assert_close(features[0], features[1], atol=1e-4, rtol=1e-3)
     untouched = finetune.model.encoders.vision.build(
-        finetune.model.encoders.vision.Options(name=str(tmp_path / "encoder")), torch.float32, torch.device("cpu")
+        finetune.model.encoders.vision.Options(name=str(run.parent / "encoder")), torch.float32, torch.device("cpu")
     )
     with torch.no_grad():
         assert not torch.allclose(untouched.encode(values), features[1], atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", TUNED)
-def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(how, tmp_path, monkeypatch):
-    run = finetune.train(
-        finetune.load_recipe(tuning(tmp_path, how, merge={"rows": 4, "min_agreement": 0.0, "max_kl": 1e9})),
-        tmp_path / "run",
-    )
-    honest = finetune.merge(run.path).saved
+def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(merged_run, tmp_path, monkeypatch):
+    honest = read_certificate(merged_run[1]).saved
+    run = copy_of(merged_run[1], tmp_path)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["merge"] |= {"min_agreement": 0.0, "max_kl": 1e9}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     write = _candidates.write_merged
 
     def lose_the_encoder(place, llm, tensors, own, run):
@@ -138,7 +150,7 @@ def test_a_merged_folder_is_compared_with_what_its_own_encoders_see(how, tmp_pat
         write(place, llm, tensors, own, run)
 
     monkeypatch.setattr(_candidates, "write_merged", lose_the_encoder)
-    assert honest.kl < 1e-6 < 1e-3 < finetune.merge(run.path).saved.kl
+    assert honest.kl < 1e-6 < 1e-3 < finetune.merge(run).saved.kl
 
 
 def test_the_same_seed_gives_the_same_lora_on_an_encoder(tmp_path):
@@ -164,20 +176,13 @@ def test_unfrozen_layers_of_a_half_precision_encoder_learn_in_full(label):
     assert all(encoder.module.get_parameter(name).grad.dtype == torch.float32 for name in names)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", TUNED)
-def test_a_resumed_stage_goes_on_with_the_tuned_encoder(how, tmp_path):
+def test_a_resumed_stage_goes_on_with_the_tuned_encoder(merged_run, tmp_path):
     """A stage that is done is read back into the encoder, and the next one begins from it."""
-    path = tuning(tmp_path, how)
-    recipe = json.loads(path.read_text())
-    recipe["train"]["stages"].append({"name": "more", "trains": ["projectors"], "learning_rate": 1.0e-3})
-    path.write_text(json.dumps(recipe))
-    loaded = finetune.load_recipe(path)
-    whole = finetune.train(loaded, tmp_path / "run").path
-    cut = shutil.copytree(whole, tmp_path / "cut")
+    whole = merged_run[1]
+    cut = copy_of(whole, tmp_path, "merged")
     shutil.rmtree(cut / "checkpoints" / "more")
     shutil.rmtree(cut / "adapter")
-    finetune.train(loaded, cut, resume=True)
+    finetune.train(finetune.load_recipe(whole.parent / "recipe.yaml"), cut, resume=True)
     left, right = (load_file(run / "adapter" / "projectors.safetensors") for run in (whole, cut))
     assert left.keys() == right.keys()
     for name, tensor in left.items():

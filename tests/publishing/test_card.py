@@ -97,7 +97,7 @@ def test_samples_are_right_and_wrong_ones_with_their_pictures(written):
     assert len(named) == 4 and text.count("✓") == 2 and text.count("✗") == 2
     for name in named:
         with Image.open(folder / name) as picture:
-            assert max(picture.size) <= 160
+            assert max(picture.size) <= 240
     folder, _ = written(samples=0)
     assert "## Predictions" not in (folder / "README.md").read_text() and not (folder / "samples").exists()
 

@@ -12,6 +12,8 @@ import finetune
 from finetune.common import hub as hub_of_finetune
 from finetune.common.errors import ArtifactError, ModelError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):

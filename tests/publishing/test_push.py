@@ -25,6 +25,8 @@ from finetune.common.certificate import read_certificate, verify
 from finetune.common.errors import ArtifactError, FinetuneError, PublishError
 from finetune.publishing.compare import HeldOutQuestions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(finished_run, tmp_path_factory):
@@ -282,7 +284,6 @@ def test_an_adapter_trained_since_the_evaluation_is_refused(run, hub):
     assert "me/tiny" not in hub.repositories
 
 
-@pytest.mark.slow
 def test_the_command_line_publishes_and_another_process_loads(finished, hub, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
         "HF_ENDPOINT": hub.url,
@@ -298,7 +299,7 @@ def test_the_command_line_publishes_and_another_process_loads(finished, hub, tmp
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_without_a_name_the_recipe_s_is_taken(finished, hub, tmp_path):
+def test_without_a_name_the_recipe_s_is_taken(finished, hub, without_answers, tmp_path):
     with pytest.raises(PublishError, match=r"--repo NAME, or publish\.repo in .*recipe\.yaml"):
         finetune.push(finished)
     run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))

@@ -6,6 +6,8 @@ import sys
 import pytest
 from recipe_texts import GOOD, mentions
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"torch", "transformers", "trl", "peft", "datasets", "pandas", "sklearn", "scipy", "optuna", "numpy", "PIL"}
 COMMAND = f"""
 import sys

@@ -81,7 +81,8 @@ def replaced(path: Path, parts: Path, work: Path) -> list[str]:
         rows = work / f"{number}-{source.split}.csv"
         rows.write_text((parts / f"{source.split}.csv").read_text(encoding="utf-8"), encoding="utf-8")
         changes += [f"data.{number}.path={rows}", f"data.{number}.media_folder={parts}"]
-    return [*changes, f"train.cache_folder={work / 'cache'}", "evaluate.limit=6", "merge.rows=4"]
+    few = ["evaluate.limit=4", "evaluate.max_new_tokens=4", "merge.rows=2"]
+    return [*changes, f"train.cache_folder={work / 'cache'}", *few]
 
 
 def test_there_is_one_for_each_promised_machine_and_each_medium():

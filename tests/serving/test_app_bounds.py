@@ -18,6 +18,8 @@ from tiny import tiny_picture
 from finetune.data import fetch
 from finetune.serving.engine.contract import Busy
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 
 

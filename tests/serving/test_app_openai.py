@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import time
 
 import numpy as np
 import openai
@@ -14,6 +15,8 @@ from tiny import tiny_picture
 
 from finetune.common.errors import DataError
 from finetune.serving.engine.contract import TimedOut
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,9 @@ def engine(running):
 @pytest.fixture
 def client(engine, running):
     yield running[1]
+    deadline = time.monotonic() + 5  # a stream's end is read before the server has cleared up after it
+    while list(running[2].iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not list(running[2].iterdir())  # all files of media have been deleted
 
 

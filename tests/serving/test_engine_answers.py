@@ -9,6 +9,8 @@ from tiny_serving import alone, ask_all, pictures, questions, request, serving, 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def assistant():
@@ -102,7 +104,7 @@ def test_log_probabilities_are_those_of_the_whole_text(assistant, paths):
         tokens = [token for piece in pieces for token in piece.tokens]
         assert len(tokens) == stream.completion_tokens
         assert b"".join(token.raw for token in tokens).decode(errors="replace") == text
-        batch = assistant._batch([one.messages], {}, None)._asdict()
+        batch = assistant.batch([one.messages])
         for token in tokens:
             with torch.no_grad():
                 logits = assistant.model(**batch).logits[0, -1]

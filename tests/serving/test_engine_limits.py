@@ -19,6 +19,8 @@ from finetune.serving.engine.cache import PrefixCache
 from finetune.serving.engine.contract import Busy, EngineLimits, ModelInfo, TaskInfo, TimedOut
 from finetune.serving.engine.worker import HeadQuery, HostedModel, Worker
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def assistant():

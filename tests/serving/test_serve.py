@@ -19,6 +19,8 @@ from finetune.common.errors import RecipeError
 from finetune.serving.http.settings import ServerOptions
 from finetune.serving.serve import address, listening_socket, parse_models, serve_until, stop_on_signals
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 CHAT = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{}"
 STEP_SECONDS = 0.05
@@ -80,7 +82,7 @@ def test_names_of_models(tmp_path, monkeypatch):
 
 def test_missing_libraries_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    with pytest.raises(RecipeError, match=r"pip install -e '\.\[serve\]'"):
+    with pytest.raises(RecipeError, match=r"pip install 'finetune-kit\[serve\]'"):
         finetune.serve([str(tmp_path)])
 
 
@@ -163,7 +165,6 @@ def test_draining_has_a_time_limit(tmp_path):
     assert b'"error": {"message": "the server stopped"' in received and b"[DONE]" not in received
 
 
-@pytest.mark.slow
 def test_a_process_ends_with_its_answers_or_at_the_second_signal(tmp_path):
     paths = os.pathsep.join((str(TESTS.parent), str(TESTS / "helpers")))
     environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

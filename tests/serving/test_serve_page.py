@@ -13,7 +13,7 @@ from tiny import tiny_picture
 
 from finetune.serving.http.page import page
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no browser: apt-get install chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(chromium() is None, reason="no browser: apt-get install chromium")]
 EMPTY = "!at('question').value && !chosen.length"
 SHIFT = 8
 
@@ -79,6 +79,10 @@ def test_a_conversation_about_a_picture(chat, engine, picture):
     assert np.array_equal(np.asarray(engine.decoded[0]), np.asarray(tiny_picture(size=(60, 40))))
     chat.click("#clear")
     assert chat.run("turns.length") == 0 and "pictures" in chat.run("at('log').innerText")
+
+
+def test_an_empty_page_does_not_scroll(chat):
+    assert chat.run("document.documentElement.scrollHeight - innerHeight") == 0
 
 
 def test_a_picture_is_dropped_or_pasted_or_taken_back(chat, engine, picture):

@@ -18,6 +18,8 @@ import finetune
 from finetune.serving.http.settings import ServerOptions
 from finetune.serving.serve import load_engine
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(finetune.__file__).parents[1]
 SCHEMA = {
     "type": "object",
@@ -140,7 +142,6 @@ def test_models_are_described(client):
     assert models["run"]["tasks"]["colour"]["labels"] and models["run"]["tasks"]["words"]["head"] == "language"
 
 
-@pytest.mark.slow
 def test_the_command(run, assistant, picture):
     """`finetune serve` as a process: it answers, writes nothing but its address, and ends on SIGTERM."""
     process = subprocess.Popen(

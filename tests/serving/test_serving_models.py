@@ -17,6 +17,8 @@ from finetune.common.errors import ArtifactError, ModelError
 from finetune.data.sample import Medium, Message
 from finetune.serving.engine.models import load_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(finished_run):

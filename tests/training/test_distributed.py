@@ -56,11 +56,10 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
 @pytest.mark.parametrize(
     "changes",
     [
-        {"distill": True},
-        {"heads": True},
-        {"train__cache": False, "train__checkpoint_every_n_layers": 1},
-        {"fusion": True},
+        {"distill": True, "fusion": True},
+        {"heads": True, "train__cache": False, "train__checkpoint_every_n_layers": 1},
     ],
+    ids=lambda changes: " ".join(changes),
 )
 def test_two_processes_end_on_the_weights_of_one(changes, tmp_path):
     fusion = changes.pop("fusion", False)
@@ -70,7 +69,8 @@ def test_two_processes_end_on_the_weights_of_one(changes, tmp_path):
         options = ", ".join(f"{key}: {value}" for key, value in FUSIONS["cross_attention"].items())
         sets += [
             f"model.fusion={{kind: cross_attention, {options}}}",
-            "train.stages.0.trains=[projectors, fusion, adapter]",
+            "train.stages.0.trains=[projectors, fusion]",
+            "train.stages.1.trains=[projectors, fusion, adapter]",
         ]
     # The rows of a step are those of one process with twice the accumulation.
     one = finetune.train(finetune.load_recipe(path, [*sets, "train.accumulate=2"]), tmp_path / "one")

@@ -27,7 +27,7 @@ def recipe(tmp_path_factory) -> Path:
         {"path": str(folder / "data" / "train.csv"), "task": "classify", "hold_out_validation": 0.4},
         {"path": str(folder / "data" / "test.csv"), "task": "classify", "split": "test"},
     ]
-    stages = [{"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 1.0e-2, "epochs": 3}]
+    stages = [{"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 1.0e-2, "epochs": 1}]
     validation = {"every_n_steps": 2, "metric": "classify.accuracy"}
     return tiny_recipe(folder, data=data, train__stages=stages, train__validation=validation)
 
@@ -117,6 +117,7 @@ def test_what_a_killed_sweep_left_running_comes_again(recipe, tmp_path, monkeypa
     assert {trial.values[RATE] for trial in result.trials if trial.state == "complete"} == {"1e-3", "1e-2"}
 
 
+@pytest.mark.slow
 def test_a_trial_that_does_worse_than_others_ends_early(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: optuna.pruners.ThresholdPruner(lower=2.0))
     with pytest.raises(TrainingError, match="none of 2 trials is complete"):
@@ -127,6 +128,7 @@ def test_a_trial_that_does_worse_than_others_ends_early(recipe, tmp_path, monkey
     assert not list((tmp_path / "run").glob("trial-*/checkpoints"))
 
 
+@pytest.mark.slow
 def test_a_failing_trial_is_told_and_the_others_go_on(recipe, tmp_path, capfd, monkeypatch):
     real = StageTrainer.training_step
 

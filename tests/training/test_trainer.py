@@ -5,9 +5,11 @@ import torch
 from packed import (
     ROWS,
     SAMPLES,
+    At,
     batch_of,
     collator_of,
     composite_with_lora,
+    power_cut,
     read,
     samples_of,
     shake,
@@ -24,18 +26,10 @@ from finetune.model.composite import compose
 from finetune.model.language_model import load_language_model
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.recipe.schema import Adapter, Llm
+from finetune.training.checkpoints import step_of
 from finetune.training.trainer import StageTrainer
 
-
-class At(TrainerCallback):
-    """Does something before step `step` (from 1)."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            self.act()
+pytestmark = pytest.mark.slow
 
 
 class Keep(TrainerCallback):
@@ -48,15 +42,10 @@ class Keep(TrainerCallback):
         self.steps.append(weights_of(self.model))
 
 
-def power_cut():
-    raise OSError("power cut")
-
-
 def interrupt():
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("act, expected, step", [(power_cut, OSError, 4), (interrupt, Interrupted, 3)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_ends_on_the_weights_of_an_uninterrupted_one(act, expected, step, accumulate, tmp_path):
@@ -73,7 +62,7 @@ def test_a_resumed_run_ends_on_the_weights_of_an_uninterrupted_one(act, expected
             accumulate=accumulate,
             save_every_n_steps=every,
         )
-    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    checkpoint = max((tmp_path / "cut").glob("checkpoint-*"), key=step_of)
     resumed = composite_with_lora()
     rest = train_composite(resumed, tmp_path / "cut", resume_from=checkpoint, accumulate=accumulate)
     assert [entry["loss"] for entry in rest] == pytest.approx([entry["loss"] for entry in log])
@@ -164,7 +153,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path, monkeypatch):
     run = RunFolder(tmp_path)
     with pytest.raises(OSError, match="no space left"):
         train_composite(composite_with_lora(), run.checkpoints / "tune")
-    assert run.newest_checkpoint("tune").name == "checkpoint-2"
+    assert run.checkpoints_of("tune")[0].name == "checkpoint-2"
     assert [path.name for path in (run.checkpoints / "tune").iterdir()] == ["checkpoint-2"]
     names = {path.name for path in (run.checkpoints / "tune" / "checkpoint-2").iterdir()}
     assert {

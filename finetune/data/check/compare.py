@@ -1,6 +1,6 @@
 """What is wrong with rows among others: repeated, leaking into evaluation, contradictory, or near-duplicates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -19,45 +19,44 @@ UNEVEN = 20  # times rarer than the most frequent
 MAX_LABELS = 200  # with more they are taken for free text
 
 EVALUATED = "split in ('validation', 'test')"
-Where = Callable[[int, int], str]  # source and line -> "rows.csv:12"
 
 
-def compare(ledger: Ledger, where: Where) -> None:
+def compare(ledger: Ledger) -> None:
     """Add the findings that come from comparing rows. To be called once, after all rows were added."""
     ledger.index()
     for findings in (
-        _identical(ledger, where),
-        _leaking_rows(ledger, where),
-        _leaking_media(ledger, where),
-        _contradictions(ledger, where),
-        _duplicates(ledger, where),
-        _near(ledger, where),
+        _identical(ledger),
+        _leaking_rows(ledger),
+        _leaking_media(ledger),
+        _contradictions(ledger),
+        _duplicates(ledger),
+        _near(ledger),
         _labels(ledger),
     ):
         while batch := list(islice(findings, 1000)):
             ledger.add_findings(batch)
 
 
-def _identical(ledger: Ledger, where: Where) -> Iterator[Finding]:
+def _identical(ledger: Ledger) -> Iterator[Finding]:
     query = """
         select r.id, r.source, r.number, f.source, f.number
         from (select content, split, min(id) as first from rows group by content, split having count(*) > 1) g
         join rows r on r.content = g.content and r.split = g.split and r.id != g.first
         join rows f on f.id = g.first order by r.id"""
     for row, source, number, *first in ledger.query(query):
-        yield Finding("identical", f"the same as {where(*first)}", row, source, number)
+        yield Finding("identical", f"the same as {ledger.where(*first)}", row, source, number)
 
 
-def _leaking_rows(ledger: Ledger, where: Where) -> Iterator[Finding]:
+def _leaking_rows(ledger: Ledger) -> Iterator[Finding]:
     query = f"""
         select t.id, t.source, t.number, e.split, e.source, e.number, min(e.id)
         from rows t join rows e on e.content = t.content and e.{EVALUATED}
         where t.split = 'train' group by t.id order by t.id"""
     for row, source, number, split, *other, _ in ledger.query(query):
-        yield Finding("leak_row", f"is also a {split} row, {where(*other)}", row, source, number)
+        yield Finding("leak_row", f"is also a {split} row, {ledger.where(*other)}", row, source, number)
 
 
-def _leaking_media(ledger: Ledger, where: Where) -> Iterator[Finding]:
+def _leaking_media(ledger: Ledger) -> Iterator[Finding]:
     query = f"""
         with evaluated as (
             select u.digest, min(r.id) as row from uses u join rows r on r.id = u.row where r.{EVALUATED}
@@ -67,11 +66,11 @@ def _leaking_media(ledger: Ledger, where: Where) -> Iterator[Finding]:
         where t.split = 'train' and t.id not in (select row from findings where code = 'leak_row')
         group by t.id order by t.id"""
     for row, source, number, path, split, *other, _ in ledger.query(query):
-        text = f"its medium is also that of a {split} row, {where(*other)}"
+        text = f"its medium is also that of a {split} row, {ledger.where(*other)}"
         yield Finding("leak_medium", text, row, source, number, path)
 
 
-def _contradictions(ledger: Ledger, where: Where) -> Iterator[Finding]:
+def _contradictions(ledger: Ledger) -> Iterator[Finding]:
     query = """
         select r.id, r.source, r.number, r.answer, f.source, f.number, f.answer,
                (select path from uses where row = r.id limit 1)
@@ -80,11 +79,11 @@ def _contradictions(ledger: Ledger, where: Where) -> Iterator[Finding]:
         join rows r on r.question = g.question join rows f on f.id = g.first
         where r.answer != f.answer order by r.id"""
     for row, source, number, answer, other_source, other_number, other_answer, path in ledger.query(query):
-        text = f"{answer!r} here, {other_answer!r} for the same in {where(other_source, other_number)}"
+        text = f"{answer!r} here, {other_answer!r} for the same in {ledger.where(other_source, other_number)}"
         yield Finding("contradiction", text, row, source, number, path or "")
 
 
-def _duplicates(ledger: Ledger, where: Where) -> Iterator[Finding]:
+def _duplicates(ledger: Ledger) -> Iterator[Finding]:
     query = """
         select min(u.row), r.source, r.number, u.path, g.first
         from (select digest, min(path) as first from uses group by digest having count(distinct path) > 1) g
@@ -94,7 +93,7 @@ def _duplicates(ledger: Ledger, where: Where) -> Iterator[Finding]:
         yield Finding("duplicate", "the same bytes under another name", row, source or 0, number or 0, path, first)
 
 
-def _near(ledger: Ledger, where: Where) -> Iterator[Finding]:
+def _near(ledger: Ledger) -> Iterator[Finding]:
     query = """
         select r.id, r.source, r.number, u.path, r.split from uses u join rows r on r.id = u.row where u.digest = ?
         order by r.split = ? desc, r.id limit 1"""
@@ -111,7 +110,7 @@ def _near(ledger: Ledger, where: Where) -> Iterator[Finding]:
             continue  # unusable rows have a finding already
         row, source, number, path, _ = usage
         _, other_source, other_number, other_path, _ = other
-        text = f"{1 - bits / 128:.1%} similar to that of {where(other_source, other_number)}"
+        text = f"{1 - bits / 128:.1%} similar to that of {ledger.where(other_source, other_number)}"
         yield Finding("leak_near" if leaks else "near", text, row, source, number, path, other_path)
         count += 1
         if count == MAX_PAIRS:

@@ -1,11 +1,9 @@
 """A cleaned copy of the rows: those with errors go to quarantine.jsonl; nothing is changed in place."""
 
 import csv
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import TextIO
@@ -16,35 +14,21 @@ from finetune.data.check.ledger import ERRORS, Ledger
 from finetune.data.check.lenient import DELIMITERS, lenient_rows
 from finetune.data.formats import Columns
 from finetune.data.formats._media import is_file_name, replaced
-from finetune.data.media_store import suffix_of
+from finetune.data.media_store import stored
 from finetune.data.rows import detected
 from finetune.data.sample import Row
-from finetune.recipe.schema import RowFile
+from finetune.recipe.parts import FormatPart
+from finetune.recipe.schema import RowFile, Source
 
 QUARANTINED = (*ERRORS, "leak_medium", "identical")  # rows with one of these findings are left out
 REFERENCING = ("table", "messages", "llava", "sharegpt")  # formats whose rows name files below the media folder
 
 
-@dataclass(frozen=True)
-class CleanSource:
-    """Where a source's rows are now; relative paths begin at the folder of the copy. `format`: None if detected."""
-
-    path: Path
-    media_folder: Path
-    format: str | None
-
-
-@dataclass(frozen=True)
-class CleanCopy:
-    """`rows`: how many were written; `quarantined`: how many were left out."""
-
-    sources: list[CleanSource]
-    rows: int
-    quarantined: int
-
-
-def clean_copy(ledger: Ledger, sources: Sequence[RowFile], folder: Path, copy_media: bool) -> CleanCopy:
-    """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl.
+def clean_copy(
+    ledger: Ledger, sources: Sequence[Source], folder: Path, copy_media: bool
+) -> tuple[list[Source], int, int]:
+    """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl. Returns the sources of the copy, with
+    paths relative to `folder`, how many rows were written, and how many left out.
 
     Tables stay CSV (TSV stays TSV), all else becomes JSON lines. Media stay where they are, or are copied to `media/`
     under the hash of their content: with `copy_media`, and from formats that keep them otherwise than as files named in
@@ -53,7 +37,7 @@ def clean_copy(ledger: Ledger, sources: Sequence[RowFile], folder: Path, copy_me
     with (folder / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         cleaner = _Cleaner(ledger, folder, copy_media, file)
         cleaned = [cleaner.clean(source, f"rows-{index}") for index, source in enumerate(sources)]
-    return CleanCopy(cleaned, cleaner.written, cleaner.quarantined)
+    return cleaned, cleaner.written, cleaner.quarantined
 
 
 class _Cleaner:
@@ -67,11 +51,11 @@ class _Cleaner:
         self.numbers = count()
         self.written = self.quarantined = 0
 
-    def clean(self, source: RowFile, stem: str) -> CleanSource:
+    def clean(self, source: Source, stem: str) -> Source:
         kind = (source.format or detected(source.path)).kind
         table = kind == "table"
         suffix = (".tsv" if source.path.suffix.lower() == ".tsv" else ".csv") if table else ".jsonl"
-        copier = MediaCopier(source, self.folder / "media") if self.copy_media or kind not in REFERENCING else None
+        copies = self.copy_media or kind not in REFERENCING
 
         def unreadable(line: int, text: str, raw: str) -> None:
             self.leave_out(source, line, {"line": raw} if line else {}, [text])
@@ -89,15 +73,18 @@ class _Cleaner:
                 if reasons := self.reasons(number):
                     self.leave_out(source, row.number, row.columns, reasons)
                     continue
-                columns = copier.copied(row) if copier else row.columns
+                columns = copied(row, source, self.folder / "media") if copies else row.columns
                 if writer:
                     writer.writerow(columns)
                 else:
                     file.write(json_line(columns))
                 self.written += 1
-        return CleanSource(
-            Path(stem + suffix), Path("media") if copier else source.folder_of_media, None if table else "messages"
-        )
+        place = {
+            "path": Path(path.name),
+            "media_folder": Path("media") if copies else source.folder_of_media,
+            "format": None if table else FormatPart.of("messages"),
+        }
+        return source.model_copy(update=place)
 
     def reasons(self, row: int) -> list[str]:
         findings = self.ledger.query("select code, text from findings where row = ? order by id", row)
@@ -119,34 +106,25 @@ def check_target(folder: Path, sources: Sequence[RowFile]) -> None:
                 raise DataError(f"{folder}: the rows to clean lie in it ({path}); name another folder with --fix")
 
 
-@dataclass(frozen=True)
-class MediaCopier:
-    """Copies media to `folder`, each content once, and gives rows the names of the copies."""
+def copied(row: Row, source: RowFile, folder: Path) -> Columns:
+    """The row's columns, its media as names below `folder`, to which each content is copied once."""
+    renamed = {theirs: ours for ours, theirs in source.columns.items()}
 
-    source: RowFile
-    folder: Path
-
-    def copied(self, row: Row) -> Columns:
-        """The row's columns, its media as names below `folder`."""
-        renamed = {theirs: ours for ours, theirs in self.source.columns.items()}
-
-        def copy(value: object, key: str) -> object:
-            if isinstance(value, bytes | bytearray):
-                content = bytes(value)
-                digest = hashlib.sha256(content).hexdigest()
-                return self._copy(digest, suffix_of(content), lambda target: target.write_bytes(content))
-            if is_file_name(value, key) and (path := row.media_folder / str(value)).is_file():
-                return self._copy(file_hash(path), path.suffix, lambda target: shutil.copyfile(path, target))
+    def copy(value: object, key: str) -> object:
+        path = Path()
+        if isinstance(value, bytes | bytearray) and value:
+            path = stored(bytes(value), row.where, row.max_bytes)
+        elif is_file_name(value, key):
+            path = row.media_folder / str(value)
+        if not path.is_file():
             return str(value) if isinstance(value, Path) else value
-
-        return {key: replaced(value, renamed.get(key, key), copy) for key, value in row.columns.items()}
-
-    def _copy(self, digest: str, suffix: str, write: Callable[[Path], object]) -> str:
-        self.folder.mkdir(exist_ok=True)
-        name = f"{digest[:32]}{suffix}"
-        if not (self.folder / name).exists():
-            write(self.folder / name)
+        folder.mkdir(exist_ok=True)
+        name = f"{file_hash(path)[:32]}{path.suffix}"
+        if not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
         return name
+
+    return {key: replaced(value, renamed.get(key, key), copy) for key, value in row.columns.items()}
 
 
 def json_line(value: object) -> str:

@@ -3,11 +3,11 @@ hashes that near-duplicates are found by.
 """
 
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.common.run_folder import file_hash
+from finetune.data.media.audio import RATE
+from finetune.data.sample import Medium
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,6 @@ SHORT_SECONDS = 0.3
 BLANK = 2.0  # grey levels: standard deviation of a picture, each channel
 SIDE = 8  # a picture's hash has SIDE x SIDE bits for its rows, and as many for its columns
 MARGIN = 2  # grey levels: less isn't an edge but noise
-RATE = 16_000  # of decoded audio
 
 
 class Remark(NamedTuple):
@@ -31,27 +30,30 @@ class Remark(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """`digest`: sha256 of the file. `hash`: `picture_hash`, 16 bytes; `thumbnail`: 16 x 16 RGB, 768 bytes; both empty
-    for blank pictures, recordings and videos.
+    """A medium as it is examined. `digest`: sha256 of its file. `hash`: `picture_hash`, 16 bytes; `thumbnail`: 16 x 16
+    RGB, 768 bytes; both empty for blank pictures, recordings and videos.
     """
 
+    kind: str
+    path: str
     digest: bytes
     hash: bytes = b""
     thumbnail: bytes = b""
     remarks: tuple[Remark, ...] = ()
 
 
-def view(kind: str, path: Path, decoded: Any) -> View:
+def view(medium: Medium, decoded: Any) -> View:
     """The view of a decoded medium."""
-    digest = bytes.fromhex(file_hash(path))
-    if kind == "audio":
-        return View(digest, remarks=_sound(decoded))
-    if kind == "video":
+    seen = View(medium.kind, str(medium.path), bytes.fromhex(medium.key))
+    if medium.kind == "audio":
+        return replace(seen, remarks=_sound(decoded))
+    if medium.kind == "video":
         blank = all(_deviation(frame) < BLANK for frame in decoded.frames)
-        return View(digest, remarks=(Remark("blank", "every frame is of one colour"),) if blank else ())
+        return replace(seen, remarks=(Remark("blank", "every frame is of one colour"),)) if blank else seen
     if _deviation(decoded) < BLANK:
-        return View(digest, remarks=(Remark("blank", "the picture is of one colour"),))
-    return View(digest, *picture_hash(decoded))
+        return replace(seen, remarks=(Remark("blank", "the picture is of one colour"),))
+    picture, thumbnail = picture_hash(decoded)
+    return replace(seen, hash=picture, thumbnail=thumbnail)
 
 
 def picture_hash(picture: "Image") -> tuple[bytes, bytes]:

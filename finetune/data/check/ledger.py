@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from finetune.data.check.inspect import View
+
 # Code of a finding -> its severity (an error stops training or evaluation) and its title.
 CODES = {
     "unreadable": ("error", "lines or files that can't be read"),
@@ -67,17 +69,6 @@ class Finding:
     other: str = ""
 
 
-@dataclass(frozen=True)
-class MediumUse:
-    """A medium of a row. `digest`: sha256 of its file; `hash`, `thumbnail`: as in `inspect.View`."""
-
-    digest: bytes
-    kind: str
-    path: str
-    hash: bytes = b""
-    thumbnail: bytes = b""
-
-
 @dataclass
 class Examined:
     """One row, as far as it could be read. `label_set`: equal for rows whose labels are of one set."""
@@ -92,7 +83,7 @@ class Examined:
     answer: str = ""
     label_set: str = ""
     labels: tuple[str, ...] = ()
-    media: list[MediumUse] = field(default_factory=list)
+    media: list[View] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -117,7 +108,10 @@ class Summary(TypedDict):
 
 
 class Ledger:
-    def __init__(self, path: Path) -> None:
+    """`names`: of the sources, as findings show them."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.names = names
         self.base = sqlite3.connect(path)
         self.base.execute("pragma journal_mode = off")
         self.base.execute("pragma synchronous = off")
@@ -165,10 +159,9 @@ class Ledger:
         for values in self.query(f"{sql} order by source, number, id limit ?", code, limit):
             yield Finding(*values)
 
-
-def place(finding: Finding, names: Sequence[str]) -> str:
-    """ "rows.csv:12", or the file alone. `names`: of the sources."""
-    return f"{names[finding.source]}:{finding.number}" if finding.number else names[finding.source]
+    def where(self, source: int, number: int) -> str:
+        """ "rows.csv:12", or for line 0 the file alone."""
+        return f"{self.names[source]}:{number}" if number else self.names[source]
 
 
 def _encodable(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,17 +11,15 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune.common.errors import DataError
-from finetune.data.formats._json import array_of, is_array
+from finetune.data.formats._json import SUFFIXES, array_of, is_array
 from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.schema import RowFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 SAMPLE_BYTES = 1 << 18  # of lines that aren't UTF-8, to detect their encoding by
 COHERENT = 0.2  # of 1: share of letters that are frequent in a language, from which a detected encoding is believed
 LONGEST = 1_000  # lines of one quoted field; beyond them its closing quote is taken to be missing
-BLOCK = 64  # lines read at once behind the first unreadable one
 
 Report = Callable[[int, str, str], None]  # number of the line (0: the file), what is wrong with it, the line itself
 
@@ -38,7 +35,7 @@ def lenient_rows(source: RowFile, report: Report) -> Iterator[Row]:
             yield row
         return
     except DataError as error:
-        if suffix not in (*DELIMITERS, *JSON_SUFFIXES) or not source.path.is_file():
+        if suffix not in (*DELIMITERS, *SUFFIXES) or not source.path.is_file():
             report(0, str(error), "")
             return
     part = source.format or detected(source.path)
@@ -53,10 +50,10 @@ def lenient_rows(source: RowFile, report: Report) -> Iterator[Row]:
             report(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8", "")
     if hasattr(options, "encoding"):
         options = options.model_copy(update={"encoding": None})  # the copy is UTF-8
-    folder = source.media_folder or source.path.parent
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / source.path.name
-        source = source.model_copy(update={"media_folder": folder, "format": replace(part, options=options)})
+        readable = {"media_folder": source.folder_of_media, "format": replace(part, options=options)}
+        source = source.model_copy(update=readable)
         if suffix in DELIMITERS:
             delimiter = getattr(options, "delimiter", None) or DELIMITERS[suffix]
             yield from _rest_of_table(source, copy, last, encoding, delimiter, report)
@@ -98,26 +95,16 @@ def encoding_of(path: Path) -> str:
 
 def _rest_of_lines(source: RowFile, copy: Path, last: int, encoding: str, report: Report) -> Iterator[Row]:
     """Rows of JSON lines, or of an array, behind row `last`."""
+    of_copy = source.model_copy(update={"path": copy})
     with source.path.open(encoding=encoding, errors="replace") as file:
-        lines = islice(_elements(file, source.path, report), last, None)
-        number = last
-        while block := list(islice(lines, BLOCK)):
-            while block:
-                copy.write_text("".join(f"{line}\n" for line in block), encoding="utf-8")
-                done = len(block)
-                try:
-                    for row in read_rows(source.model_copy(update={"path": copy})):
-                        yield replace(row, path=source.path, number=row.number + number)
-                except DataError as error:
-                    place = re.search(rf"{re.escape(copy.name)}:([0-9]+)", str(error))
-                    if not place:
-                        report(0, str(error).replace(str(copy), str(source.path)), "")
-                        return
-                    done = int(place[1])
-                    here = f"{copy.name}:{number + done}"
-                    report(number + done, str(error).replace(place[0], here), block[done - 1])
-                block = block[done:]
-                number += done
+        for number, line in islice(enumerate(_elements(file, source.path, report), 1), last, None):
+            copy.write_text(f"{line}\n", encoding="utf-8")
+            try:
+                for row in read_rows(of_copy):
+                    yield replace(row, path=source.path, number=number)
+            except DataError as error:
+                text = str(error).replace(str(copy), str(source.path))
+                report(number, text.replace(f"{copy.name}:1", f"{copy.name}:{number}"), line)
 
 
 def _elements(file: TextIO, path: Path, report: Report) -> Iterator[str]:

@@ -2,15 +2,16 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_text
-from finetune.data.check.ledger import CODES, Finding, Ledger, Summary, place
+from finetune.data.check.ledger import CODES, Finding, Ledger, Summary
 from finetune.data.media import decode
+from finetune.data.media.audio import RATE
 from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
@@ -18,12 +19,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHOWN = 24  # findings of a kind on the page; all are in check.json
-OPEN_KINDS = 5  # so many kinds of findings are shown unfolded; of more, only errors are
 EXAMPLES = 6  # rows from all over the data, with and without findings
 PICTURES, SOUNDS = 96, 16  # of a page, at most
 SIDE = 128  # pixels of a thumbnail
 SECONDS = 5  # of a recording that can be played
-RATE = 16_000  # samples a second of decoded audio
 BARS = 16
 
 
@@ -44,46 +43,6 @@ class Card:
     text: str
     media: tuple[InlineMedium, ...] = ()
     files: str = ""
-
-
-@dataclass(frozen=True)
-class PageSection:
-    """Findings of one kind: how many there are, and the first of them."""
-
-    title: str
-    severity: str
-    count: int
-    open: bool
-    cards: list[Card]
-
-
-@dataclass(frozen=True)
-class Tile:
-    number: int
-    label: str
-    colour: str = ""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """How many rows have `low` to `high` tokens."""
-
-    low: int
-    high: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """A histogram of tokens per training row."""
-
-    bars: list[Bar]
-    low: int
-    high: int
-
-    @property
-    def most(self) -> int:
-        return max(bar.rows for bar in self.bars)
 
 
 def render(template: str, **values: object) -> str:
@@ -151,67 +110,59 @@ def sound_uri(audio: "np.ndarray", seconds: int) -> str:
     import soundfile
 
     content = io.BytesIO()
-    soundfile.write(content, audio[: seconds * RATE], RATE, format="OGG", subtype="VORBIS")
+    with soundfile.SoundFile(content, "w", RATE, 1, format="OGG", subtype="VORBIS") as file:
+        for second in range(seconds):  # libsndfile crashes on minutes at once
+            file.write(audio[second * RATE : (second + 1) * RATE])
     return f"data:audio/ogg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def findings_page(ledger: Ledger, summary: Summary, names: Sequence[str], path: Path, limits: Limits) -> None:
-    """Write check.html: findings by kind, errors first, with the media that they are about. `names`: of the sources."""
+def findings_page(ledger: Ledger, summary: Summary, path: Path, limits: Limits) -> None:
+    """Write check.html: findings by kind, errors first, with the media that they are about."""
     thumbnails = Thumbnails(limits)
-    sections = []
-    for code, count in summary["findings"].items():
-        severity, title = CODES[code]
-        unfolded = severity == "error" or len(summary["findings"]) <= OPEN_KINDS
-        cards = [_card(ledger, finding, names, thumbnails) for finding in ledger.findings(code, SHOWN)]
-        sections.append(PageSection(title, severity, count, unfolded, cards))
+    cards = {
+        code: [_card(ledger, finding, thumbnails) for finding in ledger.findings(code, SHOWN)]
+        for code in summary["findings"]
+    }
     page = render(
         "findings.html",
         title=f"{summary['name']}: rows before training",
-        tiles=list(_tiles(summary)),
-        sections=sections,
+        summary=summary,
+        codes=CODES,
+        cards=cards,
         lengths=_lengths(ledger),
-        examples=list(_examples(ledger, names, thumbnails)),
+        examples=list(_examples(ledger, thumbnails)),
     )
     write_text(path, page)
 
 
-def _card(ledger: Ledger, finding: Finding, names: Sequence[str], thumbnails: Thumbnails) -> Card:
+def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> Card:
     paths = [path for path in (finding.path, finding.other) if path]
     files = " = ".join(Path(path).name for path in paths)
     if not paths and finding.row is not None:
         paths = [path for (path,) in ledger.query("select path from uses where row = ? limit 2", finding.row)]
     kinds = [next(ledger.query("select kind from uses where path = ? limit 1", path), ("",))[0] for path in paths]
     media = [thumbnails.of(kind, Path(path)) for kind, path in zip(kinds, paths, strict=True) if kind]
-    where = place(finding, names)
+    where = ledger.where(finding.source, finding.number)
     return Card(where, finding.text.removeprefix(f"{where}: "), tuple(filter(None, media)), files)
 
 
-def _tiles(summary: Summary) -> Iterator[Tile]:
-    yield Tile(summary["errors"], "errors", "error" if summary["errors"] else "")
-    yield Tile(summary["warnings"], "warnings", "warning" if summary["warnings"] else "")
-    yield Tile(summary["rows"], "rows read")
-    for split, counts in summary["splits"].items():
-        yield Tile(counts["rows"], f"{split} rows, {counts['tokens']:,} tokens")
-    for kind, count in summary["different_media"].items():
-        yield Tile(count, f"different {kind} files" if kind == "audio" else f"different {kind}s")
-
-
-def _lengths(ledger: Ledger) -> Lengths | None:
+def _lengths(ledger: Ledger) -> list[tuple[int, int, int]]:
+    """A histogram of tokens per training row: (least, most, rows with so many tokens) of each bar."""
     low, high, rows = next(ledger.query("select min(tokens), max(tokens), count(*) from rows where split = 'train'"))
     if not rows:
-        return None
+        return []
     width = max(1, -(-(high - low + 1) // BARS))
     query = "select (tokens - ?) / ? as bar, count(*) from rows where split = 'train' group by bar"
     counts = dict(ledger.query(query, low, width))
-    starts = [low + bar * width for bar in range((high - low) // width + 1)]
-    return Lengths([Bar(start, start + width - 1, counts.get(n, 0)) for n, start in enumerate(starts)], low, high)
+    starts = enumerate(range(low, high + 1, width))
+    return [(start, min(start + width - 1, high), counts.get(bar, 0)) for bar, start in starts]
 
 
-def _examples(ledger: Ledger, names: Sequence[str], thumbnails: Thumbnails) -> Iterator[Card]:
+def _examples(ledger: Ledger, thumbnails: Thumbnails) -> Iterator[Card]:
     step = max(1, next(ledger.query("select count(*) from rows"))[0] // EXAMPLES)
     query = "select id, source, number, split, tokens, answer from rows where id % ? = 0 order by id limit ?"
     for row, source, number, split, tokens, answer in list(ledger.query(query, step, EXAMPLES)):
         uses = list(ledger.query("select kind, path from uses where row = ? limit 4", row))
         media = tuple(filter(None, (thumbnails.of(kind, Path(path)) for kind, path in uses)))
         text = f"{split}, {tokens:,} tokens" + (f": {answer}" if answer else "")
-        yield Card(f"{names[source]}:{number}", text, media)
+        yield Card(ledger.where(source, number), text, media)

@@ -15,14 +15,14 @@ from finetune.common.errors import DataError
 from finetune.common.run_folder import file_hash, write_json
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media as in_rows
-from finetune.data.formats._json import array_of, is_array
+from finetune.data.formats._json import SUFFIXES, array_of, is_array
+from finetune.data.formats.table import SHEETS
 from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
 SPLITS = ("train", "validation", "test")
-SHEETS = (".xlsx", ".xlsm")
 
 
 @dataclass(frozen=True)
@@ -201,21 +201,15 @@ def _media(row: Row, media_columns: frozenset[str]) -> list[Path]:
 
 def _connected(keys: Sequence[Sequence[str]]) -> list[list[int]]:
     """Sets of row numbers: rows that share a key, directly or through others, are in one."""
-    parent = list(range(len(keys)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
     first: dict[str, int] = {}
-    for row, row_keys in enumerate(keys):
-        for key in row_keys:
-            parent[root(row)] = root(first.setdefault(key, row))
+    edges = [(row, first.setdefault(key, row)) for row, row_keys in enumerate(keys) for key in row_keys]
+    graph = coo_array(([True] * len(edges), tuple(zip(*edges, strict=True))), shape=(len(keys), len(keys)))
     sets: dict[int, list[int]] = defaultdict(list)
-    for row in range(len(keys)):
-        sets[root(row)].append(row)
+    for row, number in enumerate(connected_components(graph, directed=False)[1].tolist()):
+        sets[number].append(row)
     return list(sets.values())
 
 
@@ -267,7 +261,7 @@ def _write_json(source: RowFile, files: Mapping[str, TextIO], chosen: Sequence[s
 def _json_rows(source: RowFile) -> Iterator[str]:
     """Rows of JSON as the file has them, a line each; of other formats as JSON, media relative to the folder."""
     path = source.path
-    if not path.is_file() or path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         for row in read_rows(source):
             relative = partial(_relative, row.media_folder)
             columns = {name: in_rows.replaced(value, name, relative) for name, value in row.columns.items()}

@@ -114,7 +114,22 @@ def _loaded(path: Path, options: Options) -> Any:
         if kind is None:
             raise DataError(f"{path}: neither a folder nor a parquet or arrow file")
         return load_dataset(kind, data_files=str(path), **arguments)
+    if not path.exists():
+        _refuse_unreachable(path.as_posix(), options.revision)
     return load_dataset(path.as_posix(), options.config, revision=options.revision, **arguments)
+
+
+def _refuse_unreachable(name: str, revision: str | None) -> None:
+    """Raise DataError if the Hub can't be reached and nothing of the dataset is in its cache: `datasets` would go on
+    asking. What it asks for first is the card.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    from finetune.common.hub import CONNECT, unreachable
+
+    why = unreachable()
+    if why is not None and try_to_load_from_cache(name, "README.md", repo_type="dataset", revision=revision) is None:
+        raise DataError(f"{name}: it isn't in the cache, and {why}; {CONNECT}")
 
 
 def _chosen(path: Path, dataset: Any, split: str | None) -> Any:

@@ -35,9 +35,7 @@ def decode_dicom(content: bytes, name: str, limits: Limits) -> "Image":
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
     except ImportError:
-        raise MediaError(
-            f"{name}: a DICOM file, which needs pydicom: in the checkout, pip install -e '.[dicom]'"
-        ) from None
+        raise MediaError(f"{name}: a DICOM file, which needs pydicom: pip install 'finetune-kit[dicom]'") from None
     import numpy as np
     import PIL.Image
 

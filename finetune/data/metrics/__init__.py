@@ -1,5 +1,5 @@
 """Metrics of the tasks. Costly parts are computed once per row, as numbers that add up: a score over any selection of
-rows is then cheap enough for a thousand resamples (`finetune/evaluation/bootstrap.py`).
+rows is then cheap enough for a thousand resamples (`finetune/evaluation/uncertainty.py`).
 
 Numpy and the like are imported inside functions: tasks import these modules, and `finetune check` does without numpy.
 """
@@ -9,6 +9,16 @@ from typing import Any, TypeAlias
 
 Measures: TypeAlias = dict[str, Any]  # what the metrics need of one row; each module says which keys
 Rows: TypeAlias = Sequence[Mapping[str, Any]]  # such measures
+
+
+def lower_is_better(metric: str) -> bool:
+    return "error" in metric
+
+
+def main_metric(primary: str, metrics: Iterable[str]) -> str:
+    """The one of a task's metrics that stands for it: `primary`, or the first if these rows have no such score."""
+    known = list(metrics)
+    return primary if primary in known or not known else known[0]
 
 
 def means(rows: Rows, names: Iterable[str]) -> dict[str, float]:

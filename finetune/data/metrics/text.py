@@ -51,13 +51,15 @@ def rouge_l(predicted: Sequence[str], right: Sequence[str]) -> float:
 
 def edits(predicted: str, right: str) -> dict[str, int]:
     """Word and character edits between an answer and the right one ("word_edits", "character_edits"), and the number of
-    words and characters in the latter. Case, punctuation and spaces don't count.
+    words, of characters, and of words that are one Chinese, Japanese or Korean character ("cjk") in the latter. Case,
+    punctuation and spaces don't count.
     """
     from rapidfuzz.distance import Levenshtein
 
     ours, theirs = words(predicted), words(right)
     return {
         "words": len(theirs),
+        "cjk": sum(map(bool, map(CJK_CHARACTER.fullmatch, theirs))),
         "characters": sum(map(len, theirs)),
         "word_edits": Levenshtein.distance(theirs, ours),
         "character_edits": Levenshtein.distance("".join(theirs), "".join(ours)),

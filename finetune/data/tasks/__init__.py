@@ -34,7 +34,7 @@ class TaskContract(Protocol):
     """What the file of a task defines; `tables(rows, options) -> Tables` is optional."""
 
     HEADS: tuple[str, ...]  # the heads that can answer it, the usual one first
-    PRIMARY: str  # the metric that stands for the task
+    PRIMARY: str  # the metric that stands for the task, where rows have it; else it is the first of their scores
     Options: type[TaskOptions]
 
     def sample(self, row: Row, options: Any) -> Sample:

@@ -31,11 +31,11 @@ class DistillableOptions(QuestionOptions):
 
 
 def question(row: Row, options: DistillableOptions, *columns: str, prompt: str | None = None) -> Message:
-    """The user's turn of a sample: media, text, further `columns`, prompt. `prompt` replaces the option. Raises
-    DataError.
+    """The user's turn of a task with these options; further `columns` come behind its text, and `prompt` replaces the
+    option. Raises DataError.
     """
-    transcript = row.text(options.transcript) if options.transcript else None
     texts = (options.text, *columns)
+    transcript = row.text(options.transcript) if options.transcript else None
     return user_turn(row, options.media, texts, options.prompt if prompt is None else prompt, transcript)
 
 
@@ -46,7 +46,7 @@ def user_turn(
     `transcript`: what the media show or say, for `distill`. Raises DataError.
     """
     content: list[str | Medium] = [*row.media(media, transcript)]
-    lines = [text_of(row, column) for column in texts if column] + ([prompt] if prompt else [])
+    lines = [row.text(column) for column in texts if column] + ([prompt] if prompt else [])
     if lines:
         content.append("\n".join(lines))
     if not content:
@@ -54,17 +54,9 @@ def user_turn(
     return Message("user", tuple(content))
 
 
-def text_of(row: Row, column: str) -> str:
-    """A column of text; finite numbers and booleans are written as JSON. Raises DataError."""
-    value = row.columns.get(column)
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        return json.dumps(value)
-    return row.text(column)
-
-
 def number_of(row: Row, column: str) -> float:
     """A column that holds a finite number, or the text of one. Raises DataError."""
-    text = text_of(row, column)
+    text = row.text(column)
     with suppress(ValueError):
         number = float(text)
         if math.isfinite(number):
@@ -101,7 +93,7 @@ def texts_of(row: Row, column: str, separator: str = "") -> list[str]:
         if len(texts) != len(value) or not all(texts) or not texts:
             raise DataError(f"{row.where}: column {column!r} holds {str(value)[:60]}; write a list of texts")
         return texts
-    text = text_of(row, column)
+    text = row.text(column)
     texts = split_at(text, separator)
     if not texts:
         raise DataError(f"{row.where}: column {column!r} holds {text[:60]!r}; write texts with {separator!r} between")

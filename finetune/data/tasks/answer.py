@@ -4,7 +4,7 @@ from pydantic import Field
 
 from finetune.data.sample import Message, Row, Sample
 from finetune.data.tasks import _free_text
-from finetune.data.tasks._columns import DistillableOptions, question, text_of
+from finetune.data.tasks._columns import DistillableOptions, question
 
 HEADS = ("language",)
 PRIMARY = "exact_match"
@@ -20,5 +20,5 @@ read, measure, score = _free_text.read, _free_text.measure, _free_text.score
 
 
 def sample(row: Row, options: Options) -> Sample:
-    turns = question(row, options, options.question), Message("assistant", (text_of(row, options.answer),))
+    turns = question(row, options, options.question), Message("assistant", (row.text(options.answer),))
     return Sample(turns, row.where, "answer")

@@ -17,7 +17,7 @@ from finetune.data.metrics.labels import (
 )
 from finetune.data.sample import Answer, Message, Row, Sample
 from finetune.data.tasks import Measure, Prompt, Tables
-from finetune.data.tasks._columns import DistillableOptions, question, split_at, text_of, texts_of
+from finetune.data.tasks._columns import DistillableOptions, question, split_at, texts_of
 
 HEADS = ("language", "label")
 PRIMARY = "accuracy"
@@ -114,7 +114,7 @@ def tables(rows: Sequence[Measure], options: Options) -> Tables:
 def _labels_of(row: Row, options: Options) -> list[str]:
     if isinstance(row.columns.get(options.label), list) and not options.separator:
         raise DataError(f"{row.where}: column {options.label!r} holds a list; for several labels set task.separator")
-    texts = texts_of(row, options.label, options.separator) if options.separator else [text_of(row, options.label)]
+    texts = texts_of(row, options.label, options.separator) if options.separator else [row.text(options.label)]
     labels = _as_spelled(texts, options)
     wrong = [label for label in labels if options.labels and label not in options.labels]
     if wrong:

@@ -16,7 +16,7 @@ from finetune.data.metrics import means
 from finetune.data.metrics.labels import precision_recall_f1
 from finetune.data.sample import Answer, Message, Row, Sample
 from finetune.data.tasks import Measure, Tables
-from finetune.data.tasks._columns import DistillableOptions, number_of, question, text_of, texts_of, value_of
+from finetune.data.tasks._columns import DistillableOptions, number_of, question, texts_of, value_of
 
 HEADS = ("language",)
 PRIMARY = "field_f1"
@@ -124,8 +124,8 @@ def _cell(row: Row, name: str, kind: Kind, options: Options) -> Any:
     if kind == "number":
         return int(number) if (number := number_of(row, name)).is_integer() else number
     if kind == "boolean":
-        return BOOLEANS.get(text_of(row, name).casefold(), value)
-    return texts_of(row, name, options.separator) if kind == "list" else text_of(row, name)
+        return BOOLEANS.get(row.text(name).casefold(), value)
+    return texts_of(row, name, options.separator) if kind == "list" else row.text(name)
 
 
 def _misfit(values: JsonObject, options: Options) -> str:

@@ -15,7 +15,7 @@ from finetune.data.metrics.labels import fold
 from finetune.data.metrics.ranking import group_counts, ranking_scores
 from finetune.data.sample import Answer, Message, Row, Sample
 from finetune.data.tasks import Measure, Media, Prompt, Tables, TaskOptions, Transcript
-from finetune.data.tasks._columns import number_of, text_of, user_turn
+from finetune.data.tasks._columns import number_of, user_turn
 
 HEADS = ("score", "language")
 PRIMARY = "mrr"
@@ -47,7 +47,7 @@ class Target(TypedDict):
 
 
 def sample(row: Row, options: Options) -> Sample:
-    group, relevance = text_of(row, options.group), _relevance(row, options)
+    group, relevance = row.text(options.group), _relevance(row, options)
     transcript = row.text(options.transcript) if options.transcript else None
     question = user_turn(row, options.media, options.text, options.prompt, transcript)
     answer = Message("assistant", (options.relevant if relevance > 0 else options.irrelevant,))

@@ -1,5 +1,5 @@
-"""Transcribe speech (ASR). Error rates are edits per word or character of the transcript: less is better, 0 is perfect,
-and values above 1 are possible.
+"""Transcribe speech (ASR). Error rates (WER, CER) are edits per word or character of the transcript: lower is better, 0
+is perfect, and values above 1 are possible.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from finetune.data.tasks import Measure, Media, Prompt, TaskOptions, _free_text
 from finetune.data.tasks._columns import user_turn
 
 HEADS = ("language",)
-PRIMARY = "exact_match"
+PRIMARY = "word_error_rate"
 
 
 class Options(TaskOptions):
@@ -38,11 +38,13 @@ def measure(prediction: str, target: str, options: Options) -> Measure:
 
 
 def score(rows: Sequence[Measure], options: Options) -> dict[str, float]:
-    """Case and punctuation are ignored; each Chinese, Japanese or Korean character is a word. Rates are computed over
-    all rows together, and left out if no transcript has a word.
+    """character_error_rate, and word_error_rate unless most words of the transcripts are Chinese, Japanese or Korean
+    characters. Case and punctuation are ignored. Rates are computed over all rows together, and left out if no
+    transcript has a word.
     """
     rates = {}
-    for name in ("word", "character"):
+    by_word = 2 * sum(row["cjk"] for row in rows) <= sum(row["words"] for row in rows)
+    for name in ("word", "character") if by_word else ("character",):
         if count := sum(row[f"{name}s"] for row in rows):
             rates[f"{name}_error_rate"] = sum(row[f"{name}_edits"] for row in rows) / count
-    return means(rows, ("exact_match",)) | rates
+    return rates | means(rows, ("exact_match",))

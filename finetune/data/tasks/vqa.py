@@ -8,7 +8,7 @@ from finetune.data.metrics import means
 from finetune.data.metrics.answers import commonest, normalised, vqa_accuracy
 from finetune.data.sample import Message, Row, Sample
 from finetune.data.tasks import Measure, _free_text
-from finetune.data.tasks._columns import DistillableOptions, question, text_of, texts_of
+from finetune.data.tasks._columns import DistillableOptions, question, texts_of
 
 HEADS = ("language",)
 PRIMARY = "vqa_accuracy"
@@ -26,7 +26,7 @@ read = _free_text.read
 
 def sample(row: Row, options: Options) -> Sample:
     answers = texts_of(row, options.answers, options.separator)
-    text_of(row, options.question)  # required here, unlike in the task `answer`
+    row.text(options.question)  # required here, unlike in the task `answer`
     turns = question(row, options, options.question), Message("assistant", (commonest(answers),))
     return Sample(turns, row.where, "vqa", target=answers)
 

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune.common.certificate import Certificate, read_certificate
 from finetune.common.errors import ArtifactError, RecipeError
-from finetune.common.registry import load_part
 from finetune.common.run_folder import RunFolder, damaged, read_json
+from finetune.data.metrics import main_metric
 from finetune.data.predictions import Prediction
 from finetune.data.rows import SplitSummary
 from finetune.evaluation.results import Metrics
@@ -73,14 +73,14 @@ class Content:
     def predictions_of(self, task: str) -> list[Prediction]:
         return [prediction for prediction in self.predictions if prediction.task == task]
 
+    def rows_of(self, task: str) -> int:
+        """Number of held-out rows scored."""
+        return self.metrics.scored_rows.get(task, len(self.predictions_of(task)))
+
     def primary(self, task: str, metrics: Sequence[str]) -> str:
         """The main one of a task's metrics; the first if that can't be known."""
-        kind = next((source.task.kind for name, source in self.sources if name == task), task)
-        try:
-            primary = load_part("tasks", kind).PRIMARY
-        except RecipeError:  # a task that this version doesn't have
-            return metrics[0]
-        return next((name for name in metrics if name.partition("@")[0] == primary.partition("@")[0]), metrics[0])
+        tasks = [source.task for name, source in self.sources if name == task]
+        return main_metric(tasks[0].primary if tasks else "", metrics)
 
 
 def read_content(run: Path) -> Content:
@@ -127,6 +127,8 @@ def read_content(run: Path) -> Content:
     )
     if folder.metrics.is_file() and not metrics.scores:
         missing.append("metrics.json holds no scores: `finetune evaluate` hasn't finished")
+    if metrics.scores and not metrics.comparisons:
+        missing.append("metrics.json holds no comparisons of the conditions: `finetune evaluate` writes them")
     if folder.metrics.is_file() and not metrics.train.stages:
         missing.append("metrics.json holds no losses: `finetune train` hasn't finished")
     return content

@@ -5,7 +5,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.common.errors import MediaError
 from finetune.data.media import DECODERS, decode
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PER_SIDE = 20  # best, and as many worst, of a task; fewer if there are many tasks
 MAX_EXAMPLES = 240  # of all tasks
 MEDIA_BYTES = 5 * 2**20  # of all media, as embedded
-THUMBNAIL = 160  # pixels of a thumbnail's longer side
+THUMBNAIL = 240  # pixels of a thumbnail's longer side
 SECONDS = 15  # of a recording
 MEDIA = 4  # of a prediction
 ANSWERS = ("tuned", "base", "blank", "shuffled", "probe")
@@ -40,12 +40,24 @@ class AlbumMedium:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class DrawnBox:
+    """A box on a picture, in percent of its width and height; `kind`: the target's or the tuned answer's."""
+
+    kind: Literal["target", "tuned"]
+    left: float
+    top: float
+    width: float
+    height: float
+
+
 @dataclass
 class Example:
-    """A prediction on the worst or the best side; `rank`: its place there, from 0."""
+    """A prediction on the worst or the best side; `group`: what is on this side; `rank`: its place there, from 0."""
 
     prediction: Prediction
     side: Side
+    group: str
     rank: int
     media: list[AlbumMedium] = field(default_factory=list)
 
@@ -76,6 +88,20 @@ class Example:
         return {name: shorten(readable(answers[name]), 400) for name in ANSWERS if name in answers}
 
     @property
+    def boxes(self) -> list[DrawnBox]:
+        """Of the target and the tuned answer, if they are boxes."""
+        sides: dict[Literal["target", "tuned"], Any] = {
+            "target": self.prediction.target,
+            "tuned": self.prediction.tuned,
+        }
+        return [
+            DrawnBox(kind, left / 10, top / 10, (right - left) / 10, (bottom - top) / 10)
+            for kind, regions in sides.items()
+            if isinstance(regions, list)
+            for left, top, right, bottom in (region["box"] for region in regions if is_region(region))
+        ]
+
+    @property
     def more_media(self) -> int:
         """Number of media that aren't embedded."""
         return max(0, len(self.prediction.media) - MEDIA)
@@ -91,7 +117,7 @@ class Example:
     @property
     def long(self) -> bool:
         """Whether its text needs the whole width."""
-        return any(len(text) > 60 for text in (self.target, *self.answers.values()))
+        return any(len(text) > 20 for text in (self.target, *self.answers.values()))
 
 
 @dataclass
@@ -135,6 +161,12 @@ class Album:
         return AlbumMedium(kind, name, data_uri("image/webp", thumbnail(picture)))
 
 
+def is_region(value: object) -> bool:
+    """Whether it is a box as the task `ground` reads one: thousandths of the picture's width and height."""
+    box = value.get("box") if isinstance(value, dict) else None
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)
+
+
 def thumbnail(picture: "Image") -> bytes:
     """WebP of a picture (RGB), at most THUMBNAIL pixels wide and high."""
     small = picture.copy()
@@ -160,8 +192,9 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 def examples(predictions: Sequence[Prediction], album: Album) -> list[Example]:
-    """Of each task the worst predictions, then the best. Equally good ones are ordered by the model's confidence, then
-    by a hash of the row, so that they come from all over the file. Predictions that aren't scored are left out.
+    """Of each task the wrong or worst predictions, then the right or best. Equally good ones are ordered by the model's
+    confidence, then by a hash of the row, so that they come from all over the file. Predictions that aren't scored are
+    left out.
     """
     tasks: dict[str, list[Prediction]] = {}
     for prediction in predictions:
@@ -178,11 +211,17 @@ def _worst_and_best(rows: Sequence[Prediction], most: int) -> list[Example]:
     def tie(row: Prediction) -> tuple[float, str]:
         return -(confidence(row.tuned) or 0.0), hashlib.sha256(row.row.encode()).hexdigest()
 
-    worst = sorted(rows, key=lambda row: (row.good or 0.0, *tie(row)))[: min(most, -(-len(rows) // 2))]
-    taken = {id(row) for row in worst}
-    rest = [row for row in rows if id(row) not in taken]
-    best = sorted(rest, key=lambda row: (-(row.good or 0.0), *tie(row)))[:most]
+    ordered = sorted(rows, key=lambda row: (row.good or 0.0, *tie(row)))
+    right = sum(row.good == 1 for row in rows)
+    simple = all(row.good in (0, 1) for row in rows)
+    half = len(rows) - right if simple else -(-len(rows) // 2)
+    names = {"worst": "wrong answers", "best": "right answers"} if simple else {}
+    sides: dict[Side, list[Prediction]] = {
+        "worst": ordered[:half],
+        "best": sorted(ordered[half:], key=lambda row: (-(row.good or 0.0), *tie(row))),
+    }
     return [
-        *(Example(row, "worst", rank) for rank, row in enumerate(worst)),
-        *(Example(row, "best", rank) for rank, row in enumerate(best)),
+        Example(row, side, f"{names[side]}, {len(own):,} of {len(rows):,}" if simple else f"{side} answers", rank)
+        for side, own in sides.items()
+        for rank, row in enumerate(own[:most])
     ]

@@ -1,5 +1,5 @@
-"""The result of a run, task by task: its main metric with its confidence interval under every condition, and the
-questions that this answers.
+"""The result of a run, task by task: a sentence, the main metric under every condition, and what follows from comparing
+the trained model with the other conditions on the same rows.
 """
 
 from collections import Counter
@@ -7,41 +7,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.data.metrics import lower_is_better
 from finetune.data.predictions import Prediction
+from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
-from finetune.evaluation.report.words import NOUNS, lower_is_better, meaning, number, plain, readable, shorten
+from finetune.evaluation.results import Comparison
+from finetune.evaluation.uncertainty import FEWEST, mcnemar
 
-Verdict = Literal["yes", "no", "unclear"]
+Verdict = Literal["yes", "no", "worse", "unclear"]
+RIGHT = ("accuracy", "exact_match")  # shares of right rows
 
 
 @dataclass(frozen=True)
 class Score:
-    """`low` and `high`: the 95% confidence interval, None if it isn't known."""
+    """`low` and `high`: the 95% CI, None if it isn't known; `compared`: the trained model's score minus this one."""
 
     condition: str
     value: float
     low: float | None = None
     high: float | None = None
-
-    @property
-    def meaning(self) -> str:
-        return meaning(self.condition)
+    compared: Comparison | None = None
 
 
 @dataclass(frozen=True)
 class Conclusion:
+    """`reasons`: (the two scores, the figures of their difference) of each comparison."""
+
     question: str
     verdict: Verdict
-    reason: str
+    reasons: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Headline:
-    """`scores`: the tuned one first; `scale`: the value that fills a bar."""
+    """`scores`: the tuned one first; `scale`: the value that fills a bar; `rows`: number of rows scored."""
 
     task: str
     metric: str
-    lead: str
+    rows: int
+    sentence: str
     scores: list[Score]
     conclusions: list[Conclusion]
     scale: float
@@ -58,93 +62,132 @@ def headlines(content: Content) -> list[Headline]:
 def headline(content: Content, task: str, metrics: Mapping[str, Mapping[str, float | None]]) -> Headline:
     metric = content.primary(task, [name for name, values in metrics.items() if values.get("tuned") is not None])
     intervals = content.metrics.intervals.get(task, {}).get(metric, {})
-    scores = {
-        condition: Score(condition, value, *intervals.get(condition, ()))
-        for condition, value in metrics[metric].items()
-        if value is not None
-    }
+    compared = content.metrics.comparisons.get(task, {}).get(metric, {})
+    scores = {}
+    for condition, value in metrics[metric].items():
+        if value is not None:
+            low, high = intervals.get(condition, (None, None))
+            scores[condition] = Score(condition, value, low, high, compared.get(condition))
     predictions = content.predictions_of(task)
     kinds = sorted({medium.kind for prediction in predictions for medium in prediction.media})
     highest = max(abs(score.high or score.value) for score in scores.values())
+    single = not any(isinstance(prediction.target, list) for prediction in predictions)
+    rows = content.rows_of(task)
     return Headline(
         task=task,
         metric=metric,
-        lead=_lead(metric, scores["tuned"], len(predictions)),
+        rows=rows,
+        sentence=_sentence(metric, scores, rows, kinds, of_rows=metric in RIGHT and single),
         scores=list(scores.values()),
         conclusions=[
-            *_against_baselines(metric, scores, kinds),
-            *_against_most_frequent(metric, scores["tuned"], predictions),
+            *_against_conditions(metric, scores, kinds),
+            *(_against_most_frequent(scores["tuned"], predictions) if metric == "accuracy" and single else []),
         ],
         scale=(highest if lower_is_better(metric) else max(highest, 1.0)) or 1.0,
     )
 
 
-def compare(ours: Score, theirs: Score, lower: bool) -> Verdict:
-    """ "yes" if ours is better and the intervals don't overlap, "no" if it isn't better, else "unclear". `lower`:
-    whether lower is better.
+def verdict_of(comparison: Comparison, lower: bool) -> Verdict:
+    """ "yes" or "worse" if the CI of the difference excludes 0; else "unclear" if the trained model is better, "no" if
+    it isn't. `lower`: whether lower is better.
     """
-    if (ours.value >= theirs.value) if lower else (ours.value <= theirs.value):
-        return "no"
-    ours_at_worst = ours.high if lower else ours.low
-    theirs_at_best = theirs.low if lower else theirs.high
-    ours_at_worst = ours.value if ours_at_worst is None else ours_at_worst
-    theirs_at_best = theirs.value if theirs_at_best is None else theirs_at_best
-    return "yes" if (ours_at_worst < theirs_at_best if lower else ours_at_worst > theirs_at_best) else "unclear"
+    sign = -1 if lower else 1
+    if comparison.low is not None and comparison.high is not None:
+        worst, best = sorted((sign * comparison.low, sign * comparison.high))
+        if worst > 0 or best < 0:
+            return "yes" if worst > 0 else "worse"
+    return "unclear" if sign * comparison.difference > 0 else "no"
 
 
-def _lead(metric: str, tuned: Score, rows: int) -> str:
-    interval = f"95% CI {number(tuned.low)} to {number(tuned.high)}" if tuned.low is not None else "no interval known"
-    lower = "; lower is better" if lower_is_better(metric) else ""
-    on = f" on {rows:,} held-out rows" if rows else ""
-    return f"{plain(metric).capitalize()} {number(tuned.value)} ({interval}){on}{lower}."
-
-
-def _against_baselines(metric: str, scores: Mapping[str, Score], kinds: Sequence[str]) -> list[Conclusion]:
-    tuned, lower, words = scores["tuned"], lower_is_better(metric), plain(metric)
-    conclusions = []
+def _sentence(metric: str, scores: Mapping[str, Score], rows: int, kinds: Sequence[str], *, of_rows: bool) -> str:
+    """What someone reads who reads nothing else."""
+    tuned, lower = scores["tuned"], lower_is_better(metric)
+    if tuned.low is not None and tuned.high is not None:
+        certainty = f"95% CI {words.span(metric, tuned.low, tuned.high)}"
+    else:
+        certainty = "too few rows for a CI" if rows < FEWEST else "all rows score alike: no CI"
+    certainty += "; lower is better" if lower else ""
+    ours = words.value(metric, tuned.value)
+    if of_rows:
+        says = f"the trained model answers {ours} right ({certainty})"
+    else:
+        says = f"the trained model's {words.plain(metric)} is {ours} ({certainty})"
     if base := scores.get("base"):
-        reason = f"{words} {number(base.value)} before, {number(tuned.value)} after."
-        conclusions.append(Conclusion("Did training help?", compare(tuned, base, lower), reason))
-    if kinds:
-        noun = NOUNS.get(kinds[0], ("", "media"))[1] if len(kinds) == 1 else "media"
-        without = {"blank": f"with blank {noun}", "shuffled": f"with other rows' {noun}"}
-        conclusions += _dependence(f"Does the answer depend on the {noun}?", metric, scores, without)
-        for kind in kinds if len(kinds) > 1 else ():
-            noun = NOUNS.get(kind, (kind, kind))[1]
-            without = {f"blank_{kind}": f"with blank {noun}"}
-            conclusions += _dependence(f"Does the answer depend on the {noun}?", metric, scores, without)
-    if probe := scores.get("probe"):
-        reason = f"logistic regression on the encoder's features reaches {number(probe.value)}."
-        verdict = compare(tuned, probe, lower)
-        conclusions.append(Conclusion("Is it better than a linear probe of the media?", verdict, reason))
+        its = "the untrained one" if of_rows else "the untrained one's is"
+        says += f"; {its} {words.value(metric, base.value)}"
+        if base.compared:
+            says += {
+                "yes": "",
+                "unclear": ", a difference that may be chance",
+                "no": ", so nothing shows that training helped",
+                "worse": ", so training made it worse",
+            }[verdict_of(base.compared, lower)]
+    sentences = [f"On {rows:,} held-out row{'' if rows == 1 else 's'} {says}."]
+    if (blank := scores.get("blank")) and blank.compared:
+        noun, value = _noun(kinds), words.value(metric, blank.value)
+        sentences.append(
+            {
+                "yes": f"With blank {noun} it {'rises' if lower else 'falls'} to {value}, so it does use them.",
+                "unclear": f"With blank {noun} it is {value}: whether it uses them isn't certain.",
+                "no": f"With blank {noun} it is {value}: nothing shows that it uses them.",
+                "worse": f"With blank {noun} it is {value}, which is better: the {noun} mislead it.",
+            }[verdict_of(blank.compared, lower)]
+        )
+    return " ".join(sentences)
+
+
+def _noun(kinds: Sequence[str]) -> str:
+    return words.NOUNS.get(kinds[0], ("", "media"))[1] if len(kinds) == 1 else "media"
+
+
+def _against_conditions(metric: str, scores: Mapping[str, Score], kinds: Sequence[str]) -> list[Conclusion]:
+    noun = _noun(kinds)
+    several = [(kind, words.NOUNS.get(kind, (kind, kind))[1]) for kind in kinds if len(kinds) > 1]
+    questions = {
+        "Did training help?": {"base": "before training"},
+        f"Does it use the {noun}?": {"blank": f"with blank {noun}", "shuffled": f"with other rows' {noun}"},
+        **{f"Does it use the {name}?": {f"blank_{kind}": f"with blank {name}"} for kind, name in several},
+        "Is it better than a linear probe of the media?": {"probe": "with logistic regression on the features"},
+    }
+    conclusions = []
+    for question, others in questions.items():
+        known = [(name, score.value, score.compared) for key, name in others.items() if (score := scores.get(key))]
+        compared = [(name, value, difference) for name, value, difference in known if difference]
+        if verdicts := {verdict_of(difference, lower_is_better(metric)) for _, _, difference in compared}:
+            ours = words.value(metric, scores["tuned"].value)
+            reasons = [
+                (f"{ours} against {words.value(metric, value)} {name}", figures(metric, difference))
+                for name, value, difference in compared
+            ]
+            verdict = verdicts.pop() if len(verdicts) == 1 else "unclear"
+            conclusions.append(Conclusion(question, verdict, reasons))
     return conclusions
 
 
-def _dependence(
-    question: str, metric: str, scores: Mapping[str, Score], without: Mapping[str, str]
-) -> list[Conclusion]:
-    """Whether the score is clearly worse under each condition (key of `without`) that takes the media away."""
-    tuned, lower = scores["tuned"], lower_is_better(metric)
-    known = {condition: words for condition, words in without.items() if condition in scores}
-    if not known:
+def _against_most_frequent(tuned: Score, predictions: Sequence[Prediction]) -> list[Conclusion]:
+    """Single labels, against always giving the most frequent target."""
+    targets = [words.readable(prediction.target) for prediction in predictions]
+    if not targets or any(prediction.good is None for prediction in predictions):
         return []
-    verdicts = {compare(tuned, scores[condition], lower) for condition in known}
-    verdict = verdicts.pop() if len(verdicts) == 1 else "unclear"
-    values = " and ".join(f"{number(scores[condition].value)} {words}" for condition, words in known.items())
-    if verdict == "yes":
-        change = f"{plain(metric)} {'rises' if lower else 'falls'} from {number(tuned.value)} to"
-    else:
-        change = f"{plain(metric)} is {number(tuned.value)}, and"
-    return [Conclusion(question, verdict, f"{change} {values}.")]
-
-
-def _against_most_frequent(metric: str, tuned: Score, predictions: Sequence[Prediction]) -> list[Conclusion]:
-    """For the accuracy of single labels: against always giving the most frequent target."""
-    targets = Counter(readable(prediction.target) for prediction in predictions)
-    if metric != "accuracy" or not targets or any(isinstance(prediction.target, list) for prediction in predictions):
-        return []
-    target, count = targets.most_common(1)[0]
-    share = Score("most frequent", count / len(predictions))
-    reason = f"always answering “{shorten(target, 40)}” reaches {number(share.value)}."
+    target, count = Counter(targets).most_common(1)[0]
+    right = [(prediction.good == 1, other == target) for prediction, other in zip(predictions, targets, strict=True)]
+    compared = mcnemar(right.count((True, False)), right.count((False, True)), len(right))
+    ours, theirs = (words.value("accuracy", value) for value in (tuned.value, count / len(predictions)))
     question = "Is it better than always giving the most frequent answer?"
-    return [Conclusion(question, compare(tuned, share, lower=False), reason)]
+    reason = f"{ours} against {theirs} with “{words.shorten(target, 40)}”"
+    verdict = verdict_of(compared, lower=False)
+    return [Conclusion(question, verdict, [(reason, figures("accuracy", compared))])]
+
+
+def figures(metric: str, compared: Comparison) -> str:
+    """'+50.9 points, 95% CI +42.6 to +58.0; rows: 120 gained, 5 lost; p < 0.001'."""
+    scale, form, unit = (100, "+.1f", " points") if words.is_share(metric) else (1, "+.3f", "")
+    text = f"{scale * compared.difference:{form}}{unit}, "
+    if compared.low is not None and compared.high is not None:
+        text += f"95% CI {scale * compared.low:{form}} to {scale * compared.high:{form}}"
+    else:
+        text += "too few rows for a CI"
+    text = text.replace("-", "−") + f"; rows: {compared.gained:,} gained, {compared.lost:,} lost"
+    if compared.p is not None:
+        text += "; p < 0.001" if compared.p < 0.001 else f"; p = {compared.p:.2g}"
+    return text

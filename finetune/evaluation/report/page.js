@@ -14,6 +14,7 @@ if (filter) {
         inside += !card.hidden;
       }
       group.hidden = !inside;
+      for (const more of group.querySelectorAll("details")) more.open = Boolean(words);
       shown += inside;
     }
     count.textContent = `${shown} shown`;

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -10,13 +11,16 @@ from markupsafe import Markup
 
 from finetune.common import certificate
 from finetune.common.run_folder import write_text
+from finetune.data.metrics import lower_is_better
 from finetune.evaluation import plots
 from finetune.evaluation.report import tables, words
 from finetune.evaluation.report.content import Content, read_content
 from finetune.evaluation.report.examples import Album, data_uri, examples
 from finetune.evaluation.report.headline import headlines
 from finetune.evaluation.results import TaskTables
+from finetune.evaluation.uncertainty import FEWEST
 
+FEW = 3  # answers of a task and side that are shown at once; the others are folded
 CHART = (5.0, 3.0)  # inches: text stays readable where a phone shrinks it
 
 
@@ -32,7 +36,8 @@ def report(run: Path | str, out: Path | str | None = None) -> Path:
     return path
 
 
-def page(content: Content) -> str:
+@cache
+def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("finetune.evaluation.report", ""),
         autoescape=select_autoescape(default=True),
@@ -43,10 +48,18 @@ def page(content: Content) -> str:
     environment.filters |= {
         "number": words.number,
         "plain": words.plain,
+        "value": words.value,
+        "condition": words.condition,
+        "lower_is_better": lower_is_better,
         "meaning": words.meaning,
         "shorten": words.shorten,
         "duration": words.duration,
     }
+    return environment
+
+
+def page(content: Content) -> str:
+    environment = _templates()
     album = Album(content.limits)
     chosen = examples(content.predictions, album)
     script = environment.get_template("page.js").render()
@@ -63,6 +76,8 @@ def page(content: Content) -> str:
         components=tables.components(content),
         sources=tables.sources(content),
         max_rows=tables.MAX_ROWS,
+        few=FEW,
+        fewest=FEWEST,
         costs=tables.costs(content),
         comparison=certificate.comparison(content.certificate) if content.certificate else None,
         style=Markup(environment.get_template("page.css").render()),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.data.metrics import lower_is_better
 from finetune.data.predictions import Prediction
 from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
@@ -36,9 +37,10 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A task's metrics; their cells are in the order of `conditions`."""
+    """A task's metrics over so many `rows`; their cells are in the order of `conditions`."""
 
     task: str
+    rows: int
     conditions: list[str]
     metrics: list[MetricRow]
 
@@ -53,8 +55,8 @@ def score_tables(content: Content) -> list[ScoreTable]:
         for metric, values in metrics.items():
             intervals = content.metrics.intervals.get(task, {}).get(metric, {})
             cells = [Cell(values.get(name), *intervals.get(name, ())) for name in conditions]
-            rows.append(MetricRow(metric, metric == primary, words.lower_is_better(metric), cells))
-        tables.append(ScoreTable(task, conditions, rows))
+            rows.append(MetricRow(metric, metric == primary, lower_is_better(metric), cells))
+        tables.append(ScoreTable(task, content.rows_of(task), conditions, rows))
     return tables
 
 

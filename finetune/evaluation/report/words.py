@@ -1,17 +1,21 @@
 """Values as text that a reader takes in at once."""
 
-import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 
 CONDITIONS = {
-    "tuned": "after training",
-    "base": "before training, with the same components",
-    "blank": "after training, with blank media: grey pictures, silence",
-    "shuffled": "after training, with another row's media",
-    "probe": "logistic regression on the encoder's features, without the LLM",
+    "tuned": ("trained", "after training"),
+    "base": ("untrained", "before training, with the same components"),
+    "blank": ("blank media", "after training, with blank media: grey pictures, silence"),
+    "shuffled": ("other media", "after training, with another row's media"),
+    "probe": ("linear probe", "logistic regression on the encoder's features, without the LLM"),
 }
+NAMES = {
+    "auroc": "AUROC", "bleu": "BLEU", "chrf": "chrF", "cider": "CIDEr", "f1": "F1", "iou": "IoU", "mrr": "MRR",
+    "ndcg": "NDCG", "vqa": "VQA",
+}  # fmt: skip
 NOUNS = {"image": ("picture", "pictures"), "audio": ("recording", "recordings"), "video": ("video", "videos")}
 
 
@@ -40,20 +44,43 @@ def energy(joules: float) -> str:
 
 
 def plain(name: str) -> str:
-    """The name of a metric, condition or component in words: 'character error rate'."""
-    return name.replace("_", " ")
+    """The name of a metric, condition or component in words: 'character error rate', 'token F1'."""
+    return re.sub("[a-z0-9]+", lambda match: NAMES.get(match[0], match[0]), name.replace("_", " "))
 
 
-def lower_is_better(metric: str) -> bool:
-    return "error" in metric
+def is_share(metric: str) -> bool:
+    """Whether a metric is read in percent."""
+    return "accuracy" in metric or metric.endswith(("exact_match", "error_rate"))
 
 
-def meaning(condition: str) -> str:
+def value(metric: str, score: float) -> str:
+    """'63%', '0.8%'; '0.626' for metrics that aren't shares."""
+    if not is_share(metric) or not math.isfinite(score):
+        return number(score)
+    return f"{score:.0%}" if score in (0, 1) or 0.0995 <= score < 0.995 or score >= 1.005 else f"{score:.1%}"
+
+
+def span(metric: str, low: float, high: float) -> str:
+    """'56–68%'."""
+    ends = value(metric, low), value(metric, high)
+    return f"{ends[0].removesuffix('%')}–{ends[1]}"
+
+
+def condition(name: str) -> str:
+    """The name of a condition in words: 'untrained'."""
+    return _condition(name)[0]
+
+
+def meaning(name: str) -> str:
     """What a condition is; '' for an unknown one."""
-    kind = condition.removeprefix("blank_")
-    if condition != kind and kind in NOUNS:
-        return f"after training, with blank {NOUNS[kind][1]}"
-    return CONDITIONS.get(condition, "")
+    return _condition(name)[1]
+
+
+def _condition(name: str) -> tuple[str, str]:
+    if name.startswith("blank_"):
+        blank = f"blank {NOUNS.get(name.removeprefix('blank_'), ('', 'media'))[1]}"
+        return blank, f"after training, with {blank}"
+    return CONDITIONS.get(name, (plain(name), ""))
 
 
 def shorten(text: str, most: int) -> str:
@@ -66,16 +93,20 @@ def readable(prediction: object) -> str:
         return ""
     if isinstance(prediction, str):
         return prediction
-    if isinstance(prediction, list) and all(isinstance(item, str) for item in prediction):
-        return ", ".join(prediction)
+    if isinstance(prediction, list):
+        return ("; " if any(isinstance(item, dict) for item in prediction) else ", ").join(map(readable, prediction))
+    if isinstance(prediction, dict) and "box" in prediction:
+        return f"{prediction.get('label') or 'box'} ({', '.join(map(str, prediction['box']))})"
     if isinstance(prediction, dict) and "label" in prediction:
         label, sure = readable(prediction["label"]), confidence(prediction)
         return f"{label} ({sure:.0%})" if sure is not None and isinstance(prediction["label"], str) else label
+    if isinstance(prediction, bool):
+        return str(prediction).lower()
     if isinstance(prediction, int | float):
         return number(prediction)
-    if isinstance(prediction, dict) and all(isinstance(value, str | int | float) for value in prediction.values()):
-        return ", ".join(f"{key}: {readable(value)}" for key, value in prediction.items())
-    return json.dumps(prediction, ensure_ascii=False)
+    if isinstance(prediction, dict):
+        return ", ".join(f"{key}: {readable(inner) or 'none'}" for key, inner in prediction.items())
+    return str(prediction)
 
 
 def confidence(prediction: object) -> float | None:

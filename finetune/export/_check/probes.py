@@ -6,18 +6,14 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from finetune.common.errors import DataError
 from finetune.data.media.audio import RATE
 from finetune.data.predictions import read_predictions
 from finetune.data.sample import Medium, Message, Prepared
 from finetune.export._contract import Probe, without_end
-from finetune.model.assistant import Assistant
-from finetune.model.features import decode_for, encode_one
-from finetune.model.language_model import context_length
-from finetune.model.tokenize import answer_ends, tokenize_prompt
+from finetune.model.assistant import Assistant, FileView, PromptBatch
+from finetune.model.features import decode_for
+from finetune.model.tokenize import answer_ends
 
 TEXTS = ("What is this?", "Describe a red square.", "Who are you?", "Count: one, two,")
 
@@ -49,8 +45,7 @@ def answered(
 
     Conversations whose files can't be read, or that are too long for the LLM, are left out.
     """
-    tokenizer, causal_lm = assistant.tokenizer, assistant.model.causal_lm
-    end_ids, context = answer_ends(tokenizer, causal_lm.generation_config), context_length(causal_lm)
+    end_ids = answer_ends(assistant.tokenizer, assistant.model.causal_lm.generation_config)
     files: dict[Medium, Medium] = {}
     prepared: dict[Medium, Prepared] = {}
     probes = []
@@ -62,34 +57,19 @@ def answered(
                     decoded = decode_for(encoder, medium.kind, medium.path, assistant.limits)
                     prepared[medium] = encoder.prepare(decoded)
                     files[medium] = _lossless(medium, decoded, folder / f"decoded-{len(files)}")
-            batch = prompt_batch(assistant, messages, prepared)
+            batch = prompt_batch(assistant, messages, prepared, max_new_tokens - 1)
         except DataError:
             continue
-        if context and batch["input_ids"].shape[1] + max_new_tokens > context:
-            continue
-        tokens = assistant.model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=end_ids,
-        )[0].tolist()
+        tokens = assistant.generate(batch, max_new_tokens)[0].tolist()
         probes.append(Probe(_with_files(messages, files), without_end(tokens, end_ids)))
     return probes
 
 
 def prompt_batch(
-    assistant: Assistant, messages: Sequence[Message], prepared: Mapping[Medium, Prepared]
-) -> dict[str, Any]:
-    """Keywords of the composite's `forward` and `generate` for one conversation. Raises DataError."""
-    segments = assistant.model.composition.placement.segments_by(lambda medium: prepared[medium].layout)
-    tokens = tokenize_prompt(messages, assistant.tokenizer, assistant.placeholders, segments)
-    ids = torch.tensor([tokens.input_ids], device=assistant.model.get_input_embeddings().weight.device)
-    features: dict[str, list[Tensor]] = {}
-    for medium in tokens.media:
-        features.setdefault(medium.kind, []).append(encode_one(assistant.encoders[medium.kind], prepared[medium]))
-    return {"input_ids": ids, "features": features, "attention_mask": torch.ones_like(ids)}
+    assistant: Assistant, messages: Sequence[Message], prepared: Mapping[Medium, Prepared], room: int = 0
+) -> PromptBatch:
+    """One conversation about prepared media; see `Assistant.batch`. Raises DataError."""
+    return assistant.batch([messages], view=FileView(assistant.encoders, assistant.limits, prepared), room=room)
 
 
 def media_of(messages: Sequence[Message]) -> list[Medium]:

@@ -109,7 +109,7 @@ def _siglip(encoder: Any, projector: dict[str, Tensor]) -> MediaModel:
     require(config.hidden_act in ACTIVATIONS, f"llama.cpp has no activation {config.hidden_act!r} in its layers")
     require(shape.height == shape.width == config.image_size, f"pictures must be squares of {config.image_size} pixels")
     _require_stretching(encoder.processor.to_dict())
-    layers = config.num_hidden_layers + 1 + layer if layer < -1 else config.num_hidden_layers
+    layers = config.num_hidden_layers + 1 + layer
     require(layers > 0, f"`layer: {layer}` leaves no layer")
     keys = {
         "image_size": config.image_size,
@@ -177,7 +177,7 @@ def _whisper(encoder: Any, options: Any, projector: dict[str, Tensor]) -> MediaM
         f"llama.cpp drops a row where `stack` joins {options.factor}; with this encoder it doesn't for factors "
         f"{', '.join(map(str, factors))}",
     )
-    layers = config.encoder_layers + 1 + layer if layer < -1 else config.encoder_layers
+    layers = config.encoder_layers + 1 + layer
     require(layers > 0, f"`layer: {layer}` leaves no layer")
     keys = {
         "num_mel_bins": config.num_mel_bins,

@@ -14,7 +14,9 @@ INSTALL = (
     "make an environment with vLLM in it (`pip install vllm`; for a CPU tests/engines/install_vllm.sh), and name its "
     f"python by the variable {VARIABLE} or `--option python=...`"
 )
-INSTALL_PLUGIN = "install this package in vLLM's environment: pip install --no-deps CHECKOUT, its repository's folder"
+INSTALL_PLUGIN = (
+    "install this package in vLLM's environment: pip install --no-deps finetune-kit, or the path of its checkout"
+)
 # Run with vLLM's own python: its version and plugins, as JSON.
 DESCRIBE = """
 import importlib.metadata as metadata, json

@@ -4,6 +4,9 @@ brand. Each file is an `EncoderContract` and imports no torch at module level.
 Shapes: N media, each of S segments of L rows of width W.
 """
 
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol
 
 from typing_extensions import TypedDict  # pydantic takes no other one before Python 3.12
@@ -25,25 +28,33 @@ class EncoderSettings(TypedDict):
     width: NotRequired[int]
 
 
-class Encoder(Protocol):
-    """A loaded encoder. Its class is defined in its part's own file: `type(encoder).__module__` names its kind."""
+@dataclass
+class Encoder(ABC):
+    """A loaded encoder. Each part's file defines its own, with `prepare` and `encode`: `type(encoder).__module__` names
+    its kind.
+    """
 
-    options: PartOptions
     module: Any  # the torch.nn.Module that holds the weights
-    width: int  # W
-    fingerprint: str  # sha256 of weights, preprocessing and options: equal fingerprints mean equal features
+    processor: Any  # of its media, by transformers
+    options: PartOptions
+    width: int = field(init=False)  # W
+    fingerprint: str = field(init=False)  # sha256 of weights, preprocessing and options: equal ones mean equal features
 
     @property
     def sampling(self) -> dict[str, float]:
         """Keyword arguments of `data.media.decode`: which frames of a video to read. Empty for other media."""
+        return {}
 
     @property
     def layout(self) -> Layout | None:
         """The layout of every medium; None if it depends on the medium."""
+        return None
 
+    @abstractmethod
     def prepare(self, decoded: Any) -> Prepared:
         """A decoded medium -> float32 values on the CPU, without batch axis, and their layout. Runs in data workers."""
 
+    @abstractmethod
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Stacked `Prepared.values` (N, ...) -> features (N, S, L, W) as their layout says, in the module's dtype and
         on its device.
@@ -51,6 +62,11 @@ class Encoder(Protocol):
 
     def settings(self) -> EncoderSettings:
         """What `restore` rebuilds the encoder from."""
+        return {
+            "options": self.options.model_dump(),
+            "config": json.loads(self.module.config.to_json_string(use_diff=False)),
+            "processor": json.loads(self.processor.to_json_string()),
+        }
 
 
 class EncoderContract(Protocol):

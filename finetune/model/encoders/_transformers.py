@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
@@ -11,8 +10,7 @@ from pydantic import Field
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.common.registry import PartOptions
-from finetune.data.sample import Layout
-from finetune.model.encoders import EncoderSettings
+from finetune.model.encoders import Encoder, EncoderSettings
 
 if TYPE_CHECKING:
     import torch
@@ -43,47 +41,13 @@ class LayerOptions(PretrainedOptions):
     )
 
 
-@dataclass
-class PretrainedEncoder:
-    """The state of an `Encoder`; each part's file adds `prepare` and `encode`."""
-
-    module: Any
-    processor: Any
-    options: PretrainedOptions
-    width: int = field(init=False)
-    fingerprint: str = field(init=False)
-
-    @property
-    def sampling(self) -> dict[str, float]:
-        return {}
-
-    @property
-    def layout(self) -> Layout | None:
-        return None
-
-    def settings(self) -> EncoderSettings:
-        return {
-            "options": self.options.model_dump(),
-            "config": json.loads(self.module.config.to_json_string(use_diff=False)),
-            "processor": json.loads(self.processor.to_json_string()),
-        }
+E = TypeVar("E", bound=Encoder)
 
 
-E = TypeVar("E", bound=PretrainedEncoder)
-
-
-def load_config(options: PretrainedOptions) -> Any:
-    """The transformers config of a checkpoint. Raises ModelError."""
-    from transformers import AutoConfig
-
-    with loading(f"encoder {options.name!r}"):
-        return AutoConfig.from_pretrained(options.name, revision=options.revision)
-
-
-def load_processor(options: PretrainedOptions, auto_class: Any) -> Any:
-    """The image processor or feature extractor of a checkpoint. Raises ModelError."""
-    with loading(f"encoder {options.name!r}"):
-        return auto_class.from_pretrained(options.name, revision=options.revision)
+def load_auto(options: PretrainedOptions, auto_class: Any) -> Any:
+    """The config or processor of a checkpoint, by one of transformers' Auto classes. Raises ModelError."""
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
+        return auto_class.from_pretrained(options.name, revision=options.revision, local_files_only=local_only)
 
 
 def load(
@@ -104,7 +68,7 @@ def load(
 
     if device.type == "meta":
         return shapes_of(model_class, config, dtype)
-    with loading(f"encoder {options.name!r}"):
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
         module, report = model_class.from_pretrained(
             options.name,
             revision=options.revision,
@@ -113,6 +77,8 @@ def load(
             key_mapping=key_mapping,
             use_safetensors=True,
             output_loading_info=True,
+            local_files_only=local_only,
+            adapter_kwargs={"local_files_only": local_only},
         )
     state = module.state_dict()
     for name in report["missing_keys"]:
@@ -182,6 +148,16 @@ def measured(encoder: E, width: int) -> E:
     encoder.width = width
     encoder.fingerprint = fingerprint(encoder.module, encoder.settings())
     return encoder
+
+
+def hidden_states(module: Any, layer: int, **inputs: "torch.Tensor") -> "torch.Tensor":
+    """The features of a layer, numbered as in `LayerOptions`."""
+    hidden: torch.Tensor
+    if layer == -1:
+        hidden = module(**inputs).last_hidden_state
+    else:
+        hidden = module(**inputs, output_hidden_states=True).hidden_states[layer]
+    return hidden
 
 
 def each_segment(

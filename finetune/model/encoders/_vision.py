@@ -11,9 +11,9 @@ from finetune.common.errors import ModelError
 from finetune.model.encoders._transformers import (
     LayerOptions,
     checkpoint,
+    hidden_states,
     load,
-    load_config,
-    load_processor,
+    load_auto,
     probe,
     weight_of,
 )
@@ -45,10 +45,10 @@ def load_backbone(
     options: BackboneOptions, dtype: "torch.dtype", device: "torch.device"
 ) -> tuple["torch.nn.Module", Any]:
     """(module, processor) of a vision backbone, or of the vision tower of a pair. Raises ModelError."""
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    config = load_config(options)
-    processor = load_processor(options, AutoImageProcessor)
+    config = load_auto(options, AutoConfig)
+    processor = load_auto(options, AutoImageProcessor)
     return load(options, AutoModel, getattr(config, "vision_config", config), dtype, device), processor
 
 
@@ -71,7 +71,7 @@ def measure(module: "torch.nn.Module", processor: Any, options: LayerOptions, ke
         "a vision backbone",
         module,
         pixels,
-        lambda batch: _hidden_states(module, batch.to(weight.device, weight.dtype), options.layer),
+        lambda batch: hidden_states(module, options.layer, pixel_values=batch.to(weight.device, weight.dtype)),
     )
     height, width = pixels.shape[-2:]
     if hidden.ndim == 3:
@@ -90,18 +90,9 @@ def measure(module: "torch.nn.Module", processor: Any, options: LayerOptions, ke
 
 def encode_pictures(module: "torch.nn.Module", pixels: "torch.Tensor", layer: int, skipped: int) -> "torch.Tensor":
     """Pixels (N, 3, height, width) -> features (N, L, W), row by row from the top left of the grid."""
-    hidden = _hidden_states(module, pixels, layer)
+    hidden = hidden_states(module, layer, pixel_values=pixels)
     rows = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
     return rows[:, skipped:]
-
-
-def _hidden_states(module: Any, pixels: "torch.Tensor", layer: int) -> "torch.Tensor":
-    hidden: torch.Tensor
-    if layer == -1:
-        hidden = module(pixel_values=pixels).last_hidden_state
-    else:
-        hidden = module(pixel_values=pixels, output_hidden_states=True).hidden_states[layer]
-    return hidden
 
 
 def pool_grid(rows: "torch.Tensor", grid: tuple[int, int], side: int) -> "torch.Tensor":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import ModelError
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._audio import KINDS_OF_SOUND, RATE, resampled
@@ -26,7 +27,7 @@ class Options(shared.PretrainedOptions):
 
 
 @dataclass
-class Encoder(shared.PretrainedEncoder):
+class Encoder(BaseEncoder):
     """Media are float32 samples at 16 kHz, cut into windows of the model's length, each a segment; features are the
     patches of the spectrogram, ordered by time, then from low to high frequency.
     """
@@ -85,15 +86,15 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoFeatureExtractor
+    from transformers import AutoConfig, AutoFeatureExtractor
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     config = getattr(config, "audio_config", config)
     if config.model_type not in (AST, CLAP):
         raise ModelError(
             f"encoder {options.name!r} is of type {config.model_type!r}, neither AST nor CLAP; {KINDS_OF_SOUND}"
         )
-    processor = shared.load_processor(options, AutoFeatureExtractor)
+    processor = shared.load_auto(options, AutoFeatureExtractor)
     # Whole CLAPs keep the tower's weights under `audio_model.`.
     module = shared.load(options, _model_class(config.model_type), config, dtype, device, {r"^audio_model\.": ""})
     return wrap(module, processor, options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._vision import (
@@ -45,7 +46,7 @@ class Options(BackboneOptions):
 
 
 @dataclass
-class Encoder(shared.PretrainedEncoder):
+class Encoder(BaseEncoder):
     """Media are `finetune.data.media.video.Clip`; each frame is a segment."""
 
     options: Options

@@ -12,6 +12,7 @@ from pydantic import Field
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._vision import pool_grid, pooled_grid, time_marks
@@ -45,7 +46,7 @@ class Options(shared.PretrainedOptions):
 
 
 @dataclass
-class Encoder(shared.PretrainedEncoder):
+class Encoder(BaseEncoder):
     """Media are `finetune.data.media.video.Clip`. In a clip with too few frames for the model, some are repeated."""
 
     options: Options
@@ -105,9 +106,9 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     if config.model_type not in ("videomae", "vjepa2"):
         raise ModelError(
             f"encoder {options.name!r} is of type {config.model_type!r}, neither VideoMAE nor V-JEPA 2; "
@@ -138,10 +139,14 @@ def _load_processor(options: Options) -> Any:
     from transformers import VideoMAEImageProcessor
     from transformers.utils import cached_file
 
-    with loading(f"encoder {options.name!r}"):
+    with loading(f"encoder {options.name!r}", options.name) as local_only:
         for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
             file = cached_file(
-                options.name, name, revision=options.revision, _raise_exceptions_for_missing_entries=False
+                options.name,
+                name,
+                revision=options.revision,
+                local_files_only=local_only,
+                _raise_exceptions_for_missing_entries=False,
             )
             if file is not None:
                 with open(file, encoding="utf-8") as opened:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._vision import (
@@ -40,7 +41,7 @@ class Options(BackboneOptions):
 
 
 @dataclass
-class Encoder(shared.PretrainedEncoder):
+class Encoder(BaseEncoder):
     """Media are PIL pictures, RGB; features are the patches of a picture or tile, row by row from the top left."""
 
     options: Options

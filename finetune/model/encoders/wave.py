@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune.common.errors import ModelError
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._audio import KINDS_OF_SOUND, RATE, WINDOW_SECONDS, cut_windows, resampled
@@ -26,7 +27,7 @@ class Options(shared.LayerOptions):
 
 
 @dataclass
-class Encoder(shared.PretrainedEncoder):
+class Encoder(BaseEncoder):
     """Media are float32 samples at 16 kHz, cut into equal windows; features are rows of about 20 milliseconds."""
 
     options: Options
@@ -45,15 +46,11 @@ class Encoder(shared.PretrainedEncoder):
 
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Windows (N, S, samples) -> features (N, S, L, W), in the module's dtype."""
-        return shared.each_segment(batch, self.module, self._encode_windows, at_once=8)
 
-    def _encode_windows(self, windows: "torch.Tensor") -> "torch.Tensor":
-        hidden: torch.Tensor
-        if self.options.layer == -1:
-            hidden = self.module(windows).last_hidden_state
-        else:
-            hidden = self.module(windows, output_hidden_states=True).hidden_states[self.options.layer]
-        return hidden
+        def encode_windows(windows: "torch.Tensor") -> "torch.Tensor":
+            return shared.hidden_states(self.module, self.options.layer, input_values=windows)
+
+        return shared.each_segment(batch, self.module, encode_windows, at_once=8)
 
     def _convolutions(self) -> list[tuple[int, int]]:
         """(kernel, stride) of each."""
@@ -79,14 +76,14 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoFeatureExtractor, AutoModel
+    from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     if not hasattr(config, "conv_stride"):
         raise ModelError(
             f"encoder {options.name!r} is of type {config.model_type!r}, which doesn't read waveforms; {KINDS_OF_SOUND}"
         )
-    processor = shared.load_processor(options, AutoFeatureExtractor)
+    processor = shared.load_auto(options, AutoFeatureExtractor)
     return wrap(shared.load(options, AutoModel, config, dtype, device), processor, options)
 
 

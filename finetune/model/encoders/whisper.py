@@ -12,6 +12,7 @@ from pydantic import Field
 
 from finetune.common.errors import ModelError
 from finetune.data.sample import Layout, Prepared
+from finetune.model.encoders import Encoder as BaseEncoder
 from finetune.model.encoders import EncoderSettings
 from finetune.model.encoders import _transformers as shared
 from finetune.model.encoders._audio import KINDS_OF_SOUND, RATE, WINDOW_SECONDS, cut_windows
@@ -37,7 +38,7 @@ class Options(shared.LayerOptions):
 
 
 @dataclass
-class Encoder(shared.PretrainedEncoder):
+class Encoder(BaseEncoder):
     """Media are float32 samples at 16 kHz, cut into equal windows; features are rows of 20 (or 40) milliseconds."""
 
     options: Options
@@ -84,13 +85,13 @@ class Encoder(shared.PretrainedEncoder):
 
 
 def build(options: Options, dtype: "torch.dtype", device: "torch.device") -> Encoder:
-    from transformers import AutoFeatureExtractor
+    from transformers import AutoConfig, AutoFeatureExtractor
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config = shared.load_config(options)
+    config = shared.load_auto(options, AutoConfig)
     if config.model_type != "whisper":
         raise ModelError(f"encoder {options.name!r} is of type {config.model_type!r}, not a Whisper; {KINDS_OF_SOUND}")
-    processor = shared.load_processor(options, AutoFeatureExtractor)
+    processor = shared.load_auto(options, AutoFeatureExtractor)
     # Whole models keep the encoder's weights under `model.encoder.` or `encoder.`.
     names = {r"^(model\.)?encoder\.": ""}
     return wrap(shared.load(options, WhisperEncoder, config, dtype, device, names), processor, options)

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 TRAINED = False
 
 
-class Options(PartOptions):
-    pass
+Options = PartOptions
 
 
 def placeholders(rows: int, options: Options) -> int:

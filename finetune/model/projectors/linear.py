@@ -8,8 +8,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Options(PartOptions):
-    pass
+Options = PartOptions
 
 
 def build(width_in: int, width_out: int, options: Options) -> "nn.Module":

@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from finetune.serving.engine.contract import AnswerPiece, TimedOut
 
 
 class AnswerStream:
     """The worker calls `put`; the event loop in which it was made iterates, and may `cancel`. `deadline`: as
-    `time.monotonic()`.
+    `time.monotonic()`. Iteration raises DataError for media or text that can't be used, TimedOut, MemoryError, or Busy
+    before the first piece. The token counts are valid once the first piece has arrived.
     """
 
     def __init__(self, timeout_seconds: float, wake_worker: Callable[[], None]) -> None:
@@ -20,7 +21,6 @@ class AnswerStream:
         self._wake_worker = wake_worker
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[AnswerPiece | BaseException] = asyncio.Queue()
-        self._ended = False
 
     @property
     def timed_out(self) -> TimedOut:
@@ -43,21 +43,16 @@ class AnswerStream:
         self.cancelled = True
         self._wake_worker()
 
-    def __aiter__(self) -> "AnswerStream":
-        return self
-
-    async def __anext__(self) -> AnswerPiece:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            async with asyncio.timeout(self.deadline - time.monotonic()):
-                item = await self._items.get()
-        except TimeoutError:  # not left to the worker, which may be in a long step
-            self._ended = True
-            self.cancel()
-            raise self.timed_out from None
-        if isinstance(item, AnswerPiece):
-            self._ended = item.finish_reason is not None
-            return item
-        self._ended = True
-        raise item
+    async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
+        finish_reason = None
+        while finish_reason is None:
+            try:
+                async with asyncio.timeout(self.deadline - time.monotonic()):
+                    item = await self._items.get()
+            except TimeoutError:  # not left to the worker, which may be in a long step
+                self.cancel()
+                raise self.timed_out from None
+            if not isinstance(item, AnswerPiece):
+                raise item
+            finish_reason = item.finish_reason
+            yield item

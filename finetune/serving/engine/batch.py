@@ -22,12 +22,7 @@ class PreallocatedLayer(DynamicLayer):
     the attention mask hides those outside a sliding window.
     """
 
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
-        super().__init__()
-        self._buffers: tuple[Tensor, Tensor] | None = None
-        if keys is not None and values is not None:
-            self.lazy_initialization(keys, values)
-            self.keys, self.values = keys, values
+    _buffers: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -137,9 +132,10 @@ class GenerationBatch:
 
 
 def _cache(memory: KeysValues) -> Cache:
-    if not memory:
-        return Cache(layer_class_to_replicate=PreallocatedLayer)
-    return Cache(layers=[PreallocatedLayer(keys, values) for keys, values in memory])
+    cache = Cache(layer_class_to_replicate=PreallocatedLayer)
+    for number, (keys, values) in enumerate(memory):
+        cache.update(keys, values, number)
+    return cache
 
 
 def _memory(cache: Cache) -> KeysValues:

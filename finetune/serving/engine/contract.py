@@ -1,13 +1,12 @@
 """What the HTTP app and an engine exchange: plain values, no torch."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from pydantic import Field
 
 from finetune.common.registry import PartOptions
-from finetune.data.sample import Answer, Message
+from finetune.data.sample import Message
 
 MEBIBYTE = 2**20
 JsonSchema = Mapping[str, object]
@@ -86,20 +85,6 @@ class AnswerPiece:
     finish_reason: str | None = None
 
 
-class Stream(Protocol):
-    """Pieces of one answer, iterated in an event loop. Iteration raises DataError for media or text that can't be
-    used, TimedOut, MemoryError, or Busy before the first piece. The token counts are valid once the first piece has
-    arrived.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-    def __aiter__(self) -> AsyncIterator[AnswerPiece]: ...
-    def cancel(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Stats:
     """`counters` only grow: requests, tokens, cache hits and misses. `gauges` are current values."""
@@ -123,28 +108,3 @@ class ModelInfo:
     media: tuple[str, ...]
     tasks: Mapping[str, TaskInfo]
     context: int | None
-
-
-class Engine(Protocol):
-    """Generates answers of several models."""
-
-    @property
-    def models(self) -> Mapping[str, ModelInfo]: ...
-    @property
-    def alive(self) -> bool:
-        """Whether it has been started and still answers."""
-        ...
-
-    def start(self) -> None: ...
-    def submit(self, request: Request) -> Stream:
-        """Raises Busy; DataError for an unknown model or an invalid strength."""
-        ...
-
-    async def ask(self, model: str, task: str, messages: tuple[Message, ...], timeout_seconds: float) -> Answer:
-        """The output of `task`'s labels or score head. Raises Busy, TimedOut, DataError."""
-        ...
-
-    def stats(self) -> Stats: ...
-    def stop(self, drain_seconds: float) -> None:
-        """Refuse new requests, finish the running ones within the time limit, then end."""
-        ...

@@ -40,7 +40,7 @@ class BatchingEngine:
 
     def _host(self, assistant: Assistant) -> HostedModel:
         model, most = assistant.model, self.limits.max_batch
-        joins_later = model.shares_memory() and model.fusion.strength is None
+        joins_later = model.shares_memory and model.fusion.strength is None
         return HostedModel(
             assistant,
             MediaReader(assistant, self._features, self._pool, self._worker.count),
@@ -48,7 +48,7 @@ class BatchingEngine:
             frozenset(answer_ends(assistant.tokenizer, model.causal_lm.generation_config)),
             strengths=None if model.fusion.strength is None else dict(model.fusion.strength),
             batch_size=most,
-            static=0 if joins_later else most if model.shares_memory() else 1,
+            static=0 if joins_later else most if model.shares_memory else 1,
         )
 
     def start(self) -> None:

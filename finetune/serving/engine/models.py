@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from finetune.common import hub
 from finetune.common.progress import quiet_libraries
 from finetune.common.registry import kind_of
 from finetune.model.adapter import saved_adapter
@@ -16,7 +15,7 @@ from finetune.model.assistant import Assistant
 from finetune.model.build import Components, load_llm
 from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device
-from finetune.model.load import load, load_adapter
+from finetune.model.load import load_adapter, load_folder, model_folder
 from finetune.model.manifest import MANIFEST, AdapterManifest
 
 # LoRA initialisations that leave the base weights unchanged; others (PiSSA, ...) modify them.
@@ -31,24 +30,15 @@ def load_models(sources: Mapping[str, Path | str], device: torch.device | None =
     """
     quiet_libraries()
     device = device or default_device()
-    folders = {name: _folder(str(source)) for name, source in sources.items()}
+    folders = {name: model_folder(source) for name, source in sources.items()}
     bases = {name: key for name, folder in folders.items() if (key := _base_of(folder))}
     shared = {key: _SharedBase() for key, count in Counter(bases.values()).items() if count > 1}
     return {
         name: load_adapter(folder, device, shared_llm=shared[bases[name]].language_model)
         if bases.get(name) in shared
-        else load(folder, device)
+        else load_folder(folder, device)
         for name, folder in folders.items()
     }
-
-
-def _folder(source: str) -> Path:
-    """The folder that `finetune.load` would read."""
-    path = Path(source)
-    if not path.exists() and hub.is_repository(source):
-        return hub.fetched(source)
-    candidates = (path / part for part in ("merged", "adapter") if (path / part).is_dir())
-    return next(candidates, path)
 
 
 def _base_of(folder: Path) -> str | None:

@@ -2,13 +2,14 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Answer
-from finetune.serving.engine.contract import Busy, Engine, TimedOut
+from finetune.serving.engine.contract import Busy, TimedOut
 from finetune.serving.http.access import AccessControl
 from finetune.serving.http.completion import ChatCompletion
 from finetune.serving.http.metrics import RequestMetrics, ServerMetrics
@@ -30,13 +31,16 @@ from finetune.serving.http.protocol import ApiError, JsonObject, new_id, now
 from finetune.serving.http.reader import HeadOutput, RequestReader
 from finetune.serving.http.settings import ServerOptions
 
+if TYPE_CHECKING:
+    from finetune.serving.engine.engine import BatchingEngine
+
 T = TypeVar("T")
 GRACE_SECONDS = 5.0  # the engine observes the time limit itself; after this much more it is considered hung
 CLIENT_CLOSED_REQUEST = 499  # as in nginx: nobody reads it
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def build_app(engine: Engine, options: ServerOptions, folder: Path, api_key: str | None = None) -> FastAPI:
+def build_app(engine: "BatchingEngine", options: ServerOptions, folder: Path, api_key: str | None = None) -> FastAPI:
     """The app for an engine that has been started. `folder`: private, for the media of requests in progress.
     `app.state.server.draining = True` makes it refuse new requests.
     """
@@ -73,7 +77,7 @@ def build_app(engine: Engine, options: ServerOptions, folder: Path, api_key: str
 class HttpServer:
     """The endpoints."""
 
-    def __init__(self, engine: Engine, options: ServerOptions, folder: Path) -> None:
+    def __init__(self, engine: "BatchingEngine", options: ServerOptions, folder: Path) -> None:
         self.engine, self.options, self.folder = engine, options, folder
         self.metrics = ServerMetrics(engine.stats)
         self.started = now()
@@ -166,8 +170,11 @@ class HttpServer:
             }
         )
 
-    def _reader(self) -> RequestReader:
-        return RequestReader(self.engine.models, self.options, self.folder)
+    @contextmanager
+    def _reader(self) -> Iterator[RequestReader]:
+        """A reader of one request, whose media are deleted at the end of the block."""
+        with TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
+            yield RequestReader(self.engine.models, self.options, Path(folder))
 
     async def _body(self, request: Request) -> bytes:
         """Raises ApiError while draining, for a body that is too large, and for one that doesn't arrive in time."""

@@ -3,20 +3,17 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from finetune.common.errors import DataError
-from finetune.serving.engine.contract import AnswerPiece, Busy, Engine, Request, Stream, TimedOut, Token
+from finetune.serving.engine.answer_stream import AnswerStream
+from finetune.serving.engine.contract import AnswerPiece, Busy, Request, TimedOut
 from finetune.serving.http.protocol import ApiError, ChatRequest, JsonObject, logprobs_of, new_id, now, usage_of
 
+if TYPE_CHECKING:
+    from finetune.serving.engine.engine import BatchingEngine
+
 STREAM_ERRORS = (DataError, Busy, TimedOut, MemoryError)  # that reading a stream may raise
-
-
-@dataclass
-class _Choice:
-    text: list[str] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: str | None = None
 
 
 class ChatCompletion:
@@ -25,10 +22,12 @@ class ChatCompletion:
     Raises Busy and DataError, as the engine does, with all streams cancelled.
     """
 
-    def __init__(self, engine: Engine, chat: ChatRequest, requests: Sequence[Request], seconds: float) -> None:
+    def __init__(
+        self, engine: "BatchingEngine", chat: ChatRequest, requests: Sequence[Request], seconds: float
+    ) -> None:
         self.chat, self.model, self.seconds = chat, requests[0].model, seconds
         self.head: JsonObject = {"id": new_id("chatcmpl"), "created": now(), "model": self.model}
-        self.streams: list[Stream] = []
+        self.streams: list[AnswerStream] = []
         self.ended = False
         self._reading: dict[asyncio.Future[AnswerPiece], int] = {}
         self._first: list[tuple[int, AnswerPiece]] = []
@@ -54,22 +53,20 @@ class ChatCompletion:
 
     async def content(self) -> JsonObject:
         """The whole answer."""
-        choices = [_Choice() for _ in self.streams]
+        answers: list[list[AnswerPiece]] = [[] for _ in self.streams]
         async for number, piece in self._all():
-            choices[number].text.append(piece.text)
-            choices[number].tokens.extend(piece.tokens)
-            choices[number].finish_reason = piece.finish_reason or choices[number].finish_reason
+            answers[number].append(piece)
         return {
             **self.head,
             "object": "chat.completion",
             "choices": [
                 {
                     "index": number,
-                    "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-                    "logprobs": logprobs_of(choice.tokens) if self.chat.logprobs else None,
-                    "finish_reason": choice.finish_reason or "stop",
+                    "message": {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None},
+                    "logprobs": logprobs_of([t for p in pieces for t in p.tokens]) if self.chat.logprobs else None,
+                    "finish_reason": pieces[-1].finish_reason,
                 }
-                for number, choice in enumerate(choices)
+                for number, pieces in enumerate(answers)
             ],
             "usage": usage_of(self.streams),
         }

@@ -8,7 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finetune.serving.engine.contract import Stats, Stream
+from finetune.serving.engine.answer_stream import AnswerStream
+from finetune.serving.engine.contract import Stats
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -36,7 +37,7 @@ class ServerMetrics:
         self.stopped = counter("stopped", "Requests cancelled by their client.", "model")
         self.registry.register(_EngineStats(stats))
 
-    def count_tokens(self, model: str, streams: Iterable[Stream]) -> None:
+    def count_tokens(self, model: str, streams: Iterable[AnswerStream]) -> None:
         """The tokens of all answers to one prompt, which counts once."""
         for number, stream in enumerate(streams):
             if number == 0:
@@ -78,9 +79,6 @@ class _EngineStats(Collector):
 
     def __init__(self, stats: Callable[[], Stats]) -> None:
         self.stats = stats
-
-    def describe(self) -> list[Metric]:
-        return []
 
     def collect(self) -> Iterable[Metric]:
         stats = self.stats()

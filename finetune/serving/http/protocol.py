@@ -8,7 +8,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from finetune.serving.engine.contract import Stream, Token
+from finetune.serving.engine.answer_stream import AnswerStream
+from finetune.serving.engine.contract import Token
 from finetune.serving.http.settings import MOST_IN_A_LIST
 
 JsonObject = dict[str, object]
@@ -100,7 +101,8 @@ class AudioPart(BaseModel):
 
 
 TAGS = ("text", "image_url", "video_url", "input_audio", "audio_url")
-Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | AudioAddressPart, Field(discriminator="type")]
+MediaPart = ImagePart | VideoPart | AudioPart | AudioAddressPart
+Part = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 Short = Field(max_length=MOST_IN_A_LIST, fail_fast=True)
 Texts = Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
@@ -199,7 +201,7 @@ def now() -> int:
     return int(time.time())
 
 
-def usage_of(streams: Sequence[Stream]) -> JsonObject:
+def usage_of(streams: Sequence[AnswerStream]) -> JsonObject:
     """Tokens of all answers to one prompt, which counts once."""
     prompt, completion = streams[0].prompt_tokens, sum(stream.completion_tokens for stream in streams)
     return {

@@ -1,10 +1,8 @@
 """From a request's JSON to the engine's requests; the media become files in a folder of this request."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from finetune.common.errors import DataError
@@ -14,15 +12,12 @@ from finetune.data.sample import Medium, Message
 from finetune.serving.engine.contract import JsonSchema, ModelInfo, Request, TaskInfo
 from finetune.serving.http.protocol import (
     ApiError,
-    AudioAddressPart,
     AudioPart,
     ChatRequest,
     HeadRequest,
-    ImagePart,
-    Part,
+    MediaPart,
     TextPart,
     Turn,
-    VideoPart,
     invalid,
     parse_request,
 )
@@ -42,27 +37,18 @@ class HeadQuestions:
 
 
 class RequestReader:
-    """Reads one request. A context manager: the media's files, in a folder of their own under `folder`, are deleted
-    at its end.
-    """
+    """Reads one request, whose media become files in `folder`."""
 
     def __init__(self, models: Mapping[str, ModelInfo], options: ServerOptions, folder: Path) -> None:
-        self.models, self.options = models, options
-        self._folder = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
+        self.models, self.options, self.folder = models, options, folder
         self._fields: dict[str, str] = {}  # of each file's path, its field in the request
-
-    def __enter__(self) -> "RequestReader":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._folder.cleanup()
 
     def api_error(self, error: DataError) -> ApiError:
         """The error with fields of the request in place of paths, and limits by the server's names."""
         text = str(error)
         for path, field in self._fields.items():
             text = text.replace(path, field)
-        return ApiError(400, text.replace(f"{self._folder.name}/", "").replace("`media.", "`"))
+        return ApiError(400, text.replace(f"{self.folder}/", "").replace("`media.", "`"))
 
     def chat(self, body: bytes) -> tuple[ChatRequest, list[Request]]:
         """One request to the engine for each answer. Raises ApiError, DataError."""
@@ -171,7 +157,7 @@ class RequestReader:
         if count > most:
             raise invalid(param, f"{count:,} characters; at most {most:,} are accepted")
 
-    def _medium(self, part: Part, field: str, model: str) -> Medium:
+    def _medium(self, part: MediaPart, field: str, model: str) -> Medium:
         kind, address = _kind_and_address(part)
         kinds, most = self.models[model].media, self.options.max_bytes
         if kind not in kinds:
@@ -180,7 +166,7 @@ class RequestReader:
         if not 0 < len(content) <= most:
             problem = f"a medium of {len(content):,} bytes; 1 to {most:,} (`max_bytes`)"
             raise invalid(field, problem, 413 if content else 400)
-        path = Path(self._folder.name) / f"{len(self._fields)}{suffix_of(content)}"
+        path = self.folder / f"{len(self._fields)}{suffix_of(content)}"
         path.write_bytes(content)
         self._fields[str(path)] = field
         return Medium(kind, path)
@@ -201,14 +187,9 @@ class RequestReader:
         )
 
 
-def _kind_and_address(part: Part) -> tuple[str, str]:
-    if isinstance(part, ImagePart):
-        return "image", part.image_url.url
-    if isinstance(part, VideoPart):
-        return "video", part.video_url.url
-    if isinstance(part, AudioAddressPart):
-        return "audio", part.audio_url.url
-    assert isinstance(part, AudioPart)
+def _kind_and_address(part: MediaPart) -> tuple[str, str]:
+    if not isinstance(part, AudioPart):
+        return part.type.removesuffix("_url"), getattr(part, part.type).url
     data = part.input_audio.data
     return "audio", data if data[:5].lower() == "data:" else f"data:audio/x;base64,{data}"
 

@@ -3,7 +3,6 @@
 import gc
 from dataclasses import dataclass
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,7 +157,7 @@ def step_of(
         settings=recipe.train,
         collator=collator,
         rows=[rows.fullest] * rows.rows,
-        folder=Path("runs"),
+        folder=planned.run.folder.checkpoints / stage.name,
         seed=seed,
         dtype=planned.run.components.dtype,
     )

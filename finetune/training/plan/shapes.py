@@ -25,8 +25,10 @@ def language_model_on_meta(llm: Llm, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": llm.trust_remote_code}
     if llm.attention == "eager":  # the other implementations keep what torch's own fused attention keeps
         options["attn_implementation"] = llm.attention
-    with loading(f"LLM {llm.name!r}"):
-        config = AutoConfig.from_pretrained(trust_remote_code=llm.trust_remote_code, **source)
+    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
+        config = AutoConfig.from_pretrained(
+            trust_remote_code=llm.trust_remote_code, local_files_only=local_only, **source
+        )
         with META, no_init_weights():
             model = AutoModelForCausalLM.from_config(config, **options)
     quantized = quantization(llm, dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     parts = trained_parts(model, stage.trains)
     arguments = trainer_arguments(training)
     arguments.bf16_full_eval = True  # so that the Trainer leaves the model where it is: without data it can't be moved
+    arguments.output_dir, arguments.report_to = gettempdir(), []  # the Trainer makes the folder, and asks for trackers
     trainer = StageTrainer(
         stage,
         parts,

@@ -6,6 +6,7 @@ import PIL.ImageDraw
 import pytest
 
 from finetune.data.check.inspect import RATE, picture_hash, text_remarks, view
+from finetune.data.sample import Medium
 
 
 def drawing(seed, size=96):
@@ -105,12 +106,12 @@ def test_a_lost_character_is_found():
 def test_sound(tmp_path, audio, codes):
     path = tmp_path / "a.wav"
     path.write_bytes(b"x")
-    assert [code for code, _ in view("audio", path, audio.astype(np.float32)).remarks] == codes
+    assert [code for code, _ in view(Medium("audio", path), audio.astype(np.float32)).remarks] == codes
 
 
 def test_one_colour_is_nothing_to_see(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"x")
-    seen = view("image", path, PIL.Image.new("RGB", (40, 40), (250, 250, 250)))
+    seen = view(Medium("image", path), PIL.Image.new("RGB", (40, 40), (250, 250, 250)))
     assert [code for code, _ in seen.remarks] == ["blank"] and not seen.hash
-    assert not view("image", path, drawing(0)).remarks
+    assert not view(Medium("image", path), drawing(0)).remarks

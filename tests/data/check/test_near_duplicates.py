@@ -4,26 +4,27 @@ import numpy as np
 import pytest
 
 from finetune.data.check.compare import NEAR_BITS, compare, near_pairs
-from finetune.data.check.ledger import Examined, Ledger, MediumUse
+from finetune.data.check.inspect import View
+from finetune.data.check.ledger import Examined, Ledger
 
 
 @pytest.fixture
 def ledger(tmp_path):
-    opened = Ledger(tmp_path / "ledger.sqlite")
+    opened = Ledger(tmp_path / "ledger.sqlite", ["rows.csv"])
     yield opened
     opened.close()
 
 
 def row(number, split="train", content=b"", question=b"", label="", digest=b"", hashed=b"", path=""):
     content = content or bytes([number])
-    media = [MediumUse(digest or bytes([number]), "image", path or f"{number}.png", hashed, bytes(768))]
+    media = [View("image", path or f"{number}.png", digest or bytes([number]), hashed, bytes(768))]
     labels = (label,) if label else ()
     asked = "classify" if label else ""
     return Examined(number, 0, number + 2, split, content, question or content, 10, label, asked, labels, media)
 
 
 def found(ledger, code):
-    compare(ledger, lambda source, number: f"rows.csv:{number}")
+    compare(ledger)
     return [(finding.number, finding.text) for finding in ledger.findings(code)]
 
 

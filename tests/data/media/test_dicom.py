@@ -106,5 +106,5 @@ def test_size_is_checked_by_the_header():
 
 def test_without_pydicom_its_installation_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(MediaError, match=r"rows\.csv:7: .*pip install -e '\.\[dicom\]'"):
+    with pytest.raises(MediaError, match=r"rows\.csv:7: .*pip install 'finetune-kit\[dicom\]'"):
         decode("image", dicom(RAMP), where="rows.csv:7")

@@ -15,6 +15,8 @@ import finetune
 from finetune.common.errors import MediaError
 from finetune.data.media import decode
 
+pytestmark = pytest.mark.slow
+
 NAMES = {kind: list(files()) for kind, files in hostile_files.FILES.items()}
 PROGRAM = Path(hostile_files.__file__)
 SECONDS = 2

@@ -55,10 +55,12 @@ def test_edits_sum_up_to_the_rates_of_jiwer():
 def test_edits_of_chinese_and_of_nothing():
     assert edits("今天天汽好", "今天，天气很好！") == {
         "words": 6,
+        "cjk": 6,
         "characters": 6,
         "word_edits": 2,
         "character_edits": 2,
     }
-    assert edits("两只 CAT", "两只cat。") == {"words": 3, "characters": 5, "word_edits": 0, "character_edits": 0}
-    assert edits("a bc", "?!") == {"words": 0, "characters": 0, "word_edits": 2, "character_edits": 3}
-    assert edits("", "ab c") == {"words": 2, "characters": 3, "word_edits": 2, "character_edits": 3}
+    keys = ("words", "cjk", "characters", "word_edits", "character_edits")
+    assert edits("两只 CAT", "两只cat。") == dict(zip(keys, (3, 2, 5, 0, 0), strict=True))
+    assert edits("a bc", "?!") == dict(zip(keys, (0, 0, 0, 2, 3), strict=True))
+    assert edits("", "ab c") == dict(zip(keys, (2, 0, 3, 2, 3), strict=True))

@@ -35,8 +35,12 @@ def test_error_rates_are_of_all_rows_together(tmp_path):
     asked = Asked("transcribe", tmp_path, media=["image"])
     long, short = asked.sample(text="今天天气很好，我们出去走走吧。"), asked.sample(text="Yes.")
     scores = asked.scores((long, "今天天气很好我们出去走吧"), (short, "no"))
-    assert scores["word_error_rate"] == pytest.approx((1 + 1) / (13 + 1))
+    assert list(scores) == ["character_error_rate", "exact_match"]  # of Chinese there is no rate by word
     assert scores["character_error_rate"] == pytest.approx((1 + 3) / (13 + 3))
+    english = asked.sample(text="The cat sat on the mat.")
+    scores = asked.scores((english, "the cat sat on a mat"), (short, "no"))
+    assert scores["word_error_rate"] == pytest.approx((1 + 1) / (6 + 1))
+    assert scores["character_error_rate"] == pytest.approx((3 + 3) / (17 + 3))
     assert scores["exact_match"] == 0.0 and asked.scores((short, "yes"))["exact_match"] == 1.0
     assert [asked.row(short, Answer(text))["good"] for text in ("YES", "yet", "no " * 9)] == [
         1.0,

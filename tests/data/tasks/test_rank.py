@@ -5,7 +5,7 @@ from task_rows import Asked
 from finetune.common.errors import DataError
 from finetune.data.sample import Answer
 from finetune.data.tasks.rank import Options
-from finetune.evaluation.bootstrap import intervals
+from finetune.evaluation.uncertainty import ScoredRows
 
 TEXTS = {"history": "买过鳄梨", "item": "台球"}
 
@@ -50,8 +50,8 @@ def test_groups_are_ranked_by_it_and_drawn_whole(tmp_path):
     assert scores["ndcg@2"] == pytest.approx(sum(expected) / 2)
     assert scores["mrr"] == 0.75 and scores["hit_rate@2"] == 1.0 and scores["auroc"] == 0.5
     assert asked.task.tables(rows, asked.options) == {"groups": {"groups": 3, "ranked": 2, "with_both": 1}}
-    low, high = intervals(rows, lambda drawn: asked.task.score(drawn, asked.options), seed=0)["mrr"]
-    assert (low, high) == (0.5, 1.0)
+    scored = ScoredRows(rows, lambda drawn: asked.task.score(drawn, asked.options), seed=0)
+    assert (scored.units, scored.right, scored.interval("mrr")) == (3, {}, None)  # three groups tell nothing
 
 
 def test_the_two_answers_differ():

@@ -51,3 +51,26 @@ def test_ties_are_broken_by_how_sure_it_was_and_both_sides_are_apart():
     assert best == [f"r:{number}" for number in range(89, 49, -2)]
     few = examples(rows[:5], Album(Limits()))
     assert len(few) == 5 == len({example.row for example in few})
+
+
+def test_right_and_wrong_answers_are_counted():
+    rows = [prediction("a", "a", 1.0, f"r:{number}") for number in range(30)] + [prediction("b", "a", 0.0, "r:x")]
+    found = examples(rows, Album(Limits()))
+    assert {(example.side, example.group) for example in found} == {
+        ("worst", "wrong answers, 1 of 31"),
+        ("best", "right answers, 30 of 31"),
+    }
+    between = examples([prediction("a b", "a", 0.7), prediction("b", "a", 0.0)], Album(Limits()))
+    assert [example.group for example in between] == ["worst answers", "best answers"]
+
+
+def test_boxes_stand_where_they_are_in_thousandths():
+    right, wrong = {"label": "cat", "box": [100, 200, 500, 1000]}, {"label": "dog", "box": [0, 0, 250, 10]}
+    (example,) = examples([prediction([wrong], [right], 0.0)], Album(Limits()))
+    assert [(box.kind, box.left, box.top, box.width, box.height) for box in example.boxes] == [
+        ("target", 10.0, 20.0, 40.0, 80.0),
+        ("tuned", 0.0, 0.0, 25.0, 1.0),
+    ]
+    assert example.target == "cat (100, 200, 500, 1000)"
+    for other in (None, "a", ["a"], [{"box": "a"}], [{"box": [1, 2]}], {"label": "a"}):
+        assert not examples([prediction(other, other, 0.0)], Album(Limits()))[0].boxes

@@ -13,6 +13,8 @@ from finetune.common.errors import ModelError
 from finetune.model.encoders import spectrogram, wave, whisper
 from finetune.model.encoders._audio import cut_windows, resampled, window_sizes
 
+pytestmark = pytest.mark.slow
+
 RATE = 16_000
 
 

@@ -14,6 +14,8 @@ from finetune.common.registry import load_part
 from finetune.data.sample import Layout
 from finetune.model.encoders._transformers import fingerprint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MEDIA = {
     "image": [tiny_picture(size=size) for size in ((1, 1), (40, 30), (1, 50), (500, 10))],

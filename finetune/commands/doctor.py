@@ -1,0 +1,50 @@
+"""Doctor: what in this environment would stop a run, and what mends it."""
+
+from dataclasses import dataclass
+
+from finetune.commands._doctor import device, packages, surroundings
+from finetune.commands._doctor.finding import Check, Condition
+from finetune.common.version import DISTRIBUTION
+
+INSTALL = f"pip install {DISTRIBUTION}"
+CHECKS = (
+    Check("python", packages.python, INSTALL),
+    Check("packages", packages.required, INSTALL),
+    Check("packages", packages.foreign, INSTALL),
+    Check("packages", packages.replaced, "restart the kernel"),
+    Check("extras", packages.extras, INSTALL),
+    Check("device", device.device, "install torch again: https://pytorch.org/get-started/locally"),
+    Check("torchao", packages.torchao, "mend what is above, then pip install --force-reinstall --no-deps peft"),
+    Check("bitsandbytes", device.quantized, device.REINSTALL),
+    Check("memory", device.memory, "pip install --force-reinstall --no-deps psutil"),
+    Check("memory of GPUs", device.gpu_memory, "install torch again: https://pytorch.org/get-started/locally"),
+    Check("disk", surroundings.disk, "work in a folder that exists and can be read"),
+    Check("hub", surroundings.hub, "check the connection"),
+    Check("codecs", surroundings.codecs, "pip install --force-reinstall --no-deps av"),
+    Check("engines", surroundings.engines, "name an engine that works, or unset its variable"),
+)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    conditions: tuple[Condition, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is an error."""
+        return all(condition.level != "error" for condition in self.conditions)
+
+    def __str__(self) -> str:
+        lines = []
+        for condition in self.conditions:
+            lines.append(f"{condition.level:<8} {condition.subject}: {condition.seen}")
+            if condition.mend:
+                lines.append(f"{'':<8}   {condition.mend}")
+        return "\n".join(lines)
+
+
+def doctor() -> Diagnosis:
+    """Examine versions, device, quantized layers, memory, disks, the Hub, codecs and engines. Raises nothing: a check
+    that fails is an error in the diagnosis.
+    """
+    return Diagnosis(tuple(condition for check in CHECKS for condition in check.conditions()))
