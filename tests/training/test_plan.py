@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from finetune.common.errors import RecipeError
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.training.plan.cards import GIB
+from finetune.training.plan.cards import GIB, card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import plan
 
@@ -125,6 +125,23 @@ def test_an_unknown_card_is_a_mistake_of_the_command_line(folder):
     assert done.returncode == 2 and "--gpu t5" in done.stderr and "rtx3060-12gb" in done.stderr
     with pytest.raises(RecipeError, match="t5"):
         plan(recipe_in(folder), "t5")
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "name"),
+    [
+        ("NVIDIA A10G", 22.0, "a10"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80gb"),
+        ("Tesla T4", 14.6, "t4"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA L40S", 44.4, None),
+        ("NVIDIA GeForce RTX 3080", 9.8, None),
+    ],
+)
+def test_a_device_is_the_card_of_its_name(device, memory, name):
+    card = card_like(device, memory)
+    assert (card and card.name) == name
 
 
 def test_money_is_hours_times_rent(usual):

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.common.progress import quiet_libraries
 from finetune.recipe.schema import Recipe
-from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_named
+from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_like, card_named
 from finetune.training.plan.measure import Measured, Phase, measure, with_dtype
 from finetune.training.plan.rows import PlannedRows
 
@@ -132,10 +132,10 @@ def _own_card() -> Card | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    plain = properties.name.lower().replace(" ", "")
-    like = next((card for card in CARDS.values() if card.name.split("-")[0] in plain), CARDS[DEFAULT])
+    memory = properties.total_memory / GIB
+    like = card_like(properties.name, memory) or CARDS[DEFAULT]
     bfloat16 = torch.cuda.get_device_capability(0) >= (8, 0)
-    return replace(like, name=properties.name, memory=properties.total_memory / GIB, bfloat16=bfloat16)
+    return replace(like, name=properties.name, memory=memory, bfloat16=bfloat16)
 
 
 def _changes(recipe: Recipe, rows: PlannedRows, measured: Measured) -> Iterator[Change]:
