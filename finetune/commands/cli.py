@@ -66,13 +66,15 @@ def options(
 def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
+    from finetune.training.plan.apart import plan_line
 
     counts = check(recipe, set_ or [])
     print(f"{recipe}: OK")
     for split, count in counts.items():
         if count.rows:
             print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
-    print(f"  memory, disk and hours: finetune plan {recipe}")
+    sys.stdout.flush()
+    print(f"  {plan_line(recipe, set_ or []) or f'memory, disk and hours: finetune plan {recipe}'}")
 
 
 @app.command()

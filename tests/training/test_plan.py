@@ -14,11 +14,15 @@ from tiny import tiny_recipe
 from transformers import AutoModelForCausalLM
 
 from finetune.common.errors import RecipeError
+from finetune.evaluation.report.tables import planned_beside
+from finetune.evaluation.results import Metrics
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
+from finetune.training.plan.apart import plan_line, without_auto
 from finetune.training.plan.cards import GIB, card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
-from finetune.training.plan.plan import plan
+from finetune.training.plan.plan import TIGHT, largest_tokens_per_batch, plan
+from finetune.training.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import plan_accuracy
@@ -118,6 +122,55 @@ def test_the_command_prints_json(folder):
 def test_the_exit_status_says_whether_it_fits(usual, share, status):
     card = replace(usual.card, memory=usual.needed / share / GIB)
     assert replace(usual, card=card).exit_status == status
+
+
+def test_checkpoints_are_automatic_where_the_card_is_small(folder, usual, monkeypatch):
+    recipe = recipe_in(folder, train__checkpoint_every_n_layers="auto")
+    assert plan(recipe, "t4", advise=False).checkpoints == 0
+    small = replace(usual.card, memory=usual.needed / GIB)
+    monkeypatch.setattr("finetune.training.plan.plan.card_named", lambda name: small)
+    planned = plan(recipe, "small", advise=False)
+    assert planned.checkpoints == 1 and planned.needed < usual.needed
+
+
+def test_a_run_without_a_gpu_has_no_automatic_checkpoints(folder):
+    recipe = recipe_in(folder, train__checkpoint_every_n_layers="auto")
+    assert without_auto(recipe, gpu=False).train.checkpoint_every_n_layers == 0
+    with pytest.raises(RecipeError, match="checkpoint_every_n_layers"):
+        recipe_in(folder, train__checkpoint_every_n_layers=-1)
+
+
+def test_the_largest_row_that_fits(folder, usual):
+    recipe = recipe_in(folder)
+    assert largest_tokens_per_batch(recipe, 512, usual.card) == 512
+    small = replace(usual.card, memory=usual.needed / TIGHT / GIB)
+    found = largest_tokens_per_batch(recipe, 384, small)
+    twice = plan(recipe_in(folder, train__tokens_per_batch=2 * found), "t4", advise=False)
+    assert found == 96 and twice.needed > usual.needed
+
+
+@pytest.mark.slow
+def test_a_plan_in_a_process_of_its_own(folder):
+    """That of the command line, if there is time, and if its models are at hand."""
+    path = tiny_recipe(folder, train__stages=TUNE)
+    assert plan_line(path, seconds=200).startswith("tiny: 0.5 GiB, fits ")
+    assert plan_line(path, seconds=0.01) is None
+    assert plan_line(path, ["model.llm.name=no/such"], seconds=200) is None
+
+
+@pytest.mark.slow
+def test_a_run_has_its_plan_beside_what_was_measured(tmp_path, monkeypatch, capsys):
+    """As on a GPU, on a CPU: seconds, and no peak of a GPU's memory to be set beside the planned one."""
+    monkeypatch.setattr("finetune.training.train.default_device", lambda: torch.device("cuda"))
+    recipe = load_recipe(tiny_recipe(tmp_path, train__stages=TUNE))
+    metrics = Metrics.model_validate(train(recipe, tmp_path / "run").read_metrics())
+    assert metrics.planned_seconds.keys() == {"encode", "llm", "evaluate"}
+    assert metrics.planned_memory_bytes["train_cuda"] > 10**5
+    parts = planned_beside(metrics)
+    printed = capsys.readouterr().err
+    assert len(parts) == 2 and all(f"{part}: {amounts}" in printed for part, amounts in parts)
+    peaks = metrics.model_copy(update={"peak_memory_bytes": {"train_cuda": 3 * 2**30}})
+    assert planned_beside(peaks)[0][1].endswith(" planned, 3.00 GiB measured")
 
 
 def test_an_unknown_card_is_a_mistake_of_the_command_line(folder):

@@ -17,6 +17,7 @@ UTILISATION = 0.3  # of a card's dense speed that training in 4 bits with LoRA r
 CALL = 8e-6  # seconds in which Python starts an operation: small models can't be faster than that
 CONDITIONS = 4  # under which held-out rows are answered: tuned, base, blank, shuffled
 MIB = 2**20
+CHECKPOINTS, TOKENS = "train.checkpoint_every_n_layers", "train.tokens_per_batch"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes, in bytes and seconds. `needed`: of the card, in its fullest phase; `changes`: each holds all
-    keys of the one before; `disk`: {what: bytes}; `seconds`: {phase: seconds on `card`}.
+    """What a run takes, in bytes and seconds. `checkpoints`: layers per activation checkpoint, `auto` replaced;
+    `needed`: of the card, in its fullest phase; `changes`: each holds all keys of the one before; `disk`: {what:
+    bytes}; `seconds`: {phase: seconds on `card`}.
     """
 
     name: str
     card: Card
+    checkpoints: int
     dtype: str
     phases: tuple[Phase, ...]
     needed: int
@@ -67,6 +70,17 @@ class Plan:
         choices = (Change({}, self.needed), *self.changes)
         return next((choice for choice in choices if _status(choice.needed, memory * GIB) < 2), None)
 
+    def figures(self) -> dict[str, dict[str, float]]:
+        """What metrics.json holds beside measured figures, with the same keys: peaks of torch's allocator, seconds."""
+        memory = {"train_cuda": 0.0, "evaluate_cuda": 0.0}
+        seconds = {"encode": 0.0, "llm": 0.0, "evaluate": 0.0}
+        for phase in self.phases:
+            what = phase.name.partition(" ")[0]
+            peak = "evaluate_cuda" if what == "evaluate" else "train_cuda"
+            memory[peak] = max(memory[peak], phase.total)
+            seconds["llm" if what == "train" else what] += self.seconds[phase.name]
+        return {"planned_memory_bytes": memory, "planned_seconds": seconds}
+
     def line(self) -> str:
         verdict = ("fits", "is tight on", "doesn't fit")[self.exit_status]
         return (
@@ -93,18 +107,19 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     DataError, ModelError.
     """
     quiet_libraries()
-    card = card_named(gpu) if gpu else _own_card() or CARDS[DEFAULT]
+    card = card_named(gpu) if gpu else own_card() or CARDS[DEFAULT]
     card = card if rent is None else replace(card, rent=rent)
     dtype = recipe.model.llm.dtype
     if dtype == "auto":
         dtype = "bfloat16" if card.bfloat16 else "float16"
     recipe = with_dtype(recipe, dtype)
     rows = PlannedRows.of(recipe)
-    measured = measure(recipe, rows, gpu=True)
+    recipe, measured = _automatic(recipe, rows, card)
     needed = on_card(measured)
     return Plan(
         name=recipe.name,
         card=card,
+        checkpoints=int(recipe.train.checkpoint_every_n_layers),
         dtype=dtype,
         phases=measured.phases,
         needed=needed,
@@ -116,6 +131,35 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     )
 
 
+def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, Measured]:
+    """The recipe without `auto`, and what it takes: activation checkpoints only where it would be tight without."""
+    if recipe.train.checkpoint_every_n_layers == "auto":
+        recipe = _with(recipe, {CHECKPOINTS: 0})
+        measured = measure(recipe, rows, gpu=True)
+        if not _status(on_card(measured), card.memory * GIB):
+            return recipe, measured
+        recipe = _with(recipe, {CHECKPOINTS: 1})
+    return recipe, measure(recipe, rows, gpu=True)
+
+
+def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card | None = None) -> int:
+    """The most tokens of a packed row with which the run isn't tight on a card: `most`, or that halved as often as it
+    must be, but not below the longest sample. `card`: default this machine's GPU; without one, `most`.
+
+    Plans once for each number. Raises DataError, ModelError.
+    """
+    card = card or own_card()
+    if card is None:
+        return most
+    recipe = with_dtype(recipe, "bfloat16" if card.bfloat16 else "float16")
+    rows = PlannedRows.of(recipe)
+    while True:
+        _, measured = _automatic(_with(recipe, {TOKENS: most}), rows, card)
+        if not _status(on_card(measured), card.memory * GIB) or most // 2 < max(measured.longest, 16):
+            return most
+        most //= 2
+
+
 def on_card(measured: Measured) -> int:
     """Bytes of a card that its fullest phase takes, with CUDA's own."""
     return round(max(phase.total for phase in measured.phases) * (1 + FRAGMENTED)) + CONTEXT
@@ -125,7 +169,7 @@ def _status(needed: float, memory: float) -> int:
     return 2 if needed > memory else 1 if needed > TIGHT * memory else 0
 
 
-def _own_card() -> Card | None:
+def own_card() -> Card | None:
     """This machine's first GPU; its speed is that of the table's card with a like name, or else of the default's."""
     import torch
 
@@ -150,7 +194,7 @@ def _changes(recipe: Recipe, rows: PlannedRows, measured: Measured) -> Iterator[
         if step is None:
             return
         changed = _with(recipe, step)
-        if set(step) != {"train.tokens_per_batch", "train.accumulate"} and set(step) != {"evaluate.batch"}:
+        if set(step) != {TOKENS, "train.accumulate"} and set(step) != {"evaluate.batch"}:
             tried.add(str(sorted(step)))
         again = measure(changed, rows, gpu=True)
         if on_card(again) >= needed:
@@ -169,7 +213,7 @@ def _steps(recipe: Recipe, measured: Measured) -> Iterator[dict[str, Any]]:
     if fullest == "evaluate" and recipe.evaluate.batch > 1:
         yield {"evaluate.batch": max(recipe.evaluate.batch // 4, 1)}
     if fullest.startswith("train") and train.checkpoint_every_n_layers != 1:
-        yield {"train.checkpoint_every_n_layers": 1}
+        yield {CHECKPOINTS: 1}
     if recipe.model.llm.quantize != "nf4":
         yield {"model.llm.quantize": "nf4"}
     if fullest.startswith("train"):
@@ -177,7 +221,7 @@ def _steps(recipe: Recipe, measured: Measured) -> Iterator[dict[str, Any]]:
             yield {f"train.stages.{n}.optimizer": "paged_adamw_8bit" for n in range(len(train.stages))}
         half = train.tokens_per_batch // 2
         if half >= measured.longest:
-            yield {"train.tokens_per_batch": half, "train.accumulate": 2 * train.accumulate}
+            yield {TOKENS: half, "train.accumulate": 2 * train.accumulate}
 
 
 def _with(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
