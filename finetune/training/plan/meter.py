@@ -71,7 +71,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     if func.overloadpacket in flop_registry:
         return int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result))
     if func.name().startswith("bitsandbytes::gemm_4bit"):  # (..., K) by packed weights -> (..., N)
-        return 2 * args[0].numel() * int(result.shape[-1])
+        return 2 * int(args[0].numel()) * int(result.shape[-1])
     return 0
 
 
