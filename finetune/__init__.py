@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_preview import data_preview
     from finetune.commands.doctor import doctor
     from finetune.commands.init import init
+    from finetune.commands.plan import plan
     from finetune.commands.predict import predict
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
@@ -47,6 +48,7 @@ _HOME = {
     "load_recipe": "recipe.load",
     "merge": "merging.merge",
     "predict": "commands.predict",
+    "plan": "commands.plan",
     "pull": "publishing.pull",
     "push": "publishing.push",
     "recipes": "commands.recipes",
@@ -74,6 +76,7 @@ __all__ = [
     "load",
     "load_recipe",
     "merge",
+    "plan",
     "predict",
     "pull",
     "push",

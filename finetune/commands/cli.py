@@ -18,6 +18,7 @@ import typer
 from finetune.common.errors import FinetuneError, Interrupted, RecipeError
 from finetune.common.registry import FOLDERS, load_part, part_names
 from finetune.common.version import VERSION
+from finetune.training.plan.cards import CARDS, DEFAULT
 
 if TYPE_CHECKING:
     from finetune.commands.init import Question
@@ -135,8 +136,35 @@ def ask(question: "Question") -> str:
 def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
+    from finetune.training.plan.apart import plan_line
 
-    print(check(recipe, set_ or []))
+    print(check(recipe, set_ or []), flush=True)
+    print(f"  {plan_line(recipe, set_ or []) or f'memory, disk and hours: finetune plan {recipe}'}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    set_: Set = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help=f"One of {', '.join(CARDS)}; default: this machine's, or {DEFAULT}."),
+    ] = None,
+    rent: Annotated[
+        float | None, typer.Option(min=0, help="Of the card, in US$ an hour; default: the table's.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what a run takes, before weights are downloaded: memory, disk, hours. Exit status 1: tight, 2: too large."""
+    from finetune.commands.plan import plan
+    from finetune.commands.tables import print_plan
+
+    result = plan(recipe, set_ or [], gpu, rent)
+    if json_:
+        print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_plan(result)
+    raise typer.Exit(result.exit_status)
 
 
 @app.command()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finetune.commands.run import RunResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
+    from finetune.training.plan.plan import Plan
     from finetune.training.sweep import SweepResult
 
 
@@ -79,6 +80,41 @@ def print_run(result: "RunResult") -> None:
     paths = {name: getattr(folder, name) for name in ("adapter", "metrics", "predictions", "plots", "merged")}
     for name, path in {**paths, "report": result.report}.items():
         print(f"{name:<12} {path}")
+
+
+def print_plan(result: "Plan") -> None:
+    from finetune.training.plan.cards import GIB, SIZES, USABLE
+    from finetune.training.plan.plan import TIGHT, duration, parts_of, size
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="memory of the card", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for phase in result.phases:
+        table.add_column(phase.name.replace(" ", "\n", 1), justify="right")
+    for part in parts_of(result.phases):
+        table.add_row(part, *(size(phase.parts[part]) if part in phase.parts else "" for phase in result.phases))
+    table.add_section()
+    table.add_row("together", *(size(phase.total) for phase in result.phases))
+    table.add_row("time", *(duration(result.seconds[phase.name]) for phase in result.phases))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{size(result.needed)} of a card are needed, in the phase '{result.fullest.name}', in {result.dtype}"
+    )
+    for nominal in SIZES:
+        change = result.fit(nominal * USABLE)
+        verdict = "does not fit"
+        if change is not None:
+            verdict = "tight" if change.needed > TIGHT * nominal * USABLE * GIB else "fits"
+            verdict += f" with {change} ({change.needed / GIB:.1f} GiB)" if change.keys else ""
+        console.print(f"  {nominal:>2} GB: {verdict}", soft_wrap=True)
+    for what, amounts in (("disk", result.disk), ("later", result.memory_elsewhere)):
+        console.print(
+            f"{what}: " + ", ".join(f"{name} {size(amount)}" for name, amount in amounts.items() if amount),
+            soft_wrap=True,
+        )
+    for note in result.notes:
+        console.print(f"({note})", style="dim", soft_wrap=True)
+    print(result.line())
 
 
 def print_trials(result: "SweepResult") -> None:

@@ -92,4 +92,6 @@ class Metrics(Result):
     merge: MergeOutcome = MergeOutcome()
     seconds: dict[str, float] = {}
     peak_memory_bytes: dict[str, float] = {}
+    planned_seconds: dict[str, float] = Field(default={}, description="With the keys of `seconds`; {} without a GPU.")
+    planned_memory_bytes: dict[str, float] = {}
     energy_joules: dict[str, float] = {}

@@ -71,11 +71,16 @@ def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | Non
             model = AutoModelForCausalLM.from_pretrained(
                 llm.name,
                 use_safetensors=True,
-                quantization_config=_quantization(llm, dtype),
+                quantization_config=quantization(llm, dtype),
                 local_files_only=local_only,
                 adapter_kwargs={"local_files_only": local_only},
                 **options,
             )
+    return ready(model, llm)
+
+
+def ready(model: PreTrainedModel, llm: Llm) -> PreTrainedModel:
+    """A loaded LLM, frozen, in evaluation mode. Raises ModelError for one with encoders of its own."""
     if model.config.get_text_config() is not model.config:
         raise ModelError(
             f"LLM {llm.name!r} is a {type(model).__name__}, with encoders of its own; take a text-only model"
@@ -127,7 +132,8 @@ def keep_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(llm: Llm, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization(llm: Llm, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers is told of the LLM's quantization; `dtype` is that of the computation."""
     if llm.quantize == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

@@ -233,8 +233,10 @@ class Train(Section):
     )
     encode_batch: int = Field(1, ge=1, description="Media encoded in one batch.")
     workers: int = Field(0, ge=0, description="Data worker processes; 0: the trainer's own process.")
-    checkpoint_every_n_layers: int = Field(
-        0, ge=0, description="Layers per activation checkpoint: 0 no checkpoints, 1 every layer."
+    checkpoint_every_n_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="Layers per activation checkpoint: 0 no checkpoints, 1 every layer; auto: 1 where the GPU is too "
+        "small without.",
     )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
     track: list[Tracker] = Field(

@@ -1,5 +1,6 @@
 """Train: recipe -> rows -> tokens -> features -> packed rows -> the stages, on one loaded LLM -> adapter folder."""
 
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +16,8 @@ from finetune.common.errors import TrainingError
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
 from finetune.evaluation import plots
-from finetune.evaluation.results import StageResult, TrainingResult
+from finetune.evaluation.report.tables import planned_beside
+from finetune.evaluation.results import Metrics, StageResult, TrainingResult
 from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
@@ -24,8 +26,9 @@ from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.run import Run
 from finetune.recipe.load import dump_recipe, refuse_missing_trackers
-from finetune.recipe.schema import Model, Recipe, Stage
+from finetune.recipe.schema import Model, Recipe, Stage, Train
 from finetune.training.collate import Collator
+from finetune.training.plan.apart import WAIT_SECONDS, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared
@@ -54,6 +57,8 @@ def train(
     fresh_memory()
     refuse_several_gpus()
     refuse_missing_trackers(recipe)
+    on_gpu = default_device().type == "cuda"
+    recipe = without_auto(recipe, on_gpu)
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
     folder = RunFolder(Path(run or Path("runs") / recipe.name))
@@ -62,17 +67,24 @@ def train(
         record_versions(folder.path / "versions.json", processes.num_processes)
     processes.wait_for_everyone()
     begin = perf_counter()
-    with EnergyMeter() as meter:
-        result, seconds = train_stages(prepare(folder, recipe, shared), shared, on_validation)
+    planned = on_gpu and processes.num_processes == 1 and shared is None
+    with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
+        with EnergyMeter() as meter:
+            result, seconds = train_stages(prepare(folder, recipe, shared), shared, on_validation)
+        seconds["train"] = perf_counter() - begin
+        figures = finish(WAIT_SECONDS) or {}
     if not processes.is_main_process:
         return folder
     folder.update_metrics(
+        **{name: values for name, values in figures.items() if name.startswith("planned_")},
         train=result.model_dump(),
-        seconds={**seconds, "train": perf_counter() - begin},
+        seconds=seconds,
         energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
         peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
     )
     plots.losses({name: stage.losses for name, stage in result.stages.items()}, folder.plots / "loss.png")
+    for part, amounts in planned_beside(Metrics.model_validate(folder.read_metrics())):
+        console.print(f"{part}: {amounts}")
     console.print(f"adapter: {folder.adapter}")
     return folder
 
@@ -135,10 +147,15 @@ def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
     model = run.build(with_encoders=not settings.cache, language_model=shared.language_model if shared else None)
     if shared:
         shared.composite = model
+    set_up(model, settings)
+    return model
+
+
+def set_up(model: MultimodalModel, settings: Train) -> None:
+    """What of a recipe's `train` is set in the model itself."""
     model.encode_batch = settings.encode_batch
     if settings.checkpoint_every_n_layers:
         model.causal_lm.activation_checkpointing_enable(every_n_layers=settings.checkpoint_every_n_layers)
-    return model
 
 
 def validation_callback(

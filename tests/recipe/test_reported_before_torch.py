@@ -28,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "verb",
-    ["check", "train", "run", "sweep --over seed=1,2", "data check", "data preview", "data label"],
+    ["check", "plan", "train", "run", "sweep --over seed=1,2", "data check", "data preview", "data label"],
 )
 def test_a_mistake_in_a_recipe_is_reported_by(verb, folder):
     text = GOOD.replace("quantize: nf4", "quantize: nf5")

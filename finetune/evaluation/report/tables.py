@@ -8,7 +8,7 @@ from finetune.data.metrics import lower_is_better
 from finetune.data.predictions import Prediction
 from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
-from finetune.evaluation.results import Confusion, StageResult, TaskTables
+from finetune.evaluation.results import Confusion, Metrics, StageResult, TaskTables
 from finetune.recipe.parts import Part
 from finetune.recipe.schema import Stage
 
@@ -247,9 +247,24 @@ class Cost:
     rows: list[tuple[str, str]]
 
 
+def planned_beside(metrics: Metrics) -> list[tuple[str, str]]:
+    """(part of the run, both amounts), of what has been planned and measured."""
+    return [
+        (f"{kind}, {words.plain(part)}", f"{written(planned[part])} planned, {written(measured[part])} measured")
+        for kind, written, planned, measured in (
+            ("memory", words.memory, metrics.planned_memory_bytes, metrics.peak_memory_bytes),
+            ("time", words.duration, metrics.planned_seconds, metrics.seconds),
+        )
+        for part in planned
+        if part in measured
+    ]
+
+
 def costs(content: Content) -> list[Cost]:
     metrics = content.metrics
+    beside = planned_beside(metrics)
     return [
+        *([Cost("Planned and measured", beside)] if beside else []),
         Cost("Time", [(words.plain(part), words.duration(value)) for part, value in metrics.seconds.items()]),
         Cost("Peak memory", [(words.plain(p), words.memory(value)) for p, value in metrics.peak_memory_bytes.items()]),
         Cost("Energy", [(words.plain(part), words.energy(value)) for part, value in metrics.energy_joules.items()]),

@@ -60,11 +60,14 @@ def load(
 ) -> "nn.Module":
     """The weights of a checkpoint, from safetensors only. Weights missing from its files are NaN until `probe` has
     checked whether features depend on them. `key_mapping`: regular expression -> replacement, for names of weights.
+    On the meta device, where weights have no data, only the config is read.
 
     Raises ModelError.
     """
     import torch
 
+    if device.type == "meta":
+        return shapes_of(model_class, config, dtype)
     with loading(f"encoder {options.name!r}", options.name) as local_only:
         module, report = model_class.from_pretrained(
             options.name,
@@ -83,6 +86,17 @@ def load(
             state[name].fill_(float("nan"))
     result: nn.Module = module.to(device)
     return result
+
+
+def shapes_of(model_class: Any, config: Any, dtype: "torch.dtype") -> "nn.Module":
+    """A model of a config, on the meta device."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights():
+        built = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+    module: nn.Module = built.to(dtype)
+    return module
 
 
 def rebuild(settings: EncoderSettings, dtype: "torch.dtype", model_class: Any = None) -> tuple["nn.Module", Any]:

@@ -1,0 +1,11 @@
+"""`python -m finetune.training.plan RECIPE [KEY=VALUE ...]`: a plan's line and figures as one line of JSON."""
+
+import json
+import sys
+
+from finetune.recipe.load import load_recipe
+from finetune.training.plan.plan import plan
+
+if __name__ == "__main__":
+    result = plan(load_recipe(sys.argv[1], sys.argv[2:]), advise=False)
+    print(json.dumps({"line": result.line(), "checkpoints": result.checkpoints, **result.figures()}))

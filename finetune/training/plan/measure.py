@@ -1,0 +1,201 @@
+"""What a recipe takes on a card, phase by phase: each is run once on tensors without data, which are counted."""
+
+import gc
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+
+from finetune.model.composite import MultimodalModel
+from finetune.recipe.schema import Llm, Recipe, Stage
+from finetune.training.collate import Batch, PackedRow
+from finetune.training.plan.meter import Meter, Rehearsal, with_data
+from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
+from finetune.training.plan.shapes import language_model_on_meta, without_data
+from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
+from finetune.training.train import set_up
+from finetune.training.trainer import StageTraining
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes by part while a phase is at its fullest, and the operations of one row, medium or batch of it."""
+
+    name: str
+    parts: dict[str, int]
+    flops: int = 0
+    calls: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """`rows`: packed rows of all epochs; `fullest`: tokens of the one that was measured."""
+
+    rows: int
+    tokens: int
+    fullest: int
+    optimizer_steps: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`phases` in order: `encode KIND`, `train STAGE`, `evaluate`. `features`: {kind: bytes of all media in the cache}.
+    `trained`: bytes of what the adapter folder holds; `checkpoint`: bytes of the largest; `weights_16bit`: bytes of the
+    LLM's weights in 16 bits; `packed`: whether samples share rows.
+    """
+
+    phases: tuple[Phase, ...]
+    stages: dict[str, StageWork]
+    features: dict[str, int]
+    trained: int
+    checkpoint: int
+    weights_16bit: int
+    kv_token: int
+    longest: int
+    packed: bool
+
+
+def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
+    """`recipe`: with its LLM's dtype named. Raises ModelError, DataError."""
+    planned = PlannedRun(recipe, rows)
+    components, dtype = planned.run.components, planned.run.components.dtype
+    model = composed(planned, recipe, dtype)
+    packed = "position_ids" in signature(model.causal_lm.forward).parameters
+    weights_16bit = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
+    with Rehearsal() as meter:
+        without_data(model, dtype)
+        for encoder in components.encoders.values():
+            if recipe.train.cache:
+                without_data(encoder.module, dtype)
+        phases: list[Phase] = []
+        features: dict[str, int] = {}
+        for kind, count in rows.media.items() if recipe.train.cache else ():
+            phase, size = _encode(planned, kind, meter)
+            phases.append(phase)
+            features[kind] = size * count
+        stages: dict[str, StageWork] = {}
+        states = 0
+        for number, stage in enumerate(recipe.train.stages):
+            with with_data():
+                training, batch, in_all = step_of(planned, model, stage, packed, recipe.seed + 1000 * number)
+            memory = measure_step(training, on_paper(batch), meter, gpu)
+            tokens = batch["input_ids"].numel()
+            stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens, training.steps)
+            states = max(states, memory.optimizer)
+            phases.append(_phase(f"train {stage.name}", memory))
+        evaluation, kv_token, longest = _evaluate(planned, model, meter)
+        phases.append(evaluation)
+        weights = weights_of(model)
+    trained = sum(size for role, size in weights.items() if role != "language_model")
+    return Measured(
+        phases=tuple(phases),
+        stages=stages,
+        features=features,
+        trained=trained,
+        checkpoint=trained + states,
+        weights_16bit=weights_16bit,
+        kv_token=kv_token,
+        longest=longest,
+        packed=packed,
+    )
+
+
+def composed(planned: PlannedRun, recipe: Recipe, dtype: torch.dtype) -> MultimodalModel:
+    """The composite as training builds it, on the meta device. LoRA begins as zeros whatever the recipe says: other
+    beginnings are computed from the weights, and take as much memory.
+    """
+    adapter = recipe.adapter and recipe.adapter.model_copy(update={"initialization": "default"})
+    planned.run.recipe = recipe.model_copy(update={"adapter": adapter})
+    language_model = language_model_on_meta(recipe.model.llm, dtype)
+    model = planned.run.build(with_encoders=not recipe.train.cache, language_model=language_model)
+    set_up(model, recipe.train)
+    return model
+
+
+def _phase(name: str, memory: StepMemory) -> Phase:
+    parts = {**memory.weights, "optimizer": memory.optimizer, "gradients": memory.gradients}
+    return Phase(name, {**parts, "activations": memory.activations}, memory.flops, memory.calls)
+
+
+def _encode(planned: PlannedRun, kind: str, meter: Meter) -> tuple[Phase, int]:
+    """The phase, and the mean bytes of a medium's features."""
+    encoder = planned.run.components.encoders[kind]
+    with with_data():
+        prepared = planned.some_media(kind)
+    most = max(prepared, key=lambda one: one.values.numel())
+    batch = planned.run.recipe.train.encode_batch
+    gc.collect()
+    before = meter.live
+    meter.reset()
+    with torch.no_grad():
+        values = torch.empty(batch, *most.values.shape)
+        features = encoder.encode(values)
+    activations, flops, calls = meter.peak - before, meter.flops // batch, meter.calls // batch
+    segment = features.nbytes / batch / len(most.layout.marks) / most.layout.rows
+    size = sum(segment * len(one.layout.marks) * one.layout.rows for one in prepared) / len(prepared)
+    parts = {f"encoders.{kind}": size_of(tensors_of(encoder.module)), "activations": activations}
+    return Phase(f"encode {kind}", parts, flops, calls), round(size)
+
+
+def step_of(
+    planned: PlannedRun, model: MultimodalModel, stage: Stage, packed: bool, seed: int
+) -> tuple[StageTraining, Batch, StageRows]:
+    """What a stage trains with, and the batch of its fullest row."""
+    recipe, bindings = planned.run.recipe, planned.rows.bindings.values()
+    weighted = any(b.trained for b in bindings) or any(source.loss_weight != 1 for source in recipe.data)
+    rows = planned.stage_rows(stage, model, seed)
+    collator = planned.collator(rows.samples, weighted and not stage.distill, packed)
+    training = StageTraining(
+        model=model,
+        tokenizer=planned.run.components.tokenizer,
+        stage=stage,
+        settings=recipe.train,
+        collator=collator,
+        rows=[rows.fullest] * rows.rows,
+        folder=planned.run.folder.checkpoints / stage.name,
+        seed=seed,
+        dtype=planned.run.components.dtype,
+    )
+    return training, collator([PackedRow(samples=rows.fullest, filler=False)]), rows
+
+
+def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tuple[Phase, int, int]:
+    """Prompts read with their keys and values kept, and room for those of the answers. Also the bytes of keys and
+    values of a token, and the tokens of the longest sample.
+    """
+    evaluate = planned.run.recipe.evaluate
+    with with_data():
+        prompts = planned.prompts(evaluate.batch)
+    batch: Any = on_paper(prompts)
+    model.eval()
+    gc.collect()
+    before = meter.live
+    meter.reset()
+    with torch.no_grad():
+        embeddings = model.embed(batch["input_ids"], batch.get("features"), batch.get("media"))
+        keep = {"logits_to_keep": 1} if model.llm_takes("logits_to_keep") else {}
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        outputs = model.causal_lm(inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **keep)
+        model.fusion.forget()
+    length = batch["input_ids"].shape[1]
+    memory = getattr(outputs, "past_key_values", None)
+    layers = getattr(memory, "layers", ())
+    kept = size_of(t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)))
+    kv_token = kept // (evaluate.batch * length)
+    answers = kv_token * evaluate.batch * evaluate.max_new_tokens
+    parts = weights_of(model)
+    if planned.run.recipe.train.cache:
+        parts |= {f"encoders.{n}": size_of(tensors_of(e.module)) for n, e in planned.run.components.encoders.items()}
+    parts |= {"keys and values": kept + answers, "activations": max(meter.peak - before - kept, 0)}
+    return Phase("evaluate", parts, meter.flops // evaluate.batch, meter.calls // evaluate.batch), kv_token, length
+
+
+def with_dtype(recipe: Recipe, dtype: str, **llm: Any) -> Recipe:
+    """The recipe with the dtype of its LLM named."""
+    changed: Llm = recipe.model.llm.model_copy(update={"dtype": dtype, **llm})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"llm": changed})})

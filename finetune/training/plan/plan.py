@@ -1,0 +1,312 @@
+"""`finetune plan`: memory by part, what makes it fit, disk, hours and money, before weights are downloaded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from finetune.common.progress import quiet_libraries
+from finetune.recipe.schema import Recipe
+from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_like, card_named
+from finetune.training.plan.measure import Measured, Phase, measure, with_dtype
+from finetune.training.plan.rows import PlannedRows
+
+CONTEXT = GIB // 2  # what CUDA and its libraries keep for themselves
+FRAGMENTED = 0.05  # of the peak: gaps in the allocator's blocks
+TIGHT = 0.9  # of a card
+UTILISATION = 0.3  # of a card's dense speed that training in 4 bits with LoRA reaches
+CALL = 8e-6  # seconds in which Python starts an operation: small models can't be faster than that
+CONDITIONS = 4  # under which held-out rows are answered: tuned, base, blank, shuffled
+MIB = 2**20
+CHECKPOINTS, TOKENS = "train.checkpoint_every_n_layers", "train.tokens_per_batch"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys of a recipe with the values that they would get, and what the run then takes of a card, in bytes, planned
+    again with them.
+    """
+
+    keys: dict[str, Any]
+    needed: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}: {value}" for key, value in self.keys.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, in bytes and seconds. `checkpoints`: layers per activation checkpoint, `auto` replaced;
+    `needed`: of the card, in its fullest phase; `changes`: each holds all keys of the one before; `disk`: {what:
+    bytes}; `seconds`: {phase: seconds on `card`}.
+    """
+
+    name: str
+    card: Card
+    checkpoints: int
+    dtype: str
+    phases: tuple[Phase, ...]
+    needed: int
+    changes: tuple[Change, ...]
+    memory_elsewhere: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def exit_status(self) -> int:
+        """0: fits; 1: tight, over 90% of the card; 2: doesn't fit."""
+        return _status(self.needed, self.card.memory * GIB)
+
+    @property
+    def dollars(self) -> float:
+        return sum(self.seconds.values()) / 3600 * self.card.rent
+
+    @property
+    def fullest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def fit(self, memory: float) -> Change | None:
+        """The first of the recipe as it is and its changes that fits so many GiB; None where none does."""
+        choices = (Change({}, self.needed), *self.changes)
+        return next((choice for choice in choices if _status(choice.needed, memory * GIB) < 2), None)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """What metrics.json holds beside measured figures, with the same keys: peaks of torch's allocator, seconds."""
+        memory = {"train_cuda": 0.0, "evaluate_cuda": 0.0}
+        seconds = {"encode": 0.0, "llm": 0.0, "evaluate": 0.0}
+        for phase in self.phases:
+            what = phase.name.partition(" ")[0]
+            peak = "evaluate_cuda" if what == "evaluate" else "train_cuda"
+            memory[peak] = max(memory[peak], phase.total)
+            seconds["llm" if what == "train" else what] += self.seconds[phase.name]
+        return {"planned_memory_bytes": memory, "planned_seconds": seconds}
+
+    def line(self) -> str:
+        verdict = ("fits", "is tight on", "doesn't fit")[self.exit_status]
+        return (
+            f"{self.name}: {self.needed / GIB:.1f} GiB, {verdict} {self.card.name} ({self.card.memory:.1f} GiB); about "
+            f"{duration(sum(self.seconds.values()))} there, {self.dollars:.2f} US$; "
+            f"{sum(self.disk.values()) / GIB:.1f} GiB of disk"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        sizes = {f"{size} GB": self.fit(size * USABLE) for size in SIZES}
+        return {
+            **asdict(self),
+            "fits": {name: None if change is None else change.keys for name, change in sizes.items()},
+            "dollars": self.dollars,
+            "exit_status": self.exit_status,
+        }
+
+
+def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, advise: bool = True) -> Plan:
+    """Plan a run on a card, by its name in the table; None: this machine's own, or else a T4. `rent`: US$ an hour, in
+    place of the table's. Without `advise` no settings are looked for that take less.
+
+    Reads the rows, and of the models only their configs and tokenizers. Raises RecipeError for an unknown card,
+    DataError, ModelError.
+    """
+    quiet_libraries()
+    card = card_named(gpu) if gpu else own_card() or CARDS[DEFAULT]
+    card = card if rent is None else replace(card, rent=rent)
+    dtype = recipe.model.llm.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if card.bfloat16 else "float16"
+    recipe = with_dtype(recipe, dtype)
+    rows = PlannedRows.of(recipe)
+    recipe, measured = _automatic(recipe, rows, card)
+    needed = on_card(measured)
+    return Plan(
+        name=recipe.name,
+        card=card,
+        checkpoints=int(recipe.train.checkpoint_every_n_layers),
+        dtype=dtype,
+        phases=measured.phases,
+        needed=needed,
+        changes=tuple(_changes(recipe, rows, measured)) if advise else (),
+        memory_elsewhere=_elsewhere(recipe, measured),
+        disk=_disk(recipe, measured),
+        seconds=_seconds(recipe, rows, measured, card),
+        notes=_notes(recipe, rows, measured, card),
+    )
+
+
+def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, Measured]:
+    """The recipe without `auto`, and what it takes: activation checkpoints only where it would be tight without."""
+    if recipe.train.checkpoint_every_n_layers == "auto":
+        recipe = _with(recipe, {CHECKPOINTS: 0})
+        measured = measure(recipe, rows, gpu=True)
+        if not _status(on_card(measured), card.memory * GIB):
+            return recipe, measured
+        recipe = _with(recipe, {CHECKPOINTS: 1})
+    return recipe, measure(recipe, rows, gpu=True)
+
+
+def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card | None = None) -> int:
+    """The most tokens of a packed row with which the run isn't tight on a card: `most`, or that halved as often as it
+    must be, but not below the longest sample. `card`: default this machine's GPU; without one, `most`.
+
+    Plans once for each number. Raises DataError, ModelError.
+    """
+    card = card or own_card()
+    if card is None:
+        return most
+    recipe = with_dtype(recipe, "bfloat16" if card.bfloat16 else "float16")
+    rows = PlannedRows.of(recipe)
+    while True:
+        _, measured = _automatic(_with(recipe, {TOKENS: most}), rows, card)
+        if not _status(on_card(measured), card.memory * GIB) or most // 2 < max(measured.longest, 16):
+            return most
+        most //= 2
+
+
+def on_card(measured: Measured) -> int:
+    """Bytes of a card that its fullest phase takes, with CUDA's own."""
+    return round(max(phase.total for phase in measured.phases) * (1 + FRAGMENTED)) + CONTEXT
+
+
+def _status(needed: float, memory: float) -> int:
+    return 2 if needed > memory else 1 if needed > TIGHT * memory else 0
+
+
+def own_card() -> Card | None:
+    """This machine's first GPU; its speed is that of the table's card with a like name, or else of the default's."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    memory = properties.total_memory / GIB
+    like = card_like(properties.name, memory) or CARDS[DEFAULT]
+    bfloat16 = torch.cuda.get_device_capability(0) >= (8, 0)
+    return replace(like, name=properties.name, memory=memory, bfloat16=bfloat16)
+
+
+def _changes(recipe: Recipe, rows: PlannedRows, measured: Measured) -> Iterator[Change]:
+    """Settings that take less, added one after the other for as long as a card of the table is too small. Each is
+    planned again, and kept only if it takes less than what came before.
+    """
+    keys: dict[str, Any] = {}
+    needed = on_card(measured)
+    tried: set[str] = set()
+    while needed > SIZES[0] * USABLE * GIB * TIGHT:
+        step = next((s for s in _steps(recipe, measured) if str(sorted(s)) not in tried), None)
+        if step is None:
+            return
+        changed = _with(recipe, step)
+        if set(step) != {TOKENS, "train.accumulate"} and set(step) != {"evaluate.batch"}:
+            tried.add(str(sorted(step)))
+        again = measure(changed, rows, gpu=True)
+        if on_card(again) >= needed:
+            tried.add(str(sorted(step)))
+            continue
+        recipe, measured, needed = changed, again, on_card(again)
+        keys = {**keys, **step}
+        yield Change(keys, needed)
+
+
+def _steps(recipe: Recipe, measured: Measured) -> Iterator[dict[str, Any]]:
+    """What could make the fullest phase smaller, in the order of what it costs."""
+    train, fullest = recipe.train, max(measured.phases, key=lambda phase: phase.total).name
+    if fullest.startswith("encode") and train.encode_batch > 1:
+        yield {"train.encode_batch": 1}
+    if fullest == "evaluate" and recipe.evaluate.batch > 1:
+        yield {"evaluate.batch": max(recipe.evaluate.batch // 4, 1)}
+    if fullest.startswith("train") and train.checkpoint_every_n_layers != 1:
+        yield {CHECKPOINTS: 1}
+    if recipe.model.llm.quantize != "nf4":
+        yield {"model.llm.quantize": "nf4"}
+    if fullest.startswith("train"):
+        if any(stage.optimizer == "adamw_torch" for stage in train.stages):
+            yield {f"train.stages.{n}.optimizer": "paged_adamw_8bit" for n in range(len(train.stages))}
+        half = train.tokens_per_batch // 2
+        if half >= measured.longest:
+            yield {TOKENS: half, "train.accumulate": 2 * train.accumulate}
+
+
+def _with(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values of some dotted keys."""
+    content = recipe.model_dump(mode="json")
+    for key, value in keys.items():
+        *above, last = key.split(".")
+        place: Any = content
+        for name in above:
+            place = place[int(name)] if isinstance(place, list) else place[name]
+        place[last] = value
+    return Recipe.model_validate(content)
+
+
+def _elsewhere(recipe: Recipe, measured: Measured) -> dict[str, int]:
+    """Bytes that later commands take, of the card or of memory: the merged LLM in 16 bits, with one answer's keys and
+    values; a merge goes through the LLM's weights file by file.
+    """
+    largest_file = min(measured.weights_16bit, 5 * 10**9)
+    answer = measured.kv_token * (measured.longest + recipe.evaluate.max_new_tokens)
+    return {"merge, in memory": largest_file, "serve, on a card": measured.weights_16bit + answer + CONTEXT}
+
+
+def _disk(recipe: Recipe, measured: Measured) -> dict[str, int]:
+    stages = len(recipe.train.stages)
+    return {
+        "feature cache": sum(measured.features.values()),
+        # The newest of a stage replaces the one before once it is whole; finished ones hold weights alone.
+        "checkpoints": 2 * measured.checkpoint + (stages - 1) * measured.trained,
+        "adapter": measured.trained,
+        # Two candidates are compared where the LLM was trained in 4 bits; one is kept.
+        "merged model": measured.weights_16bit * (2 if recipe.model.llm.quantize == "nf4" else 1),
+    }
+
+
+def _seconds(recipe: Recipe, rows: PlannedRows, measured: Measured, card: Card) -> dict[str, float]:
+    """Of each phase: its operations at `UTILISATION` of the card's speed, or the time that starting them takes where
+    that is longer; answers are written at the speed of the card's memory.
+    """
+    seconds: dict[str, float] = {}
+    for phase in measured.phases:
+        what, _, name = phase.name.partition(" ")
+        computing = phase.flops / (card.tflops * 1e12 * UTILISATION)
+        starting = phase.calls * CALL
+        if what == "encode":
+            seconds[phase.name] = max(computing, starting) * rows.media[name]
+        elif what == "train":
+            work = measured.stages[name]
+            seconds[phase.name] = max(computing * work.tokens / work.fullest, starting * work.rows)
+        else:
+            tokens = -(-rows.held_out // recipe.evaluate.batch) * recipe.evaluate.max_new_tokens
+            read = phase.parts["language_model"] / (card.bandwidth * 1e9)  # all weights, for each token
+            token = max(read, starting * recipe.evaluate.batch)
+            seconds[phase.name] = CONDITIONS * (computing * rows.held_out + tokens * token)
+    return seconds
+
+
+def _notes(recipe: Recipe, rows: PlannedRows, measured: Measured, card: Card) -> tuple[str, ...]:
+    notes = [
+        f"{CONTEXT / GIB:.1f} GiB are added for CUDA, and {FRAGMENTED:.0%} for gaps in its allocator",
+        f"hours are at {UTILISATION:.0%} of the card's dense speed ({card.tflops:.0f} TFLOPS in 16 bits)",
+    ]
+    if len(rows.training) < rows.count:
+        notes.append(f"{len(rows.training)} of {rows.count:,} training rows were tokenized")
+    if not measured.packed:
+        notes.append("this LLM takes no positions: samples were planned in padded rows")
+    if recipe.model.llm.attention not in ("auto", "sdpa", "eager"):
+        notes.append(f"{recipe.model.llm.attention} was planned as torch's own fused attention")
+    return tuple(notes)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, to read."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes, to read."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"
+
+
+def parts_of(phases: Sequence[Phase]) -> list[str]:
+    """The names of all parts: weights first."""
+    last = ("gradients", "optimizer", "keys and values", "activations")
+    found = list(dict.fromkeys(part for phase in phases for part in phase.parts))
+    return [*(part for part in found if part not in last), *(part for part in last if part in found)]

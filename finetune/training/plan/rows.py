@@ -1,0 +1,137 @@
+"""What a plan knows of the rows: some of them tokenized, and how many there are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from finetune.common.run_folder import RunFolder
+from finetune.data.rows import read_splits, sampling_weights
+from finetune.data.sample import Medium, Prepared, Sample
+from finetune.model.bindings import TaskBinding, bindings_of
+from finetune.model.build import load_components
+from finetune.model.composite import MultimodalModel
+from finetune.model.features import Features
+from finetune.model.run import Run
+from finetune.recipe.schema import Recipe, Stage
+from finetune.training.collate import Batch, Collator, PackedRow
+from finetune.training.pack import plan_rows
+from finetune.training.plan.shapes import META
+from finetune.training.samples import TokenizedSamples, distilled, tokenized
+
+READ = 256  # training rows that are tokenized; the others are taken to be like them
+DECODED = 8  # media that are decoded, of those whose size isn't known before
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """`training`: some of the `count` training rows, taken evenly; `media`: {kind: number in all training rows};
+    `held_out`: rows that are scored.
+    """
+
+    training: list[Sample]
+    bindings: dict[str, TaskBinding]
+    count: int
+    held_out: int
+    media: dict[str, int]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "PlannedRows":
+        """Raises DataError."""
+        splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+        kinds = [medium.kind for sample in splits.train for medium in sample.media]
+        scored = len(splits.of(recipe.evaluate.split))
+        return cls(
+            training=evenly(splits.train, READ),
+            bindings=bindings_of(recipe.data, splits.train),
+            count=len(splits.train),
+            held_out=min(scored, recipe.evaluate.limit or scored),
+            media={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        )
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, from all over the sequence."""
+    return list(items[:: -(-len(items) // most)]) if items else []
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """A stage's samples, its fullest packed row, and how many rows and tokens all its epochs have."""
+
+    samples: TokenizedSamples
+    fullest: list[int]
+    rows: int
+    tokens: int
+
+
+class PlannedRun:
+    """A run whose encoders are shapes; nothing but configs and tokenizer files is read."""
+
+    def __init__(self, recipe: Recipe, rows: PlannedRows) -> None:
+        """`recipe`: with its LLM's dtype named. Raises ModelError, DataError."""
+        components = load_components(recipe.model, recipe.tune_encoders, recipe.seed, META)
+        features = _Features(components.encoders, None, recipe.media)
+        self.run = Run(RunFolder(Path("runs") / recipe.name), recipe, components, features, rows.bindings)
+        self.rows = rows
+        self.samples = TokenizedSamples.of(tokenized(rows.training, self.run))
+
+    def read(self, medium: Medium) -> Tensor:
+        """A medium as the collator is given it: features, or prepared for its encoder; without values."""
+        features, encoder = self.run.features, self.run.components.encoders[medium.kind]
+        if not self.run.recipe.train.cache:
+            return features.prepared(medium).values
+        layout = features.layout(medium)
+        return torch.empty(len(layout.marks), layout.rows, encoder.width, dtype=self.run.components.dtype)
+
+    def collator(self, samples: TokenizedSamples, weighted: bool, packed: bool) -> Collator:
+        outputs = {b["head"]: len(b["target"]) for b in samples.table.select_columns(["head", "target"]) if b["head"]}
+        return Collator(
+            samples,
+            self.read,
+            field="features" if self.run.recipe.train.cache else "media",
+            packed=packed,
+            pad_token_id=self.run.components.tokenizer.pad_token_id,
+            heads=outputs if weighted else None,
+        )
+
+    def stage_rows(self, stage: Stage, model: MultimodalModel, seed: int) -> StageRows:
+        """As `prepare.stage_rows`, over the rows that were read, then stretched to all."""
+        training, recipe = self.rows.training, self.run.recipe
+        chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
+        samples = self.samples.select(chosen)
+        if stage.distill:  # the LLM's own answers aren't known yet
+            given = stage.model_copy(update={"distill": stage.distill.model_copy(update={"answers": "given"})})
+            samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
+        lengths = samples.taught_lengths
+        weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
+        packed = plan_rows(lengths, weights, capacity=recipe.train.tokens_per_batch, epochs=1, seed=seed)
+        stretch = stage.epochs * self.rows.count / len(training)
+        tokens = sum(lengths[i] for row in packed for i in row)
+        fullest = max(packed, key=lambda row: sum(lengths[i] for i in row))
+        return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(tokens * stretch))
+
+    def prompts(self, batch: int) -> Batch:
+        """The longest sample so many times, as prompts that are answered at once."""
+        longest = max(range(len(self.samples)), key=lambda number: self.samples.lengths[number])
+        collator = self.collator(self.samples, weighted=False, packed=False)
+        return collator([PackedRow(samples=[longest] * batch, filler=False)])
+
+    def some_media(self, kind: str) -> list[Prepared]:
+        """A few media, decoded and prepared."""
+        media = [medium for sample in self.rows.training for medium in sample.media if medium.kind == kind]
+        return [self.run.features.prepared(medium) for medium in evenly(media, DECODED)]
+
+
+class _Features(Features):
+    """Where layouts differ, only a few media are decoded: the others are taken to be as the longest of these."""
+
+    def layout(self, medium: Medium) -> Any:
+        known = [layout for (kind, _), layout in self._layouts.items() if kind == medium.kind]
+        if self.encoders[medium.kind].layout is None and len(known) >= DECODED:
+            return max(known, key=lambda layout: layout.rows * len(layout.marks))
+        return super().layout(medium)

@@ -1,0 +1,128 @@
+"""One training step of a stage, its tensors counted: on tensors without data, or for real."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from tempfile import gettempdir
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.model.composite import MultimodalModel
+from finetune.model.trainable import set_trainable, trained_parts
+from finetune.training.collate import Batch
+from finetune.training.plan.meter import AutocastOnGpu, Meter, gpu_autocasts
+from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, trainer_arguments
+
+OWN_ROLES = ("encoders", "projectors", "fusion", "heads")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes at the peak of a step after the first one. `weights`: {role: bytes}, the LLM under `language_model`;
+    `flops` and `calls` (of operations) of one packed row, forward and backward, with what activation checkpoints
+    compute again.
+    """
+
+    weights: dict[str, int]
+    optimizer: int
+    gradients: int
+    activations: int
+    flops: int
+    calls: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights.values()) + self.optimizer + self.gradients + self.activations
+
+
+def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool) -> StepMemory:
+    """A stage's step on one packed row, by the stage's own trainer. Called within `meter`, which has counted the
+    model's weights. `gpu`: under autocast, as a GPU trains.
+    """
+    model, stage = training.model, training.stage
+    set_trainable(model, stage.trains)
+    parts = trained_parts(model, stage.trains)
+    arguments = trainer_arguments(training)
+    arguments.bf16_full_eval = True  # so that the Trainer leaves the model where it is: without data it can't be moved
+    arguments.output_dir, arguments.report_to = gettempdir(), []  # the Trainer makes the folder, and asks for trackers
+    trainer = StageTrainer(
+        stage,
+        parts,
+        model=model,
+        args=arguments,
+        train_dataset=packed_rows(training.rows),
+        data_collator=training.collator,
+        processing_class=training.tokenizer,
+    )
+    weights = weights_of(model)
+    for tensor in tensors_of(model):  # loaded ones are no operation's result
+        meter.note(tensor)
+    optimizer = trainer.create_optimizer()
+    before = meter.live
+    meter.reset()
+    model.train()
+    steps = min(training.settings.accumulate, 2)
+    autocasts = gpu and training.dtype != torch.float32
+    with gpu_autocasts() if autocasts else nullcontext():
+        for _ in range(steps):  # the second one finds gradients of the first
+            with AutocastOnGpu(training.dtype) if autocasts else nullcontext():
+                loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=None)
+            loss.backward()
+        del loss
+    trained = [p for parameters in parts.values() for p in parameters]
+    gradients = size_of(p.grad for p in trained)
+    added, flops, calls = meter.peak - before, meter.flops // steps, meter.calls // steps
+    states = optimizer_bytes(optimizer)
+    model.zero_grad()
+    for patched in ("forward", "_original_forward"):  # trl's fused head, as in `train_stage`
+        model.__dict__.pop(patched, None)
+    return StepMemory(weights, states, gradients, max(added - gradients, 0), flops, calls)
+
+
+def weights_of(model: MultimodalModel) -> dict[str, int]:
+    """Bytes of each role's parameters and buffers: 'language_model', 'adapter', 'projectors.image' and the like."""
+    adapter = [p for name, p in model.language_model.named_parameters() if "lora_" in name]
+    sizes = {
+        "language_model": size_of(tensors_of(model.language_model)) - size_of(adapter),
+        "adapter": size_of(adapter),
+    }
+    for role in OWN_ROLES:
+        group = getattr(model, role)
+        members = group.items() if isinstance(group, nn.ModuleDict) else [("", group)]
+        sizes |= {f"{role}.{name}".removesuffix("."): size_of(tensors_of(module)) for name, module in members}
+    return {role: size for role, size in sizes.items() if size}
+
+
+def tensors_of(module: nn.Module) -> Iterable[Tensor]:
+    """Parameters and buffers, and the scales of quantized ones."""
+    for parameter in module.parameters():
+        yield parameter
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code)
+            if state.nested:
+                yield from (state.offset, state.state2.absmax, state.state2.code)
+        if getattr(parameter, "SCB", None) is not None:
+            yield parameter.SCB  # type: ignore[misc]
+    yield from module.buffers()
+
+
+def size_of(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of their storages, each counted once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def optimizer_bytes(optimizer: Any) -> int:
+    """Bytes of an optimizer's state after its first step."""
+    optimizer.step()
+    return size_of(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+
+
+def on_paper(batch: Any) -> Any:
+    """A batch whose features have no data; ids, positions and labels keep theirs."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype) if t.is_floating_point() else t, batch)
