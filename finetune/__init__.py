@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from finetune.model.load import load
     from finetune.publishing.pull import pull
     from finetune.publishing.push import push
-    from finetune.recipe.load import load_recipe
-    from finetune.recipe.schema import Recipe, schema
+    from finetune.recipe.load import Recipe, load_recipe
+    from finetune.recipe.schema import schema
     from finetune.serving.serve import serve
     from finetune.training.sweep import sweep
     from finetune.training.train import train
 
 _HOME = {
-    "Recipe": "recipe.schema",
+    "Recipe": "recipe.load",
     "SplitPlan": "data.check.split",
     "chat": "commands.chat",
     "check": "commands.check",

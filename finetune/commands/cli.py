@@ -304,7 +304,8 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON schema of recipes, for editors; or the options of one part, to read."""
-    from finetune.recipe.schema import Recipe, schema
+    from finetune.recipe.load import Recipe
+    from finetune.recipe.schema import schema
 
     if part is not None:
         folder, _, name = part.rpartition(".")

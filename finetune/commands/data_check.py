@@ -18,8 +18,8 @@ from finetune.data.check.ledger import CODES, ERRORS, Examined, Finding, Ledger,
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import findings_page
 from finetune.data.sample import Row
-from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.load import Recipe, dump_recipe, load_recipe
+from finetune.recipe.schema import Source
 
 CHUNK = 32  # rows given to a worker at once
 FEW_ROWS = 256  # for fewer no worker is started

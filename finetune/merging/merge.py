@@ -29,8 +29,8 @@ from finetune.model.adapter import saved_adapter
 from finetune.model.language_model import resolve_dtype
 from finetune.model.manifest import AdapterManifest
 from finetune.model.run import Run
-from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Llm, Recipe
+from finetune.recipe.load import Recipe, load_recipe
+from finetune.recipe.schema import Llm
 
 SAME = 1e-6  # nats: a merged model nearer than this to the LLM without adapter has learned nothing
 PACKAGES = ("finetune-kit", "torch", "transformers", "peft", "bitsandbytes", "safetensors")

@@ -14,8 +14,7 @@ from finetune.model.assistant import Assistant
 from finetune.model.load import load_adapter, load_merged
 from finetune.publishing import card, checks, compare, staging, upload
 from finetune.publishing.parts import Publication, bases_of, data_licences, with_commits, with_licences
-from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, dump_recipe, load_recipe
 
 MIN_EQUAL = 0.9  # share of rows answered as they were evaluated: rounding may change one in ten
 SHOWN = 5  # rows named in an error

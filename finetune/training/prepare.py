@@ -16,7 +16,8 @@ from finetune.data.sample import Sample
 from finetune.model.bindings import bindings_of
 from finetune.model.composite import MultimodalModel
 from finetune.model.run import Run
-from finetune.recipe.schema import Recipe, Stage
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Stage
 from finetune.training.feature_cache import fill_cache
 from finetune.training.pack import plan_rows
 from finetune.training.samples import TokenizedSample, TokenizedSamples, distilled, tokenized

@@ -20,8 +20,7 @@ from finetune.evaluation import plots
 from finetune.evaluation.results import Comparison, Metrics, Value
 from finetune.evaluation.uncertainty import compare_rows
 from finetune.model.language_model import default_device
-from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, dump_recipe, load_recipe
 from finetune.training.shared import Shared
 from finetune.training.sweep_choices import SweepChoice, read_choices
 from finetune.training.train import train

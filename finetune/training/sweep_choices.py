@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.common.errors import RecipeError
-from finetune.recipe.load import load_recipe, refuse_missing_trackers
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, load_recipe, refuse_missing_trackers
 
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 

@@ -23,8 +23,8 @@ from finetune.model.language_model import default_device, packs_exactly
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.run import Run
-from finetune.recipe.load import dump_recipe, refuse_missing_trackers
-from finetune.recipe.schema import Model, Recipe, Stage
+from finetune.recipe.load import Recipe, dump_recipe, refuse_missing_trackers
+from finetune.recipe.schema import Model, Stage
 from finetune.training.collate import Collator
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage

@@ -9,7 +9,7 @@ from tiny import tiny_recipe
 
 from finetune.publishing import checks, parts, staging
 from finetune.publishing.parts import Base
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json", "sub/notes.txt"])

@@ -20,7 +20,8 @@ from finetune.evaluation.results import Metrics
 from finetune.model.bindings import TaskBinding
 from finetune.model.manifest import AdapterManifest
 from finetune.recipe.explain import explain, recipe_error
-from finetune.recipe.schema import Limits, Recipe, Source, outline, task_names
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Limits, Source, outline, task_names
 from finetune.recipe.yaml_reader import read_text, read_yaml
 
 CONSEQUENCES = {
@@ -141,7 +142,7 @@ def _recipe(path: Path) -> Recipe:
         if not isinstance(document.value, dict):
             raise RecipeError(f"{path.name}: isn't a mapping of keys")
         try:
-            return Recipe.model_validate(document.value)
+            return Recipe.without_files(document.value)
         except ValidationError as error:
             raise recipe_error(document, explain(document, error.errors(include_url=False), outline())) from None
     except RecipeError as error:
