@@ -24,9 +24,8 @@ def chat(
 ) -> str:
     """Answer one prompt; without one, chat at the terminal until an empty line. Returns the last answer.
 
-    `image`, `audio`, `video`: media for the first question, as in `Assistant.answer`. `task`: the name of a trained task whose
-    head gives labels with probabilities, or a number; one such task alone needs no name. `strength`: as in
-    `Assistant.answer`. Raises DataError, ArtifactError.
+    `image`, `audio`, `video`: media for the first question, and `strength`: as in `Assistant.answer`. `task`: the name
+    of a trained task whose head gives labels with probabilities, or a number; one such task alone needs no name. Raises DataError, ArtifactError.
     """
     quiet_libraries()
     first: tuple[Medium, ...] = media_of(image=image, audio=audio, video=video)

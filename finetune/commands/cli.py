@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.common.errors import FinetuneError, Interrupted, RecipeError
+from finetune.common.errors import FinetuneError, Interrupted, RecipeError, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, part_names
 from finetune.common.version import VERSION
 
@@ -450,7 +450,8 @@ def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str]) -> Iterator[
 def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that aren't needed
     try:
-        app()
+        with options_as_flags():
+            app()
     except FinetuneError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

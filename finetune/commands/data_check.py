@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from finetune.commands._reader import Reader
-from finetune.common.errors import DataError, FinetuneError
+from finetune.common.errors import DataError, FinetuneError, option
 from finetune.common.run_folder import whole_folder, write_text
 from finetune.data.check.compare import NEAR_BITS, NEAR_LEVELS, compare
 from finetune.data.check.fix import check_target, clean_copy
@@ -154,7 +154,7 @@ def in_processes(recipe: Recipe, rows: Iterator[NumberedRow], workers: int) -> I
         except BrokenProcessPool:
             raise DataError(
                 f"{row.where}: a worker died at this row or one of the next {CHUNKS_AHEAD * workers * CHUNK}: out "
-                "of memory, or a file that crashes its decoder; --workers 0 goes row by row"
+                f"of memory, or a file that crashes its decoder; {option('--workers 0', 'workers=0')} goes row by row"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import DataError, RecipeError, option
 from finetune.data.check.page import InlineMedium, embedded, render
 from finetune.data.rows import detected, error_list, read_rows
 from finetune.data.sample import KINDS, Answer, Medium, Message, Row
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ANSWER_COLUMNS = ("label", "answer", "caption", "text")  # options of tasks that name the column of the answer
 BUTTONS = 24  # labels; more are a list
 HOST = "127.0.0.1"
-INSTALL = "the page needs Gradio: pip install 'finetune-kit[label]'; without --page the labels are written into a CSV"
+INSTALL = "the page needs Gradio: pip install 'finetune-kit[label]'; without {} the labels are written into a CSV"
 
 
 @dataclass
@@ -162,9 +162,10 @@ def _task_of(assistant: "Assistant | None", task: str | None) -> tuple[str | Non
     """(name, task) that a model was trained for. Raises DataError if there are several and none is named."""
     bindings = assistant.model.bindings if assistant is not None else {}
     if task is not None and task not in bindings:
-        raise DataError(f"--task {task}: the model was trained for {', '.join(bindings) or 'no task that is known'}")
+        known = ", ".join(bindings) or "no task that is known"
+        raise DataError(f"{option('--task', 'task')} {task}: the model was trained for {known}")
     if len(bindings) > 1 and task is None:
-        raise DataError(f"the model was trained for {', '.join(bindings)}: name one with --task")
+        raise DataError(f"the model was trained for {', '.join(bindings)}: name one with {option('--task', 'task=')}")
     name = task or next(iter(bindings), None)
     return name, bindings[name].task if name else None
 
@@ -227,13 +228,15 @@ def _resume(labelling: Labelling) -> None:
     with labelling.path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         if set(reader.fieldnames or ()) != set(COLUMNS):
-            raise DataError(f"{labelling.path}: exists, and is not a file of labels; name another with --out")
+            raise DataError(
+                f"{labelling.path}: exists, and is not a file of labels; name another with {option('--out', 'out=')}"
+            )
         before = {(row["row"], row["media"]): row for row in reader}
     lines = [item.line for item in labelling.items]
     if unknown := before.keys() - {(line.row, line.media) for line in lines}:
         raise DataError(
             f"{labelling.path}: holds {len(unknown)} rows that aren't among these ({min(unknown)[0]}); name another "
-            "with --out"
+            f"with {option('--out', 'out=')}"
         )
     for line in lines:
         old = before.get((line.row, line.media), {})
@@ -249,7 +252,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise RecipeError(INSTALL) from None
+        raise RecipeError(INSTALL.format(option("--page", "page_port="))) from None
     return gradio
 
 

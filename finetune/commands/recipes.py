@@ -6,7 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, option
 
 # Tables under recipes/data whose rows name media of other folders there, or are made from their pictures.
 MADE_FROM = {
@@ -33,7 +33,7 @@ def recipes(copy: str | None = None, to: Path | str = ".") -> dict[str, str]:
             raise RecipeError(f"no recipe is called {copy!r}. There are: {', '.join(paths)}")
         target = Path(to) / paths[copy].name
         if target.exists():
-            raise RecipeError(f"{target} exists already; choose another folder with --to")
+            raise RecipeError(f"{target} exists already; choose another folder with {option('--to', 'to=')}")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(paths[copy], target)
     return {name: _first_comment(path) for name, path in paths.items()}

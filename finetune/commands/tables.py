@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 def print_export(result: "ExportResult") -> None:
     print(f"{result.target}: {result.model_class} ({result.reason})")
-    if (checked := result.verification) is None:
-        print(f"not compared: {result.not_verified}")
-    else:
-        print(
-            f"{checked.rows} answers in {checked.engine}: {checked.equal_first_tokens} begin with the merged model's "
-            f"tokens, {checked.equal} are equal to the end"
-        )
+    print(result.comparison)
     print(result.folder)
 
 

@@ -21,6 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+RESUME = ("--resume", "resume=True")
+OVERWRITE = ("--overwrite", "overwrite=True")
+RUN = ("--run DIR", "run=DIR")
 _flags = False
 
 

@@ -110,8 +110,8 @@ class Medium:
     """A picture, recording or video. `kind` ("image", "audio", "video") is also the name of its encoder. `text`: its
     caption or transcript, which distillation puts in its place ('' where another medium's text covers this one too);
     None where unknown. `where`: the row that names it, for messages. `known_key`: its `key`, where it is known without
-    the file. `content`: what a program holds in place of a file, its bytes or what `media.OBJECTS` take; `path` is then a
-    name for messages, of this medium only.
+    the file. `content`: what a program holds in place of a file, its bytes or what `media.OBJECTS` take; `path` is then
+    a name for messages, of this medium only.
     """
 
     kind: str

@@ -5,19 +5,19 @@ media, and a linear probe on the same features beside them.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from finetune.common.energy import EnergyMeter
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet_libraries
-from finetune.common.run_folder import RunFolder, refuse_several_processes
+from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
 from finetune.data.predictions import Prediction, write_predictions
 from finetune.data.rows import by_task, read_splits, subset
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
 from finetune.evaluation.conditions import Condition, conditions
+from finetune.evaluation.evaluation_result import EvaluationResult
 from finetune.evaluation.probe import probe
 from finetune.evaluation.results import Comparison
 from finetune.evaluation.scores import AnswerLoss, Measures, answer_losses, answers_to, known_bindings, measured
@@ -45,14 +45,15 @@ class Evaluation:
     predictions: list[Prediction] = field(default_factory=list)
 
 
-def evaluate(run: Path | str) -> dict[str, Any]:
+def evaluate(run: RunLike) -> EvaluationResult:
     """Score a trained run on the rows its recipe names; writes metrics.json, predictions.jsonl and plots/scores.png.
-    Returns what metrics.json holds.
+
+    Raises ArtifactError where `run` isn't a trained run, DataError where there are no rows to score.
     """
     quiet_libraries()
     refuse_several_processes("`finetune evaluate`")
     fresh_memory()
-    folder = RunFolder.open(Path(run), needs="adapter")
+    folder = RunFolder.open(run, needs="adapter")
     begin = perf_counter()
     with EnergyMeter() as meter:
         evaluation = _evaluated(folder)
@@ -71,7 +72,7 @@ def evaluate(run: Path | str) -> dict[str, Any]:
     )
     write_predictions(folder.predictions, evaluation.predictions)
     plots.scores(evaluation.scores, folder.plots / "scores.png")
-    return folder.read_metrics()
+    return EvaluationResult.of(folder)
 
 
 def _evaluated(folder: RunFolder) -> Evaluation:

@@ -22,8 +22,7 @@ from finetune.model.padding import left_padded
 from finetune.model.tokenize import Placeholder, answer_ends, answer_tokens, tokenize_prompt
 from finetune.recipe.schema import Limits
 
-# A file's path or bytes; a picture as a PIL image or an array (height, width, 3) of uint8; a recording as (samples, rate);
-# a video as (frames, rate).
+# Path or bytes of a file, or an object: see `Assistant.answer`.
 MediumInput: TypeAlias = (
     Path | str | bytes | PIL.Image.Image | np.ndarray[Any, Any] | tuple[np.ndarray[Any, Any], float] | dict[str, Any]
 )
@@ -306,8 +305,8 @@ def without_kinds(messages: Sequence[Message], kinds: Sequence[str]) -> list[Mes
 
 
 def media_of(**inputs: MediaInput) -> tuple[Medium, ...]:
-    """Media by kind, each one or a list of them, in the order of the kinds. What isn't a file is decoded when it is read:
-    it raises MediaError then.
+    """Media by kind, each one or a list of them, in the order of the kinds. What is no medium raises MediaError only when
+    it is decoded.
     """
     media: list[Medium] = []
     for kind, value in inputs.items():

@@ -34,7 +34,7 @@ class Recipe(RecipeSections):
 
     @classmethod
     def _of(cls, sections: RecipeSections) -> Self:
-        return cls.model_construct(sections.model_fields_set, **{name: value for name, value in sections})
+        return cls.model_construct(sections.model_fields_set, **dict(sections))
 
     @classmethod
     def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
@@ -81,7 +81,7 @@ class Recipe(RecipeSections):
         return dump_yaml(self.model_dump(mode="json", exclude_defaults=True))
 
     def __repr__(self) -> str:
-        return f"Recipe.read(...)  # as YAML, without defaults:\n{self}".rstrip()
+        return f"# Recipe, without defaults\n{self}".rstrip()
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, option
 from finetune.common.registry import parse_options
 from finetune.serving.http.settings import ServerOptions
 
@@ -45,7 +45,8 @@ def serve(
     server_options = parse_options(options, ServerOptions)
     if host != LOCALHOST and not api_key:
         raise RecipeError(
-            f"--host {host} opens the server to other machines: set --api-key or FINETUNE_API_KEY, or leave out --host"
+            f"{option('--host', 'host')} {host} opens the server to other machines: set "
+            f"{option('--api-key', 'api_key=')} or FINETUNE_API_KEY, or leave out {option('--host', 'host=')}"
         )
     sources = parse_models(models)
     _check_installed()
@@ -165,18 +166,19 @@ def stop_on_signals(folder: Path) -> Iterator[threading.Event]:
 def listening_socket(host: str, port: int) -> Iterator[socket.socket]:
     """A socket bound to an address; connections are refused until the server listens. Raises RecipeError."""
     if not 0 <= port < 2**16:
-        raise RecipeError(f"--port {port}: write 1 to {2**16 - 1}, or 0 for any free port")
+        raise RecipeError(f"{option('--port', 'port')} {port}: write 1 to {2**16 - 1}, or 0 for any free port")
+    where = option(f"--host {host} --port {port}", f"host {host}, port {port}")
     try:
         family, kind, protocol, _, bind_address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise RecipeError(f"--host {host} --port {port}: no such address ({error})") from None
+        raise RecipeError(f"{where}: no such address ({error})") from None
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(bind_address)
         except OSError as error:
-            raise RecipeError(f"--host {host} --port {port}: not available ({error}); choose another --port") from None
+            raise RecipeError(f"{where}: not available ({error}); choose another {option('--port', 'port=')}") from None
         yield listener
 
 

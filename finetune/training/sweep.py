@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.common.errors import FinetuneError, Interrupted, TrainingError
+from finetune.common.errors import RUN, FinetuneError, Interrupted, TrainingError, option
 from finetune.common.progress import console, quiet_libraries
 from finetune.common.run_folder import refuse_several_processes, write_json, write_text
 from finetune.evaluation import plots
@@ -213,8 +213,8 @@ def refuse_other_sweep(folder: Path, recipe: Recipe, over: Sequence[str], trials
     path = folder / "sweep.sha256"
     if path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
         raise TrainingError(
-            f"{folder}: this sweep began with another recipe, --set or --over; go on with those, or choose another "
-            "--run"
+            f"{folder}: this sweep began with another recipe, {option('--set or --over', 'overrides= or over=')}; go "
+            f"on with those, or choose another {option(*RUN)}"
         )
     write_text(path, digest + "\n")
 

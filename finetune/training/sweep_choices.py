@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, option
+from finetune.recipe.explain import set_text
 from finetune.recipe.load import Recipe, load_recipe, refuse_missing_trackers
 
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
@@ -41,19 +42,25 @@ def read_choice(text: str, ranges: bool) -> SweepChoice:
     key, equals, written = text.partition("=")
     values = [value.strip() for value in written.split(",")]
     if not equals or not key or not all(values):
-        raise RecipeError(f"--over {text}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
+        raise RecipeError(f"{over_text(text)}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
     bounds = RANGE.fullmatch(values[0]) if len(values) == 1 else None
     if bounds is None:
         return SweepChoice(key, tuple(dict.fromkeys(values)))
     if not ranges:
-        raise RecipeError(f"--over {text}: a range has no end of values; say how many trials with --trials")
+        raise RecipeError(
+            f"{over_text(text)}: a range has no end of values; say how many with {option('--trials', 'trials=')}"
+        )
     try:
         low, high = float(bounds["low"]), float(bounds["high"])
     except ValueError:
-        raise RecipeError(f"--over {text}: {written!r} isn't a range of numbers") from None
+        raise RecipeError(f"{over_text(text)}: {written!r} isn't a range of numbers") from None
     if not low < high:
-        raise RecipeError(f"--over {text}: the low end comes first, and is smaller")
+        raise RecipeError(f"{over_text(text)}: the low end comes first, and is smaller")
     return SweepChoice(key, (bounds["low"], bounds["high"]), is_range=True)
+
+
+def over_text(key: str) -> str:
+    return option(f"--over {key}", f"over: {key}")
 
 
 def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
@@ -64,7 +71,7 @@ def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) 
         message = str(error)
         for value in values:
             key = value.partition("=")[0]
-            message = message.replace(f"--set {key}:", f"--over {key}:")
+            message = message.replace(f"{set_text(key)}: ", f"{over_text(key)}: ")
         raise RecipeError(message) from None
 
 

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TextIO, TypedDict
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, option
 from finetune.common.run_folder import file_hash, write_json
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media as in_rows
@@ -116,7 +116,10 @@ def _format(path: Path, encoding: str | None, sheet: str | None) -> FormatPart:
     part = detected(path)
     changes = {name: value for name, value in (("encoding", encoding), ("sheet", sheet)) if value is not None}
     if changes and part.kind != "table":
-        raise DataError(f"{path}: --{next(iter(changes))} is for tables; these rows are read as {part.kind!r}")
+        name = next(iter(changes))
+        raise DataError(
+            f"{path}: {option('--' + name, name + '=')} is for tables; these rows are read as {part.kind!r}"
+        )
     return replace(part, options=part.options.model_copy(update=changes))
 
 
@@ -189,8 +192,8 @@ def _media(row: Row, media_columns: frozenset[str]) -> list[Path]:
         path = (row.media_folder / str(value)).resolve()
         if not path.is_file():
             raise DataError(
-                f"{row.where}: no such {key}: {path}; name the folder of media with --media-folder, or leave "
-                "such rows out with `finetune data check --fix`"
+                f"{row.where}: no such {key}: {path}; name the folder of media with "
+                f"{option('--media-folder', 'media_folder=')}, or leave such rows out with `finetune data check --fix`"
             )
         paths.add(path)
 
@@ -227,7 +230,10 @@ def _write(source: RowFile, into: Path, chosen: Sequence[str]) -> dict[str, Path
     paths = {split: into / f"{split}{suffix}" for split in SPLITS if split in chosen}
     for path in paths.values():
         if path.resolve() == source.path.resolve():
-            raise DataError(f"{path}: would be written over the rows that are split; name another folder with --into")
+            raise DataError(
+                f"{path}: would be written over the rows that are split; name another folder with "
+                f"{option('--into', 'into=')}"
+            )
     for split in SPLITS:  # of an earlier call with other shares
         (into / f"{split}{suffix}").unlink(missing_ok=True)
     with ExitStack() as stack:

@@ -51,8 +51,8 @@ def blank_sound(audio: "np.ndarray") -> "np.ndarray":
 
 def recording_of(value: object, *, where: str = "", limits: Limits = _source.LIMITS) -> "np.ndarray":
     """A recording that a program holds, as `decode_audio` gives it: (samples, rate), where samples are an array
-    (samples,) of floats in [-1, 1], or `{"array": samples, "sampling_rate": rate}`. Raises MediaError for anything else,
-    and for one that is out of bounds.
+    (samples,) of floats in [-1, 1], or `{"array": samples, "sampling_rate": rate}`. Raises MediaError for anything
+    else, and for one that is out of bounds.
     """
     import numpy as np
 

@@ -96,8 +96,8 @@ def _decode(content: bytes, name: str, limits: Limits) -> "Image":
 
 
 def picture_of(value: object, *, where: str = "", limits: Limits = _source.LIMITS) -> "Image":
-    """A picture that a program holds, as `decode_image` gives it: a PIL image of any mode, or an array (height, width, 3)
-    of uint8, RGB. Raises MediaError for anything else, and for one that is out of bounds.
+    """A picture that a program holds, as `decode_image` gives it: a PIL image of any mode, or an array (height, width,
+    3) of uint8, RGB. Raises MediaError for anything else, and for one that is out of bounds.
     """
     import numpy as np
     import PIL.Image

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune.common.certificate import Certificate, read_certificate
 from finetune.common.errors import ArtifactError, RecipeError
-from finetune.common.run_folder import RunFolder, damaged, read_json
+from finetune.common.run_folder import RunFolder, RunLike, damaged, read_json
 from finetune.data.metrics import main_metric
 from finetune.data.predictions import Prediction
 from finetune.data.rows import SplitSummary
@@ -84,9 +84,10 @@ class Content:
         return main_metric(tasks[0].primary if tasks else "", metrics)
 
 
-def read_content(run: Path) -> Content:
+def read_content(run: RunLike) -> Content:
     """Raises ArtifactError if `run` isn't a run folder."""
     folder = RunFolder.open(run)
+    run = folder.path
     missing: list[str] = []
 
     def read(name: str, load: Callable[[Path], T], default: T) -> T:
