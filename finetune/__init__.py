@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from finetune.commands.doctor import doctor
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
+    from finetune.common.run_folder import RunFolder
     from finetune.data.check.split import SplitPlan, data_split
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Recipe": "recipe.load",
+    "RunFolder": "common.run_folder",
     "SplitPlan": "data.check.split",
     "chat": "commands.chat",
     "check": "commands.check",
@@ -56,6 +58,7 @@ _HOME = {
 
 __all__ = [
     "Recipe",
+    "RunFolder",
     "SplitPlan",
     "chat",
     "check",

@@ -1,9 +1,8 @@
 """Chat: questions to a run, a merged folder or an adapter folder."""
 
-from pathlib import Path
-
 from finetune.common.errors import DataError
 from finetune.common.progress import quiet_libraries
+from finetune.common.run_folder import RunLike
 from finetune.data.sample import Answer, Medium, Message
 from finetune.model.assistant import MediaInput, Strength, media_of
 from finetune.model.load import load
@@ -12,7 +11,7 @@ SHOWN_LABELS = 5
 
 
 def chat(
-    folder: Path | str,
+    folder: RunLike,
     prompt: str | None = None,
     image: MediaInput = None,
     audio: MediaInput = None,

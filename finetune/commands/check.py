@@ -1,17 +1,39 @@
 """Check a recipe and its rows, without loading a model. Imports no torch."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
+from finetune.common import display
 from finetune.data.rows import SplitSummary, read_splits, summary
-from finetune.recipe.load import load_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 
 
-def check(recipe: Path | str, overrides: Sequence[str] = ()) -> dict[str, SplitSummary]:
-    """Read a recipe and its rows, and check that their media exist. Returns {split: counts}.
+@dataclass(frozen=True, repr=False)
+class CheckedRecipe:
+    """A recipe that can be trained. `splits`: {split: counts of its rows, media and answers}."""
+
+    recipe: Recipe
+    splits: dict[str, SplitSummary]
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers"
+            for split, count in self.splits.items()
+            if count.rows
+        ]
+        return "\n".join([f"{self.recipe.name}: OK", *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return display.preformatted(str(self))
+
+
+def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
+    """Read a recipe and its rows, and check that their media exist.
 
     Raises RecipeError, DataError.
     """
-    loaded = load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
     refuse_missing_trackers(loaded)
-    return summary(read_splits(loaded.data, loaded.seed, loaded.media.max_bytes))
+    return CheckedRecipe(loaded, summary(read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)))

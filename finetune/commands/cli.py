@@ -66,11 +66,7 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
 
-    counts = check(recipe, set_ or [])
-    print(f"{recipe}: OK")
-    for split, count in counts.items():
-        if count.rows:
-            print(f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers")
+    print(check(recipe, set_ or []))
 
 
 @app.command()
@@ -268,7 +264,7 @@ def recipes(
     """List the recipes that come with the package, or copy one."""
     from finetune.commands.recipes import commands_for_files, recipes
 
-    comments = recipes(copy, to)
+    listed = recipes(copy, to)
     if copy is not None:
         print(f"{to / copy}.yaml: name your own data and weights in it; its paths are relative to its new place.")
         print(
@@ -276,8 +272,7 @@ def recipes(
         )
         print(*(f"  {command}" for command in commands_for_files(copy, to)), sep="\n")
         return
-    for name, comment in comments.items():
-        print(f"{name:<24} {comment}")
+    print(listed)
 
 
 @app.command()
@@ -345,7 +340,7 @@ def data_check(
 
     result = data_check(recipe, set_ or [], fix=fix, copy_media=copy_media, workers=workers, out=out)
     print_findings(result)
-    if result["errors"]:
+    if result.errors:
         raise typer.Exit(2)
 
 
@@ -387,15 +382,15 @@ def data_split(
 
     plan = SplitPlan(train, validation, test, group, stratify, seed)
     result = data_split(path, into, plan, media=media or (), media_folder=media_folder, encoding=encoding, sheet=sheet)
-    if not result["media"]:
+    if not result.media:
         print("# no media found: if a column holds some, name it with --media COLUMN", file=sys.stderr)
-    if empty := [split for split, share in plan.shares.items() if share and split not in result["files"]]:
-        reason = f"{result['sets']:,} sets of rows stay together, the largest has {result['largest']:,} rows"
+    if empty := [split for split, share in plan.shares.items() if share and split not in result.files]:
+        reason = f"{result.sets:,} sets of rows stay together, the largest has {result.largest:,} rows"
         print(f"# no rows for {', '.join(empty)}: {reason}", file=sys.stderr)
     print("data:")
-    for split, file in result["files"].items():
-        print(f"  # {result['rows'][split]:,} rows")
-        print(f"  - {{path: {file}, media_folder: {result['media_folder']}, split: {split}, task: ...}}")
+    for split, file in result.files.items():
+        print(f"  # {result.rows[split]:,} rows")
+        print(f"  - {{path: {file}, media_folder: {result.media_folder}, split: {split}, task: ...}}")
 
 
 @data_app.command("label")
@@ -417,7 +412,7 @@ def data_label(
 
     names = [label.strip() for label in labels.split(",") if label.strip()]
     result = data_label(rows, run, out=out, task=task, labels=names, page_port=port if page else None)
-    print(f"{result['out']}: {result['rows']:,} rows, {result['proposed']:,} proposals, {result['labelled']:,} labels")
+    print(result)
 
 
 def strength_of(given: list[str]) -> float | dict[str, float] | None:

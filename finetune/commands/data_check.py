@@ -5,11 +5,12 @@ import os
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypedDict
 
 from finetune.commands._reader import Reader
+from finetune.common import display
 from finetune.common.errors import DataError, FinetuneError, option
 from finetune.common.run_folder import whole_folder, write_text
 from finetune.data.check.compare import NEAR_BITS, NEAR_LEVELS, compare
@@ -18,7 +19,7 @@ from finetune.data.check.ledger import CODES, ERRORS, Examined, Finding, Ledger,
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import findings_page
 from finetune.data.sample import Row
-from finetune.recipe.load import Recipe, dump_recipe, load_recipe
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe
 from finetune.recipe.schema import Source
 
 CHUNK = 32  # rows given to a worker at once
@@ -28,7 +29,8 @@ CHUNKS_AHEAD = 4  # per worker, waiting to be read or reported
 NumberedRow = tuple[int, int, Row]  # number over all sources, number of the source, the row
 
 
-class Fixed(TypedDict):
+@dataclass(frozen=True)
+class Fixed:
     """The cleaned copy: its `recipe`, how many `rows` it has, and how many were left out."""
 
     recipe: Path
@@ -36,14 +38,39 @@ class Fixed(TypedDict):
     quarantined: int
 
 
-class CheckResult(Summary, total=False):
+@dataclass(frozen=True, repr=False)
+class CheckResult:
+    """`summary`: what check.json begins with; `json`, `html`: the report; `fixed`: the cleaned copy, where one was
+    written.
+    """
+
+    summary: Summary
     json: Path
     html: Path
-    fixed: Fixed
+    fixed: Fixed | None = None
+
+    @property
+    def errors(self) -> int:
+        return self.summary["errors"]
+
+    @property
+    def warnings(self) -> int:
+        return self.summary["warnings"]
+
+    def __repr__(self) -> str:
+        name, rows = self.summary["name"], self.summary["rows"]
+        return f"{name}: {rows:,} rows, {self.errors:,} errors, {self.warnings:,} warnings: {self.html}"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (CODES[code][0], f"{count:,}", CODES[code][1], self.summary["examples"][code])
+            for code, count in self.summary["findings"].items()
+        ]
+        return display.line(repr(self)) + display.table(("", "rows", "finding", "example"), rows)
 
 
 def data_check(
-    recipe: Path | str,
+    recipe: RecipeLike,
     overrides: Sequence[str] = (),
     *,
     fix: Path | str | None = None,
@@ -57,7 +84,7 @@ def data_check(
     with `copy_media` the media too. `workers`: processes that decode, 0: none beside this one, None: one per core if
     there are enough rows. Raises RecipeError, ModelError; DataError if there is nothing to read, or a worker died.
     """
-    loaded = load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
     sources = loaded.data
     folder = Path(out) if out is not None else Path("runs") / f"{loaded.name}-check"
     if fix is not None:
@@ -71,12 +98,10 @@ def data_check(
             summary = summary_of(ledger, loaded.name, rows)
             write_report(ledger, summary, folder / "check.json")
             findings_page(ledger, summary, folder / "check.html", loaded.media)
-            result: CheckResult = {**summary, "json": folder / "check.json", "html": folder / "check.html"}
-            if fix is not None:
-                result["fixed"] = write_fixed(ledger, loaded, Path(fix), copy_media)
+            fixed = None if fix is None else write_fixed(ledger, loaded, Path(fix), copy_media)
         finally:
             ledger.close()
-    return result
+    return CheckResult(summary, folder / "check.json", folder / "check.html", fixed)
 
 
 def fill(ledger: Ledger, recipe: Recipe, workers: int | None) -> int:
@@ -243,4 +268,4 @@ def write_fixed(ledger: Ledger, recipe: Recipe, folder: Path, copy_media: bool) 
     with whole_folder(folder) as partial:
         sources, rows, quarantined = clean_copy(ledger, recipe.data, partial, copy_media)
         write_text(partial / "recipe.yaml", dump_recipe(recipe.model_copy(update={"data": sources})))
-    return {"recipe": folder / "recipe.yaml", "rows": rows, "quarantined": quarantined}
+    return Fixed(folder / "recipe.yaml", rows, quarantined)

@@ -5,29 +5,45 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from finetune.common import display
+from finetune.common.certificate import Certificate
 from finetune.common.errors import ArtifactError
-from finetune.common.run_folder import RunFolder, refuse_several_processes
+from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
 from finetune.data.predictions import Prediction, read_predictions
-from finetune.recipe.load import load_recipe
+from finetune.evaluation.evaluation_result import EvaluationResult
+from finetune.evaluation.report.report import Report
+from finetune.evaluation.report.words import readable
+from finetune.recipe.load import RecipeLike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
-    """`metrics`: what metrics.json holds; `answer`: of the merged model to the question of `prediction`."""
+    """`answer`: of the merged model to the question of `prediction`."""
 
-    folder: RunFolder
-    metrics: dict[str, Any]
+    evaluation: EvaluationResult
+    certificate: Certificate
     prediction: Prediction
     answer: str
-    report: Path
+    report: Report
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.evaluation.folder
+
+    def __repr__(self) -> str:
+        return f"{self.evaluation!r}\n{self.certificate!r}\n{self.folder!r}"
+
+    def _repr_html_(self) -> str:
+        shown = [self.evaluation, self.certificate, self.folder]
+        question = f"{self.prediction.question} {self.answer} (right: {readable(self.prediction.target)})"
+        return "".join(one._repr_html_() for one in shown) + display.line(question)
 
 
 def run(
-    recipe: Path | str,
+    recipe: RecipeLike,
     overrides: Sequence[str] = (),
-    run: Path | str | None = None,
+    run: RunLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
@@ -35,17 +51,17 @@ def run(
     from finetune.commands.check import check
 
     refuse_several_processes("`finetune run`")
-    check(recipe, overrides)  # so that a mistake is reported before torch is imported
+    loaded = check(recipe, overrides).recipe  # so that a mistake is reported before torch is imported
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
     from finetune.merging.merge import merge
     from finetune.training.train import train
 
-    folder = train(load_recipe(recipe, overrides), run, resume, overwrite)
-    metrics = evaluate(folder.path)
-    merge(folder.path)
+    folder = train(loaded, run, resume, overwrite)
+    evaluation = evaluate(folder)
+    certificate = merge(folder)
     first = read_predictions(folder.predictions)[0]
-    return RunResult(folder, metrics, first, answer_of(folder.merged, first), report(folder.path))
+    return RunResult(evaluation, certificate, first, answer_of(folder.merged, first), report(folder))
 
 
 def answer_of(merged: Path, prediction: Prediction) -> str:

@@ -15,7 +15,7 @@ from finetune.data.metrics import lower_is_better
 
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
-    from finetune.commands.data_preview import Preview
+    from finetune.commands.data_preview import Previews
     from finetune.commands.run import RunResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
@@ -100,25 +100,26 @@ def print_scores(run: Path) -> None:
 
 
 def print_findings(result: "CheckResult") -> None:
-    splits = ", ".join(f"{counts['rows']:,} {split}" for split, counts in result["splits"].items()) or "none usable"
-    print(f"{result['name']}: {result['rows']:,} rows read ({splits})")
+    summary = result.summary
+    splits = ", ".join(f"{counts['rows']:,} {split}" for split, counts in summary["splits"].items()) or "none usable"
+    print(f"{summary['name']}: {summary['rows']:,} rows read ({splits})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("finding")
     table.add_column("example", style="dim", overflow="fold")
-    for code, count in result["findings"].items():
+    for code, count in summary["findings"].items():
         severity, title = CODES[code]
         colour = "red" if severity == "error" else "yellow"
-        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(result["examples"][code]))
-    if result["findings"]:
+        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(summary["examples"][code]))
+    if summary["findings"]:
         Console().print(table)
-    print(f"{result['errors']:,} errors, {result['warnings']:,} warnings: {result['html']}, {result['json']}")
-    if fixed := result.get("fixed"):
-        print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
+    print(f"{result.errors:,} errors, {result.warnings:,} warnings: {result.html}, {result.json}")
+    if fixed := result.fixed:
+        print(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
 
 
-def print_previews(previews: "list[Preview]") -> None:
+def print_previews(previews: "Previews") -> None:
     console = Console(highlight=False)
     for preview in previews:
         console.print(Text(f"{preview.where}  {preview.summary}", "bold"))

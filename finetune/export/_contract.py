@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
+from finetune.common import display
 from finetune.common.errors import ExportRefused
 from finetune.common.registry import PartOptions
 from finetune.data.sample import Message

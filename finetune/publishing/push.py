@@ -30,7 +30,9 @@ class Pushed:
     commit: str | None = None
 
     def __repr__(self) -> str:
-        return f"Pushed: {self.url} (commit {self.commit})" if self.url else f"Pushed: nothing yet; files in {self.folder}"
+        return (
+            f"Pushed: {self.url} (commit {self.commit})" if self.url else f"Pushed: nothing yet; files in {self.folder}"
+        )
 
     def _repr_html_(self) -> str:
         return "".join([*map(display.line, [repr(self), *self.checks]), display.files({"files": self.folder})])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.common.errors import RecipeError, option
 from finetune.common.registry import parse_options
+from finetune.common.run_folder import RunLike
 from finetune.serving.http.settings import ServerOptions
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ FLUSH_SECONDS = 5  # for the ends of answers to be sent
 
 
 def serve(
-    models: Sequence[str],
+    models: RunLike | Sequence[RunLike],
     *,
     host: str = LOCALHOST,
     port: int = 8000,
     api_key: str | None = None,
     options: Sequence[str] = (),
 ) -> None:
-    """Serve each of `models`, `[NAME=]RUN|FOLDER|HUB_ID`, at http://HOST:PORT until SIGINT or SIGTERM. Running requests
+    """Serve each of `models`, one or several, a run or `[NAME=]RUN|FOLDER|HUB_ID`, at http://HOST:PORT until SIGINT or SIGTERM. Running requests
     then have `drain_seconds` to finish; a second signal ends the process at once. The default name of a run is that of
     its folder. `port` 0: any free port. `options`: `key=value` of `finetune.serving.http.settings.ServerOptions`.
 
@@ -48,7 +49,8 @@ def serve(
             f"{option('--host', 'host')} {host} opens the server to other machines: set "
             f"{option('--api-key', 'api_key=')} or FINETUNE_API_KEY, or leave out {option('--host', 'host=')}"
         )
-    sources = parse_models(models)
+    several = [models] if isinstance(models, str | os.PathLike) else models
+    sources = parse_models([os.fspath(model) for model in several])
     _check_installed()
     with listening_socket(host, port) as listener:  # before the models, which may take minutes to load
         run_server(load_engine(sources, server_options), server_options, listener, api_key or None)

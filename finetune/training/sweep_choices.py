@@ -3,11 +3,10 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.common.errors import RecipeError, option
 from finetune.recipe.explain import set_text
-from finetune.recipe.load import Recipe, load_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 
@@ -22,16 +21,19 @@ class SweepChoice:
 
 
 def read_choices(
-    recipe: Path | str, over: Sequence[str], trials: int | None, overrides: Sequence[str]
+    recipe: RecipeLike, over: Sequence[str], trials: int | None, overrides: Sequence[str]
 ) -> tuple[list[SweepChoice], Recipe]:
     """The choices of `--over`, and the recipe with the first value of each. Raises RecipeError for a wrong recipe, key
     or value, each value being tried once.
     """
-    refuse_missing_trackers(load_recipe(recipe, overrides))  # its own problems first
+    own = as_recipe(recipe, overrides)
+    refuse_missing_trackers(own)  # its own problems first
     choices = [read_choice(text, ranges=trials is not None) for text in over]
     first = varied(recipe, overrides, [f"{choice.key}={choice.values[0]}" for choice in choices])
     if first.train.validation is None:
-        raise RecipeError(f"{recipe}: trials are compared on validation rows: write train.validation, and rows for it")
+        raise RecipeError(
+            f"{own.name if isinstance(recipe, Recipe) else recipe}: trials are compared on validation rows: write train.validation, and rows for it"
+        )
     for values in corners(choices):
         varied(recipe, overrides, values)
     return choices, first
@@ -63,10 +65,10 @@ def over_text(key: str) -> str:
     return option(f"--over {key}", f"over: {key}")
 
 
-def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
+def varied(recipe: RecipeLike, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
     """The recipe with these values. Raises RecipeError, which names their keys as --over."""
     try:
-        return load_recipe(recipe, [*overrides, *values])
+        return as_recipe(recipe, [*overrides, *values])
     except RecipeError as error:
         message = str(error)
         for value in values:

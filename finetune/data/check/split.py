@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TextIO, TypedDict
+from typing import TextIO
 
+from finetune.common import display
 from finetune.common.errors import DataError, option
 from finetune.common.run_folder import file_hash, write_json
 from finetune.data.check.lenient import DELIMITERS
@@ -43,7 +44,8 @@ class SplitPlan:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
-class SplitResult(TypedDict):
+@dataclass(frozen=True)
+class SplitResult:
     """`files`, `rows`: of each split that has rows; `media`: how many different ones; `sets`: how many sets of rows
     stay together, `largest`: rows of the largest.
     """
@@ -54,6 +56,10 @@ class SplitResult(TypedDict):
     media: int
     sets: int
     largest: int
+
+    def _repr_html_(self) -> str:
+        rows = [(split, f"{self.rows[split]:,}", path) for split, path in self.files.items()]
+        return display.table(("split", "rows", "file"), rows)
 
 
 def data_split(
@@ -102,14 +108,14 @@ def data_split(
         report["values"] = {split: dict(sorted(count.items())) for split, count in counts.items()}
     write_json(into / "split.json", report)
     sets = [len(rows_together) for rows_together in _connected(keys)]
-    return {
-        "files": files,
-        "rows": rows,
-        "media_folder": folder.resolve(),
-        "media": len({key for row in keys for key in row if key.startswith("medium ")}),
-        "sets": len(sets),
-        "largest": max(sets),
-    }
+    return SplitResult(
+        files=files,
+        rows=rows,
+        media_folder=folder.resolve(),
+        media=len({key for row in keys for key in row if key.startswith("medium ")}),
+        sets=len(sets),
+        largest=max(sets),
+    )
 
 
 def _format(path: Path, encoding: str | None, sheet: str | None) -> FormatPart:
