@@ -24,7 +24,8 @@ def chat(
     """Answer one prompt; without one, chat at the terminal until an empty line. Returns the last answer.
 
     `image`, `audio`, `video`: media for the first question, and `strength`: as in `Assistant.answer`. `task`: the name
-    of a trained task whose head gives labels with probabilities, or a number; one such task alone needs no name. Raises DataError, ArtifactError.
+    of a trained task whose head gives labels with probabilities, or a number; one such task alone needs no name.
+    Raises DataError, ArtifactError.
     """
     quiet_libraries()
     first: tuple[Medium, ...] = media_of(image=image, audio=audio, video=video)

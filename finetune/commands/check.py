@@ -21,12 +21,13 @@ class CheckedRecipe:
             for split, count in self.splits.items()
             if count.rows
         ]
-        return "\n".join([f"{self.recipe.name}: OK", *lines])
+        return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"{self.recipe.name}: OK\n{self}"
 
     def _repr_html_(self) -> str:
-        return display.preformatted(str(self))
+        return display.preformatted(repr(self))
 
 
 def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:

@@ -66,7 +66,7 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
     from finetune.commands.check import check
 
-    print(check(recipe, set_ or []))
+    print(f"{recipe}: OK", check(recipe, set_ or []), sep="\n")
 
 
 @app.command()

@@ -204,12 +204,10 @@ def read_rows_to_label(
                 items.append(_item(row, task))
             except DataError as error:
                 errors.append(str(error))
-    if errors or not items:
-        raise DataError(
-            error_list(errors, f"{len(errors)} unusable rows")
-            if errors
-            else f"{rows if isinstance(rows, str | Path) else rows.name}: no rows"
-        )
+    if errors:
+        raise DataError(error_list(errors, f"{len(errors)} unusable rows"))
+    if not items:
+        raise DataError(f"{rows.name if isinstance(rows, Recipe) else rows}: no rows")
     of_tasks = [label for _, task in files if task for label in getattr(task.options, "labels", ())]
     of_rows = [] if labels else [item.line.label for item in items if item.line.label]
     return Labelling(out, items, list(dict.fromkeys([*labels, *of_tasks, *of_rows])), limits)

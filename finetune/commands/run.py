@@ -35,9 +35,9 @@ class RunResult:
         return f"{self.evaluation!r}\n{self.certificate!r}\n{self.folder!r}"
 
     def _repr_html_(self) -> str:
-        shown = [self.evaluation, self.certificate, self.folder]
         question = f"{self.prediction.question} {self.answer} (right: {readable(self.prediction.target)})"
-        return "".join(one._repr_html_() for one in shown) + display.line(question)
+        certificate, folder = self.certificate._repr_html_(), self.folder._repr_html_()
+        return "".join([self.evaluation._repr_html_(), certificate, display.line(question), folder])
 
 
 def run(

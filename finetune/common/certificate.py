@@ -97,8 +97,8 @@ class Certificate(CertificatePart):
 
     def __repr__(self) -> str:
         return (
-            f"Certificate: merged into {self.merged_into}; {self.saved.agreement:.1%} of {self.positions:,} next tokens "
-            f"as trained, KL {self.saved.kl:.2g} nats, on {self.rows} of {self.rows_held_out:,} held-out rows"
+            f"Certificate: merged into {self.merged_into}; {self.saved.agreement:.1%} of {self.positions:,} next "
+            f"tokens as trained, KL {self.saved.kl:.2g} nats, on {self.rows} of {self.rows_held_out:,} held-out rows"
         )
 
     def _repr_html_(self) -> str:

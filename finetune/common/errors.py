@@ -23,7 +23,7 @@ from pathlib import Path
 
 RESUME = ("--resume", "resume=True")
 OVERWRITE = ("--overwrite", "overwrite=True")
-RUN = ("--run DIR", "run=DIR")
+RUN = ("--run DIR", "run=")
 _flags = False
 
 

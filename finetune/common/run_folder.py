@@ -31,6 +31,7 @@ WRITTEN_LATER = {
     *("data", "checkpoints", "adapter", "merged", "exports", "published", "plots", "tensorboard"),
     *("metrics.json", "predictions.jsonl", "certificate.json", "report.html"),
 }
+RunPart = Literal["recipe", "adapter", "metrics", "merged"]
 HASHES = "sha256.json"  # in each checkpoint
 UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
@@ -98,8 +99,8 @@ class RunFolder:
                 )
         elif path.exists() and any(entry.name not in WRITTEN_FIRST for entry in path.iterdir()):
             raise TrainingError(
-                f"{path}: there is a run here already: {option(*RESUME)} goes on with it, {option(*OVERWRITE)} removes it "
-                f"and begins anew, {option(*RUN)} makes another"
+                f"{path}: there is a run here already: {option(*RESUME)} goes on with it, "
+                f"{option(*OVERWRITE)} removes it and begins anew, {option(*RUN)} makes another"
             )
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, recipe_text)
@@ -115,8 +116,8 @@ class RunFolder:
             foreign = foreign or [*names]
         if foreign:
             raise TrainingError(
-                f"{self.path}: {option(*OVERWRITE)} removes only what a run has written; {sorted(foreign)[0]} is "
-                f"something else: move it away, or choose another {option(*RUN)}"
+                f"{self.path}: {option(*OVERWRITE)} removes only what a run has written; {sorted(foreign)[0]} "
+                f"is something else: move it away, or choose another {option(*RUN)}"
             )
         for entry in sorted(entries, key=lambda entry: entry.name in WRITTEN_FIRST):  # these tell that it is a run
             if entry.is_dir() and not entry.is_symlink():
@@ -125,7 +126,7 @@ class RunFolder:
                 entry.unlink()
 
     @classmethod
-    def open(cls, path: "RunLike", needs: Literal["recipe", "adapter", "metrics", "merged"] = "recipe") -> "RunFolder":
+    def open(cls, path: "RunLike", needs: RunPart = "recipe") -> "RunFolder":
         """An existing run that holds `needs`. Raises ArtifactError."""
         if not isinstance(path, str | os.PathLike):
             raise ArtifactError(f"run: a {type(path).__name__}; give a run folder's path, or a finetune.RunFolder")

@@ -305,8 +305,8 @@ def without_kinds(messages: Sequence[Message], kinds: Sequence[str]) -> list[Mes
 
 
 def media_of(**inputs: MediaInput) -> tuple[Medium, ...]:
-    """Media by kind, each one or a list of them, in the order of the kinds. What is no medium raises MediaError only when
-    it is decoded.
+    """Media by kind, each one or a list of them, in the order of the kinds. What is no medium raises MediaError when it
+    is decoded.
     """
     media: list[Medium] = []
     for kind, value in inputs.items():

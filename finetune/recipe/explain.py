@@ -182,8 +182,9 @@ def explain(document: Document, errors: Sequence[ErrorDetails], schema: JsonSche
             keys = [str(key) for key in members(*at(location[:-1], document.value, schema), schema)]
             near = nearest(str(location[-1]), keys)
             misspelled.add((*location[:-1], near or ""))
-            if document.place(location).line == 0:  # by its dotted name: perhaps the key is elsewhere
-                near = nearest_key(dotted(location), document, schema) or near
+            place = document.place(location)
+            if place.line == 0 and place != document.places[()]:  # written as one dotted key
+                near = nearest_key(place.text.removeprefix(set_text("")), document, schema) or near
             near = near or nearest_key(str(location[-1]), document, schema)
             advice = f"Did you mean {near!r}?" if near else f"Keys here: {shorten(', '.join(keys), 150)}."
             problems[location] = f"unknown key. {advice}"

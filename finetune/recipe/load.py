@@ -34,7 +34,8 @@ class Recipe(RecipeSections):
 
     @classmethod
     def _of(cls, sections: RecipeSections) -> Self:
-        return cls.model_construct(sections.model_fields_set, **dict(sections))
+        recipe: Self = cls.model_construct(sections.model_fields_set, **dict(sections))
+        return recipe
 
     @classmethod
     def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
@@ -122,7 +123,7 @@ def _plain(value: object) -> object:
 def _checked(document: Document, folder: str) -> RecipeSections:
     """The sections of a document, their paths absolute from `folder`. Raises RecipeError."""
     try:
-        sections = RecipeSections.model_validate(document.value)
+        sections: RecipeSections = RecipeSections.model_validate(document.value)
     except ValidationError as error:
         raise recipe_error(document, explain(document, error.errors(include_url=False), outline())) from None
     problems: list[Problem] = []

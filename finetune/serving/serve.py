@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.common.errors import RecipeError, option
 from finetune.common.registry import parse_options
-from finetune.common.run_folder import RunLike
+from finetune.common.run_folder import RunFolder, RunLike
 from finetune.serving.http.settings import ServerOptions
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ def serve(
     api_key: str | None = None,
     options: Sequence[str] = (),
 ) -> None:
-    """Serve each of `models`, one or several, a run or `[NAME=]RUN|FOLDER|HUB_ID`, at http://HOST:PORT until SIGINT or SIGTERM. Running requests
-    then have `drain_seconds` to finish; a second signal ends the process at once. The default name of a run is that of
-    its folder. `port` 0: any free port. `options`: `key=value` of `finetune.serving.http.settings.ServerOptions`.
+    """Serve one or several `models`, each a run or `[NAME=]RUN|FOLDER|HUB_ID`, at http://HOST:PORT until SIGINT or
+    SIGTERM. Running requests then have `drain_seconds` to finish; a second signal ends the process at once. The default
+    name of a run is that of its folder. `port` 0: any free port. `options`: `key=value` of
+    `finetune.serving.http.settings.ServerOptions`.
 
     To be called in the main thread. Raises RecipeError for an address other than 127.0.0.1 without an API key, an
     address in use, and invalid options or names; ArtifactError or ModelError for models that can't be loaded.
@@ -49,7 +50,7 @@ def serve(
             f"{option('--host', 'host')} {host} opens the server to other machines: set "
             f"{option('--api-key', 'api_key=')} or FINETUNE_API_KEY, or leave out {option('--host', 'host=')}"
         )
-    several = [models] if isinstance(models, str | os.PathLike) else models
+    several = [models] if isinstance(models, RunFolder | Path | str) else models
     sources = parse_models([os.fspath(model) for model in several])
     _check_installed()
     with listening_socket(host, port) as listener:  # before the models, which may take minutes to load

@@ -31,9 +31,8 @@ def read_choices(
     choices = [read_choice(text, ranges=trials is not None) for text in over]
     first = varied(recipe, overrides, [f"{choice.key}={choice.values[0]}" for choice in choices])
     if first.train.validation is None:
-        raise RecipeError(
-            f"{own.name if isinstance(recipe, Recipe) else recipe}: trials are compared on validation rows: write train.validation, and rows for it"
-        )
+        where = own.name if isinstance(recipe, Recipe) else recipe
+        raise RecipeError(f"{where}: trials are compared on validation rows: write train.validation, and rows for it")
     for values in corners(choices):
         varied(recipe, overrides, values)
     return choices, first

@@ -18,8 +18,8 @@ from finetune.model.heads import HeadSettings
 from finetune.publishing import card
 from finetune.publishing.parts import Base, Publication
 from finetune.publishing.staging import cleaned, public_names
-from finetune.recipe.parts import HeadPart, TaskPart
 from finetune.recipe.load import Recipe
+from finetune.recipe.parts import HeadPart, TaskPart
 
 OPTIONS = {"languages": ["zh"], "datasets": ["org/rows"], "limits": "Drawn pictures only.", "licenses": {}}
 

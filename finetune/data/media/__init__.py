@@ -20,7 +20,8 @@ DECODED_BY = {"image": ("pillow", "pydicom"), "audio": ("soundfile", "soxr", "av
 
 def decode(kind: str, source: object, *, where: str = "", limits: Limits = LIMITS, **sampling: Any) -> Any:
     """Decode a file, its bytes, or an object that a program holds (`OBJECTS`). "image": PIL image, RGB uint8; "audio":
-    float32 (samples,) in [-1, 1] at 16 kHz, mono; "video": `finetune.data.media.video.Clip`, its frames chosen by `sampling`, as in `decode_video`.
+    float32 (samples,) in [-1, 1] at 16 kHz, mono; "video": `finetune.data.media.video.Clip`, its frames chosen by
+    `sampling`, as in `decode_video`.
 
     Raises MediaError, which begins with `where` (file and row), for a file that can't be decoded within `limits`.
     """

@@ -95,6 +95,7 @@ def clip_of(
     import PIL.Image
 
     name = where or "video"
+    frames: Any
     frames, rate = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if not (isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3):
         rate = None

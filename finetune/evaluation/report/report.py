@@ -41,8 +41,9 @@ class Report:
 
 
 def report(run: RunLike, out: Path | str | None = None) -> Report:
-    """Write the report of a run to RUN/report.html or `out` (a file, or a folder for report.html). Only the run folder is read, and the media that its predictions name; the page says what is missing. Raises
-    ArtifactError if `run` isn't a run folder.
+    """Write the report of a run to RUN/report.html or `out` (a file, or a folder for report.html). Only the run folder
+    is read, and the media that its predictions name; the page says what is missing. Raises ArtifactError if `run` isn't
+    a run folder.
     """
     content = read_content(run)
     path = Path(run) / "report.html" if out is None else Path(out)
