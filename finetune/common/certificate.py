@@ -72,6 +72,8 @@ class LanguageModelFiles(CertificatePart):
 
 
 class Certificate(CertificatePart):
+    """What a merge measured; certificate.json."""
+
     format: Literal[1] = Field(description="Version of this file's format.")
     merged_into: str = Field(description="The candidate that was kept.")
     why: str = Field(description="Why it was kept.")
