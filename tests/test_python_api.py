@@ -18,6 +18,7 @@ from tiny import tiny_dataset, tiny_llm_folder, tiny_picture, tiny_vision_folder
 
 import finetune
 from finetune.common.errors import ArtifactError, MediaError, RecipeError, TrainingError, options_as_flags
+from finetune.common.progress import quiet_libraries
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
 FUNCTIONS = {name: value for name in finetune.__all__ if inspect.isfunction(value := getattr(finetune, name))}
@@ -55,6 +56,7 @@ def page(tmp_path_factory) -> dict:
         warnings.catch_warnings(record=True) as warned,
     ):
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        warnings.simplefilter("default")  # in place of pytest's own filters
         torch.manual_seed(0)
         exec(compile(program, str(PAGE), "exec"), names)
     return names | {"warned": [str(one.message) for one in warned], "printed": printed.getvalue()}
@@ -103,7 +105,7 @@ def test_recipes_are_given_as_a_path_or_an_object(here, page):
         assert labels.rows == 20 and "20 rows" in labels._repr_html_()
         with pytest.raises(RecipeError, match=r"^(shelf|shelf\.yaml): trials are compared on validation rows"):
             finetune.sweep(recipe, ["seed=1,2"])
-    with pytest.raises(RecipeError, match="recipe: a int; give the path of a YAML file, or a finetune.Recipe"):
+    with pytest.raises(RecipeError, match=r"recipe: a int; give the path of a YAML file, or a finetune.Recipe"):
         finetune.train(3)
 
 
@@ -116,7 +118,7 @@ def test_runs_are_given_as_a_path_or_an_object(here, page):
         with pytest.raises(ArtifactError, match="exists already"):
             finetune.export_run(run, "transformers", here / "data")
         assert finetune.push(run, "shelf", merged=True, dry_run=True).folder.is_dir()
-    with pytest.raises(ArtifactError, match="run: a int; give a run folder's path, or a finetune.RunFolder"):
+    with pytest.raises(ArtifactError, match=r"run: a int; give a run folder's path, or a finetune.RunFolder"):
         finetune.evaluate(3)
 
 
@@ -133,6 +135,16 @@ def test_results_show_tables_plots_and_paths(here, page):
         page["result"].metrics = None
 
 
+def test_warnings_of_the_user_s_code_are_not_silenced():
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        quiet_libraries()
+        warnings.warn_explicit("ours", FutureWarning, "peft.py", 1, module="peft.tuners.lora")
+        warnings.warn_explicit("theirs", FutureWarning, "notebook.py", 1, module="peftless")
+        warnings.warn("mine", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in warned] == ["theirs", "mine"]
+
+
 def test_a_changed_recipe_is_checked_like_the_command_line_s(here, page):
     recipe = page["recipe"]
     for change in ("train.tokens_per_batch=2", "train.tokens_per_bach=512", "train.stages.0.trains=[heads]", "seed"):
@@ -142,7 +154,7 @@ def test_a_changed_recipe_is_checked_like_the_command_line_s(here, page):
             finetune.load_recipe("shelf.yaml", [change])
         assert "--set" in str(by_flag.value) and "--set" not in str(in_python.value)
         assert str(by_flag.value).replace("--set ", "") == str(in_python.value)
-    with pytest.raises(RecipeError, match="train.tokens_per_batch: got '512'; write an integer of at least 16"):
+    with pytest.raises(RecipeError, match=r"train\.tokens_per_batch: got '512'; write an integer of at least 16"):
         recipe.with_(**{"train.tokens_per_batch": "512"})
     with pytest.raises(RecipeError, match=r"^Recipe: model.llm: missing"):
         finetune.Recipe(**{**dict(recipe), "model": {}})
@@ -172,7 +184,7 @@ def test_pictures_of_all_forms_give_the_answer_of_their_file(here, page):
             assistant.answer("Which shelf?", image=form, max_new_tokens=1)
         finally:
             del assistant.model.generate
-        return torch.stack([one for one in seen[0]])
+        return torch.stack(list(seen[0]))
 
     expected = features(path)
     for form in forms:
