@@ -59,7 +59,7 @@ def page(tmp_path_factory) -> dict:
         warnings.simplefilter("default")  # in place of pytest's own filters
         torch.manual_seed(0)
         exec(compile(program, str(PAGE), "exec"), names)
-    return names | {"warned": [str(one.message) for one in warned], "printed": printed.getvalue()}
+    return names | {"warned": [f"{one.filename}: {one.message}" for one in warned], "printed": printed.getvalue()}
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def here(page, monkeypatch) -> Path:
     return page["folder"]
 
 
-def test_the_page_runs_and_its_objects_say_what_they_are(page):
+def test_the_page_runs_and_its_objects_say_what_they_are(here, page):
     assert page["recipe"].train.stages[0].epochs == 2 and page["recipe"].train.tokens_per_batch == 256
     assert page["recipe"] == finetune.load_recipe(page["folder"] / "shelf.yaml")
     assert "runs/shelf: there is a run here already: resume=True goes on with it" in page["printed"]
