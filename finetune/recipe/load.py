@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
@@ -33,12 +33,12 @@ class Recipe(RecipeSections):
         super().__init__(**{name: getattr(checked, name) for name in checked.model_fields_set})
 
     @classmethod
-    def _of(cls, sections: RecipeSections) -> Self:
-        recipe: Self = cls.model_construct(sections.model_fields_set, **dict(sections))
+    def _of(cls, sections: RecipeSections) -> "Recipe":
+        recipe: Recipe = cls.model_construct(sections.model_fields_set, **dict(sections))
         return recipe
 
     @classmethod
-    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
+    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
         """Read a YAML file. `overrides`: 'full.dotted.key=value', the value as YAML. Relative paths, those of overrides
         too, are relative to the file's folder.
 
@@ -53,13 +53,13 @@ class Recipe(RecipeSections):
         return cls._of(_checked(document, os.path.dirname(os.path.abspath(path))))
 
     @classmethod
-    def without_files(cls, content: object) -> Self:
+    def without_files(cls, content: object) -> "Recipe":
         """A recipe of another machine, or of another day: types and values are checked, paths and conflicts aren't.
         Raises pydantic's ValidationError.
         """
         return cls._of(RecipeSections.model_validate(content))
 
-    def with_(self, *overrides: str, **values: object) -> Self:
+    def with_(self, *overrides: str, **values: object) -> "Recipe":
         """A changed copy, checked as a whole: `with_("train.stages.0.epochs=3")` takes what `--set` takes, and
         `with_(**{"train.tokens_per_batch": 512})` Python values. Relative paths are relative to the working directory.
         Raises RecipeError.
