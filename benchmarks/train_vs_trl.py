@@ -335,7 +335,7 @@ def make_random_rows(options: argparse.Namespace) -> None:
 
 def our_recipe(options: argparse.Namespace, cache_folder: Path | None = None) -> Any:
     """The training as a recipe of the kit; `cache_folder`: of features."""
-    from finetune.recipe.schema import Recipe
+    from finetune.recipe.load import Recipe
 
     random = options.model == "random"
     prompt = "w1 w2 w3" if random else options.prompt

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finetune.commands.predict import predict
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
+    from finetune.common.run_folder import RunFolder
     from finetune.data.check.split import SplitPlan, data_split
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
     from finetune.model.load import load
     from finetune.publishing.pull import pull
     from finetune.publishing.push import push
-    from finetune.recipe.load import load_recipe
-    from finetune.recipe.schema import Recipe, schema
+    from finetune.recipe.load import Recipe, load_recipe
+    from finetune.recipe.schema import schema
     from finetune.serving.serve import serve
     from finetune.training.sweep import sweep
     from finetune.training.train import train
 
 _HOME = {
-    "Recipe": "recipe.schema",
+    "Recipe": "recipe.load",
+    "RunFolder": "common.run_folder",
     "SplitPlan": "data.check.split",
     "chat": "commands.chat",
     "check": "commands.check",
@@ -62,6 +64,7 @@ _HOME = {
 
 __all__ = [
     "Recipe",
+    "RunFolder",
     "SplitPlan",
     "chat",
     "check",

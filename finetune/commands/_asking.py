@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, option
 from finetune.data.sample import Answer, Message
 from finetune.recipe.parts import TaskPart
 
@@ -16,9 +16,10 @@ def task_of(assistant: "Assistant | None", task: str | None) -> tuple[str | None
     """(name, task) that a model was trained for. Raises DataError if there are several and none is named."""
     bindings = assistant.model.bindings if assistant is not None else {}
     if task is not None and task not in bindings:
-        raise DataError(f"--task {task}: the model was trained for {', '.join(bindings) or 'no task that is known'}")
+        known = ", ".join(bindings) or "no task that is known"
+        raise DataError(f"{option('--task', 'task')} {task}: the model was trained for {known}")
     if len(bindings) > 1 and task is None:
-        raise DataError(f"the model was trained for {', '.join(bindings)}: name one with --task")
+        raise DataError(f"the model was trained for {', '.join(bindings)}: name one with {option('--task', 'task=')}")
     name = task or next(iter(bindings), None)
     return name, bindings[name].task if name else None
 

@@ -12,7 +12,8 @@ from finetune.data.hold_out import content_key, holds_out, keys_of, splits_of
 from finetune.data.rows import group_of
 from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
-from finetune.recipe.schema import Llm, Recipe, task_names
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Llm, task_names
 
 CACHED_MEDIA = 512  # media whose view is kept: questions about one picture follow each other
 

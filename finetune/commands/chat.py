@@ -1,22 +1,21 @@
 """Chat: questions to a run, a merged folder or an adapter folder."""
 
-from pathlib import Path
-
 from finetune.common.errors import DataError
 from finetune.common.progress import quiet_libraries
+from finetune.common.run_folder import RunLike
 from finetune.data.sample import Answer, Medium, Message
-from finetune.model.assistant import MediaPaths, Strength, media_of
+from finetune.model.assistant import MediaInput, Strength, media_of
 from finetune.model.load import load
 
 SHOWN_LABELS = 5
 
 
 def chat(
-    folder: Path | str,
+    folder: RunLike,
     prompt: str | None = None,
-    image: MediaPaths = None,
-    audio: MediaPaths = None,
-    video: MediaPaths = None,
+    image: MediaInput = None,
+    audio: MediaInput = None,
+    video: MediaInput = None,
     *,
     task: str | None = None,
     strength: Strength = None,
@@ -24,14 +23,14 @@ def chat(
 ) -> str:
     """Answer one prompt; without one, chat at the terminal until an empty line. Returns the last answer.
 
-    `image`, `audio`, `video`: one or several files for the first question. `task`: the name of a trained task whose
-    head gives labels with probabilities, or a number; one such task alone needs no name. `strength`: as in
-    `Assistant.answer`. Raises DataError, ArtifactError.
+    `image`, `audio`, `video`: media for the first question, and `strength`: as in `Assistant.answer`. `task`: the name
+    of a trained task whose head gives labels with probabilities, or a number; one such task alone needs no name.
+    Raises DataError, ArtifactError.
     """
     quiet_libraries()
     first: tuple[Medium, ...] = media_of(image=image, audio=audio, video=video)
     for medium in first:
-        if not medium.path.is_file():
+        if medium.content is None and not medium.path.is_file():
             raise DataError(f"no such {medium.kind}: {medium.path}")
     assistant = load(folder)
     names = assistant.names_without_text()

@@ -6,33 +6,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.commands._lengths import estimate, settings_of
+from finetune.common import display
 from finetune.common.errors import RecipeError
 from finetune.common.hub import PROBE_SECONDS, unreachable
 from finetune.common.run_folder import JsonObject
 from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary
-from finetune.recipe.load import load_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 from finetune.recipe.remarks import remarks
-from finetune.recipe.schema import Llm, Recipe
+from finetune.recipe.schema import Llm
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
 # Of these families transformers loads the text part of a vision-language checkpoint by itself.
 TEXT_PART_LOADS = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckedRecipe:
     """`splits`: {split: counts}; `stages`: steps of each, () where the tokenizer isn't at hand; `warnings`: what makes
     a run a waste; `notes`: what its author may not expect, and what couldn't be checked.
     """
 
-    recipe: Path
+    recipe: Recipe
     splits: dict[str, SplitSummary]
     stages: tuple[StageSteps, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.recipe}: OK"]
+        lines = []
         for split, count in self.splits.items():
             if count.rows:
                 lines.append(
@@ -46,14 +47,20 @@ class CheckedRecipe:
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
+    def __repr__(self) -> str:
+        return f"{self.recipe.name}: OK\n{self}"
 
-def check(recipe: Path | str, overrides: Sequence[str] = ()) -> CheckedRecipe:
+    def _repr_html_(self) -> str:
+        return display.preformatted(repr(self))
+
+
+def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     """Read a recipe and its rows, and check that their media exist, that the LLM is one, that there are rows to score,
     and that the stages have steps enough.
 
     Raises RecipeError, DataError.
     """
-    loaded = load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
     refuse_missing_trackers(loaded)
     notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm)]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)
@@ -68,7 +75,7 @@ def check(recipe: Path | str, overrides: Sequence[str] = ()) -> CheckedRecipe:
         warnings += _few_steps(loaded, splits, estimated.lengths, stages)
         if estimated.unknown:
             notes.append(f"tokens of {', '.join(estimated.unknown)} aren't counted: only the encoder's weights tell")
-    return CheckedRecipe(Path(recipe), summary(splits), stages, tuple(warnings), tuple(notes))
+    return CheckedRecipe(loaded, summary(splits), stages, tuple(warnings), tuple(notes))
 
 
 def _few_steps(recipe: Recipe, splits: Splits, lengths: Sequence[int], stages: Sequence[StageSteps]) -> Iterator[str]:

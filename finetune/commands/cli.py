@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.common.errors import FinetuneError, Interrupted, RecipeError
+from finetune.common.errors import FinetuneError, Interrupted, RecipeError, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, part_names
 from finetune.common.version import VERSION
 from finetune.training.plan.cards import CARDS, DEFAULT
@@ -138,7 +138,7 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     from finetune.commands.check import check
     from finetune.training.plan.apart import plan_line
 
-    print(check(recipe, set_ or []), flush=True)
+    print(f"{recipe}: OK", check(recipe, set_ or []), sep="\n", flush=True)
     print(f"  {plan_line(recipe, set_ or []) or f'memory, disk and hours: finetune plan {recipe}'}")
 
 
@@ -414,7 +414,7 @@ def recipes(
     """List the recipes that come with the package, or copy one."""
     from finetune.commands.recipes import commands_for_files, recipes
 
-    comments = recipes(copy, to)
+    listed = recipes(copy, to)
     if copy is not None:
         print(f"{to / copy}.yaml: name your own data and weights in it; its paths are relative to its new place.")
         print(
@@ -422,8 +422,7 @@ def recipes(
         )
         print(*(f"  {command}" for command in commands_for_files(copy, to)), sep="\n")
         return
-    for name, comment in comments.items():
-        print(f"{name:<24} {comment}")
+    print(listed)
 
 
 @app.command()
@@ -450,7 +449,8 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON schema of recipes, for editors; or the options of one part, to read."""
-    from finetune.recipe.schema import Recipe, schema
+    from finetune.recipe.load import Recipe
+    from finetune.recipe.schema import schema
 
     if part is not None:
         folder, _, name = part.rpartition(".")
@@ -490,7 +490,7 @@ def data_check(
 
     result = data_check(recipe, set_ or [], fix=fix, copy_media=copy_media, workers=workers, out=out)
     print_findings(result)
-    if result["errors"] and not ("fixed" in result and result["fixed"]["clean"]):
+    if result.errors and not (result.fixed and result.fixed.clean):
         raise typer.Exit(2)
 
 
@@ -532,15 +532,15 @@ def data_split(
 
     plan = SplitPlan(train, validation, test, group, stratify, seed)
     result = data_split(path, into, plan, media=media or (), media_folder=media_folder, encoding=encoding, sheet=sheet)
-    if not result["media"]:
+    if not result.media:
         print("# no media found: if a column holds some, name it with --media COLUMN", file=sys.stderr)
-    if empty := [split for split, share in plan.shares.items() if share and split not in result["files"]]:
-        reason = f"{result['sets']:,} sets of rows stay together, the largest has {result['largest']:,} rows"
+    if empty := [split for split, share in plan.shares.items() if share and split not in result.files]:
+        reason = f"{result.sets:,} sets of rows stay together, the largest has {result.largest:,} rows"
         print(f"# no rows for {', '.join(empty)}: {reason}", file=sys.stderr)
     print("data:")
-    for split, file in result["files"].items():
-        print(f"  # {result['rows'][split]:,} rows")
-        print(f"  - {{path: {file}, media_folder: {result['media_folder']}, split: {split}, task: ...}}")
+    for split, file in result.files.items():
+        print(f"  # {result.rows[split]:,} rows")
+        print(f"  - {{path: {file}, media_folder: {result.media_folder}, split: {split}, task: ...}}")
 
 
 @data_app.command("label")
@@ -562,7 +562,7 @@ def data_label(
 
     names = [label.strip() for label in labels.split(",") if label.strip()]
     result = data_label(rows, run, out=out, task=task, labels=names, page_port=port if page else None)
-    print(f"{result['out']}: {result['rows']:,} rows, {result['proposed']:,} proposals, {result['labelled']:,} labels")
+    print(result)
 
 
 def strength_of(given: list[str]) -> float | dict[str, float] | None:
@@ -604,7 +604,8 @@ def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str]) -> Iterator[
 def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that aren't needed
     try:
-        app()
+        with options_as_flags():
+            app()
     except FinetuneError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

@@ -5,12 +5,14 @@ import os
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from finetune.commands._reader import Reader, held_out
-from finetune.common.errors import DataError, FinetuneError
+from finetune.common import display
+from finetune.common.errors import DataError, FinetuneError, option
 from finetune.common.run_folder import whole_folder, write_text
 from finetune.data.check.compare import NEAR_BITS, NEAR_LEVELS, compare
 from finetune.data.check.fix import check_target, clean_copy
@@ -18,8 +20,8 @@ from finetune.data.check.ledger import CODES, ERRORS, Examined, Finding, Ledger,
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import findings_page
 from finetune.data.sample import Row
-from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe
+from finetune.recipe.schema import Source
 from finetune.recipe.words import Location
 from finetune.recipe.yaml_reader import read_text, read_yaml, rewritten
 
@@ -30,7 +32,8 @@ CHUNKS_AHEAD = 4  # per worker, waiting to be read or reported
 NumberedRow = tuple[int, int, Row, str]  # number over all sources, number of the source, the row, its split
 
 
-class Fixed(TypedDict):
+@dataclass(frozen=True)
+class Fixed:
     """The cleaned copy: its `recipe`, how many `rows` it has, how many were left out, and whether it is `clean`: each
     source has rows left.
     """
@@ -41,14 +44,39 @@ class Fixed(TypedDict):
     clean: bool
 
 
-class CheckResult(Summary, total=False):
+@dataclass(frozen=True, repr=False)
+class CheckResult:
+    """`summary`: what check.json begins with; `json`, `html`: the report; `fixed`: the cleaned copy, where one was
+    written.
+    """
+
+    summary: Summary
     json: Path
     html: Path
-    fixed: Fixed
+    fixed: Fixed | None = None
+
+    @property
+    def errors(self) -> int:
+        return self.summary["errors"]
+
+    @property
+    def warnings(self) -> int:
+        return self.summary["warnings"]
+
+    def __repr__(self) -> str:
+        name, rows = self.summary["name"], self.summary["rows"]
+        return f"{name}: {rows:,} rows, {self.errors:,} errors, {self.warnings:,} warnings: {self.html}"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (CODES[code][0], f"{count:,}", CODES[code][1], self.summary["examples"][code])
+            for code, count in self.summary["findings"].items()
+        ]
+        return display.line(repr(self)) + display.table(("", "rows", "finding", "example"), rows)
 
 
 def data_check(
-    recipe: Path | str,
+    recipe: RecipeLike,
     overrides: Sequence[str] = (),
     *,
     fix: Path | str | None = None,
@@ -62,7 +90,7 @@ def data_check(
     with `copy_media` the media too. `workers`: processes that decode, 0: none beside this one, None: one per core if
     there are enough rows. Raises RecipeError, ModelError; DataError if there is nothing to read, or a worker died.
     """
-    loaded = load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
     sources = loaded.data
     folder = Path(out) if out is not None else Path("runs") / f"{loaded.name}-check"
     if fix is not None:
@@ -76,12 +104,12 @@ def data_check(
             summary = summary_of(ledger, loaded.name, rows)
             write_report(ledger, summary, folder / "check.json")
             findings_page(ledger, summary, folder / "check.html", loaded.media)
-            result: CheckResult = {**summary, "json": folder / "check.json", "html": folder / "check.html"}
+            fixed = None
             if fix is not None:
-                result["fixed"] = write_fixed(ledger, loaded, Path(fix), copy_media, rewriting(recipe, overrides))
+                fixed = write_fixed(ledger, loaded, Path(fix), copy_media, rewriting(recipe, overrides))
         finally:
             ledger.close()
-    return result
+    return CheckResult(summary, folder / "check.json", folder / "check.html", fixed)
 
 
 def fill(ledger: Ledger, recipe: Recipe, workers: int | None) -> int:
@@ -159,7 +187,7 @@ def in_processes(recipe: Recipe, rows: Iterator[NumberedRow], workers: int) -> I
         except BrokenProcessPool:
             raise DataError(
                 f"{row.where}: a worker died at this row or one of the next {CHUNKS_AHEAD * workers * CHUNK}: out "
-                "of memory, or a file that crashes its decoder; --workers 0 goes row by row"
+                f"of memory, or a file that crashes its decoder; {option('--workers 0', 'workers=0')} goes row by row"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -250,19 +278,19 @@ def write_fixed(
     with whole_folder(folder) as partial:
         sources, rows, quarantined, clean = clean_copy(ledger, recipe.data, partial, copy_media)
         write_text(partial / "recipe.yaml", recipe_text(recipe.model_copy(update={"data": sources})))
-    return {"recipe": folder / "recipe.yaml", "rows": rows, "quarantined": quarantined, "clean": clean}
+    return Fixed(folder / "recipe.yaml", rows, quarantined, clean)
 
 
-def rewriting(path: Path | str, overrides: Sequence[str]) -> Callable[[Recipe], str]:
-    """Writes a recipe that differs in paths and formats as the file at `path`, with only those changed. With overrides,
-    which may be anywhere, it is written anew, with all defaults.
+def rewriting(recipe: RecipeLike, overrides: Sequence[str]) -> Callable[[Recipe], str]:
+    """Writes a recipe that differs in paths and formats as its file, with only those changed. One with overrides, which
+    may be anywhere, or made in Python is written anew, with all defaults.
     """
-    text = read_text(path)
+    if overrides or isinstance(recipe, Recipe):
+        return dump_recipe
+    path, text = str(recipe), read_text(recipe)
 
     def write(recipe: Recipe) -> str:
-        if overrides:
-            return dump_recipe(recipe)
-        written = read_yaml(text, str(path)).value
+        written = read_yaml(text, path).value
         changes = dict(_changed_paths(written, recipe.model_dump(mode="json"), ()))
         for number, source in enumerate(recipe.data):
             entry = written["data"][number]

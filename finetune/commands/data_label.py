@@ -5,15 +5,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from finetune.commands._asking import ask, task_of
-from finetune.common.errors import DataError, RecipeError
+from finetune.common import display
+from finetune.common.errors import DataError, RecipeError, option
+from finetune.common.run_folder import RunLike
 from finetune.data.check.page import InlineMedium, embedded, render
 from finetune.data.questions import question_about_media, question_of
 from finetune.data.rows import detected, error_list, read_rows
 from finetune.data.sample import KINDS, Medium, Message, Row
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import Limits, RowFile, task_names
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 ANSWER_COLUMNS = ("label", "answer", "caption", "text")  # options of tasks that name the column of the answer
 BUTTONS = 24  # labels; more are a list
 HOST = "127.0.0.1"
-INSTALL = "the page needs Gradio: pip install 'finetune-kit[label]'; without --page the labels are written into a CSV"
+INSTALL = "the page needs Gradio: pip install 'finetune-kit[label]'; without {} the labels are written into a CSV"
 
 
 @dataclass
@@ -52,13 +54,20 @@ class Item:
     line: Line
 
 
-class LabelResult(TypedDict):
+@dataclass(frozen=True)
+class LabelResult:
     """The CSV, and how many rows it has, with a proposal, with a label."""
 
     out: Path
     rows: int
     proposed: int
     labelled: int
+
+    def __str__(self) -> str:
+        return f"{self.out}: {self.rows:,} rows, {self.proposed:,} proposals, {self.labelled:,} labels"
+
+    def _repr_html_(self) -> str:
+        return display.line(str(self))
 
 
 @dataclass
@@ -99,8 +108,8 @@ class Labelling:
 
 
 def data_label(
-    rows: Path | str,
-    run: Path | str | None = None,
+    rows: RecipeLike,
+    run: RunLike | None = None,
     *,
     out: Path | str = "labels.csv",
     task: str | None = None,
@@ -124,7 +133,7 @@ def data_label(
 
         assistant = load(run)
     name, trained_for = task_of(assistant, task)
-    labelling = read_rows_to_label(Path(rows), Path(out), name, trained_for, labels)
+    labelling = read_rows_to_label(rows, Path(out), name, trained_for, labels)
     _resume(labelling)
     if assistant is not None:
         propose(labelling, assistant, name, batch, max_new_tokens)
@@ -133,7 +142,7 @@ def data_label(
         theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no downloads
         build_page(gradio, labelling).launch(server_name=HOST, server_port=page_port, share=False, theme=theme)
     proposed = sum(bool(item.line.proposed) for item in labelling.items)
-    return {"out": labelling.path, "rows": len(labelling.items), "proposed": proposed, "labelled": labelling.done}
+    return LabelResult(labelling.path, len(labelling.items), proposed, labelling.done)
 
 
 def propose(labelling: Labelling, assistant: "Assistant", name: str | None, batch: int, max_new_tokens: int) -> None:
@@ -158,19 +167,19 @@ def propose(labelling: Labelling, assistant: "Assistant", name: str | None, batc
 
 
 def read_rows_to_label(
-    path: Path, out: Path, name: str | None, trained_for: TaskPart | None, labels: Sequence[str]
+    rows: RecipeLike, out: Path, name: str | None, trained_for: TaskPart | None, labels: Sequence[str]
 ) -> Labelling:
     """The rows of a recipe, with the tasks of its sources (of those of task `name`, if there are any), or of a file,
     with the task that the model was trained for. Raises DataError, RecipeError.
     """
     limits = Limits()
     files: list[tuple[RowFile, TaskPart | None]]
-    if path.suffix.lower() in (".yaml", ".yml"):
-        recipe = load_recipe(path)
+    if isinstance(rows, Recipe) or Path(rows).suffix.lower() in (".yaml", ".yml"):
+        recipe = as_recipe(rows)
         limits, names = recipe.media, task_names(recipe.data)
         sources = [source for source, its_name in zip(recipe.data, names, strict=True) if its_name == name]
         files = [(source, source.task) for source in sources or recipe.data]
-    elif path.exists():
+    elif (path := Path(rows)).exists():
         files = [(RowFile(path=path, format=detected(path)), trained_for)]
     else:
         raise RecipeError(f"{path}: no such file; name a recipe or a file of rows")
@@ -182,8 +191,10 @@ def read_rows_to_label(
                 items.append(_item(row, task))
             except DataError as error:
                 errors.append(str(error))
-    if errors or not items:
-        raise DataError(error_list(errors, f"{len(errors)} unusable rows") if errors else f"{path}: no rows")
+    if errors:
+        raise DataError(error_list(errors, f"{len(errors)} unusable rows"))
+    if not items:
+        raise DataError(f"{rows.name if isinstance(rows, Recipe) else rows}: no rows")
     of_tasks = [label for _, task in files if task for label in getattr(task.options, "labels", ())]
     of_rows = [] if labels else [item.line.label for item in items if item.line.label]
     return Labelling(out, items, list(dict.fromkeys([*labels, *of_tasks, *of_rows])), limits)
@@ -213,13 +224,15 @@ def _resume(labelling: Labelling) -> None:
     with labelling.path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         if set(reader.fieldnames or ()) != set(COLUMNS):
-            raise DataError(f"{labelling.path}: exists, and is not a file of labels; name another with --out")
+            raise DataError(
+                f"{labelling.path}: exists, and is not a file of labels; name another with {option('--out', 'out=')}"
+            )
         before = {(row["row"], row["media"]): row for row in reader}
     lines = [item.line for item in labelling.items]
     if unknown := before.keys() - {(line.row, line.media) for line in lines}:
         raise DataError(
             f"{labelling.path}: holds {len(unknown)} rows that aren't among these ({min(unknown)[0]}); name another "
-            "with --out"
+            f"with {option('--out', 'out=')}"
         )
     for line in lines:
         old = before.get((line.row, line.media), {})
@@ -235,7 +248,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise RecipeError(INSTALL) from None
+        raise RecipeError(INSTALL.format(option("--page", "page_port="))) from None
     return gradio
 
 

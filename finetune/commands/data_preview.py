@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.commands._reader import Reader, held_out
+from finetune.common import display
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_text
 from finetune.data.check.lenient import lenient_rows
@@ -14,7 +15,7 @@ from finetune.data.check.page import Thumbnails, render
 from finetune.data.rows import Source, group_of
 from finetune.data.sample import Medium
 from finetune.model.tokenize import IGNORED, Tokens
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import RecipeLike, as_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,21 +56,41 @@ class Preview:
         return "unusable" if self.problem else f"{self.tokens:,} tokens, {self.learned:,} learned"
 
 
+@dataclass(frozen=True, repr=False)
+class Previews(Sequence[Preview]):
+    """The rows in their order; `page`: all of them with thumbnails, as HTML."""
+
+    rows: tuple[Preview, ...]
+    page: str
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{preview.where}  {preview.summary}" for preview in self.rows)
+
+    def _repr_html_(self) -> str:
+        return display.page(self.page)
+
+
 def data_preview(
-    recipe: Path | str,
+    recipe: RecipeLike,
     overrides: Sequence[str] = (),
     *,
     rows: int = 5,
     split: str = "train",
     html: Path | str | None = None,
     boundaries: bool = False,
-) -> list[Preview]:
+) -> Previews:
     """The first `rows` rows of a split ("train", "validation", "test"), equally many of each source, unusable rows
     among them. `html`: also write a page with thumbnails; `boundaries`: find where each token ends.
 
     Raises RecipeError, ModelError; DataError if the split has no rows.
     """
-    loaded = load_recipe(recipe, overrides)
+    loaded = as_recipe(recipe, overrides)
     reader = Reader(loaded)
     sources, splits = loaded.data, held_out(loaded)
     used = [n for n, source in enumerate(sources) if split in (source.split, *_held_out(source))]
@@ -77,11 +98,11 @@ def data_preview(
     previews = [preview for n in used for preview in _previews(reader, n, split, splits, each, boundaries)][:rows]
     if not previews:
         raise DataError(f"no row is for {split}: there are {', '.join(sorted({source.split for source in sources}))}")
+    thumbnails = Thumbnails(loaded.media)
+    page = render("preview.html", title=f"{loaded.name}: {split} rows", rows=previews, thumbnails=thumbnails)
     if html is not None:
-        thumbnails = Thumbnails(loaded.media)
-        page = render("preview.html", title=f"{loaded.name}: {split} rows", rows=previews, thumbnails=thumbnails)
         write_text(Path(html), page)
-    return previews
+    return Previews(tuple(previews), page)
 
 
 def _held_out(source: Source) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from finetune.commands._doctor import device, packages, surroundings
 from finetune.commands._doctor.finding import Check, Condition
+from finetune.common import display
 from finetune.common.version import DISTRIBUTION
 
 INSTALL = f"pip install {DISTRIBUTION}"
@@ -25,7 +26,7 @@ CHECKS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     conditions: tuple[Condition, ...]
 
@@ -34,6 +35,9 @@ class Diagnosis:
         """Whether nothing is an error."""
         return all(condition.level != "error" for condition in self.conditions)
 
+    def _repr_html_(self) -> str:
+        return display.preformatted(str(self))
+
     def __str__(self) -> str:
         lines = []
         for condition in self.conditions:
@@ -41,6 +45,8 @@ class Diagnosis:
             if condition.mend:
                 lines.append(f"{'':<8}   {condition.mend}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def doctor() -> Diagnosis:

@@ -4,9 +4,11 @@ import os
 import re
 import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.common.errors import RecipeError
+from finetune.common import display
+from finetune.common.errors import RecipeError, option
 
 # Tables under recipes/data whose rows name media of other folders there, or are made from their pictures.
 MADE_FROM = {
@@ -25,18 +27,35 @@ def recipes_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
-def recipes(copy: str | None = None, to: Path | str = ".") -> dict[str, str]:
-    """{name: its first comment line}; with `copy`, that recipe is copied into the folder `to`. Raises RecipeError."""
+@dataclass(frozen=True, repr=False)
+class RecipeList:
+    """`comments`: {name: first comment line}; `copied`: the copy, where one was made."""
+
+    comments: dict[str, str]
+    copied: Path | None = None
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<24} {comment}" for name, comment in self.comments.items())
+
+    def _repr_html_(self) -> str:
+        return display.table(("recipe", "learns"), list(self.comments.items()))
+
+
+def recipes(copy: str | None = None, to: Path | str = ".") -> RecipeList:
+    """The recipes that come with the package; with `copy`, that one is copied into the folder `to`. Raises
+    RecipeError.
+    """
+    target = None
     paths = {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
     if copy is not None:
         if copy not in paths:
             raise RecipeError(f"no recipe is called {copy!r}. There are: {', '.join(paths)}")
         target = Path(to) / paths[copy].name
         if target.exists():
-            raise RecipeError(f"{target} exists already; choose another folder with --to")
+            raise RecipeError(f"{target} exists already; choose another folder with {option('--to', 'to=')}")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(paths[copy], target)
-    return {name: _first_comment(path) for name, path in paths.items()}
+    return RecipeList({name: _first_comment(path) for name, path in paths.items()}, target)
 
 
 def commands_for_files(name: str, to: Path | str = ".") -> list[str]:

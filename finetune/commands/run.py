@@ -6,29 +6,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
-from typing import Any
 
+from finetune.common import display
+from finetune.common.certificate import Certificate
 from finetune.common.errors import ArtifactError, MergeRefused
-from finetune.common.run_folder import RunFolder, refuse_several_processes
+from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
 from finetune.data.predictions import Prediction, read_predictions
-from finetune.recipe.load import load_recipe
+from finetune.evaluation.evaluation_result import EvaluationResult
+from finetune.evaluation.report.report import Report
+from finetune.evaluation.report.words import readable
+from finetune.recipe.load import RecipeLike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
-    """`metrics`: what metrics.json holds; `answer`: of the merged model to the question of `prediction`."""
+    """`answer`: of the merged model to the question of `prediction`."""
 
-    folder: RunFolder
-    metrics: dict[str, Any]
+    evaluation: EvaluationResult
+    certificate: Certificate
     prediction: Prediction
     answer: str
-    report: Path
+    report: Report
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.evaluation.folder
+
+    def __repr__(self) -> str:
+        return f"{self.evaluation!r}\n{self.certificate!r}\n{self.folder!r}"
+
+    def _repr_html_(self) -> str:
+        question = f"{self.prediction.question} {self.answer} (right: {readable(self.prediction.target)})"
+        certificate, folder = self.certificate._repr_html_(), self.folder._repr_html_()
+        return "".join([self.evaluation._repr_html_(), certificate, display.line(question), folder])
 
 
 def run(
-    recipe: Path | str,
+    recipe: RecipeLike,
     overrides: Sequence[str] = (),
-    run: Path | str | None = None,
+    run: RunLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
     on_scores: Callable[[Path], None] | None = None,
@@ -41,24 +57,24 @@ def run(
     from finetune.commands.check import check
 
     refuse_several_processes("`finetune run`")
-    check(recipe, overrides)  # so that a mistake is reported before torch is imported
+    loaded = check(recipe, overrides).recipe  # so that a mistake is reported before torch is imported
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
     from finetune.merging.merge import merge
     from finetune.training.train import train
 
-    folder = train(load_recipe(recipe, overrides), run, resume, overwrite)
-    metrics = evaluate(folder.path)
-    report(folder.path)
+    folder = train(loaded, run, resume, overwrite)
+    evaluation = evaluate(folder)
+    report(folder)
     if on_scores is not None:
         on_scores(folder.path)
     try:
-        merge(folder.path)
+        certificate = merge(folder)
     except MergeRefused as refused:
-        raise MergeRefused(f"{refused}\nthe scores stand, and {report(folder.path)} says this too") from None
-    written = report(folder.path)
+        raise MergeRefused(f"{refused}\nthe scores stand, and {report(folder).path} says this too") from None
+    written = report(folder)
     shown = typical(read_predictions(folder.predictions))
-    return RunResult(folder, metrics, shown, answer_of(folder.merged, shown), written)
+    return RunResult(evaluation, certificate, shown, answer_of(folder.merged, shown), written)
 
 
 def typical(predictions: Sequence[Prediction]) -> Prediction:

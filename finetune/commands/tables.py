@@ -19,7 +19,7 @@ from finetune.data.rows import SHOWN, error_list
 
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
-    from finetune.commands.data_preview import Preview
+    from finetune.commands.data_preview import Previews
     from finetune.commands.init import Written
     from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
@@ -31,13 +31,7 @@ if TYPE_CHECKING:
 
 def print_export(result: "ExportResult") -> None:
     print(f"{result.target}: {result.model_class} ({result.reason})")
-    if (checked := result.verification) is None:
-        print(f"not compared: {result.not_verified}")
-    else:
-        print(
-            f"{checked.rows} answers in {checked.engine}: {checked.equal_first_tokens} begin with the merged model's "
-            f"tokens, {checked.equal} are equal to the end"
-        )
+    print(result.comparison)
     print(result.folder)
 
 
@@ -176,25 +170,26 @@ def print_scores(run: Path, evaluation: Path | None = None) -> None:
 
 
 def print_findings(result: "CheckResult") -> None:
-    splits = ", ".join(f"{counts['rows']:,} {split}" for split, counts in result["splits"].items()) or "none usable"
-    print(f"{result['name']}: {result['rows']:,} rows read ({splits})")
+    summary = result.summary
+    splits = ", ".join(f"{counts['rows']:,} {split}" for split, counts in summary["splits"].items()) or "none usable"
+    print(f"{summary['name']}: {summary['rows']:,} rows read ({splits})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("finding")
     table.add_column("example", style="dim", overflow="fold")
-    for code, count in result["findings"].items():
+    for code, count in summary["findings"].items():
         severity, title = CODES[code]
         colour = "red" if severity == "error" else "yellow"
-        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(result["examples"][code]))
-    if result["findings"]:
+        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(summary["examples"][code]))
+    if summary["findings"]:
         Console().print(table)
-    print(f"{result['errors']:,} errors, {result['warnings']:,} warnings: {result['html']}, {result['json']}")
-    if fixed := result.get("fixed"):
-        print(f"cleaned: {fixed['rows']:,} rows kept, {fixed['quarantined']:,} in quarantine: {fixed['recipe']}")
+    print(f"{result.errors:,} errors, {result.warnings:,} warnings: {result.html}, {result.json}")
+    if fixed := result.fixed:
+        print(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
 
 
-def print_previews(previews: "list[Preview]") -> None:
+def print_previews(previews: "Previews") -> None:
     console = Console(highlight=False)
     for preview in previews:
         console.print(Text(f"{preview.where}  {preview.summary}", "bold"))

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from finetune.common import display
 from finetune.common.errors import ArtifactError
 from finetune.common.run_folder import RunFolder, damaged, file_hash, read_json, write_text
 
@@ -73,6 +74,8 @@ class LanguageModelFiles(CertificatePart):
 
 
 class Certificate(CertificatePart):
+    """What a merge measured; certificate.json."""
+
     format: Literal[1] = Field(description="Version of this file's format.")
     merged_into: str = Field(description="The candidate that was kept.")
     why: str = Field(description="Why it was kept.")
@@ -98,6 +101,15 @@ class Certificate(CertificatePart):
     versions: dict[str, str] = Field(description="Package -> version.")
     sha256: FileHashes = Field(min_length=1, description="Hashes of the merged folder's files, without this one.")
     adapter_sha256: FileHashes = Field(min_length=1, description="Hashes of the adapter folder's files.")
+
+    def __repr__(self) -> str:
+        return (
+            f"Certificate: merged into {self.merged_into}; {self.saved.agreement:.1%} of {self.positions:,} next "
+            f"tokens as trained, KL {self.saved.kl:.2g} nats, on {self.rows} of {self.rows_held_out:,} held-out rows"
+        )
+
+    def _repr_html_(self) -> str:
+        return display.line(repr(self)) + display.table(*comparison(self))
 
     def write(self, path: Path) -> None:
         write_text(path, self.model_dump_json(indent=2) + "\n")

@@ -13,11 +13,35 @@ FinetuneError                 exit status 1; its text is all that the command li
 │  └─ ExportRefused      3    a target that can't hold this model, or answers otherwise than it
 └─ PublishError          1    a repository that can't be written or read, or what must not be published
 
-A message says where (file, row, key), what was seen, and what to do next.
+A message says where (file, row, key), what was seen, and what to do next. What to change is named as the caller writes
+it: `--overwrite` on the command line, `overwrite=True` in Python; see `option`.
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+RESUME = ("--resume", "resume=True")
+OVERWRITE = ("--overwrite", "overwrite=True")
+RUN = ("--run DIR", "run=")
+_flags = False
+
+
+def option(flag: str, parameter: str) -> str:
+    """How a message names an option: `flag` on the command line, `parameter` to callers from Python."""
+    return flag if _flags else parameter
+
+
+@contextmanager
+def options_as_flags() -> Iterator[None]:
+    """Messages made inside the block name flags: for the command line."""
+    global _flags
+    before, _flags = _flags, True
+    try:
+        yield
+    finally:
+        _flags = before
 
 
 class FinetuneError(Exception):

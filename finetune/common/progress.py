@@ -118,7 +118,9 @@ class TrainingBar(TrainerCallback):
 
 
 def quiet_libraries() -> None:
-    """Warnings of libraries are for us, not for who runs a recipe."""
+    """Silence warnings that are about how this package calls libraries: a user can do nothing about them. Only what
+    these libraries' own modules warn of; warnings of the user's code stay.
+    """
     import logging
     import warnings
 
@@ -130,5 +132,6 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # weights on disk are there on purpose
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|peft|trl|transformers|bitsandbytes")
+    libraries = r"(accelerate|bitsandbytes|datasets|huggingface_hub|peft|torch|transformers|trl)(\.|$)"
+    for category in (FutureWarning, UserWarning):  # of names and defaults that are going to change
+        warnings.filterwarnings("ignore", category=category, module=libraries)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, option
 
 
 class PartOptions(BaseModel):
@@ -76,18 +76,18 @@ def parse_options(pairs: Sequence[str], model: type[OptionsT]) -> OptionsT:
     for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
-            raise RecipeError(f"--option {pair}: no '='; write KEY=VALUE, of {names}")
+            raise RecipeError(f"{option('--option', 'options:')} {pair}: no '='; write KEY=VALUE, of {names}")
         if key not in model.model_fields:
             near = nearest(key, model.model_fields)
             advice = f"did you mean {near!r}?" if near else f"there are: {names}"
-            raise RecipeError(f"--option {pair}: unknown key; {advice}")
+            raise RecipeError(f"{option('--option', 'options:')} {pair}: unknown key; {advice}")
         values[key] = None if value == "null" else value
     try:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        raise RecipeError(f"--option {key}={values.get(key)}: {first['msg']}") from None
+        raise RecipeError(f"{option('--option', 'options:')} {key}={values.get(key)}: {first['msg']}") from None
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

@@ -19,11 +19,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import ValidationError
 
-from finetune.common.errors import ArtifactError, RecipeError, TrainingError
+from finetune.common import display
+from finetune.common.errors import OVERWRITE, RESUME, RUN, ArtifactError, RecipeError, TrainingError, option
 
 JsonObject = dict[str, Any]
 WRITTEN_FIRST = {"recipe.yaml", "versions.json"}  # before rows and weights are read
@@ -31,6 +32,7 @@ WRITTEN_LATER = {
     *("data", "checkpoints", "adapter", "merged", "exports", "published", "plots", "tensorboard", "evaluations"),
     *("metrics.json", "predictions.jsonl", "certificate.json", "report.html"),
 }
+RunPart = Literal["recipe", "adapter", "metrics", "merged"]
 HASHES = "sha256.json"  # in each checkpoint
 UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
@@ -43,8 +45,10 @@ def refuse_several_processes(command: str) -> None:
 
 
 class RunFolder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    """What a run has written, by its paths; functions take it in place of the folder's path."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         self.recipe = path / "recipe.yaml"
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
@@ -56,6 +60,21 @@ class RunFolder:
         self.merged = path / "merged"
         self.certificate = path / "certificate.json"
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        done = [name for name, path in self._results().items() if path.exists()]
+        return f"RunFolder({str(self.path)!r}): {', '.join(done) or 'nothing yet'}"
+
+    def _repr_html_(self) -> str:
+        shown = [display.heading(f"Run {self.path.name}"), *map(display.picture, sorted(self.plots.glob("*.png")))]
+        return "".join([*shown, display.files(self._results())])
+
+    def _results(self) -> dict[str, Path]:
+        names = ("recipe", "adapter", "metrics", "predictions", "merged", "certificate")
+        return {**{name: getattr(self, name) for name in names}, "report": self.path / "report.html"}
+
     @classmethod
     def create(cls, path: Path, recipe_text: str, resume: bool, overwrite: bool = False) -> "RunFolder":
         """A new folder, or with `resume` an existing one of the same recipe. With `overwrite` a run that is there is
@@ -65,21 +84,25 @@ class RunFolder:
         """
         run = cls(path)
         if resume and overwrite:
-            raise RecipeError("--resume goes on with a run and --overwrite removes it: leave out one of them")
+            raise RecipeError(
+                f"{option(*RESUME)} goes on with a run and {option(*OVERWRITE)} removes it: leave out one of them"
+            )
         if overwrite and path.exists():
             run._remove()
         if resume:
             if not run.recipe.is_file():
-                raise TrainingError(f"{path}: nothing to resume: there is no run here; leave out --resume to begin one")
+                raise TrainingError(
+                    f"{path}: nothing to resume: there is no run here; leave out {option(*RESUME)} to begin one"
+                )
             if run.recipe.read_text(encoding="utf-8") != recipe_text:
                 raise TrainingError(
                     f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
-                    "resume with the same recipe and --set, or choose another --run"
+                    f"resume with the same recipe and {option('--set', 'overrides=')}, or choose another {option(*RUN)}"
                 )
         elif path.exists() and any(entry.name not in WRITTEN_FIRST for entry in path.iterdir()):
             raise TrainingError(
-                f"{path}: there is a run here already: --resume goes on with it, --overwrite removes it and begins "
-                "anew, --run DIR makes another"
+                f"{path}: there is a run here already: {option(*RESUME)} goes on with it, "
+                f"{option(*OVERWRITE)} removes it and begins anew, {option(*RUN)} makes another"
             )
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, recipe_text)
@@ -95,8 +118,8 @@ class RunFolder:
             foreign = foreign or [*names]
         if foreign:
             raise TrainingError(
-                f"{self.path}: --overwrite removes only what a run has written; {sorted(foreign)[0]} is something "
-                "else: move it away, or choose another --run"
+                f"{self.path}: {option(*OVERWRITE)} removes only what a run has written; {sorted(foreign)[0]} "
+                f"is something else: move it away, or choose another {option(*RUN)}"
             )
         for entry in sorted(entries, key=lambda entry: entry.name in WRITTEN_FIRST):  # these tell that it is a run
             if entry.is_dir() and not entry.is_symlink():
@@ -105,9 +128,11 @@ class RunFolder:
                 entry.unlink()
 
     @classmethod
-    def open(cls, path: Path, needs: Literal["recipe", "adapter", "metrics", "merged"] = "recipe") -> "RunFolder":
+    def open(cls, path: "RunLike", needs: RunPart = "recipe") -> "RunFolder":
         """An existing run that holds `needs`. Raises ArtifactError."""
-        run = cls(path)
+        if not isinstance(path, str | os.PathLike):
+            raise ArtifactError(f"run: a {type(path).__name__}; give a run folder's path, or a finetune.RunFolder")
+        run = cls(os.fspath(path))
         made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
         for part in ("recipe", needs):
             if not getattr(run, part).exists():
@@ -143,6 +168,9 @@ class RunFolder:
             return [folder / "final"]
         numbered = [path for path in folder.glob("checkpoint-*") if path.suffix not in UNFINISHED]
         return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+RunLike: TypeAlias = RunFolder | Path | str
 
 
 @contextmanager

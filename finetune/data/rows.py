@@ -13,8 +13,9 @@ from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
 from finetune.data.sample import Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
+from finetune.recipe.load import Recipe
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import Limits, Recipe, RowFile, Source, task_names
+from finetune.recipe.schema import Limits, RowFile, Source, task_names
 
 FEW_ROWS = 30  # to score
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed

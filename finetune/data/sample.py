@@ -111,7 +111,8 @@ class Medium:
     """A picture, recording or video. `kind` ("image", "audio", "video") is also the name of its encoder. `text`: its
     caption or transcript, which distillation puts in its place ('' where another medium's text covers this one too);
     None where unknown. `where`: the row that names it, for messages. `known_key`: its `key`, where it is known without
-    the file.
+    the file. `content`: what a program holds in place of a file, its bytes or what `media.OBJECTS` take; `path` is then
+    a name for messages, of this medium only.
     """
 
     kind: str
@@ -119,6 +120,7 @@ class Medium:
     text: str | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
     known_key: str = field(default="", compare=False)
+    content: object = field(default=None, compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
@@ -131,6 +133,8 @@ class Medium:
     @property
     def place(self) -> str:
         """Row and file, for messages."""
+        if self.content is not None:
+            return str(self.path)
         return f"{self.where}: {self.path}" if self.where else ""
 
 

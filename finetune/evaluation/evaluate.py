@@ -12,12 +12,13 @@ from typing import Any
 from finetune.common.energy import EnergyMeter
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet_libraries
-from finetune.common.run_folder import RunFolder, refuse_several_processes
+from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
 from finetune.data.predictions import Prediction, write_predictions
 from finetune.data.rows import by_task, content_key, read_splits, subset
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
 from finetune.evaluation.conditions import Condition, conditions
+from finetune.evaluation.evaluation_result import EvaluationResult
 from finetune.evaluation.new_rows import NewRows
 from finetune.evaluation.probe import probe
 from finetune.evaluation.results import Comparison
@@ -27,9 +28,8 @@ from finetune.model.adapter import load_trained
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.run import Run
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.parts import TaskPart
-from finetune.recipe.schema import Recipe
 
 Table = dict[str, dict[str, float | None]]  # {metric: {condition: value}}
 
@@ -48,26 +48,25 @@ class Evaluation:
 
 
 def evaluate(
-    run: Path | str,
+    run: RunLike,
     data: Path | str | None = None,
     *,
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
     media_folder: Path | None = None,
     out: Path | str | None = None,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Score a trained run on the rows its recipe names; writes metrics.json, predictions.jsonl and plots/scores.png.
-    Returns what metrics.json holds.
 
     `data`: score these rows instead, a file or folder with answers; what is written goes to `out`, by default
     RUN/evaluations/NAME of the file, and the run's own scores stay. `task`: which of several tasks they are for.
     `columns`: the task's column -> the file's, by default as in the recipe; `media_folder`: by default the rows' own.
-    Raises RecipeError, DataError, ArtifactError.
+    Raises RecipeError; ArtifactError where `run` isn't a trained run, DataError where there are no rows to score.
     """
     quiet_libraries()
     refuse_several_processes("`finetune evaluate`")
     fresh_memory()
-    folder = RunFolder.open(Path(run), needs="adapter")
+    folder = RunFolder.open(run, needs="adapter")
     recipe = load_recipe(folder.recipe)
     new = None if data is None else NewRows.of(recipe, Path(data), task, columns, media_folder)
     written = RunFolder(new.folder(folder, out)) if new else folder
@@ -92,7 +91,7 @@ def evaluate(
     )
     write_predictions(written.predictions, evaluation.predictions)
     plots.scores(evaluation.scores, written.plots / "scores.png")
-    return written.read_metrics()
+    return EvaluationResult.of(written)
 
 
 def _evaluated(folder: RunFolder, recipe: Recipe, new: NewRows | None) -> tuple[Evaluation, int]:

@@ -8,7 +8,8 @@ from finetune.common.errors import DataError, RecipeError
 from finetune.common.run_folder import RunFolder, read_json
 from finetune.data.rows import detected, read_samples
 from finetune.data.sample import Sample
-from finetune.recipe.schema import Limits, Recipe, Source, task_names
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Limits, Source, task_names
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
+from finetune.common import display
 from finetune.common.errors import ExportRefused
 from finetune.common.registry import PartOptions
 from finetune.data.sample import Message
@@ -84,7 +85,7 @@ class Verification:
     equal: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResult:
     """Exactly one of `verification` and `not_verified`, the reason for its absence, is set."""
 
@@ -95,6 +96,23 @@ class ExportResult:
     folder: Path
     verification: Verification | None
     not_verified: str | None
+
+    def __repr__(self) -> str:
+        return f"ExportResult: {self.target}, {self.model_class}; {self.comparison}; {self.folder}"
+
+    @property
+    def comparison(self) -> str:
+        """What the comparison of the answers has come to, in a sentence."""
+        if (checked := self.verification) is None:
+            return f"not compared: {self.not_verified}"
+        return (
+            f"{checked.rows} answers in {checked.engine}: {checked.equal_first_tokens} begin with the merged model's "
+            f"tokens, {checked.equal} are equal to the end"
+        )
+
+    def _repr_html_(self) -> str:
+        lines = [f"{self.target}: {self.model_class} ({self.reason})", self.comparison, *self.notes]
+        return "".join([*map(display.line, lines), display.files({"export": self.folder})])
 
 
 class EngineMissing(Exception):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import cast
 
 from finetune.common import certificate
-from finetune.common.errors import ArtifactError, ExportRefused
+from finetune.common.errors import ArtifactError, ExportRefused, option
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.registry import load_part, parse_options
-from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder, write_json
+from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder, write_json
 from finetune.data.sample import KINDS
 from finetune.export._contract import (
     FIRST_TOKENS,
@@ -32,7 +32,7 @@ PACKAGES = ("finetune-kit", "torch", "transformers", "tokenizers", "safetensors"
 
 
 def export_run(
-    source: Path | str, to: str, out: Path | str | None = None, options: Sequence[str] = (), *, verify: bool = True
+    source: RunLike, to: str, out: Path | str | None = None, options: Sequence[str] = (), *, verify: bool = True
 ) -> ExportResult:
     """Export the merged model of a run, or a merged folder, to the target `to`.
 
@@ -48,7 +48,9 @@ def export_run(
     target_options = parse_options(options, target.Options)
     folder = Path(out) if out is not None else default_folder(Path(source), to)
     if folder.exists():
-        raise ArtifactError(f"{folder} exists already: remove it, or choose another folder with --out")
+        raise ArtifactError(
+            f"{folder} exists already: remove it, or choose another folder with {option('--out', 'out=')}"
+        )
     model = merged_model(Path(source))
     with tempfile.TemporaryDirectory() as media_folder, bar(f"export {to}", 3) as step:
         probes = make_probes(model, Path(source), Path(media_folder), target.TAKES_MEDIA) if verify else []
@@ -58,7 +60,7 @@ def export_run(
             fresh_memory()
             step()
             verification: Verification | None = None
-            not_verified: str | None = "left out by --no-verify"
+            not_verified: str | None = f"left out by {option('--no-verify', 'verify=False')}"
             if verify:
                 try:
                     answers = target.answer(partial, probes, target_options, MAX_NEW_TOKENS)
@@ -128,7 +130,10 @@ def make_probes(model: MergedModel, source: Path, media_folder: Path, takes_medi
     probes = answered(assistant, list(dict.fromkeys(questions)), media_folder, MAX_NEW_TOKENS)
     probes = probes or answered(assistant, noise, media_folder, MAX_NEW_TOKENS)
     if not probes:
-        raise ArtifactError(f"{model.folder}: no question fits into its LLM's context; export with --no-verify")
+        raise ArtifactError(
+            f"{model.folder}: no question fits into its LLM's context; export with "
+            f"{option('--no-verify', 'verify=False')}"
+        )
     del assistant
     fresh_memory()
     return probes
@@ -144,8 +149,8 @@ def refuse_unless_equal(verification: Verification, min_equal: float, to: str) -
     if verification.equal_first_tokens < min_equal * verification.rows:
         raise ExportRefused(
             f"{verification.engine} begins {verification.equal_first_tokens} of {verification.rows} answers like the "
-            f"merged model; min_equal is {min_equal:g}. Nothing was kept: `--option min_equal=X` lowers the bound, "
-            f"`--no-verify` keeps the {to} export without comparing it"
+            f"merged model; min_equal is {min_equal:g}. Nothing was kept: the option `min_equal` lowers the "
+            f"bound, {option('--no-verify', 'verify=False')} keeps the {to} export without comparing it"
         )
 
 

@@ -17,7 +17,7 @@ from finetune.common import certificate
 from finetune.common.certificate import BARE, Bounds, Certificate, LanguageModelFiles, Measures
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
-from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder
+from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder
 from finetune.data.metrics import main_metric
 from finetune.data.rows import read_splits, subset
 from finetune.evaluation.scores import known_bindings
@@ -29,14 +29,14 @@ from finetune.model.adapter import saved_adapter
 from finetune.model.language_model import resolve_dtype
 from finetune.model.manifest import AdapterManifest
 from finetune.model.run import Run
-from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Llm, Recipe
+from finetune.recipe.load import Recipe, load_recipe
+from finetune.recipe.schema import Llm
 
 SAME = 1e-6  # nats: a merged model nearer than this to the base has learned nothing
 PACKAGES = ("finetune-kit", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
-def merge(run: Path | str) -> Certificate:
+def merge(run: RunLike) -> Certificate:
     """Merge a trained run; writes merged/ and certificate.json. Returns the certificate.
 
     Raises MergeRefused where the merged model differs from what was trained, or not from the base; the reason is
@@ -46,7 +46,7 @@ def merge(run: Path | str) -> Certificate:
     quiet_libraries()
     refuse_several_processes("`finetune merge`")
     fresh_memory()
-    folder = RunFolder.open(Path(run), needs="adapter")
+    folder = RunFolder.open(run, needs="adapter")
     recipe = load_recipe(folder.recipe)
     llm_files = checked_adapter(folder.adapter, recipe.model.llm)
     lora = None

@@ -1,10 +1,13 @@
 """A model with all that answering needs: `finetune.load(folder)` gives one, `.answer("What is this?", image=...)`."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -19,7 +22,11 @@ from finetune.model.padding import left_padded
 from finetune.model.tokenize import Placeholder, answer_ends, answer_tokens, tokenize_prompt
 from finetune.recipe.schema import Limits
 
-MediaPaths = Path | str | Sequence[Path | str] | None
+# Path or bytes of a file, or an object: see `Assistant.answer`.
+MediumInput: TypeAlias = (
+    Path | str | bytes | PIL.Image.Image | np.ndarray[Any, Any] | tuple[np.ndarray[Any, Any], float] | dict[str, Any]
+)
+MediaInput: TypeAlias = MediumInput | Sequence[MediumInput] | None
 Strength = float | Mapping[str, float] | None
 ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 
@@ -51,24 +58,38 @@ class Assistant:
         self.encoders = encoders
         self.limits = limits or Limits()
 
+    def __repr__(self) -> str:
+        llm = Path(str(getattr(self.model.causal_lm.config, "_name_or_path", ""))).name
+        bindings = ", ".join(self.model.bindings) or "none"
+        return f"<Assistant {llm}; media: {', '.join(self.encoders) or 'none'}; tasks: {bindings}>"
+
     def answer(
         self,
         prompt: str = "",
         *,
-        image: MediaPaths = None,
-        audio: MediaPaths = None,
-        video: MediaPaths = None,
+        image: MediaInput = None,
+        audio: MediaInput = None,
+        video: MediaInput = None,
+        task: str | None = None,
         strength: Strength = None,
         max_new_tokens: int = 64,
     ) -> str:
         """The greedy answer to one question about any number of pictures, recordings and videos.
 
+        `image`, `audio`, `video`: a medium or a list of them. Each is the path or the bytes of a file, or an object: a
+        picture as a PIL image or an array (height, width, 3) of uint8, RGB; a recording as (samples, rate), an array
+        (samples,) of floats in [-1, 1] and its sampling rate; a video as (frames, rate), an array (frames, height,
+        width, 3) of uint8 and the frames a second. `task`: answer as trained under this name: one of its labels, or a
+        number; `probabilities` and `number` say more.
         `strength`: factor of what media add to the text (cross-attention only), or one per medium; at 0 a medium isn't
         even mentioned, and the answer is that of the LLM (with its adapter) to the text alone.
         Raises DataError for media that the model doesn't take or that can't be read.
         """
-        media = media_of(image=image, audio=audio, video=video)
-        return self.answers([(Message("user", (*media, prompt)),)], max_new_tokens=max_new_tokens, strength=strength)[0]
+        turns = [Message("user", (*media_of(image=image, audio=audio, video=video), prompt))]
+        if task is None:
+            return self.answers([turns], max_new_tokens=max_new_tokens, strength=strength)[0]
+        answer = self.ask(task, [turns], max_new_tokens=max_new_tokens, strength=strength)[0]
+        return answer.text if answer.number is None else f"{answer.number:g}"
 
     def answers(
         self,
@@ -106,9 +127,9 @@ class Assistant:
         prompt: str = "",
         *,
         task: str | None = None,
-        image: MediaPaths = None,
-        audio: MediaPaths = None,
-        video: MediaPaths = None,
+        image: MediaInput = None,
+        audio: MediaInput = None,
+        video: MediaInput = None,
     ) -> dict[str, float]:
         """The probability of each label of `task`, the name of a task binding; it needn't be named where only one has
         labels. Raises DataError.
@@ -122,9 +143,9 @@ class Assistant:
         prompt: str = "",
         *,
         task: str | None = None,
-        image: MediaPaths = None,
-        audio: MediaPaths = None,
-        video: MediaPaths = None,
+        image: MediaInput = None,
+        audio: MediaInput = None,
+        video: MediaInput = None,
     ) -> float:
         """The number that the score head of `task` gives. As `probabilities`."""
         numeric = [name for name, binding in self.model.bindings.items() if binding.settings.deviation is not None]
@@ -283,12 +304,18 @@ def without_kinds(messages: Sequence[Message], kinds: Sequence[str]) -> list[Mes
     ]
 
 
-def media_of(**paths_by_kind: MediaPaths) -> tuple[Medium, ...]:
-    """Media by kind, each a path or several, in the order of the kinds. Raises DataError for anything else."""
+def media_of(**inputs: MediaInput) -> tuple[Medium, ...]:
+    """Media by kind, each one or a list of them, in the order of the kinds. What is no medium raises MediaError when it
+    is decoded.
+    """
     media: list[Medium] = []
-    for kind, paths in paths_by_kind.items():
-        several = [paths] if isinstance(paths, str | Path) else [] if paths is None else paths
-        if not isinstance(several, list | tuple) or not all(isinstance(path, str | Path) for path in several):
-            raise DataError(f"{kind}: give a file's path or a list of them, not a {type(paths).__name__}")
-        media += [Medium(kind, Path(path)) for path in several]
+    for kind, value in inputs.items():
+        # (samples, rate) and (frames, rate) are one medium each.
+        pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+        several = list(value) if isinstance(value, list | tuple) and not pair else [] if value is None else [value]
+        for number, one in enumerate(several, 1):
+            if isinstance(one, str | os.PathLike):
+                media.append(Medium(kind, Path(one)))
+            else:
+                media.append(Medium(kind, Path(f"{kind} {number}"), content=one))
     return tuple(media)

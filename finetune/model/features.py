@@ -34,14 +34,15 @@ def encode_one(encoder: Encoder, prepared: Prepared) -> Tensor:
         return encoder.encode(prepared.values[None])[0]
 
 
-def decode_for(encoder: Encoder, kind: str, source: Path | bytes, limits: Limits, where: str = "") -> Any:
+def decode_for(encoder: Encoder, kind: str, source: object, limits: Limits, where: str = "") -> Any:
     """As `decode`, with the frames of a video that the encoder reads. Raises MediaError."""
     return decode(kind, source, where=where, limits=limits, **encoder.sampling)
 
 
 def read_medium(encoder: Encoder, medium: Medium, limits: Limits) -> Prepared:
     """A file, decoded within limits and prepared for its encoder. Raises MediaError."""
-    return encoder.prepare(decode_for(encoder, medium.kind, medium.path, limits, medium.place))
+    source = medium.path if medium.content is None else medium.content
+    return encoder.prepare(decode_for(encoder, medium.kind, source, limits, medium.place))
 
 
 def features_key(kind: str, encoder: Encoder) -> str:

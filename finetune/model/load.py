@@ -1,5 +1,6 @@
 """A model from a folder or the Hub."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import GenerationConfig
 from finetune.common import certificate, hub
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.progress import quiet_libraries
-from finetune.common.run_folder import damaged, read_json
+from finetune.common.run_folder import RunLike, damaged, read_json
 from finetune.model.adapter import fitted_adapter, load_trained
 from finetune.model.assistant import Assistant
 from finetune.model.build import Components, build_model, load_components, load_llm
@@ -26,7 +27,7 @@ COMMIT = "[0-9a-f]{40}"
 
 
 def load(
-    folder: Path | str,
+    folder: RunLike,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
     *,
@@ -43,11 +44,11 @@ def load(
     return load_folder(model_folder(folder, revision), device, trust_remote_code)
 
 
-def model_folder(source: Path | str, revision: str | None = None) -> Path:
+def model_folder(source: RunLike, revision: str | None = None) -> Path:
     """The folder that `load` reads, its files as certified."""
     path = Path(source)
-    if not path.exists() and hub.is_repository(str(source)):
-        return hub.fetched(str(source), revision)
+    if not path.exists() and hub.is_repository(os.fspath(source)):
+        return hub.fetched(os.fspath(source), revision)
     if revision is not None:
         raise ModelError(f"{path}: a revision is for models of the Hub, not for folders")
     path = next((p for p in (path / "merged", path / "adapter", path) if _is_model(p)), path)

@@ -9,7 +9,7 @@ from finetune.model.bindings import TaskBinding
 from finetune.model.build import Components, build_model, load_components
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from finetune.common.errors import option
 from finetune.evaluation.report.words import memory
 from finetune.publishing.parts import Base, is_local
 
@@ -29,7 +30,8 @@ def base_problems(bases: Sequence[Base], merged: bool, recipe: Path) -> list[str
     """An adapter's LLM and encoders must be where others can load them from; a merged model holds them."""
     return [
         f"{base.key}: {base.public_name} is a local folder, so nobody else could load the adapter; if the same weights "
-        f"are on the Hub, write publish.hub_names {{{base.key}: user/name}} in {recipe}; otherwise push with --merged"
+        f"are on the Hub, write publish.hub_names {{{base.key}: user/name}} in {recipe}; otherwise push with "
+        f"{option('--merged', 'merged=True')}"
         for base in bases
         if base.name is None and not merged
     ]

@@ -12,7 +12,7 @@ from finetune.data.sample import Sample
 from finetune.evaluation.scores import measured
 from finetune.model.assistant import Assistant
 from finetune.model.manifest import AdapterManifest
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 ROWS = 16  # of each task, at most
 

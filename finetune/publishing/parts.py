@@ -10,7 +10,8 @@ from typing import Literal
 from finetune.common import hub
 from finetune.common.errors import ModelError
 from finetune.evaluation.report.content import Content
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Source
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.common import hub
 from finetune.common.certificate import verify_if_certified
-from finetune.common.errors import ArtifactError
+from finetune.common.errors import ArtifactError, option
 from finetune.common.progress import quiet_libraries
 from finetune.common.run_folder import whole_folder
 
@@ -27,7 +27,7 @@ def pull(repo: str, to: Path | str | None = None, *, revision: str | None = None
         raise ArtifactError(f"{repo!r} isn't the name of a repository: write user/name")
     to = Path(to) if to is not None else Path(repo.partition("/")[2])
     if to.exists():
-        raise ArtifactError(f"{to}: already exists; choose another folder with --to")
+        raise ArtifactError(f"{to}: already exists; choose another folder with {option('--to', 'to=')}")
     with whole_folder(to) as partial:
         with hub.requesting(hub.title(repo, revision)):
             commit = HfApi().model_info(repo, revision=revision).sha

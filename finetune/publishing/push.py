@@ -4,24 +4,23 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.common import hub
+from finetune.common import display, hub
 from finetune.common.certificate import Certificate, read_verified
-from finetune.common.errors import ArtifactError, FinetuneError, PublishError
+from finetune.common.errors import ArtifactError, FinetuneError, PublishError, option
 from finetune.common.progress import console, fresh_memory, quiet_libraries
-from finetune.common.run_folder import RunFolder, refuse_several_processes, whole_folder, write_text
+from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder, write_text
 from finetune.evaluation.report.content import Content, read_content
 from finetune.model.assistant import Assistant
 from finetune.model.load import load_adapter, load_merged
 from finetune.publishing import card, checks, compare, staging, upload
 from finetune.publishing.parts import Publication, bases_of, data_licences, with_commits, with_licences
-from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, dump_recipe, load_recipe
 
 MIN_EQUAL = 0.9  # share of rows answered as they were evaluated: rounding may change one in ten
 SHOWN = 5  # rows named in an error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pushed:
     """`checks`: lines for people; `folder`: the files as published; `url`, `commit`: None for a dry run."""
 
@@ -30,9 +29,17 @@ class Pushed:
     url: str | None = None
     commit: str | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"Pushed: {self.url} (commit {self.commit})" if self.url else f"Pushed: nothing yet; files in {self.folder}"
+        )
+
+    def _repr_html_(self) -> str:
+        return "".join([*map(display.line, [repr(self), *self.checks]), display.files({"files": self.folder})])
+
 
 def push(
-    run: Path | str,
+    run: RunLike,
     repo: str | None = None,
     *,
     merged: bool = False,
@@ -47,12 +54,12 @@ def push(
     """
     quiet_libraries()
     refuse_several_processes("`finetune push`")
-    folder = RunFolder.open(Path(run), needs="merged" if merged else "adapter")
-    RunFolder.open(Path(run), needs="metrics")
+    folder = RunFolder.open(run, needs="merged" if merged else "adapter")
+    RunFolder.open(run, needs="metrics")
     recipe = load_recipe(folder.recipe)
     repo = repo or recipe.publish.repo or (recipe.name if dry_run else None)
     if repo is None:
-        raise PublishError(f"no repository: write --repo NAME, or publish.repo in {folder.recipe}")
+        raise PublishError(f"no repository: write {option('--repo NAME', 'repo=')}, or publish.repo in {folder.recipe}")
     if not dry_run:
         repo = upload.full_name(repo)
     elif "/" not in repo:  # offline, nobody knows who is logged in

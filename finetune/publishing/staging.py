@@ -10,7 +10,7 @@ from finetune.common.certificate import Certificate
 from finetune.common.run_folder import JsonObject, file_hash, read_json, write_json
 from finetune.model.manifest import MANIFEST
 from finetune.publishing.parts import Base
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # any words: copied as they are
 
@@ -90,4 +90,4 @@ def published_recipe(recipe: Recipe, bases: Sequence[Base], repo: str) -> Recipe
     content: JsonObject = recipe.model_dump(mode="json")
     content["train"]["cache_folder"] = None
     content["publish"]["repo"] = repo
-    return Recipe.model_validate(cleaned(content, public_names(bases)))
+    return Recipe.without_files(cleaned(content, public_names(bases)))

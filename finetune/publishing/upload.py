@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.common import hub
-from finetune.common.errors import PublishError, RecipeError
+from finetune.common.errors import PublishError, RecipeError, option
 from finetune.recipe.yaml_reader import read_text, read_yaml
 
 RECIPE = "recipe.yaml"
@@ -47,7 +47,8 @@ def state_of(repo: str, *, recipe: str, kind: str, private: bool) -> State:
             return State(None)
         if private and not info.private:
             raise PublishError(
-                f"{repo}: is public, but --private was given: make it private on the Hub, or choose another name"
+                f"{repo}: is public, but {option('--private', 'private=True')} was given: make it private "
+                "on the Hub, or choose another name"
             )
         files = [file.rfilename for file in info.siblings or [] if file.rfilename != ".gitattributes"]
         if not files:

@@ -5,14 +5,14 @@ import re
 from collections.abc import Iterator
 
 from finetune.common.registry import nearest
-from finetune.recipe.schema import Model, Recipe, Stage, task_names
+from finetune.recipe.schema import Model, RecipeSections, Stage, task_names
 from finetune.recipe.words import Location, Problem, describe, shorten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HOLD_OUT_KEYS = {"validation": "hold_out_validation", "test": "hold_out"}
 
 
-def conflicts(recipe: Recipe) -> Iterator[Problem]:
+def conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     yield from _model_conflicts(recipe.model)
     yield from _source_conflicts(recipe)
     yield from _split_conflicts(recipe)
@@ -44,7 +44,7 @@ def _media(model: Model) -> set[str]:
     return {*model.encoders, *(encoder.medium for encoder in model.encoders.values())}
 
 
-def _source_conflicts(recipe: Recipe) -> Iterator[Problem]:
+def _source_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     """Media without an encoder; rows that an earlier source has too."""
     media = _media(recipe.model)
     firsts: dict[tuple[str, str], int] = {}
@@ -71,7 +71,7 @@ def _source_conflicts(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(where, f"also data.{first}, with {key} {value}: make both equal, or held-out rows leak.")
 
 
-def _split_conflicts(recipe: Recipe) -> Iterator[Problem]:
+def _split_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     splits = {source.split for source in recipe.data}
     if "train" not in splits:
         yield Problem(("data",), "no source has split train: there is nothing to train on.")
@@ -87,7 +87,7 @@ def _add_rows(split: str) -> str:
     return f"add a source with split: {split}, or {HOLD_OUT_KEYS[split]}: 0.1 to one"
 
 
-def _head_conflicts(recipe: Recipe) -> Iterator[Problem]:
+def _head_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     """Sources with the same task and options share a name and a head, which learns from the training rows."""
     names = task_names(recipe.data)
     training = {names[i]: i for i, source in reversed([*enumerate(recipe.data)]) if source.split == "train"}
@@ -121,7 +121,7 @@ def _head_conflicts(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train", "validation", "metric"), message)
 
 
-def _tuning_conflicts(recipe: Recipe) -> Iterator[Problem]:
+def _tuning_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     for name, tuning in recipe.tune_encoders.items():
         where: Location = ("tune_encoders", name)
         if name not in recipe.model.encoders:
@@ -135,7 +135,7 @@ def _tuning_conflicts(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train", "cache"), message)
 
 
-def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
+def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     names: dict[str, int] = {}
     training = [index for index, source in enumerate(recipe.data) if source.split == "train"]
     for index, stage in enumerate(recipe.train.stages):
@@ -161,7 +161,7 @@ def _stage_conflicts(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("train", "stages", 0, "trains"), message)
 
 
-def _target_conflicts(recipe: Recipe, stage: Stage, where: Location) -> Iterator[Problem]:
+def _target_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:
     targets = _targets(recipe)
     for number, target in enumerate(stage.trains):
         here, group = (*where, "trains", number), target.partition(".")[0]
@@ -186,7 +186,7 @@ def _target_conflicts(recipe: Recipe, stage: Stage, where: Location) -> Iterator
             yield Problem(here, f"got {rate:g}; write a number above 0.")
 
 
-def _targets(recipe: Recipe) -> list[str]:
+def _targets(recipe: RecipeSections) -> list[str]:
     """What the stages of this recipe may train."""
     projectors = [f"projectors.{name}" for name in recipe.model.projectors]
     encoders = [f"encoders.{name}" for name in recipe.tune_encoders]

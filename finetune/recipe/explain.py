@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from pydantic_core import ErrorDetails, core_schema
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, option
 from finetune.common.registry import nearest, part_names
 from finetune.recipe.parts import JsonSchema, kind_schema
 from finetune.recipe.words import MAX_DEPTH, Location, Problem, describe, dotted, shorten
@@ -21,21 +21,30 @@ def recipe_error(document: Document, problems: Iterable[Problem]) -> RecipeError
     lines = []
     for location, message in sorted(problems, key=lambda problem: document.place(problem.location).line):
         place, key = document.place(location).text, dotted(location)
-        lines.append(f"{place}: {message}" if place == f"--set {key}" or not key else f"{place}: {key}: {message}")
+        lines.append(f"{place}: {message}" if place == set_text(key) or not key else f"{place}: {key}: {message}")
     if len(lines) > MAX_PROBLEMS:
         lines[MAX_PROBLEMS:] = [f"... and {len(lines) - MAX_PROBLEMS} more."]
     return RecipeError("\n".join(lines))
 
 
+def set_text(key: str) -> str:
+    """How messages name a key that isn't in a file: an override, or a change made in Python."""
+    return option(f"--set {key}", key)
+
+
 def override(document: Document, assignment: str, schema: JsonSchema) -> None:
-    """Apply one `--set full.dotted.key=value`. A key that doesn't exist is reported when the document is validated."""
+    """Apply one `full.dotted.key=value`, its value written as YAML."""
     key, equals, written = assignment.partition("=")
-    place = Place(0, f"--set {shorten(key, 80)}")
+    text = set_text(shorten(key, 80))
     if not equals:
-        raise RecipeError(
-            f"{place.text}: no '='; write --set {nearest_key(key, document, schema) or shorten(key)}=VALUE."
-        )
-    value = read_yaml(written, place.text, numbered=False).value
+        near = nearest_key(key, document, schema) or shorten(key)
+        raise RecipeError(f"{text}: no '='; write {set_text(near)}=VALUE.")
+    set_key(document, key, read_yaml(written, text, numbered=False).value)
+
+
+def set_key(document: Document, key: str, value: Any) -> None:
+    """Set a full dotted key. One that doesn't exist is reported when the document is validated."""
+    place = Place(0, set_text(shorten(key, 80)))
     steps = key.split(".")
     if len(steps) > MAX_DEPTH:
         raise RecipeError(f"{place.text}: no key is nested deeper than {MAX_DEPTH} levels.")
@@ -173,9 +182,9 @@ def explain(document: Document, errors: Sequence[ErrorDetails], schema: JsonSche
             keys = [str(key) for key in members(*at(location[:-1], document.value, schema), schema)]
             near = nearest(str(location[-1]), keys)
             misspelled.add((*location[:-1], near or ""))
-            place = document.place(location).text
-            if place.startswith("--set "):
-                near = nearest_key(place.removeprefix("--set "), document, schema) or near
+            place = document.place(location)
+            if place.line == 0 and place != document.places[()]:  # written as one dotted key
+                near = nearest_key(place.text.removeprefix(set_text("")), document, schema) or near
             near = near or nearest_key(str(location[-1]), document, schema)
             advice = f"Did you mean {near!r}?" if near else f"Keys here: {shorten(', '.join(keys), 150)}."
             problems[location] = f"unknown key. {advice}"

@@ -1,48 +1,141 @@
-"""Reading a recipe: file, overrides, paths, conflicts."""
+"""Recipes: read from a file or built in Python, changed, written; their paths and conflicts checked."""
 
+import html
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
 from finetune.common.errors import RecipeError
+from finetune.common.run_folder import write_text
 from finetune.recipe.conflicts import conflicts
-from finetune.recipe.explain import explain, override, recipe_error
+from finetune.recipe.explain import explain, override, recipe_error, set_key
 from finetune.recipe.parts import Part
-from finetune.recipe.schema import Recipe, Source, outline
+from finetune.recipe.schema import RecipeSections, Source, outline
 from finetune.recipe.words import Location, Problem, describe, shorten
-from finetune.recipe.yaml_reader import dump_yaml, near_file, read_text, read_yaml
+from finetune.recipe.yaml_reader import Document, Place, dump_yaml, near_file, read_text, read_yaml
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, check and resolve a recipe; `overrides` are `full.dotted.key=value`, relative to the recipe's folder too.
+class Recipe(RecipeSections):
+    """A run in one frozen object: `Recipe(name="shelf", model={"llm": {"name": "org/llm"}}, data=[...], train={...})`.
 
-    Raises RecipeError, one line a problem: `recipes/x.yaml:9: model.llm.quantize: got 'nf5'; write one of ...`.
+    Its fields are the keys of the YAML file, as sections of `finetune.recipe.schema` or nested dictionaries and lists;
+    `finetune schema` documents them. Relative paths are relative to the working directory. Raises RecipeError, one line
+    a problem.
     """
-    document = read_yaml(read_text(path), str(path))
-    if not isinstance(document.value, dict):
-        found = "empty" if document.value is None else describe(document.value)
-        raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
-    for assignment in overrides:
-        override(document, assignment, outline())
+
+    def __init__(self, **sections: Any) -> None:
+        checked = _checked(Document(_plain(sections), {(): Place(0, "Recipe")}), os.getcwd())
+        super().__init__(**{name: getattr(checked, name) for name in checked.model_fields_set})
+
+    @classmethod
+    def _of(cls, sections: RecipeSections) -> "Recipe":
+        recipe: Recipe = cls.model_construct(sections.model_fields_set, **dict(sections))
+        return recipe
+
+    @classmethod
+    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a YAML file. `overrides`: 'full.dotted.key=value', the value as YAML. Relative paths, those of overrides
+        too, are relative to the file's folder.
+
+        Raises RecipeError, one line a problem: `recipes/x.yaml:9: model.llm.quantize: got 'nf5'; write one of ...`.
+        """
+        document = read_yaml(read_text(path), str(path))
+        if not isinstance(document.value, dict):
+            found = "empty" if document.value is None else describe(document.value)
+            raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
+        for assignment in overrides:
+            override(document, assignment, outline())
+        return cls._of(_checked(document, os.path.dirname(os.path.abspath(path))))
+
+    @classmethod
+    def without_files(cls, content: object) -> "Recipe":
+        """A recipe of another machine, or of another day: types and values are checked, paths and conflicts aren't.
+        Raises pydantic's ValidationError.
+        """
+        return cls._of(RecipeSections.model_validate(content))
+
+    def with_(self, *overrides: str, **values: object) -> "Recipe":
+        """A changed copy, checked as a whole: `with_("train.stages.0.epochs=3")` takes what `--set` takes, and
+        `with_(**{"train.tokens_per_batch": 512})` Python values. Relative paths are relative to the working directory.
+        Raises RecipeError.
+        """
+        content = self.model_dump(mode="json", exclude_unset=True)
+        document = Document(content, {(): Place(0, f"Recipe {self.name}")})
+        for assignment in overrides:
+            override(document, assignment, outline())
+        for key, value in values.items():
+            set_key(document, key, _plain(value))
+        return self._of(_checked(document, os.getcwd()))
+
+    def save(self, path: Path | str) -> Path:
+        """Write the recipe as YAML with every default spelled out and absolute paths; returns the path."""
+        write_text(Path(path), dump_recipe(self))
+        return Path(path)
+
+    def __str__(self) -> str:
+        """YAML of what isn't a default."""
+        return dump_yaml(self.model_dump(mode="json", exclude_defaults=True))
+
+    def __repr__(self) -> str:
+        return f"# Recipe, without defaults\n{self}".rstrip()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+RecipeLike: TypeAlias = Recipe | Path | str
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `Recipe.read`."""
+    return Recipe.read(path, overrides)
+
+
+def as_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """What functions that take a recipe do first: read a file, or take the object; with `overrides` a changed copy.
+    Raises RecipeError.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe.with_(*overrides) if overrides else recipe
+    if isinstance(recipe, str | Path):
+        return Recipe.read(recipe, overrides)
+    raise RecipeError(f"recipe: a {type(recipe).__name__}; give the path of a YAML file, or a finetune.Recipe")
+
+
+def _plain(value: object) -> object:
+    """What YAML would hold in place of sections, parts, paths and tuples."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Part):
+        return value.dump()
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _checked(document: Document, folder: str) -> RecipeSections:
+    """The sections of a document, their paths absolute from `folder`. Raises RecipeError."""
     try:
-        recipe: Recipe = Recipe.model_validate(document.value)
+        sections: RecipeSections = RecipeSections.model_validate(document.value)
     except ValidationError as error:
         raise recipe_error(document, explain(document, error.errors(include_url=False), outline())) from None
     problems: list[Problem] = []
-    recipe = _with_media(recipe)
-    recipe = _with_paths(recipe, os.path.dirname(os.path.abspath(path)), (), problems)
-    problems += conflicts(recipe)
+    sections = _with_media(sections)
+    sections = _with_paths(sections, folder, (), problems)
+    problems += conflicts(sections)
     if problems:
         raise recipe_error(document, problems)
-    return recipe
+    return sections
 
 
-def _with_media(recipe: Recipe) -> Recipe:
+def _with_media(recipe: RecipeSections) -> RecipeSections:
     """The recipe with the only encoder's medium in tasks whose `media` aren't written, where they'd be pictures as for
     any task.
     """

@@ -1,6 +1,6 @@
 """What a recipe leads to that its author may not expect, though nothing in it is wrong."""
 
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 
 def remarks(recipe: Recipe) -> list[str]:

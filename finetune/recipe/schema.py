@@ -302,7 +302,11 @@ class Publish(Section):
     )
 
 
-class Recipe(Section):
+class RecipeSections(Section):
+    """What a recipe holds. `finetune.recipe.load.Recipe` is one whose paths and conflicts are checked too."""
+
+    model_config = ConfigDict(title="Recipe")
+
     name: str = Field(pattern="^[a-z0-9][a-z0-9._-]*$", description="Name of the run and of its folder.")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of all random numbers.")
     model: Model = Field(description="The parts of the model.")
@@ -326,7 +330,7 @@ def outline() -> JsonSchema:
     """JSON schema of a recipe for messages, with {"part": folder} where it has a part: `explain` reads the kinds that a
     recipe names, and no other part's file.
     """
-    return Recipe.model_json_schema()
+    return RecipeSections.model_json_schema()
 
 
 def schema() -> JsonSchema:

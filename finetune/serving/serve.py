@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, option
 from finetune.common.registry import parse_options
+from finetune.common.run_folder import RunFolder, RunLike
 from finetune.serving.http.settings import ServerOptions
 
 if TYPE_CHECKING:
@@ -28,16 +29,17 @@ FLUSH_SECONDS = 5  # for the ends of answers to be sent
 
 
 def serve(
-    models: Sequence[str],
+    models: RunLike | Sequence[RunLike],
     *,
     host: str = LOCALHOST,
     port: int = 8000,
     api_key: str | None = None,
     options: Sequence[str] = (),
 ) -> None:
-    """Serve each of `models`, `[NAME=]RUN|FOLDER|HUB_ID`, at http://HOST:PORT until SIGINT or SIGTERM. Running requests
-    then have `drain_seconds` to finish; a second signal ends the process at once. The default name of a run is that of
-    its folder. `port` 0: any free port. `options`: `key=value` of `finetune.serving.http.settings.ServerOptions`.
+    """Serve one or several `models`, each a run or `[NAME=]RUN|FOLDER|HUB_ID`, at http://HOST:PORT until SIGINT or
+    SIGTERM. Running requests then have `drain_seconds` to finish; a second signal ends the process at once. The default
+    name of a run is that of its folder. `port` 0: any free port. `options`: `key=value` of
+    `finetune.serving.http.settings.ServerOptions`.
 
     To be called in the main thread. Raises RecipeError for an address other than 127.0.0.1 without an API key, an
     address in use, and invalid options or names; ArtifactError or ModelError for models that can't be loaded.
@@ -45,9 +47,11 @@ def serve(
     server_options = parse_options(options, ServerOptions)
     if host != LOCALHOST and not api_key:
         raise RecipeError(
-            f"--host {host} opens the server to other machines: set --api-key or FINETUNE_API_KEY, or leave out --host"
+            f"{option('--host', 'host')} {host} opens the server to other machines: set "
+            f"{option('--api-key', 'api_key=')} or FINETUNE_API_KEY, or leave out {option('--host', 'host=')}"
         )
-    sources = parse_models(models)
+    several = [models] if isinstance(models, RunFolder | Path | str) else models
+    sources = parse_models([os.fspath(model) for model in several])
     _check_installed()
     with listening_socket(host, port) as listener:  # before the models, which may take minutes to load
         run_server(load_engine(sources, server_options), server_options, listener, api_key or None)
@@ -165,18 +169,19 @@ def stop_on_signals(folder: Path) -> Iterator[threading.Event]:
 def listening_socket(host: str, port: int) -> Iterator[socket.socket]:
     """A socket bound to an address; connections are refused until the server listens. Raises RecipeError."""
     if not 0 <= port < 2**16:
-        raise RecipeError(f"--port {port}: write 1 to {2**16 - 1}, or 0 for any free port")
+        raise RecipeError(f"{option('--port', 'port')} {port}: write 1 to {2**16 - 1}, or 0 for any free port")
+    where = option(f"--host {host} --port {port}", f"host {host}, port {port}")
     try:
         family, kind, protocol, _, bind_address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise RecipeError(f"--host {host} --port {port}: no such address ({error})") from None
+        raise RecipeError(f"{where}: no such address ({error})") from None
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(bind_address)
         except OSError as error:
-            raise RecipeError(f"--host {host} --port {port}: not available ({error}); choose another --port") from None
+            raise RecipeError(f"{where}: not available ({error}); choose another {option('--port', 'port=')}") from None
         yield listener
 
 

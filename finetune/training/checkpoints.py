@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from finetune.common.errors import TrainingError
+from finetune.common.errors import OVERWRITE, RESUME, TrainingError, option
 from finetune.common.progress import console
 from finetune.common.run_folder import RunFolder, damage, write_hashes
 
@@ -60,6 +60,7 @@ def newest_whole(folder: RunFolder, stage: str) -> Path | None:
         return None
     raise TrainingError(
         f"{stage}: no whole checkpoint is left. If the folder is still being copied or synchronized, wait and try "
-        f"again. Otherwise remove {checkpoints[0].parent}, and --resume begins this stage anew; --overwrite begins the "
+        f"again. Otherwise remove {checkpoints[0].parent}, and {option(*RESUME)} begins this stage "
+        f"anew; {option(*OVERWRITE)} begins the "
         "whole run anew"
     )

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from accelerate import PartialState
 
-from finetune.common.errors import TrainingError
+from finetune.common.errors import RUN, TrainingError, option
 from finetune.common.progress import console
 from finetune.common.run_folder import RunFolder, write_json, write_text
 from finetune.data.rows import by_task, read_splits, sampling_weights, subset, summary
@@ -16,7 +16,8 @@ from finetune.data.sample import Sample
 from finetune.model.bindings import bindings_of
 from finetune.model.composite import MultimodalModel
 from finetune.model.run import Run
-from finetune.recipe.schema import Recipe, Stage
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Stage
 from finetune.training.feature_cache import fill_cache
 from finetune.training.pack import plan_rows
 from finetune.training.samples import TokenizedSample, TokenizedSamples, distilled, tokenized
@@ -92,7 +93,8 @@ def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> Non
     path = folder.data / "rows.sha256"
     if path.is_file() and path.read_text(encoding="utf-8").strip() != digest.hexdigest():
         raise TrainingError(
-            f"{folder.path}: the training rows or their media have changed since this run began; begin anew with --run"
+            f"{folder.path}: the training rows or their media have changed since this run began; begin anew with "
+            f"{option(*RUN)}"
         )
     write_text(path, digest.hexdigest() + "\n")
 

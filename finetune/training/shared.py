@@ -9,7 +9,7 @@ from finetune.model.build import Components, load_components, load_llm
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
 from finetune.model.run import Run
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 
 @dataclass

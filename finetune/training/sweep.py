@@ -13,18 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.common.errors import FinetuneError, Interrupted, TrainingError
+from finetune.common import display
+from finetune.common.errors import RUN, FinetuneError, Interrupted, TrainingError, option
 from finetune.common.progress import console, quiet_libraries
-from finetune.common.run_folder import refuse_several_processes, write_json, write_text
+from finetune.common.run_folder import RunLike, refuse_several_processes, write_json, write_text
 from finetune.evaluation import plots
 from finetune.evaluation.results import Comparison, Metrics, Value
 from finetune.evaluation.uncertainty import compare_rows
 from finetune.model.language_model import default_device
-from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe
 from finetune.training.shared import Shared
 from finetune.training.sweep_choices import SweepChoice, read_choices
-from finetune.training.train import train
+from finetune.training.train import train_in
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Trial:
     passes: list[float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepResult:
     """What sweep.json holds. `best`: number of the best trial; `second`: of the next, None without one. `rows`: number
     of validation rows; `compared`: how good the best trial's answers are, minus the second's; both are None where rows
@@ -60,13 +60,29 @@ class SweepResult:
     compared: Comparison | None
     trials: list[Trial]
 
+    def __repr__(self) -> str:
+        best = next(trial for trial in self.trials if trial.trial == self.best)
+        values = ", ".join(f"{key}={value}" for key, value in best.values.items())
+        return f"SweepResult: {len(self.trials)} trials; best {self.best}: {values}; {self.folder}/best.yaml"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (t.trial, *t.values.values(), t.state if t.score is None else f"{t.score:.4f}", len(t.passes))
+            for t in sorted(self.trials, key=lambda t: (t.score is None, -(t.score or 0)))
+        ]
+        table = display.table(
+            ("trial", *self.trials[0].values, f"{self.metric}, n = {self.rows or '?'}", "passes"), rows
+        )
+        picture = display.picture(Path(self.folder) / "plots" / "sweep.png")
+        return display.line(repr(self)) + table + picture + display.files({"best": Path(self.folder) / "best.yaml"})
+
 
 def sweep(
-    recipe: Path | str,
+    recipe: RecipeLike,
     over: Sequence[str],
     trials: int | None = None,
     overrides: Sequence[str] = (),
-    run: Path | str | None = None,
+    run: RunLike | None = None,
 ) -> SweepResult:
     """Train every combination of the values in `over` ('key=v1,v2'), or with `trials` that many that optuna chooses,
     also from ranges ('key=low..high'; on a logarithmic scale where high is 10 times low or more). A trial that is worse
@@ -83,14 +99,14 @@ def sweep(
     choices, first = read_choices(recipe, over, trials, overrides)
     folder = Path(run or Path("runs") / f"{first.name}-sweep")
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_other_sweep(folder, load_recipe(recipe, overrides), over, trials)
+    refuse_other_sweep(folder, as_recipe(recipe, overrides), over, trials)
     study = open_study(folder)
     shared = SharedParts()
 
     def one(trial: Any) -> float:
         values = [f"{choice.key}={suggested(trial, choice)}" for choice in choices]
         console.print(f"trial {trial.number}: {'  '.join(values)}")
-        varied = load_recipe(recipe, [*overrides, *values])
+        varied = as_recipe(recipe, [*overrides, *values])
         place = folder / f"trial-{trial.number:03d}"
         shutil.rmtree(place, ignore_errors=True)
         try:
@@ -172,7 +188,7 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
 
     shared = parts.of(recipe)
     try:
-        folder = train(recipe, place, shared=shared, on_validation=prune)
+        folder = train_in(place, recipe, shared=shared, on_validation=prune)
     except FinetuneError:
         if shared and shared.composite is None:  # broken off while it was put together
             parts.shared = None
@@ -214,8 +230,8 @@ def refuse_other_sweep(folder: Path, recipe: Recipe, over: Sequence[str], trials
     path = folder / "sweep.sha256"
     if path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
         raise TrainingError(
-            f"{folder}: this sweep began with another recipe, --set or --over; go on with those, or choose another "
-            "--run"
+            f"{folder}: this sweep began with another recipe, {option('--set or --over', 'overrides= or over=')}; go "
+            f"on with those, or choose another {option(*RUN)}"
         )
     write_text(path, digest + "\n")
 
@@ -225,7 +241,7 @@ def ended(study: Any) -> list[Any]:
     return [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED") or "failed" in t.user_attrs]
 
 
-def finish(folder: Path, recipe: Path | str, overrides: Sequence[str], study: Any) -> SweepResult:
+def finish(folder: Path, recipe: RecipeLike, overrides: Sequence[str], study: Any) -> SweepResult:
     """Write sweep.json, a plot, and the best recipe. Raises TrainingError where no trial is complete."""
     trials = [
         Trial(
@@ -248,11 +264,11 @@ def finish(folder: Path, recipe: Path | str, overrides: Sequence[str], study: An
     (best, _), *others = sorted(complete, key=lambda pair: -pair[1])
     second = others[0][0].trial if others else None
     good = {trial.number: trial.user_attrs.get("good") for trial in study.trials}
-    first = load_recipe(recipe, overrides)
+    first = as_recipe(recipe, overrides)
     metric = first.train.validation.metric if first.train.validation else "mean"
     same = second is not None and good[best.trial] and len(good[best.trial]) == len(good[second] or [])
     result = SweepResult(
-        recipe=str(recipe),
+        recipe=first.name if isinstance(recipe, Recipe) else str(recipe),
         folder=str(folder),
         device=default_device().type,
         metric=metric,
@@ -264,6 +280,6 @@ def finish(folder: Path, recipe: Path | str, overrides: Sequence[str], study: An
     )
     write_json(folder / "sweep.json", asdict(result))
     values = [f"{key}={value}" for key, value in best.values.items()]
-    write_text(folder / "best.yaml", dump_recipe(load_recipe(recipe, [*overrides, *values])))
+    write_text(folder / "best.yaml", dump_recipe(as_recipe(recipe, [*overrides, *values])))
     plots.sweep([(trial.values, score) for trial, score in complete], metric, folder / "plots" / "sweep.png")
     return result

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from finetune.common.errors import RecipeError
-from finetune.recipe.load import load_recipe, refuse_missing_trackers
-from finetune.recipe.schema import Recipe
+from finetune.common.errors import RecipeError, option
+from finetune.recipe.explain import set_text
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 
@@ -22,16 +21,18 @@ class SweepChoice:
 
 
 def read_choices(
-    recipe: Path | str, over: Sequence[str], trials: int | None, overrides: Sequence[str]
+    recipe: RecipeLike, over: Sequence[str], trials: int | None, overrides: Sequence[str]
 ) -> tuple[list[SweepChoice], Recipe]:
     """The choices of `--over`, and the recipe with the first value of each. Raises RecipeError for a wrong recipe, key
     or value, each value being tried once.
     """
-    refuse_missing_trackers(load_recipe(recipe, overrides))  # its own problems first
+    own = as_recipe(recipe, overrides)
+    refuse_missing_trackers(own)  # its own problems first
     choices = [read_choice(text, ranges=trials is not None) for text in over]
     first = varied(recipe, overrides, [f"{choice.key}={choice.values[0]}" for choice in choices])
     if first.train.validation is None:
-        raise RecipeError(f"{recipe}: trials are compared on validation rows: write train.validation, and rows for it")
+        where = own.name if isinstance(recipe, Recipe) else recipe
+        raise RecipeError(f"{where}: trials are compared on validation rows: write train.validation, and rows for it")
     for values in corners(choices):
         varied(recipe, overrides, values)
     return choices, first
@@ -42,30 +43,36 @@ def read_choice(text: str, ranges: bool) -> SweepChoice:
     key, equals, written = text.partition("=")
     values = [value.strip() for value in written.split(",")]
     if not equals or not key or not all(values):
-        raise RecipeError(f"--over {text}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
+        raise RecipeError(f"{over_text(text)}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
     bounds = RANGE.fullmatch(values[0]) if len(values) == 1 else None
     if bounds is None:
         return SweepChoice(key, tuple(dict.fromkeys(values)))
     if not ranges:
-        raise RecipeError(f"--over {text}: a range has no end of values; say how many trials with --trials")
+        raise RecipeError(
+            f"{over_text(text)}: a range has no end of values; say how many with {option('--trials', 'trials=')}"
+        )
     try:
         low, high = float(bounds["low"]), float(bounds["high"])
     except ValueError:
-        raise RecipeError(f"--over {text}: {written!r} isn't a range of numbers") from None
+        raise RecipeError(f"{over_text(text)}: {written!r} isn't a range of numbers") from None
     if not low < high:
-        raise RecipeError(f"--over {text}: the low end comes first, and is smaller")
+        raise RecipeError(f"{over_text(text)}: the low end comes first, and is smaller")
     return SweepChoice(key, (bounds["low"], bounds["high"]), is_range=True)
 
 
-def varied(recipe: Path | str, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
+def over_text(key: str) -> str:
+    return option(f"--over {key}", f"over: {key}")
+
+
+def varied(recipe: RecipeLike, overrides: Sequence[str], values: Sequence[str]) -> Recipe:
     """The recipe with these values. Raises RecipeError, which names their keys as --over."""
     try:
-        return load_recipe(recipe, [*overrides, *values])
+        return as_recipe(recipe, [*overrides, *values])
     except RecipeError as error:
         message = str(error)
         for value in values:
             key = value.partition("=")[0]
-            message = message.replace(f"--set {key}:", f"--over {key}:")
+            message = message.replace(f"{set_text(key)}: ", f"{over_text(key)}: ")
         raise RecipeError(message) from None
 
 

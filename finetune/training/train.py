@@ -1,5 +1,6 @@
 """Train: recipe -> rows -> tokens -> features -> packed rows -> the stages, on one loaded LLM -> adapter folder."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -14,7 +15,7 @@ from finetune.common.certificate import weights_hashes
 from finetune.common.energy import EnergyMeter
 from finetune.common.errors import TrainingError
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
-from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_json
+from finetune.common.run_folder import RunFolder, RunLike, read_json, whole_folder, write_json
 from finetune.evaluation import plots
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics, StageResult, TrainingResult
@@ -25,8 +26,8 @@ from finetune.model.language_model import default_device, packs_exactly
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.run import Run
-from finetune.recipe.load import dump_recipe, refuse_missing_trackers
-from finetune.recipe.schema import Model, Recipe, Stage, Train
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, refuse_missing_trackers
+from finetune.recipe.schema import Model, Stage, Train
 from finetune.training.collate import Collator
 from finetune.training.plan.apart import WAIT_SECONDS, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
@@ -39,20 +40,35 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"
 
 
 def train(
+    recipe: RecipeLike,
+    run: RunLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    *,
+    overrides: Sequence[str] = (),
+    on_validation: OnValidation | None = None,
+) -> RunFolder:
+    """Train a recipe's stages and write the adapter folder into `run`, by default runs/NAME. `overwrite` removes a run
+    that is there.
+
+    Ctrl-C, SIGTERM and SIGHUP leave a whole checkpoint and raise Interrupted; `resume` goes on from it. `overrides`:
+    'full.dotted.key=value'. `on_validation(score)` runs after each validation pass; return True to stop the stage.
+    Raises RecipeError, DataError, ModelError, TrainingError.
+    """
+    recipe = as_recipe(recipe, overrides)
+    return train_in(Path(run or Path("runs") / recipe.name), recipe, resume, overwrite, on_validation=on_validation)
+
+
+def train_in(
+    path: Path,
     recipe: Recipe,
-    run: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     *,
     shared: Shared | None = None,
     on_validation: OnValidation | None = None,
 ) -> RunFolder:
-    """Train a recipe's stages and write the adapter folder. `overwrite` removes a run that is in the folder.
-
-    Ctrl-C, SIGTERM and SIGHUP leave a whole checkpoint and raise Interrupted; `resume` goes on from it.
-    `shared`: components that are loaded already. `on_validation(score)` runs after each validation pass; return True to
-    stop the stage.
-    """
+    """As `train`. `shared`: components that are loaded already."""
     quiet_libraries()
     fresh_memory()
     refuse_several_gpus()
@@ -61,7 +77,7 @@ def train(
     recipe = without_auto(recipe, on_gpu)
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
-    folder = RunFolder(Path(run or Path("runs") / recipe.name))
+    folder = RunFolder(path)
     if processes.is_main_process:
         folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
         record_versions(folder.path / "versions.json", processes.num_processes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
-from finetune.common.errors import Interrupted, TrainingError
+from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
 from finetune.common.run_folder import read_json
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.composite import MultimodalModel
@@ -96,7 +96,7 @@ def train_stage(
         raise TrainingError(
             "out of GPU memory. In this order: train.checkpoint_every_n_layers: 1, a smaller train.tokens_per_batch "
             "(with more train.accumulate), optimizer: paged_adamw_8bit, model.llm.quantize: nf4. "
-            "--resume needs the same recipe: begin anew with --run"
+            f"{option(*RESUME)} needs the same recipe: begin anew with {option(*RUN)}"
         ) from error
     finally:
         for callback in callbacks:
@@ -186,7 +186,8 @@ class StageTrainer(SFTTrainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the weights are those of the step "
-                "before. Lower the learning rate, or train in bfloat16; --resume goes on from the last checkpoint"
+                f"before. Lower the learning rate, or train in bfloat16; {option(*RESUME)} goes on from "
+                "the last checkpoint"
             )
         result: Tensor = loss
         return result
@@ -327,7 +328,7 @@ class FiniteGradients(TrainerCallback):
         if not all(torch.isfinite(norm) for norm in norms):  # of which part is unknown: they were clipped together
             raise TrainingError(
                 f"a gradient isn't finite at step {state.global_step + 1}; the weights are those of the step before. "
-                "Lower the learning rate; --resume goes on from the last checkpoint"
+                f"Lower the learning rate; {option(*RESUME)} goes on from the last checkpoint"
             )
 
 

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from finetune.common.errors import TrainingError
+from finetune.common.errors import RESUME, TrainingError, option
 from finetune.common.progress import console
 from finetune.common.run_folder import damage, read_json, whole_folder, write_hashes, write_json
 from finetune.evaluation.results import ValidationPass
@@ -103,7 +103,8 @@ class ValidationCallback(TrainerCallback):
         self.history = [ValidationPass.model_validate(one) for one in saved if one["step"] <= step]
         if self.history and (found := damage(self.folder / "best")):
             raise TrainingError(
-                f"{found}: these are the best weights so far. Remove {self.folder}, and --resume begins this stage anew"
+                f"{found}: these are the best weights so far. Remove {self.folder}, and "
+                f"{option(*RESUME)} begins this stage anew"
             )
 
     def restore_best(self) -> int | None:

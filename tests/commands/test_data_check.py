@@ -52,30 +52,30 @@ def checked(messy, tmp_path_factory):
 
 
 def test_each_mistake_is_found_in_its_row(messy, checked):
-    report = json.loads(checked["json"].read_text(encoding="utf-8"))
+    report = json.loads(checked.json.read_text(encoding="utf-8"))
     found = {(entry["line"], entry["code"]) for entry in report["list"] if entry["file"] == "train.csv"}
     assert found >= set(messy[1].items())
     errors = [entry for entry in report["list"] if entry["severity"] == "error"]
     assert {entry["line"] for entry in errors} == {
         line for line, code in messy[1].items() if code in ("medium", "row", "empty", "unreadable", "leak_row")
     }
-    assert checked["errors"] == len(errors) == 6 and checked["rows"] == 12 + 9 + 8
+    assert checked.errors == len(errors) == 6 and checked.summary["rows"] == 12 + 9 + 8
 
 
 def test_what_training_refuses_is_an_error_and_the_copy_has_none(messy, checked):
     loaded = finetune.load_recipe(messy[0])
     with pytest.raises(DataError):
         read_splits(loaded.data, loaded.seed)
-    fixed = finetune.load_recipe(checked["fixed"]["recipe"])
+    fixed = finetune.load_recipe(checked.fixed.recipe)
     splits = read_splits(fixed.data, fixed.seed)
     left_out = sum(code in QUARANTINED for code in messy[1].values())
     assert len(splits.train) == 12 + len(BROKEN) - left_out and len(splits.test) == 8
-    again = finetune.data_check(checked["fixed"]["recipe"], out=checked["json"].parent / "again", workers=0)
-    assert again["errors"] == 0 and {"leak_medium", "identical"}.isdisjoint(again["findings"])
+    again = finetune.data_check(checked.fixed.recipe, out=checked.json.parent / "again", workers=0)
+    assert again.errors == 0 and {"leak_medium", "identical"}.isdisjoint(again.summary["findings"])
 
 
 def test_the_quarantine_says_what_was_left_out_and_why(messy, checked):
-    lines = (checked["fixed"]["recipe"].parent / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (checked.fixed.recipe.parent / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     left_out = {entry["row"]: entry for entry in map(json.loads, lines)}
     assert set(left_out) == {line for line, code in messy[1].items() if code in QUARANTINED}
     assert all(entry["file"] == "train.csv" and entry["reasons"] for entry in left_out.values())
@@ -86,7 +86,7 @@ def test_the_quarantine_says_what_was_left_out_and_why(messy, checked):
 
 def test_nothing_is_changed_in_place_and_a_second_time_gives_the_same_bytes(messy, checked):
     before = (messy[0].parent / "data" / "train.csv").read_bytes()
-    folder = checked["fixed"]["recipe"].parent
+    folder = checked.fixed.recipe.parent
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     finetune.data_check(messy[0], out=folder.parent / "report", fix=folder, workers=0)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
@@ -98,7 +98,7 @@ def test_media_can_be_copied_too(messy, tmp_path):
     moved = shutil.move(tmp_path / "fixed", tmp_path / "elsewhere")
     fixed = finetune.load_recipe(Path(moved) / "recipe.yaml")
     splits = read_splits(fixed.data, fixed.seed)
-    assert len([*splits.train, *splits.validation, *splits.test]) == result["fixed"]["rows"]
+    assert len([*splits.train, *splits.validation, *splits.test]) == result.fixed.rows
     assert all(medium.path.is_relative_to(moved) for sample in splits.train for medium in sample.media)
 
 
@@ -149,11 +149,11 @@ def test_a_folder_of_something_else_is_not_overwritten(messy, tmp_path):
 @pytest.mark.slow
 def test_processes_find_what_one_finds(messy, checked, tmp_path):
     result = finetune.data_check(messy[0], out=tmp_path, workers=2)
-    assert result["json"].read_bytes() == checked["json"].read_bytes()
+    assert result.json.read_bytes() == checked.json.read_bytes()
 
 
 def test_a_page_holds_all_it_shows(checked):
-    text = checked["html"].read_text(encoding="utf-8")
+    text = checked.html.read_text(encoding="utf-8")
     assert "data:image/jpeg;base64," in text and "train.csv:" in text
     assert "http://" not in text and "https://" not in text and 'src="data:' in text
 
@@ -164,17 +164,17 @@ def test_too_many_tokens(messy, tmp_path):
     reader = Reader(recipe)
     held_out = [source for source in recipe.data if source.split == "test"]
     lengths = [len(reader.tokens(sample, sample.source).input_ids) for sample in read_splits(held_out, 0).test]
-    assert min(lengths) > 16 and result["findings"]["long"] == result["splits"]["train"]["rows"]
+    assert min(lengths) > 16 and result.summary["findings"]["long"] == result.summary["splits"]["train"]["rows"]
 
 
 def test_rows_are_held_out_as_training_holds_them_out(messy, checked, tmp_path):
     overrides = ["data.0.hold_out=0.3", "data.0.hold_out_validation=0.2"]
-    fixed = checked["fixed"]["recipe"]
+    fixed = checked.fixed.recipe
     result = finetune.data_check(fixed, overrides, out=tmp_path, workers=0)
     loaded = finetune.load_recipe(fixed, overrides)
     splits = read_splits(loaded.data, loaded.seed)
     expected = {split: len(splits.of(split)) for split in ("train", "validation", "test")}
-    assert {split: counts["rows"] for split, counts in result["splits"].items()} == expected
+    assert {split: counts["rows"] for split, counts in result.summary["splits"].items()} == expected
     assert expected["validation"] > 0 and expected["test"] > 8
 
 
@@ -191,7 +191,7 @@ def test_text_alone_and_an_llm_that_reads_little(tmp_path):
     content["train"]["tokens_per_batch"] = 4096
     recipe.write_text(json.dumps(content))
     result = finetune.data_check(recipe, out=tmp_path / "out", workers=0)
-    assert result["findings"]["context"] == 2 and result["different_media"] == {}
+    assert result.summary["findings"]["context"] == 2 and result.summary["different_media"] == {}
 
 
 @pytest.mark.slow
@@ -204,4 +204,4 @@ def test_the_command_line(messy, checked, tmp_path):
     broken = cli("data", "check", messy[0], "--out", tmp_path)
     assert broken.returncode == 2 and "6 errors" in broken.stdout and "train.csv:" in broken.stdout
     assert "Traceback" not in broken.stderr
-    assert cli("data", "check", checked["fixed"]["recipe"], "--out", tmp_path).returncode == 0
+    assert cli("data", "check", checked.fixed.recipe, "--out", tmp_path).returncode == 0

@@ -59,14 +59,14 @@ def read(path: Path) -> list[dict]:
 
 def test_without_a_model_nothing_is_proposed(rows, tmp_path):
     result = finetune.data_label(rows, out=tmp_path / "labels.csv")
-    saved = read(result["out"])
+    saved = read(result.out)
     assert list(saved[0]) == ["row", "media", "text", "proposed", "confidence", "label"]
     assert [(row["row"], row["proposed"], row["label"]) for row in saved] == [
         ("rows.csv:2", "", ""),
         ("rows.csv:3", "", "hound"),
         ("rows.csv:4", "", ""),
     ]
-    assert (result["rows"], result["proposed"], result["labelled"]) == (3, 0, 1)
+    assert (result.rows, result.proposed, result.labelled) == (3, 0, 1)
 
 
 def test_a_model_proposes_once_for_what_has_no_label(rows, tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_a_model_proposes_once_for_what_has_no_label(rows, tmp_path, monkeypatch
     assert saved[0]["text"] == "What is this?"
     out.write_text(out.read_text(encoding="utf-8-sig").replace("ox,0.750,", "ox,0.750,bull"), encoding="utf-8")
     result = finetune.data_label(rows, "run", out=out)
-    assert model.asked == ["cat", "ox"] and result["labelled"] == 2 and read(out)[2]["label"] == "bull"
+    assert model.asked == ["cat", "ox"] and result.labelled == 2 and read(out)[2]["label"] == "bull"
 
 
 def test_an_interrupted_round_of_proposals_goes_on(rows, tmp_path, monkeypatch):
@@ -106,12 +106,12 @@ def test_a_recipe_asks_as_its_task_does(tmp_path, monkeypatch):
     data.write_text(data.read_text().replace("test0.png,red", "test0.png,"))
     model = with_model(monkeypatch, Model())
     result = finetune.data_label(recipe, "run", out=tmp_path / "labels.csv")
-    assert result["rows"] == 20 and result["labelled"] == 19 and model.asked == ["test0"]
+    assert result.rows == 20 and result.labelled == 19 and model.asked == ["test0"]
 
 
 def test_several_tasks_must_be_told_apart(rows, tmp_path, monkeypatch):
     with_model(monkeypatch, Model(shelf=part("tasks", "classify"), colour=part("tasks", "classify", prompt="Colour?")))
-    with pytest.raises(DataError, match="shelf, colour: name one with --task"):
+    with pytest.raises(DataError, match="shelf, colour: name one with task="):
         finetune.data_label(rows, "run", out=tmp_path / "labels.csv")
     finetune.data_label(rows, "run", out=tmp_path / "labels.csv", task="colour")
     assert read(tmp_path / "labels.csv")[0]["text"] == "Colour?"

@@ -19,8 +19,7 @@ from finetune.commands._init import cards
 from finetune.commands._init.columns import describe_columns, language_of
 from finetune.commands.cli import app
 from finetune.common.errors import DataError, RecipeError
-from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, load_recipe
 
 ROWS = 24
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}

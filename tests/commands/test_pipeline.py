@@ -204,7 +204,7 @@ def test_training_without_a_cache_ends_on_the_same_adapter(plain, tmp_path):
 
 def test_a_run_that_is_there_is_not_overwritten(plain):
     recipe = finetune.load_recipe(plain.parent / "recipe.yaml")
-    with pytest.raises(TrainingError, match="--resume"):
+    with pytest.raises(TrainingError, match="resume=True"):
         finetune.train(recipe, plain)
     with pytest.raises(TrainingError, match="recipe isn't the one"):
         finetune.train(finetune.load_recipe(plain.parent / "recipe.yaml", ["seed=4"]), plain, resume=True)

@@ -15,7 +15,7 @@ def test_a_run_that_stopped_before_its_first_step_may_begin_again(tmp_path):
 def test_a_run_with_anything_more_is_left_alone(tmp_path, name):
     folder = RunFolder.create(tmp_path, "name: first\n", resume=False)
     (tmp_path / name).mkdir()
-    with pytest.raises(TrainingError, match="--resume"):
+    with pytest.raises(TrainingError, match="resume=True"):
         RunFolder.create(tmp_path, "name: second\n", resume=False)
     assert folder.recipe.read_text(encoding="utf-8") == "name: first\n"
 
@@ -58,7 +58,7 @@ def test_what_is_no_run_is_not_overwritten(spoil, tmp_path):
     finished(tmp_path)
     spoil(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(TrainingError, match="--overwrite removes only what a run has written"):
+    with pytest.raises(TrainingError, match="overwrite=True removes only what a run has written"):
         RunFolder.create(tmp_path, "name: second\n", resume=False, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -72,6 +72,6 @@ def test_a_file_is_not_overwritten(tmp_path):
 
 def test_to_go_on_and_to_overwrite_exclude_each_other(tmp_path):
     finished(tmp_path)
-    with pytest.raises(RecipeError, match="--overwrite"):
+    with pytest.raises(RecipeError, match="overwrite=True"):
         RunFolder.create(tmp_path, "name: first\n", resume=True, overwrite=True)
     assert (tmp_path / "metrics.json").exists()

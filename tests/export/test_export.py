@@ -55,7 +55,7 @@ def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     hashes.pop("export.json")
     assert content["sha256"] == hashes and "model.safetensors" in hashes
     assert not any(str(llm.parent) in path.read_text() for path in folder.glob("*.json"))
-    with pytest.raises(ArtifactError, match="exists already: remove it, or choose another folder with --out"):
+    with pytest.raises(ArtifactError, match="exists already: remove it, or choose another folder with out="):
         export_run(run, "transformers", verify=False)
     assert file_hashes(folder).keys() == {*hashes, "export.json"}
 
@@ -190,11 +190,11 @@ def test_bad_input_is_reported_in_one_line_and_nothing_is_written(run, llm, merg
     before = set(tmp_path.rglob("*"))
     with pytest.raises(RecipeError, match="is called 'transfomers': did you mean 'transformers'"):
         export_run(run, "transfomers", tmp_path / "out")
-    with pytest.raises(RecipeError, match="--option min_equl=1: unknown key; did you mean 'min_equal'"):
+    with pytest.raises(RecipeError, match="options: min_equl=1: unknown key; did you mean 'min_equal'"):
         export_run(run, "transformers", tmp_path / "out", ["min_equl=1"])
-    with pytest.raises(RecipeError, match="--option min_equal=2: Input should be less than or equal to 1"):
+    with pytest.raises(RecipeError, match="options: min_equal=2: Input should be less than or equal to 1"):
         export_run(run, "transformers", tmp_path / "out", ["min_equal=2"])
-    with pytest.raises(RecipeError, match="--option min_equal: no '='; write KEY=VALUE, of min_equal"):
+    with pytest.raises(RecipeError, match="options: min_equal: no '='; write KEY=VALUE, of min_equal"):
         export_run(run, "transformers", tmp_path / "out", ["min_equal"])
     with pytest.raises(ArtifactError, match="no such folder: name a run, or a merged folder"):
         export_run(tmp_path / "nowhere", "transformers")

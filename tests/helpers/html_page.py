@@ -1,6 +1,7 @@
 """What a browser reads in a page."""
 
 from html.parser import HTMLParser
+from os import PathLike
 from pathlib import Path
 
 VOID = {"meta", "img", "input", "br", "link"}
@@ -9,12 +10,12 @@ VOID = {"meta", "img", "input", "br", "link"}
 class Page(HTMLParser):
     """What a browser makes of a page: its elements with their attributes, its text, and whether all are closed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | PathLike[str]) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict]] = []
         self.open: list[str] = []
         self.pieces: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(Path(path).read_text(encoding="utf-8"))
         self.text = " ".join(" ".join(self.pieces).split())
 
     def handle_starttag(self, tag, attributes):

@@ -127,8 +127,8 @@ def test_a_prompt_longer_than_the_context_is_refused_and_an_answer_ends_with_it(
 
 def test_what_cannot_be_asked_is_a_data_error(run):
     assistant = finetune.load(run / "adapter")
-    with pytest.raises(DataError, match="image: give a file's path or a list of them, not a Image"):
-        assistant.answer("What?", image=tiny_picture())
+    with pytest.raises(MediaError, match="image 1: a int; give a path, bytes of a file, a PIL image"):
+        assistant.answer("What?", image=3)
     with pytest.raises(DataError, match="max_new_tokens is 0; write 1 or more"):
         assistant.answer("What?", max_new_tokens=0)
     with pytest.raises(DataError, match="prompt: holds audio, but this model takes image"):

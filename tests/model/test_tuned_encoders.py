@@ -115,7 +115,7 @@ def test_a_tuned_encoder_goes_the_whole_way(merged_run, tmp_path):
         known = {name: next(t for key, t in published.items() if key.endswith(name)) for name in ours}
         assert ours and all("layers.2." in name for name in ours)
         assert any(not torch.equal(known[name], tensor) for name, tensor in ours.items())
-    scores = finetune.evaluate(copy_of(run, tmp_path))["scores"]["classify"]["accuracy"]
+    scores = finetune.evaluate(copy_of(run, tmp_path)).scores["classify"]["accuracy"]
     assert set(scores) == {"tuned", "base", "blank", "shuffled", "probe"}
     picture = run.parent / "data" / "images" / "test0.png"
     moved = shutil.copytree(run / "merged", tmp_path / "elsewhere")

@@ -18,8 +18,8 @@ from finetune.model.heads import HeadSettings
 from finetune.publishing import card
 from finetune.publishing.parts import Base, Publication
 from finetune.publishing.staging import cleaned, public_names
+from finetune.recipe.load import Recipe
 from finetune.recipe.parts import HeadPart, TaskPart
-from finetune.recipe.schema import Recipe
 
 OPTIONS = {"languages": ["zh"], "datasets": ["org/rows"], "limits": "Drawn pictures only.", "licenses": {}}
 
@@ -51,7 +51,7 @@ def written(finished_run, tmp_path):
         content = read_content(run)
         recipe = content.recipe.model_dump(mode="json")
         recipe["publish"] |= OPTIONS | options
-        recipe = Recipe.model_validate(cleaned(recipe, public_names(bases)))
+        recipe = Recipe.without_files(cleaned(recipe, public_names(bases)))
         bindings = {"classify": binding} if binding else content.bindings
         content = replace(
             content, recipe=recipe, bindings=bindings, certificate=content.certificate if merged else None

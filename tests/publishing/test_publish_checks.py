@@ -9,7 +9,7 @@ from tiny import tiny_recipe
 
 from finetune.publishing import checks, parts, staging
 from finetune.publishing.parts import Base
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json", "sub/notes.txt"])
@@ -42,7 +42,7 @@ def test_licences_come_from_the_recipe_the_folder_or_are_asked_for(tmp_path):
     def recipe_with(**publish) -> Recipe:
         rows = {"path": str(tmp_path / "data" / "rows.csv"), "task": "classify"}
         recipe = tiny_recipe(tmp_path, data=[rows], publish=publish)
-        return Recipe.model_validate_json(recipe.read_text())
+        return Recipe.without_files(json.loads(recipe.read_text()))
 
     recipe = recipe_with()
     bases = parts.with_licences(parts.bases_of(recipe, {}), {})
@@ -58,7 +58,7 @@ def test_licences_come_from_the_recipe_the_folder_or_are_asked_for(tmp_path):
 
 def test_licences_on_the_hub_are_read_from_the_cards(monkeypatch, tmp_path):
     rows = {"path": "org/rows", "format": "hub", "task": "classify"}
-    recipe = Recipe.model_validate_json(tiny_recipe(tmp_path, data=[rows]).read_text())
+    recipe = Recipe.without_files(json.loads(tiny_recipe(tmp_path, data=[rows]).read_text()))
     bases = [Base("llm", "org/llm", "org/llm", None), Base("encoders.image", "org/none", "org/none", None)]
     with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "cache"):
         for name, licence in {"org/llm": "mit", "org/rows": "cc0-1.0"}.items():
@@ -70,7 +70,7 @@ def test_licences_on_the_hub_are_read_from_the_cards(monkeypatch, tmp_path):
 def test_a_folder_is_a_base_for_merged_models_only():
     bases = [Base("llm", "/somewhere/llm", None, None), Base("encoders.image", "org/vit", "org/vit", None)]
     (line,) = checks.base_problems(bases, merged=False, recipe=Path("recipe.yaml"))
-    assert "llm: llm is a local folder" in line and "hub_names" in line and "--merged" in line
+    assert "llm: llm is a local folder" in line and "hub_names" in line and "merged=True" in line
     assert checks.base_problems(bases, merged=True, recipe=Path("recipe.yaml")) == []
 
 

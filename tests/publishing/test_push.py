@@ -234,7 +234,7 @@ def test_an_adapter_trained_since_the_merge_is_refused(run):
 @pytest.mark.parametrize("files", [{}, {"recipe.yaml": b"name: tiny", "multimodal.json": b"{}"}])
 def test_a_public_repository_is_not_written_where_private_is_asked_for(files, finished, hub, without_answers):
     hub.add("me/tiny", files, private=False)
-    with pytest.raises(PublishError, match="me/tiny: is public, but --private was given"):
+    with pytest.raises(PublishError, match="me/tiny: is public, but private=True was given"):
         finetune.push(finished, "me/tiny", private=True)
     assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
     hub.repositories["me/tiny"].private = True
@@ -300,7 +300,7 @@ def test_the_command_line_publishes_and_another_process_loads(finished, hub, tmp
 
 
 def test_without_a_name_the_recipe_s_is_taken(finished, hub, without_answers, tmp_path):
-    with pytest.raises(PublishError, match=r"--repo NAME, or publish\.repo in .*recipe\.yaml"):
+    with pytest.raises(PublishError, match=r"repo=, or publish\.repo in .*recipe\.yaml"):
         finetune.push(finished)
     run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     text = (run / "recipe.yaml").read_text()

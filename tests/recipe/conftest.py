@@ -5,6 +5,7 @@ import pytest
 from pydantic import Field
 from recipe_texts import GOOD
 
+from finetune.common.errors import options_as_flags
 from finetune.common.registry import PartOptions, load_part, part_names
 from finetune.recipe import explain, parts
 
@@ -18,6 +19,12 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "x.yaml").write_text(GOOD)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def as_on_the_command_line():
+    with options_as_flags():
+        yield
 
 
 @pytest.fixture

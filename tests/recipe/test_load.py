@@ -9,8 +9,7 @@ import pytest
 from recipe_texts import GOOD, change, mentions, refused
 
 from finetune.common.errors import RecipeError
-from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, dump_recipe, load_recipe
 
 
 def test_good_recipe_is_read_with_defaults_and_absolute_paths(folder):

@@ -1,8 +1,8 @@
 import pytest
 
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.parts import ProjectorPart
-from finetune.recipe.schema import Recipe, schema
+from finetune.recipe.schema import schema
 
 
 def test_a_recipe_can_be_built_in_python(folder):

@@ -110,9 +110,9 @@ def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path, monkeypatch):
     conditions = {"tuned", "base", "blank", "shuffled", "probe"}
     if len(recipe.model.encoders) > 1:
         conditions |= {f"blank_{name}" for name in recipe.model.encoders}
-    scored = [set(values) for scores in result.metrics["scores"].values() for values in scores.values()]
+    scored = [set(values) for scores in result.evaluation.scores.values() for values in scores.values()]
     assert scored and all(one in (conditions, {"tuned", "base"}) for one in scored)  # text alone can't be blank
-    assert (result.folder.merged / "model.safetensors").is_file() and result.report.stat().st_size > 10_000
+    assert (result.folder.merged / "model.safetensors").is_file() and result.report.path.stat().st_size > 10_000
     assert isinstance(result.answer, str)
     trained = json.loads(result.folder.metrics.read_text())["train"]["stages"]
     for stage in recipe.train.stages:

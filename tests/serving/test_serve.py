@@ -39,7 +39,7 @@ with listening_socket("127.0.0.1", 0) as listener:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "models.example", ""])
 @pytest.mark.parametrize("key", [None, ""])
 def test_another_address_needs_a_key(host, key):
-    with pytest.raises(RecipeError, match="--api-key"):
+    with pytest.raises(RecipeError, match="api_key="):
         finetune.serve(["run"], host=host, api_key=key)
 
 
@@ -47,9 +47,9 @@ def test_unusable_addresses_and_options(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(RecipeError, match="choose another --port"):
+        with pytest.raises(RecipeError, match="choose another port="):
             finetune.serve([str(tmp_path)], port=taken.getsockname()[1])
-    with pytest.raises(RecipeError, match=r"--port 70000"):
+    with pytest.raises(RecipeError, match="port 70000"):
         finetune.serve([str(tmp_path)], port=70_000)
     with pytest.raises(RecipeError, match="no such address"):
         finetune.serve([str(tmp_path)], host="999.1.1.1", api_key="key")

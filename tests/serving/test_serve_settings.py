@@ -24,7 +24,7 @@ def test_options_are_parsed_and_validated():
         ("max_bytes=0", "greater than or equal to 1"),
         ("max_stops=10001", "less than or equal to 10000"),
     ):
-        with pytest.raises(RecipeError, match="--option") as caught:
+        with pytest.raises(RecipeError, match="options:") as caught:
             parse_options([pair], ServerOptions)
         assert message in str(caught.value)
 

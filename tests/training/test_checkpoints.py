@@ -77,7 +77,7 @@ def test_without_a_whole_checkpoint_the_run_says_how_to_begin_anew(cut, tmp_path
     run = copied(cut, tmp_path)
     for step in (2, 4):
         flip(run.checkpoints / "tune" / f"checkpoint-{step}" / "optimizer.pt")
-    with pytest.raises(TrainingError, match=r"no whole checkpoint is left.*--overwrite"):
+    with pytest.raises(TrainingError, match=r"no whole checkpoint is left.*overwrite=True"):
         newest_whole(run, "tune")
     assert newest_whole(run, "another") is None
 

@@ -156,7 +156,7 @@ def test_heads_mean_what_they_meant_when_they_were_trained(finished, tmp_path):
     run = project_copy(finished, tmp_path)
     path = tmp_path / "rows" / "mark-train.csv"
     path.write_text(path.read_text().replace(",4,", ",400,"))
-    scores = finetune.evaluate(run)["scores"]
+    scores = finetune.evaluate(run).scores
     finetune.merge(run)
     tuned = {name: values["tuned"] for name, values in scores["mark"].items()}
     kept = read(finished / "metrics.json")["scores"]["mark"]

@@ -24,7 +24,7 @@ def run(request, tmp_path_factory):
 
 
 def test_without_one_medium_only_its_own_tasks_suffer(run):
-    scores = {name: table["accuracy"] for name, table in finetune.evaluate(run)["scores"].items()}
+    scores = {name: table["accuracy"] for name, table in finetune.evaluate(run).scores.items()}
     assert set(scores) == set(MEDIA)
     for name, media in MEDIA.items():
         assert scores[name]["tuned"] >= 0.5, (name, scores[name])  # chance: 0.25, and 0.06 of both

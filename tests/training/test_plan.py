@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 from finetune.common.errors import RecipeError
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics
-from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import plan_line, without_auto
 from finetune.training.plan.cards import GIB, card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data

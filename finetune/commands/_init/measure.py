@@ -9,7 +9,8 @@ from finetune.common.errors import DataError
 from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.media.image import image_size
-from finetune.data.rows import error_list, group_of, read_rows, split_of
+from finetune.data.hold_out import keys_of, splits_of
+from finetune.data.rows import error_list, group_of, read_rows
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.schema import Source
 
@@ -79,8 +80,8 @@ def usable_rows(source: Source) -> Rows:
 
 def held_out(rows: Rows, source: Source, seed: int) -> int:
     """How many become test rows."""
-    splits = (split_of(sample, group, source, seed) for sample, group in zip(rows.samples, rows.groups, strict=True))
-    return sum(split == "test" for split in splits) if source.split == "train" else 0
+    keys = [keys_of(sample, group) for sample, group in zip(rows.samples, rows.groups, strict=True)]
+    return splits_of(keys, [0] * len(keys), [source], seed).count("test") if source.split == "train" else 0
 
 
 def media_sizes(samples: Sequence[Sample]) -> list[MediaSizes]:

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TextIO
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, option
 from finetune.common.run_folder import file_hash
 from finetune.data.check.ledger import ERRORS, Ledger
 from finetune.data.check.lenient import DELIMITERS, lenient_rows
@@ -100,11 +100,17 @@ class _Cleaner:
 def check_target(folder: Path, sources: Sequence[RowFile]) -> None:
     """Raises DataError if a cleaned copy would replace anything but an earlier one."""
     if folder.exists() and not (folder / "quarantine.jsonl").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise DataError(f"{folder}: holds something else than a cleaned copy of rows; name a new folder with --fix")
+        raise DataError(
+            f"{folder}: holds something else than a cleaned copy of rows; name a new folder with "
+            f"{option('--fix', 'fix=')}"
+        )
     for source in sources:
         for path in (source.path, source.media_folder):
             if path and path.resolve().is_relative_to(folder.resolve()):
-                raise DataError(f"{folder}: the rows to clean lie in it ({path}); name another folder with --fix")
+                raise DataError(
+                    f"{folder}: the rows to clean lie in it ({path}); name another folder with "
+                    f"{option('--fix', 'fix=')}"
+                )
 
 
 def copied(row: Row, source: RowFile, folder: Path) -> Columns:

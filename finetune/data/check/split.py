@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TextIO, TypedDict
+from typing import TextIO
 
-from finetune.common.errors import DataError
+from finetune.common import display
+from finetune.common.errors import DataError, option
 from finetune.common.run_folder import file_hash, write_json
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media as in_rows
@@ -44,7 +45,8 @@ class SplitPlan:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
-class SplitResult(TypedDict):
+@dataclass(frozen=True)
+class SplitResult:
     """`files`, `rows`: of each split that has rows; `media`: how many different ones; `sets`: how many sets of rows
     stay together, `largest`: rows of the largest.
     """
@@ -55,6 +57,10 @@ class SplitResult(TypedDict):
     media: int
     sets: int
     largest: int
+
+    def _repr_html_(self) -> str:
+        rows = [(split, f"{self.rows[split]:,}", path) for split, path in self.files.items()]
+        return display.table(("split", "rows", "file"), rows)
 
 
 def data_split(
@@ -103,21 +109,24 @@ def data_split(
         report["values"] = {split: dict(sorted(count.items())) for split, count in counts.items()}
     write_json(into / "split.json", report)
     sets = [len(rows_together) for rows_together in connected(keys)]
-    return {
-        "files": files,
-        "rows": rows,
-        "media_folder": folder.resolve(),
-        "media": len({key for row in keys for key in row if key.startswith("medium ")}),
-        "sets": len(sets),
-        "largest": max(sets),
-    }
+    return SplitResult(
+        files=files,
+        rows=rows,
+        media_folder=folder.resolve(),
+        media=len({key for row in keys for key in row if key.startswith("medium ")}),
+        sets=len(sets),
+        largest=max(sets),
+    )
 
 
 def _format(path: Path, encoding: str | None, sheet: str | None) -> FormatPart:
     part = detected(path)
     changes = {name: value for name, value in (("encoding", encoding), ("sheet", sheet)) if value is not None}
     if changes and part.kind != "table":
-        raise DataError(f"{path}: --{next(iter(changes))} is for tables; these rows are read as {part.kind!r}")
+        name = next(iter(changes))
+        raise DataError(
+            f"{path}: {option('--' + name, name + '=')} is for tables; these rows are read as {part.kind!r}"
+        )
     return replace(part, options=part.options.model_copy(update=changes))
 
 
@@ -165,8 +174,8 @@ def _media(row: Row, media_columns: frozenset[str]) -> list[Path]:
         path = (row.media_folder / str(value)).resolve()
         if not path.is_file():
             raise DataError(
-                f"{row.where}: no such {key}: {path}; name the folder of media with --media-folder, or leave "
-                "such rows out with `finetune data check --fix`"
+                f"{row.where}: no such {key}: {path}; name the folder of media with "
+                f"{option('--media-folder', 'media_folder=')}, or leave such rows out with `finetune data check --fix`"
             )
         paths.add(path)
 
@@ -185,7 +194,10 @@ def _write(source: RowFile, into: Path, chosen: Sequence[str]) -> dict[str, Path
     paths = {split: into / f"{split}{suffix}" for split in SPLITS if split in chosen}
     for path in paths.values():
         if path.resolve() == source.path.resolve():
-            raise DataError(f"{path}: would be written over the rows that are split; name another folder with --into")
+            raise DataError(
+                f"{path}: would be written over the rows that are split; name another folder with "
+                f"{option('--into', 'into=')}"
+            )
     for split in SPLITS:  # of an earlier call with other shares
         (into / f"{split}{suffix}").unlink(missing_ok=True)
     with ExitStack() as stack:

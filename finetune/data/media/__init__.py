@@ -5,25 +5,28 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.media._source import LIMITS
-from finetune.data.media.audio import blank_sound, decode_audio
-from finetune.data.media.image import blank_like, decode_image
-from finetune.data.media.video import blank_clip, decode_video
+from finetune.data.media.audio import blank_sound, decode_audio, recording_of
+from finetune.data.media.image import blank_like, decode_image, picture_of
+from finetune.data.media.video import blank_clip, clip_of, decode_video
 from finetune.recipe.schema import Limits
 
 DECODERS: dict[str, Callable[..., Any]] = {"image": decode_image, "audio": decode_audio, "video": decode_video}
+OBJECTS: dict[str, Callable[..., Any]] = {"image": picture_of, "audio": recording_of, "video": clip_of}
 BLANKS: dict[str, Callable[[Any], Any]] = {"image": blank_like, "audio": blank_sound, "video": blank_clip}
 # To be raised when a decoder's result for the same file changes: cached features are then computed anew.
 DECODING = 1
 DECODED_BY = {"image": ("pillow", "pydicom"), "audio": ("soundfile", "soxr", "av"), "video": ("av", "pillow")}
 
 
-def decode(kind: str, source: Path | bytes, *, where: str = "", limits: Limits = LIMITS, **sampling: Any) -> Any:
-    """Decode a file, or its bytes: "image": PIL image, RGB uint8; "audio": float32 (samples,) in [-1, 1] at 16 kHz,
-    mono; "video": `finetune.data.media.video.Clip`, its frames chosen by `sampling`, as in `decode_video`.
+def decode(kind: str, source: object, *, where: str = "", limits: Limits = LIMITS, **sampling: Any) -> Any:
+    """Decode a file, its bytes, or an object that a program holds (`OBJECTS`). "image": PIL image, RGB uint8; "audio":
+    float32 (samples,) in [-1, 1] at 16 kHz, mono; "video": `finetune.data.media.video.Clip`, its frames chosen by
+    `sampling`, as in `decode_video`.
 
     Raises MediaError, which begins with `where` (file and row), for a file that can't be decoded within `limits`.
     """
-    return DECODERS[kind](source, where=where, limits=limits, **sampling)
+    decoders = DECODERS if isinstance(source, Path | bytes) else OBJECTS
+    return decoders[kind](source, where=where, limits=limits, **sampling)
 
 
 def decoding(kind: str) -> str:

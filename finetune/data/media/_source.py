@@ -57,6 +57,12 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
+def described(value: object) -> str:
+    """What was given in place of a medium: "an array (4, 4) of float64", "a list"."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" if shape is None else f"an array {tuple(shape)} of {dtype}"
+
+
 def check_seconds(seconds: float, limits: Limits, name: str) -> None:
     """Raises MediaError for a recording or video that is too long."""
     if seconds > limits.max_seconds:

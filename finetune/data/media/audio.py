@@ -49,6 +49,24 @@ def blank_sound(audio: "np.ndarray") -> "np.ndarray":
     return np.zeros_like(audio)
 
 
+def recording_of(value: object, *, where: str = "", limits: Limits = _source.LIMITS) -> "np.ndarray":
+    """A recording that a program holds, as `decode_audio` gives it: (samples, rate), where samples are an array
+    (samples,) of floats in [-1, 1], or `{"array": samples, "sampling_rate": rate}`. Raises MediaError for anything
+    else, and for one that is out of bounds.
+    """
+    import numpy as np
+
+    name = where or "recording"
+    if isinstance(value, dict) and value.keys() >= {"array", "sampling_rate"}:
+        value = value["array"], value["sampling_rate"]
+    samples, rate = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype.kind != "f" or rate is None:
+        expected = "a path, bytes of a file, or (samples, rate): an array (samples,) of floats, and how many a second"
+        raise MediaError(f"{name}: {_source.described(samples)}; give {expected}")
+    _check_form(rate, 1, name)
+    return _collect([samples.astype(np.float32)], rate, limits, name)
+
+
 def _through_sndfile(opened: Any, name: str, limits: Limits) -> "np.ndarray":
     import soundfile
 

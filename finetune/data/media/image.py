@@ -86,17 +86,44 @@ def _decode(content: bytes, name: str, limits: Limits) -> "Image":
     try:
         with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _source.check_pixels(*image.size, limits, name)
-            image.load()
-            upright = _upright(image)
-            if upright.mode in DEEP:
-                return _eight_bits(upright, name).convert("RGB")
-            return over_white(upright) if upright.has_transparency_data else upright.convert("RGB")
+            return _as_rgb(image, name)
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {_source.reason(error)} (Pillow's bound, above `media.max_pixels`)") from None
     except PIL.UnidentifiedImageError:
         raise MediaError(f"{name}: not a picture in a supported format ({', '.join(FORMATS)}, DICOM)") from None
     except UNREADABLE as error:
         raise MediaError(f"{name}: can't be decoded ({_source.reason(error)}); write the file anew") from None
+
+
+def picture_of(value: object, *, where: str = "", limits: Limits = _source.LIMITS) -> "Image":
+    """A picture that a program holds, as `decode_image` gives it: a PIL image of any mode, or an array (height, width,
+    3) of uint8, RGB. Raises MediaError for anything else, and for one that is out of bounds.
+    """
+    import numpy as np
+    import PIL.Image
+
+    name = where or "picture"
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3:
+        value = PIL.Image.fromarray(value)
+    if not isinstance(value, PIL.Image.Image):
+        expected = "a path, bytes of a file, a PIL image, or an array (height, width, 3) of uint8"
+        raise MediaError(f"{name}: {_source.described(value)}; give {expected}")
+    if 0 in value.size:
+        raise MediaError(f"{name}: {value.width}x{value.height} pixels; there is nothing to see")
+    _source.check_pixels(*value.size, limits, name)
+    try:
+        with _quiet():
+            return _as_rgb(value, name)
+    except UNREADABLE as error:  # PIL reads the file of an opened image only now
+        raise MediaError(f"{name}: can't be decoded ({_source.reason(error)})") from None
+
+
+def _as_rgb(image: "Image", name: str) -> "Image":
+    image.load()
+    upright = _upright(image)
+    if upright.mode in DEEP:
+        return _eight_bits(upright, name).convert("RGB")
+    return over_white(upright) if upright.has_transparency_data else upright.convert("RGB")
 
 
 def _upright(image: "Image") -> "Image":

@@ -79,6 +79,42 @@ def decode_video(
     return Clip(tuple(frames), tuple(seconds))
 
 
+def clip_of(
+    value: object,
+    *,
+    where: str = "",
+    limits: Limits = _source.LIMITS,
+    count: int | None = None,
+    per_second: float | None = None,
+) -> Clip:
+    """A video that a program holds, sampled as by `decode_video`: (frames, rate), where frames are an array (frames,
+    height, width, 3) of uint8, RGB, and `rate` of them are shown a second. Raises MediaError for anything else, and for
+    one that is out of bounds.
+    """
+    import numpy as np
+    import PIL.Image
+
+    name = where or "video"
+    frames: Any
+    frames, rate = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if not (isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3):
+        rate = None
+    if not isinstance(rate, int | float) or not 0 < rate <= MAX_RATE or not frames.size:
+        expected = (
+            "a path, bytes of a file, or (frames, rate): an array (frames, height, width, 3) of uint8, and how many a "
+            f"second, at most {MAX_RATE}"
+        )
+        raise MediaError(f"{name}: {_source.described(frames)}; give {expected}")
+    unit = 1 / Fraction(rate).limit_denominator(1_000_000)
+    _source.check_pixels(frames.shape[2], frames.shape[1], limits, name)
+    _source.check_seconds(float(len(frames) * unit), limits, name)
+    known = _Frames(tuple(range(len(frames))), (), unit, timed=True)
+    chosen = _choose(known, count, per_second)
+    if len(chosen) > limits.max_frames:
+        raise MediaError(f"{name}: {len(chosen):,} frames; at most {limits.max_frames:,} are read (`media.max_frames`)")
+    return Clip(tuple(PIL.Image.fromarray(frames[n]) for n in chosen), tuple(float(n * unit) for n in chosen))
+
+
 def blank_clip(clip: Clip) -> Clip:
     """Mid-grey frames of the same sizes at the same times."""
     return Clip(tuple(blank_like(frame) for frame in clip.frames), clip.seconds)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune.common.certificate import Certificate, read_certificate
 from finetune.common.errors import ArtifactError, RecipeError
-from finetune.common.run_folder import RunFolder, damaged, read_json
+from finetune.common.run_folder import RunFolder, RunLike, damaged, read_json
 from finetune.data.metrics import main_metric
 from finetune.data.predictions import Prediction
 from finetune.data.rows import SplitSummary
@@ -20,7 +20,8 @@ from finetune.evaluation.results import Metrics
 from finetune.model.bindings import TaskBinding
 from finetune.model.manifest import AdapterManifest
 from finetune.recipe.explain import explain, recipe_error
-from finetune.recipe.schema import Limits, Recipe, Source, outline, task_names
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Limits, Source, outline, task_names
 from finetune.recipe.yaml_reader import read_text, read_yaml
 
 CONSEQUENCES = {
@@ -83,9 +84,10 @@ class Content:
         return main_metric(tasks[0].primary if tasks else "", metrics)
 
 
-def read_content(run: Path) -> Content:
+def read_content(run: RunLike) -> Content:
     """Raises ArtifactError if `run` isn't a run folder."""
     folder = RunFolder.open(run)
+    run = folder.path
     missing: list[str] = []
 
     def read(name: str, load: Callable[[Path], T], default: T) -> T:
@@ -141,7 +143,7 @@ def _recipe(path: Path) -> Recipe:
         if not isinstance(document.value, dict):
             raise RecipeError(f"{path.name}: isn't a mapping of keys")
         try:
-            return Recipe.model_validate(document.value)
+            return Recipe.without_files(document.value)
         except ValidationError as error:
             raise recipe_error(document, explain(document, error.errors(include_url=False), outline())) from None
     except RecipeError as error:

@@ -9,8 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from finetune.common import certificate
-from finetune.common.run_folder import write_text
+from finetune.common import certificate, display
+from finetune.common.run_folder import RunLike, write_text
 from finetune.data.metrics import lower_is_better
 from finetune.evaluation import plots
 from finetune.evaluation.report import tables, words
@@ -24,16 +24,32 @@ FEW = 3  # answers of a task and side that are shown at once; the others are fol
 CHART = (5.0, 3.0)  # inches: text stays readable where a phone shrinks it
 
 
-def report(run: Path | str, out: Path | str | None = None) -> Path:
-    """Write the report of a run to RUN/report.html or `out` (a file, or a folder for report.html), and return its path.
-    Only the run folder is read, and the media that its predictions name; the page says what is missing. Raises
-    ArtifactError if `run` isn't a run folder.
+@dataclass(frozen=True)
+class Report:
+    """A page that is written; functions of the standard library take it as its path."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        return display.page(self.path.read_text(encoding="utf-8")) + display.files({"report": self.path})
+
+
+def report(run: RunLike, out: Path | str | None = None) -> Report:
+    """Write the report of a run to RUN/report.html or `out` (a file, or a folder for report.html). Only the run folder
+    is read, and the media that its predictions name; the page says what is missing. Raises ArtifactError if `run` isn't
+    a run folder.
     """
-    content = read_content(Path(run))
+    content = read_content(run)
     path = Path(run) / "report.html" if out is None else Path(out)
     path = path / "report.html" if path.is_dir() else path
     write_text(path, page(content))
-    return path
+    return Report(path)
 
 
 @cache

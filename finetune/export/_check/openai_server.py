@@ -118,7 +118,7 @@ def _wait(process: "subprocess.Popen[bytes]", server: Server, seconds: float) ->
                 return
         time.sleep(0.2)
     raise ExportRefused(
-        f"{server.engine} hasn't started within {seconds:g} s (`--option start_seconds=...` allows more):\n"
+        f"{server.engine} hasn't started within {seconds:g} s (the option `start_seconds` allows more):\n"
         + server.log_excerpt()
     )
 

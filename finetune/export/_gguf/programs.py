@@ -11,7 +11,7 @@ from finetune.export._contract import EngineMissing
 VARIABLE = "FINETUNE_LLAMA_CPP"
 INSTALL = (
     "run tests/engines/install_llama_cpp.sh DIR, or clone https://github.com/ggml-org/llama.cpp and build its "
-    f"llama-server and llama-quantize; then name its folder by the variable {VARIABLE} or `--option llama_cpp=DIR`"
+    f"llama-server and llama-quantize; then name its folder by the variable {VARIABLE} or by the option `llama_cpp`"
 )
 
 

@@ -12,7 +12,7 @@ from finetune.export._contract import EngineMissing
 VARIABLE = "FINETUNE_VLLM"
 INSTALL = (
     "make an environment with vLLM in it (`pip install vllm`; for a CPU tests/engines/install_vllm.sh), and name its "
-    f"python by the variable {VARIABLE} or `--option python=...`"
+    f"python by the variable {VARIABLE} or by the option `python`"
 )
 INSTALL_PLUGIN = (
     "install this package in vLLM's environment: pip install --no-deps finetune-kit, or the path of its checkout"

@@ -13,8 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from finetune.recipe.load import dump_recipe
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe, dump_recipe
 
 LINE_SECONDS = 10.0
 WAIT_SECONDS = 300.0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from finetune.model.composite import MultimodalModel
-from finetune.recipe.schema import Llm, Recipe, Stage
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, PackedRow
 from finetune.training.plan.meter import Meter, Rehearsal, with_data
 from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows

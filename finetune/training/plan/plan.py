@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finetune.common.progress import quiet_libraries
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_like, card_named
 from finetune.training.plan.measure import Measured, Phase, measure, with_dtype
 from finetune.training.plan.rows import PlannedRows

@@ -16,7 +16,8 @@ from finetune.model.build import load_components
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
 from finetune.model.run import Run
-from finetune.recipe.schema import Recipe, Stage
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Stage
 from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import plan_rows
 from finetune.training.plan.shapes import META

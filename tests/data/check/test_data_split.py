@@ -44,7 +44,7 @@ def table(tmp_path):
 
 
 def test_every_row_is_in_one_split_as_it_was(table, tmp_path):
-    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(stratify="label"))["files"])
+    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(stratify="label")).files)
     rows = [row for split in splits.values() for row in split]
     assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in read({"all": table})["all"])
     assert {split: len(found) for split, found in splits.items()} == {"train": 83, "validation": 10, "test": 10}
@@ -54,7 +54,7 @@ def test_every_row_is_in_one_split_as_it_was(table, tmp_path):
 
 
 def test_values_are_spread_to_within_a_row(table, tmp_path):
-    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(stratify="label"))["files"])
+    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(stratify="label")).files)
     total = Counter(row["label"] for row in read({"all": table})["all"])
     for split, found in splits.items():
         counts = Counter(row["label"] for row in found)
@@ -72,7 +72,7 @@ def test_many_rare_values_do_not_all_go_to_training():
 
 
 def test_groups_do_not_cross(table, tmp_path):
-    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(group="who", stratify="label"))["files"])
+    splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(group="who", stratify="label")).files)
     people = [{row["who"] for row in found} for found in splits.values()]
     assert sum(map(len, people)) == len(set.union(*people)) == 25 and len(people) == 3
     largest = max(Counter(row["who"] for row in read({"all": table})["all"]).values())
@@ -86,9 +86,9 @@ def test_the_order_of_rows_is_of_no_matter_and_a_new_row_moves_few(table, tmp_pa
     def split_of(rows, name, seed=7):
         folder = tmp_path / name
         found = read(
-            finetune.data_split(write(tmp_path / f"{name}.csv", rows), folder, SplitPlan(stratify="label", seed=seed))[
-                "files"
-            ]
+            finetune.data_split(
+                write(tmp_path / f"{name}.csv", rows), folder, SplitPlan(stratify="label", seed=seed)
+            ).files
         )
         return {row["text"]: split for split, some in found.items() for row in some}
 
@@ -109,11 +109,11 @@ def test_a_medium_is_never_on_two_sides_whatever_its_name(tmp_path):
     result = finetune.data_split(
         write(tmp_path / "rows.csv", rows), tmp_path / "out", SplitPlan(train=0.5, validation=0, test=0.5)
     )
-    splits = read(result["files"])
+    splits = read(result.files)
     shown = [{row["image"].removeprefix("copy") for row in found} for found in splits.values()]
     assert set(splits) == {"train", "test"} and not shown[0] & shown[1] and sum(map(len, shown)) == 40
     assert [len(found) for found in splits.values()] == [40, 40]
-    assert result["media_folder"] == tmp_path.resolve()
+    assert result.media_folder == tmp_path.resolve()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
@@ -124,12 +124,12 @@ def test_json_stays_as_it_is(tmp_path, suffix):
     (tmp_path / f"rows{suffix}").write_text(text)
     result = finetune.data_split(tmp_path / f"rows{suffix}", tmp_path / "out")
     found = []
-    for path in result["files"].values():
+    for path in result.files.values():
         content = path.read_text(encoding="utf-8")
         assert path.suffix == suffix
         found += json.loads(content) if suffix == ".json" else [json.loads(line) for line in content.splitlines()]
     assert sorted(found, key=lambda row: row["id"]) == rows
-    assert result["rows"] == {"train": 24, "validation": 3, "test": 3}
+    assert result.rows == {"train": 24, "validation": 3, "test": 3}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_what_can_not_be_done_is_told(table, tmp_path, options, told):
 
 def test_rows_are_not_written_over_themselves(tmp_path):
     path = write(tmp_path / "train.csv", [{"text": str(n), "label": "a"} for n in range(10)])
-    with pytest.raises(DataError, match="--into"):
+    with pytest.raises(DataError, match="into="):
         finetune.data_split(path, tmp_path)
     assert len(read({"train": path})["train"]) == 10
 
@@ -169,9 +169,9 @@ def test_media_in_columns_of_any_name_and_tables_of_any_encoding(tmp_path):
     result = finetune.data_split(
         tmp_path / "rows.csv", tmp_path / "out", SplitPlan(**shares), media=["帖子图"], **given
     )
-    assert result["media"] == result["sets"] == 10 and result["largest"] == 4
-    shown = [{row["帖子图"] for row in rows} for rows in read(result["files"]).values()]
+    assert result.media == result.sets == 10 and result.largest == 4
+    shown = [{row["帖子图"] for row in rows} for rows in read(result.files).values()]
     assert not shown[0] & shown[1] and len(shown[0] | shown[1]) == 10
     with pytest.raises(DataError, match="no column '图'"):
         finetune.data_split(tmp_path / "rows.csv", tmp_path / "out", media=["图"], **given)
-    assert finetune.data_split(tmp_path / "rows.csv", tmp_path / "blind", **given)["media"] == 0
+    assert finetune.data_split(tmp_path / "rows.csv", tmp_path / "blind", **given).media == 0

@@ -148,7 +148,7 @@ def test_every_prediction_is_shown_with_its_media(finished):
 
 def test_two_reports_of_a_run_are_equal(finished, tmp_path):
     run, _ = finished
-    pages = [path.read_text(encoding="utf-8") for path in (report(str(run), tmp_path), run / "report.html")]
+    pages = [path.read_text(encoding="utf-8") for path in (report(str(run), tmp_path).path, run / "report.html")]
     first, second = (
         re.sub('data:audio/ogg;base64,[^"]+', "", page) for page in pages
     )  # Ogg has a serial number by chance
@@ -157,7 +157,7 @@ def test_two_reports_of_a_run_are_equal(finished, tmp_path):
 
 def test_a_run_that_has_only_begun_says_what_is_missing(finished, tmp_path):
     shutil.copy(finished[0] / "recipe.yaml", tmp_path)
-    path = report(tmp_path, tmp_path / "other.html")
+    path = report(tmp_path, tmp_path / "other.html").path
     assert path == tmp_path / "other.html" and not (tmp_path / "report.html").exists()
     page = Page(path)
     for name in ("metrics.json", "predictions.jsonl", "data/summary.json", "versions.json", "adapter/multimodal.json"):

@@ -1,0 +1,42 @@
+"""How results show themselves in a notebook: HTML that needs no other file. Texts are escaped here."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+
+def heading(text: str) -> str:
+    return f"<h4>{escape(text)}</h4>"
+
+
+def line(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def files(paths: Mapping[str, Path]) -> str:
+    """Names and paths of those that exist."""
+    return table(("", "path"), [(name, path) for name, path in paths.items() if path.exists()])
+
+
+def picture(path: Path) -> str:
+    """A PNG, inline; nothing where there is none."""
+    if not path.is_file():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{content}">'
+
+
+def page(content: str) -> str:
+    """A whole HTML page in a frame of its own: its style and script stay in there."""
+    return f'<iframe srcdoc="{escape(content)}" sandbox="allow-scripts" width="100%" height="640"></iframe>'

@@ -1,0 +1,70 @@
+"""What `evaluate` returns."""
+
+from dataclasses import dataclass
+
+from finetune.common import display
+from finetune.common.run_folder import RunFolder
+from finetune.evaluation.report.content import read_content
+from finetune.evaluation.report.headline import headlines
+from finetune.evaluation.report.tables import Cell, score_tables
+from finetune.evaluation.results import Comparison, Metrics, ScoreTables
+
+
+@dataclass(frozen=True, repr=False)
+class EvaluationResult:
+    """Scores on held-out rows. `metrics`: what metrics.json holds, which `finetune.evaluation.results` documents."""
+
+    folder: RunFolder
+    metrics: Metrics
+
+    @classmethod
+    def of(cls, folder: RunFolder) -> "EvaluationResult":
+        """Of a run that is evaluated."""
+        return cls(folder, Metrics.model_validate(folder.read_metrics()))
+
+    @property
+    def scores(self) -> ScoreTables:
+        """{task: {metric: {condition: value}}}"""
+        return self.metrics.scores
+
+    @property
+    def intervals(self) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
+        """95% confidence intervals: {task: {metric: {condition: (low, high)}}}"""
+        return self.metrics.intervals
+
+    @property
+    def comparisons(self) -> dict[str, dict[str, dict[str, Comparison]]]:
+        """The trained model minus another condition: {task: {metric: {condition: comparison}}}"""
+        return self.metrics.comparisons
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """{task: number of held-out rows scored}"""
+        return self.metrics.scored_rows
+
+    def __repr__(self) -> str:
+        lines = [f"EvaluationResult of {self.folder.path}"]
+        for one in headlines(read_content(self.folder.path)):
+            tuned = one.scores[0]
+            interval = "" if tuned.low is None else f" (95% CI {tuned.low:.3f}–{tuned.high:.3f})"
+            lines.append(f"  {one.task}: {one.metric} {tuned.value:.3f}{interval}, n = {one.rows:,}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        content = read_content(self.folder.path)
+        shown = []
+        for scores in score_tables(content):
+            shown.append(display.heading(f"{scores.task}, n = {scores.rows:,}"))
+            rows = [(row.metric + " ↓" * row.lower_is_better, *map(_cell, row.cells)) for row in scores.metrics]
+            shown.append(display.table(("", *scores.conditions), rows))
+        shown += [display.line(one.sentence) for one in headlines(content)]
+        folder = self.folder
+        paths = {"metrics": folder.metrics, "predictions": folder.predictions}
+        return "".join([*shown, display.picture(folder.plots / "scores.png"), display.files(paths)])
+
+
+def _cell(cell: Cell) -> str:
+    """A value with its 95% confidence interval."""
+    if cell.value is None:
+        return ""
+    return f"{cell.value:.3f}" + ("" if cell.low is None else f" ({cell.low:.3f}–{cell.high:.3f})")
