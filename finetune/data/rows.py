@@ -157,16 +157,14 @@ def _range(rows: int) -> str:
 def _more_held_out(splits: Splits, split: str, rows: int) -> str:
     """What gives at least `rows` rows of a split."""
     key = HOLD_OUT_KEYS[split]
-    other = f"add a source with split: {split} and {rows} rows or more"
+    other = f"add a source with split: {split}" + (f" and {rows} rows or more" if rows > 1 else "")
     if not splits.together:
         return other
     total, smallest = sum(splits.together), min(splits.together)
+    text = f"{total:,} rows can be held out"
     if smallest > 1:
-        text = (
-            f"rows that share media or a group stay together, in {len(splits.together):,} sets of {smallest:,} or more"
-        )
-    else:
-        text = f"{total:,} rows can be held out"
+        sets = f"{len(splits.together):,} set{'s' * (len(splits.together) > 1)} of {smallest:,} or more rows"
+        text = f"rows that share media or a group stay together, here in {sets}"
     share = ceil(100 * max(rows, smallest) / total) / 100
     return f"{text}; {f'{key}: {share:g} would do, or ' if share <= MOST_HELD_OUT else ''}{other}"
 

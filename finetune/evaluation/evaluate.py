@@ -14,7 +14,8 @@ from finetune.common.errors import DataError
 from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, refuse_several_processes
 from finetune.data.predictions import Prediction, write_predictions
-from finetune.data.rows import by_task, read_splits, subset
+from finetune.data.rows import by_task, subset
+from finetune.data.run_rows import splits_of_run
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
 from finetune.evaluation.conditions import Condition, conditions
@@ -76,7 +77,7 @@ def evaluate(run: Path | str) -> dict[str, Any]:
 
 def _evaluated(folder: RunFolder) -> Evaluation:
     recipe = load_recipe(folder.recipe)
-    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    splits = splits_of_run(folder, recipe)
     samples = subset(splits.of(recipe.evaluate.split), recipe.evaluate.limit, recipe.seed)
     if not samples:
         raise DataError(f"no rows in split {recipe.evaluate.split!r} to evaluate on")
