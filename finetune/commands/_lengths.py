@@ -14,7 +14,6 @@ from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import Model
 
 COUNTED = 1000  # samples; the others are taken to be as long
-ROLE_TOKENS = 4  # around a message, where the chat template can't be rendered
 MARK_TOKENS = 4  # "1.5s " before a frame
 STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
 
@@ -73,26 +72,25 @@ class _Counter:
     tokenizer: Any
     template: "_Template"
     unknown: set[str] = field(default_factory=set)
-    _rows: dict[str, int | None] = field(default_factory=dict)
 
     def tokens(self, sample: Sample) -> int:
         text = self.template.render(sample)
-        count = len(self.tokenizer.encode(text, add_special_tokens=False).ids) + self.template.around(sample)
+        count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
         return count + sum(map(self.of_medium, sample.media))
 
     def of_medium(self, medium: Medium) -> int:
         part = self.model.encoders.get(medium.kind)
-        try:
-            segments, rows, marks = _layout(part, medium) if part else None
-            placed = self.model.fusion.placeholders(self.model.projectors[medium.kind].length(rows))
-        except (ModelError, TypeError, KeyError):  # not known without the weights
-            self.unknown.add(medium.kind)
-            return 0
-        return segments * (placed + marks)
+        if part is not None and (layout := _layout(part, medium)) is not None:
+            segments, rows, marks = layout
+            with suppress(ModelError):  # of a projector that doesn't fit
+                placed = self.model.fusion.placeholders(self.model.projectors[medium.kind].length(rows))
+                return segments * (placed + marks)
+        self.unknown.add(medium.kind)
+        return 0
 
 
 class _Template:
-    """The LLM's chat template, rendered as transformers does."""
+    """The LLM's chat template, rendered as transformers does; where it has none, turns of plain text."""
 
     def __init__(self, model: Model) -> None:
         name, revision = model.llm.name, model.llm.revision
@@ -119,10 +117,9 @@ class _Template:
                 return str(self.template.render(messages=turns, add_generation_prompt=False, **self.tokens))
             except Exception:  # of any template, for turns that it doesn't take
                 self.template = None
-        return "\n".join(turn["content"] for turn in turns)
-
-    def around(self, sample: Sample) -> int:
-        return 0 if self.template is not None else ROLE_TOKENS * len(sample.messages)
+        ends = {"assistant": self.tokens["eos_token"]}
+        lines = [f"{turn['role'].capitalize()}:\n{turn['content']}{ends.get(turn['role'], '')}\n" for turn in turns]
+        return self.tokens["bos_token"] + "".join(lines)
 
 
 def _text(token: object) -> str:

@@ -69,7 +69,7 @@ def splits_of(keys: Sequence[Sequence[str]], numbers: Sequence[int], sources: Se
     Sources with the same shares are split together, so that a medium or group of several is on one side; each holds out
     its share, to within a row or the largest set of rows that stay together.
     """
-    result = [sources[number].split for number in numbers]
+    result: list[str] = [sources[number].split for number in numbers]
     by_shares: dict[tuple[float, float], list[int]] = defaultdict(list)
     for row, number in enumerate(numbers):
         source = sources[number]

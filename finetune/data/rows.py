@@ -5,17 +5,17 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
-from pathlib import Path
 
 from finetune.common.errors import DataError
-from finetune.common.registry import load_part, part_names
+from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
+from finetune.data.read import detected as detected
+from finetune.data.read import read_rows as read_rows
 from finetune.data.sample import Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
-from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import Limits, RowFile, Source, task_names
+from finetune.recipe.schema import Limits, Source, task_names
 
 FEW_ROWS = 30  # to score
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
@@ -34,28 +34,6 @@ class Splits:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
-def read_rows(file: RowFile, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
-    """The rows of one file or source, one at a time, columns renamed as the recipe says; `max_bytes` limits embedded
-    and downloaded media. Raises DataError.
-    """
-    part = file.format or detected(file.path)
-    folder, hosts = file.folder_of_media, tuple(file.hosts)
-    for number, columns in part.module.rows(file.path, part.options):
-        columns = columns | {ours: columns[theirs] for ours, theirs in file.columns.items() if theirs in columns}
-        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes)
-
-
-def detected(path: Path) -> FormatPart:
-    """The format of a file or folder. Raises DataError where none, or more than one, recognises it."""
-    kinds = part_names(FormatPart.folder)
-    matching = [kind for kind in kinds if load_part(FormatPart.folder, kind).detects(path)]
-    if not matching:
-        raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({', '.join(kinds)})")
-    if len(matching) > 1:
-        raise DataError(f"{path}: could be {' or '.join(matching)}; name one with `data.N.format`")
-    return FormatPart.of(matching[0])
-
-
 def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tuple[Sample, str]]:
     """All samples of one source, each with the group that it is held out with: '' for its own content. Raises DataError
     with the first faults, and the number of all.
@@ -67,8 +45,6 @@ def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tu
 
 
 def _usable_rows(source: Source, max_bytes: int) -> tuple[list[tuple[Sample, str]], Faults]:
-    from finetune.data.check.lenient import lenient_rows
-
     samples: list[tuple[Sample, str]] = []
     faults = Faults(source)
     for row in lenient_rows(source, faults.unreadable, max_bytes):
@@ -158,16 +134,14 @@ def _range(rows: int) -> str:
 def _more_held_out(splits: Splits, split: str, rows: int) -> str:
     """What gives at least `rows` rows of a split."""
     key = HOLD_OUT_KEYS[split]
-    other = f"add a source with split: {split} and {rows} rows or more"
+    other = f"add a source with split: {split}" + (f" and {rows} rows or more" if rows > 1 else "")
     if not splits.together:
         return other
     total, smallest = sum(splits.together), min(splits.together)
+    text = f"{total:,} rows can be held out"
     if smallest > 1:
-        text = (
-            f"rows that share media or a group stay together, in {len(splits.together):,} sets of {smallest:,} or more"
-        )
-    else:
-        text = f"{total:,} rows can be held out"
+        sets = f"{len(splits.together):,} set{'s' * (len(splits.together) > 1)} of {smallest:,} or more rows"
+        text = f"rows that share media or a group stay together, here in {sets}"
     share = ceil(100 * max(rows, smallest) / total) / 100
     return f"{text}; {f'{key}: {share:g} would do, or ' if share <= MOST_HELD_OUT else ''}{other}"
 

@@ -15,6 +15,7 @@ from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
 from finetune.data.predictions import Prediction, write_predictions
 from finetune.data.rows import by_task, content_key, read_splits, subset
+from finetune.data.run_rows import splits_of_run
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
 from finetune.evaluation.conditions import Condition, conditions
@@ -96,7 +97,10 @@ def evaluate(
 
 def _evaluated(folder: RunFolder, recipe: Recipe, new: NewRows | None) -> tuple[Evaluation, int]:
     """(the evaluation, how many of its rows are also training rows)."""
-    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    if new:
+        splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    else:
+        splits = splits_of_run(folder, recipe)
     held_out = splits.of(recipe.evaluate.split)
     samples = new.samples(recipe.media) if new else subset(held_out, recipe.evaluate.limit, recipe.seed)
     if not samples:

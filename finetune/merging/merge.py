@@ -19,7 +19,8 @@ from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder
 from finetune.data.metrics import main_metric
-from finetune.data.rows import read_splits, subset
+from finetune.data.rows import subset
+from finetune.data.run_rows import splits_of_run
 from finetune.evaluation.scores import known_bindings
 from finetune.merging.candidates import MergeJob, Trained, dtype_name
 from finetune.merging.compare import Comparison
@@ -53,7 +54,7 @@ def merge(run: RunLike) -> Certificate:
     if recipe.adapter is not None:  # as it was trained, whatever the recipe says by now
         lora = LoraFile(folder.adapter)
         recipe = recipe.model_copy(update={"adapter": saved_adapter(folder.adapter)})
-    held_out = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes).of(recipe.evaluate.split)
+    held_out = splits_of_run(folder, recipe).of(recipe.evaluate.split)
     samples = subset(held_out, recipe.merge.rows, recipe.seed)
     if not samples:
         raise DataError(f"no rows in split {recipe.evaluate.split!r} to compare the merged model on")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from finetune.common.errors import DataError
 from finetune.common.run_folder import RunFolder
 from finetune.data.predictions import read_predictions
-from finetune.data.rows import by_task, read_splits, subset
+from finetune.data.rows import by_task, subset
+from finetune.data.run_rows import splits_of_run
 from finetune.data.sample import Sample
 from finetune.evaluation.scores import measured
 from finetune.model.assistant import Assistant
@@ -44,7 +45,7 @@ def questions_of(folder: RunFolder, recipe: Recipe) -> HeldOutQuestions:
     other batches may round otherwise. Raises DataError if the rows have changed since the evaluation.
     """
     options = recipe.evaluate
-    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    splits = splits_of_run(folder, recipe)
     samples = subset(splits.of(options.split), options.limit, recipe.seed)
     predictions = read_predictions(folder.predictions)
     if [prediction.row for prediction in predictions] != [sample.where for sample in samples]:

@@ -154,7 +154,7 @@ def rewritten(text: str, changes: Mapping[Location, str | None]) -> str:
     edits: list[tuple[int, int, str]] = []
     for location, value in changes.items():
         *above, last = location
-        parent = _Loader(text).get_single_node()
+        parent: Any = _Loader(text).get_single_node()
         for step in above:
             parent = _child(parent, step)
         node, written = _child(parent, last), "null" if value is None else _inline(value)

@@ -11,7 +11,8 @@ from accelerate import PartialState
 from finetune.common.errors import RUN, TrainingError, option
 from finetune.common.progress import console
 from finetune.common.run_folder import RunFolder, write_json, write_text
-from finetune.data.rows import by_task, read_splits, sampling_weights, subset, summary
+from finetune.data.rows import by_task, refuse_empty_splits, sampling_weights, subset, summary
+from finetune.data.run_rows import keep_rows, splits_of_run
 from finetune.data.sample import Sample
 from finetune.model.bindings import bindings_of
 from finetune.model.composite import MultimodalModel
@@ -53,7 +54,8 @@ class PreparedRun:
 def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> PreparedRun:
     """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
-    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    splits = splits_of_run(folder, recipe)
+    refuse_empty_splits(splits, recipe)
     limit = recipe.train.validation.limit if recipe.train.validation else 0
     validation = [
         sample
@@ -65,6 +67,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     for encoder in run.components.encoders.values():
         encoder.module.to(run.components.device)  # an earlier training may have put it away
     if first:
+        keep_rows(folder, splits, recipe)
         write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
         if run.features.stores:
             media = [medium for sample in [*splits.train, *validation] for medium in sample.media]

@@ -15,11 +15,10 @@ from finetune.model.adapter import load_trained, save_trained
 from finetune.model.trainable import set_trainable
 from finetune.training.checkpoints import newest_whole, step_of
 from finetune.training.live_curve import LiveCurve
+from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.trainer import StageTraining, train_stage
 from finetune.training.validation import ValidationCallback
-
-FEW_STEPS = 50
 
 
 def run_stage(folder: RunFolder, training: StageTraining, validation: ValidationCallback | None) -> StageResult:

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from finetune.common.errors import DataError
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
-from finetune.data.rows import detected, read_rows
+from finetune.data.read import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.schema import Limits, RowFile
 

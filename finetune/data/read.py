@@ -1,0 +1,32 @@
+"""The rows of a file, in its format."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.common.errors import DataError
+from finetune.common.registry import load_part, part_names
+from finetune.data.sample import Row
+from finetune.recipe.parts import FormatPart
+from finetune.recipe.schema import Limits, RowFile
+
+
+def read_rows(file: RowFile, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
+    """The rows of one file or source, one at a time, columns renamed as the recipe says; `max_bytes` limits embedded
+    and downloaded media. Raises DataError.
+    """
+    part = file.format or detected(file.path)
+    folder, hosts = file.folder_of_media, tuple(file.hosts)
+    for number, columns in part.module.rows(file.path, part.options):
+        columns = columns | {ours: columns[theirs] for ours, theirs in file.columns.items() if theirs in columns}
+        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes)
+
+
+def detected(path: Path) -> FormatPart:
+    """The format of a file or folder. Raises DataError where none, or more than one, recognises it."""
+    kinds = part_names(FormatPart.folder)
+    matching = [kind for kind in kinds if load_part(FormatPart.folder, kind).detects(path)]
+    if not matching:
+        raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({', '.join(kinds)})")
+    if len(matching) > 1:
+        raise DataError(f"{path}: could be {' or '.join(matching)}; name one with `data.N.format`")
+    return FormatPart.of(matching[0])

@@ -1,0 +1,140 @@
+"""What `finetune check` says before anything is trained."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from cli import cli
+from tiny import tiny_dataset, tiny_picture, tiny_recipe
+
+import finetune
+from finetune.commands._lengths import estimate
+from finetune.commands._reader import Reader
+from finetune.commands.check import TEXT_PART_LOADS, check
+from finetune.common.errors import DataError, RecipeError
+from finetune.data.rows import read_splits
+from finetune.training.pack import plan_rows
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """A recipe that holds rows out of one file of 100."""
+    tiny_dataset(tmp_path / "data", train=100)
+    rows = [{"path": str(tmp_path / "data" / "train.csv"), "task": "classify", "hold_out": 0.1}]
+    return tiny_recipe(tmp_path, data=rows, evaluate__limit=None)
+
+
+def test_few_rows_to_score_are_a_warning_with_the_share_that_is_enough(held_out):
+    result = check(held_out)
+    assert result.splits["test"].rows == 10
+    (warning,) = [text for text in result.warnings if "to score" in text]
+    assert "only 10 rows to score" in warning and "hold_out: 0.3 would do" in warning
+    assert not [text for text in check(held_out, ["data.0.hold_out=0.3"]).warnings if "to score" in text]
+
+
+def test_no_row_to_score_is_an_error_before_training(held_out):
+    """All rows are of one picture, so that none can be held out."""
+    images = held_out.parent / "data" / "images"
+    for path in images.iterdir():
+        tiny_picture().save(path)
+    with pytest.raises(DataError, match=r"no row is held out for test: .*1 set of 100 or more rows.*split: test"):
+        check(held_out)
+    done = cli("run", held_out, cwd=held_out.parent)
+    assert done.returncode == 2 and not (held_out.parent / "runs").exists()
+
+
+def test_steps_are_counted_and_what_gives_more_is_enough(tmp_path):
+    recipe = tiny_recipe(tmp_path, train__tokens_per_batch=4096)
+    result = check(recipe)
+    assert [(stage.stage, stage.steps) for stage in result.stages] == [("align", 1), ("tune", 2)]
+    (warning,) = [text for text in result.warnings if "optimizer steps" in text]
+    assert "1 of align and 2 of tune" in warning and "tokens_per_batch: 128" in warning
+    numbers = [int(piece.split(" in ")[0]) for piece in warning.split("epochs: ")[1:]]
+    better = ["train.tokens_per_batch=128", *(f"train.stages.{n}.epochs={e}" for n, e in enumerate(numbers))]
+    again = check(recipe, better)
+    assert min(stage.steps for stage in again.stages) >= 50
+    assert not [text for text in again.warnings if "optimizer steps" in text]
+
+
+def test_estimated_lengths_are_those_of_the_tokens(tmp_path):
+    recipe = finetune.load_recipe(tiny_recipe(tmp_path))
+    samples = read_splits(recipe.data, recipe.seed).train
+    estimated, reader = estimate(recipe.model, samples), Reader(recipe)
+    exact = [len(reader.tokens(sample, sample.source).input_ids) for sample in samples]
+    assert estimated is not None and not estimated.unknown
+    assert sum(estimated.lengths) == pytest.approx(sum(exact), rel=0.05)
+    rows = plan_rows(exact, [1.0] * len(exact), capacity=96, epochs=2, seed=1)
+    assert check(tmp_path / "recipe.yaml").stages[1].steps == pytest.approx(len(rows), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {
+                "architectures": ["LlavaForConditionalGeneration"],
+                "model_type": "llava",
+                "vision_config": {},
+                "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5"},
+            },
+            r"is a LlavaForConditionalGeneration, with encoders of its own \(vision\).*'lmsys/vicuna-7b-v1.5'",
+        ),
+        (
+            {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "vision_config": {}},
+            "is a Qwen2VLForConditionalGeneration, with encoders of its own",
+        ),
+        (
+            {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
+            "is a T5ForConditionalGeneration, an encoder and decoder",
+        ),
+    ],
+)
+def test_an_llm_with_encoders_of_its_own_is_refused_by_its_config(config, message, tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=message):
+        check(recipe)
+
+
+def test_an_unknown_llm_is_a_note(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = check(tiny_recipe(tmp_path, model__llm={"name": "nobody/has-this-llm"}))
+    assert any("'nobody/has-this-llm'" in note for note in result.notes) and result.stages == ()
+
+
+@pytest.mark.slow
+def test_families_whose_text_part_loads_are_those_of_transformers():
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    loads = set()
+    for family, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        sub_configs = getattr(CONFIG_MAPPING[family], "sub_configs", {}) if family in CONFIG_MAPPING else {}
+        encoders = {"vision_config", "audio_config"} & sub_configs.keys()
+        if encoders and getattr(transformers, name).config_class is sub_configs.get("text_config"):
+            loads.add(family)
+    assert loads <= {*TEXT_PART_LOADS} <= loads | {"emu3"}
+
+
+def test_a_task_takes_the_only_encoders_medium(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    content = json.loads(recipe.read_text())
+    model = content["model"]
+    model["encoders"] = {"video": {"kind": "video", "name": str(tmp_path / "encoder")}}
+    model["projectors"] = {"video": {"kind": "linear"}}
+    recipe.write_text(json.dumps(content))
+    assert [source.task.media for source in finetune.load_recipe(recipe).data] == [("video",)] * 2
+    content["data"][0]["task"] = {"kind": "classify", "media": ["image"]}
+    recipe.write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match=r"needs an encoder for 'image'.*media: \[video\]"):
+        finetune.load_recipe(recipe)
+
+
+def test_check_imports_no_torch(tmp_path):
+    code = f"import sys\nfrom finetune.commands.check import check\nprint(check({str(tiny_recipe(tmp_path))!r}))\n"
+    code += "assert not {'torch', 'transformers'} & sys.modules.keys()"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "recipe.yaml: OK" in done.stdout, done.stderr
