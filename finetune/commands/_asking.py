@@ -33,7 +33,6 @@ def ask(
     view: "MediaView | None" = None,
 ) -> list[Answer]:
     """Answers of the task `name`, or in words where the model knows no task, as one batch. Raises DataError."""
-    shown = {} if view is None else {"view": view}
     if name is not None:
-        return assistant.ask(name, questions, max_new_tokens=max_new_tokens, **shown)
-    return [Answer(text) for text in assistant.answers(questions, max_new_tokens=max_new_tokens, **shown)]
+        return assistant.ask(name, questions, max_new_tokens=max_new_tokens, view=view)
+    return [Answer(text) for text in assistant.answers(questions, max_new_tokens=max_new_tokens, view=view)]

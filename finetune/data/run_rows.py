@@ -7,7 +7,7 @@ from finetune.common.run_folder import RunFolder, read_json, write_json
 from finetune.data.hold_out import content_key
 from finetune.data.rows import Splits, error_list, read_splits
 from finetune.data.sample import Sample
-from finetune.recipe.schema import Recipe
+from finetune.recipe.load import Recipe
 
 
 class KeptRow(BaseModel):

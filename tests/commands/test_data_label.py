@@ -27,11 +27,11 @@ class Model:
         )
         self.asked: list[str] = []
 
-    def ask(self, name, conversations, *, max_new_tokens):
+    def ask(self, name, conversations, *, max_new_tokens, view=None):
         said = self.answers(conversations, max_new_tokens=max_new_tokens)
         return [Answer(text, {text: 0.75, "other": 0.25}) for text in said]
 
-    def answers(self, conversations, *, max_new_tokens):
+    def answers(self, conversations, *, max_new_tokens, view=None):
         names = [part.path.stem for messages in conversations for part in messages[-1].content if hasattr(part, "path")]
         assert len(names) == len(conversations)
         self.asked += names

@@ -26,6 +26,7 @@ def certificate_content(**changes) -> dict:
         },
         "trained": {**MEASURES, "kl": 0.0, "agreement": 1.0, "scores": {"mood": {"f1": 0.7}}},
         "base": {**MEASURES, "kl": 2.0, "kl_from_base": 0.0},
+        "base_is": "the LLM without the adapter",
         "bounds": {"min_agreement": 0.95, "max_kl": 0.1, "min_kl_from_base": None},
         "versions": {"torch": "2.13.0"},
         "sha256": {"model.safetensors": "ab" * 32},
