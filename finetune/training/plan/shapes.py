@@ -18,7 +18,7 @@ META = torch.device("meta")
 
 def language_model_on_meta(llm: Llm, dtype: torch.dtype) -> Any:
     """The LLM as `load_language_model` gives it, from its config alone. Raises ModelError."""
-    source = {"pretrained_model_name_or_path": llm.name, "revision": llm.revision}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": llm.name, "revision": llm.revision}
     if llm.name.endswith(".gguf"):
         folder, _, file = llm.name.rpartition("/")
         source = {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}

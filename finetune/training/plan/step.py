@@ -104,8 +104,9 @@ def tensors_of(module: nn.Module) -> Iterable[Tensor]:
             yield from (state.absmax, state.code)
             if state.nested:
                 yield from (state.offset, state.state2.absmax, state.state2.code)
-        if getattr(parameter, "SCB", None) is not None:
-            yield parameter.SCB  # type: ignore[misc]
+        scales: Any = getattr(parameter, "SCB", None)
+        if scales is not None:
+            yield scales
     yield from module.buffers()
 
 
