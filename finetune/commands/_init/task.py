@@ -87,9 +87,8 @@ def task_for(columns: Sequence[Column], answer: Column, kind: str | None, text: 
     if kind is not None and kind not in TASKS:
         raise RecipeError(f"--task {kind}: finetune init writes recipes for {', '.join(TASKS)}; see docs/parts.md")
     if kind in STRICT and answer.kind not in FITTING[kind]:
-        raise RecipeError(
-            f"--task {kind}: column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}; name another with --answer"
-        )
+        held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
+        raise RecipeError(f"--task {kind}: {held}; name another with --answer")
     media = _media_of(columns, answer)
     asked = next((c for c in columns if c.name.lower() in QUESTIONS and c.kind != "empty" and c is not answer), None)
     kind = kind or _kind(answer, asked, tuple(media))
