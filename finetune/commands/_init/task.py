@@ -1,5 +1,6 @@
 """The task for a table's columns: which of them is the answer, and what is asked for it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -35,6 +36,7 @@ FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
 }
 STRICT = ("chat", "extract", "ground", "score")  # no other kinds can be read
 TASKS = tuple(FITTING)
+DEFAULT_MEDIA = {"transcribe": ("audio",)}  # of the tasks that ask about no pictures
 NAMES = {"image": ("picture", "图片"), "audio": ("recording", "录音"), "video": ("video", "视频")}
 
 
@@ -56,9 +58,6 @@ class Task:
         media: Yaml = {} if self.media == DEFAULT_MEDIA.get(self.kind, ("image",)) else {"media": [*self.media]}
         wording: Yaml = {"prompt": prompt} if self.kind != "chat" and prompt else {}
         return {"kind": self.kind, **media, **wording, **self.options}
-
-
-DEFAULT_MEDIA = {"transcribe": ("audio",)}
 
 
 def answers_in(columns: Sequence[Column], kind: str | None) -> list[Column]:
@@ -196,8 +195,6 @@ def _unless(default: str, name: str) -> Yaml:
 
 def _units(answer: Column) -> Yaml:
     """Fractions where no number is above 1; a corner and a size where a right edge would be left of the left one."""
-    import re
-
     boxes = []
     for text in answer.texts:
         numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
