@@ -1,6 +1,7 @@
 """What commands print: results as tables and lines."""
 
 from dataclasses import replace
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +38,13 @@ def print_export(result: "ExportResult") -> None:
 
 def print_written(result: "Written") -> None:
     print(*result.summary, sep="\n")
+    recipe = shlex.quote(str(result.path))
     print(f"{result.path}: written")
     if result.wrong:
         print(error_list(result.wrong, f"{len(result.wrong)} rows can't be used"))
-        print(f"next: finetune data check {result.path} --fix cleaned")
+        print(f"next: finetune data check {recipe} --fix cleaned")
         return
-    print(f"next: finetune check {result.path}, then finetune run {result.path}")
+    print(f"next: finetune check {recipe}, then finetune run {recipe}")
 
 
 def print_push(result: "Pushed") -> None:

@@ -286,6 +286,31 @@ def test_a_table_without_an_answer_says_so():
         finetune.init(path)
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"task": "rank"}, "--task rank: finetune init writes recipes for answer, "),
+        ({"task": "score"}, "--task score: column 'shelf' holds label, not number"),
+        ({"answer": "price"}, "--answer price: there is no such column; there are: photo, shelf, number"),
+        ({"text": "price"}, "--text price: there is no such column"),
+        ({"hold_out": 0.0}, "--hold-out 0: write a share above 0"),
+        ({"name": "My Shop"}, "--name 'My Shop': write small letters"),
+        ({"card": "abacus"}, "--card abacus: write one of cpu, "),
+        ({"encoders": ["audio=x"]}, "--encoder audio=x: write image=NAME"),
+    ],
+)
+def test_a_choice_that_does_not_fit_is_refused(choices, message):
+    with pytest.raises(RecipeError, match=message):
+        finetune.init(with_labels(), **{"answer": "shelf", "card": "cpu", **choices})
+    assert not [*Path().glob("*.yaml")]
+
+
+def test_a_task_chooses_the_column_that_fits_it():
+    path = with_labels()
+    assert written(path, task="score").data[0].task.options.number == "number"
+    assert written(path, force=True).data[0].task.options.prompt == "Which shelf?"
+
+
 def test_it_overwrites_only_with_force():
     path = with_labels()
     written(path)

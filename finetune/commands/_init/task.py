@@ -1,5 +1,6 @@
 """The task for a table's columns: which of them is the answer, and what is asked for it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -35,6 +36,7 @@ FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
 }
 STRICT = ("chat", "extract", "ground", "score")  # no other kinds can be read
 TASKS = tuple(FITTING)
+DEFAULT_MEDIA = {"transcribe": ("audio",)}  # of the tasks that ask about no pictures
 NAMES = {"image": ("picture", "图片"), "audio": ("recording", "录音"), "video": ("video", "视频")}
 
 
@@ -56,9 +58,6 @@ class Task:
         media: Yaml = {} if self.media == DEFAULT_MEDIA.get(self.kind, ("image",)) else {"media": [*self.media]}
         wording: Yaml = {"prompt": prompt} if self.kind != "chat" and prompt else {}
         return {"kind": self.kind, **media, **wording, **self.options}
-
-
-DEFAULT_MEDIA = {"transcribe": ("audio",)}
 
 
 def answers_in(columns: Sequence[Column], kind: str | None) -> list[Column]:
@@ -87,10 +86,8 @@ def task_for(columns: Sequence[Column], answer: Column, kind: str | None, text: 
     if kind is not None and kind not in TASKS:
         raise RecipeError(f"--task {kind}: finetune init writes recipes for {', '.join(TASKS)}; see docs/parts.md")
     if kind in STRICT and answer.kind not in FITTING[kind]:
-        raise RecipeError(
-            f"--task {kind}: column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}; name another with "
-            "--answer"
-        )
+        held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
+        raise RecipeError(f"--task {kind}: {held}; name another with --answer")
     media = _media_of(columns, answer)
     asked = next((c for c in columns if c.name.lower() in QUESTIONS and c.kind != "empty" and c is not answer), None)
     kind = kind or _kind(answer, asked, tuple(media))
@@ -198,8 +195,6 @@ def _unless(default: str, name: str) -> Yaml:
 
 def _units(answer: Column) -> Yaml:
     """Fractions where no number is above 1; a corner and a size where a right edge would be left of the left one."""
-    import re
-
     boxes = []
     for text in answer.texts:
         numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
