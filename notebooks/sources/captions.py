@@ -119,7 +119,7 @@ model = finetune.load(RUN)
 lines = (RUN / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
 for row in map(json.loads, lines[:4]):
     display(Image(row["media"][0], width=96))
-    print(row["target"], "→", row["tuned"])
+    print(row["target"][0], "→", row["tuned"])
 if PICTURE:
     display(Image(PICTURE, width=320))
     print(model.answer(QUESTION, image=PICTURE, max_new_tokens=32))

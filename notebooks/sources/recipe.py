@@ -85,7 +85,7 @@ import html
 from IPython.display import HTML, display
 
 page = html.escape((RUN / "report.html").read_text(encoding="utf-8"))
-display(HTML(f'<iframe srcdoc="{page}" width="100%" height="600"></iframe>'))
+display(HTML(f'<div><iframe srcdoc="{page}" width="100%" height="600"></iframe></div>'))
 
 # %% include publish
 

@@ -22,6 +22,7 @@ from time import perf_counter
 
 import nbclient
 import nbformat
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
@@ -104,7 +105,7 @@ def execute(path: Path, scratch: Path, hub: Hub, into: Path | None) -> str | Non
     failure = None
     try:
         client.execute(env=environment)
-    except nbclient.exceptions.CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         failure = str(error)
     if into is not None:
         nbformat.write(notebook, into / path.name)
