@@ -200,16 +200,14 @@ def evaluate(
         raise RecipeError("--task, --columns, --media-folder and --out are about other rows: name them with --data")
     renamed = columns_of(columns or []) or None
     from finetune.commands.tables import print_scores
-    from finetune.common.run_folder import RunFolder
     from finetune.evaluation.evaluate import evaluate
 
-    metrics = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, out=out)
-    folder = (out or RunFolder(run).evaluation_of(data)) if data else None
-    print_scores(run, folder)
-    if count := metrics.get("data", {}).get("trained_on"):
+    result = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, out=out)
+    print_scores(result)
+    if count := result.metrics.data.trained_on:
         print(f"{count:,} of these rows are also training rows: scores on them say little about new ones")
-    if folder:
-        print(folder)
+    if data:
+        print(result.written.path)
 
 
 @app.command()

@@ -47,11 +47,11 @@ def run(
     run: RunLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_scores: Callable[[Path], None] | None = None,
+    on_scores: Callable[[EvaluationResult], None] | None = None,
 ) -> RunResult:
     """check → train → evaluate → report → merge → one question about one held-out row → report. Arguments: see `train`.
 
-    `on_scores`: called with the run's folder when its scores and the first report are written. Raises as each of these
+    `on_scores`: called with the scores when they and the first report are written. Raises as each of these
     does; where the merge is refused, MergeRefused, after a report that says so.
     """
     from finetune.commands.check import check
@@ -67,7 +67,7 @@ def run(
     evaluation = evaluate(folder)
     report(folder)
     if on_scores is not None:
-        on_scores(folder.path)
+        on_scores(evaluation)
     try:
         certificate = merge(folder)
     except MergeRefused as refused:

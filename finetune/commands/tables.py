@@ -1,9 +1,7 @@
 """What commands print: results as tables and lines."""
 
-from dataclasses import replace
 import shlex
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,10 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from finetune.common.run_folder import read_json
 from finetune.data.check.ledger import CODES
 from finetune.data.metrics import lower_is_better
-from finetune.data.predictions import read_predictions
 from finetune.data.rows import SHOWN, error_list
 
 if TYPE_CHECKING:
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
     from finetune.commands.init import Written
     from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
+    from finetune.evaluation.evaluation_result import EvaluationResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
     from finetune.training.plan.plan import Plan
@@ -137,19 +134,12 @@ def print_trials(result: "SweepResult") -> None:
     print(f"the best trial's recipe: {result.folder}/best.yaml")
 
 
-def print_scores(run: Path, evaluation: Path | None = None) -> None:
-    """Of an evaluated run: each task's table, and what it comes to in a sentence. `evaluation`: the folder of the
-    scores on other rows.
-    """
-    from finetune.evaluation.report.content import read_content
+def print_scores(result: "EvaluationResult") -> None:
+    """Each task's table, and what it comes to in a sentence."""
     from finetune.evaluation.report.headline import headlines
     from finetune.evaluation.report.tables import score_tables
-    from finetune.evaluation.results import Metrics
 
-    content = read_content(run)
-    if evaluation is not None:
-        metrics = Metrics.model_validate(read_json(evaluation / "metrics.json"))
-        content = replace(content, metrics=metrics, predictions=read_predictions(evaluation / "predictions.jsonl"))
+    content = result.content
     sentences = {headline.task: headline.sentence for headline in headlines(content)}
     for scores in score_tables(content):
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)

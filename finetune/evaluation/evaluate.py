@@ -92,7 +92,7 @@ def evaluate(
     )
     write_predictions(written.predictions, evaluation.predictions)
     plots.scores(evaluation.scores, written.plots / "scores.png")
-    return EvaluationResult.of(written)
+    return EvaluationResult.of(folder, written)
 
 
 def _evaluated(folder: RunFolder, recipe: Recipe, new: NewRows | None) -> tuple[Evaluation, int]:

@@ -1,10 +1,11 @@
 """What `evaluate` returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.common import display
 from finetune.common.run_folder import RunFolder
-from finetune.evaluation.report.content import read_content
+from finetune.data.predictions import read_predictions
+from finetune.evaluation.report.content import Content, read_content
 from finetune.evaluation.report.headline import headlines
 from finetune.evaluation.report.tables import Cell, score_tables
 from finetune.evaluation.results import Comparison, Metrics, ScoreTables
@@ -12,15 +13,28 @@ from finetune.evaluation.results import Comparison, Metrics, ScoreTables
 
 @dataclass(frozen=True, repr=False)
 class EvaluationResult:
-    """Scores on held-out rows. `metrics`: what metrics.json holds, which `finetune.evaluation.results` documents."""
+    """Scores of the run in `folder`. `written`: where metrics.json, predictions.jsonl and plots/ are: the run's own
+    folder, or one for rows that its recipe doesn't name. `metrics`: what metrics.json holds, which
+    `finetune.evaluation.results` documents.
+    """
 
     folder: RunFolder
+    written: RunFolder
     metrics: Metrics
 
     @classmethod
-    def of(cls, folder: RunFolder) -> "EvaluationResult":
+    def of(cls, folder: RunFolder, written: RunFolder | None = None) -> "EvaluationResult":
         """Of a run that is evaluated."""
-        return cls(folder, Metrics.model_validate(folder.read_metrics()))
+        written = written or folder
+        return cls(folder, written, Metrics.model_validate(written.read_metrics()))
+
+    @property
+    def content(self) -> Content:
+        """What tables and sentences about the scores are made from."""
+        content = read_content(self.folder)
+        if self.written.path == self.folder.path:
+            return content
+        return replace(content, metrics=self.metrics, predictions=read_predictions(self.written.predictions))
 
     @property
     def scores(self) -> ScoreTables:
@@ -39,26 +53,26 @@ class EvaluationResult:
 
     @property
     def rows(self) -> dict[str, int]:
-        """{task: number of held-out rows scored}"""
+        """{task: number of rows scored}"""
         return self.metrics.scored_rows
 
     def __repr__(self) -> str:
-        lines = [f"EvaluationResult of {self.folder.path}"]
-        for one in headlines(read_content(self.folder.path)):
+        lines = [f"EvaluationResult of {self.written.path}"]
+        for one in headlines(self.content):
             tuned = one.scores[0]
             interval = "" if tuned.low is None else f" (95% CI {tuned.low:.3f}–{tuned.high:.3f})"
             lines.append(f"  {one.task}: {one.metric} {tuned.value:.3f}{interval}, n = {one.rows:,}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        content = read_content(self.folder.path)
+        content = self.content
         shown = []
         for scores in score_tables(content):
             shown.append(display.heading(f"{scores.task}, n = {scores.rows:,}"))
             rows = [(row.metric + " ↓" * row.lower_is_better, *map(_cell, row.cells)) for row in scores.metrics]
             shown.append(display.table(("", *scores.conditions), rows))
         shown += [display.line(one.sentence) for one in headlines(content)]
-        folder = self.folder
+        folder = self.written
         paths = {"metrics": folder.metrics, "predictions": folder.predictions}
         return "".join([*shown, display.picture(folder.plots / "scores.png"), display.files(paths)])
 

@@ -76,6 +76,11 @@ class MergeOutcome(Result):
     refused: str | None = Field(default=None, description="Why the last merge was refused; null if it wasn't.")
 
 
+class OtherRows(Result):
+    path: str = Field(default="", description="File or folder of rows that the recipe doesn't name; '': its own rows.")
+    trained_on: int = Field(default=0, description="How many of them are training rows too.")
+
+
 class Metrics(Result):
     """metrics.json."""
 
@@ -89,6 +94,7 @@ class Metrics(Result):
     )
     scored_rows: dict[str, int] = Field(default={}, description="Task -> number of held-out rows scored.")
     tables: dict[str, TaskTables] = {}
+    data: OtherRows = OtherRows()
     merge: MergeOutcome = MergeOutcome()
     seconds: dict[str, float] = {}
     peak_memory_bytes: dict[str, float] = {}
