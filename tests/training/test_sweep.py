@@ -151,7 +151,7 @@ def test_a_failing_trial_is_told_and_the_others_go_on(recipe, tmp_path, capfd, m
         ("adapter.rang=2,4", None, "adapter.rang: unknown key.*adapter.rank"),
         ("adapter.rank=2,many", None, "adapter.rank"),
         ("adapter.rank", None, "write key=value1,value2"),
-        ("adapter.rank=2..8", None, "--trials"),
+        ("adapter.rank=2..8", None, "trials="),
         ("adapter.rank=8..2", 3, "low end comes first"),
         ("adapter.rank=0..8", 3, "adapter.rank"),
         ("train.validation=null", None, "write train.validation"),
