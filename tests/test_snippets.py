@@ -75,7 +75,7 @@ def test_recipes_are_read_by_the_schema(document, tmp_path):
 def test_recipes_and_commands_are_found_in_documents():
     assert len(recipes_in(ROOT / "docs" / "data.md")) >= 10
     assert all(len(recipes_in(ROOT / f"README{suffix}.md")) == 1 for suffix in ("", ".zh"))
-    assert len(command_lines(ROOT / "README.md")) == 7
+    assert len(command_lines(ROOT / "README.md")) == 8
 
 
 def test_the_recipe_of_the_readme_is_short():
