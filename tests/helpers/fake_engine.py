@@ -21,7 +21,7 @@ MODELS = {
         tasks={
             "mood": TaskInfo("label", ("bad", "good")),
             "stars": TaskInfo("score"),
-            "words": TaskInfo("language"),
+            "words": TaskInfo("language", prompt="What is this?"),
         },
         context=512,
     ),

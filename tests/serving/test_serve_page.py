@@ -85,6 +85,12 @@ def test_an_empty_page_does_not_scroll(chat):
     assert chat.run("document.documentElement.scrollHeight - innerHeight") == 0
 
 
+def test_the_question_of_the_training_is_offered(chat):
+    chat.click(".hint button")
+    assert chat.run("at('question').value") == "What is this?"
+    assert chat.run("document.querySelectorAll('.hint button').length") == 1
+
+
 def test_a_picture_is_dropped_or_pasted_or_taken_back(chat, engine, picture):
     chat.drop(400, 300, picture)
     chat.wait("chosen.length === 1")

@@ -95,10 +95,13 @@ class Stats:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """The head of a task that a model was trained on, and its labels, if it has any."""
+    """The head of a task that a model was trained on, its labels, if it has any, and its question; '' where each row
+    had a question of its own.
+    """
 
     head: str
     labels: tuple[str, ...] | None = None
+    prompt: str = ""
 
 
 @dataclass(frozen=True)

@@ -160,5 +160,6 @@ class BatchingEngine:
 def _model_info(assistant: Assistant) -> ModelInfo:
     tasks = {}
     for name, binding in assistant.model.bindings.items():
-        tasks[name] = TaskInfo(binding.head.kind, binding.settings.labels or None)
+        prompt = getattr(binding.task.options, "prompt", "")
+        tasks[name] = TaskInfo(binding.head.kind, binding.settings.labels or None, prompt)
     return ModelInfo(tuple(assistant.encoders), tasks, context_length(assistant.model.causal_lm))
