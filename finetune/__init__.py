@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from finetune.commands.doctor import doctor
     from finetune.commands.init import init
     from finetune.commands.plan import plan
-    from finetune.commands.predict import predict
+    from finetune.commands.predict import PredictOptions, predict
     from finetune.commands.recipes import recipes
     from finetune.commands.run import run
     from finetune.common.run_folder import RunFolder
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from finetune.training.train import train
 
 _HOME = {
+    "PredictOptions": "commands.predict",
     "Recipe": "recipe.load",
     "RunFolder": "common.run_folder",
     "SplitPlan": "data.check.split",
@@ -63,6 +64,7 @@ _HOME = {
 }
 
 __all__ = [
+    "PredictOptions",
     "Recipe",
     "RunFolder",
     "SplitPlan",

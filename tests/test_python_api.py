@@ -17,14 +17,16 @@ from media_files import picture as picture_file
 from tiny import tiny_dataset, tiny_llm_folder, tiny_picture, tiny_vision_folder
 
 import finetune
+from finetune.commands.init import Choices
 from finetune.common.errors import ArtifactError, MediaError, RecipeError, TrainingError, options_as_flags
 from finetune.common.progress import quiet_libraries
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
 FUNCTIONS = {name: value for name in finetune.__all__ if inspect.isfunction(value := getattr(finetune, name))}
-PUBLIC = {finetune.Recipe, finetune.RunFolder, finetune.SplitPlan}
+PUBLIC = {finetune.PredictOptions, finetune.Recipe, finetune.RunFolder, finetune.SplitPlan, Choices}
 PLAIN = {
     "chat": "the answer's text",
+    "init": "a path",
     "load": "an assistant",
     "pull": "a path",
     "schema": "a JSON schema",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from finetune.evaluation.evaluation_result import EvaluationResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
-    from finetune.training.plan.plan import Plan
+    from finetune.training.plan.result import Plan
     from finetune.training.sweep import SweepResult
 
 
@@ -77,7 +77,7 @@ def print_run(result: "RunResult") -> None:
 
 def print_plan(result: "Plan") -> None:
     from finetune.training.plan.cards import GIB, SIZES, USABLE
-    from finetune.training.plan.plan import TIGHT, duration, parts_of, size
+    from finetune.training.plan.result import TIGHT, duration, parts_of, size
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="memory of the card", title_justify="left")
     table.add_column("", no_wrap=True)

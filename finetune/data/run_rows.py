@@ -1,5 +1,7 @@
 """The rows that a run evaluates: fixed when it begins, whatever becomes of its files."""
 
+from collections import defaultdict
+
 from pydantic import BaseModel
 
 from finetune.common.errors import DataError
@@ -49,9 +51,9 @@ def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:
     if not path.is_file():
         return splits
     rows = KeptRows.model_validate(read_json(path))
-    present: dict[tuple[str, str], Sample] = {}
+    present: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in (*splits.train, *splits.validation, *splits.test):
-        present.setdefault((key_of(sample), sample.task), sample)
+        present[key_of(sample), sample.task].append(sample)
     lost = [row for row in (*rows.validation, *rows.test) if (row.key, row.task) not in present]
     if lost:
         files = ", ".join(dict.fromkeys(row.file for row in lost))
@@ -60,11 +62,16 @@ def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:
             f"held-out rows, or their media, are gone or not the same. Put back the file as it was, or train anew"
         )
         raise DataError(error_list([row.where for row in lost], headline))
+
+    def found(row: KeptRow) -> Sample:
+        equal = present[row.key, row.task]
+        return next((sample for sample in equal if sample.where == row.where), equal[0])
+
     held = {(row.key, row.task) for row in (*rows.validation, *rows.test)}
     return Splits(
         train=[sample for sample in splits.train if (key_of(sample), sample.task) not in held],
-        validation=[present[row.key, row.task] for row in rows.validation],
-        test=[present[row.key, row.task] for row in rows.test],
+        validation=[found(row) for row in rows.validation],
+        test=[found(row) for row in rows.test],
     )
 
 

@@ -1,14 +1,16 @@
 """What `evaluate` returns."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from finetune.common import display
 from finetune.common.run_folder import RunFolder
 from finetune.data.predictions import read_predictions
 from finetune.evaluation.report.content import Content, read_content
-from finetune.evaluation.report.headline import headlines
-from finetune.evaluation.report.tables import Cell, score_tables
 from finetune.evaluation.results import Comparison, Metrics, ScoreTables
+
+if TYPE_CHECKING:
+    from finetune.evaluation.report.tables import Cell
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +59,8 @@ class EvaluationResult:
         return self.metrics.scored_rows
 
     def __repr__(self) -> str:
+        from finetune.evaluation.report.headline import headlines
+
         lines = [f"EvaluationResult of {self.written.path}"]
         for one in headlines(self.content):
             tuned = one.scores[0]
@@ -65,6 +69,9 @@ class EvaluationResult:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        from finetune.evaluation.report.headline import headlines
+        from finetune.evaluation.report.tables import score_tables
+
         content = self.content
         shown = []
         for scores in score_tables(content):
@@ -77,7 +84,7 @@ class EvaluationResult:
         return "".join([*shown, display.picture(folder.plots / "scores.png"), display.files(paths)])
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: "Cell") -> str:
     """A value with its 95% confidence interval."""
     if cell.value is None:
         return ""

@@ -111,6 +111,8 @@ finetune.check("recipe.yaml")
 # @title 提问  #:zh
 import json
 
+from IPython.display import Image, display
+
 PICTURE = ""  # @param {type:"string"}
 
 if not (RUN / "certificate.json").is_file():

@@ -69,13 +69,7 @@ finetune.train(finetune.load_recipe("recipe.yaml"), RUN, resume=started)
 # 如果模型确实用到了媒体，这两列的得分会明显更低。*probe* 是在编码器特征上训练的线性分类器，作为基线。
 
 # %% name scores
-from IPython.display import Image, display
-
-from finetune.commands.tables import print_scores
-
 finetune.evaluate(RUN)
-print_scores(RUN)
-display(Image(RUN / "plots" / "scores.png", width=700))
 
 # %% [markdown] en name publish
 # ## Publish

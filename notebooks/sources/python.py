@@ -140,6 +140,8 @@ finetune.train(recipe, RUN, resume=started)
 # 合并后的模型是一个独立的目录，不依赖其他文件。写出之前会与训练出的模型比较，二者的差距记录在证书中。
 
 # %%
+from IPython.display import Image, display
+
 if not (RUN / "certificate.json").is_file():
     finetune.merge(RUN)
 model = finetune.load(RUN)

@@ -58,7 +58,7 @@ def written(path: Path, **choices: object) -> Recipe:
     file = finetune.init(path, **{"card": "cpu", **choices})
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 30 and text.startswith(f"# {file.stem}: ")
-    counts = finetune.check(file)
+    counts = finetune.check(file).splits
     assert counts["train"].rows and counts["test"].rows
     return load_recipe(file)
 

@@ -32,7 +32,7 @@ def test_trained_projectors_are_merged_and_untrained_ones_are_refused(adapter, t
     with pytest.raises(MergeRefused, match="equals the untrained model: no stage trains the adapter"):
         finetune.merge(run)
     assert json.loads((run / "metrics.json").read_text())["merge"]["refused"].startswith("the merged model equals")
-    page = finetune.report(run).read_text()
+    page = finetune.report(run).path.read_text()
     assert "The merge was refused" in page and "What follows is about an earlier merge" in page
 
 

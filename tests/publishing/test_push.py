@@ -194,7 +194,7 @@ def test_all_that_must_not_be_published_is_reported_at_once(run, hub):
     with pytest.raises(PublishError) as error:
         finetune.push(run, "me/tiny")
     message = str(error.value)
-    for part in ("encoders.audio", "licence of llm", "licence of encoders.image", "licence of the data", "--merged"):
+    for part in ("encoders.audio", "licence of llm", "licence of encoders.image", "licence of the data", "merged=True"):
         assert part in message, part
     assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
     assert not list(run.glob("published/*.partial"))

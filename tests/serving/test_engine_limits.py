@@ -281,7 +281,9 @@ def test_heads_run_between_two_steps(assistant, paths):
         broken = (Message("user", (Medium("image", paths[0].parent), "What?")),)
         with pytest.raises(MediaError):
             asyncio.run(engine.ask("tiny", "colour", broken, 5))
-    assert engine.models == {"tiny": ModelInfo(("image",), {"colour": TaskInfo("label", ("blue", "red"), "What is this?")}, 256)}
+    assert engine.models == {
+        "tiny": ModelInfo(("image",), {"colour": TaskInfo("label", ("blue", "red"), "What is this?")}, 256)
+    }
 
 
 def test_models_take_turns(paths):

@@ -19,6 +19,7 @@ EXTRAS = {
     "label": "finetune data label --page",
     "dicom": "DICOM pictures",
     "quickstart": "the weights of the quickstart",
+    "docs": "make docs",
 }
 
 

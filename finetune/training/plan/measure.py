@@ -12,25 +12,12 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, PackedRow
 from finetune.training.plan.meter import Meter, Rehearsal, with_data
+from finetune.training.plan.result import Phase
 from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
 from finetune.training.plan.shapes import language_model_on_meta, without_data
 from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
 from finetune.training.train import set_up
 from finetune.training.trainer import StageTraining
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Bytes by part while a phase is at its fullest, and the operations of one row, medium or batch of it."""
-
-    name: str
-    parts: dict[str, int]
-    flops: int = 0
-    calls: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)

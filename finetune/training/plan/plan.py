@@ -1,102 +1,22 @@
 """`finetune plan`: memory by part, what makes it fit, disk, hours and money, before weights are downloaded."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from finetune.common.progress import quiet_libraries
 from finetune.recipe.load import Recipe
 from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_like, card_named
-from finetune.training.plan.measure import Measured, Phase, measure, with_dtype
+from finetune.training.plan.measure import Measured, measure, with_dtype
+from finetune.training.plan.result import TIGHT, Change, Plan, status
 from finetune.training.plan.rows import PlannedRows
 
 CONTEXT = GIB // 2  # what CUDA and its libraries keep for themselves
 FRAGMENTED = 0.05  # of the peak: gaps in the allocator's blocks
-TIGHT = 0.9  # of a card
 UTILISATION = 0.3  # of a card's dense speed that training in 4 bits with LoRA reaches
 CALL = 8e-6  # seconds in which Python starts an operation: small models can't be faster than that
 CONDITIONS = 4  # under which held-out rows are answered: tuned, base, blank, shuffled
-MIB = 2**20
 CHECKPOINTS, TOKENS = "train.checkpoint_every_n_layers", "train.tokens_per_batch"
-
-
-@dataclass(frozen=True)
-class Change:
-    """Keys of a recipe with the values that they would get, and what the run then takes of a card, in bytes, planned
-    again with them.
-    """
-
-    keys: dict[str, Any]
-    needed: int
-
-    def __str__(self) -> str:
-        return ", ".join(f"{key}: {value}" for key, value in self.keys.items())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run takes, in bytes and seconds. `checkpoints`: layers per activation checkpoint, `auto` replaced;
-    `needed`: of the card, in its fullest phase; `changes`: each holds all keys of the one before; `disk`: {what:
-    bytes}; `seconds`: {phase: seconds on `card`}.
-    """
-
-    name: str
-    card: Card
-    checkpoints: int
-    dtype: str
-    phases: tuple[Phase, ...]
-    needed: int
-    changes: tuple[Change, ...]
-    memory_elsewhere: dict[str, int]
-    disk: dict[str, int]
-    seconds: dict[str, float]
-    notes: tuple[str, ...]
-
-    @property
-    def exit_status(self) -> int:
-        """0: fits; 1: tight, over 90% of the card; 2: doesn't fit."""
-        return _status(self.needed, self.card.memory * GIB)
-
-    @property
-    def dollars(self) -> float:
-        return sum(self.seconds.values()) / 3600 * self.card.rent
-
-    @property
-    def fullest(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.total)
-
-    def fit(self, memory: float) -> Change | None:
-        """The first of the recipe as it is and its changes that fits so many GiB; None where none does."""
-        choices = (Change({}, self.needed), *self.changes)
-        return next((choice for choice in choices if _status(choice.needed, memory * GIB) < 2), None)
-
-    def figures(self) -> dict[str, dict[str, float]]:
-        """What metrics.json holds beside measured figures, with the same keys: peaks of torch's allocator, seconds."""
-        memory = {"train_cuda": 0.0, "evaluate_cuda": 0.0}
-        seconds = {"encode": 0.0, "llm": 0.0, "evaluate": 0.0}
-        for phase in self.phases:
-            what = phase.name.partition(" ")[0]
-            peak = "evaluate_cuda" if what == "evaluate" else "train_cuda"
-            memory[peak] = max(memory[peak], phase.total)
-            seconds["llm" if what == "train" else what] += self.seconds[phase.name]
-        return {"planned_memory_bytes": memory, "planned_seconds": seconds}
-
-    def line(self) -> str:
-        verdict = ("fits", "is tight on", "doesn't fit")[self.exit_status]
-        return (
-            f"{self.name}: {self.needed / GIB:.1f} GiB, {verdict} {self.card.name} ({self.card.memory:.1f} GiB); about "
-            f"{duration(sum(self.seconds.values()))} there, {self.dollars:.2f} US$; "
-            f"{sum(self.disk.values()) / GIB:.1f} GiB of disk"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        sizes = {f"{size} GB": self.fit(size * USABLE) for size in SIZES}
-        return {
-            **asdict(self),
-            "fits": {name: None if change is None else change.keys for name, change in sizes.items()},
-            "dollars": self.dollars,
-            "exit_status": self.exit_status,
-        }
 
 
 def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, advise: bool = True) -> Plan:
@@ -136,7 +56,7 @@ def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, M
     if recipe.train.checkpoint_every_n_layers == "auto":
         recipe = _with(recipe, {CHECKPOINTS: 0})
         measured = measure(recipe, rows, gpu=True)
-        if not _status(on_card(measured), card.memory * GIB):
+        if not status(on_card(measured), card.memory * GIB):
             return recipe, measured
         recipe = _with(recipe, {CHECKPOINTS: 1})
     return recipe, measure(recipe, rows, gpu=True)
@@ -155,7 +75,7 @@ def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card | None = None
     rows = PlannedRows.of(recipe)
     while True:
         _, measured = _automatic(_with(recipe, {TOKENS: most}), rows, card)
-        if not _status(on_card(measured), card.memory * GIB) or most // 2 < max(measured.longest, 16):
+        if not status(on_card(measured), card.memory * GIB) or most // 2 < max(measured.longest, 16):
             return most
         most //= 2
 
@@ -163,10 +83,6 @@ def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card | None = None
 def on_card(measured: Measured) -> int:
     """Bytes of a card that its fullest phase takes, with CUDA's own."""
     return round(max(phase.total for phase in measured.phases) * (1 + FRAGMENTED)) + CONTEXT
-
-
-def _status(needed: float, memory: float) -> int:
-    return 2 if needed > memory else 1 if needed > TIGHT * memory else 0
 
 
 def own_card() -> Card | None:
@@ -291,22 +207,3 @@ def _notes(recipe: Recipe, rows: PlannedRows, measured: Measured, card: Card) ->
     if recipe.model.llm.attention not in ("auto", "sdpa", "eager"):
         notes.append(f"{recipe.model.llm.attention} was planned as torch's own fused attention")
     return tuple(notes)
-
-
-def duration(seconds: float) -> str:
-    """Seconds, to read."""
-    if seconds < 60:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def size(count: float) -> str:
-    """Bytes, to read."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"
-
-
-def parts_of(phases: Sequence[Phase]) -> list[str]:
-    """The names of all parts: weights first."""
-    last = ("gradients", "optimizer", "keys and values", "activations")
-    found = list(dict.fromkeys(part for phase in phases for part in phase.parts))
-    return [*(part for part in found if part not in last), *(part for part in last if part in found)]
