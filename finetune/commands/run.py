@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
+from typing import TYPE_CHECKING
 
 from finetune.common import display
 from finetune.common.certificate import Certificate
@@ -13,9 +14,11 @@ from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
 from finetune.data.predictions import Prediction, read_predictions
 from finetune.evaluation.evaluation_result import EvaluationResult
-from finetune.evaluation.report.report import Report
 from finetune.evaluation.report.words import readable
 from finetune.recipe.load import RecipeLike
+
+if TYPE_CHECKING:
+    from finetune.evaluation.report.report import Report
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +29,7 @@ class RunResult:
     certificate: Certificate
     prediction: Prediction
     answer: str
-    report: Report
+    report: "Report"
 
     @property
     def folder(self) -> RunFolder:

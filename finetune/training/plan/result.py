@@ -58,7 +58,7 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
-    def exitstatus(self) -> int:
+    def exit_status(self) -> int:
         """0: fits; 1: tight, over 90% of the card; 2: doesn't fit."""
         return status(self.needed, self.card.memory * GIB)
 
