@@ -7,7 +7,6 @@ On GitHub the same links lead to the files themselves. Set `repo_url` in mkdocs.
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
@@ -22,23 +21,6 @@ ELSEWHERE = {  # file of the repository -> page of the site
 }
 PAGES = ELSEWHERE | {"README.md": "index.md", "README.zh.md": "index.md"}
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^][]|\[[^]]*\])*)\]\((?P<target>[^)\s]+)\)")
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    config.nav = _without_missing(config.nav)
-    return config
-
-
-def _without_missing(entries: list[Any]) -> list[Any]:
-    """The navigation without pages that don't exist."""
-    kept = []
-    for entry in entries:
-        ((title, value),) = entry.items()
-        if isinstance(value, list):
-            kept.append({title: _without_missing(value)})
-        elif (ROOT / "docs" / value).exists():
-            kept.append(entry)
-    return kept
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
