@@ -9,11 +9,11 @@ from cli import cli
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
 import finetune
-from finetune.commands._lengths import estimate
 from finetune.commands._reader import Reader
 from finetune.commands.check import TEXT_PART_LOADS, check
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.rows import read_splits
+from finetune.training.lengths import estimate
 from finetune.training.pack import plan_rows
 
 

@@ -110,8 +110,8 @@ class PlannedRun:
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         lengths = samples.taught_lengths
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
-        packed = plan_rows(lengths, weights, capacity=recipe.train.tokens_per_batch, epochs=1, seed=seed)
-        stretch = stage.epochs * self.rows.count / len(training)
+        packed = plan_rows(lengths, weights, capacity=int(recipe.train.tokens_per_batch), epochs=1, seed=seed)
+        stretch = int(stage.epochs) * self.rows.count / len(training)
         tokens = sum(lengths[i] for row in packed for i in row)
         fullest = max(packed, key=lambda row: sum(lengths[i] for i in row))
         return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(tokens * stretch))
