@@ -63,8 +63,7 @@ def _longest(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> 
 def _tokenized(recipe: Recipe, samples: Sequence[Sample]) -> Estimate:
     """Some samples, tokenized as training does; the others are taken to be as long."""
     from finetune.model.bindings import bindings_of
-    from finetune.training.plan.measure import with_dtype
-    from finetune.training.plan.rows import READ, PlannedRows, PlannedRun, evenly
+    from finetune.training.plan.rows import READ, PlannedRows, PlannedRun, evenly, with_dtype
 
     some = evenly(samples, READ)
     planned = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens_per_batch": NO_LIMIT})})

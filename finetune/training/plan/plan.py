@@ -8,8 +8,8 @@ from finetune.common.progress import quiet_libraries
 from finetune.recipe.load import Recipe
 from finetune.training.automatic import AutoNumbers
 from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_like, card_named
-from finetune.training.plan.measure import Measured, Phase, measure, with_dtype
-from finetune.training.plan.rows import PlannedRows
+from finetune.training.plan.measure import Measured, Phase, measure
+from finetune.training.plan.rows import PlannedRows, with_dtype
 from finetune.training.steps import Numbers, has_auto
 
 CONTEXT = GIB // 2  # what CUDA and its libraries keep for themselves
