@@ -87,8 +87,8 @@ def recipe_of(pair: Pair, folder: Path) -> Any:
 def planned(pair: Pair, folder: Path, gpu: bool) -> dict[str, int]:
     """Bytes by part of the last stage's step, from configs alone."""
     from finetune.common.progress import quiet_libraries
-    from finetune.training.plan.measure import measure, with_dtype
-    from finetune.training.plan.rows import PlannedRows
+    from finetune.training.plan.measure import measure
+    from finetune.training.plan.rows import PlannedRows, with_dtype
 
     quiet_libraries()
     recipe = with_dtype(recipe_of(pair, folder), "bfloat16" if gpu else "float32")
@@ -103,9 +103,9 @@ def real(pair: Pair, folder: Path, gpu: bool) -> tuple[dict[str, int], int, int]
     from finetune.common.progress import quiet_libraries
     from finetune.model.build import load_components, load_llm
     from finetune.model.features import Features
-    from finetune.training.plan.measure import step_of, with_dtype
+    from finetune.training.plan.measure import step_of
     from finetune.training.plan.meter import Meter
-    from finetune.training.plan.rows import PlannedRows, PlannedRun
+    from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
     from finetune.training.train import set_up
 
     quiet_libraries()

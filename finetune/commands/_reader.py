@@ -99,8 +99,8 @@ class Reader:
         """Add split, tokens, contents and labels. Raises DataError if the row can't be tokenized."""
         source = self.recipe.data[result.source]
         tokens = len(self.tokens(sample, result.source, split).input_ids)
-        problem = None
-        if split == "train" and tokens > (limit := self.recipe.train.tokens_per_batch):
+        problem, limit = None, self.recipe.train.tokens_per_batch
+        if split == "train" and limit != "auto" and tokens > limit:  # auto holds the longest row
             problem = "long", f"{tokens:,} tokens, more than train.tokens_per_batch ({limit:,})"
         elif self.context and tokens >= self.context + (split == "train"):
             problem = "context", f"{tokens:,} tokens, more than the LLM's context of {self.context:,}"

@@ -5,7 +5,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.commands._lengths import estimate, settings_of
 from finetune.common import display
 from finetune.common.errors import RecipeError
 from finetune.common.hub import PROBE_SECONDS, unreachable
@@ -13,7 +12,9 @@ from finetune.common.run_folder import JsonObject
 from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 from finetune.recipe.remarks import remarks
-from finetune.recipe.schema import Llm
+from finetune.recipe.schema import Llm, Train
+from finetune.training.automatic import numbers_at_hand
+from finetune.training.lengths import estimate, settings_of
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
 # Of these families transformers loads the text part of a vision-language checkpoint by itself.
@@ -22,12 +23,14 @@ TEXT_PART_LOADS = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5
 
 @dataclass(frozen=True, repr=False)
 class CheckedRecipe:
-    """`splits`: {split: counts}; `stages`: steps of each, () where the tokenizer isn't at hand; `warnings`: what makes
-    a run a waste; `notes`: what its author may not expect, and what couldn't be checked.
+    """`recipe`: as written; `splits`: {split: counts}; `numbers`: what a run puts in the place of `auto`, and why;
+    `stages`: steps of each, () where the tokenizer isn't at hand; `warnings`: what makes a run a waste; `notes`: what
+    its author may not expect, and what couldn't be checked.
     """
 
     recipe: Recipe
     splits: dict[str, SplitSummary]
+    numbers: tuple[str, ...]
     stages: tuple[StageSteps, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -39,13 +42,17 @@ class CheckedRecipe:
                 lines.append(
                     f"  {split}: {count.rows:,} rows, {count.media:,} media, {count.different_answers:,} answers"
                 )
+        lines += [f"  {number}" for number in self.numbers]
         for stage in self.stages:
             epochs = f"{stage.epochs} epoch{'s' * (stage.epochs > 1)}"
             lines.append(
                 f"  stage {stage.stage}: about {stage.steps:,} optimizer steps, {epochs} of {stage.rows:,} rows"
             )
-        lines += [f"  warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks())])
+
+    def remarks(self) -> list[str]:
+        """Warnings and notes, to read."""
+        return [f"warning: {text}" for text in self.warnings] + [f"note: {text}" for text in self.notes]
 
     def __repr__(self) -> str:
         return f"{self.recipe.name}: OK\n{self}"
@@ -68,30 +75,34 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     warnings = list(few_rows(splits, loaded))
     stages: tuple[StageSteps, ...] = ()
     estimated = estimate(loaded.model, splits.train)
+    chosen = numbers_at_hand(loaded, splits.train, estimated)
     if estimated is None:
         notes.append("steps aren't counted: the tokenizer of model.llm is neither a folder's nor in the Hub's cache")
-    else:
-        stages = steps_of(loaded.train, splits.train, estimated.lengths)
-        warnings += _few_steps(loaded, splits, estimated.lengths, stages)
-        if estimated.unknown:
-            notes.append(f"tokens of {', '.join(estimated.unknown)} aren't counted: only the encoder's weights tell")
-    return CheckedRecipe(loaded, summary(splits), stages, tuple(warnings), tuple(notes))
+    elif chosen is not None:
+        stages = steps_of(chosen.train, splits.train, estimated.lengths)
+        warnings += _few_steps(chosen.train, splits, estimated.lengths, stages)
+    if chosen is None:
+        notes.append("numbers for auto are chosen when the run begins: it downloads what tells how long the rows are")
+    if estimated is not None and estimated.unknown:
+        notes.append(f"tokens of {', '.join(estimated.unknown)} aren't counted: only the encoder's weights tell")
+    numbers = chosen.reasons if chosen else ()
+    return CheckedRecipe(loaded, summary(splits), numbers, stages, tuple(warnings), tuple(notes))
 
 
-def _few_steps(recipe: Recipe, splits: Splits, lengths: Sequence[int], stages: Sequence[StageSteps]) -> Iterator[str]:
+def _few_steps(train: Train, splits: Splits, lengths: Sequence[int], stages: Sequence[StageSteps]) -> Iterator[str]:
     few = [stage for stage in stages if stage.steps < FEW_STEPS]
     if not few:
         return
-    better = more_steps(recipe.train, splits.train, lengths)
+    better = more_steps(train, splits.train, lengths)
     counts = steps_of(better, splits.train, lengths)
     changes = [
         f"{key}: {getattr(better, key)}"
         for key in ("tokens_per_batch", "accumulate")
-        if getattr(better, key) != getattr(recipe.train, key)
+        if getattr(better, key) != getattr(train, key)
     ]
     changes += [
         f"epochs: {new.epochs} in stage {new.name}"
-        for old, new in zip(recipe.train.stages, better.stages, strict=True)
+        for old, new in zip(train.stages, better.stages, strict=True)
         if new.epochs != old.epochs
     ]
     steps = " and ".join(f"{stage.steps} of {stage.stage}" for stage in few)

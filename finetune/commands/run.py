@@ -60,13 +60,16 @@ def run(
     from finetune.commands.check import check
 
     refuse_several_processes("`finetune run`")
-    loaded = check(recipe, overrides).recipe  # so that a mistake is reported before torch is imported
+    checked = check(recipe, overrides)  # so that a mistake is reported before torch is imported
+    from finetune.common.progress import console
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
     from finetune.merging.merge import merge
     from finetune.training.train import train
 
-    folder = train(loaded, run, resume, overwrite)
+    for line in checked.remarks():
+        console.print(line, markup=False, soft_wrap=True)
+    folder = train(checked.recipe, run, resume, overwrite)
     evaluation = evaluate(folder)
     report(folder)
     if on_scores is not None:

@@ -181,7 +181,7 @@ def stage_table(content: Content) -> str:
         figures = [result.steps, result.samples or 0, result.tokens or 0] if result else [0, 0, 0]
         loss = " → ".join(words.number(value) for value in row.loss or ())
         time = words.duration(result.seconds) if result and result.seconds is not None else ""
-        numbers = [f"{stage.learning_rate:g}", f"{stage.epochs:,}", *(f"{value:,}" for value in figures)]
+        numbers = [f"{stage.learning_rate:g}", f"{int(stage.epochs):,}", *(f"{value:,}" for value in figures)]
         rows.append([stage.name, row.weights, *numbers, loss, time])
     return table(
         ["stage", "trains (weights)", "peak rate", "epochs", "steps", "rows seen", "tokens", "loss", "time"], rows, 7

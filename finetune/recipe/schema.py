@@ -201,7 +201,11 @@ class Stage(Section):
         None,
         description="Imitate the LLM's answers to captions or transcripts of the media, instead of the rows' answers.",
     )
-    epochs: int = Field(1, ge=1, description="Passes over the training rows.")
+    epochs: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Passes over the training rows; auto: 1 to 30, so that all stages have about 100 optimizer steps "
+        "and this one 50.",
+    )
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warmup.")
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, as a factor of the learning rate.")
@@ -225,7 +229,11 @@ class Validation(Section):
 
 
 class Train(Section):
-    tokens_per_batch: int = Field(2048, ge=16, description="Tokens of a packed row.")
+    tokens_per_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = Field(
+        2048,
+        description="Tokens of a packed row; auto: 2048, or fewer where an epoch of few rows would have too few "
+        "optimizer steps or the GPU is too small, but never fewer than the longest row has.",
+    )
     accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
     cache: bool = Field(True, description="Run frozen encoders once and keep their features on disk.")
     cache_folder: RecipePath | None = Field(
@@ -259,8 +267,8 @@ class Train(Section):
 
     @property
     def epochs(self) -> int:
-        """Of all stages."""
-        return sum(stage.epochs for stage in self.stages)
+        """Of all stages; numbers must be in the place of `auto`."""
+        return sum(int(stage.epochs) for stage in self.stages)
 
 
 class Evaluate(Section):

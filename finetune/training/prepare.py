@@ -79,8 +79,8 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         refuse_other_rows(folder, rows)
     lengths = [len(row.input_ids) for row in rows]
     console.print(
-        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {recipe.train.tokens_per_batch:,} tokens "
-        f"(one sample: {min(lengths)} to {max(lengths)})"
+        f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
+        f"tokens (one sample: {min(lengths)} to {max(lengths)})"
     )
     return PreparedRun(run, splits.train, validation, TokenizedSamples.of(rows))
 
@@ -120,8 +120,8 @@ def stage_rows(
     rows = plan_rows(
         samples.taught_lengths,
         sampling_weights([training[i] for i in chosen], run.recipe.train.mixing_temperature),
-        capacity=run.recipe.train.tokens_per_batch,
-        epochs=stage.epochs,
+        capacity=int(run.recipe.train.tokens_per_batch),
+        epochs=int(stage.epochs),
         seed=seed,
         groups=list(groups.values()),
     )

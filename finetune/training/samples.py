@@ -128,7 +128,7 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
 
 
 def _refuse_too_long(input_ids: Sequence[int], sample: Sample, run: Run) -> None:
-    limit = run.recipe.train.tokens_per_batch
+    limit = int(run.recipe.train.tokens_per_batch)
     if len(input_ids) > limit:
         raise DataError(
             f"{sample.where}: {len(input_ids)} tokens, more than a row holds: raise train.tokens_per_batch "

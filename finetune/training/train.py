@@ -26,10 +26,10 @@ from finetune.model.language_model import default_device, packs_exactly
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.run import Run
-from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_trackers
 from finetune.recipe.schema import Model, Stage, Train
 from finetune.training.collate import Collator
-from finetune.training.plan.apart import WAIT_SECONDS, planning, without_auto
+from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared
@@ -74,14 +74,16 @@ def train_in(
     refuse_several_gpus()
     refuse_missing_trackers(recipe)
     on_gpu = default_device().type == "cuda"
-    recipe = without_auto(recipe, on_gpu)
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
     folder = RunFolder(path)
     if processes.is_main_process:
+        recipe = without_auto(as_begun(recipe, folder) if resume else recipe, on_gpu, processes.num_processes)
         folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
         record_versions(folder.path / "versions.json", processes.num_processes)
     processes.wait_for_everyone()
+    if not processes.is_main_process:
+        recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
     begin = perf_counter()
     planned = on_gpu and processes.num_processes == 1 and shared is None
     with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:

@@ -9,11 +9,11 @@ from cli import cli
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
 import finetune
-from finetune.commands._lengths import estimate
 from finetune.commands._reader import Reader
 from finetune.commands.check import TEXT_PART_LOADS, check
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.rows import read_splits
+from finetune.training.lengths import estimate
 from finetune.training.pack import plan_rows
 
 
@@ -55,6 +55,21 @@ def test_steps_are_counted_and_what_gives_more_is_enough(tmp_path):
     again = check(recipe, better)
     assert min(stage.steps for stage in again.stages) >= 50
     assert not [text for text in again.warnings if "optimizer steps" in text]
+
+
+def test_numbers_for_auto_are_printed_where_the_tokenizer_is_at_hand(tmp_path, monkeypatch):
+    tune = {"name": "tune", "trains": ["projectors"], "learning_rate": 0.001, "epochs": "auto"}
+    recipe = tiny_recipe(tmp_path, train__tokens_per_batch="auto", train__stages=[tune])
+    result = check(recipe)
+    lines = str(result).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("  tokens_per_batch: 32, the least"))
+    assert lines[first + 1] == "  epochs: 9 in stage tune, so that its 12 rows give 108 steps"
+    assert lines[first + 2] == "  stage tune: about 108 optimizer steps, 9 epochs of 12 rows"
+    assert result.recipe.train.tokens_per_batch == "auto" and not any("steps" in text for text in result.warnings)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    unknown = check(recipe, ["model.llm.name=nobody/has-this-llm"])
+    assert unknown.numbers == unknown.stages == ()
+    assert any("chosen when the run begins" in note for note in unknown.notes)
 
 
 def test_estimated_lengths_are_those_of_the_tokens(tmp_path):

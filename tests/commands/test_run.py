@@ -16,6 +16,8 @@ def test_scores_are_printed_and_reported_though_the_merge_is_refused(tmp_path):
     recipe = tiny_recipe(tmp_path, merge={"rows": 4, "max_kl": 1e-30}, train__stages=TUNE)
     done = cli("run", recipe, "--run", tmp_path / "run")
     assert done.returncode == 3
+    warning, training = done.stderr.index("warning: only 4 rows to score"), done.stderr.index("tune: trains")
+    assert warning < training
     assert "classify, n = 4" in done.stdout and "accuracy" in done.stdout
     assert "merge.max_kl is 1e-30" in done.stderr and "report.html says this too" in done.stderr
     page = (tmp_path / "run/report.html").read_text()

@@ -8,4 +8,5 @@ from finetune.training.plan.plan import plan
 
 if __name__ == "__main__":
     result = plan(load_recipe(sys.argv[1], sys.argv[2:]), advise=False)
-    print(json.dumps({"line": result.line(), "checkpoints": result.checkpoints, **result.figures()}))
+    numbers = {"checkpoints": result.checkpoints, "tokens_per_batch": result.tokens_per_batch}
+    print(json.dumps({"line": result.line(), **numbers, **result.figures()}))

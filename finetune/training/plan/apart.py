@@ -13,7 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from finetune.recipe.load import Recipe, dump_recipe
+from finetune.common.run_folder import RunFolder
+from finetune.recipe.load import Recipe, dump_recipe, load_recipe
+from finetune.training.automatic import AutoNumbers
+from finetune.training.steps import has_auto
 
 LINE_SECONDS = 10.0
 WAIT_SECONDS = 300.0
@@ -28,21 +31,49 @@ def plan_line(recipe: Path | str, overrides: Sequence[str] = (), seconds: float 
     return figures["line"] if figures else None
 
 
-def without_auto(recipe: Recipe, gpu: bool) -> Recipe:
-    """The recipe with a number in the place of `train.checkpoint_every_n_layers: auto`: 1 where this machine's GPU is
-    too small without activation checkpoints, 0 otherwise, and where there is no plan.
+def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
+    """The recipe with numbers in the place of `auto` in its section `train`; prints why tokens_per_batch and epochs are
+    what they are. A plan for this machine's GPU tells how many tokens a packed row may have, and whether there are
+    activation checkpoints; none without a GPU or a plan. Raises DataError, ModelError.
     """
-    if recipe.train.checkpoint_every_n_layers != "auto":
-        return recipe
+    train = recipe.train
     figures = None
-    if gpu:
+    if gpu and "auto" in (train.checkpoint_every_n_layers, train.tokens_per_batch):
         with TemporaryDirectory() as folder:
             file = Path(folder, "recipe.yaml")
             file.write_text(dump_recipe(recipe))
             with planning(file) as finish:
                 figures = finish(WAIT_SECONDS)
-    train = recipe.train.model_copy(update={"checkpoint_every_n_layers": figures["checkpoints"] if figures else 0})
+    if has_auto(train):
+        from finetune.common.progress import console
+
+        choice = AutoNumbers(recipe, processes)
+        chosen = choice.choose()
+        if figures and figures["tokens_per_batch"] < int(chosen.train.tokens_per_batch):
+            chosen = choice.choose(figures["tokens_per_batch"])
+        for reason in chosen.reasons:
+            console.print(reason, markup=False, soft_wrap=True)
+        train = chosen.train
+    if train.checkpoint_every_n_layers == "auto":
+        train = train.model_copy(update={"checkpoint_every_n_layers": figures["checkpoints"] if figures else 0})
     return recipe.model_copy(update={"train": train})
+
+
+def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe with the numbers that a run began with in the place of `auto`. Raises RecipeError."""
+    train = recipe.train
+    keys = [key for key in ("tokens_per_batch", "checkpoint_every_n_layers") if getattr(train, key) == "auto"]
+    if not (keys or has_auto(train)) or not folder.recipe.is_file():
+        return recipe
+    begun = load_recipe(folder.recipe).train
+    if len(begun.stages) != len(train.stages):
+        return recipe
+    stages = [
+        stage.model_copy(update={"epochs": old.epochs}) if stage.epochs == "auto" else stage
+        for stage, old in zip(train.stages, begun.stages, strict=True)
+    ]
+    numbers = {key: getattr(begun, key) for key in keys}
+    return recipe.model_copy(update={"train": train.model_copy(update={**numbers, "stages": stages})})
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from finetune.model.composite import MultimodalModel
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import Llm, Stage
+from finetune.recipe.schema import Stage
 from finetune.training.collate import Batch, PackedRow
 from finetune.training.plan.meter import Meter, Rehearsal, with_data
 from finetune.training.plan.result import Phase
@@ -181,9 +181,3 @@ def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tupl
         parts |= {f"encoders.{n}": size_of(tensors_of(e.module)) for n, e in planned.run.components.encoders.items()}
     parts |= {"keys and values": kept + answers, "activations": max(meter.peak - before - kept, 0)}
     return Phase("evaluate", parts, meter.flops // evaluate.batch, meter.calls // evaluate.batch), kv_token, length
-
-
-def with_dtype(recipe: Recipe, dtype: str, **llm: Any) -> Recipe:
-    """The recipe with the dtype of its LLM named."""
-    changed: Llm = recipe.model.llm.model_copy(update={"dtype": dtype, **llm})
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"llm": changed})})

@@ -6,10 +6,12 @@ from typing import Any
 
 from finetune.common.progress import quiet_libraries
 from finetune.recipe.load import Recipe
+from finetune.training.automatic import AutoNumbers
 from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_like, card_named
-from finetune.training.plan.measure import Measured, measure, with_dtype
+from finetune.training.plan.measure import Measured, measure
 from finetune.training.plan.result import TIGHT, Change, Plan, status
-from finetune.training.plan.rows import PlannedRows
+from finetune.training.plan.rows import PlannedRows, with_dtype
+from finetune.training.steps import Numbers, has_auto
 
 CONTEXT = GIB // 2  # what CUDA and its libraries keep for themselves
 FRAGMENTED = 0.05  # of the peak: gaps in the allocator's blocks
@@ -33,6 +35,8 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     if dtype == "auto":
         dtype = "bfloat16" if card.bfloat16 else "float16"
     recipe = with_dtype(recipe, dtype)
+    chosen = _numbers(recipe, card)
+    recipe = recipe.model_copy(update={"train": chosen.train})
     rows = PlannedRows.of(recipe)
     recipe, measured = _automatic(recipe, rows, card)
     needed = on_card(measured)
@@ -40,6 +44,7 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
         name=recipe.name,
         card=card,
         checkpoints=int(recipe.train.checkpoint_every_n_layers),
+        tokens_per_batch=int(recipe.train.tokens_per_batch),
         dtype=dtype,
         phases=measured.phases,
         needed=needed,
@@ -47,8 +52,21 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
         memory_elsewhere=_elsewhere(recipe, measured),
         disk=_disk(recipe, measured),
         seconds=_seconds(recipe, rows, measured, card),
-        notes=_notes(recipe, rows, measured, card),
+        notes=(*chosen.reasons, *_notes(recipe, rows, measured, card)),
     )
+
+
+def _numbers(recipe: Recipe, card: Card) -> Numbers:
+    """Numbers for `auto` in tokens_per_batch and epochs, with which the run isn't tight on the card."""
+    if not has_auto(recipe.train):
+        return Numbers(recipe.train, ())
+    choice = AutoNumbers(recipe)
+    chosen = choice.choose()
+    if recipe.train.tokens_per_batch == "auto":
+        tokens = int(chosen.train.tokens_per_batch)
+        most = largest_tokens_per_batch(recipe.model_copy(update={"train": chosen.train}), tokens, card)
+        chosen = choice.choose(most) if most < tokens else chosen
+    return chosen
 
 
 def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, Measured]:
@@ -135,7 +153,7 @@ def _steps(recipe: Recipe, measured: Measured) -> Iterator[dict[str, Any]]:
     if fullest.startswith("train"):
         if any(stage.optimizer == "adamw_torch" for stage in train.stages):
             yield {f"train.stages.{n}.optimizer": "paged_adamw_8bit" for n in range(len(train.stages))}
-        half = train.tokens_per_batch // 2
+        half = int(train.tokens_per_batch) // 2
         if half >= measured.longest:
             yield {TOKENS: half, "train.accumulate": 2 * train.accumulate}
 

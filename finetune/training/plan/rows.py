@@ -17,7 +17,7 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import Stage
+from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import plan_rows
 from finetune.training.plan.shapes import META
@@ -53,6 +53,12 @@ class PlannedRows:
             held_out=min(scored, recipe.evaluate.limit or scored),
             media={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         )
+
+
+def with_dtype(recipe: Recipe, dtype: str, **llm: Any) -> Recipe:
+    """The recipe with the dtype of its LLM named."""
+    changed: Llm = recipe.model.llm.model_copy(update={"dtype": dtype, **llm})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"llm": changed})})
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:
@@ -110,8 +116,8 @@ class PlannedRun:
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         lengths = samples.taught_lengths
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
-        packed = plan_rows(lengths, weights, capacity=recipe.train.tokens_per_batch, epochs=1, seed=seed)
-        stretch = stage.epochs * self.rows.count / len(training)
+        packed = plan_rows(lengths, weights, capacity=int(recipe.train.tokens_per_batch), epochs=1, seed=seed)
+        stretch = int(stage.epochs) * self.rows.count / len(training)
         tokens = sum(lengths[i] for row in packed for i in row)
         fullest = max(packed, key=lambda row: sum(lengths[i] for i in row))
         return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(tokens * stretch))

@@ -1,5 +1,6 @@
 """About how many tokens the rows of a recipe have: from the tokenizer's and the encoders' files, without torch."""
 
+import heapq
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,15 +15,19 @@ from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import Model
 
 COUNTED = 1000  # samples; the others are taken to be as long
+LONGEST = 50  # samples with the most text, counted too
 MARK_TOKENS = 4  # "1.5s " before a frame
 STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`lengths`: tokens of each sample; `unknown`: kinds of media that they leave out."""
+    """`lengths`: tokens of each sample; `longest`: of the longest, with as many tiles as it may have; `unknown`: kinds
+    of media that both leave out.
+    """
 
     lengths: list[int]
+    longest: int
     unknown: tuple[str, ...]
 
 
@@ -61,9 +66,14 @@ def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
         return None
     counter = _Counter(model, tokenizer, _Template(model))
     numbers = random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
-    known = {number: counter.tokens(samples[number]) for number in numbers}
-    lengths = [known.get(number, known[numbers[number % len(numbers)]]) for number in range(len(samples))]
-    return Estimate(lengths, tuple(sorted(counter.unknown)))
+    longest = heapq.nlargest(LONGEST, range(len(samples)), key=lambda number: _characters(samples[number]))
+    known = {number: counter.tokens(samples[number]) for number in {*numbers, *longest}}
+    lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
+    return Estimate(lengths, max(most for _, most in known.values()), tuple(sorted(counter.unknown)))
+
+
+def _characters(sample: Sample) -> int:
+    return sum(len(part) for message in sample.messages for part in message.content if isinstance(part, str))
 
 
 @dataclass
@@ -73,20 +83,22 @@ class _Counter:
     template: "_Template"
     unknown: set[str] = field(default_factory=set)
 
-    def tokens(self, sample: Sample) -> int:
+    def tokens(self, sample: Sample) -> tuple[int, int]:
+        """About how many, and at most."""
         text = self.template.render(sample)
         count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return count + sum(map(self.of_medium, sample.media))
+        media = [self.of_medium(medium) for medium in sample.media]
+        return count + sum(usual for usual, _ in media), count + sum(most for _, most in media)
 
-    def of_medium(self, medium: Medium) -> int:
+    def of_medium(self, medium: Medium) -> tuple[int, int]:
         part = self.model.encoders.get(medium.kind)
         if part is not None and (layout := _layout(part, medium)) is not None:
-            segments, rows, marks = layout
+            segments, most, rows, marks = layout
             with suppress(ModelError):  # of a projector that doesn't fit
                 placed = self.model.fusion.placeholders(self.model.projectors[medium.kind].length(rows))
-                return segments * (placed + marks)
+                return segments * (placed + marks), most * (placed + marks)
         self.unknown.add(medium.kind)
-        return 0
+        return 0, 0
 
 
 class _Template:
@@ -127,8 +139,10 @@ def _text(token: object) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
-def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int] | None:
-    """(segments, feature rows of each, tokens of its mark) of a medium; None where only the weights tell."""
+def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int, int] | None:
+    """(segments, most segments, feature rows of each, tokens of its mark) of a medium; None where only the weights
+    tell.
+    """
     options: Any = part.options
     if part.kind == "whisper":
         return _windows(options, medium)
@@ -140,12 +154,12 @@ def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int] | None:
     if part.kind == "vision":
         extra = int(options.tokens == "all")
         # Of tiles there are as many as the picture's shape and size ask for: half of the most, on average.
-        segments = 1 if options.tiles == 1 else 1 + (options.tiles + 1) // 2
-        return segments, grid[0] * grid[1] + extra, 0
+        segments, most = (1, 1) if options.tiles == 1 else (1 + (options.tiles + 1) // 2, 1 + options.tiles)
+        return segments, most, grid[0] * grid[1] + extra, 0
     if options.frames is None:
         return None
     side = options.pool or max(grid)
-    return options.frames, min(grid[0], side) * min(grid[1], side), MARK_TOKENS * options.time
+    return options.frames, options.frames, min(grid[0], side) * min(grid[1], side), MARK_TOKENS * options.time
 
 
 def _grid(options: Any) -> tuple[int, int] | None:
@@ -162,13 +176,13 @@ def _grid(options: Any) -> tuple[int, int] | None:
     return size["height"] // patch, size["width"] // patch
 
 
-def _windows(options: Any, medium: Medium) -> tuple[int, int, int] | None:
+def _windows(options: Any, medium: Medium) -> tuple[int, int, int, int] | None:
     import soundfile
 
     try:
         seconds = float(soundfile.info(str(medium.path)).duration)
     except RuntimeError:
         return None
-    windows = max(1, -(-seconds // options.window_seconds))
+    windows = max(1, int(-(-seconds // options.window_seconds)))
     each = 30.0 if options.pad_to_30_seconds else seconds / windows
-    return int(windows), max(1, round(50 * each / options.pool)), 0
+    return windows, windows, max(1, round(50 * each / options.pool)), 0
