@@ -33,9 +33,7 @@ def chat(
         if medium.content is None and not medium.path.is_file():
             raise DataError(f"no such {medium.kind}: {medium.path}")
     assistant = load(folder)
-    names = assistant.names_without_text()
-    if task is None and len(names) == len(assistant.model.bindings) == 1:
-        task = names[0]
+    task = task or assistant.only_task()
 
     def answer_to(turns: list[Message]) -> Answer:
         if task is None:

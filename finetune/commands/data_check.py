@@ -94,7 +94,7 @@ def data_check(
     sources = loaded.data
     folder = Path(out) if out is not None else Path("runs") / f"{loaded.name}-check"
     if fix is not None:
-        check_target(Path(fix), sources)
+        check_target(Path(fix), loaded.name, sources)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         ledger = Ledger(Path(temporary) / "ledger.sqlite", names_of(sources))

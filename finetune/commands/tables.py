@@ -39,7 +39,7 @@ def print_written(result: "Written") -> None:
     print(f"{result.path}: written")
     if result.wrong:
         print(error_list(result.wrong, f"{len(result.wrong)} rows can't be used"))
-        print(f"next: finetune data check {recipe} --fix cleaned")
+        print(f"next: finetune data check {recipe} --fix cleaned-{result.path.stem}")
         return
     print(f"next: finetune check {recipe}, then finetune run {recipe}")
 

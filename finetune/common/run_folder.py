@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from finetune.common import display
@@ -99,14 +100,39 @@ class RunFolder:
                     f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
                     f"resume with the same recipe and {option('--set', 'overrides=')}, or choose another {option(*RUN)}"
                 )
-        elif path.exists() and any(entry.name not in WRITTEN_FIRST for entry in path.iterdir()):
+        elif path.exists() and not run._refused_before_a_step():
             raise TrainingError(
                 f"{path}: there is a run here already: {option(*RESUME)} goes on with it, "
                 f"{option(*OVERWRITE)} removes it and begins anew, {option(*RUN)} makes another"
             )
+        else:
+            shutil.rmtree(run.data, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, recipe_text)
         return run
+
+    def _refused_before_a_step(self) -> bool:
+        """Whether the folder is empty, or holds only what is written before the first step."""
+        names = {entry.name for entry in self.path.iterdir()}
+        return names <= WRITTEN_FIRST or names == WRITTEN_FIRST | {"data"}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainings out of the folder. Raises TrainingError where one is in it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise TrainingError(
+                f"{self.path}: another process is training it: wait, stop that one, or choose another {option(*RUN)}"
+            ) from None
+        except (OSError, NotImplementedError):  # a network drive without locks
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _remove(self) -> None:
         """Remove all that a run has written, and nothing else. Raises TrainingError where there is anything else."""

@@ -80,12 +80,13 @@ class Assistant:
         picture as a PIL image or an array (height, width, 3) of uint8, RGB; a recording as (samples, rate), an array
         (samples,) of floats in [-1, 1] and its sampling rate; a video as (frames, rate), an array (frames, height,
         width, 3) of uint8 and the frames a second. `task`: answer as trained under this name: one of its labels, or a
-        number; `probabilities` and `number` say more.
+        number; `probabilities` and `number` say more. Default: the only task, if it isn't answered by free text.
         `strength`: factor of what media add to the text (cross-attention only), or one per medium; at 0 a medium isn't
         even mentioned, and the answer is that of the LLM (with its adapter) to the text alone.
         Raises DataError for media that the model doesn't take or that can't be read.
         """
         turns = [Message("user", (*media_of(image=image, audio=audio, video=video), prompt))]
+        task = task or self.only_task()
         if task is None:
             return self.answers([turns], max_new_tokens=max_new_tokens, strength=strength)[0]
         answer = self.ask(task, [turns], max_new_tokens=max_new_tokens, strength=strength)[0]
@@ -168,6 +169,11 @@ class Assistant:
     def names_without_text(self) -> list[str]:
         """Task bindings that are answered otherwise than by free text."""
         return [name for name, binding in self.model.bindings.items() if not binding.settings.free_text]
+
+    def only_task(self) -> str | None:
+        """The only task binding, if it is answered otherwise than by free text."""
+        names = self.names_without_text()
+        return names[0] if len(names) == len(self.model.bindings) == 1 else None
 
     def ask(
         self,

@@ -59,7 +59,10 @@ def first_features(features: Features, media: Sequence[Medium]) -> tuple[list[Te
         except DataError as error:  # reported with all others when the cache is filled
             errors.append(str(error))
     if not prepared:
-        headline = f"none of {len(media)} media of kind {kind} can be used"
+        headline = (
+            f"none of the {len(media)} media of kind {kind} that have no features yet can be used; "
+            "`finetune data check RECIPE --fix DIR` writes a copy of the rows without such media"
+        )
         raise DataError(error_list(list(dict.fromkeys(errors)), headline))
     features.compute(kind, prepared[:1])  # warms up
     begin = perf_counter()

@@ -76,35 +76,36 @@ def train_in(
     on_gpu = default_device().type == "cuda"
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
-    folder = RunFolder(path)
-    if processes.is_main_process:
-        recipe = without_auto(as_begun(recipe, folder) if resume else recipe, on_gpu, processes.num_processes)
-        folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
-        record_versions(folder.path / "versions.json", processes.num_processes)
-    processes.wait_for_everyone()
-    if not processes.is_main_process:
-        recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
-    begin = perf_counter()
-    planned = on_gpu and processes.num_processes == 1 and shared is None
-    with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
-        with EnergyMeter() as meter:
-            result, seconds = train_stages(prepare(folder, recipe, shared), shared, on_validation)
-        seconds["train"] = perf_counter() - begin
-        figures = finish(WAIT_SECONDS) or {}
-    if not processes.is_main_process:
+    with RunFolder(path).locked() if processes.is_main_process else nullcontext():
+        folder = RunFolder(path)
+        if processes.is_main_process:
+            recipe = without_auto(as_begun(recipe, folder) if resume else recipe, on_gpu, processes.num_processes)
+            folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
+            record_versions(folder.path / "versions.json", processes.num_processes)
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
+        begin = perf_counter()
+        planned = on_gpu and processes.num_processes == 1 and shared is None
+        with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
+            with EnergyMeter() as meter:
+                result, seconds = train_stages(prepare(folder, recipe, shared), shared, on_validation)
+            seconds["train"] = perf_counter() - begin
+            figures = finish(WAIT_SECONDS) or {}
+        if not processes.is_main_process:
+            return folder
+        folder.update_metrics(
+            **{name: values for name, values in figures.items() if name.startswith("planned_")},
+            train=result.model_dump(),
+            seconds=seconds,
+            energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
+            peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
+        )
+        plots.losses({name: stage.losses for name, stage in result.stages.items()}, folder.plots / "loss.png")
+        for part, amounts in planned_beside(Metrics.model_validate(folder.read_metrics())):
+            console.print(f"{part}: {amounts}")
+        console.print(f"adapter: {folder.adapter}")
         return folder
-    folder.update_metrics(
-        **{name: values for name, values in figures.items() if name.startswith("planned_")},
-        train=result.model_dump(),
-        seconds=seconds,
-        energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
-        peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
-    )
-    plots.losses({name: stage.losses for name, stage in result.stages.items()}, folder.plots / "loss.png")
-    for part, amounts in planned_beside(Metrics.model_validate(folder.read_metrics())):
-        console.print(f"{part}: {amounts}")
-    console.print(f"adapter: {folder.adapter}")
-    return folder
 
 
 def train_stages(

@@ -142,6 +142,12 @@ def test_a_folder_of_something_else_is_not_overwritten(messy, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(DataError, match="something else"):
         finetune.data_check(messy[0], fix=tmp_path, out=tmp_path / "r", workers=0)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "quarantine.jsonl").touch()
+    (other / "recipe.yaml").write_text("name: another\n")
+    with pytest.raises(DataError, match="for another recipe"):
+        finetune.data_check(messy[0], fix=other, out=tmp_path / "r", workers=0)
     with pytest.raises(DataError, match=r"lie in it|something else"):
         finetune.data_check(messy[0], fix=messy[0].parent / "data", out=tmp_path / "r", workers=0)
 

@@ -7,8 +7,20 @@ from finetune.common.run_folder import RunFolder
 def test_a_run_that_stopped_before_its_first_step_may_begin_again(tmp_path):
     folder = RunFolder.create(tmp_path, "name: first\n", resume=False)
     (tmp_path / "versions.json").touch()
+    folder.data.mkdir()
+    (folder.data / "held_out.json").touch()  # of rows that may have been mended since
     RunFolder.create(tmp_path, "name: mended\n", resume=False)
-    assert folder.recipe.read_text(encoding="utf-8") == "name: mended\n"
+    assert folder.recipe.read_text(encoding="utf-8") == "name: mended\n" and not folder.data.exists()
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path):
+    with RunFolder(tmp_path / "run").locked():
+        with pytest.raises(TrainingError, match="another process is training it"), RunFolder(tmp_path / "run").locked():
+            pass
+        with RunFolder(tmp_path / "other").locked():
+            pass
+    with RunFolder(tmp_path / "run").locked():
+        pass
 
 
 @pytest.mark.parametrize("name", ["data", "checkpoints", "metrics.json", "notes.txt"])

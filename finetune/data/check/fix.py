@@ -19,6 +19,7 @@ from finetune.data.rows import detected
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile, Source
+from finetune.recipe.yaml_reader import read_text, read_yaml
 
 QUARANTINED = (*ERRORS, "leak_medium", "identical")  # rows with one of these findings are left out
 REFERENCING = ("table", "messages", "llava", "sharegpt")  # formats whose rows name files below the media folder
@@ -31,8 +32,7 @@ def clean_copy(
     paths relative to `folder`, how many rows were written, how many left out, and whether each source has some left.
 
     Tables stay CSV (TSV stays TSV), all else becomes JSON lines. Media stay where they are, or are copied to `media/`
-    under the hash of their content: with `copy_media`, and from formats that keep them otherwise than as files named in
-    rows.
+    each content once: with `copy_media`, and from formats that keep them otherwise than as files named in rows.
     """
     with (folder / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         cleaner = _Cleaner(ledger, folder, copy_media, file)
@@ -50,6 +50,7 @@ class _Cleaner:
         self.quarantine = quarantine
         self.numbers = count()
         self.written = self.quarantined = self.emptied = 0
+        self.names: dict[str, str] = {}  # hash of a copied medium -> its name
 
     def clean(self, source: Source, stem: str) -> Source:
         kind = (source.format or detected(source.path)).kind
@@ -73,7 +74,7 @@ class _Cleaner:
                 if reasons := self.reasons(number):
                     self.leave_out(source, row.number, row.columns, reasons)
                     continue
-                columns = copied(row, source, self.folder / "media") if copies else row.columns
+                columns = copied(row, source, self.folder / "media", self.names) if copies else row.columns
                 if writer:
                     writer.writerow(columns)
                 else:
@@ -97,11 +98,17 @@ class _Cleaner:
         self.quarantined += bool(line)
 
 
-def check_target(folder: Path, sources: Sequence[RowFile]) -> None:
-    """Raises DataError if a cleaned copy would replace anything but an earlier one."""
+def check_target(folder: Path, name: str, sources: Sequence[RowFile]) -> None:
+    """Raises DataError if a cleaned copy for the recipe `name` would replace anything but an earlier one for it."""
     if folder.exists() and not (folder / "quarantine.jsonl").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise DataError(
             f"{folder}: holds something else than a cleaned copy of rows; name a new folder with "
+            f"{option('--fix', 'fix=')}"
+        )
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file() and read_yaml(read_text(recipe), str(recipe)).value["name"] != name:
+        raise DataError(
+            f"{folder}: holds a cleaned copy for another recipe, which may still need it; name another folder with "
             f"{option('--fix', 'fix=')}"
         )
     for source in sources:
@@ -113,8 +120,10 @@ def check_target(folder: Path, sources: Sequence[RowFile]) -> None:
                 )
 
 
-def copied(row: Row, source: RowFile, folder: Path) -> Columns:
-    """The row's columns, its media as names below `folder`, to which each content is copied once."""
+def copied(row: Row, source: RowFile, folder: Path, names: dict[str, str]) -> Columns:
+    """The row's columns, its media as names below `folder`, to which each content is copied once. `names`: {hash: name}
+    of those that are there.
+    """
     renamed = {theirs: ours for ours, theirs in source.columns.items()}
 
     def copy(value: object, key: str) -> object:
@@ -126,10 +135,11 @@ def copied(row: Row, source: RowFile, folder: Path) -> Columns:
         if not path.is_file():
             return str(value) if isinstance(value, Path) else value
         folder.mkdir(exist_ok=True)
-        name = f"{file_hash(path)[:32]}{path.suffix}"
-        if not (folder / name).exists():
-            shutil.copyfile(path, folder / name)
-        return name
+        digest = file_hash(path)
+        if digest not in names:
+            names[digest] = f"{path.stem}-{digest[:8]}{path.suffix}"
+            shutil.copyfile(path, folder / names[digest])
+        return names[digest]
 
     return {key: replaced(value, renamed.get(key, key), copy) for key, value in row.columns.items()}
 
