@@ -265,6 +265,16 @@ def test_media_in_another_folder_are_found_and_others_named():
     )
 
 
+def test_several_answers_in_a_cell_are_split_as_they_are_written():
+    rows = [[name, "那是什么？", f"方块{n} | 方块{n} | 红{n}"] for n, name in enumerate(pictures(Path("vqa")))]
+    path = table(Path("vqa/rows.csv"), ["image", "question", "All answers"], rows)
+    task = written(path, answer="All answers").data[0].task
+    assert task.kind == "vqa" and task.options.separator == "|"
+    few = [[name, "那是什么？", f"{LABELS[n % 3]} | 方块 | 方块"] for n, name in enumerate(pictures(Path("vqa")))]
+    path = table(Path("vqa/rows.csv"), ["image", "question", "All answers"], few)
+    assert written(path, answer="All answers", force=True).data[0].task.options.separator == "|"
+
+
 @pytest.mark.parametrize("file", ["notes.pdf", "photo.png", None])
 def test_a_folder_without_rows_says_what_was_looked_for(file):
     Path("stuff").mkdir()

@@ -49,7 +49,8 @@ FOUR_NUMBERS = re.compile(r"\s*-?[\d.]+(?:\s*[,\s]\s*-?[\d.]+){3}\s*")
 @dataclass(frozen=True)
 class Column:
     """`texts`: its different values, most frequent first; of `labels` the single labels. `filled`: rows with a value.
-    `separator`: of several labels. `media`: kinds of media in conversations, and the kind of a column of media.
+    `separator`: of several labels or short texts in a cell. `media`: kinds of media in conversations, and the kind of a
+    column of media.
     """
 
     name: str
@@ -118,7 +119,16 @@ def _column(name: str, cells: Sequence[Any]) -> Column:
     if _are_labels(name, different, len(texts)):
         return Column(name, "label", different, len(values))
     identifiers = len(different) == len(texts) > 2 and all(re.fullmatch(r"[\w.-]*\d[\w.-]*", t, re.A) for t in texts)
-    return Column(name, "id" if identifiers else "text", different, len(values))
+    return Column(name, "id" if identifiers else "text", different, len(values), _separator_of(texts))
+
+
+def _separator_of(texts: Sequence[str]) -> str:
+    """Of texts that nearly all are several short ones, as people's answers to one question are; '' for others."""
+    for separator in SEPARATORS:
+        pieces = [split_at(text, separator) for text in texts]
+        if sum(len(row) > 1 and max(map(len, row)) <= SHORT for row in pieces) >= MOST * len(texts):
+            return separator
+    return ""
 
 
 def _medium_of(name: str, values: Sequence[Any]) -> Any:

@@ -136,7 +136,7 @@ def _media_of(columns: Sequence[Column], answer: Column) -> dict[str, str]:
 
 
 def _kind(answer: Column, asked: Column | None, media: tuple[str, ...]) -> str:
-    several = answer.kind in ("labels", "texts")
+    several = answer.kind in ("labels", "texts") or bool(answer.separator)
     if answer.kind in ("messages", "json") or (answer.kind == "boxes" and "image" in media):
         return {"messages": "chat", "json": "extract", "boxes": "ground"}[answer.kind]
     if asked:
@@ -179,7 +179,7 @@ def _options(kind: str, answer: Column, asked: str, before: str) -> Yaml:
     if kind == "answer":
         return {**text, **({} if asked == "question" else {"question": asked}), **_unless("answer", answer.name)}
     if kind == "vqa":
-        separator = {} if answer.separator else {"separator": ""}
+        separator = {} if answer.separator == ";" else {"separator": answer.separator}
         question = {} if asked == "question" else {"question": asked}
         return {**text, **question, **_unless("answers", answer.name), **separator}
     if kind == "extract":
