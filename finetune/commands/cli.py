@@ -79,6 +79,10 @@ def init(
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of the answers.")] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question to the model.")] = None,
     text: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column put before the question.")] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of the questions, where each row has its own.")
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of a CSV or TSV file: gb18030, cp1252, ...")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
     card: Annotated[
         str | None,
@@ -109,6 +113,8 @@ def init(
         answer=answer,
         prompt=prompt,
         text=text,
+        question=question,
+        encoding=encoding,
         name=name,
         card=card,
         language=language,

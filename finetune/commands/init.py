@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack
@@ -11,7 +11,7 @@ from typing import TypedDict, TypeVar, Unpack
 from finetune.commands._init import cards, measure
 from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
 from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
-from finetune.commands._init.task import Task, Yaml, answers_in, task_for
+from finetune.commands._init.task import TEXTLESS, Named, Task, Yaml, answers_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.common.errors import DataError, RecipeError
 from finetune.common.run_folder import write_text
@@ -27,14 +27,17 @@ SHOWN = 6  # labels, or columns, in the summary
 
 
 class Choices(TypedDict, total=False):
-    """What `init` doesn't have to guess. `answer`, `text`: columns; `prompt`: the question; `card`: see `finetune init
-    --help`; `hold_out`: share of test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
+    """What `init` doesn't have to guess. `answer`, `text`, `question`: columns; `prompt`: the question where it isn't
+    in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of test rows;
+    `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
     """
 
     task: str | None
     answer: str | None
     prompt: str | None
     text: str | None
+    question: str | None
+    encoding: str | None
     name: str | None
     card: str | None
     language: str | None
@@ -188,7 +191,8 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
 
 def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
     """The task and its language."""
-    likely = answers_in(columns, choices.get("task"))
+    named = Named(choices.get("task"), choices.get("text"), choices.get("question"))
+    likely = answers_in(columns, named)
     by_name = {column.name: column for column in columns}
 
     def known(name: str) -> Column:
@@ -208,10 +212,13 @@ def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> 
         text = f"The column of the answers ({', '.join(column.name for column in likely)})"
         question = Question(text, likely[0].name if likely else "", known)
         answer = _settled(choices.get("answer"), ask, question, known)
-    kind, before, language = choices.get("task"), choices.get("text"), choices.get("language")
-    task = task_for(columns, answer, kind, before, language or "en")
-    language = language or language_of(_texts(columns, task))
-    return task_for(columns, answer, kind, before, language), language
+    language = choices.get("language")
+    language = language or language_of(_texts(columns, task_for(columns, answer, named, language or "en")))
+    task = task_for(columns, answer, named, language)
+    if choices.get("answer") is None:
+        others = [column.name for column in likely if column.name in task.unused and len(column.texts) > 1]
+        task = replace(task, alternatives=tuple(others))
+    return task, language
 
 
 def _settled(choice: str | None, ask: Ask, question: Question, parse: Callable[[str], Value]) -> Value:
@@ -334,25 +341,28 @@ def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> l
     why = f", read with {first.format.kind}'s {first.reason}" if first.reason else ""
     lines = [f"{first.path}: format {first.format.kind}{why}, columns {', '.join(c.name for c in plan.columns)}"]
     lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
-    labels = ", ".join(task.answer.texts[:SHOWN]) + (", ..." if len(task.answer.texts) > SHOWN else "")
-    listed = task.kind == "classify"
-    lines.append(
-        f"answer: {task.answer.name!r}, {task.answer.kind}"
-        + (f", {len(task.answer.texts)} labels: {labels}" if listed else "")
-    )
+    answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
+    if task.kind == "classify":
+        answer += f", {len(task.answer.texts)} labels: {_shown(task.answer.texts)}"
+    lines.append(answer)
+    if task.alternatives:
+        others = _shown(task.alternatives)
+        lines.append(f"other columns that could be the answer: {others}; --answer COLUMN names one")
     lines.append(f"task: {task.kind}; language: {plan.language or 'neither English nor Chinese'}")
     if missing := plan.places[0].missing:
         lines.append(f"no files of: {', '.join(missing)}")
     if task.group:
         lines.append(f"group: rows of one {task.group!r} are never both in training and in the test")
-    if task.unused:
-        unused = ", ".join(task.unused[:SHOWN]) + (", ..." if len(task.unused) > SHOWN else "")
-        lines.append(
-            f"not used: {unused} (--text COLUMN puts one before the question; it must not give the answer away)"
-        )
+    if unused := [name for name in task.unused if name != task.group]:
+        hint = " (--text COLUMN puts one before the question; it must not give the answer away)"
+        lines.append(f"not used: {_shown(unused)}{'' if task.kind in TEXTLESS else hint}")
     models = [draft.llm["name"], *(parts.encoder["name"] for parts in draft.media.values())]
     lines.append(f"model for {plan.card.title}: {', '.join(map(str, models))}")
     return lines
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int) -> str:

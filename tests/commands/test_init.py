@@ -265,6 +265,61 @@ def test_media_in_another_folder_are_found_and_others_named():
     )
 
 
+def test_several_answers_in_a_cell_are_split_as_they_are_written():
+    rows = [[name, "那是什么？", f"方块{n} | 方块{n} | 红{n}"] for n, name in enumerate(pictures(Path("vqa")))]
+    path = table(Path("vqa/rows.csv"), ["image", "question", "All answers"], rows)
+    task = written(path, answer="All answers").data[0].task
+    assert task.kind == "vqa" and task.options.separator == "|"
+    few = [[name, "那是什么？", f"{LABELS[n % 3]} | 方块 | 方块"] for n, name in enumerate(pictures(Path("vqa")))]
+    path = table(Path("vqa/rows.csv"), ["image", "question", "All answers"], few)
+    assert written(path, answer="All answers", force=True).data[0].task.options.separator == "|"
+
+
+def support(**names: str) -> Path:
+    """Calls with dates, staff and unique numbers beside what is to be learned."""
+    header = [names.get(name, name) for name in ("Date", "Call Reason", "Agent", "Ticket No", "Transcript")]
+    reasons = ("Refund", "Delivery", "Password")
+    rows = [
+        [f"{n % 9 + 1:02}.01.2024", reasons[n % 3], ("Ann", "Bob")[n // 2 % 2], 10023 + n, f"Caller {n} asks for more"]
+        for n in range(ROWS)
+    ]
+    return table(Path("support.csv"), header, [*rows, ["02.01.2024", "N/A", "Ann", 9000, "Nobody was there"]])
+
+
+def test_dates_ids_and_staff_are_no_answers_and_other_columns_are_named():
+    done = cli("init", str(support()), "--yes", "--card", "cpu")
+    assert "answer: 'Call Reason', label, 4 labels" in done.stdout, done.stdout + done.stderr
+    assert "other columns that could be the answer: Agent; --answer COLUMN" in done.stdout
+    assert load_recipe("support.yaml").data[0].task.options.text == "Transcript"
+    assert written(support(), answer="Agent", force=True).data[0].task.options.label == "Agent"
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("Customer Question", "Reply"),
+        ("Frage des Kunden", "Antwort"),
+        ("问题描述", "客服回复"),
+        ("preguntaCliente", "Respuesta"),
+    ],
+)
+def test_the_question_is_found_by_a_word_of_its_name(name, answer):
+    rows = [[f"type {n % 2}", f"How do I fix part {n} of it?", f"Turn {n} times, then wait"] for n in range(ROWS)]
+    path = table(Path("questions.csv"), ["Question type", name, answer], rows)
+    options = written(path).data[0].task.options
+    assert (options.question, options.answer) == (name, answer)
+
+
+def test_labels_of_questions_are_classes_and_a_named_question_is_asked():
+    rows = [[f"How do I fix part {n} of it?", LABELS[n % 3]] for n in range(ROWS)]
+    path = table(Path("questions.csv"), ["Customer Question", "Topic"], rows)
+    task = written(path).data[0].task
+    assert task.kind == "classify" and task.options.text == "Customer Question"
+    path = table(Path("questions.csv"), ["Body", "Topic"], rows)
+    task = written(path, question="Body", force=True).data[0].task
+    assert task.kind == "answer" and task.options.question == "Body"
+
+
 @pytest.mark.parametrize("file", ["notes.pdf", "photo.png", None])
 def test_a_folder_without_rows_says_what_was_looked_for(file):
     Path("stuff").mkdir()
@@ -293,6 +348,10 @@ def test_a_table_without_an_answer_says_so():
         ({"task": "score"}, "--task score: column 'shelf' holds label, not number"),
         ({"answer": "price"}, "--answer price: there is no such column; there are: photo, shelf, number"),
         ({"text": "price"}, "--text price: there is no such column"),
+        ({"question": "price"}, "--question price: there is no such column"),
+        ({"question": "shelf"}, "--question shelf: that is the answer"),
+        ({"task": "classify", "question": "number"}, "--question number: the task classify reads no question"),
+        ({"task": "vqa"}, "--task vqa: no column is called question; .* --question COLUMN"),
         ({"hold_out": 0.0}, "--hold-out 0: write a share above 0"),
         ({"name": "My Shop"}, "--name 'My Shop': write small letters"),
         ({"card": "abacus"}, "--card abacus: write one of cpu, "),

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from finetune.data.metrics.text import words
 from finetune.data.tasks._columns import split_at
 
 Kind = Literal[
-    "image", "audio", "video", "messages", "json", "boxes", "texts", "number", "label", "labels", "text", "id", "empty"
+    *("image", "audio", "video", "messages", "json", "boxes", "texts"),
+    *("number", "label", "labels", "text", "id", "date", "empty"),
 ]
 MEDIA = ("image", "audio", "video")
 SEPARATORS = (";", "|")  # of several labels in a cell; ; stands for its full-width form too
@@ -43,13 +44,26 @@ LABEL_NAMES = frozenset(
         "种类",
     ]
 )
+IDENTIFIERS = {
+    *("id", "uuid", "key", "no", "nr", "ticket", "invoice", "phone", "nummer", "telefon", "numéro", "número"),
+    *("编号", "单号", "序号", "工号", "学号", "电话", "手机号"),
+}
+MONTHS = "jan|feb|mar|mär|apr|may|mai|jun|jul|aug|sep|oct|okt|nov|dec|dez"
+DATE = re.compile(
+    r"(?:\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d{2})|\d{4}年\d{1,2}月(?:\d{1,2}日)?"
+    r"|(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
+    rf"|\d{{1,2}}\.?[ -](?:{MONTHS})\w*\.?,?[ -]\d{{2,4}}|(?:{MONTHS})\w*\.? \d{{1,2}},? \d{{4}})"
+    r"(?:[T ]+\d{1,2}:\d{2}.*)?|\d{1,2}:\d{2}(?::\d{2})?",
+    re.IGNORECASE,
+)
 FOUR_NUMBERS = re.compile(r"\s*-?[\d.]+(?:\s*[,\s]\s*-?[\d.]+){3}\s*")
 
 
 @dataclass(frozen=True)
 class Column:
     """`texts`: its different values, most frequent first; of `labels` the single labels. `filled`: rows with a value.
-    `separator`: of several labels. `media`: kinds of media in conversations, and the kind of a column of media.
+    `separator`: of several labels or short texts in a cell. `media`: kinds of media in conversations, and the kind of a
+    column of media.
     """
 
     name: str
@@ -68,6 +82,16 @@ class Column:
 def describe_columns(rows: Sequence[Columns]) -> tuple[Column, ...]:
     names = dict.fromkeys(name for row in rows for name in row)
     return tuple(_column(str(name), [row.get(name) for row in rows]) for name in names)
+
+
+def called(name: str, words: Container[str]) -> bool:
+    """Whether a column's name, or a word in it, is one of `words`: of 'Ticket No', TicketNo and ticket_no the word no.
+    Chinese words are found anywhere, since no spaces are between them.
+    """
+    parts = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-zß-ÿ])(?=[A-Z])", " ", name).lower())
+    runs = [run for part in parts for run in re.findall("[\u3400-\u9fff]+", part)]
+    pieces = [run[i:j] for run in runs for i in range(len(run)) for j in range(i + 2, len(run) + 1)]
+    return any(part in words for part in (name.lower(), *parts, *pieces))
 
 
 def file_names(values: Iterable[Any]) -> list[str]:
@@ -108,8 +132,11 @@ def _column(name: str, cells: Sequence[Any]) -> Column:
         return _texts(name, [[str(item) for item in value] for value in parsed])
     texts = [json.dumps(value) if isinstance(value, bool) else str(value).strip() for value in values]
     different = tuple(text for text, _ in Counter(texts).most_common())
+    if all(map(DATE.fullmatch, texts)):
+        return Column(name, "date", different, len(values))
+    unique = len(different) >= MOST * len(texts) > 2
     if all(map(_is_number, texts)):
-        return Column(name, "number", different, len(values))
+        return Column(name, "id" if unique and called(name, IDENTIFIERS) else "number", different, len(values))
     for separator in SEPARATORS:
         pieces = [split_at(text, separator) for text in texts]
         labels = Counter(piece for row in pieces for piece in row)
@@ -117,8 +144,17 @@ def _column(name: str, cells: Sequence[Any]) -> Column:
             return Column(name, "labels", tuple(labels), len(values), separator)
     if _are_labels(name, different, len(texts)):
         return Column(name, "label", different, len(values))
-    identifiers = len(different) == len(texts) > 2 and all(re.fullmatch(r"[\w.-]*\d[\w.-]*", t, re.A) for t in texts)
-    return Column(name, "id" if identifiers else "text", different, len(values))
+    identifiers = unique and all(re.fullmatch(r"[\w.-]*\d[\w.-]*", text, re.A) for text in texts)
+    return Column(name, "id" if identifiers else "text", different, len(values), _separator_of(texts))
+
+
+def _separator_of(texts: Sequence[str]) -> str:
+    """Of texts that nearly all are several short ones, as people's answers to one question are; '' for others."""
+    for separator in SEPARATORS:
+        pieces = [split_at(text, separator) for text in texts]
+        if sum(len(row) > 1 and max(map(len, row)) <= SHORT for row in pieces) >= MOST * len(texts):
+            return separator
+    return ""
 
 
 def _medium_of(name: str, values: Sequence[Any]) -> Any:

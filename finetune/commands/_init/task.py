@@ -5,20 +5,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from finetune.commands._init.columns import LABEL_NAMES, Column, Kind
+from finetune.commands._init.columns import LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
 
 ANSWERS = (  # names of columns that hold answers, the surest first
     *("label", "labels", "class", "category", "标签", "类别", "分类"),
-    *("answer", "answers", "reply", "response", "答案", "回答", "回复"),
+    *("answer", "answers", "reply", "response", "antwort", "réponse", "respuesta", "答案", "回答", "回复"),
     *("caption", "captions", "description", "描述", "说明"),
     *("transcript", "transcription", "text", "sentence", "文本", "文字", "转写"),
     *("boxes", "bbox", "box", "score", "rating", "price", "评分", "分数", "得分", "价格", "json", "target", "output"),
 )
-QUESTIONS = {"question", "query", "prompt", "instruction", "问题", "提问", "指令"}
-REPLIES = {"answer", "answers", "reply", "response", "output", "target", "答案", "回答", "回复"}
+QUESTIONS = {
+    *("question", "questions", "query", "prompt", "instruction", "enquiry", "inquiry", "问题", "提问", "指令"),
+    *("frage", "fragen", "anfrage", "kundenfrage", "kundenanfrage", "demande", "requête", "pregunta", "consulta"),
+}
+REPLIES = {
+    *("answer", "answers", "reply", "response", "output", "target", "答案", "回答", "回复"),
+    *("antwort", "antworten", "réponse", "réponses", "respuesta", "respuestas"),
+}
+SUBJECTS = {  # words in the names of columns of labels
+    *(*LABEL_NAMES, "reason", "topic", "intent", "sentiment", "grund", "thema", "kategorie", "klasse", "motif"),
+    *("catégorie", "sujet", "categoría", "motivo", "tema", "tipo", "原因", "主题", "意图", "情感"),
+}
+STAFF = {"agent", "operator", "author", "employee", "mitarbeiter", "bearbeiter", "客服", "坐席", "员工", "作者"}
 GROUPS = {"patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"}
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
 FEWEST_GROUPS = 10  # of rows that are held out together
@@ -34,6 +45,8 @@ FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
     "transcribe": ("text", "label"),
     "vqa": ("texts", "labels", "text", "label"),
 }
+ASKING = ("answer", "vqa")  # read a question from the rows
+TEXTLESS = ("chat", "transcribe")  # put no column before the question
 STRICT = ("chat", "extract", "ground", "score")  # no other kinds can be read
 TASKS = tuple(FITTING)
 DEFAULT_MEDIA = {"transcribe": ("audio",)}  # of the tasks that ask about no pictures
@@ -42,7 +55,9 @@ NAMES = {"image": ("picture", "图片"), "audio": ("recording", "录音"), "vide
 
 @dataclass(frozen=True)
 class Task:
-    """A task as a recipe has it. `options`: without `prompt`. `unused`: columns that it doesn't read."""
+    """A task as a recipe has it. `options`: without `prompt`. `unused`: columns that it doesn't read. `alternatives`:
+    those of them that could be the answer, where nobody chose it.
+    """
 
     kind: str
     answer: Column
@@ -53,6 +68,7 @@ class Task:
     columns: dict[str, str] = field(default_factory=dict)
     group: str | None = None
     unused: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
 
     def written(self, prompt: str) -> Yaml:
         media: Yaml = {} if self.media == DEFAULT_MEDIA.get(self.kind, ("image",)) else {"media": [*self.media]}
@@ -60,42 +76,70 @@ class Task:
         return {"kind": self.kind, **media, **wording, **self.options}
 
 
-def answers_in(columns: Sequence[Column], kind: str | None) -> list[Column]:
-    """Columns that could be the answer, the likeliest first: those that fit the task of that kind, then by their names;
-    of unknown names the last.
+@dataclass(frozen=True)
+class Named:
+    """What the user has named. `kind`: the task, None: by the column's values; `text`: a column that is put before the
+    question, None: the longest text of rows without media; `question`: the column of it, None: by its name.
     """
-    fitting = FITTING.get(kind or "", BY_KIND)
 
-    asked = any(column.name.lower() in QUESTIONS for column in columns)
+    kind: str | None = None
+    text: str | None = None
+    question: str | None = None
+
+
+def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
+    """Columns that could be the answer, the likeliest first: those that fit the task of that kind, then by their names;
+    of unknown names the last, people behind. Neither dates nor ids, questions or other columns that are named.
+    """
+    fitting = FITTING.get(named.kind or "", BY_KIND)
+    asked = named.question is not None or any(map(_is_question, columns))
+    with_media = any(column.kind in MEDIA for column in columns)
 
     def order(column: Column) -> tuple[int, int, int, int]:
         constant = column.kind in ("label", "text", "number") and len(column.texts) < 2
         name = column.name.lower()
-        known = -1 if asked and name in REPLIES else ANSWERS.index(name) if name in ANSWERS else len(ANSWERS)
+        unknown = len(ANSWERS) + (0 if called(column.name, SUBJECTS) else 1 + called(column.name, STAFF | GROUPS))
+        known = ANSWERS.index(name) if name in ANSWERS else unknown
+        if called(column.name, REPLIES):
+            known = -1 if asked else min(known, ANSWERS.index("answer"))
+        elif column.kind == "text" and not with_media:
+            known = unknown  # a description or transcript alone is what is asked about
         unsure = (column.kind != "messages") + 2 * constant + 4 * (column.kind not in fitting)
         return unsure, known, BY_KIND.index(column.kind), -columns.index(column)
 
-    fit = [column for column in columns if column.kind in BY_KIND and column.name.lower() not in QUESTIONS]
+    taken = (named.text, named.question)
+    fit = [c for c in columns if c.kind in BY_KIND and c.name not in taken and not _is_question(c)]
     return sorted(fit, key=order)
 
 
-def task_for(columns: Sequence[Column], answer: Column, kind: str | None, text: str | None, language: str) -> Task:
-    """The task whose answers are in a column. `kind`: the task, None: by the column's values; `text`: a column that is
-    put before the question, None: the longest text of rows without media. Raises RecipeError.
-    """
+def _is_question(column: Column) -> bool:
+    """By its name, or a word of it where it holds text: a 'question type' is none."""
+    if column.name.lower() in QUESTIONS:
+        return column.kind != "empty"
+    return column.kind == "text" and called(column.name, QUESTIONS) and not called(column.name, REPLIES)
+
+
+def task_for(columns: Sequence[Column], answer: Column, named: Named, language: str) -> Task:
+    """The task whose answers are in a column. Raises RecipeError."""
+    kind = named.kind
     if kind is not None and kind not in TASKS:
         raise RecipeError(f"--task {kind}: finetune init writes recipes for {', '.join(TASKS)}; see docs/parts.md")
     if kind in STRICT and answer.kind not in FITTING[kind]:
         held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
         raise RecipeError(f"--task {kind}: {held}; name another with --answer")
     media = _media_of(columns, answer)
-    asked = next((c for c in columns if c.name.lower() in QUESTIONS and c.kind != "empty" and c is not answer), None)
-    kind = kind or _kind(answer, asked, tuple(media))
+    for option, name in {"--text": named.text, "--question": named.question}.items():
+        if name is not None and name == answer.name:
+            raise RecipeError(f"{option} {name}: that is the answer; name another column with --answer")
+        if name is not None and name not in {column.name for column in columns}:
+            raise RecipeError(f"{option} {name}: there is no such column; there are: {_names(columns)}")
+    subject = _question_of(columns, answer, named.question)
+    kind = kind or _kind(answer, subject, bool(named.question), tuple(media))
+    asked = subject if kind in ASKING else None
+    _refuse_unread(kind, named, asked)
     if kind == "transcribe":
         media = {name: column for name, column in media.items() if name in ("audio", "video")}
-    if text is not None and text not in {column.name for column in columns}:
-        raise RecipeError(f"--text {text}: there is no such column; there are: {_names(columns)}")
-    before = text or _text_before(columns, answer, asked, kind, bool(media)) or ""
+    before = named.text or _text_before(columns, answer, subject, kind, bool(media)) or ""
     options = _options(kind, answer, asked.name if asked else "", before)
     if not media and not before and not asked and kind != "chat":
         raise RecipeError(
@@ -104,7 +148,7 @@ def task_for(columns: Sequence[Column], answer: Column, kind: str | None, text: 
         )
     if kind == "transcribe" and not media:
         raise RecipeError(f"--task transcribe: no column holds recordings (columns: {_names(columns)})")
-    used = {answer.name, before, asked.name if asked and kind in ("answer", "vqa") else "", *media.values()}
+    used = {answer.name, before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
         answer,
@@ -116,6 +160,27 @@ def task_for(columns: Sequence[Column], answer: Column, kind: str | None, text: 
         _group(columns, answer),
         tuple(c.name for c in columns if c.name not in used and c.kind != "empty"),
     )
+
+
+def _question_of(columns: Sequence[Column], answer: Column, name: str | None) -> Column | None:
+    """The column of that name; else the first that is called so exactly, else with a word of its name."""
+    if name is not None:
+        return next(column for column in columns if column.name == name)
+    questions = [column for column in columns if _is_question(column) and column is not answer]
+    return min(questions, key=lambda column: column.name.lower() not in QUESTIONS, default=None)
+
+
+def _refuse_unread(kind: str, named: Named, asked: Column | None) -> None:
+    """Raises RecipeError for named columns that the task doesn't read, and for a question that it lacks."""
+    if named.text and kind in TEXTLESS:
+        raise RecipeError(f"--text {named.text}: the task {kind} reads no text; leave it out, or name another --task")
+    if named.question and not asked:
+        raise RecipeError(
+            f"--question {named.question}: the task {kind} reads no question from the rows; name --task "
+            f"{' or '.join(ASKING)}, or put the column before a question of your own with --text"
+        )
+    if kind == "vqa" and not asked:
+        raise RecipeError("--task vqa: no column is called question; name the column of it with --question COLUMN")
 
 
 def _media_of(columns: Sequence[Column], answer: Column) -> dict[str, str]:
@@ -135,33 +200,38 @@ def _media_of(columns: Sequence[Column], answer: Column) -> dict[str, str]:
     return media
 
 
-def _kind(answer: Column, asked: Column | None, media: tuple[str, ...]) -> str:
-    several = answer.kind in ("labels", "texts")
+def _kind(answer: Column, asked: Column | None, named: bool, media: tuple[str, ...]) -> str:
+    """`named`: whether the user named the column of the questions. Without media, labels that aren't called answers are
+    those of the questions themselves.
+    """
+    several = answer.kind in ("labels", "texts") or bool(answer.separator)
     if answer.kind in ("messages", "json") or (answer.kind == "boxes" and "image" in media):
         return {"messages": "chat", "json": "extract", "boxes": "ground"}[answer.kind]
-    if asked:
+    labels = answer.kind in ("label", "labels") and not called(answer.name, REPLIES)
+    if asked and (named or media or not labels):
         return "vqa" if several and "image" in media else "answer"
     if answer.kind == "number":
         return "classify" if answer.name.lower() in LABEL_NAMES or len(answer.texts) <= 2 else "score"
     if answer.kind in ("label", "labels"):
         return "classify"
-    if not media or answer.name.lower() in REPLIES:
+    if not media or called(answer.name, REPLIES):
         return "answer"
     return "transcribe" if media == ("audio",) else "caption"
 
 
 def _text_before(
-    columns: Sequence[Column], answer: Column, asked: Column | None, kind: str, with_media: bool
+    columns: Sequence[Column], answer: Column, subject: Column | None, kind: str, with_media: bool
 ) -> str | None:
     """The column that is put before the question. A row with media gets none but the phrase that boxes locate: other
-    columns may give the answer away.
+    columns may give the answer away. `subject`: the rows' question, which other tasks than those that ask it are about.
     """
-    texts = [c for c in columns if c.kind in ("text", "label") and c is not answer and c is not asked]
+    texts = [c for c in columns if c.kind in ("text", "label") and c is not answer]
     if kind == "ground":
         return texts[0].name if texts else None
-    if with_media or asked or not texts:
+    if with_media or kind in TEXTLESS or (subject and kind in ASKING):
         return None
-    return max(texts, key=lambda column: column.characters).name
+    longest = max(texts, key=lambda column: column.characters, default=None)
+    return chosen.name if (chosen := subject or longest) else None
 
 
 def _options(kind: str, answer: Column, asked: str, before: str) -> Yaml:
@@ -179,7 +249,7 @@ def _options(kind: str, answer: Column, asked: str, before: str) -> Yaml:
     if kind == "answer":
         return {**text, **({} if asked == "question" else {"question": asked}), **_unless("answer", answer.name)}
     if kind == "vqa":
-        separator = {} if answer.separator else {"separator": ""}
+        separator = {} if answer.separator == ";" else {"separator": answer.separator}
         question = {} if asked == "question" else {"question": asked}
         return {**text, **question, **_unless("answers", answer.name), **separator}
     if kind == "extract":
