@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from finetune.data.sample import Medium, Message
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BASE = FIXTURES / "base"
 SAVED = FIXTURES / "adapter"
@@ -27,11 +29,12 @@ def expected_responses() -> dict[str, Any]:
 
 def responses_of(assistant: Any, picture: Path) -> dict[str, Any]:
     """What must stay as it is: an answer, probabilities, logits of text, and projected rows."""
+    question = (Message("user", (Medium("image", picture), "What is this?")),)
     with torch.no_grad():
         logits = assistant.model(torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0, -1, :16]
         rows, _ = assistant.model.project("image", [torch.linspace(-1, 1, 256).view(1, 16, 16)])
     return {
-        "answer": assistant.answer("What is this?", image=picture, max_new_tokens=8),
+        "answer": assistant.answers([question], max_new_tokens=8)[0],
         "logits": logits.tolist(),
         "projected": rows[0, :16].tolist(),
         "probabilities": assistant.probabilities("What is this?", image=picture),
