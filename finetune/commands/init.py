@@ -134,15 +134,27 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force
         trained_head=trained_head,
         validates=any(file.split == "validation" for file in plan.found),
     )
-    write_text(plan.target, draft.text())
-    load_recipe(plan.target)
+    _write_checked(plan.target, draft.text())
     counts = _counts(plan.found, read, held_out)
     wrong = tuple(error for rows in read for error in rows.wrong)
     return Written(plan.target, (*_summary(plan, draft, sizes), counts), wrong)
 
 
+def _write_checked(path: Path, text: str) -> None:
+    """Raises RecipeError, and leaves what is there, if the text isn't a recipe that can be read."""
+    unchecked = path.with_name(f".{path.name}.unchecked")
+    write_text(unchecked, text)
+    try:
+        load_recipe(unchecked)
+        os.replace(unchecked, path)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace(str(unchecked), str(path))) from None
+    finally:
+        unchecked.unlink(missing_ok=True)
+
+
 def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
-    found = find(path)
+    found = find(path, choices.get("encoding"))
     by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
     rows = [row for of_file in by_file for row in of_file]
     if not by_file[0]:
@@ -184,7 +196,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
         language,
         card,
         hold_out,
-        choices.get("llm"),
+        _model(choices["llm"], "--llm") if choices.get("llm") else None,
         _encoders(choices.get("encoders") or (), task.media),
     )
 
@@ -270,8 +282,17 @@ def _encoders(names: Sequence[str], media: Sequence[str]) -> dict[str, str]:
         if medium not in media or not encoder:
             needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: these rows have no media"
             raise RecipeError(f"--encoder {name}: write {needed}")
-        encoders[medium] = encoder
+        encoders[medium] = _model(encoder, "--encoder")
     return encoders
+
+
+def _model(name: str, option: str) -> str:
+    """A Hub id, or a path that exists. Raises RecipeError for another path: by its form, or since its parent exists."""
+    first, *rest = Path(name).parts
+    local = name.startswith((".", "/", "~")) or len(rest) > 1 or (rest and Path(first).is_dir())
+    if local and not Path(name).expanduser().exists():
+        raise RecipeError(f"{option} {name}: no such file or folder; name a Hub id, or a folder of a model")
+    return name
 
 
 def _source_keys(plan: Plan, found: Found, place: MediaPlace) -> Yaml:

@@ -320,6 +320,36 @@ def test_labels_of_questions_are_classes_and_a_named_question_is_asked():
     assert task.kind == "answer" and task.options.question == "Body"
 
 
+def test_an_encoding_can_be_named():
+    rows = [[f"窗{n}", "好" if n % 2 else "大"] for n in range(4)]
+    path = table(Path("short.csv"), ["文字", "label"], rows, encoding="big5")
+    with pytest.raises(DataError, match="its encoding isn't clear; name it, such as --encoding gb18030"):
+        finetune.init(path)
+    assert written(path, encoding="big5").data[0].format.options.encoding == "big5"
+    with pytest.raises(RecipeError, match="--encoding big6: write one such as"):
+        finetune.init(path, encoding="big6")
+    with pytest.raises(RecipeError, match=r"--encoding big5: .*products\.xlsx is no CSV"):
+        finetune.init(sheet(), encoding="big5")
+
+
+@pytest.mark.parametrize("name", ["./gone", "shop/gone", "a/b/c"])
+def test_a_model_that_is_not_there_leaves_no_recipe(name):
+    path = with_labels()
+    with pytest.raises(RecipeError, match=f"^--llm {name}: no such file or folder"):
+        finetune.init(path, card="cpu", llm=name)
+    with pytest.raises(RecipeError, match=f"^--encoder {name}: no such file or folder"):
+        finetune.init(path, card="cpu", encoders=[name])
+    written(path, llm="org/not-here-but-on-the-hub")
+
+
+def test_a_recipe_that_is_not_valid_is_not_written(monkeypatch):
+    path = with_labels()
+    monkeypatch.setattr("finetune.commands.init.Draft.text", lambda draft: "name: x\nmodel: 3\n")
+    with pytest.raises(RecipeError, match=r"products\.yaml:2: model"):
+        finetune.init(path, card="cpu")
+    assert not [*Path().glob("*.yaml")] and not [*Path().glob(".*yaml*")]
+
+
 @pytest.mark.parametrize("file", ["notes.pdf", "photo.png", None])
 def test_a_folder_without_rows_says_what_was_looked_for(file):
     Path("stuff").mkdir()
