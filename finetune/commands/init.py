@@ -20,6 +20,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Source
 
 EXAMINED = 20_000  # rows by which columns are described
+TOO_FEW = 30  # rows, of which the test has so few that one answer moves the score by a sixth or more
 FEW = 500  # rows, of which a larger share is held out
 SEEDS = range(7, 27)
 GENERIC = {*SPLITS, "labels", "label", "data", "dataset", "metadata", "annotations", "rows", "table", "index"}
@@ -365,6 +366,8 @@ def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> l
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
     if task.kind == "classify":
         answer += f", {len(task.answer.texts)} labels: {_shown(task.answer.texts)}"
+        if task.answer.rare:
+            answer += f"; rare: {_shown([f'{label} ({count})' for label, count in task.answer.rare])}"
     lines.append(answer)
     if task.alternatives:
         others = _shown(task.alternatives)
@@ -391,4 +394,6 @@ def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int)
     counts["train"] -= held_out
     counts["test"] = counts.get("test", 0) + held_out
     hint = "" if counts["test"] else "; too few for a test: label more, or give --hold-out a larger share"
+    if sum(counts.values()) < TOO_FEW:
+        hint = f"; fewer than {TOO_FEW} are too few to train and score well: label more, a few hundred if you can"
     return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + hint

@@ -289,6 +289,7 @@ def support(**names: str) -> Path:
 def test_dates_ids_and_staff_are_no_answers_and_other_columns_are_named():
     done = cli("init", str(support()), "--yes", "--card", "cpu")
     assert "answer: 'Call Reason', label, 4 labels" in done.stdout, done.stdout + done.stderr
+    assert "; rare: N/A (1)\n" in done.stdout and "fewer than 30 are too few to train and score well" in done.stdout
     assert "other columns that could be the answer: Agent; --answer COLUMN" in done.stdout
     assert load_recipe("support.yaml").data[0].task.options.text == "Transcript"
     assert written(support(), answer="Agent", force=True).data[0].task.options.label == "Agent"
@@ -348,6 +349,31 @@ def test_a_recipe_that_is_not_valid_is_not_written(monkeypatch):
     with pytest.raises(RecipeError, match=r"products\.yaml:2: model"):
         finetune.init(path, card="cpu")
     assert not [*Path().glob("*.yaml")] and not [*Path().glob(".*yaml*")]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "prompt"),
+    [
+        ("我要退{}号货物", "Call Reason", "这属于哪一类？"),
+        ("我要退{}号货物", "来电原因", "来电原因是什么？"),
+        ("Send parcel {} back", "Call Reason", "Which Call Reason?"),
+        ("Send parcel {} back", "来电原因", "Which category does this belong to?"),
+        ("Schönes Päckchen Nummer {} zurück", "Grund", "Which category does this belong to?"),
+    ],
+)
+def test_a_prompt_is_in_one_language(text, column, prompt):
+    rows = [[text.format(n), LABELS[n % 3]] for n in range(40)]
+    done = cli("init", str(table(Path("calls.csv"), ["text", column], rows)), "--yes", "--card", "cpu")
+    assert "too few" not in done.stdout and "rare" not in done.stdout
+    assert load_recipe("calls.yaml").data[0].task.options.prompt == prompt
+
+
+def test_a_text_beside_a_recording_is_refused_and_what_is_not_used_is_listed():
+    rows = [[name, f"the fox {n}", f"p{n % 12}", "x"] for n, name in enumerate(recordings(Path("said")))]
+    path = table(Path("said/rows.csv"), ["audio", "text", "patient", "note"], rows)
+    with pytest.raises(RecipeError, match="--text note: the task transcribe reads no text"):
+        finetune.init(path, text="note")
+    assert "not used: note\n" in cli("init", str(path), "--yes", "--card", "cpu").stdout
 
 
 @pytest.mark.parametrize("file", ["notes.pdf", "photo.png", None])
