@@ -197,7 +197,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
         language,
         card,
         hold_out,
-        _model(choices["llm"], "--llm") if choices.get("llm") else None,
+        _model(llm, "--llm") if (llm := choices.get("llm")) else None,
         _encoders(choices.get("encoders") or (), task.media),
     )
 

@@ -496,6 +496,10 @@ def test_the_parts_are_those_of_the_recipes_for_the_same_cards():
         (["x1", "x2", "x3"], "id"),
         (["", None], "empty"),
         (["yes", "no"] * 9, "label"),
+        (["2024-01-03", "2024-1-4 10:30:00", "20240105"], "date"),
+        (["3.1.24", "14/02/2024", "2024年3月1日", "3. März 2024", "Jan 5, 2024"], "date"),
+        (["1.5", "2.5", "20"], "number"),
+        (["x1", "x2", "x3", "x4"] * 2 + [f"y{n}" for n in range(80)], "id"),
         ([f"sentence number {n} is long" for n in range(9)], "text"),
     ],
 )

@@ -16,8 +16,20 @@ from finetune.data.metrics.text import words
 from finetune.data.tasks._columns import split_at
 
 Kind = Literal[
-    *("image", "audio", "video", "messages", "json", "boxes", "texts"),
-    *("number", "label", "labels", "text", "id", "date", "empty"),
+    "image",
+    "audio",
+    "video",
+    "messages",
+    "json",
+    "boxes",
+    "texts",
+    "number",
+    "label",
+    "labels",
+    "text",
+    "id",
+    "date",
+    "empty",
 ]
 MEDIA = ("image", "audio", "video")
 SEPARATORS = (";", "|")  # of several labels in a cell; ; stands for its full-width form too
