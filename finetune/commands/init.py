@@ -20,6 +20,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Source
 
 EXAMINED = 20_000  # rows by which columns are described
+TOO_FEW = 30  # rows, of which the test has so few that one answer moves the score by a sixth or more
 FEW = 500  # rows, of which a larger share is held out
 SEEDS = range(7, 27)
 GENERIC = {*SPLITS, "labels", "label", "data", "dataset", "metadata", "annotations", "rows", "table", "index"}
@@ -134,15 +135,27 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force
         trained_head=trained_head,
         validates=any(file.split == "validation" for file in plan.found),
     )
-    write_text(plan.target, draft.text())
-    load_recipe(plan.target)
+    _write_checked(plan.target, draft.text())
     counts = _counts(plan.found, read, held_out)
     wrong = tuple(error for rows in read for error in rows.wrong)
     return Written(plan.target, (*_summary(plan, draft, sizes), counts), wrong)
 
 
+def _write_checked(path: Path, text: str) -> None:
+    """Raises RecipeError, and leaves what is there, if the text isn't a recipe that can be read."""
+    unchecked = path.with_name(f".{path.name}.unchecked")
+    write_text(unchecked, text)
+    try:
+        load_recipe(unchecked)
+        os.replace(unchecked, path)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace(str(unchecked), str(path))) from None
+    finally:
+        unchecked.unlink(missing_ok=True)
+
+
 def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
-    found = find(path)
+    found = find(path, choices.get("encoding"))
     by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
     rows = [row for of_file in by_file for row in of_file]
     if not by_file[0]:
@@ -184,7 +197,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
         language,
         card,
         hold_out,
-        choices.get("llm"),
+        _model(llm, "--llm") if (llm := choices.get("llm")) else None,
         _encoders(choices.get("encoders") or (), task.media),
     )
 
@@ -270,8 +283,17 @@ def _encoders(names: Sequence[str], media: Sequence[str]) -> dict[str, str]:
         if medium not in media or not encoder:
             needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: these rows have no media"
             raise RecipeError(f"--encoder {name}: write {needed}")
-        encoders[medium] = encoder
+        encoders[medium] = _model(encoder, "--encoder")
     return encoders
+
+
+def _model(name: str, option: str) -> str:
+    """A Hub id, or a path that exists. Raises RecipeError for another path: by its form, or since its parent exists."""
+    first, *rest = Path(name).parts
+    local = name.startswith((".", "/", "~")) or len(rest) > 1 or (rest and Path(first).is_dir())
+    if local and not Path(name).expanduser().exists():
+        raise RecipeError(f"{option} {name}: no such file or folder; name a Hub id, or a folder of a model")
+    return name
 
 
 def _source_keys(plan: Plan, found: Found, place: MediaPlace) -> Yaml:
@@ -344,6 +366,8 @@ def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> l
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
     if task.kind == "classify":
         answer += f", {len(task.answer.texts)} labels: {_shown(task.answer.texts)}"
+        if task.answer.rare:
+            answer += f"; rare: {_shown([f'{label} ({count})' for label, count in task.answer.rare])}"
     lines.append(answer)
     if task.alternatives:
         others = _shown(task.alternatives)
@@ -370,4 +394,6 @@ def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int)
     counts["train"] -= held_out
     counts["test"] = counts.get("test", 0) + held_out
     hint = "" if counts["test"] else "; too few for a test: label more, or give --hold-out a larger share"
+    if sum(counts.values()) < TOO_FEW:
+        hint = f"; fewer than {TOO_FEW} are too few to train and score well: label more, a few hundred if you can"
     return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + hint

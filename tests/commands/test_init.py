@@ -289,6 +289,7 @@ def support(**names: str) -> Path:
 def test_dates_ids_and_staff_are_no_answers_and_other_columns_are_named():
     done = cli("init", str(support()), "--yes", "--card", "cpu")
     assert "answer: 'Call Reason', label, 4 labels" in done.stdout, done.stdout + done.stderr
+    assert "; rare: N/A (1)\n" in done.stdout and "fewer than 30 are too few to train and score well" in done.stdout
     assert "other columns that could be the answer: Agent; --answer COLUMN" in done.stdout
     assert load_recipe("support.yaml").data[0].task.options.text == "Transcript"
     assert written(support(), answer="Agent", force=True).data[0].task.options.label == "Agent"
@@ -318,6 +319,61 @@ def test_labels_of_questions_are_classes_and_a_named_question_is_asked():
     path = table(Path("questions.csv"), ["Body", "Topic"], rows)
     task = written(path, question="Body", force=True).data[0].task
     assert task.kind == "answer" and task.options.question == "Body"
+
+
+def test_an_encoding_can_be_named():
+    rows = [[f"窗{n}", "好" if n % 2 else "大"] for n in range(4)]
+    path = table(Path("short.csv"), ["文字", "label"], rows, encoding="big5")
+    with pytest.raises(DataError, match="its encoding isn't clear; name it, such as --encoding gb18030"):
+        finetune.init(path)
+    assert written(path, encoding="big5").data[0].format.options.encoding == "big5"
+    with pytest.raises(RecipeError, match="--encoding big6: write one such as"):
+        finetune.init(path, encoding="big6")
+    with pytest.raises(RecipeError, match=r"--encoding big5: .*products\.xlsx is no CSV"):
+        finetune.init(sheet(), encoding="big5")
+
+
+@pytest.mark.parametrize("name", ["./gone", "shop/gone", "a/b/c"])
+def test_a_model_that_is_not_there_leaves_no_recipe(name):
+    path = with_labels()
+    with pytest.raises(RecipeError, match=f"^--llm {name}: no such file or folder"):
+        finetune.init(path, card="cpu", llm=name)
+    with pytest.raises(RecipeError, match=f"^--encoder {name}: no such file or folder"):
+        finetune.init(path, card="cpu", encoders=[name])
+    written(path, llm="org/not-here-but-on-the-hub")
+
+
+def test_a_recipe_that_is_not_valid_is_not_written(monkeypatch):
+    path = with_labels()
+    monkeypatch.setattr("finetune.commands.init.Draft.text", lambda draft: "name: x\nmodel: 3\n")
+    with pytest.raises(RecipeError, match=r"products\.yaml:2: model"):
+        finetune.init(path, card="cpu")
+    assert not [*Path().glob("*.yaml")] and not [*Path().glob(".*yaml*")]
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "prompt"),
+    [
+        ("我要退{}号货物", "Call Reason", "这属于哪一类？"),
+        ("我要退{}号货物", "来电原因", "来电原因是什么？"),
+        ("Send parcel {} back", "Call Reason", "Which Call Reason?"),
+        ("Send parcel {} back", "来电原因", "Which category does this belong to?"),
+        ("Schönes Päckchen Nummer {} zurück", "Grund", "Which category does this belong to?"),
+    ],
+)
+def test_a_prompt_is_in_one_language(text, column, prompt):
+    rows = [[text.format(n), LABELS[n % 3]] for n in range(40)]
+    done = cli("init", str(table(Path("calls.csv"), ["text", column], rows)), "--yes", "--card", "cpu")
+    assert "too few" not in done.stdout and "rare" not in done.stdout
+    assert load_recipe("calls.yaml").data[0].task.options.prompt == prompt
+
+
+def test_a_text_beside_a_recording_is_refused_and_what_is_not_used_is_listed():
+    rows = [[name, f"the fox {n}", f"p{n % 12}", "x"] for n, name in enumerate(recordings(Path("said")))]
+    path = table(Path("said/rows.csv"), ["audio", "text", "patient", "note"], rows)
+    with pytest.raises(RecipeError, match="--text note: the task transcribe reads no text"):
+        finetune.init(path, text="note")
+    assert "not used: note\n" in cli("init", str(path), "--yes", "--card", "cpu").stdout
 
 
 @pytest.mark.parametrize("file", ["notes.pdf", "photo.png", None])
@@ -440,6 +496,10 @@ def test_the_parts_are_those_of_the_recipes_for_the_same_cards():
         (["x1", "x2", "x3"], "id"),
         (["", None], "empty"),
         (["yes", "no"] * 9, "label"),
+        (["2024-01-03", "2024-1-4 10:30:00", "20240105"], "date"),
+        (["3.1.24", "14/02/2024", "2024年3月1日", "3. März 2024", "Jan 5, 2024"], "date"),
+        (["1.5", "2.5", "20"], "number"),
+        (["x1", "x2", "x3", "x4"] * 2 + [f"y{n}" for n in range(80)], "id"),
         ([f"sentence number {n} is long" for n in range(9)], "text"),
     ],
 )

@@ -16,12 +16,25 @@ from finetune.data.metrics.text import words
 from finetune.data.tasks._columns import split_at
 
 Kind = Literal[
-    *("image", "audio", "video", "messages", "json", "boxes", "texts"),
-    *("number", "label", "labels", "text", "id", "date", "empty"),
+    "image",
+    "audio",
+    "video",
+    "messages",
+    "json",
+    "boxes",
+    "texts",
+    "number",
+    "label",
+    "labels",
+    "text",
+    "id",
+    "date",
+    "empty",
 ]
 MEDIA = ("image", "audio", "video")
 SEPARATORS = (";", "|")  # of several labels in a cell; ; stands for its full-width form too
 SHORT = 60  # characters of a label, at most
+RARE = 2  # rows of a label, of which hardly any is left to learn from or to score
 MOST_LABELS = 200
 MOST = 0.9  # share of the values that decides
 HAN = re.compile("[\u3400-\u9fff]")
@@ -61,7 +74,8 @@ FOUR_NUMBERS = re.compile(r"\s*-?[\d.]+(?:\s*[,\s]\s*-?[\d.]+){3}\s*")
 
 @dataclass(frozen=True)
 class Column:
-    """`texts`: its different values, most frequent first; of `labels` the single labels. `filled`: rows with a value.
+    """`texts`: its different values, most frequent first; of `labels` the single labels. `rare`: of labels and numbers
+    those that occur once or twice, rarest first, each with its count. `filled`: rows with a value.
     `separator`: of several labels or short texts in a cell. `media`: kinds of media in conversations, and the kind of a
     column of media.
     """
@@ -72,6 +86,7 @@ class Column:
     filled: int
     separator: str = ""
     media: tuple[str, ...] = ()
+    rare: tuple[tuple[str, int], ...] = ()
 
     @property
     def characters(self) -> float:
@@ -131,21 +146,27 @@ def _column(name: str, cells: Sequence[Any]) -> Column:
     if all(isinstance(value, list) for value in parsed):
         return _texts(name, [[str(item) for item in value] for value in parsed])
     texts = [json.dumps(value) if isinstance(value, bool) else str(value).strip() for value in values]
-    different = tuple(text for text, _ in Counter(texts).most_common())
+    counts = Counter(texts)
+    different = tuple(text for text, _ in counts.most_common())
     if all(map(DATE.fullmatch, texts)):
         return Column(name, "date", different, len(values))
     unique = len(different) >= MOST * len(texts) > 2
     if all(map(_is_number, texts)):
-        return Column(name, "id" if unique and called(name, IDENTIFIERS) else "number", different, len(values))
+        kind: Kind = "id" if unique and called(name, IDENTIFIERS) else "number"
+        return Column(name, kind, different, len(values), rare=_rare(counts))
     for separator in SEPARATORS:
         pieces = [split_at(text, separator) for text in texts]
         labels = Counter(piece for row in pieces for piece in row)
         if sum(len(row) > 1 for row in pieces) >= len(texts) / 10 and _are_labels(name, labels, len(texts)):
-            return Column(name, "labels", tuple(labels), len(values), separator)
+            return Column(name, "labels", tuple(labels), len(values), separator, rare=_rare(labels))
     if _are_labels(name, different, len(texts)):
-        return Column(name, "label", different, len(values))
+        return Column(name, "label", different, len(values), rare=_rare(counts))
     identifiers = unique and all(re.fullmatch(r"[\w.-]*\d[\w.-]*", text, re.A) for text in texts)
     return Column(name, "id" if identifiers else "text", different, len(values), _separator_of(texts))
+
+
+def _rare(counts: Counter[str]) -> tuple[tuple[str, int], ...]:
+    return tuple((text, count) for text, count in reversed(counts.most_common()) if count <= RARE)
 
 
 def _separator_of(texts: Sequence[str]) -> str:
@@ -195,7 +216,7 @@ def _texts(name: str, lists: Sequence[Sequence[str]]) -> Column:
     """A column of lists: of labels if there are few different ones, else of texts."""
     counts = Counter(text for texts in lists for text in texts)
     kind: Kind = "labels" if _are_labels(name, counts, len(lists)) else "texts"
-    return Column(name, kind, tuple(text for text, _ in counts.most_common()), len(lists), ";")
+    return Column(name, kind, tuple(text for text, _ in counts.most_common()), len(lists), ";", rare=_rare(counts))
 
 
 def _are_labels(name: str, different: Iterable[str], rows: int) -> bool:

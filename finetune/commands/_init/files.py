@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, RecipeError
 from finetune.common.registry import load_part, part_names
 from finetune.data.check.lenient import encoding_of
 from finetune.data.formats import _media
@@ -38,21 +38,24 @@ class Found:
         return RowFile(path=self.path.absolute(), format=self.format)
 
 
-def find(path: Path) -> tuple[Found, ...]:
-    """What there is to train on, training rows first. Raises DataError, with what was looked for, if there is none."""
+def find(path: Path, encoding: str | None = None) -> tuple[Found, ...]:
+    """What there is to train on, training rows first. `encoding`: of CSV and TSV files, None: it is detected. Raises
+    DataError, with what was looked for, if there is none; RecipeError for an encoding that can't be taken.
+    """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; name the file or folder of your rows")
     if _formats(path):
-        return (_found(path, "train"),)
+        return (_found(path, "train", encoding),)
     if not path.is_dir():
         raise DataError(f"{path}: no format recognises it. Looked for: {LOOKED_FOR}")
     inside = [file for file in sorted(path.iterdir()) if not _media.is_hidden(file.name) and _formats(file)]
     by_split = {SPLITS[file.stem.lower()]: file for file in inside if file.stem.lower() in SPLITS}
     if "train" in by_split:
-        return tuple(_found(by_split[split], split) for split in ("train", "validation", "test") if split in by_split)
+        splits = [split for split in ("train", "validation", "test") if split in by_split]
+        return tuple(_found(by_split[split], split, encoding) for split in splits)
     files = [file for file in inside if file.is_file()] or inside
     if len(files) == 1:
-        return (_found(files[0], "train"),)
+        return (_found(files[0], "train", encoding),)
     if files:
         names = ", ".join(file.name for file in files[:SHOWN])
         raise DataError(
@@ -67,23 +70,38 @@ def _formats(path: Path) -> list[str]:
     return [kind for kind in kinds if load_part(FormatPart.folder, kind).detects(path)]
 
 
-def _found(path: Path, split: str) -> Found:
+def _found(path: Path, split: str, encoding: str | None) -> Found:
     """With the options that reading the file needs: its encoding, its delimiter, suffixes to ignore."""
     formats = _formats(path)
     if len(formats) > 1:
         raise DataError(f"{path}: could be {' or '.join(formats)}; name a file or folder in it")
     kind, suffix = formats[0], path.suffix.lower()
     if kind == "table" and suffix in (".csv", ".tsv"):
-        encoding = encoding_of(path)
-        options = {} if encoding in ("utf-8-sig", "utf-16") else {"encoding": encoding}
-        with path.open(encoding=encoding, errors="replace", newline="") as file:
-            header = file.readline()
+        detected = encoding or _detected(path)
+        named = encoding or detected not in ("utf-8-sig", "utf-16")
+        options = {"encoding": detected} if named else {}
+        try:
+            with path.open(encoding=detected, errors="replace", newline="") as file:
+                header = file.readline()
+        except LookupError:
+            raise RecipeError(f"--encoding {encoding}: write one such as gb18030, big5, shift_jis or cp1252") from None
         if suffix == ".csv" and ";" in header and "," not in header:
             options["delimiter"] = ";"
         return Found(path, split, FormatPart.of(kind, **options), " and ".join(options))
+    if encoding:
+        raise RecipeError(f"--encoding {encoding}: {path} is no CSV or TSV file; leave it out")
     if kind == "folders" and (ignore := _other_suffixes(path)):
         return Found(path, split, FormatPart.of(kind, ignore=ignore), f"{', '.join(ignore)} files are left out")
     return Found(path, split, FormatPart.of(kind))
+
+
+def _detected(path: Path) -> str:
+    try:
+        return encoding_of(path)
+    except DataError:
+        raise DataError(
+            f"{path}: not UTF-8, and its encoding isn't clear; name it, such as --encoding gb18030, or save it as UTF-8"
+        ) from None
 
 
 def _other_suffixes(path: Path) -> tuple[str, ...]:

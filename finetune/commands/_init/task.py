@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from finetune.commands._init.columns import LABEL_NAMES, MEDIA, Column, Kind, called
+from finetune.commands._init.columns import HAN, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
@@ -153,7 +153,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         kind,
         answer,
         tuple(media),
-        _prompt(kind, answer.name, tuple(media), bool(asked), language == "zh"),
+        _prompt(kind, answer.name, tuple(media), bool(asked), language),
         options,
         _head(kind, answer),
         {name: column for name, column in media.items() if name != column},
@@ -294,19 +294,28 @@ def _group(columns: Sequence[Column], answer: Column) -> str | None:
     return None
 
 
-def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, chinese: bool) -> str:
+def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, language: str) -> str:
+    """In Chinese for Chinese rows, else in English. The name of the answers' column is in it only where it is in the
+    rows' language.
+    """
+    chinese = language == "zh"
+    named = language in ("en", "zh") and bool(HAN.search(answer)) == chinese
+    which, number, text = (f"Which {answer}?", f"{answer}是什么？"), (answer, answer), (answer, answer)
+    if not named:
+        which = ("Which category does this belong to?", "这属于哪一类？")
+        number, text = ("number", "数值"), ("answer", "答案")
     medium = NAMES[media[0]][chinese] if media else ("text", "文字")[chinese]
     wordings = {
         "classify": ("What is this?", "这是什么？"),
         "caption": (f"Describe the {medium}.", f"描述这{'段' if media != ('image',) else '张'}{medium}。"),
         "transcribe": ("Transcribe.", "写下录音的内容。"),
-        "score": (f"Estimate the {answer}.", f"估计{answer}。"),
+        "score": (f"Estimate the {number[0]}.", f"估计{number[1]}。"),
         "ground": ("Where is it? [x1, y1, x2, y2], 0 to 1000", "它在哪里？[x1, y1, x2, y2]，0 到 1000"),
         "extract": ("Fill this in as JSON.", "填写这个 JSON。"),
-        "answer": ("" if asked else f"Write the {answer}.", "" if asked else f"写出{answer}。"),
+        "answer": ("", "") if asked else (f"Write the {text[0]}.", f"写出{text[1]}。"),
     }
     if kind == "classify" and answer.lower() not in LABEL_NAMES:
-        wordings["classify"] = (f"Which {answer}?", f"{answer}是什么？")
+        wordings["classify"] = which
     return wordings.get(kind, ("", ""))[chinese]
 
 

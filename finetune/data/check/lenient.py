@@ -19,6 +19,13 @@ from finetune.recipe.schema import Limits, RowFile
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SAMPLE_BYTES = 1 << 18  # of lines that aren't UTF-8, to detect their encoding by
 COHERENT = 0.2  # of 1: share of letters that are frequent in a language, from which a detected encoding is believed
+COMMON_HAN = {  # encoding -> a codec, and the first bytes by which it sorts the commonest thousands of characters
+    **dict.fromkeys(("gb18030", "gbk", "gb2312"), ("gb2312", range(0xB0, 0xD8))),
+    "big5": ("big5", range(0xA4, 0xC7)),
+}
+FEWEST_HAN = 20  # characters by which Chinese is told from chance
+MOSTLY = 0.9  # share of the letters beyond ASCII that are common Chinese characters
+MESSIER = 0.1  # by which charset-normalizer's next candidate is at least worse
 LONGEST = 1_000  # lines of one quoted field; beyond them its closing quote is taken to be missing
 
 Report = Callable[[int, str, str], None]  # number of the line (0: the file), what is wrong with it, the line itself
@@ -63,7 +70,8 @@ def lenient_rows(source: RowFile, report: Report, max_bytes: int = Limits().max_
 
 def encoding_of(path: Path) -> str:
     """UTF-16 by its mark; UTF-8 where at least half of the lines beyond ASCII are; else what charset-normalizer detects
-    clearly: text of a language, and of no other encoding as well. Raises DataError where nothing is clear.
+    clearly: text of a language, and of no other encoding as well, or common Chinese characters, whose short texts show
+    no language. Raises DataError where nothing is clear.
     """
     from charset_normalizer import from_bytes
 
@@ -83,6 +91,9 @@ def encoding_of(path: Path) -> str:
     if foreign_lines <= utf8_lines:
         return "utf-8-sig"
     best, *others = from_bytes(bytes(foreign)) or (None,)
+    alone = best and all(other.chaos >= best.chaos + MESSIER for other in others)
+    if best and alone and _is_common_chinese(bytes(foreign), best.encoding):
+        return best.encoding
     if best and best.coherence >= COHERENT:
         rivals = [other for other in others if other.chaos <= best.chaos and other.coherence >= best.coherence]
         if not rivals:
@@ -91,6 +102,17 @@ def encoding_of(path: Path) -> str:
         f"{path}: not UTF-8, and its encoding isn't clear; save it as UTF-8, or name the encoding of a table: "
         "`format: {kind: table, encoding: gb18030}`"
     )
+
+
+def _is_common_chinese(content: bytes, encoding: str) -> bool:
+    codec, common = COMMON_HAN.get(encoding, ("", range(0)))
+    try:
+        letters = [c for c in content.decode(encoding) if c.isalpha() and not c.isascii()] if codec else []
+    except UnicodeDecodeError:
+        return False
+    # What the codec lacks becomes '?', which is in neither range.
+    count = sum(letter.encode(codec, errors="replace")[0] in common for letter in letters)
+    return count >= max(FEWEST_HAN, MOSTLY * len(letters))
 
 
 def _rest_of_lines(source: RowFile, copy: Path, last: int, encoding: str, report: Report) -> Iterator[Row]:

@@ -75,6 +75,14 @@ PAGE = "我家门口有一个小公园，每天早上都有很多人在那里散
     ("encoding", "text"),
     [
         ("gb18030", "图片,标签\n" + "".join(f"{PAGE}{n},猫\n" for n in range(20))),
+        (
+            "gb18030",
+            "编号,问题,类别\n" + "".join(f"{n},电池无法充电怎么办,售后\n{n},发票抬头写错,财务\n" for n in range(9)),
+        ),
+        (
+            "big5",
+            "編號,問題,類別\n" + "".join(f"{n},電池無法充電怎麼辦,售後\n{n},發票抬頭寫錯,財務\n" for n in range(9)),
+        ),
         ("cp1251", "image,label\nпривет мир как дела,красный\nсегодня хорошая погода,синий\n"),
         ("utf-16", "image,label\n一只猫,猫\n"),
         ("utf-8-sig", "image,label\n一只猫,猫\n"),
@@ -95,7 +103,13 @@ def test_a_damaged_line_of_utf_8_stays_utf_8(tmp_path):
 
 @pytest.mark.parametrize(
     ("encoding", "text"),
-    [("cp1252", "image,label\na.png,château\n"), ("gb18030", "image,label\na.png,窗边\n"), ("shift_jis", "画像,猫\n")],
+    [
+        ("cp1252", "image,label\na.png,château\n"),
+        ("gb18030", "image,label\na.png,窗边\n"),
+        ("shift_jis", "画像,猫\n"),
+        ("euc_kr", "".join(f"{n},환불,배송\n" for n in range(20))),
+        ("euc_jp", "".join(f"{n},修理,配送,返金\n" for n in range(20))),
+    ],
 )
 def test_an_unclear_encoding_is_not_guessed(tmp_path, encoding, text):
     path = tmp_path / "rows.csv"
