@@ -92,7 +92,7 @@ def predict(
     known = _source(RunFolder(run), name)
 
     def source_of(path: Path) -> RowFile:
-        return file_like(known, path, columns, options.media_folder, options.encoding)
+        return file_like(known or RowFile(path=path), path, columns, options.media_folder, options.encoding)
 
     rows, left_out = read_inputs(paths, kinds, source_of)
     if trained_for is not None:
@@ -233,8 +233,10 @@ def _reason(one: Input, error: DataError) -> str:
     if not one.columns:
         return f"a file of {next(iter(one.row.columns))}, but the task reads {error.column!r}: name a table of rows"
     ours = error.column
+    named = one.row.names.get(ours, ours)
+    missing = f"no column {named!r}" + (f", which would be the task's {ours!r}" if named != ours else "")
     which = option(f"--columns {ours}=NAME", f"columns={{{ours!r}: 'NAME'}}")
-    return f"no column {ours!r} (columns: {', '.join(map(repr, one.row.columns))[:300]}); say which it is with {which}"
+    return f"{missing} (columns: {', '.join(map(repr, one.row.columns))[:300]}); say which it is with {which}"
 
 
 def refuse_hopeless(rows: Sequence[Input], task: TaskPart, prompt: str | None) -> None:

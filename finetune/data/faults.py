@@ -16,10 +16,10 @@ SHOWN = 20  # faults listed at once
 
 
 class Faults:
-    """The faults of one source."""
+    """The faults of one source. `key`: its key in the recipe, where its file alone doesn't tell which it is."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, key: str = "") -> None:
+        self.source, self.key = source, key
         self.texts: list[str] = []
         self._missing: dict[tuple[str, ...], list[Row]] = defaultdict(list)
 
@@ -44,7 +44,8 @@ class Faults:
 
     def lines(self, rows: int) -> list[str]:
         """A line per fault. `rows`: how many rows the source has."""
-        return [self._missing_line(columns, own, rows) for columns, own in self._missing.items()] + self.texts
+        lines = [self._missing_line(columns, own, rows) for columns, own in self._missing.items()] + self.texts
+        return [f"{self.key}: {line}" for line in lines] if self.key else lines
 
     def _missing_line(self, columns: tuple[str, ...], rows: Sequence[Row], total: int) -> str:
         names = " or ".join(map(repr, columns))
@@ -60,15 +61,27 @@ class Faults:
         turned = {theirs: ours for ours, theirs in self.source.columns.items() if theirs in columns and ours in have}
         if turned:
             return f"`columns` is the wrong way round, write {_mapping(turned)}"
+        named = {ours: theirs for ours, theirs in self.source.columns.items() if ours in columns}
+        unnamed = [column for column in columns if column not in named]
+        cures = [_unfound(ours, theirs, have) for ours, theirs in named.items()]
+        return "; ".join([*cures, *([self._naming(unnamed, have)] if unnamed else [])])
+
+    def _naming(self, columns: Sequence[str], have: Sequence[str]) -> str:
         options: dict[str, Any] = self.source.task.options.model_dump()
         free = [name for name in have if name not in self.source.columns]
         likely = {column: near for column in columns if (near := nearest(column, free))}
         mapping = {column: likely.get(column, "...") for column in columns}
         cure = f"say which {'they are' if len(columns) > 1 else 'it is'} with {_mapping(mapping)}"
-        named = [key for key in ("answer",) if options.get(key) in columns and self.source.task.kind == "extract"]
-        if named:
+        own = [key for key in ("answer",) if options.get(key) in columns and self.source.task.kind == "extract"]
+        if own:
             cure += f", or name the column of the JSON object in the task: `answer: {likely.get(columns[0], 'COLUMN')}`"
         return cure
+
+
+def _unfound(ours: str, theirs: str, have: Sequence[str]) -> str:
+    near = nearest(theirs, have)
+    there = f"the file has {near!r}: did you mean that?" if near else "the file has no such column"
+    return f"columns.{ours} names {theirs!r}; {there}"
 
 
 def _mapping(columns: dict[str, str]) -> str:

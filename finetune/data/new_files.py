@@ -4,6 +4,7 @@ they have.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from finetune.common.errors import DataError, RecipeError, option
 from finetune.data.check.lenient import DELIMITERS, encoding_of
@@ -12,20 +13,20 @@ from finetune.data.read import detected
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
+FileT = TypeVar("FileT", bound=RowFile)
 CANDIDATES = (",", ";", "\t")
 
 
 def file_like(
-    known: RowFile | None,
+    known: FileT,
     path: Path,
     columns: Mapping[str, str] | None = None,
     media_folder: Path | None = None,
     encoding: str | None = None,
-) -> RowFile:
+) -> FileT:
     """`path`, read as the source `known` is; `columns` replace its own, `encoding` that of its format. Raises
     RecipeError, DataError.
     """
-    known = known or RowFile(path=path)
     part = known.format if known.format and path.suffix == known.path.suffix else detected(path)
     changes = {
         "path": path,

@@ -44,9 +44,9 @@ def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tu
     return samples
 
 
-def _usable_rows(source: Source, max_bytes: int) -> tuple[list[tuple[Sample, str]], Faults]:
+def _usable_rows(source: Source, max_bytes: int, key: str = "") -> tuple[list[tuple[Sample, str]], Faults]:
     samples: list[tuple[Sample, str]] = []
-    faults = Faults(source)
+    faults = Faults(source, key)
     for row in lenient_rows(source, faults.unreadable, max_bytes):
         try:
             samples.append((source.task.sample(row), group_of(row, source)))
@@ -80,8 +80,9 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     samples: list[Sample] = []
     keys: list[list[str]] = []
     wrong: list[tuple[Faults, int]] = []
+    files = Counter(source.path for source in sources)
     for number, (source, name) in enumerate(zip(sources, task_names(sources), strict=True)):
-        usable, faults = _usable_rows(source, max_bytes)
+        usable, faults = _usable_rows(source, max_bytes, f"data.{number}" if files[source.path] > 1 else "")
         if faults.count:
             wrong.append((faults, len(usable)))
         for sample, group in usable if not wrong else ():
