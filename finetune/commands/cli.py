@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.common.errors import FinetuneError, Interrupted, RecipeError, options_as_flags
-from finetune.common.registry import FOLDERS, load_part, part_names
+from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
 from finetune.training.plan.cards import CARDS, DEFAULT
@@ -481,9 +481,11 @@ def schema(
 
             options = settings.ServerOptions
         elif folder not in FOLDERS:
+            near = nearest(part, [f"{one}.{name}" for one in FOLDERS for name in part_names(one)])
+            advice = f"did you mean {near!r}? Otherwise write" if near else "write"
             raise RecipeError(
-                f"{part}: write 'serve', a section of recipes as 'merge', or one of {', '.join(FOLDERS)}, a "
-                "dot, and a part"
+                f"{part}: {advice} 'serve', a section of recipes as 'merge', or one of {', '.join(FOLDERS)}, a dot, "
+                "and a part"
             )
         else:
             options = load_part(folder, name).Options
