@@ -71,6 +71,9 @@ def test_what_can_not_be_meant_is_refused_before_the_model_is_loaded(run, finish
         finetune.evaluate(run, rows, task="mark", out=run)
     with pytest.raises(DataError, match="8 of 8 rows can't be used"):
         finetune.evaluate(run, rows, task="mark", columns={"mark": "text"})
+    other = renamed_copy(rows, tmp_path / "other.csv", image="images")
+    done = cli("evaluate", run, "--data", other, "--task", "mark", "--media-folder", rows.parent)
+    assert done.returncode == 2 and done.stderr.strip().endswith("say which it is with --columns image=images")
     done = cli("evaluate", run, "--task", "mark")
     assert done.returncode == 2 and "name them with --data" in done.stderr
     assert not (run / "evaluations").exists()
