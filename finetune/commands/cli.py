@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.common.errors import FinetuneError, Interrupted, RecipeError, options_as_flags
-from finetune.common.registry import FOLDERS, load_part, part_names
+from finetune.common.registry import FOLDERS, load_part, nearest, part_names
+from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
 from finetune.training.plan.cards import CARDS, DEFAULT
 
@@ -51,6 +52,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run tha
 Columns = Annotated[
     list[str] | None,
     typer.Option(metavar="OURS=THEIRS", help="The task's column and the file's, as image=photo; may be repeated."),
+]
+Encoding = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of tables, as gb18030; default: the recipe's, or detected.")
 ]
 MediaFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Of the media that rows name; default: the folder of the rows.")
@@ -182,6 +186,7 @@ def train(
 
     loaded = load_recipe(recipe, set_ or [])  # so that a mistake is reported before torch is imported
     refuse_missing_trackers(loaded)
+    RunFolder(run or Path("runs") / loaded.name).refuse_taken(resume, overwrite)
     from finetune.training.train import train
 
     with how_to_go_on("train", recipe, set_ or []):
@@ -197,18 +202,22 @@ def evaluate(
     task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks they are for.")] = None,
     columns: Columns = None,
     media_folder: MediaFolder = None,
+    encoding: Encoding = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Of their scores; default: RUN/evaluations/NAME of the file.")
     ] = None,
 ) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
-    if data is None and (task or columns or media_folder or out):
-        raise RecipeError("--task, --columns, --media-folder and --out are about other rows: name them with --data")
+    if data is None and (task or columns or media_folder or encoding or out):
+        raise RecipeError(
+            "--task, --columns, --media-folder, --encoding and --out are about other rows: name them with --data"
+        )
     renamed = columns_of(columns or []) or None
+    RunFolder.open(run, needs="adapter")  # so that a mistake is reported before torch is imported
     from finetune.commands.tables import print_scores
     from finetune.evaluation.evaluate import evaluate
 
-    result = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, out=out)
+    result = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, encoding=encoding, out=out)
     print_scores(result)
     if count := result.metrics.data.trained_on:
         print(f"{count:,} of these rows are also training rows: scores on them say little about new ones")
@@ -230,6 +239,7 @@ def report(
 @app.command()
 def merge(run: Run) -> None:
     """Merge the adapter into the LLM, compare it with what was trained, and write RUN/merged with a certificate."""
+    RunFolder.open(run, needs="adapter")
     from finetune.merging.merge import merge
 
     merge(run)
@@ -247,6 +257,9 @@ def export(
     verify: Annotated[bool, typer.Option(help="Load it in the target, in a clean process, and compare tokens.")] = True,
 ) -> None:
     """Write the merged model as another engine loads it, and compare what that engine answers with ours."""
+    from finetune.export._target import read_target
+
+    read_target(source, to, out, option or [])  # so that a mistake is reported before torch is imported
     from finetune.commands.tables import print_export
     from finetune.export._run import export_run
 
@@ -332,9 +345,15 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 256,
 ) -> None:
     """Ask a trained model."""
-    from finetune.commands.chat import chat
+    from finetune.commands._asking import refuse_unknown_task
+    from finetune.model.trained_for import bindings_at, refuse_missing
 
     weigh = strength_of(strength or [])
+    refuse_missing(folder)  # so that a mistake is reported before torch is imported
+    if bindings := bindings_at(folder):
+        refuse_unknown_task(bindings, task)
+    from finetune.commands.chat import chat
+
     answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)
     if prompt is not None:
         print(answer)
@@ -356,17 +375,19 @@ def predict(
     prompt: Annotated[str | None, typer.Option(help="In place of the task's question.")] = None,
     columns: Columns = None,
     media_folder: MediaFolder = None,
+    encoding: Encoding = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows asked at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the file is there.")] = False,
 ) -> None:
     """Answer new files or rows with a trained model. Exit status 1 where some have no answer."""
     from finetune.commands.predict import PredictOptions, predict
+
+    options = PredictOptions(batch, max_new_tokens, media_folder, overwrite, encoding)
+    renamed = columns_of(columns or []) or None
+    result = predict(run, inputs, out, task=task, prompt=prompt, columns=renamed, options=options)
     from finetune.commands.tables import print_predictions
 
-    options = PredictOptions(batch, max_new_tokens, media_folder, overwrite)
-    renamed = columns_of(columns or [])
-    result = predict(run, inputs, out, task=task, prompt=prompt, columns=renamed, options=options)
     print_predictions(result)
     if result.errors:
         raise typer.Exit(1)
@@ -466,9 +487,11 @@ def schema(
 
             options = settings.ServerOptions
         elif folder not in FOLDERS:
+            near = nearest(part, [f"{one}.{name}" for one in FOLDERS for name in part_names(one)])
+            advice = f"did you mean {near!r}? Otherwise write" if near else "write"
             raise RecipeError(
-                f"{part}: write 'serve', a section of recipes as 'merge', or one of {', '.join(FOLDERS)}, a "
-                "dot, and a part"
+                f"{part}: {advice} 'serve', a section of recipes as 'merge', or one of {', '.join(FOLDERS)}, a dot, "
+                "and a part"
             )
         else:
             options = load_part(folder, name).Options

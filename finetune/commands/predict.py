@@ -3,16 +3,25 @@
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from finetune.commands._answers_file import AnswersFile, PredictedRow, refuse_other_suffixes
 from finetune.commands._asking import ask, task_of
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import DataError, MissingColumn, RecipeError, option
+from finetune.common.run_folder import RunFolder
+from finetune.data.new_files import file_like
 from finetune.data.questions import Input, question_about_media, question_of, read_inputs
 from finetune.data.sample import Answer, Medium, Message
+from finetune.model.trained_for import bindings_at, refuse_missing
+from finetune.recipe.load import Recipe
 from finetune.recipe.parts import TaskPart
+from finetune.recipe.schema import RowFile, Source, task_names
+from finetune.recipe.yaml_reader import read_text, read_yaml
 
 if TYPE_CHECKING:
     from finetune.model.assistant import Assistant
@@ -61,7 +70,8 @@ def predict(
 
     `inputs`: media files, folders of them, or files of rows, with the columns that the task names and no answers.
     `task`: the name of one of several tasks that the model was trained for. `prompt`: in place of the task's question.
-    `columns`: the task's column -> the file's column. Rows that can't be answered are passed over, with their reason.
+    `columns`: the task's column -> the file's column, by default as in the run's recipe. Rows that can't be
+    answered are passed over, with their reason, unless it is the same for all.
     Raises RecipeError, DataError for inputs that can't be read at all and for an `out` that is finished or another
     file; ArtifactError, ModelError for the model.
     """
@@ -72,15 +82,22 @@ def predict(
             raise RecipeError(f"{path}: no such file or folder")
     if out is not None:
         refuse_other_suffixes(Path(out))
-    from finetune.common.progress import quiet_libraries
-    from finetune.model.load import load
+    refuse_missing(run)
+    assistant, bindings = None, bindings_at(run)
+    if not bindings:  # only the loaded model tells what it takes
+        assistant = _loaded(run)
+        bindings = assistant.model.bindings
+    name, trained_for = task_of(bindings, task)
+    kinds = trained_for.media if trained_for else tuple(assistant.encoders if assistant else ())
+    known = _source(RunFolder(run), name)
 
-    quiet_libraries()
-    assistant = load(run)
-    name, trained_for = task_of(assistant, task)
-    kinds = tuple(assistant.encoders) if trained_for is None else trained_for.media
-    rows, left_out = read_inputs(paths, kinds, dict(columns or {}), options.media_folder)
-    questions = Questions(assistant, name, trained_for, prompt, options)
+    def source_of(path: Path) -> RowFile:
+        return file_like(known or RowFile(path=path), path, columns, options.media_folder, options.encoding)
+
+    rows, left_out = read_inputs(paths, kinds, source_of)
+    if trained_for is not None:
+        refuse_hopeless(rows, trained_for, prompt)
+    questions = Questions(assistant or _loaded(run), name, trained_for, prompt, options)
     if out is None:
         return Predictions(tuple(questions.answered(rows, len(rows))), None, tuple(left_out))
     file = AnswersFile(Path(out), rows, questions.labels, questions.answer_of)
@@ -99,13 +116,15 @@ def predict(
 @dataclass(frozen=True)
 class PredictOptions:
     """`batch`: rows asked at once; `max_new_tokens`: of an answer in words; `media_folder`: of the media that tables
-    name, by default the table's; `overwrite`: begin anew where `out` is there.
+    name, by default the table's; `encoding`: of tables, by default the recipe's where they have it, else detected;
+    `overwrite`: begin anew where `out` is there.
     """
 
     batch: int = 16
     max_new_tokens: int = 64
     media_folder: Path | None = None
     overwrite: bool = False
+    encoding: str | None = None
 
 
 class Questions:
@@ -205,4 +224,49 @@ class Questions:
 
 
 def _failed(one: Input, error: DataError) -> PredictedRow:
-    return PredictedRow(one.name, one.columns, error=str(error).removeprefix(f"{one.row.where}: "))
+    return PredictedRow(one.name, one.columns, error=_reason(one, error))
+
+
+def _reason(one: Input, error: DataError) -> str:
+    if not isinstance(error, MissingColumn):
+        return str(error).removeprefix(f"{one.row.where}: ")
+    if not one.columns:
+        return f"a file of {next(iter(one.row.columns))}, but the task reads {error.column!r}: name a table of rows"
+    ours = error.column
+    named = one.row.names.get(ours, ours)
+    missing = f"no column {named!r}" + (f", which would be the task's {ours!r}" if named != ours else "")
+    which = option(f"--columns {ours}=NAME", f"columns={{{ours!r}: 'NAME'}}")
+    return f"{missing} (columns: {', '.join(map(repr, one.row.columns))[:300]}); say which it is with {which}"
+
+
+def refuse_hopeless(rows: Sequence[Input], task: TaskPart, prompt: str | None) -> None:
+    """Raises DataError where no row can be asked about, and all for the same reason."""
+    reasons: set[str] = set()
+    for one in rows:
+        try:
+            question_of(one.row, task, prompt)
+            return
+        except DataError as error:
+            reasons.add(_reason(one, error))
+        if len(reasons) > 1:
+            return
+    alike = f", as in all {len(rows):,} rows" if len(rows) > 1 else ""
+    raise DataError(f"{rows[0].name}{alike}: {reasons.pop()}")
+
+
+def _loaded(run: Path | str) -> "Assistant":
+    from finetune.common.progress import quiet_libraries
+    from finetune.model.load import load
+
+    quiet_libraries()
+    return load(run)
+
+
+def _source(run: RunFolder, task: str | None) -> Source | None:
+    """The first source of a task in a run's recipe; None where there is no recipe, or one that can't be read."""
+    if not run.recipe.is_file():
+        return None
+    with suppress(RecipeError, ValidationError):
+        recipe = Recipe.without_files(read_yaml(read_text(str(run.recipe)), str(run.recipe)).value)
+        return next((s for s, name in zip(recipe.data, task_names(recipe.data), strict=True) if name == task), None)
+    return None

@@ -15,7 +15,7 @@ from finetune.common.run_folder import RunFolder, RunLike, refuse_several_proces
 from finetune.data.predictions import Prediction, read_predictions
 from finetune.evaluation.evaluation_result import EvaluationResult
 from finetune.evaluation.report.words import readable
-from finetune.recipe.load import RecipeLike
+from finetune.recipe.load import RecipeLike, as_recipe
 
 if TYPE_CHECKING:
     from finetune.evaluation.report.report import Report
@@ -60,7 +60,9 @@ def run(
     from finetune.commands.check import check
 
     refuse_several_processes("`finetune run`")
-    checked = check(recipe, overrides)  # so that a mistake is reported before torch is imported
+    recipe = as_recipe(recipe, overrides)
+    RunFolder(Path(run or Path("runs") / recipe.name)).refuse_taken(resume, overwrite)
+    checked = check(recipe)  # so that a mistake is reported before torch is imported
     from finetune.common.progress import console
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report

@@ -35,6 +35,7 @@ WRITTEN_LATER = {
 }
 RunPart = Literal["recipe", "adapter", "metrics", "merged"]
 HASHES = "sha256.json"  # in each checkpoint
+SHOWN_RUNS = 8  # in an error
 UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
 
@@ -84,28 +85,15 @@ class RunFolder:
         A training that was refused before its first step, for a bad row say, leaves a folder that counts as new.
         """
         run = cls(path)
-        if resume and overwrite:
-            raise RecipeError(
-                f"{option(*RESUME)} goes on with a run and {option(*OVERWRITE)} removes it: leave out one of them"
-            )
+        run.refuse_taken(resume, overwrite)
         if overwrite and path.exists():
             run._remove()
-        if resume:
-            if not run.recipe.is_file():
-                raise TrainingError(
-                    f"{path}: nothing to resume: there is no run here; leave out {option(*RESUME)} to begin one"
-                )
-            if run.recipe.read_text(encoding="utf-8") != recipe_text:
-                raise TrainingError(
-                    f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
-                    f"resume with the same recipe and {option('--set', 'overrides=')}, or choose another {option(*RUN)}"
-                )
-        elif path.exists() and not run._refused_before_a_step():
+        if resume and run.recipe.read_text(encoding="utf-8") != recipe_text:
             raise TrainingError(
-                f"{path}: there is a run here already: {option(*RESUME)} goes on with it, "
-                f"{option(*OVERWRITE)} removes it and begins anew, {option(*RUN)} makes another"
+                f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
+                f"resume with the same recipe and {option('--set', 'overrides=')}, or choose another {option(*RUN)}"
             )
-        else:
+        if not resume:
             shutil.rmtree(run.data, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, recipe_text)
@@ -134,6 +122,22 @@ class RunFolder:
         finally:
             lock.release()
 
+    def refuse_taken(self, resume: bool, overwrite: bool) -> None:
+        """Raises TrainingError where a run is here already, or with `resume` none, and RecipeError for both options."""
+        if resume and overwrite:
+            raise RecipeError(
+                f"{option(*RESUME)} goes on with a run and {option(*OVERWRITE)} removes it: leave out one of them"
+            )
+        if resume and not self.recipe.is_file():
+            raise TrainingError(
+                f"{self.path}: nothing to resume: there is no run here; leave out {option(*RESUME)} to begin one"
+            )
+        if not (resume or overwrite) and self.path.exists() and not self._refused_before_a_step():
+            raise TrainingError(
+                f"{self.path}: there is a run here already: {option(*RESUME)} goes on with it, "
+                f"{option(*OVERWRITE)} removes it and begins anew, {option(*RUN)} makes another"
+            )
+
     def _remove(self) -> None:
         """Remove all that a run has written, and nothing else. Raises TrainingError where there is anything else."""
         entries = list(self.path.iterdir()) if self.path.is_dir() else [self.path]
@@ -159,6 +163,8 @@ class RunFolder:
         if not isinstance(path, str | os.PathLike):
             raise ArtifactError(f"run: a {type(path).__name__}; give a run folder's path, or a finetune.RunFolder")
         run = cls(os.fspath(path))
+        if not run.path.exists():
+            raise missing_run(run.path)
         made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
         for part in ("recipe", needs):
             if not getattr(run, part).exists():
@@ -197,6 +203,14 @@ class RunFolder:
 
 
 RunLike: TypeAlias = RunFolder | Path | str
+
+
+def missing_run(path: Path) -> ArtifactError:
+    """What to raise where a run's folder isn't there: it names those that are, beside it and in runs/."""
+    found = sorted({file.parent for place in (path.parent, Path("runs")) for file in place.glob("*/recipe.yaml")})
+    more = ", ..." if len(found) > SHOWN_RUNS else ""
+    there = f"; there are: {', '.join(map(str, found[:SHOWN_RUNS]))}{more}" if found else ""
+    return ArtifactError(f"{path}: no such run or folder{there}")
 
 
 @contextmanager

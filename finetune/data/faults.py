@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from finetune.common.errors import DataError, MissingColumn
+from finetune.common.errors import DataError, MissingColumn, option
 from finetune.common.registry import nearest
 from finetune.data.sample import KINDS, Row
 from finetune.recipe.schema import Source
@@ -16,10 +16,12 @@ SHOWN = 20  # faults listed at once
 
 
 class Faults:
-    """The faults of one source."""
+    """The faults of one source. `key`: its key in the recipe, where its file alone doesn't tell which it is.
+    `in_recipe`: whether the recipe names it, or an option of a command.
+    """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, key: str = "", in_recipe: bool = True) -> None:
+        self.source, self.key, self.in_recipe = source, key, in_recipe
         self.texts: list[str] = []
         self._missing: dict[tuple[str, ...], list[Row]] = defaultdict(list)
 
@@ -44,7 +46,8 @@ class Faults:
 
     def lines(self, rows: int) -> list[str]:
         """A line per fault. `rows`: how many rows the source has."""
-        return [self._missing_line(columns, own, rows) for columns, own in self._missing.items()] + self.texts
+        lines = [self._missing_line(columns, own, rows) for columns, own in self._missing.items()] + self.texts
+        return [f"{self.key}: {line}" for line in lines] if self.key else lines
 
     def _missing_line(self, columns: tuple[str, ...], rows: Sequence[Row], total: int) -> str:
         names = " or ".join(map(repr, columns))
@@ -59,20 +62,34 @@ class Faults:
         """Which columns may be meant: a `columns` map that is the wrong way round, or names that are alike."""
         turned = {theirs: ours for ours, theirs in self.source.columns.items() if theirs in columns and ours in have}
         if turned:
-            return f"`columns` is the wrong way round, write {_mapping(turned)}"
+            return f"`columns` is the wrong way round, write {self._mapping(turned)}"
+        named = {ours: theirs for ours, theirs in self.source.columns.items() if ours in columns}
+        unnamed = [column for column in columns if column not in named]
+        cures = [_unfound(ours, theirs, have) for ours, theirs in named.items()]
+        return "; ".join([*cures, *([self._naming(unnamed, have)] if unnamed else [])])
+
+    def _naming(self, columns: Sequence[str], have: Sequence[str]) -> str:
         options: dict[str, Any] = self.source.task.options.model_dump()
         free = [name for name in have if name not in self.source.columns]
         likely = {column: near for column in columns if (near := nearest(column, free))}
         mapping = {column: likely.get(column, "...") for column in columns}
-        cure = f"say which {'they are' if len(columns) > 1 else 'it is'} with {_mapping(mapping)}"
-        named = [key for key in ("answer",) if options.get(key) in columns and self.source.task.kind == "extract"]
-        if named:
+        cure = f"say which {'they are' if len(columns) > 1 else 'it is'} with {self._mapping(mapping)}"
+        own = [key for key in ("answer",) if options.get(key) in columns and self.source.task.kind == "extract"]
+        if own:
             cure += f", or name the column of the JSON object in the task: `answer: {likely.get(columns[0], 'COLUMN')}`"
         return cure
 
+    def _mapping(self, columns: dict[str, str]) -> str:
+        if self.in_recipe:
+            return "`columns: {" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}`"
+        flags = " ".join(f"--columns {ours}={theirs}" for ours, theirs in columns.items())
+        return option(flags, f"columns={columns}")
 
-def _mapping(columns: dict[str, str]) -> str:
-    return "`columns: {" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}`"
+
+def _unfound(ours: str, theirs: str, have: Sequence[str]) -> str:
+    near = nearest(theirs, have)
+    there = f"the file has {near!r}: did you mean that?" if near else "the file has no such column"
+    return f"columns.{ours} names {theirs!r}; {there}"
 
 
 def with_id(text: str, where: str, name: object) -> str:

@@ -1,7 +1,7 @@
 """Rows whose answers aren't known, or aren't to be read: media files, folders of them, and files of rows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,11 @@ def question_about_media(row: Row, prompt: str | None = None) -> tuple[Message, 
 
 
 def read_inputs(
-    paths: Sequence[Path], kinds: Sequence[str], columns: dict[str, str], media_folder: Path | None = None
+    paths: Sequence[Path], kinds: Sequence[str], source_of: Callable[[Path], RowFile]
 ) -> tuple[list[Input], list[Path]]:
     """(the rows of media files, of folders of media, and of files of rows; files of the folders that were left out).
-    A folder is read with the folders in it. `kinds`: of the media that the model takes; `columns`: the task's column ->
-    the file's column. Raises DataError.
+    A folder is read with the folders in it. `kinds`: of the media that the model takes; `source_of`: how a file of
+    rows is read. Raises DataError.
     """
     inputs: list[Input] = []
     left_out: list[Path] = []
@@ -71,8 +71,7 @@ def read_inputs(
             inputs += map(_medium, media)
             left_out += [file for file in files if kind_of(file.name) not in kinds]
         else:
-            source = RowFile(path=path, format=detected(path), columns=columns, media_folder=media_folder)
-            inputs += _rows(source)
+            inputs += _rows(source_of(path))
     if not inputs:
         raise DataError(f"{', '.join(map(str, paths))}: no rows")
     names = [one.name for one in inputs]

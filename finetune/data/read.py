@@ -18,7 +18,7 @@ def read_rows(file: RowFile, max_bytes: int = Limits().max_bytes) -> Iterator[Ro
     folder, hosts = file.folder_of_media, tuple(file.hosts)
     for number, columns in part.module.rows(file.path, part.options):
         columns = columns | {ours: columns[theirs] for ours, theirs in file.columns.items() if theirs in columns}
-        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes)
+        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes, file.columns)
 
 
 def detected(path: Path) -> FormatPart:

@@ -35,18 +35,20 @@ class Splits:
 
 
 def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tuple[Sample, str]]:
-    """All samples of one source, each with the group that it is held out with: '' for its own content. Raises DataError
-    with the first faults, and the number of all.
+    """All samples of one source that no recipe names, each with the group that it is held out with: '' for its own
+    content. Raises DataError with the first faults, and the number of all.
     """
-    samples, faults = _usable_rows(source, max_bytes)
+    samples, faults = _usable_rows(source, max_bytes, in_recipe=False)
     if faults.count:
         raise DataError(fault_list([(faults, len(samples))]))
     return samples
 
 
-def _usable_rows(source: Source, max_bytes: int) -> tuple[list[tuple[Sample, str]], Faults]:
+def _usable_rows(
+    source: Source, max_bytes: int, key: str = "", in_recipe: bool = True
+) -> tuple[list[tuple[Sample, str]], Faults]:
     samples: list[tuple[Sample, str]] = []
-    faults = Faults(source)
+    faults = Faults(source, key, in_recipe)
     for row in lenient_rows(source, faults.unreadable, max_bytes):
         try:
             samples.append((source.task.sample(row), group_of(row, source)))
@@ -60,14 +62,16 @@ def _usable_rows(source: Source, max_bytes: int) -> tuple[list[tuple[Sample, str
 def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
     """The faults of sources, each with the number of its usable rows, as one message."""
     lines = [line for faults, usable in found for line in faults.lines(faults.count + usable)]
-    advice = "`finetune data check RECIPE` examines all rows and media, and writes a copy without faults (--fix)"
+    advice = "\n`finetune data check RECIPE` examines all rows and media, and writes a copy without faults (--fix)"
+    if not found[0][0].in_recipe:
+        advice = ""
     if len(lines) == 1:
-        return f"{lines[0]}\n{advice}"
+        return f"{lines[0]}{advice}"
     wrong = ", ".join(
         f"{faults.source.path}: {faults.count:,} of {faults.count + usable:,} rows can't be used"
         for faults, usable in found
     )
-    return f"{error_list(lines, wrong)}\n{advice}"
+    return f"{error_list(lines, wrong)}{advice}"
 
 
 def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().max_bytes) -> Splits:
@@ -80,8 +84,9 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     samples: list[Sample] = []
     keys: list[list[str]] = []
     wrong: list[tuple[Faults, int]] = []
+    files = Counter(source.path for source in sources)
     for number, (source, name) in enumerate(zip(sources, task_names(sources), strict=True)):
-        usable, faults = _usable_rows(source, max_bytes)
+        usable, faults = _usable_rows(source, max_bytes, f"data.{number}" if files[source.path] > 1 else "")
         if faults.count:
             wrong.append((faults, len(usable)))
         for sample, group in usable if not wrong else ():

@@ -26,7 +26,7 @@ class Row:
     """One record of a source. `number`: the line that an editor shows; `columns`: as in the file.
 
     Media are files in `media_folder`, anywhere with `outside_media_folder`, or addresses of `hosts`; `max_bytes` limits
-    embedded and downloaded ones.
+    embedded and downloaded ones. `names`: the task's column -> the file's, where they differ.
     """
 
     path: Path
@@ -36,10 +36,18 @@ class Row:
     outside_media_folder: bool = False
     hosts: tuple[str, ...] = ()
     max_bytes: int = Limits().max_bytes
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
         return f"{self.path.name}:{self.number}"
+
+    def called(self, column: str) -> str:
+        """A column as messages name it: by the file's own name, with the task's where that is another."""
+        own = self.names.get(column, column)
+        return (
+            f"column {own!r} (the task's {column!r})" if own != column and own in self.columns else f"column {column!r}"
+        )
 
     def text(self, column: str) -> str:
         """A column that must hold text; a number or boolean is written as JSON. Raises DataError, with the row."""
@@ -49,7 +57,9 @@ class Row:
         if not isinstance(value, str) or not value.strip():
             have = ", ".join(repr(name) for name in self.columns)
             if column in self.columns:
-                raise DataError(f"{self.where}: column {column!r} holds {value!r}: fill it in, or leave the row out")
+                raise DataError(
+                    f"{self.where}: {self.called(column)} holds {value!r}: fill it in, or leave the row out"
+                )
             raise MissingColumn(
                 f"{self.where}: column {column!r} is missing (columns: {have}); say which it is with "
                 f"`columns: {{{column}: ...}}`",
@@ -85,7 +95,7 @@ class Row:
         if isinstance(value, str) and "://" in value:
             return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text, self.where)
         if not isinstance(value, str | Path):
-            raise DataError(f"{self.where}: column {kind!r} holds {str(cell)[:40]!r}; write a path")
+            raise DataError(f"{self.where}: {self.called(kind)} holds {str(cell)[:40]!r}; write a path")
         return Medium(kind, self._file(kind, value), text, self.where)
 
     def _file(self, kind: str, name: str | Path) -> Path:
@@ -98,10 +108,13 @@ class Row:
                     "folder above, or `outside_media_folder: true`"
                 )
             str(path).encode()  # names that aren't UTF-8 fit no table, and no prediction could name them
-            if path.is_file():
-                return path
+            size = path.stat().st_size if path.is_file() else None
         except (OSError, ValueError) as error:  # too long for a name, or a character that no name may have
-            raise DataError(f"{self.where}: column {kind!r} holds {str(name)[:40]!r}, no path ({error})") from None
+            raise DataError(f"{self.where}: {self.called(kind)} holds {str(name)[:40]!r}, no path ({error})") from None
+        if size:
+            return path
+        if size == 0:
+            raise MediaError(f"{self.where}: {kind} of 0 bytes: {path}; copy it again, or leave the row out")
         advice = "; write / between folders" if "\\" in str(name) else ""
         raise MediaError(f"{self.where}: no such {kind}: {path}{advice}")
 

@@ -55,13 +55,15 @@ def evaluate(
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
     media_folder: Path | None = None,
+    encoding: str | None = None,
     out: Path | str | None = None,
 ) -> EvaluationResult:
     """Score a trained run on the rows its recipe names; writes metrics.json, predictions.jsonl and plots/scores.png.
 
     `data`: score these rows instead, a file or folder with answers; what is written goes to `out`, by default
     RUN/evaluations/NAME of the file, and the run's own scores stay. `task`: which of several tasks they are for.
-    `columns`: the task's column -> the file's, by default as in the recipe; `media_folder`: by default the rows' own.
+    `columns`: the task's column -> the file's, by default as in the recipe; `media_folder`: by default the rows' own;
+    `encoding`: of a table, by default the recipe's where it has it, else detected.
     Raises RecipeError; ArtifactError where `run` isn't a trained run, DataError where there are no rows to score.
     """
     quiet_libraries()
@@ -69,7 +71,7 @@ def evaluate(
     fresh_memory()
     folder = RunFolder.open(run, needs="adapter")
     recipe = load_recipe(folder.recipe)
-    new = None if data is None else NewRows.of(recipe, Path(data), task, columns, media_folder)
+    new = None if data is None else NewRows.of(recipe, Path(data), task, columns, media_folder, encoding)
     written = RunFolder(new.folder(folder, out)) if new else folder
     begin = perf_counter()
     with EnergyMeter() as meter:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from finetune.common.errors import DataError, RecipeError
 from finetune.common.run_folder import RunFolder, read_json
-from finetune.data.rows import detected, read_samples
+from finetune.data.new_files import file_like
+from finetune.data.rows import read_samples
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Limits, Source, task_names
@@ -28,6 +29,7 @@ class NewRows:
         task: str | None,
         columns: Mapping[str, str] | None,
         media_folder: Path | None,
+        encoding: str | None = None,
     ) -> "NewRows":
         """Raises RecipeError, DataError."""
         if not path.exists():
@@ -39,15 +41,8 @@ class NewRows:
         if task is not None and task not in known:
             raise RecipeError(f"--task {task}: the run was trained for {', '.join(known)}")
         number = names.index(task or known[0])
-        like = recipe.data[number]
-        changes = {
-            "path": path.absolute(),
-            "format": like.format if path.suffix == like.path.suffix else detected(path),
-            "media_folder": media_folder,
-            "columns": like.columns if columns is None else dict(columns),
-            "group": None,
-        }
-        return cls(names[number], number, like.model_copy(update=changes))
+        source = file_like(recipe.data[number], path.absolute(), columns, media_folder, encoding)
+        return cls(names[number], number, source.model_copy(update={"group": None}))
 
     def samples(self, limits: Limits) -> list[Sample]:
         """Raises DataError with the rows that can't be used."""

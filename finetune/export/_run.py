@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import cast
 
 from finetune.common import certificate
 from finetune.common.errors import ArtifactError, ExportRefused, option
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
-from finetune.common.registry import load_part, parse_options
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder, write_json
 from finetune.data.sample import KINDS
 from finetune.export._contract import (
@@ -18,12 +16,12 @@ from finetune.export._contract import (
     EngineAnswers,
     EngineMissing,
     ExportResult,
-    ExportTarget,
     MergedModel,
     Probe,
     TargetOptions,
     Verification,
 )
+from finetune.export._target import read_target
 
 FORMAT = 1
 PROBES = 16  # questions compared, at most
@@ -44,13 +42,7 @@ def export_run(
     """
     quiet_libraries()
     refuse_several_processes("`finetune export`")
-    target = cast(ExportTarget, load_part("export", to))
-    target_options = parse_options(options, target.Options)
-    folder = Path(out) if out is not None else default_folder(Path(source), to)
-    if folder.exists():
-        raise ArtifactError(
-            f"{folder} exists already: remove it, or choose another folder with {option('--out', 'out=')}"
-        )
+    target, target_options, folder = read_target(Path(source), to, out, options)
     model = merged_model(Path(source))
     with tempfile.TemporaryDirectory() as media_folder, bar(f"export {to}", 3) as step:
         probes = make_probes(model, Path(source), Path(media_folder), target.TAKES_MEDIA) if verify else []
@@ -89,12 +81,6 @@ def export_run(
     return ExportResult(to, exported.model_class, exported.reason, notes, folder, verification, not_verified)
 
 
-def default_folder(source: Path, to: str) -> Path:
-    if (source / "recipe.yaml").is_file():
-        return source / "exports" / to
-    return source.absolute().with_name(f"{source.absolute().name}-{to}")
-
-
 def merged_model(path: Path) -> MergedModel:
     """The merged model of a run or a merged folder, checked against its certificate. Raises ArtifactError."""
     from finetune.model.load import read_composition
@@ -103,8 +89,6 @@ def merged_model(path: Path) -> MergedModel:
         run = RunFolder.open(path, needs="merged")
         certificate.read_verified(run)
         return MergedModel(run.merged, run.adapter if run.adapter.is_dir() else None)
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: no such folder: name a run, or a merged folder")
     if (path / "multimodal.json").is_file():
         raise ArtifactError(f"{path}: an adapter folder; only merged models are exported: name its run")
     read_composition(path)

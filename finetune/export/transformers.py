@@ -25,7 +25,10 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
     except NotExact as error:
         write_own_class(model.folder, folder)
         return ExportedModel(
-            OWN_CLASS, str(error), (f"`import {MODULE}` comes before the Auto classes",), {"module": MODULE}
+            OWN_CLASS,
+            str(error),
+            (f"to load it in transformers: `import {MODULE}` first, then AutoModelForImageTextToText.from_pretrained",),
+            {"module": MODULE},
         )
     return ExportedModel(native.name, "it fits exactly: the same tokens, and logits within rounding")
 

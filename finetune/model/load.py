@@ -22,6 +22,7 @@ from finetune.model.composition import MERGED_FORMAT, PLACEHOLDERS, Composition
 from finetune.model.language_model import default_device, load_tokenizer
 from finetune.model.manifest import MANIFEST, AdapterManifest, refuse_format
 from finetune.model.tokenize import Placeholder
+from finetune.model.trained_for import folder_of_model, refuse_missing
 
 COMMIT = "[0-9a-f]{40}"
 
@@ -46,12 +47,13 @@ def load(
 
 def model_folder(source: RunLike, revision: str | None = None) -> Path:
     """The folder that `load` reads, its files as certified."""
+    refuse_missing(source)
     path = Path(source)
-    if not path.exists() and hub.is_repository(os.fspath(source)):
+    if not path.exists():
         return hub.fetched(os.fspath(source), revision)
     if revision is not None:
         raise ModelError(f"{path}: a revision is for models of the Hub, not for folders")
-    path = next((p for p in (path / "merged", path / "adapter", path) if _is_model(p)), path)
+    path = folder_of_model(path)
     certificate.verify_if_certified(path)
     return path
 
@@ -65,10 +67,6 @@ def load_folder(path: Path, device: torch.device | None = None, trust_remote_cod
     raise ArtifactError(
         f"{path}: no merged model, no adapter and no run that has got that far: `finetune train` writes one"
     )
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() or (folder / "config.json").is_file()
 
 
 def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:

@@ -45,7 +45,7 @@ def test_the_options_of_one_part_are_printed_to_read():
     printed = cli("schema", "tasks.rank").stdout
     assert "group: Column of the user" in printed and "(default 'group')" in printed
     done = cli("schema", "task.rank")
-    assert done.returncode == 2 and "task.rank: write 'serve'" in done.stderr
+    assert done.returncode == 2 and "task.rank: did you mean 'tasks.rank'?" in done.stderr
 
 
 def test_the_version_is_that_of_the_distribution_and_imports_nothing_slow():

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from cli import cli
 from tiny import tiny_picture
-from trained_runs import HEADS
+from trained_runs import HEADS, copy_of
 
 import finetune
 from finetune.commands import predict as predicting
+from finetune.commands._answers_file import PredictedRow
 from finetune.common.errors import DataError, RecipeError
+from finetune.recipe.yaml_reader import dump_yaml, read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,70 @@ def test_every_head_answers_a_table_without_answers(task, heads, tmp_path):
         elif task == "words":
             said = model.answer(f"{row['text']}\n{prompt}", max_new_tokens=6)
             assert line["answer"] == said
+
+
+SENTENCES = (
+    "客户说上个月的账单比合同里写的多了三十元",
+    "我们的工程师明天上午会到您家里检查网络",
+    "这个问题已经解决了请您给我们的服务打分",
+    "他要求退款因为收到的商品和图片上的不一样",
+)
+
+
+def with_recipe_changed(run: Path, tmp_path: Path, columns: dict[str, str], **options: str) -> Path:
+    """A copy of the run of every head, whose `words` rows were read with these columns and options of tables."""
+    copy = copy_of(run, tmp_path, "checkpoints", "merged")
+    recipe = read_yaml((copy / "recipe.yaml").read_text(), "recipe.yaml").value
+    for source in recipe["data"]:
+        if source["name"] == "words":
+            source |= {"columns": columns, "format": {"kind": "table", **options}}
+    (copy / "recipe.yaml").write_text(dump_yaml(recipe))
+    return copy
+
+
+@pytest.mark.parametrize("written", ["gb18030", "utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";"])
+@pytest.mark.parametrize("options", [{}, {"encoding": "gb18030", "delimiter": ";"}])
+def test_a_table_laid_out_as_the_training_rows_needs_no_options(
+    options, delimiter, written, heads, tmp_path, monkeypatch
+):
+    """Whichever encoding and delimiter the recipe names: cleaned training rows are UTF-8, their source needn't be."""
+    run = with_recipe_changed(heads, tmp_path, {"text": "句子"}, **options)
+    texts = [f"{number} {text}" for number in range(8) for text in SENTENCES]
+    lines = [f"句子{delimiter}note", *(f"{text}{delimiter}x" for text in texts)]
+    (tmp_path / "december.csv").write_text("\n".join(lines), encoding=written)
+
+    def unanswered(questions, rows):
+        asked = [questions._question(one, None)[-1].content[0] for one in rows]
+        return [PredictedRow(one.name, one.columns, text) for one, text in zip(rows, asked, strict=True)]
+
+    monkeypatch.setattr(predicting.Questions, "_batch", unanswered)
+    monkeypatch.setattr(predicting, "_loaded", lambda run: None)
+    monkeypatch.setattr(predicting.Questions, "labels", ())
+    rows = finetune.predict(run, tmp_path / "december.csv", task="words").rows
+    assert [row.answer for row in rows] == [f"{text}\nSay it." for text in texts]
+
+
+def test_what_is_wrong_with_all_rows_is_one_error_that_names_the_option(heads, tmp_path):
+    (tmp_path / "rows.csv").write_text("sentence\n" + "red\n" * 21)
+    done = cli("predict", heads, tmp_path / "rows.csv", "--task", "words", "--out", tmp_path / "answers.csv")
+    assert done.returncode == 2 and not (tmp_path / "answers.csv").exists()
+    assert done.stderr.splitlines() == [
+        "rows.csv:2, as in all 21 rows: no column 'text' (columns: 'sentence'); "
+        "say which it is with --columns text=NAME"
+    ]
+
+
+def test_an_encoding_that_is_not_clear_is_named_with_the_option(heads, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_bytes("text\nnaïve\n".encode("cp1252"))
+    with pytest.raises(DataError, match="its encoding isn't clear; name it with encoding=, as gb18030"):
+        finetune.predict(heads, table, task="words")
+    options = predicting.PredictOptions(encoding="cp1252", max_new_tokens=1)
+    assert finetune.predict(heads, table, task="words", options=options).rows[0].columns == {"text": "naïve"}
+    options = predicting.PredictOptions(encoding="latin-nine")
+    with pytest.raises(RecipeError, match="encoding= latin-nine: write an encoding such as"):
+        finetune.predict(heads, table, task="words", options=options)
 
 
 def test_another_prompt_is_asked(plain, pictures):

@@ -162,6 +162,38 @@ def test_a_map_of_columns_the_wrong_way_round_is_turned(tmp_path):
     assert "the wrong way round, write `columns: {image: file}`" in lines[0]
 
 
+def test_a_column_that_is_named_otherwise_in_the_file_is_not_asked_for_again(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("Foto,kind\na.png,red\n")
+    (line, _) = refused(source(path, columns={"image": "foto", "label": "kind"}))
+    assert "columns.image names 'foto'; the file has 'Foto': did you mean that?" in line and "say which" not in line
+    (line, _) = refused(source(path, columns={"image": "foto"}))
+    assert "did you mean that?; say which it is with `columns: {label: ...}`" in line
+
+
+def test_a_wrong_cell_is_named_by_the_files_own_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("Foto,label\n,red\n")
+    assert (
+        "rows.csv:2: column 'Foto' (the task's 'image') holds ''" in refused(source(path, columns={"image": "Foto"}))[0]
+    )
+
+
+def test_faults_of_two_sources_of_one_file_name_the_source(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("image,label,other\na.png,red,x\n")
+    tiny_picture().save(tmp_path / "a.png")
+    lines = refused(source(path), source(path, columns={"image": "other"}))
+    assert lines[0].startswith("data.1: rows.csv:2: no such image")
+
+
+def test_an_empty_file_is_a_fault_like_a_missing_one(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("image,label\na.png,red\n")
+    (tmp_path / "a.png").touch()
+    assert "rows.csv:2: image of 0 bytes: " in refused(source(path))[0]
+
+
 def test_the_column_of_a_json_object_is_an_option(tmp_path):
     tiny_picture().save(tmp_path / "a.png")
     (tmp_path / "rows.csv").write_text("image,total\na.png,3\n")

@@ -10,6 +10,7 @@ from trained_runs import copy_of, file_digests, predictions_of
 
 import finetune
 from finetune.common.errors import DataError, RecipeError
+from finetune.evaluation.new_rows import NewRows
 
 
 @pytest.fixture
@@ -70,6 +71,19 @@ def test_what_can_not_be_meant_is_refused_before_the_model_is_loaded(run, finish
         finetune.evaluate(run, rows, task="mark", out=run)
     with pytest.raises(DataError, match="8 of 8 rows can't be used"):
         finetune.evaluate(run, rows, task="mark", columns={"mark": "text"})
+    other = renamed_copy(rows, tmp_path / "other.csv", image="images")
+    done = cli("evaluate", run, "--data", other, "--task", "mark", "--media-folder", rows.parent)
+    assert done.returncode == 2 and done.stderr.strip().endswith("say which it is with --columns image=images")
     done = cli("evaluate", run, "--task", "mark")
     assert done.returncode == 2 and "name them with --data" in done.stderr
     assert not (run / "evaluations").exists()
+
+
+def test_rows_in_another_encoding_than_the_recipes_are_read(run, finished_run, tmp_path):
+    """Those in UTF-16, and those whose encoding is named."""
+    recipe = finetune.load_recipe(run / "recipe.yaml")
+    text = (finished_run("heads").parent / "rows" / "words-test.csv").read_text().replace("square", "carré")
+    for name, written, named in (("a", "utf-16", None), ("b", "cp1252", "cp1252")):
+        (tmp_path / f"{name}.csv").write_text(text.replace(",", ";"), encoding=written)
+        new = NewRows.of(recipe, tmp_path / f"{name}.csv", "words", None, None, named)
+        assert all("carré" in sample.messages[0].content[0] for sample in new.samples(recipe.media))

@@ -196,7 +196,7 @@ def test_bad_input_is_reported_in_one_line_and_nothing_is_written(run, llm, merg
         export_run(run, "transformers", tmp_path / "out", ["min_equal=2"])
     with pytest.raises(RecipeError, match="options: min_equal: no '='; write KEY=VALUE, of min_equal"):
         export_run(run, "transformers", tmp_path / "out", ["min_equal"])
-    with pytest.raises(ArtifactError, match="no such folder: name a run, or a merged folder"):
+    with pytest.raises(ArtifactError, match="no such run or folder"):
         export_run(tmp_path / "nowhere", "transformers")
     with pytest.raises(ArtifactError, match="an adapter folder; only merged models are exported"):
         export_run(run / "adapter", "transformers", tmp_path / "out")

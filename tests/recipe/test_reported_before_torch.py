@@ -1,5 +1,6 @@
 """A mistake in a recipe is reported by every verb that takes one, without importing what is slow to import."""
 
+import json
 import subprocess
 import sys
 
@@ -74,4 +75,44 @@ def test_a_wrong_option_is_reported(verb, folder):
     done = run(verb, "x.yaml", "--set", "adapter.rank=0")
     assert done.returncode == 2, done.stderr
     assert mentions(done.stderr, "--set adapter.rank|0|from 1 to 1024")
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("chat runs/cals", "runs/cals: no such run or folder; there are: runs/calls"),
+        ("predict runs/cals x.yaml", "runs/cals: no such run or folder; there are: runs/calls"),
+        ("predict calls x.yaml", "calls: no such run or folder; there are: runs/calls"),
+        ("predict some/where/else x.yaml", "no such run or folder"),
+        ("evaluate runs/cals", "runs/cals: no such run or folder; there are: runs/calls"),
+        ("merge runs/cals", "runs/cals: no such run or folder"),
+        ("export runs/cals --to gguf", "runs/cals: no such run or folder"),
+        ("export runs/calls --to guf", "'gguf'"),
+        ("export runs/calls --to gguf", "runs/calls/exports/gguf exists already|--out"),
+        ("run x.yaml --run runs/calls", "runs/calls: there is a run here already|--resume|--overwrite"),
+        ("train x.yaml --run runs/calls", "runs/calls: there is a run here already|--resume|--overwrite"),
+        ("run x.yaml --run runs/none --resume", "runs/none: nothing to resume"),
+        ("predict runs/calls x.yaml", "trained for kind, place: name one with --task"),
+        ("data label x.yaml --run runs/calls", "trained for kind, place: name one with --task"),
+        ("chat runs/calls Hello --task kinds", "--task kinds: the model was trained for kind, place"),
+    ],
+)
+def test_what_is_wrong_with_a_run_is_reported(command, words, folder):
+    """A run of two tasks that was trained and exported, as far as its texts tell."""
+    calls = folder / "runs" / "calls"
+    (calls / "adapter").mkdir(parents=True)
+    (calls / "exports" / "gguf").mkdir(parents=True)
+    (calls / "recipe.yaml").write_text(GOOD)
+    bound = {"task": "classify", "head": "language"}
+    manifest = {
+        "format": 1,
+        "model": {"llm": {"name": "org/llm"}},
+        "bindings": {"kind": bound, "place": bound},
+        "modules": {"llm_class": "Llm", "shapes": {}},
+    }
+    (calls / "adapter" / "multimodal.json").write_text(json.dumps(manifest))
+    done = run(*command.split())
+    assert done.returncode in (1, 2), done.stderr
+    assert mentions(done.stderr, words) and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stdout.split() == []

@@ -61,7 +61,7 @@ def number_of(row: Row, column: str) -> float:
         number = float(text)
         if math.isfinite(number):
             return number
-    raise DataError(f"{row.where}: column {column!r} holds {text[:40]!r}; write a number, like 3 or 4.5")
+    raise DataError(f"{row.where}: {row.called(column)} holds {text[:40]!r}; write a number, like 3 or 4.5")
 
 
 def value_of(row: Row, column: str) -> Any:
@@ -91,10 +91,12 @@ def texts_of(row: Row, column: str, separator: str = "") -> list[str]:
     if isinstance(value, list):
         texts = [str(item).strip() for item in value if isinstance(item, str | int | float)]
         if len(texts) != len(value) or not all(texts) or not texts:
-            raise DataError(f"{row.where}: column {column!r} holds {str(value)[:60]}; write a list of texts")
+            raise DataError(f"{row.where}: {row.called(column)} holds {str(value)[:60]}; write a list of texts")
         return texts
     text = row.text(column)
     texts = split_at(text, separator)
     if not texts:
-        raise DataError(f"{row.where}: column {column!r} holds {text[:60]!r}; write texts with {separator!r} between")
+        raise DataError(
+            f"{row.where}: {row.called(column)} holds {text[:60]!r}; write texts with {separator!r} between"
+        )
     return texts

@@ -118,13 +118,13 @@ def tables(rows: Sequence[Measure], options: Options) -> Tables:
 
 def _labels_of(row: Row, options: Options) -> list[str]:
     if isinstance(row.columns.get(options.label), list) and not options.separator:
-        raise DataError(f"{row.where}: column {options.label!r} holds a list; for several labels set task.separator")
+        raise DataError(f"{row.where}: {row.called(options.label)} holds a list; for several labels set task.separator")
     texts = texts_of(row, options.label, options.separator) if options.separator else [row.text(options.label)]
     labels = _as_spelled(texts, options)
     wrong = [label for label in labels if options.labels and label not in options.labels]
     if wrong:
         known = ", ".join(options.labels)
-        raise DataError(f"{row.where}: column {options.label!r} holds {wrong[0]!r}; labels are: {known[:300]}")
+        raise DataError(f"{row.where}: {row.called(options.label)} holds {wrong[0]!r}; labels are: {known[:300]}")
     return labels
 
 

@@ -57,7 +57,9 @@ def sample(row: Row, options: Options) -> Sample:
                 options.answer,
             )
         if not isinstance(values, dict):
-            raise DataError(f"{row.where}: column {options.answer!r} holds {str(values)[:60]!r}; write a JSON object")
+            raise DataError(
+                f"{row.where}: {row.called(options.answer)} holds {str(values)[:60]!r}; write a JSON object"
+            )
     else:
         values = {name: _cell(row, name, kind, options) for name, kind in options.fields.items()}
     if misfit := _misfit(values, options):

@@ -101,7 +101,7 @@ def _boxes_of(row: Row, options: Options) -> list[list[float]]:
         isinstance(box, list) and len(box) == 4 and all(type(number) in (int, float) for number in box) for box in value
     ):
         return value
-    what = f"{row.where}: column {options.boxes!r}"
+    what = f"{row.where}: {row.called(options.boxes)}"
     if options.boxes not in row.columns:
         raise MissingColumn(f"{what} is missing; write [x1, y1, x2, y2], or a list of boxes", options.boxes)
     raise DataError(f"{what} holds {str(value)[:60]!r}; write [x1, y1, x2, y2], or a list of boxes")

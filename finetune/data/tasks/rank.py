@@ -95,5 +95,5 @@ def _relevance(row: Row, options: Options) -> float:
     value = row.columns.get(options.relevance)
     relevance = float(value) if isinstance(value, bool) else number_of(row, options.relevance)
     if relevance < 0:
-        raise DataError(f"{row.where}: column {options.relevance!r} holds {relevance:g}; write 0 or more")
+        raise DataError(f"{row.where}: {row.called(options.relevance)} holds {relevance:g}; write 0 or more")
     return relevance

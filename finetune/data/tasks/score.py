@@ -35,7 +35,7 @@ def sample(row: Row, options: Options) -> Sample:
     number = number_of(row, options.number)
     if _bounded(number, options) != number:
         bounds = f"{options.minimum} to {options.maximum}"
-        raise DataError(f"{row.where}: column {options.number!r} holds {number:g}; the task's bounds are {bounds}")
+        raise DataError(f"{row.where}: {row.called(options.number)} holds {number:g}; the task's bounds are {bounds}")
     turns = question(row, options), Message("assistant", (written(number, options.digits),))
     return Sample(turns, row.where, "score", target=number)
 

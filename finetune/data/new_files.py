@@ -1,0 +1,80 @@
+"""How files of rows that a recipe doesn't name are read: as its own, but in the encoding and with the delimiter that
+they have.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from finetune.common.errors import DataError, RecipeError, option
+from finetune.data.check.lenient import DELIMITERS, encoding_of
+from finetune.data.formats.table import Options
+from finetune.data.read import detected
+from finetune.recipe.parts import FormatPart
+from finetune.recipe.schema import RowFile
+
+FileT = TypeVar("FileT", bound=RowFile)
+CANDIDATES = (",", ";", "\t")
+
+
+def file_like(
+    known: FileT,
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    media_folder: Path | None = None,
+    encoding: str | None = None,
+) -> FileT:
+    """`path`, read as the source `known` is; `columns` replace its own, `encoding` that of its format. Raises
+    RecipeError, DataError.
+    """
+    part = known.format if known.format and path.suffix == known.path.suffix else detected(path)
+    changes = {
+        "path": path,
+        "format": table_format(path, part.options, encoding) if isinstance(part.options, Options) else part,
+        "media_folder": media_folder,
+        "columns": dict(known.columns if columns is None else columns),
+    }
+    return known.model_copy(update=changes)
+
+
+def table_format(path: Path, options: Options, encoding: str | None = None) -> FormatPart:
+    """The format of a table with the `encoding` that is named, else with the options' own where the file has it, else
+    with that which is detected; so with the delimiter. Raises RecipeError, DataError.
+    """
+    if path.suffix.lower() not in DELIMITERS or not path.is_file():
+        return FormatPart.of("table", **options.model_dump(exclude_unset=True))
+    name = option("--encoding", "encoding=")
+    try:
+        known = encoding or _encoding(path, options.encoding)
+        with path.open(encoding=known or "utf-8-sig", errors="replace", newline="") as file:
+            header = file.readline()
+    except LookupError:
+        raise RecipeError(f"{name} {encoding}: write an encoding such as gb18030, big5 or shift_jis") from None
+    except DataError:
+        raise DataError(f"{path}: not UTF-8, and its encoding isn't clear; name it with {name}, as gb18030") from None
+    usual = options.delimiter or DELIMITERS[path.suffix.lower()]
+    others = [mark for mark in CANDIDATES if mark in header]
+    delimiter = others[0] if usual not in header and len(others) == 1 else options.delimiter
+    return FormatPart.of("table", encoding=known, delimiter=delimiter)
+
+
+def _encoding(path: Path, usual: str | None) -> str | None:
+    """None for UTF-8, and for UTF-16 with its mark. Raises DataError where the encoding isn't clear."""
+    if usual and _decodes(path, "ascii"):
+        return usual
+    if _decodes(path, "utf-8"):  # as text in another encoding hardly ever does, while UTF-8 may well decode as another
+        return None
+    if usual and _decodes(path, usual):
+        return usual
+    found = encoding_of(path)
+    return None if found in ("utf-8-sig", "utf-16") else found
+
+
+def _decodes(path: Path, encoding: str) -> bool:
+    try:
+        with path.open(encoding=encoding, newline="") as file:
+            for _ in file:
+                pass
+    except UnicodeError:
+        return False
+    return True

@@ -1,0 +1,41 @@
+"""What a model was trained for, from the texts in its folder. Imports no torch."""
+
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from finetune.common.hub import is_repository
+from finetune.common.run_folder import RunFolder, RunLike, missing_run, read_json
+from finetune.model.bindings import TaskBinding
+from finetune.model.composition import Composition
+from finetune.model.manifest import MANIFEST, AdapterManifest
+
+
+def refuse_missing(source: RunLike) -> None:
+    """Raises ArtifactError where `source` is neither a folder nor could be the name of a model of the Hub: "user/name"
+    is one unless there is a folder called user.
+    """
+    name = os.fspath(source)
+    if not Path(name).exists() and not (is_repository(name) and not Path(name).parent.is_dir()):
+        raise missing_run(Path(name))
+
+
+def folder_of_model(path: Path) -> Path:
+    """The folder of a model: of a run its merged model if there is one."""
+    run = RunFolder(path)
+    found = (p for p in (run.merged, run.adapter) if (p / MANIFEST).is_file() or (p / "config.json").is_file())
+    return next(found, path)
+
+
+def bindings_at(source: RunLike) -> dict[str, TaskBinding] | None:
+    """{name: task binding} of a model in a folder; None where only loading it tells. Raises ArtifactError."""
+    folder = folder_of_model(Path(source))
+    if (folder / MANIFEST).is_file():
+        return AdapterManifest.read(folder).bindings
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        return Composition.model_validate(read_json(folder / "config.json").get("parts")).bindings
+    except ValidationError:  # loading says what is wrong with it
+        return None
