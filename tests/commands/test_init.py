@@ -292,6 +292,8 @@ def test_dates_ids_and_staff_are_no_answers_and_other_columns_are_named():
     assert "; rare: N/A (1)\n" in done.stdout and "fewer than 30 are too few to train and score well" in done.stdout
     assert "other columns that could be the answer: Agent; --answer COLUMN" in done.stdout
     assert load_recipe("support.yaml").data[0].task.options.text == "Transcript"
+    renamed = support(**{"Call Reason": "Outcome"})
+    assert written(renamed, force=True).data[0].task.options.label == "Outcome"
     assert written(support(), answer="Agent", force=True).data[0].task.options.label == "Agent"
 
 
