@@ -585,8 +585,14 @@ def data_label(
     port: Annotated[int, typer.Option(help="Of the page.")] = 7860,
 ) -> None:
     """Label rows: a trained run proposes, you decide, in a CSV or on a page."""
+    from finetune.commands._asking import task_of
     from finetune.commands.data_label import data_label
+    from finetune.model.trained_for import bindings_at, refuse_missing
 
+    if run is not None:  # so that a mistake is reported before torch is imported
+        refuse_missing(run)
+        if bindings := bindings_at(run):
+            task_of(bindings, task)
     names = [label.strip() for label in labels.split(",") if label.strip()]
     result = data_label(rows, run, out=out, task=task, labels=names, page_port=port if page else None)
     print(result)

@@ -15,7 +15,6 @@ from finetune.data.check.page import InlineMedium, embedded, render
 from finetune.data.questions import question_about_media, question_of
 from finetune.data.rows import detected, error_list, read_rows
 from finetune.data.sample import KINDS, Medium, Message, Row
-from finetune.model.trained_for import bindings_at, refuse_missing
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import Limits, RowFile, task_names
@@ -130,9 +129,6 @@ def data_label(
     gradio = _gradio() if page_port is not None else None
     assistant = None
     if run is not None:
-        refuse_missing(run)
-        if bindings := bindings_at(run):
-            task_of(bindings, task)  # so that a mistake is reported before torch is imported
         from finetune.model.load import load
 
         assistant = load(run)

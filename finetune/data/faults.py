@@ -17,7 +17,7 @@ SHOWN = 20  # faults listed at once
 
 class Faults:
     """The faults of one source. `key`: its key in the recipe, where its file alone doesn't tell which it is.
-    `in_recipe`: whether the recipe names it, or an option of a command.
+    `in_recipe`: whether a recipe names it; else an option of a command does.
     """
 
     def __init__(self, source: Source, key: str = "", in_recipe: bool = True) -> None:

@@ -104,7 +104,7 @@ class FakeTarget:
 
 def with_target(monkeypatch, answer_to):
     target = FakeTarget(answer_to)
-    monkeypatch.setattr(stage, "load_part", lambda folder, name: target)
+    monkeypatch.setattr("finetune.export._target.load_part", lambda folder, name: target)
     monkeypatch.setattr(stage, "MAX_NEW_TOKENS", 5)
     return target
 

@@ -139,7 +139,7 @@ def test_a_server_that_is_gone_is_reported(hub, monkeypatch, tmp_path):
 
 
 def test_a_folder_that_is_neither_here_nor_a_name_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="no merged model, no adapter"):
+    with pytest.raises(ArtifactError, match="no such run or folder"):
         finetune.load(tmp_path / "nothing")
 
 
