@@ -248,7 +248,7 @@ def test_a_run_that_never_ended_says_so(run, tmp_path):
     shutil.copy(run / "recipe.yaml", tmp_path / "recipe.yaml")
     with pytest.raises(ArtifactError, match=r"no adapter here: .*`finetune train` hasn't finished"):
         finetune.merge(tmp_path)
-    with pytest.raises(ArtifactError, match=r"no such run or folder|no recipe.yaml here"):
+    with pytest.raises(ArtifactError, match=r"no such run or folder"):
         finetune.merge(tmp_path / "nowhere")
 
 
