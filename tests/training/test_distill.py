@@ -130,7 +130,7 @@ def test_media_in_words_stand_on_lines_of_their_own(content, expected):
 
 def test_a_row_s_text_is_said_once_and_media_come_in_the_order_in_which_they_are_asked_about(tmp_path):
     for name in ("a.png", "b.wav"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"not opened")
     row = Row(
         tmp_path / "rows.csv", 2, {"image": "a.png", "audio": "b.wav", "label": "red", "said": "lights"}, tmp_path
     )
