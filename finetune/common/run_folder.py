@@ -108,6 +108,8 @@ class RunFolder:
         """Keep other trainings out of the folder. Raises TrainingError where one is in it."""
         from filelock import FileLock, Timeout
 
+        from finetune.common.progress import console
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
@@ -116,8 +118,8 @@ class RunFolder:
             raise TrainingError(
                 f"{self.path}: another process is training it: wait, stop that one, or choose another {option(*RUN)}"
             ) from None
-        except (OSError, NotImplementedError):  # a network drive without locks
-            pass
+        except (OSError, NotImplementedError) as error:  # a network drive without locks
+            console.print(f"{self.path}: no lock here ({error}): make sure that no other process trains this run")
         try:
             yield
         finally:

@@ -88,7 +88,7 @@ class MergeJob:
 
     @property
     def base_is(self) -> str:
-        """What merged models are told from: with an adapter that was trained, the LLM without it."""
+        """What merged models are compared with: with an adapter that was trained, the LLM without it."""
         return BARE if self.run.recipe.trains_adapter else UNTRAINED
 
     def composite(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:

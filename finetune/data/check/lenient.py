@@ -23,7 +23,7 @@ COMMON_HAN = {  # encoding -> a codec, and the first bytes by which it sorts the
     **dict.fromkeys(("gb18030", "gbk", "gb2312"), ("gb2312", range(0xB0, 0xD8))),
     "big5": ("big5", range(0xA4, 0xC7)),
 }
-FEWEST_HAN = 20  # characters by which Chinese is told from chance
+FEWEST_HAN = 20  # characters below which a match may be chance
 MOSTLY = 0.9  # share of the letters beyond ASCII that are common Chinese characters
 MESSIER = 0.1  # by which charset-normalizer's next candidate is at least worse
 LONGEST = 1_000  # lines of one quoted field; beyond them its closing quote is taken to be missing
