@@ -55,7 +55,8 @@ def table_format(path: Path, options: Options, encoding: str | None = None) -> F
     usual = options.delimiter or DELIMITERS[path.suffix.lower()]
     others = [mark for mark in CANDIDATES if mark in header]
     delimiter = others[0] if usual not in header and len(others) == 1 else options.delimiter
-    return FormatPart.of("table", encoding=known, delimiter=delimiter)
+    found = {"encoding": known, "delimiter": delimiter}
+    return FormatPart.of("table", **{key: value for key, value in found.items() if value})
 
 
 def _encoding(path: Path, usual: str | None) -> str | None:

@@ -326,10 +326,10 @@ def test_labels_of_questions_are_classes_and_a_named_question_is_asked():
 def test_an_encoding_can_be_named():
     rows = [[f"窗{n}", "好" if n % 2 else "大"] for n in range(4)]
     path = table(Path("short.csv"), ["文字", "label"], rows, encoding="big5")
-    with pytest.raises(DataError, match="its encoding isn't clear; name it, such as --encoding gb18030"):
+    with pytest.raises(DataError, match="its encoding isn't clear; name it with encoding=, as gb18030"):
         finetune.init(path)
     assert written(path, encoding="big5").data[0].format.options.encoding == "big5"
-    with pytest.raises(RecipeError, match="--encoding big6: write one such as"):
+    with pytest.raises(RecipeError, match="encoding= big6: write an encoding such as"):
         finetune.init(path, encoding="big6")
     with pytest.raises(RecipeError, match=r"--encoding big5: .*products\.xlsx is no CSV"):
         finetune.init(sheet(), encoding="big5")
