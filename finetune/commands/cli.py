@@ -345,13 +345,13 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 256,
 ) -> None:
     """Ask a trained model."""
-    from finetune.commands._asking import refuse_unknown_task
     from finetune.model.trained_for import bindings_at, refuse_missing
+    from finetune.recipe.schema import chosen_task
 
     weigh = strength_of(strength or [])
     refuse_missing(folder)  # so that a mistake is reported before torch is imported
-    if bindings := bindings_at(folder):
-        refuse_unknown_task(bindings, task)
+    if task is not None and (bindings := bindings_at(folder)):
+        chosen_task([*bindings], task)
     from finetune.commands.chat import chat
 
     answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)

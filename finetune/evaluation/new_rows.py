@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.common.run_folder import RunFolder, read_json
 from finetune.data.new_files import file_like
 from finetune.data.rows import read_samples
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import Limits, Source, task_names
+from finetune.recipe.schema import Limits, Source, chosen_task, task_names
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,9 @@ class NewRows:
     ) -> "NewRows":
         """Raises RecipeError, DataError."""
         if not path.exists():
-            raise RecipeError(f"--data {path}: no such file or folder")
+            raise RecipeError(f"{given('data', path)}: no such file or folder")
         names = task_names(recipe.data)
-        known = list(dict.fromkeys(names))
-        if task is None and len(known) > 1:
-            raise RecipeError(f"the run was trained for {', '.join(known)}: name one with --task")
-        if task is not None and task not in known:
-            raise RecipeError(f"--task {task}: the run was trained for {', '.join(known)}")
-        number = names.index(task or known[0])
+        number = names.index(chosen_task(names, task) or names[0])
         source = file_like(recipe.data[number], path.absolute(), columns, media_folder, encoding)
         return cls(names[number], number, source.model_copy(update={"group": None}))
 
@@ -54,9 +49,12 @@ class NewRows:
         folder = run.evaluation_of(self.source.path) if out is None else Path(out)
         before = RunFolder(folder)
         if before.recipe.exists():
-            raise DataError(f"--out {folder}: is a run's folder; name another")
+            raise DataError(f"{given('out', folder)}: is a run's folder; name another")
         if before.metrics.exists():
             data = read_json(before.metrics).get("data", {}).get("path")
             if data != str(self.source.path):
-                raise DataError(f"{folder}: holds the scores of other rows, {data}; name another folder with --out")
+                raise DataError(
+                    f"{folder}: holds the scores of other rows, {data}; name another folder with "
+                    f"{option('--out', 'out=')}"
+                )
         return folder

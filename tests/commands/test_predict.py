@@ -227,7 +227,7 @@ def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
         finetune.predict(plain, tmp_path / "nowhere", out)
     with pytest.raises(RecipeError, match=r"\.csv or \.jsonl"):
         finetune.predict(plain, pictures, tmp_path / "answers.xlsx")
-    with pytest.raises(DataError, match="name one with task="):
+    with pytest.raises(RecipeError, match="name one with task="):
         finetune.predict(heads, pictures, out)
     with pytest.raises(DataError, match="named twice"):
         finetune.predict(plain, [pictures, pictures / "a.png"], out)

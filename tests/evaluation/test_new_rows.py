@@ -61,9 +61,9 @@ def test_rows_that_were_trained_on_are_counted(run, finished_run):
 
 def test_what_can_not_be_meant_is_refused_before_the_model_is_loaded(run, finished_run, tmp_path):
     rows = finished_run("heads").parent / "rows" / "mark-test.csv"
-    with pytest.raises(RecipeError, match="colour, likely, mark, order, words: name one with --task"):
+    with pytest.raises(RecipeError, match="colour, likely, mark, order, words: name one with task="):
         finetune.evaluate(run, rows)
-    with pytest.raises(RecipeError, match="--task colours: the run was trained for colour"):
+    with pytest.raises(RecipeError, match="task=colours: the model was trained for colour"):
         finetune.evaluate(run, rows, task="colours")
     with pytest.raises(RecipeError, match="no such file"):
         finetune.evaluate(run, tmp_path / "none.csv", task="mark")
