@@ -101,7 +101,7 @@ def init(
     ] = None,
     media_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="That media paths are relative to.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The recipe; default: NAME.yaml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the defaults.")] = False,
 ) -> None:
     """Write a recipe for a file or folder of your own rows; asks at most five questions."""
@@ -127,7 +127,7 @@ def init(
         encoders=encoder or (),
         media_folder=media_folder,
     )
-    print_written(write_recipe(path, choices, (lambda question: question.default) if yes else ask, out, force))
+    print_written(write_recipe(path, choices, (lambda question: question.default) if yes else ask, out, overwrite))
 
 
 def ask(question: "Question") -> str:

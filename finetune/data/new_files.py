@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.common.errors import DataError, RecipeError, option
+from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.data.check.lenient import DELIMITERS, encoding_of
 from finetune.data.formats.table import Options
 from finetune.data.read import detected
@@ -49,7 +49,9 @@ def table_format(path: Path, options: Options, encoding: str | None = None) -> F
         with path.open(encoding=known or "utf-8-sig", errors="replace", newline="") as file:
             header = file.readline()
     except LookupError:
-        raise RecipeError(f"{name} {encoding}: write an encoding such as gb18030, big5 or shift_jis") from None
+        raise RecipeError(
+            f"{given('encoding', encoding)}: write an encoding such as gb18030, big5 or shift_jis"
+        ) from None
     except DataError:
         raise DataError(f"{path}: not UTF-8, and its encoding isn't clear; name it with {name}, as gb18030") from None
     usual = options.delimiter or DELIMITERS[path.suffix.lower()]

@@ -74,7 +74,7 @@ def test_rows_that_failed_are_asked_again_and_a_finished_file_stays(plain, pictu
     assert [line["file"] for line in lines] == [row.row for row in second.rows]
     assert [line["answer"] for line in lines] == [row.answer for row in second.rows]
     before = out.read_bytes()
-    with pytest.raises(DataError, match="all 5 rows are answered in it; --overwrite"):
+    with pytest.raises(DataError, match="all 5 rows are answered in it; overwrite=True"):
         finetune.predict(plain, pictures, out)
     assert out.read_bytes() == before
 
@@ -242,7 +242,7 @@ def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
 def test_a_file_of_something_else_stays_as_it_is(plain, pictures, tmp_path):
     out = tmp_path / "answers.csv"
     out.write_text("name,phone\nAnn,1\n")
-    with pytest.raises(DataError, match="columns are others; name another file with --out"):
+    with pytest.raises(DataError, match="columns are others; name another file with out="):
         finetune.predict(plain, pictures, out)
     out.write_text("file,answer,error\nelsewhere.png,cat,\n")
     with pytest.raises(DataError, match=r"'elsewhere.png' isn't among these"):

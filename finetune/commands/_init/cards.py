@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.commands._init.task import Yaml
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, given
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def card_of(name: str) -> Card:
     if number := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b)?", name.strip().lower()):
         fit = [card for card in CARDS if card.memory <= float(number[1]) and not card.dtype]
         return max(fit, key=lambda card: card.memory)
-    raise RecipeError(f"--card {name}: write one of {', '.join(NAMES)}, or the GPU's memory in GB")
+    raise RecipeError(f"{given('card', name)}: write one of {', '.join(NAMES)}, or the GPU's memory in GB")
 
 
 def this_card() -> Card:
@@ -143,7 +143,7 @@ def _config(folder: Path) -> Yaml:
     try:
         config: Yaml = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"--encoder {folder}: no config.json that can be read in it ({error})") from None
+        raise RecipeError(f"{folder}: no config.json that can be read in it ({error})") from None
     vision = config.get("vision_config")
     return vision if isinstance(vision, dict) else config
 

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media
 from finetune.data.formats.table import Options
@@ -77,7 +77,7 @@ def _found(path: Path, split: str, encoding: str | None) -> Found:
         part = table_format(path, Options(), encoding)
         return Found(path, split, part, " and ".join(part.options.model_dump(exclude_unset=True)))
     if encoding:
-        raise RecipeError(f"--encoding {encoding}: {path} is no CSV or TSV file; leave it out")
+        raise RecipeError(f"{given('encoding', encoding)}: {path} is no CSV or TSV file; leave it out")
     if kind == "folders" and (ignore := _other_suffixes(path)):
         return Found(path, split, FormatPart.of(kind, ignore=ignore), f"{', '.join(ignore)} files are left out")
     return Found(path, split, FormatPart.of(kind))
@@ -138,7 +138,7 @@ def media_place(found: Found, names: Mapping[str, Sequence[str]], folder: Path |
         places = str(folder) if folder else f"{default}, in a folder there, or in {default.parent}"
         raise DataError(
             f"{found.path}: names media such as {example!r}, which isn't in {places}; put them there, or name their "
-            "folder with --media-folder"
+            f"folder with {option('--media-folder', 'media_folder=')}"
         )
     root = best.resolve()
     outside = any(not (best / n).resolve().is_relative_to(root) for c in local if c not in missing for n in local[c])
