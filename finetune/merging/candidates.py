@@ -56,6 +56,14 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """`name`: what LoRA is merged into; `quantized`: whether its weights are quantized and dequantized first."""
+
+    name: str
+    quantized: bool
+
+
+@dataclass(frozen=True)
 class MergeJob:
     """What every candidate is made from. `run.recipe.adapter`: LoRA's settings as it was trained; `dtype`: of merged
     weights.
@@ -75,10 +83,9 @@ class MergeJob:
         return f"the adapter over the {llm} LLM" if self.lora else f"the {llm} LLM"
 
     @property
-    def candidates(self) -> dict[str, bool]:
-        """{what LoRA is merged into: whether its weights are quantized and dequantized first}."""
-        quantize = self.llm.quantize
-        return {"the 16-bit LLM": False} | ({} if quantize == "none" else {f"the dequantized {quantize} LLM": True})
+    def candidates(self) -> tuple[Candidate, ...]:
+        plain, quantize = Candidate("the 16-bit LLM", False), self.llm.quantize
+        return (plain,) if quantize == "none" else (plain, Candidate(f"the dequantized {quantize} LLM", True))
 
     @property
     def dtypes(self) -> Dtypes:
@@ -137,7 +144,7 @@ class MergeJob:
         return trained
 
     def write(self, place: Path, scratch: Path, trained: Trained, quantized: bool) -> str:
-        """Write a candidate's folder; says how it was merged. `quantized`: see `candidates`."""
+        """Write a candidate's folder; says how it was merged. `quantized`: see `Candidate`."""
         fresh_memory()
         # 16-bit weights needn't fit where 4-bit ones do.
         on_cpu = replace(self.run.components, device=torch.device("cpu"))

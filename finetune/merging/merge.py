@@ -86,17 +86,17 @@ def merge_into(
         step()
         measures: dict[str, Measures] = {}
         methods: dict[str, str] = {}
-        for number, (name, quantized) in enumerate(candidates.items()):
+        for number, candidate in enumerate(candidates):
             place, scratch = folder / f"candidate-{number}", folder / "scratch"
-            methods[name] = job.write(place, scratch, trained, quantized)
+            methods[candidate.name] = job.write(place, scratch, trained, candidate.quantized)
             step()
-            measures[name] = job.measure(place, scratch, comparison, trained)
+            measures[candidate.name] = job.measure(place, scratch, comparison, trained)
             shutil.rmtree(scratch, ignore_errors=True)
             step()
     best, why = chosen(measures)
     bounds = bounds_of(job.run.recipe)
     refuse_unless_faithful(measures[best], trained, bounds, job.base_is)
-    keep_candidate(folder, list(candidates).index(best))
+    keep_candidate(folder, list(measures).index(best))
     merged = Certificate(
         format=1,
         merged_into=best,
@@ -189,7 +189,7 @@ def keep_candidate(folder: Path, number: int) -> None:
         shutil.rmtree(path)
 
 
-def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds, base_is: str = BARE) -> None:
+def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds, base_is: str) -> None:
     """Raises MergeRefused where bounds are broken."""
     advice = "Nothing was kept: serve the adapter, or use a wider merge.dtype"
     if saved.agreement < bounds.min_agreement:
