@@ -15,7 +15,7 @@ from finetune.commands._init.task import TEXTLESS, Named, Task, Yaml, answers_in
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
-from finetune.data.rows import read_rows
+from finetune.data.read import read_rows
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Source
 

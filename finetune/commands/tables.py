@@ -138,6 +138,7 @@ def print_scores(result: "EvaluationResult") -> None:
     """Each task's table, and what it comes to in a sentence."""
     from finetune.evaluation.report.headline import headlines
     from finetune.evaluation.report.tables import score_tables
+    from finetune.evaluation.report.words import interval
 
     content = result.content
     sentences = {headline.task: headline.sentence for headline in headlines(content)}
@@ -150,10 +151,10 @@ def print_scores(result: "EvaluationResult") -> None:
                 table.add_column("95% CI", justify="right", min_width=len("0.561–0.683"))
         for row in scores.metrics:
             cells = []
-            for condition, cell in zip(scores.conditions, row.cells, strict=True):
-                cells.append("" if cell.value is None else f"{cell.value:.3f}")
+            for condition, score in zip(scores.conditions, row.cells, strict=True):
+                cells.append(f"{score.value:.3f}" if score else "")
                 if condition == "tuned":
-                    cells.append("" if cell.low is None else f"{cell.low:.3f}–{cell.high:.3f}")
+                    cells.append(interval(score.low, score.high) if score else "")
             table.add_row(row.metric + " ↓" * row.lower_is_better, *cells)
         lower = "; ↓ lower is better" if any(row.lower_is_better for row in scores.metrics) else ""
         print(f"{scores.task}, n = {scores.rows:,}{lower}")

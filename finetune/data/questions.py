@@ -8,7 +8,8 @@ from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.formats._media import is_hidden, kind_of
-from finetune.data.rows import detected, error_list, read_rows
+from finetune.data.read import detected, read_rows
+from finetune.data.rows import error_list
 from finetune.data.sample import KINDS, Message, Row, Sample
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import Limits, RowFile

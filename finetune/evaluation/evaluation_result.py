@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 from finetune.common import display
 from finetune.common.run_folder import RunFolder
 from finetune.data.predictions import read_predictions
+from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content, read_content
 from finetune.evaluation.results import Comparison, Metrics, ScoreTables
 
 if TYPE_CHECKING:
-    from finetune.evaluation.report.tables import Cell
+    from finetune.evaluation.report.tables import Score
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,8 +65,9 @@ class EvaluationResult:
         lines = [f"EvaluationResult of {self.written.path}"]
         for one in headlines(self.content):
             tuned = one.scores[0]
-            interval = "" if tuned.low is None else f" (95% CI {tuned.low:.3f}–{tuned.high:.3f})"
-            lines.append(f"  {one.task}: {one.metric} {tuned.value:.3f}{interval}, n = {one.rows:,}")
+            interval = words.interval(tuned.low, tuned.high)
+            certainty = f" (95% CI {interval})" if interval else ""
+            lines.append(f"  {one.task}: {one.metric} {tuned.value:.3f}{certainty}, n = {one.rows:,}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -84,8 +86,9 @@ class EvaluationResult:
         return "".join([*shown, display.picture(folder.plots / "scores.png"), display.files(paths)])
 
 
-def _cell(cell: "Cell") -> str:
+def _cell(score: "Score | None") -> str:
     """A value with its 95% confidence interval."""
-    if cell.value is None:
+    if score is None:
         return ""
-    return f"{cell.value:.3f}" + ("" if cell.low is None else f" ({cell.low:.3f}–{cell.high:.3f})")
+    interval = words.interval(score.low, score.high)
+    return f"{score.value:.3f}" + (f" ({interval})" if interval else "")

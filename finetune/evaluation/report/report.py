@@ -70,6 +70,7 @@ def _templates() -> Environment:
         "meaning": words.meaning,
         "shorten": words.shorten,
         "duration": words.duration,
+        "interval": words.interval,
     }
     return environment
 
