@@ -209,7 +209,7 @@ def test_an_encoding_that_is_not_clear_is_named_with_the_option(heads, tmp_path)
     options = predicting.PredictOptions(encoding="cp1252", max_new_tokens=1)
     assert finetune.predict(heads, table, task="words", options=options).rows[0].columns == {"text": "naïve"}
     options = predicting.PredictOptions(encoding="latin-nine")
-    with pytest.raises(RecipeError, match="encoding= latin-nine: write an encoding such as"):
+    with pytest.raises(RecipeError, match="encoding=latin-nine: write an encoding such as"):
         finetune.predict(heads, table, task="words", options=options)
 
 

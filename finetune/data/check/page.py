@@ -1,12 +1,12 @@
 """Self-contained pages about rows: styles, script, thumbnails and sound inside one file, nothing fetched."""
 
-import base64
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.common.display import data_uri
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_text
 from finetune.data.check.ledger import CODES, Finding, Ledger, Summary
@@ -96,24 +96,24 @@ def embedded(
         yield InlineMedium("image", path.name, picture_uri(decode(kind, path, limits=limits), side))
 
 
-def picture_uri(picture: "Image", side: int) -> str:
-    """A picture as a JPEG of at most `side` pixels in a data URI."""
+def picture_uri(picture: "Image", side: int, kind: str = "jpeg", quality: int = 80) -> str:
+    """A picture (RGB) of at most `side` pixels in a data URI."""
     small = picture.copy()
     small.thumbnail((side, side))
     content = io.BytesIO()
-    small.save(content, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    small.save(content, kind, quality=quality)
+    return data_uri(f"image/{kind}", content.getvalue())
 
 
 def sound_uri(audio: "np.ndarray", seconds: int) -> str:
-    """The beginning of a decoded recording as Ogg Vorbis in a data URI."""
+    """The beginning of a recording, float32 (samples,) at 16 kHz, as Ogg Vorbis in a data URI."""
     import soundfile
 
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", RATE, 1, format="OGG", subtype="VORBIS") as file:
         for second in range(seconds):  # libsndfile crashes on minutes at once
             file.write(audio[second * RATE : (second + 1) * RATE])
-    return f"data:audio/ogg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return data_uri("audio/ogg", content.getvalue())
 
 
 def findings_page(ledger: Ledger, summary: Summary, path: Path, limits: Limits) -> None:
