@@ -1,6 +1,5 @@
 """Predict: a trained model's answers to new rows, written to a table as they come."""
 
-import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 
 from finetune.commands._answers_file import AnswersFile, PredictedRow, refuse_other_suffixes
 from finetune.commands._asking import ask, task_of
+from finetune.common import display
 from finetune.common.errors import DataError, MissingColumn, RecipeError, option
 from finetune.common.run_folder import RunFolder
 from finetune.data.new_files import file_like
@@ -49,10 +49,8 @@ class Predictions:
             (row.row, row.answer_text, f"{max(row.probabilities.values()):.3f}" if row.probabilities else "", row.error)
             for row in self.rows[:SHOWN_ROWS]
         ]
-        lines = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in cells]
-        head = "<tr><th>row</th><th>answer</th><th>probability</th><th>error</th></tr>"
-        caption = f"{len(self.rows):,} rows, {len(self.errors):,} without an answer"
-        return f"<table><caption>{caption}</caption>{head}{''.join(lines)}</table>"
+        line = display.line(f"{len(self.rows):,} rows, {len(self.errors):,} without an answer")
+        return line + display.table(("row", "answer", "probability", "error"), cells)
 
 
 def predict(

@@ -76,18 +76,20 @@ def print_run(result: "RunResult") -> None:
 
 
 def print_plan(result: "Plan") -> None:
-    from finetune.training.plan.cards import GIB, SIZES, USABLE
-    from finetune.training.plan.result import TIGHT, duration, parts_of, size
+    from finetune.common.gpu import GIB
+    from finetune.training.plan.cards import SIZES, USABLE
+    from finetune.training.plan.result import TIGHT, size
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="memory of the card", title_justify="left")
     table.add_column("", no_wrap=True)
     for phase in result.phases:
         table.add_column(phase.name.replace(" ", "\n", 1), justify="right")
-    for part in parts_of(result.phases):
-        table.add_row(part, *(size(phase.parts[part]) if part in phase.parts else "" for phase in result.phases))
+    *parts, together, time = result.rows()
+    for row in parts:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("together", *(size(phase.total) for phase in result.phases))
-    table.add_row("time", *(duration(result.seconds[phase.name]) for phase in result.phases))
+    table.add_row(*together)
+    table.add_row(*time)
     console = Console(highlight=False)
     console.print(table)
     console.print(

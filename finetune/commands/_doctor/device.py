@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune.commands._doctor.finding import Condition
+from finetune.common.gpu import GIB, computes_bfloat16
 
-GIB = 2**30
 LEAST_MEMORY = 2 * GIB  # the quickstart takes 1.3 GiB
 TOLERANCE = 0.02  # relative, of a layer in bfloat16
 
@@ -52,7 +52,7 @@ def _gpu(index: int, built: str) -> Condition:
         return Condition(
             "device", "error", f"{name}: can't compute ({reason})", "install a build of torch for this GPU and driver"
         )
-    if (major, minor) >= (8, 0):
+    if computes_bfloat16(index):
         return Condition("device", "ok", f"{name}: bfloat16")
     says = "; torch says that it has bfloat16, but emulates it" if torch.cuda.is_bf16_supported() else ""
     return Condition("device", "ok", f"{name}: float16{says}", "leave model.llm.dtype: auto, or set float16")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from finetune.commands._doctor.finding import Condition
 from finetune.common.errors import ExportRefused
+from finetune.common.gpu import GIB
 from finetune.common.hub import CONNECT, PROBE_SECONDS, unreachable
 from finetune.export._contract import EngineMissing
 
-GIB = 2**30
 LEAST_DISK = 5 * GIB
 NO_DISK = GIB // 4
 DECODERS = ("aac", "flac", "mp3", "opus", "vorbis", "av1", "h264", "hevc", "vp8", "vp9")

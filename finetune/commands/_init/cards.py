@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune.commands._init.task import Yaml
 from finetune.common.errors import RecipeError, given
+from finetune.common.gpu import computes_bfloat16
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,8 @@ def this_card() -> Card:
         import torch
 
         if torch.cuda.is_available():
-            old = torch.cuda.get_device_capability(0) < (8, 0)  # computes no bfloat16
             memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-            return card_of("t4" if old and memory > 12 else f"{memory + 0.7:.1f}")
+            return card_of("t4" if memory > 12 and not computes_bfloat16() else f"{memory + 0.7:.1f}")
     return card_of("cpu")
 
 

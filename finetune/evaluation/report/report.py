@@ -145,14 +145,8 @@ def _curves(content: Content) -> list[Chart]:
     if not losses:
         return []
     last = [values[-1] for values in losses.values()][-1]
-    figure = plots.png(plots.losses_figure(losses, *CHART))
-    charts = [
-        Chart(
-            "Loss, and its running mean",
-            f"Loss of each step, {last:.3f} at the end",
-            display.data_uri("image/png", figure),
-        )
-    ]
+    figure = display.data_uri("image/png", plots.png(plots.losses_figure(losses, *CHART)))
+    charts = [Chart("Loss, and its running mean", f"Loss of each step, {last:.3f} at the end", figure)]
     passes = [one for stage in stages.values() for one in stage.validation]
     for task in dict.fromkeys(task for one in passes for task in one.scores):
         if (drawn := plots.validation_figure(stages, task, *CHART)) is not None:

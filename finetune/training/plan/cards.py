@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from finetune.common.errors import RecipeError, given
 
-GIB = 2**30
 # The share of a card's nominal gigabytes, as GiB, that programs get: the driver and error correction take the rest.
 USABLE = 0.97
 
