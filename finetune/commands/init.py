@@ -63,7 +63,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Plan:
+class InitPlan:
     """All that is decided before the rows are read as samples. `encoders`: medium -> name of another encoder."""
 
     target: Path
@@ -75,7 +75,7 @@ class Plan:
     task: Task
     prompt: str
     language: str
-    card: cards.Card
+    card: cards.InitCard
     hold_out: float
     llm: str | None
     encoders: Mapping[str, str]
@@ -157,7 +157,7 @@ def _write_checked(path: Path, text: str) -> None:
         unchecked.unlink(missing_ok=True)
 
 
-def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
+def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
     found = find(path, choices.encoding)
     by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
     rows = [row for of_file in by_file for row in of_file]
@@ -186,7 +186,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
         hold_out = _settled(None if share is None else f"{share:g}", ask, question, _share)
     media = [task.columns.get(kind, kind) for kind in task.media]
     hosts = hosts_of(name for of_file in names for column in media for name in of_file.get(column, ()))
-    return Plan(
+    return InitPlan(
         out or Path(f"{name}.yaml"),
         name,
         found,
@@ -301,7 +301,7 @@ def _model(name: str) -> str:
     return name
 
 
-def _source_keys(plan: Plan, found: Found, place: MediaPlace) -> Yaml:
+def _source_keys(plan: InitPlan, found: Found, place: MediaPlace) -> Yaml:
     """The keys of a source but `path`, in the order in which they are written; paths are absolute."""
     keys: Yaml = {}
     task = plan.task
@@ -335,7 +335,7 @@ def _seed(rows: measure.Rows, source: Source) -> int:
     return next((s for s in SEEDS if 0 < measure.held_out(rows, source, s) < len(rows.samples)), SEEDS[0])
 
 
-def _parts(plan: Plan, medium: str) -> cards.MediumParts:
+def _parts(plan: InitPlan, medium: str) -> cards.MediumParts:
     name = plan.encoders.get(medium)
     folder = Path(name) if name and Path(name).is_dir() else None
     return cards.parts_of(medium, plan.card, name and _relative(name, plan.target.parent), folder)
@@ -363,7 +363,7 @@ def _about(task: Task) -> str:
     return f"{task.kind}, {media} -> column {task.answer.name!r}"
 
 
-def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
+def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
     task, first = plan.task, plan.found[0]
     why = f", read with {first.format.kind}'s {first.reason}" if first.reason else ""
     lines = [f"{first.path}: format {first.format.kind}{why}, columns {', '.join(c.name for c in plan.columns)}"]

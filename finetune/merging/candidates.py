@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from finetune.common.certificate import BARE, UNTRAINED, Dtypes, Measures
 from finetune.common.errors import ArtifactError
 from finetune.common.progress import fresh_memory
-from finetune.merging.compare import Comparison, EncodedOnce, distances
+from finetune.merging.compare import ComparedSamples, EncodedOnce, distances
 from finetune.merging.lora_weights import (
     LoraFile,
     Quantization,
@@ -40,7 +40,7 @@ BATCH_ON_DISK = 8  # samples compared at once where each pass reads the LLM from
 @dataclass
 class Trained:
     """What is known of the model that was trained, and of the base, once both are let go. `parts`: the state of
-    projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `Comparison.next_tokens`.
+    projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `ComparedSamples.next_tokens`.
     """
 
     parts: dict[str, Tensor]
@@ -115,7 +115,7 @@ class MergeJob:
             with_encoders=with_encoders,
         )
 
-    def measure_trained(self, comparison: Comparison) -> Trained:
+    def measure_trained(self, comparison: ComparedSamples) -> Trained:
         """Load what was trained, and measure it and the base. Encoders that were tuned are then as they will be
         saved.
         """
@@ -166,7 +166,7 @@ class MergeJob:
         write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.parts, self.run)
         return method
 
-    def measure(self, place: Path, scratch: Path, comparison: Comparison, trained: Trained) -> Measures:
+    def measure(self, place: Path, scratch: Path, comparison: ComparedSamples, trained: Trained) -> Measures:
         """The measures of a candidate, read back from disk with its own encoders."""
         fresh_memory()
         model, on_disk = read_back(place, self.run.components.device, scratch)

@@ -36,7 +36,7 @@ class InlineMedium:
 
 
 @dataclass(frozen=True)
-class Card:
+class RowCard:
     """One row of a page. `files`: names of the media that a finding is about."""
 
     where: str
@@ -135,7 +135,7 @@ def findings_page(ledger: Ledger, summary: Summary, path: Path, limits: Limits) 
     write_text(path, page)
 
 
-def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> Card:
+def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> RowCard:
     paths = [path for path in (finding.path, finding.other) if path]
     files = " = ".join(Path(path).name for path in paths)
     if not paths and finding.row is not None:
@@ -143,7 +143,7 @@ def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> Card:
     kinds = [next(ledger.query("select kind from uses where path = ? limit 1", path), ("",))[0] for path in paths]
     media = [thumbnails.of(kind, Path(path)) for kind, path in zip(kinds, paths, strict=True) if kind]
     where = ledger.where(finding.source, finding.number)
-    return Card(where, finding.text.removeprefix(f"{where}: "), tuple(filter(None, media)), files)
+    return RowCard(where, finding.text.removeprefix(f"{where}: "), tuple(filter(None, media)), files)
 
 
 def _lengths(ledger: Ledger) -> list[tuple[int, int, int]]:
@@ -158,11 +158,11 @@ def _lengths(ledger: Ledger) -> list[tuple[int, int, int]]:
     return [(start, min(start + width - 1, high), counts.get(bar, 0)) for bar, start in starts]
 
 
-def _examples(ledger: Ledger, thumbnails: Thumbnails) -> Iterator[Card]:
+def _examples(ledger: Ledger, thumbnails: Thumbnails) -> Iterator[RowCard]:
     step = max(1, next(ledger.query("select count(*) from rows"))[0] // EXAMPLES)
     query = "select id, source, number, split, tokens, answer from rows where id % ? = 0 order by id limit ?"
     for row, source, number, split, tokens, answer in list(ledger.query(query, step, EXAMPLES)):
         uses = list(ledger.query("select kind, path from uses where row = ? limit 4", row))
         media = tuple(filter(None, (thumbnails.of(kind, Path(path)) for kind, path in uses)))
         text = f"{split}, {tokens:,} tokens" + (f": {answer}" if answer else "")
-        yield Card(ledger.where(source, number), text, media)
+        yield RowCard(ledger.where(source, number), text, media)
