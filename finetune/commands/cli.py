@@ -367,7 +367,7 @@ def predict(
         typer.Argument(metavar="FILE|FOLDER|TABLE...", help="Media, folders of them, or rows without answers."),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help=".csv or .jsonl of the answers; gone on with where it is unfinished.")
+        Path, typer.Option(metavar="FILE", help=".csv or .jsonl of the answers; continued if unfinished.")
     ] = Path("answers.csv"),
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="One of several tasks that the model was trained for.")
@@ -576,7 +576,7 @@ def data_label(
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A run, merged or adapter folder: it proposes.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="CSV of the labels; gone on with if it is there.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="CSV of the labels; continued if it is there.")] = Path(
         "labels.csv"
     ),
     task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,

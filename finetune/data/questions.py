@@ -17,8 +17,7 @@ from finetune.recipe.schema import Limits, RowFile
 
 @dataclass(frozen=True)
 class Input:
-    """A row to be asked about. `name`: its file, or for a row of a table the table's name and the line. `columns`:
-    the
+    """A row to be asked about. `name`: its file, or for a row of a table the table's name and the line. `columns`: the
     texts and numbers that its table holds, as text.
     """
 
