@@ -14,7 +14,7 @@ from finetune.commands._asking import ask, task_of
 from finetune.common import display
 from finetune.common.errors import DataError, MissingColumn, RecipeError, option
 from finetune.common.run_folder import RunFolder
-from finetune.data.new_files import file_like
+from finetune.data.new_files import RowsAs, file_like
 from finetune.data.questions import Input, question_about_media, question_of, read_inputs
 from finetune.data.sample import Answer, Medium, Message
 from finetune.model.trained_for import bindings_at, refuse_missing
@@ -87,10 +87,10 @@ def predict(
         bindings = assistant.model.bindings
     name, trained_for = task_of(bindings, task)
     kinds = trained_for.media if trained_for else tuple(assistant.encoders if assistant else ())
-    known = _source(RunFolder(run), name)
+    known, rows_as = _source(RunFolder(run), name), RowsAs(columns, options.media_folder, options.encoding)
 
     def source_of(path: Path) -> RowFile:
-        return file_like(known or RowFile(path=path), path, columns, options.media_folder, options.encoding)
+        return file_like(known or RowFile(path=path), path, rows_as)
 
     rows, left_out = read_inputs(paths, kinds, source_of)
     if trained_for is not None:

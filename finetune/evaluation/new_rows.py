@@ -1,12 +1,11 @@
 """Rows with answers that the recipe of a run doesn't name, to be scored as one of its tasks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.common.run_folder import RunFolder, read_json
-from finetune.data.new_files import file_like
+from finetune.data.new_files import RowsAs, file_like
 from finetune.data.rows import read_samples
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
@@ -22,21 +21,13 @@ class NewRows:
     source: Source
 
     @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        path: Path,
-        task: str | None,
-        columns: Mapping[str, str] | None,
-        media_folder: Path | None,
-        encoding: str | None = None,
-    ) -> "NewRows":
+    def of(cls, recipe: Recipe, path: Path, task: str | None, rows_as: RowsAs) -> "NewRows":
         """Raises RecipeError, DataError."""
         if not path.exists():
             raise RecipeError(f"{given('data', path)}: no such file or folder")
         names = task_names(recipe.data)
         number = names.index(chosen_task(names, task) or names[0])
-        source = file_like(recipe.data[number], path.absolute(), columns, media_folder, encoding)
+        source = file_like(recipe.data[number], path.absolute(), rows_as)
         return cls(names[number], number, source.model_copy(update={"group": None}))
 
     def samples(self, limits: Limits) -> list[Sample]:

@@ -10,6 +10,7 @@ from trained_runs import copy_of, file_digests, predictions_of
 
 import finetune
 from finetune.common.errors import DataError, RecipeError
+from finetune.data.new_files import RowsAs
 from finetune.evaluation.new_rows import NewRows
 
 
@@ -85,5 +86,5 @@ def test_rows_in_another_encoding_than_the_recipes_are_read(run, finished_run, t
     text = (finished_run("heads").parent / "rows" / "words-test.csv").read_text().replace("square", "carré")
     for name, written, named in (("a", "utf-16", None), ("b", "cp1252", "cp1252")):
         (tmp_path / f"{name}.csv").write_text(text.replace(",", ";"), encoding=written)
-        new = NewRows.of(recipe, tmp_path / f"{name}.csv", "words", None, None, named)
+        new = NewRows.of(recipe, tmp_path / f"{name}.csv", "words", RowsAs(encoding=named))
         assert all("carré" in sample.messages[0].content[0] for sample in new.samples(recipe.media))
