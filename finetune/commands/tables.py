@@ -140,7 +140,6 @@ def print_scores(result: "EvaluationResult") -> None:
     """Each task's table, and what it comes to in a sentence."""
     from finetune.evaluation.report.headline import headlines
     from finetune.evaluation.report.tables import score_tables
-    from finetune.evaluation.report.words import interval
 
     content = result.content
     sentences = {headline.task: headline.sentence for headline in headlines(content)}
@@ -156,7 +155,7 @@ def print_scores(result: "EvaluationResult") -> None:
             for condition, score in zip(scores.conditions, row.cells, strict=True):
                 cells.append(f"{score.value:.3f}" if score else "")
                 if condition == "tuned":
-                    cells.append(interval(score.low, score.high) if score else "")
+                    cells.append(score.interval if score else "")
             table.add_row(row.metric + " ↓" * row.lower_is_better, *cells)
         lower = "; ↓ lower is better" if any(row.lower_is_better for row in scores.metrics) else ""
         print(f"{scores.task}, n = {scores.rows:,}{lower}")

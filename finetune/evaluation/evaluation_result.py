@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from finetune.common import display
 from finetune.common.run_folder import RunFolder
 from finetune.data.predictions import read_predictions
-from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content, read_content
 from finetune.evaluation.results import Comparison, Metrics, ScoreTables
 
@@ -65,9 +64,8 @@ class EvaluationResult:
         lines = [f"EvaluationResult of {self.written.path}"]
         for one in headlines(self.content):
             tuned = one.scores[0]
-            interval = words.interval(tuned.low, tuned.high)
-            certainty = f" (95% CI {interval})" if interval else ""
-            lines.append(f"  {one.task}: {one.metric} {tuned.value:.3f}{certainty}, n = {one.rows:,}")
+            interval = f" (95% CI {tuned.interval})" if tuned.interval else ""
+            lines.append(f"  {one.task}: {one.metric} {tuned.value:.3f}{interval}, n = {one.rows:,}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -90,5 +88,4 @@ def _cell(score: "Score | None") -> str:
     """A value with its 95% confidence interval."""
     if score is None:
         return ""
-    interval = words.interval(score.low, score.high)
-    return f"{score.value:.3f}" + (f" ({interval})" if interval else "")
+    return f"{score.value:.3f}" + (f" ({score.interval})" if score.interval else "")

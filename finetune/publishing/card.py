@@ -150,8 +150,8 @@ def score_tables(content: Content) -> list[tuple[str, int, str]]:
             name = words.plain(row.metric) + (" (lower is better)" if row.lower_is_better else "")
             line = [f"**{name}**" if row.primary else name]
             for condition, score in zip(scores.conditions, row.cells, strict=True):
-                interval = words.interval(score.low, score.high) if score and condition == "tuned" else ""
-                line.append(words.number(score.value) + (f" ({interval})" if interval else "") if score else "")
+                interval = f" ({score.interval})" if score and score.interval and condition == "tuned" else ""
+                line.append(words.number(score.value) + interval if score else "")
             lines.append(line)
         head = ["", *map(words.plain, scores.conditions)]
         result.append((scores.task, len(content.predictions_of(scores.task)), table(head, lines, len(head) - 1)))

@@ -70,7 +70,6 @@ def _templates() -> Environment:
         "meaning": words.meaning,
         "shorten": words.shorten,
         "duration": words.duration,
-        "interval": words.interval,
     }
     return environment
 

@@ -28,6 +28,11 @@ class Score:
     high: float | None = None
     compared: Comparison | None = None
 
+    @property
+    def interval(self) -> str:
+        """'0.561–0.683'; '' where it isn't known."""
+        return "" if self.low is None else f"{words.number(self.low)}–{words.number(self.high)}"
+
 
 def scores_of(content: Content, task: str, metric: str) -> dict[str, Score]:
     """Condition -> score, of those that have one."""

@@ -66,11 +66,6 @@ def span(metric: str, low: float, high: float) -> str:
     return f"{ends[0].removesuffix('%')}–{ends[1]}"
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """'0.561–0.683'; '' where it isn't known."""
-    return "" if low is None or high is None else f"{number(low)}–{number(high)}"
-
-
 def condition(name: str) -> str:
     """The name of a condition in words: 'untrained'."""
     return _condition(name)[0]
