@@ -38,11 +38,12 @@ def scores_of(content: Content, task: str, metric: str) -> dict[str, Score]:
     """Condition -> score, of those that have one."""
     intervals = content.metrics.intervals.get(task, {}).get(metric, {})
     compared = content.metrics.comparisons.get(task, {}).get(metric, {})
-    return {
-        name: Score(name, value, *intervals.get(name, (None, None)), compared.get(name))
-        for name, value in content.metrics.scores[task][metric].items()
-        if value is not None
-    }
+    scores = {}
+    for name, value in content.metrics.scores[task][metric].items():
+        if value is not None:
+            low, high = intervals.get(name, (None, None))
+            scores[name] = Score(name, value, low, high, compared.get(name))
+    return scores
 
 
 @dataclass(frozen=True)
