@@ -247,6 +247,17 @@ def test_semicolons_and_splits_in_files_of_their_own():
     assert recipe.data[0].media_folder == Path("shop/images").resolve()
 
 
+def test_tabs_in_a_csv_file_are_its_delimiter():
+    rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
+    recipe = written(table(Path("tabs.csv"), ["text", "label"], rows, delimiter="\t"))
+    assert recipe.data[0].format.options.delimiter == "\t" and recipe.data[0].task.kind == "classify"
+
+
+def test_an_option_that_is_not_there_is_refused():
+    with pytest.raises(TypeError, match="cards"):
+        finetune.init(class_folders(), cards="8gb")
+
+
 def test_there_are_enough_steps_for_few_rows_and_not_too_many_for_many():
     few = written(with_labels()).train
     assert few.tokens_per_batch == 256 and sum(stage.epochs for stage in few.stages) >= 20
