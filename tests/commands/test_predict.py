@@ -12,8 +12,10 @@ from trained_runs import HEADS, copy_of
 
 import finetune
 from finetune.commands import predict as predicting
-from finetune.commands._answers_file import PredictedRow
+from finetune.commands._answers_file import AnswersFile, PredictedRow
 from finetune.common.errors import DataError, RecipeError
+from finetune.data.questions import Input
+from finetune.data.sample import Row
 from finetune.recipe.yaml_reader import dump_yaml, read_yaml
 
 
@@ -98,6 +100,46 @@ def test_an_interrupted_file_is_gone_on_with(suffix, heads, pictures, tmp_path, 
     result = finetune.predict(heads, pictures, out, task="colour")
     assert len(asked) == 3 and asked == [row.row for row in result.rows[2:]]
     assert out.read_bytes() == whole.read_bytes() and not result.errors
+
+
+def answers_file(path: Path, *columns: dict[str, str]) -> AnswersFile:
+    inputs = [
+        Input(f"rows.csv:{number}", Row(Path("rows.csv"), number, {}, Path()), one)
+        for number, one in enumerate(columns, 2)
+    ]
+    return AnswersFile(path, inputs, (), str)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+def test_lines_within_cells_stay_as_they_are(end, suffix, tmp_path):
+    """Also after an interruption, when the file is read back."""
+    text = f"one{end}two"
+    file = answers_file(tmp_path / f"answers.{suffix}", {"text": text}, {"text": "x"})
+    first = PredictedRow("rows.csv:2", {"text": text}, text)
+    with file.appending([]) as append:
+        append(first)
+    assert file.answered() == {"rows.csv:2": first}
+    if suffix == "csv":
+        assert [(row["text"], row["answer"]) for row in read(file.path)] == [(text, text)]
+
+
+def test_answers_fed_back_keep_every_column(tmp_path):
+    columns = {"row": "a", "answer": "b", "input_answer": "c", "input_input_answer": "d", "error": "e"}
+    file = answers_file(tmp_path / "answers.csv", columns, columns)
+    first = PredictedRow("rows.csv:2", columns, "new")
+    with file.appending([]) as append:
+        append(first)
+    (line,) = read(file.path)
+    assert [line[name] for name in file.kept.values()] == [*columns.values()] and line["answer"] == "new"
+    assert file.answered() == {"rows.csv:2": first}
+
+
+def test_a_record_with_other_cells_is_reported(tmp_path):
+    file = answers_file(tmp_path / "answers.csv", {"text": "a"}, {"text": "b"})
+    file.path.write_text("row,text,answer,error\nrows.csv:2,a,x,\nrows.csv:3,b\n")
+    with pytest.raises(DataError, match="record 2 holds something else"):
+        file.answered()
 
 
 def test_rows_are_on_disk_before_the_next_batch(plain, pictures, tmp_path, monkeypatch):
