@@ -101,7 +101,7 @@ class Labelling:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.partial")
         with partial.open("w", encoding="utf-8-sig", newline="") as file:  # Excel reads UTF-8 with its mark
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(asdict(item.line) for item in self.items)
         os.replace(partial, self.path)

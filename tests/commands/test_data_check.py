@@ -187,7 +187,7 @@ def test_rows_are_held_out_as_training_holds_them_out(messy, checked, tmp_path):
 def test_text_alone_and_an_llm_that_reads_little(tmp_path):
     recipe = tiny_recipe(tmp_path, model__encoders={}, model__projectors={}, data=[])
     content = json.loads(recipe.read_text())
-    rows = [("Who?", "me"), ("What " * 200, "that"), ("Who?", "<|im_start|>")]
+    rows = [("Who?", "me"), ("What " * 200, "that"), ("Who?", "<|im_start|>"), ("One\rmore", "line")]
     for split in ("train", "test"):
         with (tmp_path / f"{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("question", "answer"), *((f"{split} {q}", a) for q, a in rows)])
@@ -196,7 +196,9 @@ def test_text_alone_and_an_llm_that_reads_little(tmp_path):
     content["train"]["stages"] = [{"name": "tune", "trains": ["adapter"], "learning_rate": 1.0e-3}]
     content["train"]["tokens_per_batch"] = 4096
     recipe.write_text(json.dumps(content))
-    result = finetune.data_check(recipe, out=tmp_path / "out", workers=0)
+    result = finetune.data_check(recipe, out=tmp_path / "out", fix=tmp_path / "fixed", workers=0)
+    with min((tmp_path / "fixed").glob("*.csv")).open(encoding="utf-8", newline="") as file:
+        assert [*csv.reader(file)][-1] == ["train One\rmore", "line"]
     assert result.summary["findings"]["context"] == 2 and result.summary["different_media"] == {}
 
 

@@ -69,6 +69,13 @@ def test_without_a_model_nothing_is_proposed(rows, tmp_path):
     assert (result.rows, result.proposed, result.labelled) == (3, 0, 1)
 
 
+def test_lines_within_a_text_do_not_break_the_file(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b'text,label\r\n"one\rtwo",\r\n"three\nfour",\r\n')
+    for _ in range(2):  # the second goes on with the first's file
+        saved = read(finetune.data_label(tmp_path / "rows.csv", out=tmp_path / "labels.csv").out)
+        assert [row["text"].splitlines()[1] for row in saved] == ["two", "four"]
+
+
 def test_a_model_proposes_once_for_what_has_no_label(rows, tmp_path, monkeypatch):
     model = with_model(monkeypatch, Model(classify=part("tasks", "classify")))
     out = tmp_path / "labels.csv"

@@ -69,7 +69,7 @@ class _Cleaner:
                 lenient_rows(source.model_copy(update={"columns": {}}), unreadable), self.numbers, strict=False
             ):
                 if table and writer is None:
-                    writer = csv.DictWriter(file, row.columns, delimiter=DELIMITERS[suffix], lineterminator="\n")
+                    writer = csv.DictWriter(file, row.columns, delimiter=DELIMITERS[suffix])
                     writer.writeheader()
                 if reasons := self.reasons(number):
                     self.leave_out(source, row.number, row.columns, reasons)

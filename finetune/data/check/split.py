@@ -213,7 +213,7 @@ def _write_table(source: RowFile, files: Mapping[str, TextIO], chosen: Sequence[
     writers: dict[str, csv.DictWriter[str]] = {}
     for split, row in zip(chosen, read_rows(source), strict=True):
         if split not in writers:
-            writers[split] = csv.DictWriter(files[split], row.columns, delimiter=delimiter, lineterminator="\n")
+            writers[split] = csv.DictWriter(files[split], row.columns, delimiter=delimiter)
             writers[split].writeheader()
         writers[split].writerow(row.columns)
 
