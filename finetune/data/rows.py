@@ -110,7 +110,9 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
 
 
 def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
-    """Raises DataError where there is no row to train on, to evaluate, or to validate though the recipe does."""
+    """Raises DataError where there is no row to train on, in any stage, to evaluate, or to validate though the recipe
+    does.
+    """
     needed = ["train", recipe.evaluate.split, *(["validation"] if recipe.train.validation else [])]
     for split in dict.fromkeys(needed):
         if splits.of(split):
@@ -118,6 +120,14 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
         if split == "train":
             raise DataError("data: all rows are held out, none is left to train on: lower hold_out")
         raise DataError(f"data: no row is held out for {split}: {_more_held_out(splits, split, 1)}")
+    left = {sample.source for sample in splits.train}
+    for number, stage in enumerate(recipe.train.stages):
+        if stage.sources and left.isdisjoint(stage.sources):
+            files = ", ".join(dict.fromkeys(str(recipe.data[source].path) for source in stage.sources))
+            raise DataError(
+                f"train.stages.{number}.sources: all rows of {files} are held out, none is left for stage "
+                f"{stage.name}: lower their hold_out, or give the stage other sources"
+            )
 
 
 def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
