@@ -13,7 +13,7 @@ from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refu
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import Llm, Train
-from finetune.training.automatic import numbers_at_hand
+from finetune.training.automatic import longest_row, numbers_at_hand
 from finetune.training.lengths import estimate, settings_of
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
@@ -78,22 +78,27 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     chosen = numbers_at_hand(loaded, splits.train, estimated)
     if estimated is None:
         notes.append("steps aren't counted: the tokenizer of model.llm is neither a folder's nor in the Hub's cache")
+    elif estimated.unknown:
+        notes.append(
+            f"steps aren't counted: only the encoder's weights tell how many tokens {', '.join(estimated.unknown)} has"
+        )
     elif chosen is not None:
         stages = steps_of(chosen.train, splits.train, estimated.lengths)
-        warnings += _few_steps(chosen.train, splits, estimated.lengths, stages)
+        longest = longest_row(loaded, splits.train, estimated)
+        warnings += _few_steps(chosen.train, splits, estimated.lengths, longest, stages)
     if chosen is None:
         notes.append("numbers for auto are chosen when the run begins: it downloads what tells how long the rows are")
-    if estimated is not None and estimated.unknown:
-        notes.append(f"tokens of {', '.join(estimated.unknown)} aren't counted: only the encoder's weights tell")
     numbers = chosen.reasons if chosen else ()
     return CheckedRecipe(loaded, summary(splits), numbers, stages, tuple(warnings), tuple(notes))
 
 
-def _few_steps(train: Train, splits: Splits, lengths: Sequence[int], stages: Sequence[StageSteps]) -> Iterator[str]:
+def _few_steps(
+    train: Train, splits: Splits, lengths: Sequence[int], longest: int, stages: Sequence[StageSteps]
+) -> Iterator[str]:
     few = [stage for stage in stages if stage.steps < FEW_STEPS]
     if not few:
         return
-    better = more_steps(train, splits.train, lengths)
+    better = more_steps(train, splits.train, lengths, longest)
     counts = steps_of(better, splits.train, lengths)
     changes = [
         f"{key}: {getattr(better, key)}"

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
+import soundfile
 from cli import cli
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
@@ -13,6 +15,9 @@ from finetune.commands._reader import Reader
 from finetune.commands.check import TEXT_PART_LOADS, check
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.rows import read_splits
+from finetune.data.sample import Medium, Message, Sample
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Model
 from finetune.training.lengths import estimate
 from finetune.training.pack import plan_rows
 
@@ -42,6 +47,43 @@ def test_no_row_to_score_is_an_error_before_training(held_out):
         check(held_out)
     done = cli("run", held_out, cwd=held_out.parent)
     assert done.returncode == 2 and not (held_out.parent / "runs").exists()
+
+
+def test_a_stage_whose_rows_are_all_held_out_is_refused(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "data" / "one.csv").write_text("image,label\nimages/one.png,red\n")
+    tiny_picture((1, 2, 3)).save(tmp_path / "data" / "images" / "one.png")
+    content = json.loads(recipe.read_text())
+    content["data"].append({"path": str(tmp_path / "data" / "one.csv"), "task": "classify", "hold_out": 0.9})
+    recipe.write_text(json.dumps(content))
+    assert check(recipe).splits["train"].rows == 12
+    with pytest.raises(DataError, match=r"train.stages.1.sources: all rows of .*one.csv are held out.*stage tune"):
+        check(recipe, ["train.stages.1.sources=[2]"])
+
+
+def test_steps_are_not_counted_without_all_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.training.lengths._layout", lambda part, medium: None)
+    result = check(tiny_recipe(tmp_path, train__tokens_per_batch=4096))
+    assert result.stages == () and not any("steps" in warning for warning in result.warnings)
+    assert any("steps aren't counted" in note and "image" in note for note in result.notes)
+
+
+def test_the_longest_recording_is_counted(tmp_path, monkeypatch):
+    """Among more samples than are counted, beside samples with more text."""
+    model = load_recipe(tiny_recipe(tmp_path)).model
+    audio = {"encoders": {"audio": {"kind": "whisper", "name": "x"}}, "projectors": {"audio": {"kind": "linear"}}}
+    model = Model.model_validate({"llm": model.llm, **audio})
+    samples = []
+    for number in range(40):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, numpy.zeros(16000 * (20 if number == 7 else 1)), 16000)
+        text = "What is said?" * (1 if number == 7 else 3)
+        samples.append(Sample((Message("user", (Medium("audio", path), text)), Message("assistant", ("a",))), "here"))
+    exact = estimate(model, samples)
+    monkeypatch.setattr("finetune.training.lengths.COUNTED", 2)
+    monkeypatch.setattr("finetune.training.lengths.LONGEST", 2)
+    few = estimate(model, samples)
+    assert exact is not None and few is not None and few.longest == exact.longest > 2 * min(exact.lengths)
 
 
 def test_steps_are_counted_and_what_gives_more_is_enough(tmp_path):

@@ -16,7 +16,7 @@ from finetune.training.automatic import AutoNumbers
 from finetune.training.plan.apart import without_auto
 from finetune.training.plan.cards import Card
 from finetune.training.plan.plan import plan
-from finetune.training.steps import numbers, steps_of
+from finetune.training.steps import more_steps, numbers, steps_of
 from finetune.training.train import train
 
 TUNE = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 1.0e-3, "epochs": "auto"}
@@ -77,6 +77,12 @@ def test_each_number_has_its_reason():
     assert chosen(10_000, 300, 1, most=256)[0] == 512
 
 
+def test_advice_for_more_steps_leaves_room_for_the_longest_row():
+    train = Train.model_validate({"tokens_per_batch": 4096, "stages": [TUNE | {"epochs": 1}]})
+    samples = [Sample((Message("assistant", ("a",)),), str(number)) for number in range(8)]
+    assert more_steps(train, samples, [100] * 8, longest=300).tokens_per_batch == 512
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
     folder = tmp_path_factory.mktemp("automatic")
@@ -113,6 +119,20 @@ def test_a_tokenizer_that_only_transformers_reads_gives_exact_lengths(recipe, mo
     monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples: None)
     choice = AutoNumbers(recipe)
     assert choice.lengths == exact and max(exact) <= choice.longest <= 1.2 * max(exact)
+
+
+def test_the_longest_row_is_found_among_more_than_are_tokenized(recipe, tmp_path, monkeypatch):
+    long = [f"{'word ' * (60 if number == 3 else 1)}{number}" for number in range(8)]
+    (tmp_path / "rows.csv").write_text("\n".join(["question,answer", *(f"{text},yes" for text in long)]))
+    (tmp_path / "test.csv").write_text("question,answer\nnew,yes\n")
+    task = {"kind": "answer", "media": []}
+    data = [{"path": str(tmp_path / f"{name}.csv"), "task": task} for name in ("rows", "test")]
+    words = load_recipe(tiny_recipe(tmp_path, train__stages=[TUNE], data=[data[0], data[1] | {"split": "test"}]))
+    exact = AutoNumbers(words).longest
+    monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples: None)
+    monkeypatch.setattr("finetune.training.plan.rows.READ", 2)
+    monkeypatch.setattr("finetune.training.lengths.LONGEST", 1)
+    assert AutoNumbers(words).longest == pytest.approx(exact, rel=0.1)
 
 
 def test_what_a_teacher_reads_and_answers_fits_a_row(recipe):
