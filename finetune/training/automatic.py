@@ -62,7 +62,7 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
 
 
 def _tokenized(recipe: Recipe, samples: Sequence[Sample]) -> Estimate:
-    """Some samples and those that may be the longest, tokenized as training does; the others are taken to be as long."""
+    """Some samples and the likely longest, tokenized as training does; the others are taken to be as long."""
     from finetune.model.bindings import bindings_of
     from finetune.model.features import Features
     from finetune.training.plan.rows import PlannedRows, PlannedRun, evenly_of_sources, with_dtype

@@ -21,8 +21,8 @@ from finetune.training.plan.apart import plan_line, without_auto
 from finetune.training.plan.cards import GIB, card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, plan
-from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
 from finetune.training.plan.result import TIGHT
+from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
 from finetune.training.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
