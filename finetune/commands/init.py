@@ -179,7 +179,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
     card = _settled(choices.get("card"), ask, question, cards.card_of)
     share = choices.get("hold_out")
     if any(file.split == "test" for file in found):
-        hold_out = share or 0.0
+        hold_out = _share(f"{share:g}") if share else 0.0
     else:
         question = Question("Share of the rows that is held out as test", "0.2" if len(rows) < FEW else "0.1", _share)
         hold_out = _settled(None if share is None else f"{share:g}", ask, question, _share)
