@@ -1,13 +1,13 @@
 """Numbers in the place of `tokens_per_batch: auto` and `epochs: auto`: for which rows, and what a run keeps of them."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 from tiny import tiny_recipe
 
 from finetune.commands._reader import Reader
 from finetune.commands.data_check import data_check
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, TrainingError
 from finetune.data.rows import read_splits
 from finetune.data.sample import Message, Sample
 from finetune.recipe.load import Recipe, load_recipe
@@ -179,3 +179,17 @@ def test_a_run_on_a_gpu_takes_what_its_plan_has_memory_for(recipe, monkeypatch, 
     assert (settings.tokens_per_batch, settings.checkpoint_every_n_layers) == (64, 1)
     assert "64, the most that the GPU has memory for" in capsys.readouterr().err
     assert without_auto(recipe, gpu=False).train.tokens_per_batch == 2048
+
+
+def test_a_run_on_a_gpu_says_that_it_has_no_plan(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("finetune.training.plan.apart.planning", lambda file: nullcontext(lambda seconds: None))
+    without_auto(recipe, gpu=True)
+    assert "no plan of this GPU's memory" in capsys.readouterr().err
+
+
+def test_a_taken_folder_is_refused_before_anything_is_planned(recipe, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    monkeypatch.setattr("finetune.training.train.without_auto", lambda *_: pytest.fail("planned"))
+    with pytest.raises(TrainingError, match="there is a run here already"):
+        train(recipe, tmp_path / "run")
