@@ -17,7 +17,7 @@ from finetune.common.run_folder import RunFolder
 from finetune.data.new_files import file_like
 from finetune.data.questions import Input, question_about_media, question_of, read_inputs
 from finetune.data.sample import Answer, Medium, Message
-from finetune.model.trained_for import bindings_at, refuse_missing
+from finetune.model.trained_for import parts_at, refuse_missing
 from finetune.recipe.load import Recipe
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import RowFile, Source, task_names
@@ -83,10 +83,12 @@ def predict(
     if out is not None:
         refuse_other_suffixes(Path(out))
     refuse_missing(run)
-    assistant, bindings = None, bindings_at(run)
-    if not bindings:  # only the loaded model tells what it takes
+    assistant, parts = None, parts_at(run)
+    if parts and parts.bindings:
+        bindings, limits = parts.bindings, parts.media
+    else:  # only the loaded model tells what it takes
         assistant = _loaded(run)
-        bindings = assistant.model.bindings
+        bindings, limits = assistant.model.bindings, assistant.limits
     name, trained_for = task_of(bindings, task)
     kinds = trained_for.media if trained_for else tuple(assistant.encoders if assistant else ())
     known = _source(RunFolder(run), name)
@@ -94,7 +96,7 @@ def predict(
     def source_of(path: Path) -> RowFile:
         return file_like(known or RowFile(path=path), path, columns, options.media_folder, options.encoding)
 
-    rows, left_out = read_inputs(paths, kinds, source_of)
+    rows, left_out = read_inputs(paths, kinds, source_of, limits.max_bytes)
     if trained_for is not None:
         refuse_hopeless(rows, trained_for, prompt)
     questions = Questions(assistant or _loaded(run), name, trained_for, prompt, options)

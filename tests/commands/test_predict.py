@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from time import process_time
 
 import pytest
 from cli import cli
@@ -14,8 +15,9 @@ import finetune
 from finetune.commands import predict as predicting
 from finetune.commands._answers_file import AnswersFile, PredictedRow
 from finetune.common.errors import DataError, RecipeError
-from finetune.data.questions import Input
+from finetune.data.questions import Input, read_inputs
 from finetune.data.sample import Row
+from finetune.recipe.schema import RowFile
 from finetune.recipe.yaml_reader import dump_yaml, read_yaml
 
 
@@ -122,6 +124,27 @@ def test_lines_within_cells_stay_as_they_are(end, suffix, tmp_path):
     assert file.answered() == {"rows.csv:2": first}
     if suffix == "csv":
         assert [(row["text"], row["answer"]) for row in read(file.path)] == [(text, text)]
+
+
+def test_rows_of_two_tables_of_one_name_are_told_apart(tmp_path):
+    files = [tmp_path / folder / "test.csv" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("text\nred\n")
+    inputs, _ = read_inputs(files, (), lambda path: RowFile(path=path), 77)
+    assert [one.name for one in inputs] == [f"{file}:2" for file in files] and inputs[0].row.max_bytes == 77
+    assert read_inputs(files[:1], (), lambda path: RowFile(path=path), 77)[0][0].name == "test.csv:2"
+    with pytest.raises(DataError, match="named twice"):
+        read_inputs([files[0], files[0]], (), lambda path: RowFile(path=path), 77)
+
+
+def test_many_rows_are_compared_at_once(tmp_path):
+    """In seconds: with a comparison of all pairs it took minutes."""
+    (tmp_path / "rows.csv").write_text("text\n" + "red\n" * 30_000)
+    before = process_time()
+    with pytest.raises(DataError, match="30000 rows or files are named twice"):
+        read_inputs([tmp_path / "rows.csv"] * 2, (), lambda path: RowFile(path=path), 77)
+    assert process_time() - before < 10
 
 
 def test_answers_fed_back_keep_every_column(tmp_path):
