@@ -246,12 +246,11 @@ def test_a_table_laid_out_as_the_training_rows_needs_no_options(
     (tmp_path / "december.csv").write_text("\n".join(lines), encoding=written)
 
     def unanswered(questions, rows):
-        asked = [questions._question(one, None)[-1].content[0] for one in rows]
+        asked = [questions._question(one)[-1].content[0] for one in rows]
         return [PredictedRow(one.name, one.columns, text) for one, text in zip(rows, asked, strict=True)]
 
     monkeypatch.setattr(predicting.Questions, "_batch", unanswered)
     monkeypatch.setattr(predicting, "_loaded", lambda run: None)
-    monkeypatch.setattr(predicting.Questions, "labels", ())
     rows = finetune.predict(run, tmp_path / "december.csv", task="words").rows
     assert [row.answer for row in rows] == [f"{text}\nSay it." for text in texts]
 
@@ -302,6 +301,13 @@ def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
     with pytest.raises(DataError, match="no image in it, of 1 files"):
         finetune.predict(plain, pictures, out)
     assert not out.exists()
+
+
+def test_a_file_of_something_else_is_refused_before_the_model_is_loaded(plain, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicting, "_loaded", lambda run: pytest.fail("loaded"))
+    (tmp_path / "answers.csv").write_text("name,phone\nAnn,1\n")
+    with pytest.raises(DataError, match="columns are others"):
+        finetune.predict(plain, pictures, tmp_path / "answers.csv")
 
 
 def test_a_file_of_something_else_stays_as_it_is(plain, pictures, tmp_path):
