@@ -134,7 +134,7 @@ def data_label(
 
         assistant = load(run)
     name, trained_for = task_of(assistant.model.bindings if assistant else {}, task)
-    known = source_of_run(RunFolder(run), name) if run is not None else None
+    known = source_of_run(RunFolder(Path(run)), name) if run is not None else None
     labelling = read_rows_to_label(rows, Path(out), name, trained_for, labels, known)
     _resume(labelling)
     if assistant is not None:

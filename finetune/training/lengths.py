@@ -85,7 +85,9 @@ def likely_longest(samples: Sequence[Sample]) -> set[int]:
             with suppress(OSError):
                 sizes[medium.path.suffix.lower()][number] += medium.path.stat().st_size
     found = {*heapq.nlargest(LONGEST, range(len(samples)), key=characters)}
-    found.update(heapq.nlargest(LONGEST, range(len(samples)), key=lambda number: len(samples[number].media)))
+    counts = [len(sample.media) for sample in samples]
+    if len({*counts}) > 1:
+        found.update(heapq.nlargest(LONGEST, range(len(samples)), key=counts.__getitem__))
     for of_suffix in sizes.values():
         found.update(heapq.nlargest(LONGEST, of_suffix, key=of_suffix.__getitem__))
     return found
