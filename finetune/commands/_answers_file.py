@@ -54,7 +54,8 @@ class AnswersFile:
         ours = [first, "answer", "error", "probabilities", *(f"{PROBABILITY}{label}" for label in labels)]
         self.inputs = {one.name: one for one in inputs}
         self.first, self.labels = first, tuple(labels)
-        self.kept = {name: f"input_{name}" if name in ours else name for name in names}  # column -> its name here
+        taken = {*ours, *names}
+        self.kept = {name: _free(name, taken) if name in ours else name for name in names}  # column -> its name here
         self.header = [first, *self.kept.values(), "answer", *ours[4:], "error"]
 
     def answered(self) -> dict[str, PredictedRow]:
@@ -63,7 +64,8 @@ class AnswersFile:
         """
         if not self.path.exists():
             return {}
-        text = self.path.read_text(encoding="utf-8-sig", errors="replace")
+        with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            text = file.read()
         rows = self._read_jsonl(text) if self.jsonl else self._read_csv(text)
         for row in rows:
             known = self.inputs.get(row.row)
@@ -82,7 +84,7 @@ class AnswersFile:
         with partial.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
             if not self.jsonl:
                 file.write("\ufeff")  # Excel reads UTF-8 with its mark
-                csv.writer(file, lineterminator="\n").writerow(self.header)
+                csv.writer(file).writerow(self.header)
             for row in done:
                 self._write(file, row)
         os.replace(partial, self.path)
@@ -103,7 +105,7 @@ class AnswersFile:
             return
         shares = [f"{row.probabilities[label]:.4f}" if row.probabilities else "" for label in self.labels]
         cells = [row.row, *kept.values(), row.answer_text, *shares, row.error]
-        csv.writer(file, lineterminator="\n").writerow(cells)
+        csv.writer(file).writerow(cells)
 
     def _read_csv(self, text: str) -> list[PredictedRow]:
         csv.field_size_limit(MAX_FIELD)
@@ -117,15 +119,18 @@ class AnswersFile:
                 records.pop()
         if not records or records[0] != self.header:
             raise self._foreign("its columns are others")
-        return [self._row(dict(zip(self.header, record, strict=True))) for record in records[1:]]
+        return self._rows(lambda record: dict(zip(self.header, record, strict=True)), records[1:], "record")
 
     def _read_jsonl(self, text: str) -> list[PredictedRow]:
+        return self._rows(json.loads, text.split("\n")[:-1], "line")
+
+    def _rows(self, cells_of: Callable[[Any], dict[str, Any]], entries: Sequence[Any], unit: str) -> list[PredictedRow]:
         rows = []
-        for number, line in enumerate(text.split("\n")[:-1], 1):
+        for number, entry in enumerate(entries, 1):
             try:
-                rows.append(self._row(json.loads(line)))
+                rows.append(self._row(cells_of(entry)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise self._foreign(f"line {number} holds something else ({error!r})") from None
+                raise self._foreign(f"{unit} {number} holds something else ({error!r})") from None
         return rows
 
     def _row(self, cells: dict[str, Any]) -> PredictedRow:
@@ -143,6 +148,14 @@ class AnswersFile:
             f"{self.path}: already exists and isn't an unfinished answers file for these rows: {reason}; name another "
             f"file with {option('--out', 'out=')}, or give {option(*OVERWRITE)}"
         )
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name with as many `input_` before it as make it a new one, which is taken then."""
+    while name in taken:
+        name = f"input_{name}"
+    taken.add(name)
+    return name
 
 
 def refuse_other_suffixes(path: Path) -> None:

@@ -1,19 +1,18 @@
 """Check a recipe and its rows, without loading a model. Imports no torch."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.common import display
 from finetune.common.errors import RecipeError
-from finetune.common.hub import PROBE_SECONDS, unreachable
+from finetune.common.hub import PROBE_SECONDS, reason, unreachable
 from finetune.common.run_folder import JsonObject
 from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import Llm, Train
-from finetune.training.automatic import numbers_at_hand
+from finetune.training.automatic import longest_row, numbers_at_hand
 from finetune.training.lengths import estimate, settings_of
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
@@ -78,22 +77,27 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     chosen = numbers_at_hand(loaded, splits.train, estimated)
     if estimated is None:
         notes.append("steps aren't counted: the tokenizer of model.llm is neither a folder's nor in the Hub's cache")
+    elif estimated.unknown:
+        notes.append(
+            f"steps aren't counted: only the encoder's weights tell how many tokens {', '.join(estimated.unknown)} has"
+        )
     elif chosen is not None:
         stages = steps_of(chosen.train, splits.train, estimated.lengths)
-        warnings += _few_steps(chosen.train, splits, estimated.lengths, stages)
+        longest = longest_row(loaded, splits.train, estimated)
+        warnings += _few_steps(chosen.train, splits, estimated.lengths, longest, stages)
     if chosen is None:
         notes.append("numbers for auto are chosen when the run begins: it downloads what tells how long the rows are")
-    if estimated is not None and estimated.unknown:
-        notes.append(f"tokens of {', '.join(estimated.unknown)} aren't counted: only the encoder's weights tell")
     numbers = chosen.reasons if chosen else ()
     return CheckedRecipe(loaded, summary(splits), numbers, stages, tuple(warnings), tuple(notes))
 
 
-def _few_steps(train: Train, splits: Splits, lengths: Sequence[int], stages: Sequence[StageSteps]) -> Iterator[str]:
+def _few_steps(
+    train: Train, splits: Splits, lengths: Sequence[int], longest: int, stages: Sequence[StageSteps]
+) -> Iterator[str]:
     few = [stage for stage in stages if stage.steps < FEW_STEPS]
     if not few:
         return
-    better = more_steps(train, splits.train, lengths)
+    better = more_steps(train, splits.train, lengths, longest)
     counts = steps_of(better, splits.train, lengths)
     changes = [
         f"{key}: {getattr(better, key)}"
@@ -116,11 +120,12 @@ def refuse_multimodal(llm: Llm) -> Iterator[str]:
     """
     if llm.name.endswith(".gguf"):
         return
-    config = settings_of(llm.name, llm.revision, "config.json")
+    config, why = settings_of(llm.name, llm.revision, "config.json"), None
     if not config and not Path(llm.name).exists():
-        config = _downloaded_config(llm)
+        config, why = _downloaded_config(llm)
     if not config:
-        yield f"whether model.llm is a text-only LLM isn't known: there is no config.json of {llm.name!r} at hand"
+        because = why or f"there is no config.json of {llm.name!r} at hand"
+        yield f"whether model.llm is a text-only LLM isn't known: {because}"
         return
     what = (config.get("architectures") or [config.get("model_type")])[0]
     own = [key.removesuffix("_config") for key in ("vision_config", "audio_config", "thinker_config") if key in config]
@@ -135,13 +140,15 @@ def refuse_multimodal(llm: Llm) -> Iterator[str]:
         raise RecipeError(f"model.llm.name: {llm.name!r} is a {what}, an encoder and decoder; take a decoder-only LLM")
 
 
-def _downloaded_config(llm: Llm) -> JsonObject:
-    """The config from the Hub; {} without a network, or where the Hub has none."""
+def _downloaded_config(llm: Llm) -> tuple[JsonObject, str | None]:
+    """The config from the Hub; where it gives none, {} and the reason."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     if unreachable() is not None:
-        return {}
-    with suppress(HfHubHTTPError, OSError, ValueError):
+        return {}, None
+    try:
         hf_hub_download(llm.name, "config.json", revision=llm.revision, etag_timeout=PROBE_SECONDS)
-    return settings_of(llm.name, llm.revision, "config.json")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        return {}, f"{llm.name!r}: {reason(error)}"
+    return settings_of(llm.name, llm.revision, "config.json"), None

@@ -17,7 +17,7 @@ from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, opt
 from finetune.common.run_folder import write_text
 from finetune.data.read import read_rows
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import Limits, Source
 
 EXAMINED = 20_000  # rows by which columns are described
 TOO_FEW = 30  # rows, of which the test has so few that one answer moves the score by a sixth or more
@@ -159,7 +159,9 @@ def _write_checked(path: Path, text: str) -> None:
 
 def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
     found = find(path, choices.encoding)
-    by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
+    by_file = [
+        [row.columns for row in islice(read_rows(file.as_row_file(), Limits().max_bytes), EXAMINED)] for file in found
+    ]
     rows = [row for of_file in by_file for row in of_file]
     if not by_file[0]:
         raise DataError(f"{found[0].path}: no rows")
@@ -180,7 +182,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
     card = _settled(choices.card, ask, question, cards.card_of)
     share = choices.hold_out
     if any(file.split == "test" for file in found):
-        hold_out = share or 0.0
+        hold_out = _share(f"{share:g}") if share else 0.0
     else:
         question = Question("Share of the rows that is held out as test", "0.2" if len(rows) < FEW else "0.1", _share)
         hold_out = _settled(None if share is None else f"{share:g}", ask, question, _share)

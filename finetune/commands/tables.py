@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.data.check.ledger import CODES
-from finetune.data.metrics import lower_is_better
 from finetune.data.rows import SHOWN, error_list
 
 if TYPE_CHECKING:
@@ -115,20 +114,15 @@ def print_plan(result: "Plan") -> None:
 def print_trials(result: "SweepResult") -> None:
     from finetune.evaluation.report.headline import figures, verdict_of
 
-    trials = sorted(result.trials, key=lambda trial: (trial.score is None, -(trial.score or 0)))
-    sign = -1 if lower_is_better(result.metric) else 1  # errors are selected by their negative
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("trial", *trials[0].values, result.metric + " ↓" * (sign < 0), "passes", "seconds"):
+    header, rows = result.table()
+    for name in header:
         table.add_column(name, justify="right", overflow="fold")
-    for trial in trials:
-        score = trial.state if trial.score is None else f"{sign * trial.score:.4f}"
-        seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
-        values = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in trial.values.values())
-        best = " (best)" if trial.trial == result.best else ""
-        table.add_row(f"{trial.trial}{best}", *values, score, str(len(trial.passes)), seconds)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
-    if result.rows:
-        print(f"n = {result.rows:,} validation rows" + "; ↓ lower is better" * (sign < 0))
+    if size := result.sample_size():
+        print(size)
     if result.compared:
         certain = "" if verdict_of(result.compared, lower=False) == "yes" else "not certainly "
         difference = figures("accuracy", result.compared)

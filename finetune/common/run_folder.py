@@ -111,7 +111,8 @@ class RunFolder:
         from finetune.common.progress import console
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        whole = self.path.absolute()  # "." has no name
+        lock = FileLock(whole.with_name(f".{whole.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -131,6 +132,8 @@ class RunFolder:
             raise RecipeError(
                 f"{option(*RESUME)} goes on with a run and {option(*OVERWRITE)} removes it: leave out one of them"
             )
+        if not overwrite and self.path.exists() and not self.path.is_dir():
+            raise TrainingError(f"{self.path}: a file, where a run is a folder; choose another {option(*RUN)}")
         if resume and not self.recipe.is_file():
             raise TrainingError(
                 f"{self.path}: nothing to resume: there is no run here; leave out {option(*RESUME)} to begin one"
@@ -145,8 +148,8 @@ class RunFolder:
         """Remove all that a run has written, and nothing else. Raises TrainingError where there is anything else."""
         entries = list(self.path.iterdir()) if self.path.is_dir() else [self.path]
         known = WRITTEN_FIRST | WRITTEN_LATER
-        foreign = [entry.name for entry in entries if entry.name not in known and entry.suffix not in UNFINISHED]
         names = {entry.name for entry in entries}
+        foreign = [entry.name for entry in entries if _finished_name(entry) not in known]
         if not names >= WRITTEN_FIRST and not names <= WRITTEN_FIRST:
             foreign = foreign or [*names]
         if foreign:
@@ -203,6 +206,10 @@ class RunFolder:
             return [folder / "final"]
         numbered = [path for path in folder.glob("checkpoint-*") if path.suffix not in UNFINISHED]
         return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def _finished_name(entry: Path) -> str:
+    return entry.stem if entry.suffix in UNFINISHED else entry.name
 
 
 RunLike: TypeAlias = RunFolder | Path | str

@@ -33,7 +33,7 @@ class Splits:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
-def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tuple[Sample, str]]:
+def read_samples(source: Source, max_bytes: int) -> list[tuple[Sample, str]]:
     """All samples of one source that no recipe names, each with the group that it is held out with: '' for its own
     content. Raises DataError with the first faults, and the number of all.
     """
@@ -109,7 +109,9 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
 
 
 def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
-    """Raises DataError where there is no row to train on, to evaluate, or to validate though the recipe does."""
+    """Raises DataError where there is no row to train on, in any stage, to evaluate, or to validate though the recipe
+    does.
+    """
     needed = ["train", recipe.evaluate.split, *(["validation"] if recipe.train.validation else [])]
     for split in dict.fromkeys(needed):
         if splits.of(split):
@@ -117,15 +119,24 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
         if split == "train":
             raise DataError("data: all rows are held out, none is left to train on: lower hold_out")
         raise DataError(f"data: no row is held out for {split}: {_more_held_out(splits, split, 1)}")
+    left = {sample.source for sample in splits.train}
+    for number, stage in enumerate(recipe.train.stages):
+        if stage.sources and left.isdisjoint(stage.sources):
+            files = ", ".join(dict.fromkeys(str(recipe.data[source].path) for source in stage.sources))
+            raise DataError(
+                f"train.stages.{number}.sources: all rows of {files} are held out, none is left for stage "
+                f"{stage.name}: lower their hold_out, or give the stage other sources"
+            )
 
 
 def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
     """Warnings of splits too small for scores to mean much."""
-    rows = min(len(splits.of(recipe.evaluate.split)), recipe.evaluate.limit or FEW_ROWS)
+    there, limit = len(splits.of(recipe.evaluate.split)), recipe.evaluate.limit or FEW_ROWS
+    rows = min(there, limit)
     if rows < FEW_ROWS:
-        cure = _more_held_out(splits, recipe.evaluate.split, FEW_ROWS)
-        if rows == recipe.evaluate.limit:
-            cure = f"raise evaluate.limit to {FEW_ROWS} or more"
+        cures = [_more_held_out(splits, recipe.evaluate.split, FEW_ROWS)] if there < FEW_ROWS else []
+        cures += [f"raise evaluate.limit to {FEW_ROWS} or more"] if limit < FEW_ROWS else []
+        cure = "; ".join(cures)
         yield f"only {rows} row{'s' * (rows > 1)} to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
 
 

@@ -49,3 +49,13 @@ class NewRows:
                     f"{option('--out', 'out=')}"
                 )
         return folder
+
+
+def refuse_without_rows(*options: object) -> None:
+    """`options`: task, columns, media_folder, encoding and out. Raises RecipeError if one is given."""
+    if any(options):
+        names = ("task", "columns", "media_folder", "encoding", "out")
+        *first, last = (option(f"--{name.replace('_', '-')}", f"{name}=") for name in names)
+        raise RecipeError(
+            f"{', '.join(first)} and {last} are about other rows: name them with {option('--data', 'data=')}"
+        )

@@ -10,6 +10,7 @@ from finetune.common import certificate
 from finetune.common.errors import ArtifactError, ExportRefused, option
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder, write_json
+from finetune.common.version import DISTRIBUTION, VERSION
 from finetune.data.sample import KINDS
 from finetune.export._contract import (
     FIRST_TOKENS,
@@ -26,7 +27,7 @@ from finetune.export._target import read_target
 FORMAT = 1
 PROBES = 16  # questions compared, at most
 MAX_NEW_TOKENS = 24  # per compared answer
-PACKAGES = ("finetune-kit", "torch", "transformers", "tokenizers", "safetensors", "peft", "gguf")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "gguf")
 
 
 def export_run(
@@ -149,10 +150,11 @@ def publishable(options: TargetOptions) -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str]:
-    versions = {}
+    """This package's own too, which may run from its source."""
+    versions = {DISTRIBUTION: VERSION}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # this package may run from its source
+        except PackageNotFoundError:  # not every target needs each
             continue
     return versions

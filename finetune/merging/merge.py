@@ -18,6 +18,7 @@ from finetune.common.certificate import BARE, Bounds, Certificate, LanguageModel
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder
+from finetune.common.version import DISTRIBUTION, VERSION
 from finetune.data.metrics import main_metric
 from finetune.data.rows import subset
 from finetune.data.run_rows import splits_of_run
@@ -34,7 +35,7 @@ from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import Llm
 
 SAME = 1e-6  # nats: a merged model nearer than this to the base has learned nothing
-PACKAGES = ("finetune-kit", "torch", "transformers", "peft", "bitsandbytes", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def merge(run: RunLike) -> Certificate:
@@ -121,12 +122,17 @@ def merge_into(
         base=trained.base_measures,
         base_is=job.base_is,
         bounds=bounds,
-        versions={name: version(name) for name in PACKAGES},
+        versions=package_versions(),
         sha256=certificate.file_hashes(folder),
         adapter_sha256=certificate.file_hashes(job.run.folder.adapter),
     )
     merged.write(folder / certificate.NAME)
     return merged
+
+
+def package_versions() -> dict[str, str]:
+    """This package's own too, which may run from its source."""
+    return {DISTRIBUTION: VERSION, **{name: version(name) for name in PACKAGES}}
 
 
 def bounds_of(recipe: Recipe) -> Bounds:

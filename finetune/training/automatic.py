@@ -2,6 +2,7 @@
 tokenizer is at hand.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
@@ -9,7 +10,7 @@ from math import ceil
 from finetune.data.rows import read_splits, refuse_empty_splits
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
-from finetune.training.lengths import Estimate, estimate
+from finetune.training.lengths import Estimate, estimate, likely_longest
 from finetune.training.steps import LARGEST_BATCH, Numbers, has_auto, numbers
 
 ROOM = 1.1  # by which the longest row may be longer than estimated
@@ -24,7 +25,7 @@ def numbers_at_hand(recipe: Recipe, samples: Sequence[Sample], estimated: Estima
         return Numbers(recipe.train, ())
     if estimated is None or estimated.unknown:
         return None
-    return numbers(recipe.train, samples, estimated.lengths, _longest(recipe, samples, estimated))
+    return numbers(recipe.train, samples, estimated.lengths, longest_row(recipe, samples, estimated))
 
 
 class AutoNumbers:
@@ -41,7 +42,7 @@ class AutoNumbers:
         estimated = estimate(recipe.model, self.samples)
         if estimated is None or estimated.unknown:
             estimated = _tokenized(recipe, self.samples)
-        self.lengths, self.longest = estimated.lengths, _longest(recipe, self.samples, estimated)
+        self.lengths, self.longest = estimated.lengths, longest_row(recipe, self.samples, estimated)
 
     def choose(self, most: int = LARGEST_BATCH) -> Numbers:
         """`most`: tokens of a packed row that the GPU has memory for."""
@@ -50,7 +51,7 @@ class AutoNumbers:
         return replace(found, train=found.train.model_copy(update={"accumulate": self.train.accumulate}))
 
 
-def _longest(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> int:
+def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> int:
     """Tokens of the longest sample, or of what a stage that distills puts in its place."""
     longest = estimated.longest
     distilling = [stage.distill for stage in recipe.train.stages if stage.distill]
@@ -61,12 +62,19 @@ def _longest(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> 
 
 
 def _tokenized(recipe: Recipe, samples: Sequence[Sample]) -> Estimate:
-    """Some samples, tokenized as training does; the others are taken to be as long."""
+    """Some samples and the likely longest, tokenized as training does; the others are taken to be as long."""
     from finetune.model.bindings import bindings_of
-    from finetune.training.plan.rows import READ, PlannedRows, PlannedRun, evenly, with_dtype
+    from finetune.model.features import Features
+    from finetune.training.plan.rows import PlannedRows, PlannedRun, evenly_of_sources, with_dtype
+    from finetune.training.samples import tokenized
 
-    some = evenly(samples, READ)
+    some = evenly_of_sources(samples)
     planned = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens_per_batch": NO_LIMIT})})
-    rows = PlannedRows(some, bindings_of(recipe.data, samples), count=len(samples), held_out=0, media={})
-    lengths = PlannedRun(with_dtype(planned, "float32"), rows).samples.lengths
-    return Estimate([lengths[number % len(lengths)] for number in range(len(samples))], max(lengths), ())
+    rows = PlannedRows(
+        some, bindings_of(recipe.data, samples), Counter(sample.source for sample in samples), held_out=0, media={}
+    )
+    begun = PlannedRun(with_dtype(planned, "float32"), rows)
+    lengths = begun.samples.lengths
+    exact = replace(begun.run, features=Features(begun.run.features.encoders, None, recipe.media))
+    longest = [len(row.input_ids) for row in tokenized([samples[number] for number in likely_longest(samples)], exact)]
+    return Estimate([lengths[number % len(lengths)] for number in range(len(samples))], max(*lengths, *longest), ())

@@ -2,6 +2,7 @@
 
 import heapq
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import Model
 
 COUNTED = 1000  # samples; the others are taken to be as long
-LONGEST = 50  # samples with the most text, counted too
+LONGEST = 50  # samples with the most text, media or bytes, counted too
 MARK_TOKENS = 4  # "1.5s " before a frame
 STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
 
@@ -66,14 +67,30 @@ def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
         return None
     counter = _Counter(model, tokenizer, _Template(model))
     numbers = random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
-    longest = heapq.nlargest(LONGEST, range(len(samples)), key=lambda number: _characters(samples[number]))
-    known = {number: counter.tokens(samples[number]) for number in {*numbers, *longest}}
+    known = {number: counter.tokens(samples[number]) for number in {*numbers, *likely_longest(samples)}}
     lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
     return Estimate(lengths, max(most for _, most in known.values()), tuple(sorted(counter.unknown)))
 
 
-def _characters(sample: Sample) -> int:
-    return sum(len(part) for message in sample.messages for part in message.content if isinstance(part, str))
+def likely_longest(samples: Sequence[Sample]) -> set[int]:
+    """Numbers of the samples with the most text, with the most media, and with the largest files of each suffix."""
+
+    def characters(number: int) -> int:
+        messages = samples[number].messages
+        return sum(len(part) for message in messages for part in message.content if isinstance(part, str))
+
+    sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # suffix -> {sample: bytes}
+    for number, sample in enumerate(samples):
+        for medium in sample.media:
+            with suppress(OSError):
+                sizes[medium.path.suffix.lower()][number] += medium.path.stat().st_size
+    found = {*heapq.nlargest(LONGEST, range(len(samples)), key=characters)}
+    counts = [len(sample.media) for sample in samples]
+    if len({*counts}) > 1:
+        found.update(heapq.nlargest(LONGEST, range(len(samples)), key=counts.__getitem__))
+    for of_suffix in sizes.values():
+        found.update(heapq.nlargest(LONGEST, of_suffix, key=of_suffix.__getitem__))
+    return found
 
 
 @dataclass

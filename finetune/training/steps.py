@@ -50,17 +50,17 @@ def steps_of(train: Train, samples: Sequence[Sample], lengths: Sequence[int]) ->
     return tuple(stages)
 
 
-def more_steps(train: Train, samples: Sequence[Sample], lengths: Sequence[int]) -> Train:
+def more_steps(train: Train, samples: Sequence[Sample], lengths: Sequence[int], longest: int) -> Train:
     """The same with `tokens_per_batch`, then `accumulate`, lowered and epochs raised until each stage has FEW_STEPS
-    steps.
+    steps. `longest`: tokens of the longest sample, which a row holds at least.
     """
-    smallest = max(SMALLEST_BATCH, _power_of_two(max(lengths)))
+    smallest = max(SMALLEST_BATCH, _power_of_two(longest))
     while _fewest(train, samples, lengths) < FEW_STEPS and int(train.tokens_per_batch) // 2 >= smallest:
         train = train.model_copy(update={"tokens_per_batch": int(train.tokens_per_batch) // 2})
     if _fewest(train, samples, lengths) < FEW_STEPS and train.accumulate > 1:
         train = train.model_copy(update={"accumulate": 1})
     stages = [
-        stage.model_copy(update={"epochs": max(int(stage.epochs), ceil(FEW_STEPS / count.per_epoch))})
+        stage.model_copy(update={"epochs": max(int(stage.epochs), ceil(FEW_STEPS / (count.per_epoch or 1)))})
         for stage, count in zip(train.stages, steps_of(train, samples, lengths), strict=True)
     ]
     return train.model_copy(update={"stages": stages})

@@ -17,6 +17,7 @@ from finetune.common import display
 from finetune.common.errors import RUN, FinetuneError, Interrupted, TrainingError, option
 from finetune.common.progress import console, quiet_libraries
 from finetune.common.run_folder import RunLike, refuse_several_processes, write_json, write_text
+from finetune.data.metrics import lower_is_better
 from finetune.evaluation import plots
 from finetune.evaluation.results import Comparison, Metrics, Value
 from finetune.evaluation.uncertainty import compare_rows
@@ -65,14 +66,26 @@ class SweepResult:
         values = ", ".join(f"{key}={value}" for key, value in best.values.items())
         return f"SweepResult: {len(self.trials)} trials; best {self.best}: {values}; {self.folder}/best.yaml"
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows to show, the best trial first."""
+        lower = lower_is_better(self.metric)  # errors are selected by their negative
+        rows = []
+        for trial in sorted(self.trials, key=lambda trial: (trial.score is None, -(trial.score or 0))):
+            values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in trial.values.values()]
+            score = trial.state if trial.score is None else f"{-trial.score if lower else trial.score:.4f}"
+            seconds = "" if trial.seconds is None else f"{trial.seconds:.0f}"
+            best = " (best)" if trial.trial == self.best else ""
+            rows.append([f"{trial.trial}{best}", *values, score, str(len(trial.passes)), seconds])
+        return ["trial", *self.trials[0].values, self.metric + " ↓" * lower, "passes", "seconds"], rows
+
+    def sample_size(self) -> str:
+        """n, as it stands below the table; '' where rows have groups."""
+        if self.rows is None:
+            return ""
+        return f"n = {self.rows:,} validation rows" + "; ↓ lower is better" * lower_is_better(self.metric)
+
     def _repr_html_(self) -> str:
-        rows = [
-            (t.trial, *t.values.values(), t.state if t.score is None else f"{t.score:.4f}", len(t.passes))
-            for t in sorted(self.trials, key=lambda t: (t.score is None, -(t.score or 0)))
-        ]
-        table = display.table(
-            ("trial", *self.trials[0].values, f"{self.metric}, n = {self.rows or '?'}", "passes"), rows
-        )
+        table = display.table(*self.table()) + display.line(self.sample_size())
         picture = display.picture(Path(self.folder) / "plots" / "sweep.png")
         return display.line(repr(self)) + table + picture + display.files({"best": Path(self.folder) / "best.yaml"})
 

@@ -79,6 +79,7 @@ def train_in(
     with RunFolder(path).locked() if processes.is_main_process else nullcontext():
         folder = RunFolder(path)
         if processes.is_main_process:
+            folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = without_auto(as_begun(recipe, folder) if resume else recipe, on_gpu, processes.num_processes)
             folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
             record_versions(folder.path / "versions.json", processes.num_processes)

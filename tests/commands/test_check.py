@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy
 import pytest
+import soundfile
 from cli import cli
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
 import finetune
@@ -13,6 +17,9 @@ from finetune.commands._reader import Reader
 from finetune.commands.check import TEXT_PART_LOADS, check
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.rows import read_splits
+from finetune.data.sample import Medium, Message, Sample
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Model
 from finetune.training.lengths import estimate
 from finetune.training.pack import plan_rows
 
@@ -33,6 +40,17 @@ def test_few_rows_to_score_are_a_warning_with_the_share_that_is_enough(held_out)
     assert not [text for text in check(held_out, ["data.0.hold_out=0.3"]).warnings if "to score" in text]
 
 
+def test_a_limit_is_named_only_where_it_is_too_low(held_out):
+    """10 rows are held out: a higher limit gives no more."""
+    (warning,) = [text for text in check(held_out, ["evaluate.limit=100"]).warnings if "to score" in text]
+    assert "raise evaluate.limit" not in warning and "hold_out: 0.3 would do" in warning
+    (warning,) = [text for text in check(held_out, ["evaluate.limit=10"]).warnings if "to score" in text]
+    assert "raise evaluate.limit" in warning and "hold_out: 0.3 would do" in warning
+    shares = ["evaluate.limit=10", "data.0.hold_out=0.3"]
+    (warning,) = [text for text in check(held_out, shares).warnings if "to score" in text]
+    assert "raise evaluate.limit" in warning and "hold_out" not in warning
+
+
 def test_no_row_to_score_is_an_error_before_training(held_out):
     """All rows are of one picture, so that none can be held out."""
     images = held_out.parent / "data" / "images"
@@ -42,6 +60,43 @@ def test_no_row_to_score_is_an_error_before_training(held_out):
         check(held_out)
     done = cli("run", held_out, cwd=held_out.parent)
     assert done.returncode == 2 and not (held_out.parent / "runs").exists()
+
+
+def test_a_stage_whose_rows_are_all_held_out_is_refused(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "data" / "one.csv").write_text("image,label\nimages/one.png,red\n")
+    tiny_picture((1, 2, 3)).save(tmp_path / "data" / "images" / "one.png")
+    content = json.loads(recipe.read_text())
+    content["data"].append({"path": str(tmp_path / "data" / "one.csv"), "task": "classify", "hold_out": 0.9})
+    recipe.write_text(json.dumps(content))
+    assert check(recipe).splits["train"].rows == 12
+    with pytest.raises(DataError, match=r"train.stages.1.sources: all rows of .*one.csv are held out.*stage tune"):
+        check(recipe, ["train.stages.1.sources=[2]"])
+
+
+def test_steps_are_not_counted_without_all_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.training.lengths._layout", lambda part, medium: None)
+    result = check(tiny_recipe(tmp_path, train__tokens_per_batch=4096))
+    assert result.stages == () and not any("steps" in warning for warning in result.warnings)
+    assert any("steps aren't counted" in note and "image" in note for note in result.notes)
+
+
+def test_the_longest_recording_is_counted(tmp_path, monkeypatch):
+    """Among more samples than are counted, beside samples with more text."""
+    model = load_recipe(tiny_recipe(tmp_path)).model
+    audio = {"encoders": {"audio": {"kind": "whisper", "name": "x"}}, "projectors": {"audio": {"kind": "linear"}}}
+    model = Model.model_validate({"llm": model.llm, **audio})
+    samples = []
+    for number in range(40):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, numpy.zeros(16000 * (20 if number == 7 else 1)), 16000)
+        text = "What is said?" * (1 if number == 7 else 3)
+        samples.append(Sample((Message("user", (Medium("audio", path), text)), Message("assistant", ("a",))), "here"))
+    exact = estimate(model, samples)
+    monkeypatch.setattr("finetune.training.lengths.COUNTED", 2)
+    monkeypatch.setattr("finetune.training.lengths.LONGEST", 2)
+    few = estimate(model, samples)
+    assert exact is not None and few is not None and few.longest == exact.longest > 2 * min(exact.lengths)
 
 
 def test_steps_are_counted_and_what_gives_more_is_enough(tmp_path):
@@ -116,6 +171,21 @@ def test_an_unknown_llm_is_a_note(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = check(tiny_recipe(tmp_path, model__llm={"name": "nobody/has-this-llm"}))
     assert any("'nobody/has-this-llm'" in note for note in result.notes) and result.stages == ()
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(RepositoryNotFoundError, "the Hub has no such model"), (GatedRepoError, "its owner grants access one by one")],
+)
+def test_an_llm_that_the_hub_does_not_give_is_a_note_with_its_reason(error, why, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise error("refused", response=SimpleNamespace(status_code=404, headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("finetune.commands.check.unreachable", lambda: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
+    result = check(tiny_recipe(tmp_path, model__llm={"name": "nobody/misspelled"}))
+    assert any(f"isn't known: 'nobody/misspelled': {why}" in note for note in result.notes)
 
 
 @pytest.mark.slow

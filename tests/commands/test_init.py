@@ -153,6 +153,20 @@ def boxes() -> Path:
     return put(Path("boxed/rows.jsonl"), "\n".join(map(json.dumps, rows)))
 
 
+def fractions(form: Callable[[float], str]) -> Path:
+    """Boxes as text, in fractions; the smallest number is 0.00001."""
+    rows = [
+        [name, f"dot {n}", " ".join(map(form, (1e-05, 0.2, 0.5, 0.6)))] for n, name in enumerate(pictures(Path("f")))
+    ]
+    return table(Path("f/rows.csv"), ["image", "phrase", "bbox"], rows)
+
+
+@pytest.mark.parametrize("form", [str, lambda number: f"{number:.5f}".lstrip("0")])
+def test_fractions_are_recognised_however_they_are_written(form):
+    options = written(fractions(form)).data[0].task.options
+    assert (options.units, options.order) == ("fractions", "corners")
+
+
 def forms() -> Path:
     names = pictures(Path("forms"))
     rows = [{"image": name, "json": {"total": n, "shop": f"shop {n}"}} for n, name in enumerate(names)]
@@ -245,6 +259,8 @@ def test_semicolons_and_splits_in_files_of_their_own():
     assert [source.split for source in recipe.data] == ["train", "validation", "test"]
     assert recipe.train.validation and not recipe.data[0].hold_out
     assert recipe.data[0].media_folder == Path("shop/images").resolve()
+    with pytest.raises(RecipeError, match=r"hold_out=5: write a share above 0, at most 0.9"):
+        finetune.init(Path("shop"), hold_out=5, overwrite=True)
 
 
 def test_tabs_in_a_csv_file_are_its_delimiter():
@@ -505,7 +521,7 @@ def test_the_parts_are_those_of_the_recipes_for_the_same_cards():
         (["a.jpg", "b.JPG"], "image"),
         (["https://example.com/a.mp3?x=1"], "audio"),
         (["1", "2.5", "-3e4"], "number"),
-        (["[1, 2, 3, 4]", "5,6,7,8"], "boxes"),
+        (["[1, 2, 3, 4]", "5,6,7,8", ".1 .2 .5 .6", "1e-05, 0.2, 0.5, 1."], "boxes"),
         (["x1", "x2", "x3"], "id"),
         (["", None], "empty"),
         (["yes", "no"] * 9, "label"),

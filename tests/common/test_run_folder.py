@@ -62,6 +62,8 @@ def test_overwriting_follows_no_link(tmp_path):
     "spoil",
     [
         lambda folder: (folder / "notes.txt").touch(),
+        lambda folder: (folder / "thesis.old").touch(),
+        lambda folder: (folder / "notes.partial").mkdir(),
         lambda folder: (folder / "versions.json").unlink(),  # a project with recipe.yaml and data/
         lambda folder: (folder / "recipe.yaml").unlink(),
     ],
@@ -80,6 +82,21 @@ def test_a_file_is_not_overwritten(tmp_path):
     with pytest.raises(TrainingError, match="something else"):
         RunFolder.create(tmp_path / "run", "name: second\n", resume=False, overwrite=True)
     assert (tmp_path / "run").read_text() == "kept"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_is_no_run(resume, tmp_path):
+    (tmp_path / "run").write_text("kept")
+    with pytest.raises(TrainingError, match="a file, where a run is a folder; choose another run="):
+        RunFolder.create(tmp_path / "run", "name: first\n", resume=resume)
+    assert (tmp_path / "run").read_text() == "kept"
+
+
+def test_this_folder_is_locked(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    with RunFolder(".").locked(), pytest.raises(TrainingError), RunFolder(tmp_path / "run").locked():
+        pass
 
 
 def test_to_go_on_and_to_overwrite_exclude_each_other(tmp_path):

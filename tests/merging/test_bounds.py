@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from finetune.common import certificate
 from finetune.common.certificate import Bounds, Certificate, Dtypes, LanguageModelFiles, Measures, read_certificate
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.run_folder import file_hash
+from finetune.common.version import DISTRIBUTION, VERSION
+from finetune.export import _run
 from finetune.merging import merge
 from finetune.merging.candidates import Candidate
 from finetune.recipe.schema import Llm
@@ -215,7 +218,7 @@ def test_the_folder_holds_the_closer_candidate_and_a_certificate_of_it(kls, best
     assert (merged.media, merged.primary, merged.language_model) == ({"image": 3}, {"caption": "bleu"}, llm)
     assert (merged.dtype, merged.dtypes.llm, merged.bounds) == ("bfloat16", "nf4", BOUNDS)
     assert merged.reference == "the adapter over the nf4 LLM" and merged.format == 1
-    assert set(merged.versions) == set(merge.PACKAGES) and all(merged.versions.values())
+    assert set(merged.versions) == {DISTRIBUTION, *merge.PACKAGES} and all(merged.versions.values())
     certificate.verify(merged, folder)
     certificate.verify(merged, adapter, key="adapter_sha256")
     assert read_certificate(folder) == merged
@@ -239,3 +242,14 @@ def test_what_was_measured_is_shown_as_a_table(monkeypatch):
     words = " ".join(text.split())
     assert "merged into the dequantized nf4 LLM: 99.0% of 145 next tokens as trained; it is closer; scores" in words
     assert "scores on 64 of 70 held-out rows; runs/[x]/merged" in words
+
+
+def test_a_package_that_is_not_installed_has_its_version(monkeypatch):
+    def version(name: str) -> str:
+        if name == DISTRIBUTION:
+            raise PackageNotFoundError
+        return "1"
+
+    monkeypatch.setattr("finetune.merging.merge.version", version)
+    monkeypatch.setattr("finetune.export._run.version", version)
+    assert merge.package_versions()[DISTRIBUTION] == _run.package_versions()[DISTRIBUTION] == VERSION

@@ -1,13 +1,13 @@
 """Numbers in the place of `tokens_per_batch: auto` and `epochs: auto`: for which rows, and what a run keeps of them."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 from tiny import tiny_recipe
 
 from finetune.commands._reader import Reader
 from finetune.commands.data_check import data_check
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, TrainingError
 from finetune.data.rows import read_splits
 from finetune.data.sample import Message, Sample
 from finetune.recipe.load import Recipe, load_recipe
@@ -16,7 +16,7 @@ from finetune.training.automatic import AutoNumbers
 from finetune.training.plan.apart import without_auto
 from finetune.training.plan.cards import Card
 from finetune.training.plan.plan import plan
-from finetune.training.steps import numbers, steps_of
+from finetune.training.steps import more_steps, numbers, steps_of
 from finetune.training.train import train
 
 TUNE = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 1.0e-3, "epochs": "auto"}
@@ -77,6 +77,12 @@ def test_each_number_has_its_reason():
     assert chosen(10_000, 300, 1, most=256)[0] == 512
 
 
+def test_advice_for_more_steps_leaves_room_for_the_longest_row():
+    train = Train.model_validate({"tokens_per_batch": 4096, "stages": [TUNE | {"epochs": 1}]})
+    samples = [Sample((Message("assistant", ("a",)),), str(number)) for number in range(8)]
+    assert more_steps(train, samples, [100] * 8, longest=300).tokens_per_batch == 512
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Recipe:
     folder = tmp_path_factory.mktemp("automatic")
@@ -113,6 +119,20 @@ def test_a_tokenizer_that_only_transformers_reads_gives_exact_lengths(recipe, mo
     monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples: None)
     choice = AutoNumbers(recipe)
     assert choice.lengths == exact and max(exact) <= choice.longest <= 1.2 * max(exact)
+
+
+def test_the_longest_row_is_found_among_more_than_are_tokenized(recipe, tmp_path, monkeypatch):
+    long = [f"{'word ' * (60 if number == 3 else 1)}{number}" for number in range(8)]
+    (tmp_path / "rows.csv").write_text("\n".join(["question,answer", *(f"{text},yes" for text in long)]))
+    (tmp_path / "test.csv").write_text("question,answer\nnew,yes\n")
+    task = {"kind": "answer", "media": []}
+    data = [{"path": str(tmp_path / f"{name}.csv"), "task": task} for name in ("rows", "test")]
+    words = load_recipe(tiny_recipe(tmp_path, train__stages=[TUNE], data=[data[0], data[1] | {"split": "test"}]))
+    exact = AutoNumbers(words).longest
+    monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples: None)
+    monkeypatch.setattr("finetune.training.plan.rows.READ", 2)
+    monkeypatch.setattr("finetune.training.lengths.LONGEST", 1)
+    assert AutoNumbers(words).longest == pytest.approx(exact, rel=0.1)
 
 
 def test_what_a_teacher_reads_and_answers_fits_a_row(recipe):
@@ -159,3 +179,17 @@ def test_a_run_on_a_gpu_takes_what_its_plan_has_memory_for(recipe, monkeypatch, 
     assert (settings.tokens_per_batch, settings.checkpoint_every_n_layers) == (64, 1)
     assert "64, the most that the GPU has memory for" in capsys.readouterr().err
     assert without_auto(recipe, gpu=False).train.tokens_per_batch == 2048
+
+
+def test_a_run_on_a_gpu_says_that_it_has_no_plan(recipe, monkeypatch, capsys):
+    monkeypatch.setattr("finetune.training.plan.apart.planning", lambda file: nullcontext(lambda seconds: None))
+    without_auto(recipe, gpu=True)
+    assert "no plan of this GPU's memory" in capsys.readouterr().err
+
+
+def test_a_taken_folder_is_refused_before_anything_is_planned(recipe, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    monkeypatch.setattr("finetune.training.train.without_auto", lambda *_: pytest.fail("planned"))
+    with pytest.raises(TrainingError, match="there is a run here already"):
+        train(recipe, tmp_path / "run")

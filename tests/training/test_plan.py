@@ -23,6 +23,7 @@ from finetune.training.plan.cards import card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, plan
 from finetune.training.plan.result import TIGHT
+from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
 from finetune.training.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -79,6 +80,24 @@ def test_no_weights_are_read(folder, usual):
     finally:
         for file, aside in hidden:
             aside.rename(file)
+
+
+def test_every_source_is_among_the_rows_that_are_read(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "data" / "one.csv").write_text("image,label\nimages/train0.png,scarlet\n")
+    content = json.loads(recipe.read_text())
+    content["data"].insert(0, {"path": str(tmp_path / "data" / "one.csv"), "task": "classify"})
+    content["data"][1]["path"] = str(tmp_path / "data" / "train.csv")
+    content["train"]["stages"] = [TUNE[0] | {"name": "one", "sources": [0]}, TUNE[0] | {"sources": [1]}]
+    recipe.write_text(json.dumps(content))
+    monkeypatch.setattr("finetune.training.plan.rows.READ", 3)
+    loaded = with_dtype(load_recipe(recipe), "float32")
+    rows = PlannedRows.of(loaded)
+    assert len(rows.training) < rows.count == 13 and {sample.source for sample in rows.training} == {0, 1}
+    planned = PlannedRun(loaded, rows)
+    assert planned.stage_rows(loaded.train.stages[0], None, 0).rows == 1
+    tokens = planned.stage_rows(loaded.train.stages[1], None, 0).tokens
+    assert tokens == pytest.approx(12 * planned.samples.lengths[1], rel=0.2)
 
 
 def test_shorter_rows_take_less(folder, usual):

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from tiny import tiny_recipe
 
 import finetune
+from finetune.commands.tables import print_trials
 from finetune.common.errors import Interrupted, RecipeError, TrainingError
 from finetune.recipe.load import load_recipe
 from finetune.training import shared
+from finetune.training.sweep import SweepResult, Trial
 from finetune.training.trainer import StageTrainer
 
 RATE, RANK = "train.stages.0.learning_rate", "adapter.rank"
@@ -143,6 +145,22 @@ def test_a_failing_trial_is_told_and_the_others_go_on(recipe, tmp_path, capfd, m
     assert states == {"10": "fail", "1e-2": "complete"} and len(result.trials) == 2
     assert "trial 0 failed: the loss is inf" in capfd.readouterr().err
     assert finetune.sweep(recipe, [f"{RATE}=10,1e-2"], run=tmp_path / "run") == result  # nothing is tried again
+
+
+def test_errors_are_shown_as_they_are(tmp_path, capsys):
+    """They are selected by their negative."""
+    trials = [
+        Trial(0, "complete", None, {RANK: "2"}, -0.5, {}, 3.0, [-0.5]),
+        Trial(1, "complete", None, {RANK: "4"}, -0.25, {}, None, [-0.25]),
+    ]
+    metric = "score.mean_absolute_error"
+    result = SweepResult("recipe.yaml", str(tmp_path), "cpu", metric, 1, 0, 40, None, trials)
+    header, rows = result.table()
+    assert header == ["trial", RANK, f"{metric} ↓", "passes", "seconds"]
+    assert rows == [["1 (best)", "4", "0.2500", "1", ""], ["0", "2", "0.5000", "1", "3"]]
+    print_trials(result)
+    for shown in (result._repr_html_(), capsys.readouterr().out):
+        assert "0.2500" in shown and "-0.2500" not in shown and "n = 40 validation rows; ↓ lower is better" in shown
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from finetune.data.formats import Columns, _media
 from finetune.data.metrics.text import words
-from finetune.data.tasks._columns import split_at
+from finetune.data.tasks._columns import NUMBER, split_at
 
 Kind = Literal[
     "image",
@@ -69,7 +69,7 @@ DATE = re.compile(
     r"(?:[T ]+\d{1,2}:\d{2}.*)?|\d{1,2}:\d{2}(?::\d{2})?",
     re.IGNORECASE,
 )
-FOUR_NUMBERS = re.compile(r"\s*-?[\d.]+(?:\s*[,\s]\s*-?[\d.]+){3}\s*")
+FOUR_NUMBERS = re.compile(rf"\s*{NUMBER}(?:\s*[,\s]\s*{NUMBER}){{3}}\s*")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """The task for a table's columns: which of them is the answer, and what is asked for it."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from finetune.commands._init.columns import HAN, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError, given, option
+from finetune.data.tasks._columns import numbers_in
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
 
@@ -276,7 +276,7 @@ def _units(answer: Column) -> Yaml:
     """Fractions where no number is above 1; a corner and a size where a right edge would be left of the left one."""
     boxes = []
     for text in answer.texts:
-        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+        numbers = numbers_in(text)
         boxes += [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
     units: Yaml = {"units": "fractions"} if max(number for box in boxes for number in box) <= 1 else {}
     corners = all(box[0] < box[2] and box[1] < box[3] for box in boxes)

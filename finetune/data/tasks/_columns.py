@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
@@ -22,6 +23,13 @@ class QuestionOptions(TaskOptions):
 
     prompt: Prompt = ""
     text: TextColumn = ""
+
+
+NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+def numbers_in(text: str) -> list[float]:
+    return [float(number) for number in re.findall(NUMBER, text)]
 
 
 class DistillableOptions(QuestionOptions):

@@ -15,15 +15,15 @@ from finetune.data.metrics.boxes import box_scores, matched
 from finetune.data.metrics.labels import fold
 from finetune.data.sample import Answer, Message, Row, Sample
 from finetune.data.tasks import Measure, Prompt
-from finetune.data.tasks._columns import DistillableOptions, question, texts_of, value_of
+from finetune.data.tasks._columns import NUMBER, DistillableOptions, numbers_in, question, texts_of, value_of
 
 HEADS = ("language",)
 PRIMARY = "iou"
 
 FULL = 1000  # width and height of any picture
 TOLERANCE = 5  # thousandths by which a box may leave the picture: some annotators count the last pixel
-NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-BOX = re.compile(rf"([^\[\]\n]*)\[{NUMBER}[,，]{NUMBER}[,，]{NUMBER}[,，]{NUMBER}\]")
+CELL = rf"\s*({NUMBER})\s*"
+BOX = re.compile(rf"([^\[\]\n]*)\[{CELL}[,，]{CELL}[,，]{CELL}[,，]{CELL}\]")
 
 
 class Options(DistillableOptions):
@@ -93,7 +93,7 @@ def _boxes_of(row: Row, options: Options) -> list[list[float]]:
     """The boxes of the column in its own unit: four numbers each. Raises DataError."""
     value = value_of(row, options.boxes)
     if isinstance(value, str):
-        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", value)]
+        numbers = numbers_in(value)
         value = [numbers[i : i + 4] for i in range(0, len(numbers), 4)] or value
     elif isinstance(value, list) and value and not isinstance(value[0], list):
         value = [value]

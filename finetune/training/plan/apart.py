@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from finetune.common.run_folder import RunFolder
-from finetune.recipe.load import Recipe, dump_recipe, load_recipe
+from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.automatic import AutoNumbers
 from finetune.training.steps import has_auto
 
@@ -36,17 +36,20 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
     what they are. A plan for this machine's GPU tells how many tokens a packed row may have, and whether there are
     activation checkpoints; none without a GPU or a plan. Raises DataError, ModelError.
     """
+    from finetune.common.progress import console
+
     train = recipe.train
     figures = None
     if gpu and "auto" in (train.checkpoint_every_n_layers, train.tokens_per_batch):
-        with TemporaryDirectory() as folder:
-            file = Path(folder, "recipe.yaml")
-            file.write_text(dump_recipe(recipe))
-            with planning(file) as finish:
-                figures = finish(WAIT_SECONDS)
+        with TemporaryDirectory() as folder, planning(recipe.save(Path(folder, "recipe.yaml"))) as finish:
+            figures = finish(WAIT_SECONDS)
+        if figures is None:
+            console.print(
+                f"no plan of this GPU's memory within {WAIT_SECONDS:.0f} seconds: auto goes on without its limit; "
+                "`finetune plan` says why; if memory runs out, write tokens_per_batch",
+                soft_wrap=True,
+            )
     if has_auto(train):
-        from finetune.common.progress import console
-
         choice = AutoNumbers(recipe, processes)
         chosen = choice.choose()
         if figures and figures["tokens_per_batch"] < int(chosen.train.tokens_per_batch):

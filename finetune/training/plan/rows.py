@@ -1,5 +1,6 @@
 """What a plan knows of the rows: some of them tokenized, and how many there are."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.common.run_folder import RunFolder
-from finetune.data.rows import read_splits, sampling_weights
+from finetune.data.rows import read_splits, refuse_empty_splits, sampling_weights
 from finetune.data.sample import Medium, Prepared, Sample
 from finetune.model.bindings import TaskBinding, bindings_of
 from finetune.model.build import load_components
@@ -30,26 +31,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """`training`: some of the `count` training rows, taken evenly; `media`: {kind: number in all training rows};
-    `held_out`: rows that are scored.
+    """`training`: some of the training rows of each source, taken evenly; `sources`: {source: number of all of them};
+    `media`: {kind: number in all training rows}; `held_out`: rows that are scored.
     """
 
     training: list[Sample]
     bindings: dict[str, TaskBinding]
-    count: int
+    sources: Counter[int]
     held_out: int
     media: dict[str, int]
+
+    @property
+    def count(self) -> int:
+        return self.sources.total()
 
     @classmethod
     def of(cls, recipe: Recipe) -> "PlannedRows":
         """Raises DataError."""
         splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+        refuse_empty_splits(splits, recipe)
         kinds = [medium.kind for sample in splits.train for medium in sample.media]
         scored = len(splits.of(recipe.evaluate.split))
         return cls(
-            training=evenly(splits.train, READ),
+            training=evenly_of_sources(splits.train),
             bindings=bindings_of(recipe.data, splits.train),
-            count=len(splits.train),
+            sources=Counter(sample.source for sample in splits.train),
             held_out=min(scored, recipe.evaluate.limit or scored),
             media={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         )
@@ -64,6 +70,14 @@ def with_dtype(recipe: Recipe, dtype: str, **llm: Any) -> Recipe:
 def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many, from all over the sequence."""
     return list(items[:: -(-len(items) // most)]) if items else []
+
+
+def evenly_of_sources(samples: Sequence[Sample]) -> list[Sample]:
+    """About READ samples, of each source its share and at least one."""
+    sources: dict[int, list[Sample]] = {}
+    for sample in samples:
+        sources.setdefault(sample.source, []).append(sample)
+    return [one for own in sources.values() for one in evenly(own, max(1, READ * len(own) // len(samples)))]
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,8 @@ class PlannedRun:
         lengths = samples.taught_lengths
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
         packed = plan_rows(lengths, weights, capacity=int(recipe.train.tokens_per_batch), epochs=1, seed=seed)
-        stretch = int(stage.epochs) * self.rows.count / len(training)
+        used = {training[i].source for i in chosen}
+        stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
         tokens = sum(lengths[i] for row in packed for i in row)
         fullest = max(packed, key=lambda row: sum(lengths[i] for i in row))
         return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(tokens * stretch))

@@ -53,6 +53,12 @@ def test_every_row_is_in_one_split_as_it_was(table, tmp_path):
         assert numbers == sorted(numbers)
 
 
+def test_lines_within_cells_stay_in_their_cells(tmp_path):
+    rows = [{"text": f"{number}{end}more", "label": "x"} for number, end in enumerate(["\r", "\n", "\r\n", "\r"])]
+    splits = read(finetune.data_split(write(tmp_path / "rows.csv", rows), tmp_path / "out", SplitPlan()).files)
+    assert sorted(row["text"] for split in splits.values() for row in split) == [row["text"] for row in rows]
+
+
 def test_values_are_spread_to_within_a_row(table, tmp_path):
     splits = read(finetune.data_split(table, tmp_path / "out", SplitPlan(stratify="label")).files)
     total = Counter(row["label"] for row in read({"all": table})["all"])

@@ -18,6 +18,8 @@ def test_pixels_become_thousandths_of_the_picture(tmp_path):
     assert cocos.answer == sample.answer
     shares = Asked("ground", tmp_path, units="fractions").sample(phrase="x", boxes=[0.25, 0.25, 0.5, 1.0])
     assert shares.answer == sample.answer
+    for text in (".25 .25 .5 1", "2.5e-1, 0.25, 0.5, 1.", "[0.25, 25e-2, .5, 1]"):
+        assert Asked("ground", tmp_path, units="fractions").sample(phrase="x", boxes=text).answer == shares.answer
     tiny = asked.sample(phrase="x", boxes=[[31.99, 0, 32, 0.001]]).target[0]["box"]
     assert tiny == [999, 0, 1000, 1]
 
