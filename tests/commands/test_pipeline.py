@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import cli, run_real
+from cli import cli
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llm_folder, tiny_recipe
 from trained_runs import copy_of, file_digests, trained
@@ -223,17 +222,6 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     for verb in (finetune.evaluate, finetune.merge, lambda path: finetune.chat(path, "x")):
         with pytest.raises(ArtifactError, match=str(tmp_path)):
             verb(tmp_path)
-
-
-def test_the_command_line_goes_the_whole_way(tmp_path):
-    recipe = tiny_recipe(tmp_path)
-    done = run_real("run", recipe, "--run", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert (
-        re.search(r"^question +\S.*\nanswer .*\nright +\S", done.stdout, re.M)
-        and (tmp_path / "run" / "merged" / "config.json").is_file()
-    )
 
 
 def test_a_question_is_asked_on_the_command_line(plain):

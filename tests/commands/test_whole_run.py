@@ -1,9 +1,7 @@
 """`finetune run` to its end: scores before a merge that is refused, and a typical question."""
 
-import subprocess
-
 import pytest
-from cli import cli, in_this_process
+from cli import cli
 from tiny import tiny_recipe
 
 from finetune.commands.run import typical
@@ -26,10 +24,12 @@ def test_scores_are_printed_and_reported_though_the_merge_is_refused(tmp_path):
     assert again.returncode == 3
 
 
-def test_a_question_a_picture_both_answers_and_all_paths(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", in_this_process)
+@pytest.mark.slow
+def test_a_question_a_picture_both_answers_and_all_paths(tmp_path):
+    """The question is asked by the command line in a process of its own."""
     done = cli("run", tiny_recipe(tmp_path, train__stages=TUNE), "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "merged" / "config.json").is_file()
     lines = done.stdout.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("image "))
     assert [line.split()[0] for line in lines[start : start + 4]] == ["image", "question", "answer", "right"]

@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,13 +34,6 @@ def cli(*arguments: object, cwd: Path | None = None) -> Result:
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
     return Result(status, stdout.getvalue(), stderr.getvalue())
-
-
-def run_real(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own: for a few smoke tests."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [*REAL, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
 
 
 def in_this_process(command: Sequence[str], **options: object) -> Result:

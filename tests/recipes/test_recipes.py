@@ -103,7 +103,7 @@ def test_names_of_the_hub_come_with_a_commit(path):
 @pytest.mark.slow
 @every
 def test_recipe_runs_the_whole_way(path, tiny_parts, tmp_path, monkeypatch):
-    # `run` asks its question by the command line in a process of its own: test_pipeline does so, here it is called.
+    # `run` asks its question by the command line in a process of its own: test_whole_run does so, here it is called.
     monkeypatch.setattr("finetune.commands.run.subprocess.run", in_this_process)
     recipe = load_recipe(path)
     result = finetune.run(path, replaced(path, tiny_parts, tmp_path), tmp_path / "run")

@@ -52,43 +52,64 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
     return tiny_recipe(folder, data=data, train__stages=stages, adapter={"rank": 2}, **changes) or path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"distill": True, "fusion": True},
-        {"heads": True, "train__cache": False, "train__checkpoint_every_n_layers": 1},
+KINDS = {
+    "distill": {"distill": True},
+    "heads": {"heads": True, "train__cache": False, "train__checkpoint_every_n_layers": 1},
+}
+CROSS_ATTENTION = ", ".join(f"{key}: {value}" for key, value in FUSIONS["cross_attention"].items())
+SETS = {
+    "distill": [
+        f"model.fusion={{kind: cross_attention, {CROSS_ATTENTION}}}",
+        "train.stages.0.trains=[projectors, fusion]",
+        "train.stages.1.trains=[projectors, fusion, adapter]",
     ],
-    ids=lambda changes: " ".join(changes),
-)
-def test_two_processes_end_on_the_weights_of_one(changes, tmp_path):
-    fusion = changes.pop("fusion", False)
-    path = recipe_of(tmp_path, **changes)
-    sets = ["train.tokens_per_batch=128"]
-    if fusion:
-        options = ", ".join(f"{key}: {value}" for key, value in FUSIONS["cross_attention"].items())
-        sets += [
-            f"model.fusion={{kind: cross_attention, {options}}}",
-            "train.stages.0.trains=[projectors, fusion]",
-            "train.stages.1.trains=[projectors, fusion, adapter]",
-        ]
-    # The rows of a step are those of one process with twice the accumulation.
-    one = finetune.train(finetune.load_recipe(path, [*sets, "train.accumulate=2"]), tmp_path / "one")
-    arguments = [part for assignment in sets for part in ("--set", assignment)]
+    "heads": [],
+}
+TRAIN = """
+import sys
+from finetune.commands.cli import main
+
+for folder in sys.argv[1:]:
+    sys.argv = ["finetune", "train", *open(folder + "/arguments").read().splitlines()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, folder
+"""  # both in the same two processes: a start takes far longer than a training
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory) -> dict[str, Path]:
+    """Kind -> the folder of its recipe, with the run of two processes in TWO and of one in ONE."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    for kind, folder in folders.items():
+        path = recipe_of(folder, **KINDS[kind])
+        sets = ["train.tokens_per_batch=128", *SETS[kind]]
+        # The rows of a step are those of one process with twice the accumulation.
+        finetune.train(finetune.load_recipe(path, [*sets, "train.accumulate=2"]), folder / "one")
+        arguments = [str(path), "--run", str(folder / "two"), *(part for one in sets for part in ("--set", one))]
+        (folder / "arguments").write_text("\n".join(arguments))
+    script = folders["heads"] / "script.py"
+    script.write_text(TRAIN)
     done = subprocess.run(
-        [*LAUNCH, "-m", "finetune.commands.cli", "train", str(path), *arguments], cwd=tmp_path,
+        [*LAUNCH, str(script), *map(str, folders.values())], cwd=script.parent,
         capture_output=True, text=True, env=ENVIRONMENT, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("adapter: ") == 1  # one of them speaks
-    metrics = [
-        json.loads((tmp_path / run / "metrics.json").read_text())["train"]["stages"]["tune"]
-        for run in ("one", "runs/tiny")
-    ]
+    assert done.stderr.count("adapter: ") == len(KINDS)  # one of them speaks
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_end_on_the_weights_of_one(kind, trained_by_two):
+    folder = trained_by_two[kind]
+    one, two = (folder / name for name in ("one", "two"))
+    metrics = [json.loads((run / "metrics.json").read_text())["train"]["stages"]["tune"] for run in (one, two)]
     assert metrics[0]["steps"] == metrics[1]["steps"] > 1
     assert metrics[1]["losses"] == pytest.approx(metrics[0]["losses"], rel=1e-3)
     for name in ("adapter_model.safetensors", "projectors.safetensors"):
-        left, right = load_file(one.adapter / name), load_file(tmp_path / "runs/tiny/adapter" / name)
+        left, right = load_file(one / "adapter" / name), load_file(two / "adapter" / name)
         assert left.keys() == right.keys()
         for key in left:
             torch.testing.assert_close(

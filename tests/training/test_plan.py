@@ -13,7 +13,7 @@ from cli import cli
 from tiny import tiny_recipe
 from transformers import AutoModelForCausalLM
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import ModelError, RecipeError
 from finetune.common.gpu import GIB
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics
@@ -171,11 +171,17 @@ def test_the_largest_row_that_fits(folder, usual):
 
 @pytest.mark.slow
 def test_a_plan_in_a_process_of_its_own(folder):
-    """That of the command line, if there is time, and if its models are at hand."""
+    """That of the command line, if there is time, and if nothing is wrong."""
     path = tiny_recipe(folder, train__stages=TUNE)
     assert plan_line(path, seconds=200).startswith("tiny: 0.5 GiB, fits ")
     assert plan_line(path, seconds=0.01) is None
-    assert plan_line(path, ["model.llm.name=no/such"], seconds=200) is None
+    assert plan_line(path, ["model.no=such"], seconds=200) is None
+
+
+def test_models_that_are_not_at_hand_are_not_planned(folder):
+    recipe = load_recipe(tiny_recipe(folder, train__stages=TUNE), ["model.llm.name=no/such"])
+    with pytest.raises(ModelError, match="no/such"):
+        plan(recipe, "t4", advise=False)
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ import json
 import sys
 
 from finetune.recipe.load import load_recipe
-from finetune.training.plan.plan import plan
 
 if __name__ == "__main__":
-    result = plan(load_recipe(sys.argv[1], sys.argv[2:]), advise=False)
+    recipe = load_recipe(sys.argv[1], sys.argv[2:])  # so that a mistake is found before torch is imported
+    from finetune.training.plan.plan import plan
+
+    result = plan(recipe, advise=False)
     numbers = {"checkpoints": result.checkpoints, "tokens_per_batch": result.tokens_per_batch}
     print(json.dumps({"line": result.line(), **numbers, **result.figures()}))
