@@ -234,6 +234,10 @@ class Train(Section):
         description="Tokens of a packed row; auto: 2048, or fewer where an epoch of few rows would have too few "
         "optimizer steps or the GPU is too small, but never fewer than the longest row has.",
     )
+    share_prefixes: bool = Field(
+        True,
+        description="Compute once what samples of a packed row begin with, tokens and media; the losses are the same.",
+    )
     accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
     cache: bool = Field(True, description="Run frozen encoders once and keep their features on disk.")
     cache_folder: RecipePath | None = Field(

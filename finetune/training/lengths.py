@@ -2,7 +2,8 @@
 
 import heapq
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,14 @@ from finetune.recipe.schema import Model
 COUNTED = 1000  # samples; the others are taken to be as long
 LONGEST = 50  # samples with the most text, counted too
 MARK_TOKENS = 4  # "1.5s " before a frame
+MOST_BRANCHES = 16  # samples behind one prefix, so that a step still sees many media
 STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`lengths`: tokens of each sample; `longest`: of the longest, with as many tiles as it may have; `unknown`: kinds
-    of media that both leave out.
+    """`lengths`: tokens that each sample brings to the rows, a beginning that it shares with others only once;
+    `longest`: of the longest sample, with as many tiles as it may have; `unknown`: kinds of media that both leave out.
     """
 
     lengths: list[int]
@@ -53,8 +55,8 @@ def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
     return {}
 
 
-def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
-    """The lengths of samples; None where the tokenizer isn't at hand."""
+def estimate(model: Model, samples: Sequence[Sample], share: bool = True) -> Estimate | None:
+    """The lengths of samples; None where the tokenizer isn't at hand. `share`: whether prefixes are shared."""
     path = local_file(model.llm.name, model.llm.revision, "tokenizer.json")
     if path is None or not samples:
         return None
@@ -69,7 +71,32 @@ def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
     longest = heapq.nlargest(LONGEST, range(len(samples)), key=lambda number: _characters(samples[number]))
     known = {number: counter.tokens(samples[number]) for number in {*numbers, *longest}}
     lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
+    for number in _later_of_a_medium(samples) if share else ():
+        lengths[number] = max(1, lengths[number] - counter.beginning(samples[number]))
     return Estimate(lengths, max(most for _, most in known.values()), tuple(sorted(counter.unknown)))
+
+
+def _later_of_a_medium(samples: Sequence[Sample]) -> Iterator[int]:
+    """Samples that begin with the same media, and text before them, as one before them; up to MOST_BRANCHES in all."""
+    seen: Counter[Hashable] = Counter()
+    for number, sample in enumerate(samples):
+        beginning = _beginning(sample)
+        if beginning:
+            if seen[beginning] % MOST_BRANCHES:
+                yield number
+            seen[beginning] += 1
+
+
+def _beginning(sample: Sample) -> tuple[Hashable, ...]:
+    """Its parts up to the last medium of the first turn that holds one."""
+    parts: list[Hashable] = []
+    for message in sample.messages:
+        kinds = [isinstance(part, Medium) for part in message.content]
+        last = max((place for place, medium in enumerate(kinds) if medium), default=-1)
+        parts += [part.path if isinstance(part, Medium) else part for part in message.content[: last + 1 or None]]
+        if last >= 0:
+            return tuple(parts)
+    return ()
 
 
 def _characters(sample: Sample) -> int:
@@ -89,6 +116,11 @@ class _Counter:
         count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
         media = [self.of_medium(medium) for medium in sample.media]
         return count + sum(usual for usual, _ in media), count + sum(most for _, most in media)
+
+    def beginning(self, sample: Sample) -> int:
+        """About the tokens of the media that it begins with."""
+        first = next(message for message in sample.messages if any(isinstance(p, Medium) for p in message.content))
+        return sum(self.of_medium(part)[0] for part in first.content if isinstance(part, Medium))
 
     def of_medium(self, medium: Medium) -> tuple[int, int]:
         part = self.model.encoders.get(medium.kind)

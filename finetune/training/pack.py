@@ -4,6 +4,9 @@ import random
 from collections.abc import Sequence
 
 from finetune.common.errors import DataError
+from finetune.training.prefixes import MOST_BRANCHES, Sharing
+
+Row = list[list[int]]  # groups of samples: those of a group share their beginning
 
 
 def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
@@ -67,14 +70,41 @@ def plan_rows(
     epochs: int,
     seed: int,
     groups: Sequence[Sequence[int]] | None = None,
-) -> list[list[int]]:
-    """The rows of all epochs of a stage, in the order in which they're trained. Samples of a group share a row, and
-    the first one's weight.
+    sharing: Sharing | None = None,
+) -> list[Row]:
+    """The rows of all epochs of a stage, in the order in which they're trained. Samples of one of `groups` share a row,
+    and the first one's weight; those that share their beginning stand together in it.
     """
-    rows: list[list[int]] = []
+    rows: list[Row] = []
+    sharing = sharing or Sharing.none(len(lengths))
     for epoch in range(epochs):
         whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, f"{seed}/{epoch}")
-        tokens = [sum(lengths[sample] for sample in unit) for unit in whole]
-        packed = pack(tokens, capacity, epoch_order([weights[unit[0]] for unit in whole], seed, epoch))
-        rows += [[sample for unit in row for sample in whole[unit]] for row in packed]
+        order = epoch_order([weights[unit[0]] for unit in whole], seed, epoch)
+        pieces = gather([whole[number] for number in order], lengths, sharing, capacity)
+        tokens = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
+        packed = pack(tokens, capacity, range(len(pieces)))
+        rows += [[group for number in row for group in pieces[number]] for row in packed]
     return rows
+
+
+def gather(drawn: Sequence[Sequence[int]], lengths: Sequence[int], sharing: Sharing, capacity: int) -> list[Row]:
+    """Units in the order in which they were drawn -> parts of rows, where the first of those that share their beginning
+    stood, up to what a row holds.
+    """
+    pieces: list[Row] = []
+    growing: dict[int, list[int]] = {}
+    for unit in drawn:
+        if len(unit) > 1:
+            by_beginning: dict[int, list[int]] = {}
+            for sample in unit:
+                by_beginning.setdefault(sharing.group[sample], []).append(sample)
+            pieces.append(list(by_beginning.values()))
+            continue
+        number = sharing.group[unit[0]]
+        group = growing.get(number, [])
+        fits = len(group) < MOST_BRANCHES and sharing.tokens([*group, *unit], lengths) <= capacity
+        if not (group and sharing.saved[unit[0]] and fits):
+            group = growing[number] = []
+            pieces.append([group])
+        group.extend(unit)
+    return pieces

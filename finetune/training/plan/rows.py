@@ -15,12 +15,14 @@ from finetune.model.bindings import TaskBinding, bindings_of
 from finetune.model.build import load_components
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
+from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, Collator, PackedRow
-from finetune.training.pack import plan_rows
+from finetune.training.pack import Row, plan_rows
 from finetune.training.plan.shapes import META
+from finetune.training.prefixes import Sharing, sharing_of
 from finetune.training.samples import TokenizedSamples, distilled, tokenized
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
@@ -47,7 +49,7 @@ class PlannedRows:
         kinds = [medium.kind for sample in splits.train for medium in sample.media]
         scored = len(splits.of(recipe.evaluate.split))
         return cls(
-            training=evenly(splits.train, READ),
+            training=evenly_by_medium(splits.train, READ),
             bindings=bindings_of(recipe.data, splits.train),
             count=len(splits.train),
             held_out=min(scored, recipe.evaluate.limit or scored),
@@ -66,12 +68,21 @@ def evenly(items: Sequence[T], most: int) -> list[T]:
     return list(items[:: -(-len(items) // most)]) if items else []
 
 
+def evenly_by_medium(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """About so many samples, from all over: all of a first medium, which may share it."""
+    groups: dict[object, list[Sample]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault(sample.media[0].path if sample.media else number, []).append(sample)
+    chosen = evenly(list(groups.values()), max(1, most * len(groups) // len(samples))) if samples else []
+    return [sample for group in chosen for sample in group]
+
+
 @dataclass(frozen=True)
 class StageRows:
     """A stage's samples, its fullest packed row, and how many rows and tokens all its epochs have."""
 
     samples: TokenizedSamples
-    fullest: list[int]
+    fullest: Row
     rows: int
     tokens: int
 
@@ -95,18 +106,18 @@ class PlannedRun:
         layout = features.layout(medium)
         return torch.empty(len(layout.marks), layout.rows, encoder.width, dtype=self.run.components.dtype)
 
-    def collator(self, samples: TokenizedSamples, weighted: bool, packed: bool) -> Collator:
+    def collator(self, samples: TokenizedSamples, weighted: bool, kind: RowKind) -> Collator:
         outputs = {b["head"]: len(b["target"]) for b in samples.table.select_columns(["head", "target"]) if b["head"]}
         return Collator(
             samples,
             self.read,
             field="features" if self.run.recipe.train.cache else "media",
-            packed=packed,
+            kind=kind,
             pad_token_id=self.run.components.tokenizer.pad_token_id,
             heads=outputs if weighted else None,
         )
 
-    def stage_rows(self, stage: Stage, model: MultimodalModel, seed: int) -> StageRows:
+    def stage_rows(self, stage: Stage, model: MultimodalModel, kind: RowKind, seed: int) -> StageRows:
         """As `prepare.stage_rows`, over the rows that were read, then stretched to all."""
         training, recipe = self.rows.training, self.run.recipe
         chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
@@ -116,17 +127,20 @@ class PlannedRun:
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         lengths = samples.taught_lengths
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
-        packed = plan_rows(lengths, weights, capacity=int(recipe.train.tokens_per_batch), epochs=1, seed=seed)
+        shares = kind is RowKind.SHARED
+        sharing = sharing_of(samples, model.composition.fusion.by_sample) if shares else Sharing.none(len(lengths))
+        capacity = int(recipe.train.tokens_per_batch)
+        packed = plan_rows(lengths, weights, capacity=capacity, epochs=1, seed=seed, sharing=sharing)
         stretch = int(stage.epochs) * self.rows.count / len(training)
-        tokens = sum(lengths[i] for row in packed for i in row)
-        fullest = max(packed, key=lambda row: sum(lengths[i] for i in row))
-        return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(tokens * stretch))
+        tokens = [sum(sharing.tokens(group, lengths) for group in row) for row in packed]
+        fullest = packed[tokens.index(max(tokens))]
+        return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(sum(tokens) * stretch))
 
     def prompts(self, batch: int) -> Batch:
         """The longest sample so many times, as prompts that are answered at once."""
         longest = max(range(len(self.samples)), key=lambda number: self.samples.lengths[number])
-        collator = self.collator(self.samples, weighted=False, packed=False)
-        return collator([PackedRow(samples=[longest] * batch, filler=False)])
+        collator = self.collator(self.samples, weighted=False, kind=RowKind.PADDED)
+        return collator([PackedRow(groups=[[longest]] * batch, filler=False)])
 
     def some_media(self, kind: str) -> list[Prepared]:
         """A few media, decoded and prepared."""
