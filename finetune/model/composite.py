@@ -265,7 +265,12 @@ class MultimodalModel(PreTrainedModel):
         `teacher`, see `imitate`.
         """
         if teacher is not None:
-            student = {"input_ids": input_ids, "features": features, "media": media, "attention_mask": attention_mask}
+            student: dict[str, Any] = {
+                "input_ids": input_ids,
+                "features": features,
+                "media": media,
+                "attention_mask": attention_mask,
+            }
             student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"], "row_plan": row_plan}
             return self.imitate(student, teacher)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned

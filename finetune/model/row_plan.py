@@ -102,16 +102,20 @@ def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -
     return _PlanAsMask(plan, local_size, tuple(_visible(segment, local_size, device) for segment in plan.segments))
 
 
-def _visible(segment: RowSegment, window: int | None, device: Any, plainly_causal: bool = True) -> Tensor | None:
-    """(Q, P + Q), or None where it is plainly causal and `plainly_causal` allows it."""
+def _visible(segment: RowSegment, window: int | None, device: Any) -> Tensor | None:
+    """As `_visible_to`; None where it is plainly causal."""
+    if segment.prefix or (window is not None and window < segment.length):
+        return _visible_to(segment, window, device)
+    return None
+
+
+def _visible_to(segment: RowSegment, window: int | None, device: Any) -> Tensor:
+    """(Q, P + Q): whether a token attends to one of its prefix and segment."""
     whole = segment.prefix + segment.length
-    narrow = window is not None and window < whole
-    if plainly_causal and not segment.prefix and not narrow:
-        return None
     query = torch.arange(segment.prefix, whole, device=device)[:, None]
     key = torch.arange(whole, device=device)
     visible = key <= query
-    return visible & (key > query - window) if narrow and window is not None else visible
+    return visible if window is None else visible & (key > query - window)
 
 
 def _attend(
@@ -137,8 +141,8 @@ def _attend(
         keys, values = _behind_prefix(key, segment), _behind_prefix(value, segment)
         if own:
             eager = sys.modules[type(module).__module__].eager_attention_forward
-            visible = _visible(segment, window, query.device, plainly_causal=False)
-            added = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+            mask = _visible_to(segment, window, query.device)
+            added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
             part = eager(module, queries, keys, values, added[None, None], dropout=dropout, scaling=scaling, **options)
         else:
             options["is_causal"] = visible is None

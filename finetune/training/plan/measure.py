@@ -53,7 +53,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
     planned = PlannedRun(recipe, rows)
     components, dtype = planned.run.components, planned.run.components.dtype
     model = composed(planned, recipe, dtype)
-    kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes)
+    row_kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes)
     weights_16bit = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
     with Rehearsal() as meter:
         without_data(model, dtype)
@@ -70,7 +70,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
         states = 0
         for number, stage in enumerate(recipe.train.stages):
             with with_data():
-                training, batch, in_all = step_of(planned, model, stage, kind, recipe.seed + 1000 * number)
+                training, batch, in_all = step_of(planned, model, stage, row_kind, recipe.seed + 1000 * number)
             memory = measure_step(training, on_paper(batch), meter, gpu)
             tokens = batch["input_ids"].numel()
             stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens, training.steps)
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
         weights_16bit=weights_16bit,
         kv_token=kv_token,
         longest=longest,
-        row_kind=kind,
+        row_kind=row_kind,
     )
 
 
