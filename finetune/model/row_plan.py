@@ -226,18 +226,18 @@ class RowKind(StrEnum):
     SHARED = "shared"  # as segments, and what samples of a row begin with stands there once
 
 
-def row_kind(causal_lm: Any, share: bool = True) -> RowKind:
-    """The best that is exact for this LLM, tried. An attention that the recipe names is left as it is."""
-    if attends_by_segments(causal_lm):
+def row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True) -> RowKind:
+    """The best that is exact for this LLM, tried; without `by_segments`, by its own attention."""
+    if by_segments and attends_by_segments(causal_lm):
         return RowKind.SHARED if share and shares_prefixes(causal_lm) else RowKind.SEGMENTS
     return RowKind.PACKED if packs_exactly(causal_lm) else RowKind.PADDED
 
 
-def likely_row_kind(causal_lm: Any, share: bool = True) -> RowKind:
+def likely_row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True) -> RowKind:
     """As `row_kind`, by what the LLM's class takes: of an LLM without weights, which can't be tried."""
     if "position_ids" not in signature(causal_lm.forward).parameters:
         return RowKind.PADDED
-    if causal_lm._can_set_attn_implementation():
+    if by_segments and causal_lm._can_set_attn_implementation():
         return RowKind.SHARED if share else RowKind.SEGMENTS
     return RowKind.PACKED
 

@@ -64,7 +64,9 @@ class Llm(Section):
     double_quantize: bool = Field(True, description="Quantize the scales of nf4 too (saves 0.4 bits per weight).")
     dtype: Dtype = Field("auto", description="Dtype of the computation; auto: bfloat16 where the device has it.")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
-        "auto", description="Attention implementation; auto: the fastest that keeps packed samples apart."
+        "auto",
+        description="Attention implementation; auto: while training by segments of the row (flash attention on GPUs from "
+        "Ampere on, else SDPA) where that is exact, and the LLM's default otherwise.",
     )
     chat_template: RecipePath | None = Field(
         None, description="Jinja file to use in place of the tokenizer's chat template.", json_schema_extra=PATH_FILE

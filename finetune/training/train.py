@@ -116,7 +116,7 @@ def train_stages(
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
-    kind = layout_of(model, settings)
+    kind = layout_of(model, run.recipe)
     begin = perf_counter()
     results: dict[str, StageResult] = {}
     for number, stage in enumerate(settings.stages):
@@ -156,14 +156,17 @@ def train_stages(
     return result, seconds
 
 
-def layout_of(model: MultimodalModel, settings: Train) -> RowKind:
+def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
     """How this LLM's rows are laid out; what it can't take is printed."""
-    kind = row_kind(model.causal_lm, settings.share_prefixes)
-    if kind is RowKind.PADDED:
+    attention, share = recipe.model.llm.attention, recipe.train.share_prefixes
+    kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
+    if attention != "auto":
+        console.print(f"rows are {kind}, without shared prefixes: model.llm.attention is {attention}, not auto")
+    elif kind is RowKind.PADDED:
         console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
     elif kind is RowKind.PACKED:
         console.print("this LLM's attention can't go by segments: rows are packed under a mask, and share no prefixes")
-    elif kind is RowKind.SEGMENTS and settings.share_prefixes:
+    elif kind is RowKind.SEGMENTS and share:
         console.print("in this LLM samples behind one prefix would differ from samples alone: no prefixes are shared")
     return kind
 
