@@ -65,8 +65,8 @@ class Llm(Section):
     dtype: Dtype = Field("auto", description="Dtype of the computation; auto: bfloat16 where the device has it.")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "auto",
-        description="Attention implementation; auto: while training by segments of the row (flash attention on GPUs from "
-        "Ampere on, else SDPA) where that is exact, and the LLM's default otherwise.",
+        description="Attention implementation; auto: by segments of the row while training (flash attention on GPUs "
+        "from Ampere on, else SDPA) where that is exact, and the LLM's default otherwise.",
     )
     chat_template: RecipePath | None = Field(
         None, description="Jinja file to use in place of the tokenizer's chat template.", json_schema_extra=PATH_FILE

@@ -14,11 +14,11 @@ from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import Model
+from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES
 
 COUNTED = 1000  # samples; the others are taken to be as long
 LONGEST = 50  # samples with the most text, counted too
 MARK_TOKENS = 4  # "1.5s " before a frame
-MOST_BRANCHES = 16  # samples behind one prefix, so that a step still sees many media
 STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
 
 
@@ -72,7 +72,8 @@ def estimate(model: Model, samples: Sequence[Sample], share: bool = True) -> Est
     known = {number: counter.tokens(samples[number]) for number in {*numbers, *longest}}
     lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
     for number in _later_of_a_medium(samples) if share else ():
-        lengths[number] = max(1, lengths[number] - counter.beginning(samples[number]))
+        shared = counter.beginning(samples[number])
+        lengths[number] -= shared if LEAST_TOKENS <= shared < lengths[number] else 0
     return Estimate(lengths, max(most for _, most in known.values()), tuple(sorted(counter.unknown)))
 
 

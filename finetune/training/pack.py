@@ -2,11 +2,31 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from finetune.common.errors import DataError
-from finetune.training.prefixes import MOST_BRANCHES, Sharing
 
+LEAST_TOKENS = 16  # of a prefix
+MOST_BRANCHES = 16  # samples behind one prefix, so that a step still sees many media
 Row = list[list[int]]  # groups of samples: those of a group share their beginning
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """For each sample, the number of its group, samples that share their beginning, and `saved`, the tokens that a row
+    saves for each but one of a group that stand in it together; 0 where it shares nothing.
+    """
+
+    group: Sequence[int]
+    saved: Sequence[int]
+
+    def tokens(self, group: Sequence[int], lengths: Sequence[int]) -> int:
+        """Tokens of samples of one group that stand in a row together."""
+        return sum(lengths[sample] for sample in group) - self.saved[group[0]] * (len(group) - 1)
+
+    @classmethod
+    def none(cls, count: int) -> "Sharing":
+        return cls(range(count), [0] * count)
 
 
 def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:

@@ -8,28 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.model.tokenize import IGNORED
-from finetune.training.lengths import MOST_BRANCHES
+from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES, Sharing
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
-LEAST_SAVED = 0.1  # of a group's tokens; below that, samples are left to be shuffled freely
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """For each sample, the number of its group, samples that share their beginning, and `saved`, the tokens that a row
-    saves for each but one of a group that stand in it together; 0 where it shares nothing.
-    """
-
-    group: Sequence[int]
-    saved: Sequence[int]
-
-    def tokens(self, group: Sequence[int], lengths: Sequence[int]) -> int:
-        """Tokens of samples of one group that stand in a row together."""
-        return sum(lengths[sample] for sample in group) - self.saved[group[0]] * (len(group) - 1)
-
-    @classmethod
-    def none(cls, count: int) -> "Sharing":
-        return cls(range(count), [0] * count)
+LEAST_SAVED = 0.1  # of a group's tokens; below that, and below LEAST_TOKENS, samples are left to be shuffled freely
 
 
 def most_shared(labels: Sequence[int]) -> int:
@@ -69,13 +51,14 @@ def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False) -> Shar
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shared = [_equal_bytes(keys[one], keys[other]) // 4 for one, other in pairwise(order)]
     ends = samples.column("media_ends")
-    least = [max(ends[number], default=0) if media_in_prefix else 0 for number in order]
+    needed = [max(ends[number], default=0) if media_in_prefix else 0 for number in order]
     lengths = samples.taught_lengths
     group, saved = list(range(len(keys))), [0] * len(keys)
-    for span in _best_groups(shared, least):
+    for span in _best_groups(shared, needed):
         members = [order[place] for place in range(span.begin, span.end)]
         tokens = min(span.depth, _shared_by_teachers(samples, members))
-        if tokens * _spared(len(members)) < LEAST_SAVED * sum(lengths[number] for number in members):
+        least = LEAST_SAVED * sum(lengths[number] for number in members)
+        if tokens < LEAST_TOKENS or tokens * _spared(len(members)) < least:
             continue
         for number in members:
             group[number], saved[number] = members[0], tokens

@@ -44,7 +44,8 @@ def questions(folder: Path) -> dict[str, Any]:
         }
         for split in ("train", "test")
     ]
-    return {"data": asked, "train__stages": ONE_STAGE, "train__tokens_per_batch": 256}
+    rows = {"train__stages": ONE_STAGE, "train__tokens_per_batch": 256}
+    return {"data": asked, "model__projectors": {"image": {"kind": "mlp"}}, **rows}  # a picture of 16 tokens
 
 
 def labels(folder: Path) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def labels(folder: Path) -> dict[str, Any]:
         for split in ("train", "test")
     ]
     stage = ONE_STAGE[0] | {"trains": ["projectors", "adapter", "heads"]}
-    return {"data": sources, "train__stages": [stage], "train__share_prefixes": False}
+    return {"data": sources, "train__stages": [stage]}
 
 
 def sounds(folder: Path) -> dict[str, Any]:
@@ -71,8 +72,8 @@ def crossing(folder: Path) -> dict[str, Any]:
     return {"model__fusion": {"kind": "cross_attention", **FUSIONS["cross_attention"]}, "train__stages": [stage]}
 
 
-RUNS = {  # all but one with rows in the order in which they'd stand if nothing could be shared
-    "two-stages": lambda folder: {"train__share_prefixes": False},
+RUNS = {
+    "two-stages": lambda folder: {},
     "shared-prefixes": questions,
     "label-head": labels,
     "sounds-and-pictures": sounds,

@@ -4,8 +4,7 @@ from collections import Counter
 import pytest
 
 from finetune.common.errors import DataError
-from finetune.training.pack import epoch_order, pack, plan_rows, units
-from finetune.training.prefixes import MOST_BRANCHES, Sharing
+from finetune.training.pack import MOST_BRANCHES, Sharing, epoch_order, pack, plan_rows, units
 
 
 @pytest.mark.parametrize("seed", range(5))

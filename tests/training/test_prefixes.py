@@ -18,6 +18,7 @@ from finetune.model.language_model import load_language_model
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment, by_segments, row_kind
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Llm
+from finetune.training import prefixes
 from finetune.training.prefixes import shared_beginning, sharing_of
 from finetune.training.samples import TokenizedSamples
 
@@ -282,7 +283,8 @@ def test_one_kernel_for_all_segments_is_given_the_same(monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
-def test_groups_are_those_of_equal_tokens_and_media():
+def test_groups_are_those_of_equal_tokens_and_media(monkeypatch):
+    monkeypatch.setattr(prefixes, "LEAST_TOKENS", 6)
     sharing = sharing_of(TokenizedSamples.of(QUESTIONS))
     assert [sharing.group[number] for number in (0, 2, 3)] == [sharing.group[0]] * 3
     assert sharing.group[1] == sharing.group[4] != sharing.group[0]
@@ -296,14 +298,17 @@ def test_text_alone_is_no_prefix_where_media_must_stand_in_it():
     assert sharing_of(samples, media_in_prefix=True).saved == [0] * 4
 
 
-def test_a_small_saving_is_left_alone():
-    samples = TokenizedSamples.of([asked(number, range(30, 60), [20], before=(3,)) for number in range(4)])
-    assert sharing_of(samples).saved == [0] * 4
+@pytest.mark.parametrize("shared, rest, saved", [(16, 20, 16), (15, 20, 0), (16, 300, 0)])
+def test_a_small_saving_is_left_alone(shared, rest, saved):
+    before = [3] * shared
+    samples = [asked(number, [number + 5] * rest, [20], before=before) for number in range(4)]
+    assert sharing_of(TokenizedSamples.of(samples)).saved == [saved] * 4
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_division_into_groups_saves_more(seed):
+def test_no_division_into_groups_saves_more(seed, monkeypatch):
     """Against all divisions of a few short samples into groups that share what their members begin with."""
+    monkeypatch.setattr(prefixes, "LEAST_TOKENS", 1)
     generator = random.Random(seed)
     samples = []
     for _ in range(6):
