@@ -74,7 +74,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     refuse_empty_splits(splits, loaded)
     warnings = list(few_rows(splits, loaded))
     stages: tuple[StageSteps, ...] = ()
-    estimated = estimate(loaded.model, splits.train, loaded.train.share_prefixes)
+    estimated = estimate(loaded.model, splits.train)
     chosen = numbers_at_hand(loaded, splits.train, estimated)
     if estimated is None:
         notes.append("steps aren't counted: the tokenizer of model.llm is neither a folder's nor in the Hub's cache")

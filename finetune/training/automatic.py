@@ -38,7 +38,7 @@ class AutoNumbers:
         splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
         refuse_empty_splits(splits, recipe)
         self.samples = splits.train
-        estimated = estimate(recipe.model, self.samples, recipe.train.share_prefixes)
+        estimated = estimate(recipe.model, self.samples)
         if estimated is None or estimated.unknown:
             estimated = _tokenized(recipe, self.samples)
         self.lengths, self.longest = estimated.lengths, _longest(recipe, self.samples, estimated)
@@ -63,17 +63,10 @@ def _longest(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> 
 def _tokenized(recipe: Recipe, samples: Sequence[Sample]) -> Estimate:
     """Some samples, tokenized as training does; the others are taken to be as long."""
     from finetune.model.bindings import bindings_of
-    from finetune.training.plan.rows import READ, PlannedRows, PlannedRun, evenly_by_medium, with_dtype
-    from finetune.training.prefixes import sharing_of
+    from finetune.training.plan.rows import READ, PlannedRows, PlannedRun, evenly, with_dtype
 
-    some = evenly_by_medium(samples, READ)
+    some = evenly(samples, READ)
     planned = recipe.model_copy(update={"train": recipe.train.model_copy(update={"tokens_per_batch": NO_LIMIT})})
     rows = PlannedRows(some, bindings_of(recipe.data, samples), count=len(samples), held_out=0, media={})
-    tokenized = PlannedRun(with_dtype(planned, "float32"), rows).samples
-    lengths = tokenized.lengths
-    longest = max(lengths)
-    if recipe.train.share_prefixes:
-        sharing = sharing_of(tokenized, recipe.model.fusion.by_sample)
-        for number, group in enumerate(sharing.group):
-            lengths[number] -= sharing.saved[number] * (number != group)
-    return Estimate([lengths[number % len(lengths)] for number in range(len(samples))], longest, ())
+    lengths = PlannedRun(with_dtype(planned, "float32"), rows).samples.lengths
+    return Estimate([lengths[number % len(lengths)] for number in range(len(samples))], max(lengths), ())

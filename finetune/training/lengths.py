@@ -2,8 +2,7 @@
 
 import heapq
 import random
-from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import Model
-from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES
 
 COUNTED = 1000  # samples; the others are taken to be as long
 LONGEST = 50  # samples with the most text, counted too
@@ -24,8 +22,8 @@ STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands
 
 @dataclass(frozen=True)
 class Estimate:
-    """`lengths`: tokens that each sample brings to the rows, a beginning that it shares with others only once;
-    `longest`: of the longest sample, with as many tiles as it may have; `unknown`: kinds of media that both leave out.
+    """`lengths`: tokens of each sample; `longest`: of the longest, with as many tiles as it may have; `unknown`: kinds
+    of media that both leave out.
     """
 
     lengths: list[int]
@@ -55,8 +53,8 @@ def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
     return {}
 
 
-def estimate(model: Model, samples: Sequence[Sample], share: bool = True) -> Estimate | None:
-    """The lengths of samples; None where the tokenizer isn't at hand. `share`: whether prefixes are shared."""
+def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
+    """The lengths of samples; None where the tokenizer isn't at hand."""
     path = local_file(model.llm.name, model.llm.revision, "tokenizer.json")
     if path is None or not samples:
         return None
@@ -71,33 +69,7 @@ def estimate(model: Model, samples: Sequence[Sample], share: bool = True) -> Est
     longest = heapq.nlargest(LONGEST, range(len(samples)), key=lambda number: _characters(samples[number]))
     known = {number: counter.tokens(samples[number]) for number in {*numbers, *longest}}
     lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
-    for number in _later_of_a_medium(samples) if share else ():
-        shared = counter.beginning(samples[number])
-        lengths[number] -= shared if LEAST_TOKENS <= shared < lengths[number] else 0
     return Estimate(lengths, max(most for _, most in known.values()), tuple(sorted(counter.unknown)))
-
-
-def _later_of_a_medium(samples: Sequence[Sample]) -> Iterator[int]:
-    """Samples that begin with the same media, and text before them, as one before them; up to MOST_BRANCHES in all."""
-    seen: Counter[Hashable] = Counter()
-    for number, sample in enumerate(samples):
-        beginning = _beginning(sample)
-        if beginning:
-            if seen[beginning] % MOST_BRANCHES:
-                yield number
-            seen[beginning] += 1
-
-
-def _beginning(sample: Sample) -> tuple[Hashable, ...]:
-    """Its parts up to the last medium of the first turn that holds one."""
-    parts: list[Hashable] = []
-    for message in sample.messages:
-        kinds = [isinstance(part, Medium) for part in message.content]
-        last = max((place for place, medium in enumerate(kinds) if medium), default=-1)
-        parts += [part.path if isinstance(part, Medium) else part for part in message.content[: last + 1 or None]]
-        if last >= 0:
-            return tuple(parts)
-    return ()
 
 
 def _characters(sample: Sample) -> int:
@@ -117,11 +89,6 @@ class _Counter:
         count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
         media = [self.of_medium(medium) for medium in sample.media]
         return count + sum(usual for usual, _ in media), count + sum(most for _, most in media)
-
-    def beginning(self, sample: Sample) -> int:
-        """About the tokens of the media that it begins with."""
-        first = next(message for message in sample.messages if any(isinstance(p, Medium) for p in message.content))
-        return sum(self.of_medium(part)[0] for part in first.content if isinstance(part, Medium))
 
     def of_medium(self, medium: Medium) -> tuple[int, int]:
         part = self.model.encoders.get(medium.kind)

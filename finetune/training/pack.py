@@ -1,6 +1,7 @@
 """Samples packed whole into rows of a fixed number of tokens: no padding, nothing cut."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,7 +102,9 @@ def plan_rows(
         whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, f"{seed}/{epoch}")
         order = epoch_order([weights[unit[0]] for unit in whole], seed, epoch)
         pieces = gather([whole[number] for number in order], lengths, sharing, capacity)
-        tokens = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
+        # Counted as if nothing were shared, so that a step has as many samples as without sharing, and an epoch as
+        # many steps.
+        tokens = [min(sum(lengths[sample] for group in piece for sample in group), capacity) for piece in pieces]
         packed = pack(tokens, capacity, range(len(pieces)))
         rows += [[group for number in row for group in pieces[number]] for row in packed]
     return rows
@@ -109,8 +112,9 @@ def plan_rows(
 
 def gather(drawn: Sequence[Sequence[int]], lengths: Sequence[int], sharing: Sharing, capacity: int) -> list[Row]:
     """Units in the order in which they were drawn -> parts of rows, where the first of those that share their beginning
-    stood, up to what a row holds.
+    stood: all of them, or if they're more than MOST_BRANCHES, as many as a row would hold if nothing were shared.
     """
+    sizes = Counter(sharing.group)
     pieces: list[Row] = []
     growing: dict[int, list[int]] = {}
     for unit in drawn:
@@ -122,8 +126,10 @@ def gather(drawn: Sequence[Sequence[int]], lengths: Sequence[int], sharing: Shar
             continue
         number = sharing.group[unit[0]]
         group = growing.get(number, [])
-        fits = len(group) < MOST_BRANCHES and sharing.tokens([*group, *unit], lengths) <= capacity
-        if not (group and sharing.saved[unit[0]] and fits):
+        grown = [*group, *unit]
+        whole = sizes[number] <= MOST_BRANCHES
+        tokens = sharing.tokens(grown, lengths) if whole else sum(lengths[sample] for sample in grown)
+        if not group or not sharing.saved[unit[0]] or len(grown) > MOST_BRANCHES or tokens > capacity:
             group = growing[number] = []
             pieces.append([group])
         group.extend(unit)

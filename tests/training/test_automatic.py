@@ -110,7 +110,7 @@ def test_a_tokenizer_that_only_transformers_reads_gives_exact_lengths(recipe, mo
     """As that of a GGUF file, and one that isn't there yet."""
     reader, samples = Reader(recipe), read_splits(recipe.data, recipe.seed).train
     exact = [len(reader.tokens(sample, sample.source).input_ids) for sample in samples]
-    monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples, share: None)
+    monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples: None)
     choice = AutoNumbers(recipe)
     assert choice.lengths == exact and max(exact) <= choice.longest <= 1.2 * max(exact)
 

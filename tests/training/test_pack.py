@@ -126,14 +126,25 @@ def test_samples_that_share_their_beginning_stand_together(seed):
     assert all(len({group[sample] for sample in together}) == 1 for row in rows for together in row)
     tokens = [sum(40 + sum(lengths[sample] - 40 for sample in together) for together in row) for row in rows]
     assert max(tokens) <= 120
-    # As large as a row allows: the next one of a group is always too much, or there is none.
-    assert sum(len(together) for row in rows for together in row) / sum(len(row) for row in rows) > 3
+    # All five where a row has room for them behind their prefix, as many as it has room for otherwise.
+    fitting = sum(40 + sum(length - 40 for length in lengths[i : i + 5]) <= 120 for i in range(0, 100, 5))
+    assert 0 < fitting < 20 and sum(len(together) == 5 for row in rows for together in row) == 2 * fitting
 
 
 def test_how_many_samples_stand_behind_a_prefix_is_bounded():
     sharing = Sharing([0] * 50, [10] * 50)
     rows = plan_rows([11] * 50, [1.0] * 50, capacity=1000, epochs=1, seed=0, sharing=sharing)
     assert [len(group) for row in rows for group in row] == [MOST_BRANCHES] * 3 + [2]
+
+
+def test_an_epoch_has_as_many_steps_as_without_sharing():
+    generator = random.Random(0)
+    lengths = [generator.randint(30, 60) for _ in range(300)]
+    for sharing in (Sharing([n // 5 for n in range(300)], [20] * 300), Sharing([0] * 300, [20] * 300)):
+        apart, shared = (
+            len(plan_rows(lengths, [1.0] * 300, capacity=512, epochs=1, seed=0, sharing=s)) for s in (None, sharing)
+        )
+        assert abs(shared - apart) <= 0.07 * apart
 
 
 def test_a_ranking_keeps_its_samples_in_a_row_and_shares_within_it():
