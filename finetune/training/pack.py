@@ -104,7 +104,9 @@ def plan_rows(
         pieces = gather([whole[number] for number in order], lengths, sharing, capacity)
         # Counted as if nothing were shared, so that a step has as many samples as without sharing, and an epoch as
         # many steps.
-        tokens = [min(sum(lengths[sample] for group in piece for sample in group), capacity) for piece in pieces]
+        apart = [sum(lengths[sample] for group in piece for sample in group) for piece in pieces]
+        together = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
+        tokens = [max(min(one, capacity), other) for one, other in zip(apart, together, strict=True)]
         packed = pack(tokens, capacity, range(len(pieces)))
         rows += [[group for number in row for group in pieces[number]] for row in packed]
     return rows

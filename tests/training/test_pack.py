@@ -121,13 +121,13 @@ def test_samples_that_share_their_beginning_stand_together(seed):
     generator = random.Random(seed)
     group = [number // 5 for number in range(100)]  # twenty groups of five
     lengths = [generator.randint(45, 60) for _ in range(100)]
-    rows = plan_rows(lengths, [1.0] * 100, capacity=120, epochs=2, seed=seed, sharing=Sharing(group, [40] * 100))
+    rows = plan_rows(lengths, [1.0] * 100, capacity=105, epochs=2, seed=seed, sharing=Sharing(group, [40] * 100))
     assert Counter(sample for row in flat(rows) for sample in row) == Counter(dict.fromkeys(range(100), 2))
     assert all(len({group[sample] for sample in together}) == 1 for row in rows for together in row)
     tokens = [sum(40 + sum(lengths[sample] - 40 for sample in together) for together in row) for row in rows]
-    assert max(tokens) <= 120
+    assert max(tokens) <= 105
     # All five where a row has room for them behind their prefix, as many as it has room for otherwise.
-    fitting = sum(40 + sum(length - 40 for length in lengths[i : i + 5]) <= 120 for i in range(0, 100, 5))
+    fitting = sum(40 + sum(length - 40 for length in lengths[i : i + 5]) <= 105 for i in range(0, 100, 5))
     assert 0 < fitting < 20 and sum(len(together) == 5 for row in rows for together in row) == 2 * fitting
 
 
@@ -144,7 +144,7 @@ def test_an_epoch_has_as_many_steps_as_without_sharing():
         apart, shared = (
             len(plan_rows(lengths, [1.0] * 300, capacity=512, epochs=1, seed=0, sharing=s)) for s in (None, sharing)
         )
-        assert abs(shared - apart) <= 0.07 * apart
+        assert abs(shared - apart) <= 0.1 * apart
 
 
 def test_a_ranking_keeps_its_samples_in_a_row_and_shares_within_it():
