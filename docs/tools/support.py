@@ -29,7 +29,7 @@ from tiny_encoders import KINDS, medium_of, tiny_encoder_folder, tiny_encoder_of
 import finetune  # noqa: E402
 from finetune.common.errors import FinetuneError, Interrupted  # noqa: E402
 from finetune.common.registry import part_names  # noqa: E402
-from finetune.model.language_model import packs_exactly  # noqa: E402
+from finetune.model.row_plan import RowKind, row_kind  # noqa: E402
 from finetune.recipe.parts import ProjectorPart  # noqa: E402
 
 PAGE = ROOT / "docs" / "support.md"
@@ -272,12 +272,21 @@ def options(trials: Trials) -> list[str]:
 
 
 def packing() -> list[str]:
-    kept: dict[bool, list[str]] = {True: [], False: []}
+    kept: dict[RowKind, list[str]] = {}
     for family in FAMILIES:
         torch.manual_seed(0)
-        kept[packs_exactly(tiny_llm(family))].append(f"`{family}`")
-    text = "Samples are packed into rows without padding where the LLM keeps them apart; each run tries it."
-    return ["", "## Packing", "", text, "", f"- packed: {', '.join(kept[True])}", f"- padded: {', '.join(kept[False])}"]
+        kept.setdefault(row_kind(tiny_llm(family)), []).append(f"`{family}`")
+    text = (
+        "Samples are packed into rows without padding, and what they begin with is computed once, where the LLM gives "
+        "each exactly what it has alone; each run tries it."
+    )
+    names = {
+        RowKind.SHARED: "packed, prefixes shared",
+        RowKind.SEGMENTS: "packed",
+        RowKind.PACKED: "packed, under a mask",
+    }
+    lines = [f"- {names.get(kind, kind)}: {', '.join(families)}" for kind, families in kept.items()]
+    return ["", "## Packing", "", text, "", *lines]
 
 
 def exports(trials: Trials) -> list[str]:

@@ -40,7 +40,7 @@ class TrainingResult(Result):
     stages: dict[str, StageResult] = {}
     rows: int | None = None
     tokens_per_epoch: int | None = None
-    packed: bool = Field(default=False, description="Whether samples share rows without padding.")
+    row_kind: str = Field("", description="How rows were laid out: padded, packed, segments, or with shared prefixes.")
 
 
 class Confusion(Result):

@@ -11,6 +11,7 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from itertools import groupby, islice
@@ -30,9 +31,20 @@ from finetune.model.composition import Composition, SavedEncoder, SavedProjector
 from finetune.model.encoders import Encoder
 from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
+from finetune.model.row_plan import RowPlan, following
 from finetune.recipe.parts import FusionPart, ProjectorPart
 
 Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the LLM reads in place of media: keywords of `MultimodalModel.forward`, with `label_rows`; `temperature`
+    softens its answers.
+    """
+
+    batch: Mapping[str, Any]
+    temperature: float
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -215,13 +227,16 @@ class MultimodalModel(PreTrainedModel):
         media: Tensors | None = None,
         label_rows: Tensor | None = None,
         head_rows: Mapping[str, Tensor] | None = None,
+        row_plan: RowPlan | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D). With `head_rows`
-        {name: (K,)} the heads' scores of these, each (K, outputs), float32, are kept in `head_scores`.
+        {name: (K,)} the heads' scores of these, each (K, outputs), float32, are kept in `head_scores`. `row_plan`: of a
+        packed row whose attention goes by segments.
         """
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
-        outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
+        with following(row_plan, self.causal_lm):
+            outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
         self._forget()
         if head_rows is not None:
             states = outputs.last_hidden_state.flatten(0, 1)
@@ -239,43 +254,50 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        teacher: Mapping[str, Tensor] | None = None,
-        temperature: float = 1.0,
+        row_plan: RowPlan | None = None,
+        teacher: Teacher | None = None,
         **kwargs: Any,
     ) -> Any:
         """Token ids (B, T), features {name: N tensors (S, L, W)} or prepared media -> the LLM's own output.
 
-        Without `attention_mask`, restarting `position_ids` keep packed samples apart. `labels` (B, T), -100 where
-        nothing is learned, give the mean next-token loss; with a `teacher`, see `imitate`.
+        Without `attention_mask`, restarting `position_ids` keep packed samples apart, or a `row_plan` does. `labels`
+        (B, T), -100 where nothing is learned, give the mean next-token loss of samples that share nothing; with a
+        `teacher`, see `imitate`.
         """
         if teacher is not None:
-            student = {"input_ids": input_ids, "features": features, "media": media, "attention_mask": attention_mask}
-            student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"]}
-            return self.imitate(student, teacher, temperature)
+            student: dict[str, Any] = {
+                "input_ids": input_ids,
+                "features": features,
+                "media": media,
+                "attention_mask": attention_mask,
+            }
+            student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"], "row_plan": row_plan}
+            return self.imitate(student, teacher)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         embeddings = self.embed(input_ids, features, media, position_ids)
-        outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
+        with following(row_plan, self.causal_lm):
+            outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
         self._forget()
         return outputs
 
-    def imitate(self, student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float) -> dict[str, Tensor]:
+    def imitate(self, student: Mapping[str, Any], teacher: Teacher) -> dict[str, Tensor]:
         """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers.
 
-        `student`, `teacher`: keywords of `forward`, with as many `label_rows` (K,) each; the teacher without adapter.
-        Returns `loss`, the KL divergence of next-token distributions softened by `temperature`, summed over K
+        `student`: keywords of `forward`, with as many `label_rows` (K,) as the teacher's; the teacher without adapter.
+        Returns `loss`, the KL divergence of next-token distributions softened by the temperature, summed over K
         (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens are
         equal.
         """
         training = self.training
         with torch.no_grad(), without_adapter(self.language_model):
-            target = self.eval()._label_logits(**teacher)
+            target = self.eval()._label_logits(**teacher.batch)
         logits = self.train(training)._label_logits(**student)
         loss = functional.kl_div(
-            (logits / temperature).log_softmax(-1),
-            (target / temperature).log_softmax(-1),
+            (logits / teacher.temperature).log_softmax(-1),
+            (target / teacher.temperature).log_softmax(-1),
             log_target=True,
             reduction="sum",
         )

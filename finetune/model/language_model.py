@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -180,32 +180,3 @@ def decoder_layers(causal_lm: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(f"{type(causal_lm).__name__} has no list of {count} decoder layers")
-
-
-def packs_exactly(causal_lm: Any) -> bool:
-    """Whether restarting positions alone keep packed samples apart in this LLM.
-
-    Tried, not looked up: a sample behind another must not depend on it at all (no gradient flows to it, to the bit),
-    and must give the hidden states that it gives alone. Families without positions (MPT, BLOOM) or with a recurrent
-    state fail; they train on padded rows.
-    """
-    table = causal_lm.get_input_embeddings()
-    other, sample = torch.arange(20, 25), torch.arange(4, 11)
-
-    def states(*samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of the last sample; the gradient that they send to what stands before it, summed."""
-        positions = torch.cat([torch.arange(len(ids)) for ids in samples])[None].to(table.weight.device)
-        embeddings = table(torch.cat(samples)[None].to(table.weight.device)).detach().requires_grad_()
-        outputs = causal_lm.base_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-        last = outputs.last_hidden_state[0, -len(sample) :].float()
-        # Half of the features: the sum over all is a constant behind a layer norm.
-        (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
-        return last.detach(), gradient[0, : -len(sample)].abs().sum()
-
-    try:
-        with torch.enable_grad():
-            (packed, leak), (alone, _) = states(other, sample), states(sample)
-    except TypeError:  # takes no position_ids
-        return False
-    # Rows of another length round otherwise: in half precision and over 8-bit weights by up to 0.02 of the norm.
-    return leak.item() == 0 and bool((packed - alone).norm() < 0.05 * alone.norm())

@@ -23,11 +23,15 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Tokens:
-    """`input_ids` and `labels` are equally long; `media` in the order of their placeholders."""
+    """`input_ids` and `labels` are equally long; `media` in the order of their placeholders, `media_begins` and
+    `media_ends` where in `input_ids` each begins and ends.
+    """
 
     input_ids: list[int]
     labels: list[int]
     media: tuple[Medium, ...]
+    media_begins: tuple[int, ...]
+    media_ends: tuple[int, ...]
 
 
 def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, str]) -> dict[str, Placeholder]:
@@ -52,10 +56,10 @@ def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placehol
         token if any(begin <= left and right <= end and right > begin for begin, end in spans) else IGNORED
         for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
-    input_ids, labels, media = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
-    if all(label == IGNORED for label in labels[1:]):
+    tokens = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
+    if all(label == IGNORED for label in tokens.labels[1:]):
         raise DataError(f"{sample.where}: no token would be learned from this row: the chat template drops the answer")
-    return Tokens(input_ids, labels, media)
+    return tokens
 
 
 def tokenize_prompt(
@@ -69,7 +73,7 @@ def tokenize_prompt(
     text = _render(tokenizer, messages, placeholders, where, add_generation_prompt=True)
     input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     sample = Sample(tuple(messages), where)
-    return Tokens(*_expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments))
+    return _expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments)
 
 
 def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:
@@ -179,21 +183,25 @@ def _expand(
     labels: Sequence[int],
     placeholders: Mapping[str, Placeholder],
     segments: Segments,
-) -> tuple[list[int], list[int], tuple[Medium, ...]]:
+) -> Tokens:
     ids = {placeholder.id for placeholder in placeholders.values()}
     if sum(token in ids for token in input_ids) != len(sample.media):
         raise DataError(f"{sample.where}: {len(sample.media)} media, but the chat template kept another number of them")
     media = iter(sample.media)
     out_ids: list[int] = []
     out_labels: list[int] = []
+    begins: list[int] = []
+    ends: list[int] = []
     for token, label in zip(input_ids, labels, strict=True):
         if token not in ids:
             out_ids.append(token)
             out_labels.append(label)
             continue
+        begins.append(len(out_ids))
         out_ids += segment_ids(segments(next(media)), token, tokenizer)
+        ends.append(len(out_ids))
         out_labels += [IGNORED] * (len(out_ids) - len(out_labels))
-    return out_ids, out_labels, sample.media
+    return Tokens(out_ids, out_labels, sample.media, tuple(begins), tuple(ends))
 
 
 def segment_ids(segments: Sequence[Segment], placeholder: int, tokenizer: Any) -> list[int]:

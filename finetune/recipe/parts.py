@@ -134,6 +134,11 @@ class FusionPart(Part):
         """Whether it has weights."""
         return bool(self.module.TRAINED)
 
+    @property
+    def by_sample(self) -> bool:
+        """Whether tokens find their media by the sample that they belong to."""
+        return bool(self.module.BY_SAMPLE)
+
     def build(self, language_model_config: Any, media: Sequence[str]) -> "nn.Module":
         """New weights, float32."""
         result: nn.Module = self.module.build(language_model_config, tuple(media), self.options).float()

@@ -65,7 +65,9 @@ class Llm(Section):
     double_quantize: bool = Field(True, description="Quantize the scales of nf4 too (saves 0.4 bits per weight).")
     dtype: Dtype = Field("auto", description="Dtype of the computation; auto: bfloat16 where the device has it.")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
-        "auto", description="Attention implementation; auto: the fastest that keeps packed samples apart."
+        "auto",
+        description="Attention implementation; auto: by segments of the row while training (flash attention on GPUs "
+        "from Ampere on, else SDPA) where that is exact, and the LLM's default otherwise.",
     )
     chat_template: RecipePath | None = Field(
         None, description="Jinja file to use in place of the tokenizer's chat template.", json_schema_extra=PATH_FILE
@@ -246,6 +248,10 @@ class Train(Section):
         2048,
         description="Tokens of a packed row; auto: 2048, or fewer where an epoch of few rows would have too few "
         "optimizer steps or the GPU is too small, but never fewer than the longest row has.",
+    )
+    share_prefixes: bool = Field(
+        True,
+        description="Compute once what samples of a packed row begin with, tokens and media; the losses are the same.",
     )
     accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
     cache: bool = Field(True, description="Run frozen encoders once and keep their features on disk.")

@@ -1,34 +1,38 @@
 """A packed row of samples -> the tensors of one training step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from finetune.data.sample import Medium
+from finetune.model.row_plan import RowKind, RowPlan, RowSegment
 from finetune.model.tokenize import IGNORED
+from finetune.training.prefixes import most_shared, shared_beginning, shared_tokens
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
 
 class PackedRow(TypedDict):
-    """An item of the trainer's dataset: numbers of samples. A `filler` row only keeps a process busy while others have
-    the last rows: nothing is learned from it.
+    """An item of the trainer's dataset: numbers of samples, those together that share their beginning. A `filler` row
+    only keeps a process busy while others have the last rows: nothing is learned from it.
     """
 
-    samples: list[int]
+    groups: list[list[int]]
     filler: bool
 
 
 class TokenBatch(TypedDict, total=False):
-    """Token ids (B, T) with their labels, -100 where nothing is learned. Packed rows have `position_ids` that restart
-    with each sample, padded ones an `attention_mask`. `label_rows` (K,), indices into B*T of the states before a
-    learned token, and `shift_labels` (1, K), those tokens: the output head is applied to them only.
+    """Token ids (B, T) with their labels, -100 where nothing is learned. Packed rows (1, T) have `position_ids` that
+    restart with each sample and go on from its prefix, and a `row_plan` where attention goes by segments; padded ones
+    have an `attention_mask`. `label_rows` (K,), indices into B*T of the states before a learned token, and
+    `shift_labels` (1, K), those tokens: the output head is applied to them only.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
+    row_plan: RowPlan
     attention_mask: Tensor
     label_rows: Tensor
     shift_labels: Tensor
@@ -64,9 +68,15 @@ class LabelledTokens(NamedTuple):
     labels: Sequence[int]
 
 
+class Layout(NamedTuple):
+    """`ends`: indices into B*T of the last token of each sample."""
+
+    batch: TokenBatch
+    ends: list[int]
+
+
 class Collator:
-    """Packed samples come one after the other in one row, positions restarting (1, T). For LLMs that can't be packed
-    (`packed=False`) each sample is a row, padded on the right (B, T).
+    """Samples one after the other in one row, or padded in rows of their own, as `kind` says.
 
     `read(medium)` gives a medium's features (S, L, W), or its prepared tensor where nothing is cached; `field` says
     which. `heads`, {name: outputs}, where losses are weighted: see `Batch`.
@@ -78,42 +88,44 @@ class Collator:
         read: Callable[[Medium], Tensor],
         *,
         field: Literal["features", "media"],
-        packed: bool = True,
+        kind: RowKind,
         pad_token_id: int = 0,
         heads: Mapping[str, int] | None = None,
     ) -> None:
         self.samples = samples
         self.read = read
         self.field = field
-        self.packed = packed
+        self.kind = kind
         self.pad_token_id = pad_token_id
         self.heads = heads
 
     def __call__(self, rows: Sequence[PackedRow]) -> Batch:
-        chosen = [self.samples[number] for row in rows for number in row["samples"]]
-        batch = Batch(**self._lay_out([LabelledTokens(sample.input_ids, sample.labels) for sample in chosen]))
+        groups = [[self.samples[number] for number in group] for row in rows for group in row["groups"]]
+        if self.kind is not RowKind.SHARED:
+            groups = [[sample] for group in groups for sample in group]
+        prefixes = [shared_beginning(group) if len(group) > 1 else 0 for group in groups]
+        layout = self._lay_out([[LabelledTokens(s.input_ids, s.labels) for s in group] for group in groups], prefixes)
+        batch = Batch(**layout.batch)
         media: dict[str, list[Tensor]] = {}
-        for medium in (medium for sample in chosen for medium in sample.media):
+        for medium in _media(groups, prefixes):
             media.setdefault(medium.kind, []).append(self.read(medium))
         batch[self.field] = media
         if self.heads is not None:
-            self._add_heads(batch, chosen, self.heads)
-        teacher = [LabelledTokens(s.teacher_input_ids, s.teacher_labels or ()) for s in chosen if s.teacher_input_ids]
-        if teacher:
-            batch["teacher"] = self._lay_out(teacher)
+            self._add_heads(batch, [sample for group in groups for sample in group], layout.ends, self.heads)
+        if groups[0][0].teacher_input_ids:
+            batch["teacher"] = self._lay_out_teachers(groups)
         if any(row.get("filler") for row in rows):
             _ignore(batch)
         return batch
 
-    def _add_heads(self, batch: Batch, chosen: Sequence[TokenizedSample], heads: Mapping[str, int]) -> None:
+    def _add_heads(
+        self, batch: Batch, chosen: Sequence[TokenizedSample], ends: Sequence[int], heads: Mapping[str, int]
+    ) -> None:
         learned = [sum(label != IGNORED for label in sample.labels[1:]) for sample in chosen]
         weights = [sample.loss_weight for sample, count in zip(chosen, learned, strict=True) for _ in range(count)]
         if not weights:  # the LLM's own head needs a row, even if nothing is learned from it
             batch["label_rows"], batch["shift_labels"] = torch.tensor([0]), torch.tensor([[IGNORED]])
             weights = [0.0]
-        lengths = [len(sample.input_ids) for sample in chosen]
-        width = batch["input_ids"].shape[1]
-        ends = [(sum(lengths[: i + 1]) if self.packed else i * width + lengths[i]) - 1 for i in range(len(chosen))]
         groups = {group: number for number, group in enumerate(dict.fromkeys(sample.group for sample in chosen))}
         batch["loss_weights"] = torch.tensor([weights])
         batch["heads"] = {}
@@ -127,38 +139,83 @@ class Collator:
             )
         batch["items"] = sum(learned) + sum(sample.head != "" for sample in chosen)
 
-    def _lay_out(self, samples: Sequence[LabelledTokens]) -> TokenBatch:
-        # The first token of a sample follows another sample's last: nothing predicts it.
-        samples = [LabelledTokens(ids, [IGNORED, *labels[1:]]) for ids, labels in samples]
-        layout = _packed(samples) if self.packed else _padded(samples, self.pad_token_id)
-        labels = layout["labels"]
-        rows = torch.nonzero(labels[:, 1:].flatten() != IGNORED).flatten()
-        if labels.shape[0] > 1:  # numbers of the (B, T - 1) grid -> of (B, T)
-            rows += rows // (labels.shape[1] - 1)
-        layout["label_rows"] = rows
-        layout["shift_labels"] = labels.flatten()[rows + 1][None]
-        return layout
+    def _lay_out_teachers(self, groups: Sequence[Sequence[TokenizedSample]]) -> TokenBatch:
+        rows = [[LabelledTokens(s.teacher_input_ids or (), s.teacher_labels or ()) for s in group] for group in groups]
+        prefixes = [
+            shared_tokens([row.input_ids for row in group], min(most_shared(row.labels) for row in group))
+            if len(group) > 1
+            else 0
+            for group in rows
+        ]
+        return self._lay_out(rows, prefixes).batch
+
+    def _lay_out(self, groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[int]) -> Layout:
+        if self.kind is RowKind.PADDED:
+            return _padded([sample for group in groups for sample in group], self.pad_token_id)
+        return _in_one_row(groups, prefixes, planned=self.kind is not RowKind.PACKED)
 
 
-def _packed(samples: Sequence[LabelledTokens]) -> TokenBatch:
-    return TokenBatch(
-        input_ids=torch.tensor([[token for ids, _ in samples for token in ids]]),
-        labels=torch.tensor([[label for _, labels in samples for label in labels]]),
-        position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in samples])[None],
+def _media(groups: Sequence[Sequence[TokenizedSample]], prefixes: Sequence[int]) -> Iterator[Medium]:
+    """In the order of their placeholders: those of a prefix once."""
+    for group, prefix in zip(groups, prefixes, strict=True):
+        for number, sample in enumerate(group):
+            for medium, begin in zip(sample.media, sample.media_begins, strict=True):
+                if number == 0 or begin >= prefix:
+                    yield medium
+
+
+def _in_one_row(groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[int], planned: bool) -> Layout:
+    input_ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    label_rows: list[int] = []
+    ends: list[int] = []
+    segments: list[RowSegment] = []
+    for group, prefix in zip(groups, prefixes, strict=True):
+        first = len(input_ids)
+        if prefix:
+            input_ids += group[0].input_ids[:prefix]
+            labels += [IGNORED] * prefix
+            positions += range(prefix)
+            segments.append(RowSegment(first, first + prefix))
+        for sample in group:
+            begin = len(input_ids)
+            input_ids += sample.input_ids[prefix:]
+            # What comes first in the row of a sample follows another's last token: nothing predicts it.
+            labels += sample.labels[prefix:] if prefix else [IGNORED, *sample.labels[1:]]
+            positions += range(prefix, len(sample.input_ids))
+            learned = [place for place in range(begin, len(labels)) if labels[place] != IGNORED]
+            label_rows += [place - 1 if place > begin else first + prefix - 1 for place in learned]
+            segments.append(RowSegment(begin, len(input_ids), first, first + prefix))
+            ends.append(len(input_ids) - 1)
+    batch = TokenBatch(
+        input_ids=torch.tensor([input_ids]),
+        labels=torch.tensor([labels]),
+        position_ids=torch.tensor([positions]),
+        label_rows=torch.tensor(label_rows, dtype=torch.long),
+        shift_labels=torch.tensor([[label for label in labels if label != IGNORED]], dtype=torch.long),
     )
+    if planned:
+        batch["row_plan"] = RowPlan(tuple(segments))
+    return Layout(batch, ends)
 
 
-def _padded(samples: Sequence[LabelledTokens], pad_token_id: int) -> TokenBatch:
-    longest = max(len(ids) for ids, _ in samples)
+def _padded(samples: Sequence[LabelledTokens], pad_token_id: int) -> Layout:
+    width = max(len(ids) for ids, _ in samples)
 
     def pad(values: Sequence[int], filler: int) -> list[int]:
-        return [*values, *[filler] * (longest - len(values))]
+        return [*values, *[filler] * (width - len(values))]
 
-    return TokenBatch(
+    labels = torch.tensor([pad([IGNORED, *labels[1:]], IGNORED) for _, labels in samples])
+    learned = torch.nonzero(labels.flatten() != IGNORED).flatten()
+    batch = TokenBatch(
         input_ids=torch.tensor([pad(ids, pad_token_id) for ids, _ in samples]),
-        labels=torch.tensor([pad(labels, IGNORED) for _, labels in samples]),
+        labels=labels,
         attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in samples]),
+        label_rows=learned - 1,
+        shift_labels=labels.flatten()[learned][None],
     )
+    return Layout(batch, [number * width + len(ids) - 1 for number, (ids, _) in enumerate(samples)])
 
 
 def _ignore(batch: Batch) -> None:

@@ -1,9 +1,33 @@
 """Samples packed whole into rows of a fixed number of tokens: no padding, nothing cut."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from finetune.common.errors import DataError
+
+LEAST_TOKENS = 16  # of a prefix
+MOST_BRANCHES = 16  # samples behind one prefix, so that a step still sees many media
+Row = list[list[int]]  # groups of samples: those of a group share their beginning
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """For each sample, the number of its group, samples that share their beginning, and `saved`, the tokens that a row
+    saves for each but one of a group that stand in it together; 0 where it shares nothing.
+    """
+
+    group: Sequence[int]
+    saved: Sequence[int]
+
+    def tokens(self, group: Sequence[int], lengths: Sequence[int]) -> int:
+        """Tokens of samples of one group that stand in a row together."""
+        return sum(lengths[sample] for sample in group) - self.saved[group[0]] * (len(group) - 1)
+
+    @classmethod
+    def none(cls, count: int) -> "Sharing":
+        return cls(range(count), [0] * count)
 
 
 def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
@@ -67,14 +91,48 @@ def plan_rows(
     epochs: int,
     seed: int,
     groups: Sequence[Sequence[int]] | None = None,
-) -> list[list[int]]:
-    """The rows of all epochs of a stage, in the order in which they're trained. Samples of a group share a row, and
-    the first one's weight.
+    sharing: Sharing | None = None,
+) -> list[Row]:
+    """The rows of all epochs of a stage, in the order in which they're trained. Samples of one of `groups` share a row,
+    and the first one's weight; those that share their beginning stand together in it.
     """
-    rows: list[list[int]] = []
+    rows: list[Row] = []
+    sharing = sharing or Sharing.none(len(lengths))
     for epoch in range(epochs):
         whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, f"{seed}/{epoch}")
-        tokens = [sum(lengths[sample] for sample in unit) for unit in whole]
-        packed = pack(tokens, capacity, epoch_order([weights[unit[0]] for unit in whole], seed, epoch))
-        rows += [[sample for unit in row for sample in whole[unit]] for row in packed]
+        order = epoch_order([weights[unit[0]] for unit in whole], seed, epoch)
+        pieces = gather([whole[number] for number in order], lengths, sharing, capacity)
+        # Counted as if nothing were shared, so that a step has as many samples as without sharing, and an epoch as
+        # many steps.
+        apart = [sum(lengths[sample] for group in piece for sample in group) for piece in pieces]
+        together = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
+        tokens = [max(min(one, capacity), other) for one, other in zip(apart, together, strict=True)]
+        packed = pack(tokens, capacity, range(len(pieces)))
+        rows += [[group for number in row for group in pieces[number]] for row in packed]
     return rows
+
+
+def gather(drawn: Sequence[Sequence[int]], lengths: Sequence[int], sharing: Sharing, capacity: int) -> list[Row]:
+    """Units in the order in which they were drawn -> parts of rows, where the first of those that share their beginning
+    stood: all of them, or if they're more than MOST_BRANCHES, as many as a row would hold if nothing were shared.
+    """
+    sizes = Counter(sharing.group)
+    pieces: list[Row] = []
+    growing: dict[int, list[int]] = {}
+    for unit in drawn:
+        if len(unit) > 1:
+            by_beginning: dict[int, list[int]] = {}
+            for sample in unit:
+                by_beginning.setdefault(sharing.group[sample], []).append(sample)
+            pieces.append(list(by_beginning.values()))
+            continue
+        number = sharing.group[unit[0]]
+        group = growing.get(number, [])
+        grown = [*group, *unit]
+        whole = sizes[number] <= MOST_BRANCHES
+        tokens = sharing.tokens(grown, lengths) if whole else sum(lengths[sample] for sample in grown)
+        if not group or not sharing.saved[unit[0]] or len(grown) > MOST_BRANCHES or tokens > capacity:
+            group = growing[number] = []
+            pieces.append([group])
+        group.extend(unit)
+    return pieces

@@ -16,11 +16,13 @@ from finetune.data.run_rows import keep_rows, splits_of_run
 from finetune.data.sample import Sample
 from finetune.model.bindings import bindings_of
 from finetune.model.composite import MultimodalModel
+from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.feature_cache import fill_cache
-from finetune.training.pack import plan_rows
+from finetune.training.pack import Row, plan_rows
+from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSample, TokenizedSamples, distilled, tokenized
 from finetune.training.shared import Shared
 
@@ -90,7 +92,7 @@ def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> Non
     digest = hashlib.sha256()
     for row in rows:
         content = asdict(row)
-        for name in ("where", "media_paths"):  # files may have moved
+        for name in ("where", "media_paths", "media_begins", "media_ends"):  # files may have moved
             del content[name]
         digest.update(json.dumps(content).encode())
     path = folder.data / "rows.sha256"
@@ -103,11 +105,9 @@ def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> Non
 
 
 def stage_rows(
-    prepared: PreparedRun, stage: Stage, model: MultimodalModel, seed: int
-) -> tuple[TokenizedSamples, list[list[int]]]:
-    """The samples that a stage uses, and the packed rows of all its epochs: numbers of samples, in the order in which
-    they train.
-    """
+    prepared: PreparedRun, stage: Stage, model: MultimodalModel, kind: RowKind, seed: int
+) -> tuple[TokenizedSamples, list[Row]]:
+    """The samples that a stage uses, and the rows of all its epochs, in the order in which they train."""
     run, training = prepared.run, prepared.training
     chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
     if stage.distill:
@@ -124,5 +124,6 @@ def stage_rows(
         epochs=int(stage.epochs),
         seed=seed,
         groups=list(groups.values()),
+        sharing=sharing_of(samples, model.composition.fusion.by_sample) if kind is RowKind.SHARED else None,
     )
     return samples, rows

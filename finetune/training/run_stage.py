@@ -62,12 +62,13 @@ def _finished(
     steps = validation.history[-1].step if validation else training.steps  # fewer where it ended early
     rows = training.rows[: steps * training.settings.accumulate * processes.num_processes]
     lengths = training.collator.samples.lengths
+    trained_on = [number for row in rows for group in row for number in group]
     result = StageResult(
         losses=[round(entry["loss"], 6) for entry in log],
         token_accuracy=[round(entry["mean_token_accuracy"], 4) for entry in log],
         steps=steps,
-        samples=sum(len(row) for row in rows),
-        tokens=sum(lengths[number] for row in rows for number in row),
+        samples=len(trained_on),
+        tokens=sum(lengths[number] for number in trained_on),
         seconds=seconds,
         trained_weights=trained,
         validation=validation.history if validation else [],

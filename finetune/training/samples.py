@@ -26,9 +26,9 @@ DISTILL_BATCH = 16  # questions answered at once
 @dataclass(frozen=True)
 class TokenizedSample:
     """A training row, as an Arrow table holds it. `labels`: -100 where nothing is learned; `media_*`: its media in the
-    order of their placeholders. With a head that has weights, `input_ids` are the question alone, `head` names the
-    head, `target` is what it learns, and samples of an equal `group` are compared. With a teacher, `teacher_*` are the
-    same row with each medium's text in its place.
+    order of their placeholders, and where in `input_ids` each begins and ends. With a head that has weights,
+    `input_ids` are the question alone, `head` names the head, `target` is what it learns, and samples of an equal
+    `group` are compared. With a teacher, `teacher_*` are the same row with each medium's text in its place.
     """
 
     input_ids: list[int]
@@ -37,6 +37,8 @@ class TokenizedSample:
     media_kinds: list[str]
     media_paths: list[str]
     media_keys: list[str]
+    media_begins: list[int]
+    media_ends: list[int]
     head: str = ""
     target: list[float] | None = None
     group: str = ""
@@ -120,6 +122,8 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
         media_kinds=[medium.kind for medium in tokens.media],
         media_paths=[str(medium.path) for medium in tokens.media],
         media_keys=[medium.key for medium in tokens.media],
+        media_begins=list(tokens.media_begins),
+        media_ends=list(tokens.media_ends),
         head=sample.task if binding.trained else "",
         target=target,
         group=f"{sample.source}/{sample.group}" if grouped else "",  # two files may both have a user 1

@@ -22,9 +22,10 @@ from finetune.evaluation.results import Metrics, StageResult, TrainingResult
 from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
-from finetune.model.language_model import default_device, packs_exactly
+from finetune.model.language_model import default_device
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
+from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_trackers
 from finetune.recipe.schema import Model, Stage, Train
@@ -116,18 +117,16 @@ def train_stages(
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
-    packed = packs_exactly(model.causal_lm)
-    if not packed:
-        console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
+    kind = layout_of(model, run.recipe)
     begin = perf_counter()
     results: dict[str, StageResult] = {}
     for number, stage in enumerate(settings.stages):
-        samples, rows = stage_rows(prepared, stage, model, run.recipe.seed + 1000 * number)
+        samples, rows = stage_rows(prepared, stage, model, kind, run.recipe.seed + 1000 * number)
         collator = Collator(
             samples,
             features.features if settings.cache else lambda medium: features.prepared(medium).values,
             field="features" if settings.cache else "media",
-            packed=packed,
+            kind=kind,
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and not stage.distill else None,
         )
@@ -154,8 +153,23 @@ def train_stages(
     seconds = {**features.seconds, "encode": features.seconds["encode"] + model.encode_seconds}
     seconds["llm"] = seconds_training - (0.0 if settings.cache else seconds["decode"] + seconds["encode"])
     tokens = sum(prepared.samples.lengths)
-    result = TrainingResult(stages=results, rows=len(prepared.training), tokens_per_epoch=tokens, packed=packed)
+    result = TrainingResult(stages=results, rows=len(prepared.training), tokens_per_epoch=tokens, row_kind=kind)
     return result, seconds
+
+
+def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
+    """How this LLM's rows are laid out; what it can't take is printed."""
+    attention, share = recipe.model.llm.attention, recipe.train.share_prefixes
+    kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
+    if attention != "auto":
+        console.print(f"rows are {kind}, without shared prefixes: model.llm.attention is {attention}, not auto")
+    elif kind is RowKind.PADDED:
+        console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
+    elif kind is RowKind.PACKED:
+        console.print("this LLM's attention can't go by segments: rows are packed under a mask, and share no prefixes")
+    elif kind is RowKind.SEGMENTS and share:
+        console.print("in this LLM samples behind one prefix would differ from samples alone: no prefixes are shared")
+    return kind
 
 
 def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:

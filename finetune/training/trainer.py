@@ -5,6 +5,7 @@ isn't finite reaches the weights.
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,11 +21,13 @@ from trl import SFTConfig, SFTTrainer
 from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
 from finetune.common.run_folder import read_json
 from finetune.model.adapter import load_trained, save_trained
-from finetune.model.composite import MultimodalModel
+from finetune.model.composite import MultimodalModel, Teacher
+from finetune.model.row_plan import by_segments
 from finetune.model.trainable import trained_parts
 from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import STAGING, WholeCheckpoints, step_of
 from finetune.training.collate import Batch, Collator
+from finetune.training.pack import Row
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
@@ -33,8 +36,8 @@ SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each 
 
 @dataclass(frozen=True)
 class StageTraining:
-    """What one stage trains with. `rows`: numbers of the collator's samples, in the order in which they train, over all
-    epochs; `folder`: for checkpoints, RUN/checkpoints/STAGE.
+    """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
+    `folder`: for checkpoints, RUN/checkpoints/STAGE.
     """
 
     model: MultimodalModel
@@ -42,7 +45,7 @@ class StageTraining:
     stage: Stage
     settings: Train
     collator: Collator
-    rows: Sequence[Sequence[int]]
+    rows: Sequence[Row]
     folder: Path
     seed: int
     dtype: torch.dtype
@@ -112,12 +115,12 @@ def train_stage(
     return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
 
 
-def packed_rows(rows: Sequence[Sequence[int]]) -> Dataset:
+def packed_rows(rows: Sequence[Row]) -> Dataset:
     """Rows for all processes: the last ones are filled up with rows from which nothing is learned."""
     filler = -len(rows) % PartialState().num_processes
     return Dataset.from_dict(
         {
-            "samples": [list(rows[number % len(rows)]) for number in range(len(rows) + filler)],
+            "groups": [rows[number % len(rows)] for number in range(len(rows) + filler)],
             "filler": [False] * len(rows) + [True] * filler,
         }
     )
@@ -182,7 +185,9 @@ class StageTrainer(SFTTrainer):
         super().__init__(**kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        planned = "row_plan" in inputs
+        with by_segments(self.accelerator.unwrap_model(model).causal_lm) if planned else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the weights are those of the step "
@@ -201,7 +206,8 @@ class StageTrainer(SFTTrainer):
         batch: Batch = inputs
         if "teacher" in batch:
             assert self.stage.distill is not None
-            outputs = model(**batch, temperature=self.stage.distill.temperature)
+            teacher = Teacher(batch["teacher"], self.stage.distill.temperature)
+            outputs = model(**{**batch, "teacher": teacher})
             total, right, count = outputs["loss"], float(outputs["agreement"]), batch["label_rows"].numel()
             items = count
         elif "heads" in batch:

@@ -5,12 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import PLACEHOLDER, VOCABULARY, tiny_composite, tiny_tokenizer
+from tiny import (
+    FUSIONS,
+    PLACEHOLDER,
+    VOCABULARY,
+    part,
+    tiny_composite,
+    tiny_encoder,
+    tiny_llm,
+    tiny_tokenizer,
+)
 from transformers import TrainerCallback
 
 from finetune.data.sample import Medium
 from finetune.model.adapter import attach
-from finetune.model.composite import MultimodalModel
+from finetune.model.bindings import TaskBinding
+from finetune.model.composite import MultimodalModel, compose
+from finetune.model.row_plan import RowKind
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Stage, Train
 from finetune.training.collate import Batch, Collator
@@ -21,10 +32,17 @@ from finetune.training.trainer import StageTraining, train_stage
 PICTURE = {"prefix": 4, "cross_attention": 1}  # placeholder tokens of one, by fusion
 
 
-def tokenized_sample(input_ids: list[int], labels: list[int], *media: str, **fields: Any) -> TokenizedSample:
-    """`media`: 'image a' is a picture whose key and path are 'a'."""
+def tokenized_sample(
+    input_ids: list[int], labels: list[int], *media: str, spans: Sequence[tuple[int, int]] = (), **fields: Any
+) -> TokenizedSample:
+    """`media`: 'image a' is a picture whose key and path are 'a'; `spans`: where each begins and ends in `input_ids`,
+    by default from the first placeholder to the last.
+    """
     kinds, keys = [one.split()[0] for one in media], [one.split()[1] for one in media]
-    return TokenizedSample(input_ids, labels, "rows.csv:2", kinds, keys, keys, **fields)
+    places = [place for place, token in enumerate(input_ids) if token == PLACEHOLDER] or [0]
+    spans = spans or [(places[0], places[-1] + 1)] * len(media)
+    begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+    return TokenizedSample(input_ids, labels, "rows.csv:2", kinds, keys, keys, begins, ends, **fields)
 
 
 def samples_of(lengths: list[int], placeholders: int = 4) -> list[TokenizedSample]:
@@ -49,11 +67,13 @@ def read(medium: Medium) -> torch.Tensor:
 
 def collator_of(samples: Sequence[TokenizedSample], **options: Any) -> Collator:
     """Its media have the features of `features_of`, unless `options` hold another `read`."""
-    return Collator(TokenizedSamples.of(samples), **{"read": read, "field": "features", **options})
+    defaults = {"read": read, "field": "features", "kind": RowKind.PACKED}
+    return Collator(TokenizedSamples.of(samples), **(defaults | options))
 
 
 def batch_of(samples: Sequence[TokenizedSample], numbers: Sequence[int], packed: bool = True, **options: Any) -> Batch:
-    return collator_of(samples, packed=packed, **options)([{"samples": list(numbers), "filler": False}])
+    kind = RowKind.PACKED if packed else RowKind.PADDED
+    return collator_of(samples, kind=kind, **options)([{"groups": [[number] for number in numbers], "filler": False}])
 
 
 def shake(model: MultimodalModel) -> None:
@@ -64,7 +84,7 @@ def shake(model: MultimodalModel) -> None:
                 parameter.normal_(std=0.1)
 
 
-ROWS = [[0, 1], [2], [3, 4], [5, 0], [1, 2], [3, 5]]  # numbers of SAMPLES
+ROWS = [[[0], [1]], [[2]], [[3], [4]], [[5], [0]], [[1], [2]], [[3], [5]]]  # numbers of SAMPLES
 SAMPLES = samples_of([9, 6, 12, 7, 8, 10])
 
 
@@ -80,7 +100,7 @@ def train_composite(
     folder: Path,
     *,
     trains: Any = ("projectors", "adapter"),
-    rows: list[list[int]] = ROWS,
+    rows: list[list[list[int]]] = ROWS,
     collator: Collator | None = None,
     callbacks: Any = (),
     resume_from: Path | None = None,
@@ -125,3 +145,38 @@ class At(TrainerCallback):
 
 def power_cut() -> None:
     raise OSError("power cut")
+
+
+KINDS = {"colour": ("label", ["red", "blue", "green"]), "price": ("score", [1.0, 2.0, 4.0])}
+
+
+def bindings_for_tests() -> dict[str, TaskBinding]:
+    bindings = {}
+    for name, (kind, targets) in KINDS.items():
+        head = part("heads", kind, **({"loss": "pairwise"} if kind == "score" else {}))
+        task = part("tasks", "classify" if kind == "label" else "score")
+        bindings[name] = TaskBinding(task=task, head=head, settings=head.module.settings(targets, head.options))
+    return bindings
+
+
+def composite_with_heads(family: str = "llama", fusion: str = "prefix"):
+    torch.manual_seed(0)
+    model = compose(
+        tiny_llm(family),
+        encoders={"image": tiny_encoder()},
+        projectors={"image": part("projectors", "pixel_shuffle")},
+        fusion=part("fusion", fusion, **FUSIONS[fusion]),
+        placeholder_ids={"image": PLACEHOLDER},
+        bindings=bindings_for_tests(),
+    )
+    return model.eval()
+
+
+OUTPUTS = {"colour": 3, "price": 1}
+
+
+def head_scores(model, batch):
+    keys = ("input_ids", "features", "position_ids", "row_plan", "attention_mask")
+    rows = {name: head["rows"] for name, head in batch["heads"].items()}
+    model.backbone(**{key: batch[key] for key in keys if key in batch}, head_rows=rows, use_cache=False)
+    return model.head_scores

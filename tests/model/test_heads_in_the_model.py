@@ -5,46 +5,30 @@ from itertools import cycle
 
 import pytest
 import torch
-from packed import PICTURE, batch_of, collator_of, features_of, samples_of, shake, train_composite
-from tiny import COMMON, FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_encoder, tiny_llm
+from packed import (
+    OUTPUTS,
+    PICTURE,
+    batch_of,
+    collator_of,
+    composite_with_heads,
+    features_of,
+    head_scores,
+    samples_of,
+    shake,
+    train_composite,
+)
+from tiny import COMMON, FAMILIES, FUSIONS
 
 from finetune.common.errors import DataError
 from finetune.model.adapter import attach, load_trained, save_trained
-from finetune.model.bindings import TaskBinding, refuse_reserved
-from finetune.model.composite import compose
-from finetune.model.language_model import decoder_layers, packs_exactly
+from finetune.model.bindings import refuse_reserved
+from finetune.model.language_model import decoder_layers
+from finetune.model.row_plan import packs_exactly
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
 from finetune.training.collate import IGNORED
 from finetune.training.samples import TokenizedSample
 from finetune.training.shared import Shared
-
-KINDS = {"colour": ("label", ["red", "blue", "green"]), "price": ("score", [1.0, 2.0, 4.0])}
-
-
-def bindings_for_tests() -> dict[str, TaskBinding]:
-    bindings = {}
-    for name, (kind, targets) in KINDS.items():
-        head = part("heads", kind, **({"loss": "pairwise"} if kind == "score" else {}))
-        task = part("tasks", "classify" if kind == "label" else "score")
-        bindings[name] = TaskBinding(task=task, head=head, settings=head.module.settings(targets, head.options))
-    return bindings
-
-
-def composite_with_heads(family: str = "llama", fusion: str = "prefix"):
-    torch.manual_seed(0)
-    model = compose(
-        tiny_llm(family),
-        encoders={"image": tiny_encoder()},
-        projectors={"image": part("projectors", "pixel_shuffle")},
-        fusion=part("fusion", fusion, **FUSIONS[fusion]),
-        placeholder_ids={"image": PLACEHOLDER},
-        bindings=bindings_for_tests(),
-    )
-    return model.eval()
-
-
-OUTPUTS = {"colour": 3, "price": 1}
 
 
 def mixed_samples(placeholders: int = 4) -> list[TokenizedSample]:
@@ -59,13 +43,6 @@ def mixed_samples(placeholders: int = 4) -> list[TokenizedSample]:
             sample = replace(sample, labels=labels, head=head, target=targets[head].pop(0), group="g")
         samples.append(sample)
     return samples
-
-
-def head_scores(model, batch):
-    keys = ("input_ids", "features", "position_ids", "attention_mask")
-    rows = {name: head["rows"] for name, head in batch["heads"].items()}
-    model.backbone(**{key: batch[key] for key in keys if key in batch}, head_rows=rows, use_cache=False)
-    return model.head_scores
 
 
 @pytest.mark.parametrize("family, fusion", list(zip(FAMILIES, cycle(FUSIONS))))  # in turns
@@ -162,8 +139,8 @@ def test_the_mixed_loss_is_the_weighed_sum_by_hand(tmp_path):
     """One step of training reports (tokens' losses + samples' losses, each weighed) / how many there are."""
     model = composite_with_heads()
     samples = mixed_samples()
-    rows = [[0, 1, 2, 3, 4, 5]]
-    batch = batch_of(samples, rows[0], heads=OUTPUTS)
+    rows = [[[number] for number in range(6)]]
+    batch = batch_of(samples, range(6), heads=OUTPUTS)
     with torch.no_grad():
         arguments = {"features": batch["features"], "position_ids": batch["position_ids"], "use_cache": False}
         logits = model(batch["input_ids"], **arguments).logits
@@ -192,15 +169,15 @@ def run(model, samples, rows, folder, trains=("projectors", "heads"), **changes)
 def test_accumulated_batches_weigh_as_one(tmp_path):
     samples = mixed_samples()
     together, apart = composite_with_heads(), composite_with_heads()
-    run(together, samples, [[0, 1, 2, 3, 4, 5]], tmp_path / "a", max_grad_norm=1e9)
+    run(together, samples, [[[number] for number in range(6)]], tmp_path / "a", max_grad_norm=1e9)
     # Price's two samples are of one group: they stay in one row.
-    run(apart, samples, [[0, 1], [2, 5], [3, 4]], tmp_path / "b", accumulate=3, max_grad_norm=1e9)
+    run(apart, samples, [[[0], [1]], [[2], [5]], [[3], [4]]], tmp_path / "b", accumulate=3, max_grad_norm=1e9)
     for (name, one), (_, other) in zip(together.heads.named_parameters(), apart.heads.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4, msg=name)
 
 
 def test_a_row_without_anything_for_the_llm_trains_too(tmp_path):
-    log = run(composite_with_heads(), mixed_samples(), [[1], [2, 5], [0]], tmp_path)
+    log = run(composite_with_heads(), mixed_samples(), [[[1]], [[2], [5]], [[0]]], tmp_path)
     assert len(log) == 3 and all(entry["loss"] > 0 for entry in log)
 
 

@@ -218,7 +218,7 @@ def test_every_part_moves_at_its_own_rate(tmp_path):
     train_composite(
         model,
         tmp_path,
-        rows=[[0, 1, 2, 3, 4, 5]],
+        rows=[[[number] for number in range(6)]],
         scheduler="constant",
         warmup=0.0,
         weight_decay=0.0,

@@ -1,12 +1,14 @@
 import torch
 from packed import collator_of, tokenized_sample
 
+from finetune.model.row_plan import RowKind
+
 SAMPLES = [
     tokenized_sample([10, 11, 12], [10, -100, 12], "image a"),
     tokenized_sample([20, 21], [-100, 21]),
     tokenized_sample([30, 31, 32, 33], [-100, 31, -100, 33], "image b", "audio c"),
 ]
-ROW = [{"samples": [2, 0, 1], "filler": False}]
+ROW = [{"groups": [[2], [0], [1]], "filler": False}]
 
 
 def name(medium) -> str:
@@ -24,7 +26,7 @@ def test_packed_samples_stand_one_after_the_other_with_positions_of_their_own():
 
 
 def test_padded_samples_are_rows():
-    batch = collator_of(SAMPLES, read=name, field="media", packed=False, pad_token_id=9)(ROW)
+    batch = collator_of(SAMPLES, read=name, field="media", kind=RowKind.PADDED, pad_token_id=9)(ROW)
     assert batch["input_ids"].tolist() == [[30, 31, 32, 33], [10, 11, 12, 9], [20, 21, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 31, -100, 33], [-100, -100, 12, -100], [-100, 21, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]
@@ -32,8 +34,8 @@ def test_padded_samples_are_rows():
 
 
 def test_label_rows_are_the_places_before_each_learned_token():
-    for packed in (True, False):
-        batch = collator_of(SAMPLES, read=name, packed=packed)(ROW)
+    for kind in (RowKind.PACKED, RowKind.PADDED):
+        batch = collator_of(SAMPLES, read=name, kind=kind)(ROW)
         labels = batch["labels"]
         expected = [
             row * labels.shape[1] + place
@@ -47,5 +49,5 @@ def test_label_rows_are_the_places_before_each_learned_token():
 
 def test_several_rows_become_one():
     collator = collator_of(SAMPLES, read=name)
-    several = collator([{"samples": [0], "filler": False}, {"samples": [1], "filler": False}])
-    assert torch.equal(several["input_ids"], collator([{"samples": [0, 1], "filler": False}])["input_ids"])
+    several = collator([{"groups": [[0]], "filler": False}, {"groups": [[1]], "filler": False}])
+    assert torch.equal(several["input_ids"], collator([{"groups": [[0], [1]], "filler": False}])["input_ids"])

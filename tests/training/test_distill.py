@@ -14,7 +14,7 @@ from finetune.common.errors import DataError, RecipeError
 from finetune.data.sample import Medium, Message, Row, Sample
 from finetune.data.tasks import classify
 from finetune.model.adapter import attach
-from finetune.model.composite import MultimodalModel
+from finetune.model.composite import MultimodalModel, Teacher
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
 from finetune.training.samples import TokenizedSample
@@ -48,7 +48,7 @@ def test_the_loss_is_the_divergence_from_what_the_bare_llm_says_to_the_text(fusi
     batch = batch_of(samples, [0, 1], packed)
     model.eval()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    outputs = model(**batch, temperature=3.0)
+    outputs = model(**{**batch, "teacher": Teacher(batch["teacher"], 3.0)})
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     expected, same = 0.0, 0
     for number, sample in enumerate(samples):  # each alone, its answer's positions picked by hand
@@ -78,7 +78,7 @@ def test_a_pupil_that_reads_the_text_itself_has_nothing_to_learn():
         for sample in pair(4)
     ]
     batch = batch_of(samples, [0, 1])
-    outputs = model(**batch)
+    outputs = model(**{**batch, "teacher": Teacher(batch["teacher"], 1.0)})
     assert outputs["loss"].item() == pytest.approx(0, abs=1e-5) and outputs["agreement"] == 5
 
 
@@ -104,9 +104,9 @@ def test_rows_hold_what_the_teacher_reads_too(tmp_path, monkeypatch):
         file.write_text("\n".join([f"{header},words", *(f"{row},{'a red square ' * 4}" for row in rows)]) + "\n")
     widths, whole = [], MultimodalModel.imitate
 
-    def imitate(self, student, teacher, temperature):
-        widths.append((student["input_ids"].shape[1], teacher["input_ids"].shape[1]))
-        return whole(self, student, teacher, temperature)
+    def imitate(self, student, teacher):
+        widths.append((student["input_ids"].shape[1], teacher.batch["input_ids"].shape[1]))
+        return whole(self, student, teacher)
 
     monkeypatch.setattr(MultimodalModel, "imitate", imitate)
     finetune.train(finetune.load_recipe(path), tmp_path / "run")

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from finetune.common.errors import DataError
-from finetune.training.pack import epoch_order, pack, plan_rows, units
+from finetune.training.pack import MOST_BRANCHES, Sharing, epoch_order, pack, plan_rows, units
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -67,19 +67,24 @@ def test_an_epoch_is_drawn_from_its_seed_and_number_alone():
     assert epoch_order(weights, 7, 0) != epoch_order(weights, 8, 0)
 
 
+def flat(rows):
+    return [[sample for group in row for sample in group] for row in rows]
+
+
 def test_a_plan_holds_every_epoch_whole():
     lengths, weights = [5, 9, 3, 7], [1.0, 2.0, 1.0, 1.0]
     rows = plan_rows(lengths, weights, capacity=12, epochs=3, seed=1)
-    assert Counter(sample for row in rows for sample in row) == Counter({0: 3, 1: 6, 2: 3, 3: 3})
+    assert all(len(group) == 1 for row in rows for group in row)
+    assert Counter(sample for row in flat(rows) for sample in row) == Counter({0: 3, 1: 6, 2: 3, 3: 3})
     assert rows == plan_rows(lengths, weights, capacity=12, epochs=3, seed=1)
     first = pack(lengths, 12, epoch_order(weights, 1, 0))
-    assert rows[: len(first)] == first  # no row mixes epochs
+    assert flat(rows)[: len(first)] == first  # no row mixes epochs
 
 
 def test_a_group_stays_in_one_row_where_it_fits():
     lengths = [4, 3, 5, 4, 6, 2, 3, 4]
     groups = [[0, 2], [1, 3, 5], [4], [6, 7]]
-    rows = plan_rows(lengths, [1.0] * 8, capacity=12, epochs=4, seed=3, groups=groups)
+    rows = flat(plan_rows(lengths, [1.0] * 8, capacity=12, epochs=4, seed=3, groups=groups))
     assert Counter(sample for row in rows for sample in row) == Counter(dict.fromkeys(range(8), 4))
     assert all(sum(lengths[sample] for sample in row) <= 12 for row in rows)
     for group in groups:
@@ -104,8 +109,46 @@ def test_a_group_that_fills_a_row_keeps_its_order(seed):
 
 def test_a_large_group_is_dealt_anew_in_every_epoch():
     def dealt(epochs, seed):
-        return plan_rows([5] * 9, [1.0] * 9, capacity=20, epochs=epochs, seed=seed, groups=[range(9)])
+        return flat(plan_rows([5] * 9, [1.0] * 9, capacity=20, epochs=epochs, seed=seed, groups=[range(9)]))
 
     first, second = dealt(2, seed=1)[:3], dealt(2, seed=1)[3:]
     assert {frozenset(row) for row in first} != {frozenset(row) for row in second}
     assert {frozenset(row) for row in dealt(1, seed=2)} != {frozenset(row) for row in first}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_that_share_their_beginning_stand_together(seed):
+    generator = random.Random(seed)
+    group = [number // 5 for number in range(100)]  # twenty groups of five
+    lengths = [generator.randint(45, 60) for _ in range(100)]
+    rows = plan_rows(lengths, [1.0] * 100, capacity=105, epochs=2, seed=seed, sharing=Sharing(group, [40] * 100))
+    assert Counter(sample for row in flat(rows) for sample in row) == Counter(dict.fromkeys(range(100), 2))
+    assert all(len({group[sample] for sample in together}) == 1 for row in rows for together in row)
+    tokens = [sum(40 + sum(lengths[sample] - 40 for sample in together) for together in row) for row in rows]
+    assert max(tokens) <= 105
+    # All five where a row has room for them behind their prefix, as many as it has room for otherwise.
+    fitting = sum(40 + sum(length - 40 for length in lengths[i : i + 5]) <= 105 for i in range(0, 100, 5))
+    assert 0 < fitting < 20 and sum(len(together) == 5 for row in rows for together in row) == 2 * fitting
+
+
+def test_how_many_samples_stand_behind_a_prefix_is_bounded():
+    sharing = Sharing([0] * 50, [10] * 50)
+    rows = plan_rows([11] * 50, [1.0] * 50, capacity=1000, epochs=1, seed=0, sharing=sharing)
+    assert [len(group) for row in rows for group in row] == [MOST_BRANCHES] * 3 + [2]
+
+
+def test_an_epoch_has_as_many_steps_as_without_sharing():
+    generator = random.Random(0)
+    lengths = [generator.randint(30, 60) for _ in range(300)]
+    for sharing in (Sharing([n // 5 for n in range(300)], [20] * 300), Sharing([0] * 300, [20] * 300)):
+        apart, shared = (
+            len(plan_rows(lengths, [1.0] * 300, capacity=512, epochs=1, seed=0, sharing=s)) for s in (None, sharing)
+        )
+        assert abs(shared - apart) <= 0.1 * apart
+
+
+def test_a_ranking_keeps_its_samples_in_a_row_and_shares_within_it():
+    sharing = Sharing([0, 0, 2, 0, 2], [3, 3, 3, 3, 3])
+    ranked = [[0, 2, 1, 4], [3]]
+    rows = plan_rows([5] * 5, [1.0] * 5, capacity=20, epochs=1, seed=0, groups=ranked, sharing=sharing)
+    assert sorted(sorted(row) for row in rows) in ([[[0, 1], [2, 4]], [[3]]], [[[0, 1], [2, 4], [3]]])

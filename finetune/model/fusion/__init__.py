@@ -46,6 +46,7 @@ class FusionContract(Protocol):
     """What the file of a fusion defines."""
 
     TRAINED: bool  # whether it has weights, which a stage trains as 'fusion'
+    BY_SAMPLE: bool  # whether tokens find media by the sample they're in: samples share a prefix if it holds all media
     Options: type[PartOptions]
 
     def placeholders(self, rows: int, options: Any) -> int:

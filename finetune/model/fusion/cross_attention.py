@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TRAINED = True
+BY_SAMPLE = True
 Strength = Annotated[float, Field(ge=0)]
 
 

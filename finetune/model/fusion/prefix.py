@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TRAINED = False
+BY_SAMPLE = False
 
 
 Options = PartOptions

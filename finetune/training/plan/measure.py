@@ -2,12 +2,12 @@
 
 import gc
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 
 from finetune.model.composite import MultimodalModel
+from finetune.model.row_plan import RowKind, likely_row_kind
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.collate import Batch, PackedRow
@@ -44,7 +44,7 @@ class Measured:
     weights_16bit: int
     kv_token: int
     longest: int
-    packed: bool
+    row_kind: RowKind
 
 
 def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
@@ -52,7 +52,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
     planned = PlannedRun(recipe, rows)
     components, dtype = planned.run.components, planned.run.components.dtype
     model = composed(planned, recipe, dtype)
-    packed = "position_ids" in signature(model.causal_lm.forward).parameters
+    row_kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes, recipe.model.llm.attention == "auto")
     weights_16bit = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
     with Rehearsal() as meter:
         without_data(model, dtype)
@@ -69,7 +69,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
         states = 0
         for number, stage in enumerate(recipe.train.stages):
             with with_data():
-                training, batch, in_all = step_of(planned, model, stage, packed, recipe.seed + 1000 * number)
+                training, batch, in_all = step_of(planned, model, stage, row_kind, recipe.seed + 1000 * number)
             memory = measure_step(training, on_paper(batch), meter, gpu)
             tokens = batch["input_ids"].numel()
             stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens)
@@ -88,7 +88,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
         weights_16bit=weights_16bit,
         kv_token=kv_token,
         longest=longest,
-        packed=packed,
+        row_kind=row_kind,
     )
 
 
@@ -130,13 +130,13 @@ def _encode(planned: PlannedRun, kind: str, meter: Meter) -> tuple[Phase, int]:
 
 
 def step_of(
-    planned: PlannedRun, model: MultimodalModel, stage: Stage, packed: bool, seed: int
+    planned: PlannedRun, model: MultimodalModel, stage: Stage, kind: RowKind, seed: int
 ) -> tuple[StageTraining, Batch, StageRows]:
     """What a stage trains with, and the batch of its fullest row."""
     recipe, bindings = planned.run.recipe, planned.rows.bindings.values()
     weighted = any(b.trained for b in bindings) or any(source.loss_weight != 1 for source in recipe.data)
-    rows = planned.stage_rows(stage, model, seed)
-    collator = planned.collator(rows.samples, weighted and not stage.distill, packed)
+    rows = planned.stage_rows(stage, model, kind, seed)
+    collator = planned.collator(rows.samples, weighted and not stage.distill, kind)
     training = StageTraining(
         model=model,
         tokenizer=planned.run.components.tokenizer,
@@ -148,7 +148,7 @@ def step_of(
         seed=seed,
         dtype=planned.run.components.dtype,
     )
-    return training, collator([PackedRow(samples=rows.fullest, filler=False)]), rows
+    return training, collator([PackedRow(groups=rows.fullest, filler=False)]), rows
 
 
 def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tuple[Phase, int, int]:

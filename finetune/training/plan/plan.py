@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.progress import quiet_libraries
+from finetune.model.row_plan import RowKind
 from finetune.recipe.load import Recipe
 from finetune.training.automatic import AutoNumbers
 from finetune.training.plan.cards import CARDS, DEFAULT, SIZES, USABLE, Card, card_like, card_named
@@ -205,7 +206,7 @@ def _notes(recipe: Recipe, rows: PlannedRows, measured: Measured, card: Card) ->
     ]
     if len(rows.training) < rows.count:
         notes.append(f"{len(rows.training)} of {rows.count:,} training rows were tokenized")
-    if not measured.packed:
+    if measured.row_kind is RowKind.PADDED:
         notes.append("this LLM takes no positions: samples were planned in padded rows")
     if recipe.model.llm.attention not in ("auto", "sdpa", "eager"):
         notes.append(f"{recipe.model.llm.attention} was planned as torch's own fused attention")

@@ -16,12 +16,14 @@ from finetune.model.bindings import TaskBinding, bindings_of
 from finetune.model.build import load_components
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
+from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, Collator, PackedRow
-from finetune.training.pack import plan_rows
+from finetune.training.pack import Row, plan_rows
 from finetune.training.plan.shapes import META
+from finetune.training.prefixes import Sharing, sharing_of
 from finetune.training.samples import TokenizedSamples, distilled, tokenized
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
@@ -73,11 +75,15 @@ def evenly(items: Sequence[T], most: int) -> list[T]:
 
 
 def evenly_of_sources(samples: Sequence[Sample]) -> list[Sample]:
-    """About READ samples, of each source its share and at least one."""
-    sources: dict[int, list[Sample]] = {}
-    for sample in samples:
-        sources.setdefault(sample.source, []).append(sample)
-    return [one for own in sources.values() for one in evenly(own, max(1, READ * len(own) // len(samples)))]
+    """About READ samples, of each source its share: whole groups of those whose first medium is the same, at least
+    one.
+    """
+    sources: dict[int, dict[object, list[Sample]]] = {}
+    for number, sample in enumerate(samples):
+        first = sample.media[0].path if sample.media else number
+        sources.setdefault(sample.source, {}).setdefault(first, []).append(sample)
+    chosen = (evenly(list(own.values()), max(1, READ * len(own) // len(samples))) for own in sources.values())
+    return [sample for groups in chosen for group in groups for sample in group]
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class StageRows:
     """A stage's samples, its fullest packed row, and how many rows and tokens all its epochs have."""
 
     samples: TokenizedSamples
-    fullest: list[int]
+    fullest: Row
     rows: int
     tokens: int
 
@@ -109,18 +115,18 @@ class PlannedRun:
         layout = features.layout(medium)
         return torch.empty(len(layout.marks), layout.rows, encoder.width, dtype=self.run.components.dtype)
 
-    def collator(self, samples: TokenizedSamples, weighted: bool, packed: bool) -> Collator:
+    def collator(self, samples: TokenizedSamples, weighted: bool, kind: RowKind) -> Collator:
         outputs = {b["head"]: len(b["target"]) for b in samples.table.select_columns(["head", "target"]) if b["head"]}
         return Collator(
             samples,
             self.read,
             field="features" if self.run.recipe.train.cache else "media",
-            packed=packed,
+            kind=kind,
             pad_token_id=self.run.components.tokenizer.pad_token_id,
             heads=outputs if weighted else None,
         )
 
-    def stage_rows(self, stage: Stage, model: MultimodalModel, seed: int) -> StageRows:
+    def stage_rows(self, stage: Stage, model: MultimodalModel, kind: RowKind, seed: int) -> StageRows:
         """As `prepare.stage_rows`, over the rows that were read, then stretched to all."""
         training, recipe = self.rows.training, self.run.recipe
         chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
@@ -130,18 +136,21 @@ class PlannedRun:
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         lengths = samples.taught_lengths
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
-        packed = plan_rows(lengths, weights, capacity=int(recipe.train.tokens_per_batch), epochs=1, seed=seed)
+        shares = kind is RowKind.SHARED
+        sharing = sharing_of(samples, model.composition.fusion.by_sample) if shares else Sharing.none(len(lengths))
+        capacity = int(recipe.train.tokens_per_batch)
+        packed = plan_rows(lengths, weights, capacity=capacity, epochs=1, seed=seed, sharing=sharing)
         used = {training[i].source for i in chosen}
         stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
-        tokens = sum(lengths[i] for row in packed for i in row)
-        fullest = max(packed, key=lambda row: sum(lengths[i] for i in row))
-        return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(tokens * stretch))
+        tokens = [sum(sharing.tokens(group, lengths) for group in row) for row in packed]
+        fullest = packed[tokens.index(max(tokens))]
+        return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(sum(tokens) * stretch))
 
     def prompts(self, batch: int) -> Batch:
         """The longest sample so many times, as prompts that are answered at once."""
         longest = max(range(len(self.samples)), key=lambda number: self.samples.lengths[number])
-        collator = self.collator(self.samples, weighted=False, packed=False)
-        return collator([PackedRow(samples=[longest] * batch, filler=False)])
+        collator = self.collator(self.samples, weighted=False, kind=RowKind.PADDED)
+        return collator([PackedRow(groups=[[longest]] * batch, filler=False)])
 
     def some_media(self, kind: str) -> list[Prepared]:
         """A few media, decoded and prepared."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.model.composite import MultimodalModel
+from finetune.model.row_plan import by_segments
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Batch
 from finetune.training.plan.meter import AutocastOnGpu, Meter, gpu_autocasts
@@ -67,9 +68,10 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     autocasts = gpu and training.dtype != torch.float32
     with gpu_autocasts() if autocasts else nullcontext():
         for _ in range(steps):  # the second one finds gradients of the first
-            with AutocastOnGpu(training.dtype) if autocasts else nullcontext():
-                loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=None)
-            loss.backward()
+            with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
+                with AutocastOnGpu(training.dtype) if autocasts else nullcontext():
+                    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=None)
+                loss.backward()
         del loss
     trained = [p for parameters in parts.values() for p in parameters]
     gradients = size_of(p.grad for p in trained)

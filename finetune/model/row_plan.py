@@ -1,0 +1,330 @@
+"""Attention of a packed row by segments: no mask over the whole row, and what several samples begin with only once.
+
+    tokens     [ system, picture .... ][ question 1, answer ][ question 2, answer ][ another sample ..... ]
+    segments     0                       1, behind 0           2, behind 0           3
+
+A token attends to its own segment up to itself, and to the whole segment that stands before it (its prefix), as if the
+two followed each other. A sample that shares nothing is a segment without a prefix.
+
+The plan reaches the layers in the place of a mask, so that activation checkpoints keep it as long as they keep a mask.
+
+Shapes:  T tokens of the row   Q tokens of a segment   P tokens of its prefix   H heads   G key-value heads   W a head's
+width
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from inspect import signature
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "finetune_segments"
+WINDOWS = ("sliding_window", "attention_chunk_size")  # of a config: how far attention goes back
+SHORT_WINDOW = 4  # tokens: the width at which they are tried
+
+
+class RowSegment(NamedTuple):
+    """Tokens [begin, end) of a row, behind those of [prefix_begin, prefix_end), which may be none."""
+
+    begin: int
+    end: int
+    prefix_begin: int = 0
+    prefix_end: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of its prefix."""
+        return self.prefix_end - self.prefix_begin
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The segments of a packed row, in their order, without gaps."""
+
+    segments: tuple[RowSegment, ...]
+
+
+@dataclass(frozen=True)
+class _PlanAsMask:
+    """What the layers are given as their attention mask. `window`: tokens that one attends to, itself included;
+    `masks`: for each segment, true where attention goes (Q, P + Q), or None where it is plainly causal.
+    """
+
+    plan: RowPlan
+    window: int | None
+    masks: tuple[Tensor | None, ...]
+
+
+_current: ContextVar[RowPlan | None] = ContextVar("row_plan", default=None)
+
+
+@contextmanager
+def by_segments(causal_lm: Any) -> Iterator[None]:
+    """Let an LLM attend by segments. To last until the backward pass is over: activation checkpoints attend again."""
+    before = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(before)
+
+
+@contextmanager
+def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
+    """A forward pass over a row with this plan, within `by_segments`; without a plan, by the LLM's own attention."""
+    if (plan is None) == (causal_lm.config._attn_implementation == NAME):
+        raise AssertionError("a row's plan and attention by segments go together")
+    token = _current.set(plan)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
+    plan = _current.get()
+    assert plan is not None
+    return _PlanAsMask(plan, local_size, tuple(_visible(segment, local_size, device) for segment in plan.segments))
+
+
+def _visible(segment: RowSegment, window: int | None, device: Any) -> Tensor | None:
+    """As `_visible_to`; None where it is plainly causal."""
+    if segment.prefix or (window is not None and window < segment.length):
+        return _visible_to(segment, window, device)
+    return None
+
+
+def _visible_to(segment: RowSegment, window: int | None, device: Any) -> Tensor:
+    """(Q, P + Q): whether a token attends to one of its prefix and segment."""
+    whole = segment.prefix + segment.length
+    query = torch.arange(segment.prefix, whole, device=device)[:, None]
+    key = torch.arange(whole, device=device)
+    visible = key <= query
+    return visible if window is None else visible & (key > query - window)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: _PlanAsMask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Queries (1, H, T, W), keys and values (1, G, T, W) -> (1, T, H, W)."""
+    plan, window = attention_mask.plan, attention_mask.window
+    own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
+    if not own and not dropout and _has_flash_kernel(query, value):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return at_once(query, key, value, plan, window, scaling, varlen_attn), None
+    parts = []
+    for segment, visible in zip(plan.segments, attention_mask.masks, strict=True):
+        queries = query[:, :, segment.begin : segment.end]
+        keys, values = _behind_prefix(key, segment), _behind_prefix(value, segment)
+        if own:
+            eager = sys.modules[type(module).__module__].eager_attention_forward
+            mask = _visible_to(segment, window, query.device)
+            added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+            part = eager(module, queries, keys, values, added[None, None], dropout=dropout, scaling=scaling, **options)
+        else:
+            options["is_causal"] = visible is None
+            mask = None if visible is None else visible[None, None]
+            part = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **options)
+        parts.append(part[0])
+    return torch.cat(parts, 1), None
+
+
+def _behind_prefix(rows: Tensor, segment: RowSegment) -> Tensor:
+    """(1, G, T, W) -> those of a segment's prefix and its own (1, G, P + Q, W)."""
+    own = rows[:, :, segment.begin : segment.end]
+    if not segment.prefix:
+        return own
+    return torch.cat([rows[:, :, segment.prefix_begin : segment.prefix_end], own], 2)
+
+
+def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's own flash attention for sequences of many lengths takes these: it needs an Ampere GPU."""
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0) or query.shape != value.shape:
+        return False
+    half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
+    return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+
+
+def at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: RowPlan,
+    window: int | None,
+    scaling: float | None,
+    kernel: Callable[..., Any],
+) -> Tensor:
+    """All segments in one call of a kernel with the signature of `torch.nn.attention.varlen.varlen_attn`, whose causal
+    mask ends with the last key. Shapes as in attention functions of transformers.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    places, ends_query, ends_key, longest_query, longest_key = _gathered(plan, query.device)
+    result: Tensor = kernel(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1)[places],
+        value[0].transpose(0, 1)[places],
+        ends_query,
+        ends_key,
+        longest_query,
+        longest_key,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return result[None]
+
+
+@lru_cache(maxsize=4)  # layers ask for the same plan one after the other
+def _gathered(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Where the keys of all segments stand in the row, prefixes before their segments; cumulated numbers of queries
+    and keys, from 0; the most queries and keys of a segment.
+    """
+    queries = [segment.length for segment in plan.segments]
+    keys = [segment.prefix + segment.length for segment in plan.segments]
+    places = [
+        torch.cat([torch.arange(s.prefix_begin, s.prefix_end), torch.arange(s.begin, s.end)]) for s in plan.segments
+    ]
+    ends = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)]
+    return torch.cat(places).to(device), ends[0], ends[1], max(queries), max(keys)
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _mask)  # type: ignore[arg-type]
+
+
+class RowKind(StrEnum):
+    """How an LLM's training rows are laid out."""
+
+    PADDED = "padded"  # a sample each
+    PACKED = "packed"  # samples one after the other, kept apart by the LLM's own mask over the row
+    SEGMENTS = "segments"  # as packed, with attention by segments
+    SHARED = "shared"  # as segments, and what samples of a row begin with stands there once
+
+
+def row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True) -> RowKind:
+    """The best that is exact for this LLM, tried; without `by_segments`, by its own attention."""
+    if by_segments and attends_by_segments(causal_lm):
+        return RowKind.SHARED if share and shares_prefixes(causal_lm) else RowKind.SEGMENTS
+    return RowKind.PACKED if packs_exactly(causal_lm) else RowKind.PADDED
+
+
+def likely_row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True) -> RowKind:
+    """As `row_kind`, by what the LLM's class takes: of an LLM without weights, which can't be tried."""
+    if "position_ids" not in signature(causal_lm.forward).parameters:
+        return RowKind.PADDED
+    if by_segments and causal_lm._can_set_attn_implementation():
+        return RowKind.SHARED if share else RowKind.SEGMENTS
+    return RowKind.PACKED
+
+
+def packs_exactly(causal_lm: Any) -> bool:
+    """Whether restarting positions alone keep packed samples apart in this LLM, by its own attention: as
+    `attends_by_segments`.
+    """
+    return _keeps_apart(causal_lm, plan=False)
+
+
+def attends_by_segments(causal_lm: Any) -> bool:
+    """Whether attention by segments gives packed samples what they have alone in this LLM.
+
+    Tried, not looked up: a sample behind another must not depend on it at all (no gradient flows to it, to the bit),
+    and its hidden states must be those that it has alone, by the LLM's own attention, sliding windows included. LLMs
+    with another attention (ALiBi), whose positions can't be given, or with a recurrent state fail.
+    """
+    return causal_lm._can_set_attn_implementation() and _keeps_apart(causal_lm, plan=True)
+
+
+def _keeps_apart(causal_lm: Any, plan: bool) -> bool:
+    other, sample = torch.arange(20, 25), torch.arange(4, 11)
+    behind = RowPlan((RowSegment(0, 5), RowSegment(5, 12))) if plan else None
+    with _short_windows(causal_lm):
+        packed = _tried(causal_lm, [other, sample], [0, 0], behind)
+        alone = _tried(causal_lm, [sample], [0], None)
+    return _equal(packed, alone) and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
+
+
+def shares_prefixes(causal_lm: Any) -> bool:
+    """Whether samples may share their beginning in this LLM, which attends by segments. Two branches behind one prefix
+    are tried: no gradient flows from one to the other, some flows to the prefix, and the states of a branch are those
+    that it has behind the prefix alone.
+    """
+    prefix, first, second = torch.arange(30, 36), torch.arange(20, 25), torch.arange(4, 11)
+    plan = RowPlan((RowSegment(0, 6), RowSegment(6, 11, 0, 6), RowSegment(11, 18, 0, 6)))
+    with _short_windows(causal_lm):
+        shared = _tried(causal_lm, [prefix, first, second], [0, 6, 6], plan)
+        alone = _tried(causal_lm, [prefix, second], [0, 6], None)
+    if shared is None or not _equal(shared, alone):
+        return False
+    return float(shared.gradient[6:11].abs().sum()) == 0 < float(shared.gradient[:6].abs().sum())
+
+
+class _Tried(NamedTuple):
+    states: Tensor  # (7, D), float32: the hidden states of the last sample
+    gradient: Tensor  # (T, D): what half of their features, summed, send to the embeddings
+    tolerance: float
+
+
+def _tried(causal_lm: Any, pieces: Sequence[Tensor], starts: Sequence[int], plan: RowPlan | None) -> _Tried | None:
+    """`pieces`, token ids, one after the other, at positions from `starts` on; None where the LLM refuses."""
+    table = causal_lm.get_input_embeddings()
+    device = table.weight.device
+    ids = torch.cat(list(pieces)).to(device)
+    positions = torch.cat([torch.arange(s, s + len(ids)) for s, ids in zip(starts, pieces, strict=True)]).to(device)
+    embeddings = table(ids[None]).detach().requires_grad_()
+    try:
+        with torch.enable_grad(), by_segments(causal_lm) if plan else nullcontext(), following(plan, causal_lm):
+            outputs = causal_lm.base_model(inputs_embeds=embeddings, position_ids=positions[None], use_cache=False)
+            last = outputs.last_hidden_state[0, -len(pieces[-1]) :].float()
+            # Not all features: their sum is a constant behind a layer norm.
+            (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
+    except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or a mask that must be a tensor
+        return None
+    # Rows of another length round otherwise: in half precision and over 8-bit weights by up to 0.02 of the norm.
+    rounds = outputs.last_hidden_state.dtype != torch.float32 or any(hasattr(p, "SCB") for p in causal_lm.parameters())
+    return _Tried(last.detach(), gradient[0], 0.03 if rounds else 1e-3)
+
+
+def _equal(one: _Tried | None, other: _Tried | None) -> bool:
+    if one is None or other is None:
+        return False
+    return bool((one.states - other.states).norm() < one.tolerance * other.states.norm())
+
+
+@contextmanager
+def _short_windows(causal_lm: Any) -> Iterator[None]:
+    """Sliding windows of a few tokens, so that a short row is longer than they are."""
+    config = causal_lm.config.get_text_config()
+    names = [name for name in WINDOWS if isinstance(getattr(config, name, None), int)]
+    before = {name: getattr(config, name) for name in names}
+    try:
+        for name in names:
+            setattr(config, name, SHORT_WINDOW)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -1,0 +1,348 @@
+"""What samples share, against all ways of dividing them, and rows that share it against separate ones."""
+
+import itertools
+import random
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packed import OUTPUTS, collator_of, composite_with_heads, head_scores, shake, tokenized_sample
+from tiny import FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_composite, tiny_encoder, tiny_llm, tiny_llm_folder
+
+from finetune.model import row_plan
+from finetune.model.adapter import attach
+from finetune.model.composite import Teacher, compose
+from finetune.model.language_model import load_language_model
+from finetune.model.row_plan import RowKind, RowPlan, RowSegment, by_segments, row_kind
+from finetune.model.trainable import set_trainable
+from finetune.recipe.schema import Adapter, Llm
+from finetune.training import prefixes
+from finetune.training.prefixes import shared_beginning, sharing_of
+from finetune.training.samples import TokenizedSamples
+
+PICTURE = [PLACEHOLDER] * 4
+
+
+def asked(picture, question, answer, before=(3, 4)):
+    """A question of a picture, whose answer is learned."""
+    ids = [*before, *PICTURE, *question, *answer]
+    return tokenized_sample(ids, [-100] * (len(ids) - len(answer)) + list(answer), f"image {picture}")
+
+
+QUESTIONS = [
+    asked(1, [10, 11, 12], [20, 21]),
+    asked(2, [10, 11], [22]),
+    asked(1, [10, 13], [23, 24, 25]),
+    asked(1, [], [26, 27]),  # learned from the prefix's last state on
+    asked(2, [14, 15, 16, 17], [28, 29]),
+    asked(3, [10, 11, 12], [20, 21], before=(5,)),
+]
+GROUPS = [[0, 2, 3], [5], [1, 4]]
+
+
+def laid_out(samples, groups, kind, **options):
+    return collator_of(samples, kind=kind, **options)([{"groups": groups, "filler": False}])
+
+
+def token_losses(model, batch):
+    """The loss of every learned token, by sample in the order of the row."""
+    logits = model._label_logits(**{key: value for key, value in batch.items() if key != "shift_labels"})
+    return torch.nn.functional.cross_entropy(logits, batch["shift_labels"][0], reduction="none")
+
+
+def trained(model):
+    attach(model, Adapter(rank=2, alpha=3.4))  # a scaling of 1.7
+    shake(model)
+    set_trainable(model, ["projectors", "adapter", *(["fusion"] if model.composition.fusion.trained else [])])
+    return model.eval()
+
+
+def composite(family="llama", fusion="prefix"):
+    torch.manual_seed(0)
+    return trained(tiny_composite(family, fusion=fusion))
+
+
+def gradients(model, losses):
+    model.zero_grad()
+    (losses * torch.linspace(0.3, 1.9, len(losses))).sum().backward()  # each token weighs otherwise
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def distance(one, other):
+    assert one.keys() == other.keys() and all(float(gradient.abs().max()) > 0 for gradient in one.values())
+    return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
+
+
+def apart_and_shared(model, samples, groups, **options):
+    """(losses, gradients) of padded rows by the LLM's own attention, and of the row with shared prefixes."""
+    padded = laid_out(samples, groups, RowKind.PADDED, **options)
+    apart = token_losses(model, padded)
+    expected = apart, gradients(model, apart)
+    shared_row = laid_out(samples, groups, RowKind.SHARED, **options)
+    assert shared_row["input_ids"].numel() < padded["attention_mask"].sum()
+    with by_segments(model.causal_lm):
+        shared = token_losses(model, shared_row)
+        return expected, (shared, gradients(model, shared))
+
+
+def assert_equal(expected, found):
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert distance(expected[1], found[1]) < 1e-5
+
+
+SHARING = [family for family in FAMILIES if family not in {"falcon", "bloom", "mpt"}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_families_share(family):
+    torch.manual_seed(0)
+    model = tiny_llm(family)
+    assert row_kind(model) is (RowKind.SHARED if family in SHARING else RowKind.PADDED)
+    assert row_kind(model, share=False) is (RowKind.SEGMENTS if family in SHARING else RowKind.PADDED)
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_losses_and_gradients_are_those_of_separate_rows(family):
+    assert_equal(*apart_and_shared(composite(family), QUESTIONS, GROUPS))
+
+
+def test_cross_attention_finds_the_media_of_a_prefix():
+    samples = [replace(one, input_ids=single(one), labels=one.labels[3:]) for one in QUESTIONS]
+    samples = [replace(one, media_ends=[one.media_begins[0] + 1]) for one in samples]
+    assert_equal(*apart_and_shared(composite(fusion="cross_attention"), samples, GROUPS))
+
+
+def single(sample):
+    """Its picture as one placeholder."""
+    first = sample.input_ids.index(PLACEHOLDER)
+    return sample.input_ids[:first] + sample.input_ids[first + 3 :]
+
+
+def test_a_medium_of_a_branch_is_the_branchs_own():
+    """Two media: a shared one, then another, the same or none."""
+    text = [[10, 11], [12], [13, 14, 15]]
+    samples = [
+        tokenized_sample(
+            [3, *PICTURE, *words, *PICTURE * (second != ""), 9, 20, 21],
+            [-100] * (6 + len(words) + 4 * (second != "")) + [20, 21],
+            "image 1",
+            *([f"image {second}"] if second else []),
+            spans=[(1, 5), (5 + len(words), 9 + len(words))][: 1 + (second != "")],
+        )
+        for words, second in zip(text, ("2", "1", ""), strict=True)
+    ]
+    assert shared_beginning(samples) == 5
+    assert_equal(*apart_and_shared(composite(), samples, [[0, 1, 2]]))
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_sliding_window_reaches_as_far_into_the_prefix_as_it_would(family):
+    torch.manual_seed(0)
+    model = trained(tiny_composite(family))
+    for config in (model.causal_lm.config, model.config.text_config):
+        config.sliding_window = 6
+    expected, found = apart_and_shared(model, QUESTIONS, GROUPS)
+    assert_equal(expected, found)
+    model.causal_lm.config.sliding_window = 5
+    with torch.no_grad():
+        assert (token_losses(model, laid_out(QUESTIONS, GROUPS, RowKind.PADDED)) - expected[0]).abs().max() > 1e-3
+
+
+def test_activation_checkpoints_attend_by_the_same_plan():
+    model = composite()
+    expected, _ = apart_and_shared(model, QUESTIONS, GROUPS)
+    model.causal_lm.activation_checkpointing_enable(every_n_layers=1)
+    model.train()
+    with by_segments(model.causal_lm):
+        losses = token_losses(model, laid_out(QUESTIONS, GROUPS, RowKind.SHARED))
+        found = losses, gradients(model, losses)
+    assert_equal(expected, found)
+
+
+def test_nf4_weights_share_as_well(tmp_path):
+    folder = tiny_llm_folder(tmp_path / "llm")
+    model = compose(
+        load_language_model(Llm(name=str(folder), quantize="nf4"), torch.float32),
+        encoders={"image": tiny_encoder()},
+        projectors={"image": part("projectors", "pixel_shuffle")},
+        fusion=part("fusion", "prefix", **FUSIONS["prefix"]),
+        placeholder_ids={"image": PLACEHOLDER},
+    )
+    assert row_kind(model.causal_lm) is RowKind.SHARED
+    assert_equal(*apart_and_shared(trained(model), QUESTIONS, GROUPS))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda batch: replace_plan(batch, lambda s: RowSegment(s.begin, s.end)),  # branches without their prefix
+        lambda batch: replace_plan(batch, lambda s: RowSegment(s.begin, s.end, 0, s.begin)),  # branches see each other
+        lambda batch: {**batch, "position_ids": restarted(batch)},
+    ],
+    ids=["no prefix", "branches see each other", "positions restart"],
+)
+def test_a_wrong_plan_would_show(wrong):
+    model = composite()
+    padded = token_losses(model, laid_out(QUESTIONS, GROUPS, RowKind.PADDED))
+    with by_segments(model.causal_lm):
+        assert (token_losses(model, wrong(laid_out(QUESTIONS, GROUPS, RowKind.SHARED))) - padded).abs().max() > 0.01
+
+
+def replace_plan(batch, change):
+    segments = batch["row_plan"].segments
+    return {**batch, "row_plan": RowPlan(tuple(change(s) if s.prefix else s for s in segments))}
+
+
+def restarted(batch):
+    return torch.cat([torch.arange(segment.length) for segment in batch["row_plan"].segments])[None]
+
+
+def test_heads_read_behind_a_prefix_what_they_read_alone():
+    model = composite_with_heads()
+    questions = [asked(1, words, []) for words in ([10, 11], [10, 12, 13], [14])] + [asked(2, [15], [])]
+    samples = [
+        replace(one, labels=[-100] * len(one.labels), head="price", target=[float(number)], group="g", loss_weight=1.5)
+        for number, one in enumerate(questions)
+    ]
+    groups = [[0, 2, 1], [3]]
+    apart = laid_out(samples, groups, RowKind.PADDED, heads=OUTPUTS)
+    shared = laid_out(samples, groups, RowKind.SHARED, heads=OUTPUTS)
+    assert shared["input_ids"].numel() < apart["attention_mask"].sum() and shared["items"] == apart["items"] == 4
+    expected = dict(head_scores(model, apart))["price"]
+    with by_segments(model.causal_lm):
+        found = dict(head_scores(model, shared))["price"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared["heads"]["price"]["targets"], apart["heads"]["price"]["targets"])
+
+
+def test_pupil_and_teacher_share_what_each_begins_with():
+    samples = []
+    for question, answer in (([10, 11], [20, 21]), ([10, 12], [22]), ([13], [23, 24])):
+        one = asked(1, question, answer)
+        read = [3, 4, 50, 51, *question]
+        teacher = {"teacher_input_ids": read + answer, "teacher_labels": [-100] * len(read) + answer}
+        samples.append(replace(one, **teacher))
+    model = composite()
+    results = []
+    for kind in (RowKind.PADDED, RowKind.SHARED):
+        batch = laid_out(samples, [[0, 2, 1]], kind)
+        with by_segments(model.causal_lm) if kind is RowKind.SHARED else nullcontext():
+            outputs = model(**{**batch, "teacher": Teacher(batch["teacher"], 2.0)})
+            outputs["loss"].backward()
+        results.append(
+            (outputs["loss"].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        )
+        model.zero_grad()
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+    assert distance(results[0][1], results[1][1]) < 1e-5
+    assert batch["teacher"]["input_ids"].shape[1] == 4 + sum(len(one.teacher_input_ids) - 4 for one in samples)
+
+
+def test_a_mask_for_all_tokens_is_never_made(monkeypatch):
+    made = []
+    visible = row_plan._visible
+    monkeypatch.setattr(row_plan, "_visible", lambda *args: made.append(visible(*args)) or made[-1])
+    model = composite()
+    batch = laid_out(QUESTIONS, GROUPS, RowKind.SHARED)
+    with by_segments(model.causal_lm), torch.no_grad():
+        token_losses(model, batch)
+    longest = max(len(sample.input_ids) for sample in QUESTIONS)
+    assert made and max(mask.shape[1] for mask in made if mask is not None) <= longest < batch["input_ids"].shape[1]
+
+
+def test_one_kernel_for_all_segments_is_given_the_same(monkeypatch):
+    """A GPU's kernel for sequences of many lengths, replaced by one that loops over them."""
+    torch.manual_seed(0)
+    plan = RowPlan((RowSegment(0, 5), RowSegment(5, 8, 0, 5), RowSegment(8, 12, 0, 5), RowSegment(12, 19)))
+    query, key, value = torch.randn(1, 4, 19, 8), torch.randn(1, 2, 19, 8), torch.randn(1, 2, 19, 8)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+
+    def kernel(q, k, v, ends_q, ends_k, most_q, most_k, *, scale, window_size, enable_gqa):
+        assert (most_q, most_k, enable_gqa) == (7, 9, True)
+        results = []
+        for (b, e), (kb, ke) in zip(
+            itertools.pairwise(ends_q.tolist()), itertools.pairwise(ends_k.tolist()), strict=True
+        ):
+            back = torch.arange(ke - kb - (e - b), ke - kb)[:, None] - torch.arange(ke - kb)
+            mask = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+            heads = [x.transpose(0, 1) for x in (q[b:e], k[kb:ke], v[kb:ke])]
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                *heads, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+            )
+            results.append(attended.transpose(0, 1))
+        return torch.cat(results)
+
+    for window in (None, 3, 6):
+        with row_plan.following(plan, SimpleNamespace(config=SimpleNamespace(_attn_implementation=row_plan.NAME))):
+            mask = row_plan._mask(device=None, local_size=window)
+        expected, _ = row_plan._attend(module, query, key, value, mask, scaling=0.3)
+        found = row_plan.at_once(query, key, value, plan, window, 0.3, kernel)
+        torch.testing.assert_close(found, expected)
+
+
+def test_groups_are_those_of_equal_tokens_and_media(monkeypatch):
+    monkeypatch.setattr(prefixes, "LEAST_TOKENS", 6)
+    sharing = sharing_of(TokenizedSamples.of(QUESTIONS))
+    assert [sharing.group[number] for number in (0, 2, 3)] == [sharing.group[0]] * 3
+    assert sharing.group[1] == sharing.group[4] != sharing.group[0]
+    assert sharing.saved == [6, 6, 6, 6, 6, 0]
+    assert sharing_of(TokenizedSamples.of(QUESTIONS), media_in_prefix=True).saved == sharing.saved
+
+
+def test_text_alone_is_no_prefix_where_media_must_stand_in_it():
+    samples = TokenizedSamples.of([asked(number, [10], [20], before=range(30, 50)) for number in range(4)])
+    assert sharing_of(samples).saved == [20] * 4
+    assert sharing_of(samples, media_in_prefix=True).saved == [0] * 4
+
+
+@pytest.mark.parametrize("shared, rest, saved", [(16, 20, 16), (15, 20, 0), (16, 300, 0)])
+def test_a_small_saving_is_left_alone(shared, rest, saved):
+    before = [3] * shared
+    samples = [asked(number, [number + 5] * rest, [20], before=before) for number in range(4)]
+    assert sharing_of(TokenizedSamples.of(samples)).saved == [saved] * 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_division_into_groups_saves_more(seed, monkeypatch):
+    """Against all divisions of a few short samples into groups that share what their members begin with."""
+    monkeypatch.setattr(prefixes, "LEAST_TOKENS", 1)
+    generator = random.Random(seed)
+    samples = []
+    for _ in range(6):
+        ids = [generator.choice([5, 6]) for _ in range(generator.randint(3, 9))]
+        samples.append(tokenized_sample([*ids, 9], [*[-100] * len(ids), 9]))
+    sharing = sharing_of(TokenizedSamples.of(samples))
+    groups = {}
+    for number, group in enumerate(sharing.group):
+        groups.setdefault(group, []).append(number)
+    lengths = [len(sample.input_ids) for sample in samples]
+    found = sum(lengths) - sum(sharing.tokens(group, lengths) for group in groups.values())
+    best = max(
+        sum(shared_beginning([samples[n] for n in group]) * (len(group) - 1) for group in division)
+        for division in divisions(list(range(6)))
+    )
+    assert best - 0.1 * sum(lengths) <= found <= best
+    for group in groups.values():
+        assert sharing.saved[group[0]] <= shared_beginning([samples[number] for number in group]) or len(group) == 1
+
+
+def divisions(items):
+    if not items:
+        yield []
+        return
+    first, *others = items
+    for division in divisions(others):
+        yield [[first], *division]
+        for place in range(len(division)):
+            yield [*division[:place], [first, *division[place]], *division[place + 1 :]]
+
+
+def test_a_shared_row_holds_each_medium_once_and_each_label():
+    batch = laid_out(QUESTIONS, GROUPS, RowKind.SHARED, read=lambda medium: medium.key)
+    assert batch["features"] == {"image": ["1", "3", "2"]}
+    assert batch["shift_labels"].tolist() == [[20, 21, 23, 24, 25, 26, 27, 20, 21, 22, 28, 29]]
+    assert batch["label_rows"][5] == 5  # the prefix's last state
+    assert (batch["labels"] != -100).sum() == 12
