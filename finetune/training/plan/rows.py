@@ -21,9 +21,9 @@ from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, Collator, PackedRow
-from finetune.training.pack import Row, plan_rows
+from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
-from finetune.training.prefixes import Sharing, sharing_of
+from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSamples, distilled, tokenized
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
