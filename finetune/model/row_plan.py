@@ -162,10 +162,11 @@ def _behind_prefix(rows: Tensor, segment: RowSegment) -> Tensor:
 
 def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether PyTorch's own flash attention for sequences of many lengths takes these: it needs an Ampere GPU."""
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0) or query.shape != value.shape:
+    width = query.shape[-1]
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
     half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
-    return half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return half and width == value.shape[-1] <= 256 and width % 8 == 0
 
 
 def at_once(

@@ -283,6 +283,26 @@ def test_one_kernel_for_all_segments_is_given_the_same(monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    "capability, dtype, widths, fits",
+    [
+        ((8, 0), torch.bfloat16, (64, 64), True),
+        ((7, 5), torch.float16, (64, 64), False),
+        ((9, 0), torch.float32, (64, 64), False),
+        ((9, 0), torch.float16, (64, 128), False),
+        ((9, 0), torch.float16, (60, 60), False),
+        ((9, 0), torch.float16, (512, 512), False),
+    ],
+)
+def test_which_gpus_and_shapes_take_one_kernel(capability, dtype, widths, fits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query, value = (
+        SimpleNamespace(is_cuda=True, device=0, dtype=dtype, shape=(1, heads, 19, width))
+        for heads, width in zip((4, 2), widths, strict=True)  # fewer heads of keys and values than of queries
+    )
+    assert row_plan._has_flash_kernel(query, value) is fits
+
+
 def test_groups_are_those_of_equal_tokens_and_media(monkeypatch):
     monkeypatch.setattr(prefixes, "LEAST_TOKENS", 6)
     sharing = sharing_of(TokenizedSamples.of(QUESTIONS))
