@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import PIL.Image
@@ -14,12 +14,13 @@ from torch import Tensor
 from finetune.common.errors import DataError
 from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalModel
+from finetune.model.composite import MultimodalModel, PromptPrefix
 from finetune.model.encoders import Encoder
 from finetune.model.features import MediaView, encode_one, read_medium
 from finetune.model.language_model import context_length
 from finetune.model.padding import left_padded
-from finetune.model.tokenize import Placeholder, answer_ends, answer_tokens, tokenize_prompt
+from finetune.model.prefixes import shared_beginning
+from finetune.model.tokenize import Placeholder, Tokens, answer_ends, answer_tokens, tokenize_prompt
 from finetune.recipe.schema import Limits
 
 # Path or bytes of a file, or an object: see `Assistant.answer`.
@@ -28,17 +29,38 @@ MediumInput: TypeAlias = (
 )
 MediaInput: TypeAlias = MediumInput | Sequence[MediumInput] | None
 Strength = float | Mapping[str, float] | None
+LEAST_SHARED = 0.2  # of the prompts' tokens; below that they're read whole
 ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 
 
 class PromptBatch(TypedDict):
     """Keywords of the composite's `forward` and `generate`: prompts padded on the left, `input_ids` and
-    `attention_mask` (B, T); `features` {medium: each (S, L, W)}.
+    `attention_mask` (B, T); `features` {medium: each (S, L, W)}. `prefix`: what the prompts begin with, if that isn't
+    in them (for `generate` alone).
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     features: dict[str, list[Tensor]]
+    prefix: NotRequired[PromptPrefix]
+
+
+class PromptGroup(NamedTuple):
+    """Numbers of prompts, and how many tokens they all begin with."""
+
+    members: list[int]
+    tokens: int
+
+
+def groups_by_first_medium(prompts: Sequence[Tokens]) -> list[PromptGroup]:
+    """Prompts with the same first medium, or with none, and what they share."""
+    groups: dict[object, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(prompt.beginning.media[:1], []).append(number)
+    return [
+        PromptGroup(members, shared_beginning([prompts[number].beginning for number in members]))
+        for members in groups.values()
+    ]
 
 
 class Assistant:
@@ -107,12 +129,17 @@ class Assistant:
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
         strengths = self.strengths(strength)
-        tokens = self.generate(self.batch(conversations, strengths, view), max_new_tokens, strengths)
+        view = view or FileView(self.encoders, self.limits)
+        prompts = self._prompts(conversations, strengths, view)
+        shared = self._shared(prompts, view, max_new_tokens)
+        tokens = self.generate(self._padded(prompts, view) if shared is None else shared, max_new_tokens, strengths)
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def generate(self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}) -> Tensor:
         """Greedy answers, new tokens only (B, T'); they end where the LLM's context does."""
         longest, context = batch["input_ids"].shape[1], context_length(self.model.causal_lm)
+        if "prefix" in batch:
+            longest += batch["prefix"].input_ids.shape[1]
         with self.with_strengths(strengths):
             return self.model.generate(
                 **batch,
@@ -235,23 +262,53 @@ class Assistant:
         room: int = 0,
     ) -> PromptBatch:
         """Conversations as a batch, after which the LLM must have room for `room` tokens. Raises DataError."""
+        view = view or FileView(self.encoders, self.limits)
+        return self._padded(self._prompts(conversations, strengths, view, room), view)
+
+    def _prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        strengths: Mapping[str, float],
+        view: MediaView,
+        room: int = 0,
+    ) -> list[Tokens]:
         absent = [kind for kind, strength in strengths.items() if strength == 0]
         conversations = [without_kinds(messages, absent) for messages in conversations]
-        view = view or FileView(self.encoders, self.limits)
         segments = self.model.composition.placement.segments_by(view.layout)
         prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
+        context, longest = context_length(self.model.causal_lm), max(len(prompt.input_ids) for prompt in prompts)
+        if context and longest + room >= context:
+            raise DataError(f"a prompt of {longest} tokens, but the LLM reads {context}: fewer media, or shorter text")
+        return prompts
+
+    def _padded(self, prompts: Sequence[Tokens], view: MediaView) -> PromptBatch:
         device = self.model.get_input_embeddings().weight.device
         input_ids, mask = left_padded([p.input_ids for p in prompts], self.tokenizer.pad_token_id, device)
-        context = context_length(self.model.causal_lm)
-        if context and input_ids.shape[1] + room >= context:
-            raise DataError(
-                f"a prompt of {input_ids.shape[1]} tokens, but the LLM reads {context}: fewer media, or shorter text"
-            )
         features: dict[str, list[Tensor]] = {}
         for prompt in prompts:
             for medium in prompt.media:
                 features.setdefault(medium.kind, []).append(view.features(medium))
         return PromptBatch(input_ids=input_ids, attention_mask=mask, features=features)
+
+    def _shared(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch | None:
+        """Prompts behind what several of them begin with; None where that is little, or this model can't share it."""
+        longest = max(len(prompt.input_ids) for prompt in prompts) + room
+        if self.model.composition.fusion.by_sample or not self.model.reads_on(2 * longest):
+            return None
+        groups = groups_by_first_medium(prompts)
+        if sum(group.tokens * (len(group.members) - 1) for group in groups) < LEAST_SHARED * sum(
+            len(prompt.input_ids) for prompt in prompts
+        ):
+            return None
+        owner = [0] * len(prompts)
+        branches: list[Tokens] = list(prompts)
+        for number, group in enumerate(groups):
+            for member in group.members:
+                owner[member], branches[member] = number, prompts[member].after(group.tokens)
+        prefixes = self._padded([prompts[group.members[0]].before(group.tokens) for group in groups], view)
+        device = prefixes["input_ids"].device
+        prefix = PromptPrefix(**prefixes, owner=torch.tensor(owner, device=device))
+        return PromptBatch(**self._padded(branches, view), prefix=prefix)
 
     def strengths(self, strength: Strength, defaults: Mapping[str, float] | None = None) -> dict[str, float]:
         """The strength of each medium: as asked, else of `defaults`, else as the model has it now; {} where the fusion

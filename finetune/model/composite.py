@@ -47,6 +47,18 @@ class Teacher:
     temperature: float
 
 
+@dataclass(frozen=True)
+class PromptPrefix:
+    """What prompts begin with, each once: G of up to P tokens, padded on the left, `input_ids` and `attention_mask`
+    (G, P); `features` {medium: each (S, L, W)}; `owner` (B,): which one a prompt begins with.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    features: Tensors
+    owner: Tensor
+
+
 class MultimodalConfig(PreTrainedConfig):
     """`text_config`: the LLM's. `parts`: a `Composition` as JSON."""
 
@@ -381,6 +393,13 @@ class MultimodalModel(PreTrainedModel):
         self.causal_lm(ids, past_key_values=cache, use_cache=True)
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
+    def reads_on(self, tokens: int) -> bool:
+        """Whether a prompt may be read in two parts with padding between them, together of so many tokens: positions
+        are given, and no sliding window counts the padding.
+        """
+        window = getattr(self.causal_lm.config.get_text_config(), "sliding_window", None)
+        return self.shares_memory and self.llm_takes("position_ids") and (window is None or tokens <= window)
+
     def _answers_in_full(self, question: Tensor, answers: Sequence[Sequence[int]], features: Any) -> Tensor:
         """Of one question (T,), read once for each of A answers -> (1, A)."""
         sums = []
@@ -403,13 +422,34 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor,
         features: Tensors | None = None,
         media: Tensors | None = None,
+        prefix: PromptPrefix | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Prompts (B, T), padded on the left -> new tokens only (B, T')."""
+        """Prompts (B, T), padded on the left -> new tokens only (B, T'). `prefix`: read once for all that share it."""
         embeddings = self.embed(input_ids, features, media)
+        if prefix is not None:
+            kwargs["past_key_values"] = self._read_prefix(prefix)
+            before = prefix.attention_mask[prefix.owner]
+            attention_mask = torch.cat([before, attention_mask], 1)
+            # `generate` wants embeddings of all tokens, and leaves those out that the memory holds.
+            embeddings = torch.cat([embeddings.new_zeros(*before.shape, embeddings.shape[2]), embeddings], 1)
         tokens: Tensor = self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
         self._forget()
         return tokens
+
+    def _read_prefix(self, prefix: PromptPrefix) -> DynamicCache:
+        """Keys and values of each prompt's prefix (B, P)."""
+        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
+        mask = prefix.attention_mask
+        self.causal_lm.base_model(
+            inputs_embeds=self.embed(prefix.input_ids, prefix.features),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **self._at((mask.cumsum(-1) - 1).clamp(min=0)),
+        )
+        cache.batch_select_indices(prefix.owner)
+        return cache
 
     def _forget(self) -> None:
         # In the backward pass activation checkpoints ask for this batch's media once more.

@@ -11,8 +11,7 @@ from typing import Any
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.composition import Segment, Segments
-
-IGNORED = -100
+from finetune.model.prefixes import IGNORED, Beginning
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,24 @@ class Tokens:
     media: tuple[Medium, ...]
     media_begins: tuple[int, ...]
     media_ends: tuple[int, ...]
+
+    @property
+    def beginning(self) -> Beginning:
+        """Media are equal that are the same file, or the same object."""
+        media = tuple((medium.kind, medium.path, id(medium.content)) for medium in self.media)
+        return Beginning(self.input_ids, len(self.input_ids) - 1, media, self.media_begins, self.media_ends)
+
+    def before(self, tokens: int) -> "Tokens":
+        """The first tokens, with the media among them."""
+        count = sum(begin < tokens for begin in self.media_begins)
+        media = (self.media[:count], self.media_begins[:count], self.media_ends[:count])
+        return Tokens(self.input_ids[:tokens], self.labels[:tokens], *media)
+
+    def after(self, tokens: int) -> "Tokens":
+        """What follows the first tokens."""
+        count = sum(begin < tokens for begin in self.media_begins)
+        begins, ends = ([place - tokens for place in places[count:]] for places in (self.media_begins, self.media_ends))
+        return Tokens(self.input_ids[tokens:], self.labels[tokens:], self.media[count:], tuple(begins), tuple(ends))
 
 
 def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, str]) -> dict[str, Placeholder]:

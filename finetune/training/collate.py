@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from finetune.data.sample import Medium
+from finetune.model.prefixes import most_shared, shared_beginning, shared_tokens
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment
 from finetune.model.tokenize import IGNORED
-from finetune.training.prefixes import most_shared, shared_beginning, shared_tokens
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
 
@@ -103,7 +103,9 @@ class Collator:
         groups = [[self.samples[number] for number in group] for row in rows for group in row["groups"]]
         if self.kind is not RowKind.SHARED:
             groups = [[sample] for group in groups for sample in group]
-        prefixes = [shared_beginning(group) if len(group) > 1 else 0 for group in groups]
+        prefixes = [
+            shared_beginning([sample.beginning for sample in group]) if len(group) > 1 else 0 for group in groups
+        ]
         layout = self._lay_out([[LabelledTokens(s.input_ids, s.labels) for s in group] for group in groups], prefixes)
         batch = Batch(**layout.batch)
         media: dict[str, list[Tensor]] = {}

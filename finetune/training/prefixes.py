@@ -7,40 +7,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from finetune.model.tokenize import IGNORED
+from finetune.model.prefixes import most_shared, shared_tokens
 from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES, Sharing
-from finetune.training.samples import TokenizedSample, TokenizedSamples
+from finetune.training.samples import TokenizedSamples
 
 LEAST_SAVED = 0.1  # of a group's tokens; below that, and below LEAST_TOKENS, samples are left to be shuffled freely
-
-
-def most_shared(labels: Sequence[int]) -> int:
-    """Tokens that a sample may have in its prefix: up to the first that is learned, and not all of them."""
-    learned = next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
-    return min(learned, len(labels) - 1)
-
-
-def shared_tokens(ids: Sequence[Sequence[int]], most: int) -> int:
-    """With how many equal tokens all of some sequences begin, at most `most`."""
-    for other in ids[1:]:
-        pairs = enumerate(zip(ids[0][:most], other, strict=False))
-        most = next((place for place, (one, two) in pairs if one != two), min(most, len(other)))
-    return most
-
-
-def shared_beginning(samples: Sequence[TokenizedSample]) -> int:
-    """As many tokens can stand in a prefix before all of some samples: equal ones, with equal media, none cut."""
-    first, *others = samples
-    count = shared_tokens([sample.input_ids for sample in samples], min(most_shared(s.labels) for s in samples))
-    for place, (begin, end) in enumerate(zip(first.media_begins, first.media_ends, strict=True)):
-        equal = all(
-            other.media_keys[place : place + 1] == [first.media_keys[place]]
-            and other.media_kinds[place] == first.media_kinds[place]
-            for other in others
-        )
-        if begin < count and (count < end or not equal):
-            return begin
-    return count
 
 
 def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False) -> Sharing:

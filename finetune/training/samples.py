@@ -16,6 +16,7 @@ from finetune.data.sample import Medium, Sample
 from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import without_adapter
+from finetune.model.prefixes import Beginning, most_shared
 from finetune.model.run import Run
 from finetune.model.tokenize import tokenize, tokenize_prompt
 from finetune.recipe.schema import Stage
@@ -50,6 +51,11 @@ class TokenizedSample:
     def media(self) -> list[Medium]:
         columns = zip(self.media_kinds, self.media_paths, self.media_keys, strict=True)
         return [Medium(kind, Path(path), where=self.where, known_key=key) for kind, path, key in columns]
+
+    @property
+    def beginning(self) -> Beginning:
+        media = list(zip(self.media_kinds, self.media_keys, strict=True))
+        return Beginning(self.input_ids, most_shared(self.labels), media, self.media_begins, self.media_ends)
 
 
 class TokenizedSamples:

@@ -15,11 +15,12 @@ from finetune.model import row_plan
 from finetune.model.adapter import attach
 from finetune.model.composite import Teacher, compose
 from finetune.model.language_model import load_language_model
+from finetune.model.prefixes import shared_beginning
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment, by_segments, row_kind
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Llm
 from finetune.training import prefixes
-from finetune.training.prefixes import shared_beginning, sharing_of
+from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSamples
 
 PICTURE = [PLACEHOLDER] * 4
@@ -133,7 +134,7 @@ def test_a_medium_of_a_branch_is_the_branchs_own():
         )
         for words, second in zip(text, ("2", "1", ""), strict=True)
     ]
-    assert shared_beginning(samples) == 5
+    assert shared_beginning([sample.beginning for sample in samples]) == 5
     assert_equal(*apart_and_shared(composite(), samples, [[0, 1, 2]]))
 
 
@@ -341,12 +342,15 @@ def test_no_division_into_groups_saves_more(seed, monkeypatch):
     lengths = [len(sample.input_ids) for sample in samples]
     found = sum(lengths) - sum(sharing.tokens(group, lengths) for group in groups.values())
     best = max(
-        sum(shared_beginning([samples[n] for n in group]) * (len(group) - 1) for group in division)
+        sum(shared_beginning([samples[n].beginning for n in group]) * (len(group) - 1) for group in division)
         for division in divisions(list(range(6)))
     )
     assert best - 0.1 * sum(lengths) <= found <= best
     for group in groups.values():
-        assert sharing.saved[group[0]] <= shared_beginning([samples[number] for number in group]) or len(group) == 1
+        assert (
+            sharing.saved[group[0]] <= shared_beginning([samples[number].beginning for number in group])
+            or len(group) == 1
+        )
 
 
 def divisions(items):
