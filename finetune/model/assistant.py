@@ -36,7 +36,7 @@ ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 class PromptBatch(TypedDict):
     """Keywords of the composite's `forward` and `generate`: prompts padded on the left, `input_ids` and
     `attention_mask` (B, T); `features` {medium: each (S, L, W)}. `prefix`: what the prompts begin with, if that isn't
-    in them (for `generate` alone).
+    in them.
     """
 
     input_ids: Tensor
@@ -131,8 +131,7 @@ class Assistant:
         strengths = self.strengths(strength)
         view = view or FileView(self.encoders, self.limits)
         prompts = self._prompts(conversations, strengths, view)
-        shared = self._shared(prompts, view, max_new_tokens)
-        tokens = self.generate(self._padded(prompts, view) if shared is None else shared, max_new_tokens, strengths)
+        tokens = self.generate(self._together(prompts, view, max_new_tokens), max_new_tokens, strengths)
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def generate(self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}) -> Tensor:
@@ -221,38 +220,45 @@ class Assistant:
             texts = self.answers(conversations, max_new_tokens=max_new_tokens, view=view, strength=strength)
             return [Answer(text) for text in texts]
         strengths = self.strengths(strength)
-        if binding.trained:
-            with self.with_strengths(strengths):
-                outputs = self.model.head_outputs(name, **self.batch(conversations, strengths, view))
-            head = binding.head
-            return [head.module.answer(row, binding.settings, head.options) for row in outputs.tolist()]
-        return [self._likeliest(binding, conversation, strengths, view) for conversation in conversations]
+        view = view or FileView(self.encoders, self.limits)
+        with self.with_strengths(strengths):
+            if not binding.trained:
+                return self._likeliest(binding, conversations, strengths, view)
+            prompts = self._prompts(conversations, strengths, view)
+            outputs = self.model.head_outputs(name, **self._together(prompts, view, 0))
+        head = binding.head
+        return [head.module.answer(row, binding.settings, head.options) for row in outputs.tolist()]
 
     def _likeliest(
         self,
         binding: TaskBinding,
-        conversation: Sequence[Message],
+        conversations: Sequence[Sequence[Message]],
         strengths: Mapping[str, float],
-        view: MediaView | None,
-    ) -> Answer:
-        """The label that the LLM most likely writes. One question at a time: its keys and values are copied for every
-        label that is read at once.
+        view: MediaView,
+    ) -> list[Answer]:
+        """The label of each question that the LLM most likely writes. The keys and values of a question are copied for
+        every label: as many questions, and labels of one, are read at once as have ANSWER_TOKENS together.
         """
         labels = binding.settings.labels
         answers = [answer_tokens(label, self.tokenizer) for label in labels]
-        longest = max(map(len, answers))
-        batch = self.batch([conversation], strengths, view, room=longest)
-        copies = len(labels)
+        room = max(map(len, answers))
+        prompts = self._prompts(conversations, strengths, view, room)
+        longest = max(len(prompt.input_ids) for prompt in prompts) + room
+        copies, questions = len(labels), 1
         if self.model.shares_memory:
-            copies = max(1, ANSWER_TOKENS // (batch["input_ids"].shape[1] + longest))
-        with self.with_strengths(strengths):
+            copies = max(1, ANSWER_TOKENS // longest)
+            questions = max(1, copies // len(labels))
+        found: list[Answer] = []
+        for begin in range(0, len(prompts), questions):
+            batch = self._together(prompts[begin : begin + questions], view, room)
             log_probabilities = [
                 self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch)
                 for start in range(0, len(labels), copies)
             ]
-        shares = torch.cat(log_probabilities, 1)[0].softmax(-1).tolist()
-        probabilities = dict(zip(labels, shares, strict=True))
-        return Answer(max(probabilities, key=lambda label: probabilities[label]), probabilities)
+            for shares in torch.cat(log_probabilities, 1).softmax(-1).tolist():
+                probabilities = dict(zip(labels, shares, strict=True))
+                found.append(Answer(max(probabilities, key=lambda label: probabilities[label]), probabilities))
+        return found
 
     def batch(
         self,
@@ -289,6 +295,11 @@ class Assistant:
             for medium in prompt.media:
                 features.setdefault(medium.kind, []).append(view.features(medium))
         return PromptBatch(input_ids=input_ids, attention_mask=mask, features=features)
+
+    def _together(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch:
+        """Prompts as a batch: behind what they share, where that pays, or whole."""
+        shared = self._shared(prompts, view, room)
+        return self._padded(prompts, view) if shared is None else shared
 
     def _shared(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch | None:
         """Prompts behind what several of them begin with; None where that is little, or this model can't share it."""

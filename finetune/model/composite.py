@@ -58,6 +58,10 @@ class PromptPrefix:
     features: Tensors
     owner: Tensor
 
+    def before(self, mask: Tensor) -> Tensor:
+        """The mask of prompts (B, T) with that of their prefixes before it (B, P + T)."""
+        return torch.cat([self.attention_mask[self.owner], mask], 1)
+
 
 class MultimodalConfig(PreTrainedConfig):
     """`text_config`: the LLM's. `parts`: a `Composition` as JSON."""
@@ -324,27 +328,46 @@ class MultimodalModel(PreTrainedModel):
         return selected
 
     @torch.no_grad()
-    def head_outputs(self, name: str, input_ids: Tensor, attention_mask: Tensor, features: Any = None) -> Tensor:
-        """Questions (B, T), padded on the left -> outputs of head `name` at their last states (B, outputs)."""
+    def head_outputs(
+        self,
+        name: str,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        features: Any = None,
+        prefix: PromptPrefix | None = None,
+    ) -> Tensor:
+        """Questions (B, T), padded on the left, behind `prefix` -> outputs of head `name` at their last states
+        (B, outputs).
+        """
+        memory: dict[str, Any] = {"use_cache": False}
+        if prefix is not None:
+            memory = {"past_key_values": self._read_prefix(prefix), "use_cache": True}
+            attention_mask = prefix.before(attention_mask)
         last = torch.arange(1, len(input_ids) + 1, device=input_ids.device) * input_ids.shape[1] - 1
         rows = {other: last if other == name else last[:0] for other in self.heads}
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         self.backbone(
             input_ids,
             features,
             None,
             attention_mask=attention_mask,
             head_rows=rows,
-            use_cache=False,
+            **memory,
             **self._at(positions),
         )
         return self.head_scores[name]
 
     @torch.no_grad()
     def answer_log_probabilities(
-        self, input_ids: Tensor, attention_mask: Tensor, answers: Sequence[Sequence[int]], features: Any = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answers: Sequence[Sequence[int]],
+        features: Any = None,
+        prefix: PromptPrefix | None = None,
     ) -> Tensor:
-        """Log-probabilities (B, A), in nats, of A answers (token ids) to B questions (B, T), padded on the left.
+        """Log-probabilities (B, A), in nats, of A answers (token ids) to B questions (B, T), padded on the left, behind
+        `prefix`.
 
         The question is read once, and its keys and values are shared by all answers; LLMs with another memory than keys
         and values (Mamba, RWKV, hybrids) take one question, and read it once an answer.
@@ -358,8 +381,10 @@ class MultimodalModel(PreTrainedModel):
         longest += longest == input_ids.shape[1]  # fusions tell new tokens from the question by their number
         ids = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers], device=device)
         real = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=device)
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.causal_lm.config.get_text_config())
+        if prefix is not None:
+            cache, attention_mask = self._read_prefix(prefix), prefix.before(attention_mask)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         first = self.causal_lm(
             inputs_embeds=self.embed(input_ids, features),
             attention_mask=attention_mask,
@@ -428,11 +453,10 @@ class MultimodalModel(PreTrainedModel):
         """Prompts (B, T), padded on the left -> new tokens only (B, T'). `prefix`: read once for all that share it."""
         embeddings = self.embed(input_ids, features, media)
         if prefix is not None:
-            kwargs["past_key_values"] = self._read_prefix(prefix)
-            before = prefix.attention_mask[prefix.owner]
-            attention_mask = torch.cat([before, attention_mask], 1)
+            kwargs["past_key_values"], attention_mask = self._read_prefix(prefix), prefix.before(attention_mask)
             # `generate` wants embeddings of all tokens, and leaves those out that the memory holds.
-            embeddings = torch.cat([embeddings.new_zeros(*before.shape, embeddings.shape[2]), embeddings], 1)
+            known = attention_mask.shape[1] - embeddings.shape[1]
+            embeddings = torch.cat([embeddings.new_zeros(len(embeddings), known, embeddings.shape[2]), embeddings], 1)
         tokens: Tensor = self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
         self._forget()
         return tokens

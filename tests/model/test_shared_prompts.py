@@ -7,6 +7,7 @@ from tiny import FAMILIES, FUSIONS, fresh_tokenizer, part, tiny_encoder, tiny_ll
 from finetune.data.sample import Message
 from finetune.model import assistant as module
 from finetune.model.assistant import Assistant, groups_by_first_medium, media_of
+from finetune.model.bindings import TaskBinding
 from finetune.model.composite import compose
 from finetune.model.tokenize import add_placeholders
 
@@ -21,6 +22,22 @@ ASKED = [
 ]
 
 
+KINDS = {
+    "colour": ("label", ["red", "blue", "green"]),
+    "price": ("score", [1.0, 2.0, 4.0]),
+    "words": ("language", ["a", "b c", "d"]),
+}
+
+
+def bindings():
+    made = {}
+    for name, (kind, targets) in KINDS.items():
+        head = part("heads", kind, **({"answers": "labels"} if kind == "language" else {}))
+        task = part("tasks", "score" if kind == "score" else "classify")
+        made[name] = TaskBinding(task=task, head=head, settings=head.module.settings(targets, head.options))
+    return made
+
+
 def assistant_of(family, fusion="prefix", **changes):
     torch.manual_seed(0)
     tokenizer = fresh_tokenizer()
@@ -32,6 +49,7 @@ def assistant_of(family, fusion="prefix", **changes):
         projectors={"image": part("projectors", "mlp")},
         fusion=part("fusion", fusion, **FUSIONS[fusion]),
         placeholder_ids={"image": placeholders["image"].id},
+        bindings=bindings(),
     )
     return Assistant(model.eval(), tokenizer, placeholders, {"image": encoder})
 
@@ -66,6 +84,24 @@ def test_prompts_that_reach_beyond_a_sliding_window_are_read_whole(window, share
     whole, tokens = answered(assistant, monkeypatch, share=False)
     found, fewer = answered(assistant, monkeypatch, share=True)
     assert found == whole and (fewer < tokens) is shares
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("name", KINDS)
+def test_heads_and_labels_read_behind_a_medium_what_they_read_whole(family, name, monkeypatch):
+    assistant = assistant_of(family)
+    monkeypatch.setattr(module, "LEAST_SHARED", 2.0)
+    whole = assistant.ask(name, conversations())
+    monkeypatch.setattr(module, "LEAST_SHARED", 0.0)
+    read, prefixes = assistant.model._read_prefix, []
+    monkeypatch.setattr(assistant.model, "_read_prefix", lambda prefix: prefixes.append(prefix) or read(prefix))
+    shared = assistant.ask(name, conversations())
+    assert prefixes and len(shared) == len(whole) == len(ASKED)
+    for one, other in zip(whole, shared, strict=True):
+        assert other.number == pytest.approx(one.number, rel=1e-4) if one.number is not None else other.text == one.text
+        assert other.probabilities == (one.probabilities and pytest.approx(one.probabilities, abs=1e-5))
+    values = [one.number or tuple((one.probabilities or {}).values()) for one in whole]
+    assert len(set(values)) == len(ASKED)
 
 
 def test_cross_attention_reads_prompts_whole(monkeypatch):
