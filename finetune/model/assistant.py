@@ -317,8 +317,8 @@ class Assistant:
             for member in group.members:
                 owner[member], branches[member] = number, prompts[member].after(group.tokens)
         prefixes = self._padded([prompts[group.members[0]].before(group.tokens) for group in groups], view)
-        device = prefixes["input_ids"].device
-        prefix = PromptPrefix(**prefixes, owner=torch.tensor(owner, device=device))
+        ids, mask = prefixes["input_ids"], prefixes["attention_mask"]
+        prefix = PromptPrefix(ids, mask, prefixes["features"], torch.tensor(owner, device=ids.device))
         return PromptBatch(**self._padded(branches, view), prefix=prefix)
 
     def strengths(self, strength: Strength, defaults: Mapping[str, float] | None = None) -> dict[str, float]:
