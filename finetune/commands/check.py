@@ -1,20 +1,16 @@
 """Check a recipe and its rows, without loading a model. Imports no torch."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.common import display
 from finetune.common.errors import RecipeError
-from finetune.common.hub import PROBE_SECONDS, unreachable
-from finetune.common.run_folder import JsonObject
 from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import Llm, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
-from finetune.training.lengths import estimate, settings_of
+from finetune.training.lengths import estimate, fetch_settings, settings_of
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
 # Of these families transformers loads the text part of a vision-language checkpoint by itself.
@@ -24,7 +20,7 @@ TEXT_PART_LOADS = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5
 @dataclass(frozen=True, repr=False)
 class CheckedRecipe:
     """`recipe`: as written; `splits`: {split: counts}; `numbers`: what a run puts in the place of `auto`, and why;
-    `stages`: steps of each, () where the tokenizer isn't at hand; `warnings`: what makes a run a waste; `notes`: what
+    `stages`: steps of each, () where the tokens of media aren't known; `warnings`: what makes a run a waste; `notes`: what
     its author may not expect, and what couldn't be checked.
     """
 
@@ -69,6 +65,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     """
     loaded = as_recipe(recipe, overrides)
     refuse_missing_trackers(loaded)
+    fetch_settings(loaded.model)
     notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm)]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)
     refuse_empty_splits(splits, loaded)
@@ -76,13 +73,14 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     stages: tuple[StageSteps, ...] = ()
     estimated = estimate(loaded.model, splits.train)
     chosen = numbers_at_hand(loaded, splits.train, estimated)
-    if estimated is None:
-        notes.append("steps aren't counted: the tokenizer of model.llm is neither a folder's nor in the Hub's cache")
-    elif estimated.unknown:
+    if estimated is not None and estimated.unknown:
         notes.append(
-            f"steps aren't counted: only the encoder's weights tell how many tokens {', '.join(estimated.unknown)} has"
+            f"steps aren't counted: how many tokens {', '.join(estimated.unknown)} has isn't known, without the "
+            "encoder's config, or before it is loaded"
         )
-    elif chosen is not None:
+    elif estimated is not None and chosen is not None:
+        if estimated.by_characters:
+            notes.append("steps are rough, tokens being estimated from characters: the LLM's tokenizer isn't at hand")
         stages = steps_of(chosen.train, splits.train, estimated.lengths)
         longest = longest_row(loaded, splits.train, estimated)
         warnings += _few_steps(chosen.train, splits, estimated.lengths, longest, stages)
@@ -122,8 +120,6 @@ def refuse_multimodal(llm: Llm) -> Iterator[str]:
     if llm.name.endswith(".gguf"):
         return
     config = settings_of(llm.name, llm.revision, "config.json")
-    if not config and not Path(llm.name).exists():
-        config = _downloaded_config(llm)
     if not config:
         yield f"whether model.llm is a text-only LLM isn't known: there is no config.json of {llm.name!r} at hand"
         return
@@ -138,15 +134,3 @@ def refuse_multimodal(llm: Llm) -> Iterator[str]:
         )
     if config.get("is_encoder_decoder"):
         raise RecipeError(f"model.llm.name: {llm.name!r} is a {what}, an encoder and decoder; take a decoder-only LLM")
-
-
-def _downloaded_config(llm: Llm) -> JsonObject:
-    """The config from the Hub; {} without a network, or where the Hub has none."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if unreachable() is not None:
-        return {}
-    with suppress(HfHubHTTPError, OSError, ValueError):
-        hf_hub_download(llm.name, "config.json", revision=llm.revision, etag_timeout=PROBE_SECONDS)
-    return settings_of(llm.name, llm.revision, "config.json")

@@ -145,11 +145,16 @@ def ask(question: "Question") -> str:
 @app.command()
 def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
-    from finetune.commands.check import check
-    from finetune.training.plan.apart import plan_line
+    from rich.console import Console
 
-    print(f"{recipe}: OK", check(recipe, set_ or []), sep="\n", flush=True)
-    print(f"  {plan_line(recipe, set_ or []) or f'memory, disk and hours: finetune plan {recipe}'}")
+    from finetune.commands.check import check
+    from finetune.training.plan.apart import LINE_SECONDS, planning
+
+    with planning(recipe, set_ or []) as finish:  # it takes longer than the check
+        print(f"{recipe}: OK", check(recipe, set_ or []), sep="\n", flush=True)
+        with Console(stderr=True).status("plan"):
+            figures = finish(LINE_SECONDS)
+    print(f"  {figures['line'] if figures else f'memory, disk and hours: finetune plan {recipe}'}")
 
 
 @app.command()
