@@ -15,13 +15,16 @@ from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
 # Of these families transformers loads the text part of a vision-language checkpoint by itself.
 TEXT_PART_LOADS = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
+# Sections of the configs of models with encoders; and any that ends in _encoder_config.
+OWN_ENCODERS = {f"{name}_config" for name in ("vision", "audio", "thinker", "vq", "codec", "vlm", "encoder")}
+ENCODES_BYTES = ("blt",)  # of text, in its encoder_config
 
 
 @dataclass(frozen=True, repr=False)
 class CheckedRecipe:
     """`recipe`: as written; `splits`: {split: counts}; `numbers`: what a run puts in the place of `auto`, and why;
-    `stages`: steps of each, () where the tokens of media aren't known; `warnings`: what makes a run a waste; `notes`: what
-    its author may not expect, and what couldn't be checked.
+    `stages`: steps of each, () where the tokens of media aren't known; `warnings`: what makes a run a waste; `notes`:
+    what its author may not expect, and what couldn't be checked.
     """
 
     recipe: Recipe
@@ -124,8 +127,9 @@ def refuse_multimodal(llm: Llm) -> Iterator[str]:
         yield f"whether model.llm is a text-only LLM isn't known: there is no config.json of {llm.name!r} at hand"
         return
     what = (config.get("architectures") or [config.get("model_type")])[0]
-    own = [key.removesuffix("_config") for key in ("vision_config", "audio_config", "thinker_config") if key in config]
-    if own and config.get("model_type") not in TEXT_PART_LOADS:
+    sections = [key for key in config if key in OWN_ENCODERS or key.endswith("_encoder_config")]
+    own = ["vision"] if config.get("model_type") == "fuyu" else [key.removesuffix("_config") for key in sections]
+    if own and config.get("model_type") not in (*TEXT_PART_LOADS, *ENCODES_BYTES):
         inner = [config.get(key) for key in ("text_config", "llm_config", "language_config")]
         names = [part["_name_or_path"] for part in inner if isinstance(part, dict) and part.get("_name_or_path")]
         advice = f"take its text LLM, {names[0]!r}" if names else "take the text LLM that it was made from"

@@ -14,12 +14,12 @@ from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
 import finetune
 from finetune.commands._reader import Reader
-from finetune.commands.check import TEXT_PART_LOADS, check
+from finetune.commands.check import TEXT_PART_LOADS, check, refuse_multimodal
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.rows import read_splits
 from finetune.data.sample import Medium, Message, Sample
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Model
+from finetune.recipe.schema import Llm, Model
 from finetune.training.lengths import estimate
 from finetune.training.pack import plan_rows
 
@@ -143,6 +143,15 @@ def test_estimated_lengths_are_those_of_the_tokens(tmp_path):
             "is a Qwen2VLForConditionalGeneration, with encoders of its own",
         ),
         (
+            {"architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon", "vq_config": {}},
+            r"is a ChameleonForConditionalGeneration, with encoders of its own \(vq\)",
+        ),
+        (
+            {"architectures": ["VibeVoiceAsr"], "acoustic_tokenizer_encoder_config": {}, "text_config": {}},
+            r"is a VibeVoiceAsr, with encoders of its own \(acoustic_tokenizer_encoder\)",
+        ),
+        ({"architectures": ["FuyuForCausalLM"], "model_type": "fuyu"}, r"encoders of its own \(vision\)"),
+        (
             {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
             "is a T5ForConditionalGeneration, an encoder and decoder",
         ),
@@ -233,6 +242,30 @@ def test_families_whose_text_part_loads_are_those_of_transformers():
         if encoders and getattr(transformers, name).config_class is sub_configs.get("text_config"):
             loads.add(family)
     assert loads <= {*TEXT_PART_LOADS} <= loads | {"emu3"}
+
+
+@pytest.mark.slow
+def test_every_multimodal_family_of_transformers_is_refused_and_no_text_only_llm(tmp_path):
+    """By the default config of each family."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    multimodal = {
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
+    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - multimodal - {"gemma4_assistant"}  # has no default
+
+    def taken(family: str) -> bool:
+        (tmp_path / "config.json").write_text(CONFIG_MAPPING[family]().to_json_string())
+        try:
+            return not list(refuse_multimodal(Llm(name=str(tmp_path))))
+        except RecipeError as error:
+            return "an encoder and decoder" in str(error) and family in text
+
+    assert len(multimodal) > 100
+    assert {family for family in multimodal if taken(family)} == {*TEXT_PART_LOADS} & multimodal | {"mistral4"}
+    assert {family for family in text if not taken(family)} == {"moshi"}
 
 
 def test_a_task_takes_the_only_encoders_medium(tmp_path):
