@@ -39,8 +39,7 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
         if figures is None:
             console.print(
                 f"no plan of this GPU's memory within {WAIT_SECONDS:.0f} seconds: auto goes on without its limit; "
-                "`finetune plan` says why; if memory runs out, write tokens_per_batch",
-                soft_wrap=True,
+                "`finetune plan` says why; if memory runs out, write tokens_per_batch"
             )
     if has_auto(train):
         choice = AutoNumbers(recipe, processes)
@@ -48,7 +47,7 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
         if figures and figures["tokens_per_batch"] < int(chosen.train.tokens_per_batch):
             chosen = choice.choose(figures["tokens_per_batch"])
         for reason in chosen.reasons:
-            console.print(reason, markup=False, soft_wrap=True)
+            console.print(reason)
         train = chosen.train
     if train.checkpoint_every_n_layers == "auto":
         train = train.model_copy(update={"checkpoint_every_n_layers": figures["checkpoints"] if figures else 0})
