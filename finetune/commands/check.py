@@ -62,7 +62,7 @@ class CheckedRecipe:
 
 def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     """Read a recipe and its rows, and check that their media exist, that the LLM is one, that there are rows to score,
-    and that the stages have steps enough.
+    and that the stages have steps enough. Downloads the settings and tokenizers that this takes, no weights.
 
     Raises RecipeError, DataError.
     """
