@@ -124,7 +124,7 @@ def held_out(recipe: Recipe) -> dict[tuple[int, int], str]:
     keys: list[list[str]] = []
     for number, source in enumerate(recipe.data):
         if holds_out(source):
-            for place, row in enumerate(lenient_rows(source, lambda line, text, raw: None)):
+            for place, row in enumerate(lenient_rows(source, lambda line, text, raw: None, recipe.media.max_bytes)):
                 with suppress(DataError):  # a finding of its own
                     keys.append(keys_of(source.task.sample(row), group_of(row, source)))
                     places.append((number, place))

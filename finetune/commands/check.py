@@ -68,8 +68,8 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     """
     loaded = as_recipe(recipe, overrides)
     refuse_missing_trackers(loaded)
-    fetch_settings(loaded.model)
-    notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm)]
+    refused = fetch_settings(loaded.model)
+    notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm, refused.get(loaded.model.llm.name))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)
     refuse_empty_splits(splits, loaded)
     warnings = list(few_rows(splits, loaded))
@@ -116,15 +116,16 @@ def _few_steps(
     yield f"few optimizer steps to learn from ({steps}): {', '.join(changes)} would give about {more}"
 
 
-def refuse_multimodal(llm: Llm) -> Iterator[str]:
+def refuse_multimodal(llm: Llm, why: str | None = None) -> Iterator[str]:
     """Notes, where the LLM's config isn't at hand. Raises RecipeError where it is that of a model with encoders of its
-    own, or of one that isn't a causal LM.
+    own, or of one that isn't a causal LM. `why`: the Hub gives no config.
     """
     if llm.name.endswith(".gguf"):
         return
     config = settings_of(llm.name, llm.revision, "config.json")
     if not config:
-        yield f"whether model.llm is a text-only LLM isn't known: there is no config.json of {llm.name!r} at hand"
+        because = f"{llm.name!r}: {why}" if why else f"there is no config.json of {llm.name!r} at hand"
+        yield f"whether model.llm is a text-only LLM isn't known: {because}"
         return
     what = (config.get("architectures") or [config.get("model_type")])[0]
     sections = [key for key in config if key in OWN_ENCODERS or key.endswith("_encoder_config")]

@@ -211,10 +211,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
-    if data is None and (task or columns or media_folder or encoding or out):
-        raise RecipeError(
-            "--task, --columns, --media-folder, --encoding and --out are about other rows: name them with --data"
-        )
+    from finetune.evaluation.new_rows import refuse_without_rows
+
+    if data is None:
+        refuse_without_rows(task, columns, media_folder, encoding, out)
     renamed = columns_of(columns or []) or None
     RunFolder.open(run, needs="adapter")  # so that a mistake is reported before torch is imported
     from finetune.commands.tables import print_scores

@@ -149,7 +149,7 @@ def _numbered_rows(ledger: Ledger, recipe: Recipe) -> Iterator[NumberedRow]:
         def report(line: int, text: str, raw: str, source: int = number) -> None:
             ledger.add_findings([Finding("unreadable", text, None, source, line)])
 
-        for place, row in enumerate(lenient_rows(source, report)):
+        for place, row in enumerate(lenient_rows(source, report, recipe.media.max_bytes)):
             yield count, number, row, splits.get((number, place), source.split)
             count += 1
 
@@ -276,7 +276,7 @@ def write_fixed(
 ) -> Fixed:
     """Write the cleaned copy and its recipe, as `recipe_text` writes it."""
     with whole_folder(folder) as partial:
-        sources, rows, quarantined, clean = clean_copy(ledger, recipe.data, partial, copy_media)
+        sources, rows, quarantined, clean = clean_copy(ledger, recipe.data, partial, copy_media, recipe.media.max_bytes)
         write_text(partial / "recipe.yaml", recipe_text(recipe.model_copy(update={"data": sources})))
     return Fixed(folder / "recipe.yaml", rows, quarantined, clean)
 

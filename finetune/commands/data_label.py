@@ -7,17 +7,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.commands._asking import ask, task_of
+from finetune.commands._asking import ask_each, source_of_run, task_of
 from finetune.common import display
 from finetune.common.errors import DataError, RecipeError, option
-from finetune.common.run_folder import RunLike
+from finetune.common.run_folder import RunFolder, RunLike
 from finetune.data.check.page import InlineMedium, embedded, render
+from finetune.data.new_files import file_like
 from finetune.data.questions import question_about_media, question_of
-from finetune.data.rows import detected, error_list, read_rows
+from finetune.data.rows import error_list, read_rows
 from finetune.data.sample import KINDS, Medium, Message, Row
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe
 from finetune.recipe.parts import TaskPart
-from finetune.recipe.schema import Limits, RowFile, task_names
+from finetune.recipe.schema import Limits, RowFile, Source, task_names
 
 if TYPE_CHECKING:
     from finetune.model.assistant import Assistant
@@ -133,7 +134,8 @@ def data_label(
 
         assistant = load(run)
     name, trained_for = task_of(assistant.model.bindings if assistant else {}, task)
-    labelling = read_rows_to_label(rows, Path(out), name, trained_for, labels)
+    known = source_of_run(RunFolder(Path(run)), name) if run is not None else None
+    labelling = read_rows_to_label(rows, Path(out), name, trained_for, labels, known)
     _resume(labelling)
     if assistant is not None:
         propose(labelling, assistant, name, batch, max_new_tokens)
@@ -146,31 +148,45 @@ def data_label(
 
 
 def propose(labelling: Labelling, assistant: "Assistant", name: str | None, batch: int, max_new_tokens: int) -> None:
-    """Add the model's answers to the rows that have neither label nor proposal, saving after each batch."""
-    from finetune.common.progress import bar
+    """Add the model's answers to the rows that have neither label nor proposal, saving after each batch. Rows that
+    can't be asked about are passed over, and printed with their reasons.
+    """
+    from finetune.common.progress import bar, console
 
+    without: list[str] = []
     open_items = [item for item in labelling.items if not item.line.label and not item.line.proposed]
     if not open_items:
         return
     with bar("proposals", len(open_items)) as step:
         for start in range(0, len(open_items), batch):
             items = open_items[start : start + batch]
-            questions = [item.question for item in items]
-            answers = ask(assistant, name, questions, max_new_tokens=max_new_tokens)
-            for item, answer in zip(items, answers, strict=True):
+            questions = {str(number): item.question for number, item in enumerate(items)}
+            answers = ask_each(assistant, name, questions, max_new_tokens=max_new_tokens)
+            for number, item in enumerate(items):
+                step()
+                answer = answers[str(number)]
+                if isinstance(answer, DataError):
+                    without.append(f"{item.line.row}: {str(answer).removeprefix(f'{item.line.row}: ')}")
+                    continue
                 probabilities = answer.probabilities or {}
                 best = max(probabilities, key=probabilities.__getitem__) if probabilities else answer.text
                 item.line.proposed = best if answer.number is None else f"{answer.number:g}"
                 item.line.confidence = f"{probabilities[best]:.3f}" if probabilities else ""
-                step()
             labelling.save()
+    if without:
+        console.print(error_list(without, f"{len(without):,} rows without a proposal"), markup=False, soft_wrap=True)
 
 
 def read_rows_to_label(
-    rows: RecipeLike, out: Path, name: str | None, trained_for: TaskPart | None, labels: Sequence[str]
+    rows: RecipeLike,
+    out: Path,
+    name: str | None,
+    trained_for: TaskPart | None,
+    labels: Sequence[str],
+    known: Source | None = None,
 ) -> Labelling:
     """The rows of a recipe, with the tasks of its sources (of those of task `name`, if there are any), or of a file,
-    with the task that the model was trained for. Raises DataError, RecipeError.
+    with the task that the model was trained for, read as its source `known` is. Raises DataError, RecipeError.
     """
     limits = Limits()
     files: list[tuple[RowFile, TaskPart | None]]
@@ -180,7 +196,7 @@ def read_rows_to_label(
         sources = [source for source, its_name in zip(recipe.data, names, strict=True) if its_name == name]
         files = [(source, source.task) for source in sources or recipe.data]
     elif (path := Path(rows)).exists():
-        files = [(RowFile(path=path, format=detected(path)), trained_for)]
+        files = [(file_like(known or RowFile(path=path), path), trained_for)]
     else:
         raise RecipeError(f"{path}: no such file; name a recipe or a file of rows")
     items: list[Item] = []

@@ -116,7 +116,11 @@ def _previews(
     source = reader.recipe.data[number]
     unreadable: list[Preview] = []
     shown = 0
-    rows = lenient_rows(source, lambda line, text, raw: unreadable.append(Preview(text, problem=text)))
+
+    def report(line: int, text: str, raw: str) -> None:
+        unreadable.append(Preview(text, problem=text))
+
+    rows = lenient_rows(source, report, reader.recipe.media.max_bytes)
     for place, row in enumerate(rows):
         if shown == count:
             return

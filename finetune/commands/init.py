@@ -17,7 +17,7 @@ from finetune.common.errors import DataError, RecipeError
 from finetune.common.run_folder import write_text
 from finetune.data.rows import read_rows
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import Limits, Source
 
 EXAMINED = 20_000  # rows by which columns are described
 TOO_FEW = 30  # rows, of which the test has so few that one answer moves the score by a sixth or more
@@ -156,7 +156,9 @@ def _write_checked(path: Path, text: str) -> None:
 
 def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
     found = find(path, choices.get("encoding"))
-    by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
+    by_file = [
+        [row.columns for row in islice(read_rows(file.as_row_file(), Limits().max_bytes), EXAMINED)] for file in found
+    ]
     rows = [row for of_file in by_file for row in of_file]
     if not by_file[0]:
         raise DataError(f"{found[0].path}: no rows")

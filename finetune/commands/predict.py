@@ -3,25 +3,22 @@
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from finetune.commands._answers_file import AnswersFile, PredictedRow, refuse_other_suffixes
-from finetune.commands._asking import ask, task_of
+from finetune.commands._asking import ask_each, source_of_run, task_of
 from finetune.common.errors import DataError, MissingColumn, RecipeError, option
 from finetune.common.run_folder import RunFolder
 from finetune.data.new_files import file_like
 from finetune.data.questions import Input, question_about_media, question_of, read_inputs
-from finetune.data.sample import Answer, Medium, Message
-from finetune.model.trained_for import bindings_at, refuse_missing
-from finetune.recipe.load import Recipe
+from finetune.data.sample import Answer, Message
+from finetune.model.bindings import TaskBinding
+from finetune.model.trained_for import parts_at, refuse_missing
 from finetune.recipe.parts import TaskPart
-from finetune.recipe.schema import RowFile, Source, task_names
-from finetune.recipe.yaml_reader import read_text, read_yaml
+from finetune.recipe.schema import RowFile
 
 if TYPE_CHECKING:
     from finetune.model.assistant import Assistant
@@ -83,25 +80,30 @@ def predict(
     if out is not None:
         refuse_other_suffixes(Path(out))
     refuse_missing(run)
-    assistant, bindings = None, bindings_at(run)
-    if not bindings:  # only the loaded model tells what it takes
+    assistant, parts = None, parts_at(run)
+    if parts and parts.bindings:
+        bindings, limits = parts.bindings, parts.media
+    else:  # only the loaded model tells what it takes
         assistant = _loaded(run)
-        bindings = assistant.model.bindings
+        bindings, limits = assistant.model.bindings, assistant.limits
     name, trained_for = task_of(bindings, task)
     kinds = trained_for.media if trained_for else tuple(assistant.encoders if assistant else ())
-    known = _source(RunFolder(run), name)
+    known = source_of_run(RunFolder(run), name)
 
     def source_of(path: Path) -> RowFile:
         return file_like(known or RowFile(path=path), path, columns, options.media_folder, options.encoding)
 
-    rows, left_out = read_inputs(paths, kinds, source_of)
+    rows, left_out = read_inputs(paths, kinds, source_of, limits.max_bytes)
     if trained_for is not None:
         refuse_hopeless(rows, trained_for, prompt)
+    file, done = None, {}
+    if out is not None:  # refused before the model is loaded, which takes long
+        labels = _labels(bindings[name] if name else None)
+        file = AnswersFile(Path(out), rows, labels, partial(_answer_of, trained_for))
+        done = {} if options.overwrite else file.answered()
     questions = Questions(assistant or _loaded(run), name, trained_for, prompt, options)
-    if out is None:
+    if file is None:
         return Predictions(tuple(questions.answered(rows, len(rows))), None, tuple(left_out))
-    file = AnswersFile(Path(out), rows, questions.labels, questions.answer_of)
-    done = {} if options.overwrite else file.answered()
     with file.appending(list(done.values())) as append:
         for row in questions.answered([one for one in rows if one.name not in done], len(rows)):
             append(row)
@@ -141,12 +143,6 @@ class Questions:
         self.assistant, self.name, self.task, self.prompt = assistant, name, task, prompt
         self.batch, self.max_new_tokens = options.batch, options.max_new_tokens
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels that get probabilities."""
-        known = self.assistant.model.bindings[self.name].settings.labels if self.name else ()
-        return tuple(self._read(Answer(known[0], dict.fromkeys(known, 1 / len(known))))[1]) if known else ()
-
     def answered(self, rows: Sequence[Input], total: int) -> Iterator[PredictedRow]:
         """The rows with their answers or errors; `total` counts those that were answered before."""
         from finetune.common.progress import bar
@@ -158,69 +154,55 @@ class Questions:
                     step()
 
     def _batch(self, rows: Sequence[Input]) -> list[PredictedRow]:
-        from finetune.model.assistant import FileView
-
-        view = FileView(self.assistant.encoders, self.assistant.limits)
         predicted: dict[str, PredictedRow] = {}
         questions: dict[str, tuple[Message, ...]] = {}
         for one in rows:
             try:
-                questions[one.name] = self._question(one, view)
+                questions[one.name] = self._question(one)
             except DataError as error:
                 predicted[one.name] = _failed(one, error)
-        answers = self._answers(questions, view)
+        answers = ask_each(self.assistant, self.name, questions, max_new_tokens=self.max_new_tokens)
         for one in rows:
             if one.name in answers:
                 predicted[one.name] = self._predicted(one, answers[one.name])
         return [predicted[one.name] for one in rows]
 
-    def _question(self, one: Input, view: Any) -> tuple[Message, ...]:
-        """Its media are decoded here, so that one that can't be doesn't spoil its batch. Raises DataError."""
-        asked = self.task
-        question = question_about_media(one.row, self.prompt) if asked is None else None
-        if asked is not None:
-            question = question_of(one.row, asked, self.prompt).question
-        media = [part for message in question or () for part in message.content if isinstance(part, Medium)]
-        for medium in media:
-            if medium.kind not in self.assistant.encoders:
-                kinds = ", ".join(self.assistant.encoders) or "text only"
-                raise DataError(f"holds {medium.kind}, but this model reads {kinds}")
-            view.layout(medium)
-        return question or ()
-
-    def _answers(self, questions: Mapping[str, tuple[Message, ...]], view: Any) -> dict[str, Answer | DataError]:
-        """As one batch; if that is refused, one by one, as a single question may be too long."""
-        if not questions:
-            return {}
-        conversations = list(questions.values())
-        try:
-            given = ask(self.assistant, self.name, conversations, max_new_tokens=self.max_new_tokens, view=view)
-            return dict(zip(questions, given, strict=True))
-        except DataError as error:
-            if len(questions) == 1:
-                return dict.fromkeys(questions, error)
-        return {key: self._answers({key: question}, view)[key] for key, question in questions.items()}
+    def _question(self, one: Input) -> tuple[Message, ...]:
+        """Raises DataError."""
+        if self.task is None:
+            return question_about_media(one.row, self.prompt)
+        return question_of(one.row, self.task, self.prompt).question
 
     def _predicted(self, one: Input, answer: Answer | DataError) -> PredictedRow:
         if isinstance(answer, DataError):
             return _failed(one, answer)
-        return PredictedRow(one.name, one.columns, *self._read(answer))
+        return PredictedRow(one.name, one.columns, *_read(answer, self.task))
 
-    def _read(self, answer: Answer) -> tuple[Any, Mapping[str, float]]:
-        """(the answer as the task reads it, or as it was written where it can't; each label's probability)."""
-        value = None if self.task is None else self.task.read(answer)
-        if isinstance(value, dict) and value.keys() == {"label", "probabilities"} and answer.probabilities is not None:
-            return value["label"], value["probabilities"]
-        return answer.text if value is None else value, {}
 
-    def answer_of(self, text: str) -> Any:
-        """An answer from the text that stands for it in a table."""
-        if self.task is None or isinstance(self.task.read(Answer("1")), str):
-            return text
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+def _labels(binding: TaskBinding | None) -> tuple[str, ...]:
+    """The labels that get probabilities."""
+    known = binding.settings.labels if binding else ()
+    if binding is None or not known:
+        return ()
+    return tuple(_read(Answer(known[0], dict.fromkeys(known, 1 / len(known))), binding.task)[1])
+
+
+def _read(answer: Answer, task: TaskPart | None) -> tuple[Any, Mapping[str, float]]:
+    """(the answer as the task reads it, or as it was written where it can't; each label's probability)."""
+    value = None if task is None else task.read(answer)
+    if isinstance(value, dict) and value.keys() == {"label", "probabilities"} and answer.probabilities is not None:
+        return value["label"], value["probabilities"]
+    return answer.text if value is None else value, {}
+
+
+def _answer_of(task: TaskPart | None, text: str) -> Any:
+    """An answer from the text that stands for it in a table."""
+    if task is None or isinstance(task.read(Answer("1")), str):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _failed(one: Input, error: DataError) -> PredictedRow:
@@ -260,13 +242,3 @@ def _loaded(run: Path | str) -> "Assistant":
 
     quiet_libraries()
     return load(run)
-
-
-def _source(run: RunFolder, task: str | None) -> Source | None:
-    """The first source of a task in a run's recipe; None where there is no recipe, or one that can't be read."""
-    if not run.recipe.is_file():
-        return None
-    with suppress(RecipeError, ValidationError):
-        recipe = Recipe.without_files(read_yaml(read_text(str(run.recipe)), str(run.recipe)).value)
-        return next((s for s, name in zip(recipe.data, task_names(recipe.data), strict=True) if name == task), None)
-    return None

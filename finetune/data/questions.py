@@ -1,6 +1,7 @@
 """Rows whose answers aren't known, or aren't to be read: media files, folders of them, and files of rows."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,13 @@ from finetune.data.formats._media import is_hidden, kind_of
 from finetune.data.rows import detected, error_list, read_rows
 from finetune.data.sample import KINDS, Message, Row, Sample
 from finetune.recipe.parts import TaskPart
-from finetune.recipe.schema import Limits, RowFile
+from finetune.recipe.schema import RowFile
 
 
 @dataclass(frozen=True)
 class Input:
-    """A row to be asked about. `name`: its file, or for a row of a table the table's name and the line. `columns`:
-    the
-    texts and numbers that its table holds, as text.
+    """A row to be asked about. `name`: its file, or for a row of a table the table's name and the line, with the
+    table's path where several have one name. `columns`: the texts and numbers that its table holds, as text.
     """
 
     name: str
@@ -52,12 +52,13 @@ def question_about_media(row: Row, prompt: str | None = None) -> tuple[Message, 
 
 
 def read_inputs(
-    paths: Sequence[Path], kinds: Sequence[str], source_of: Callable[[Path], RowFile]
+    paths: Sequence[Path], kinds: Sequence[str], source_of: Callable[[Path], RowFile], max_bytes: int
 ) -> tuple[list[Input], list[Path]]:
     """(the rows of media files, of folders of media, and of files of rows; files of the folders that were left out).
     A folder is read with the folders in it. `kinds`: of the media that the model takes; `source_of`: how a file of
-    rows is read. Raises DataError.
+    rows is read; `max_bytes`: of embedded and downloaded media. Raises DataError.
     """
+    named = Counter(path.name for path in paths)
     inputs: list[Input] = []
     left_out: list[Path] = []
     for path in paths:
@@ -71,12 +72,11 @@ def read_inputs(
             inputs += map(_medium, media)
             left_out += [file for file in files if kind_of(file.name) not in kinds]
         else:
-            inputs += _rows(source_of(path))
+            inputs += _rows(source_of(path), path.name if named[path.name] == 1 else str(path), max_bytes)
     if not inputs:
         raise DataError(f"{', '.join(map(str, paths))}: no rows")
-    names = [one.name for one in inputs]
-    if len({*names}) < len(names):
-        twice = list(dict.fromkeys(name for name in names if names.count(name) > 1))
+    twice = [name for name, count in Counter(one.name for one in inputs).items() if count > 1]
+    if twice:
         raise DataError(error_list(twice, f"{len(twice)} rows or files are named twice; answer them in two files"))
     return inputs, left_out
 
@@ -86,13 +86,14 @@ def _medium(path: Path) -> Input:
     return Input(name, Row(path, 1, {str(kind_of(path.name)): path.absolute()}, path.parent), {})
 
 
-def _rows(source: RowFile) -> list[Input]:
+def _rows(source: RowFile, name: str, max_bytes: int) -> list[Input]:
+    """`name`: of the file, before the numbers of its rows."""
     inputs = []
-    for row in read_rows(source, Limits().max_bytes):
+    for row in read_rows(source, max_bytes):
         renamed = {ours for ours, theirs in source.columns.items() if theirs in row.columns and ours != theirs}
         kept = {name: value for name, value in row.columns.items() if name not in renamed}
         texts = {name: text for name, value in kept.items() if (text := _text(value)) is not None}
-        inputs.append(Input(row.where, row, texts))
+        inputs.append(Input(f"{name}:{row.number}", row, texts))
     return inputs
 
 

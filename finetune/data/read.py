@@ -7,10 +7,10 @@ from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import Limits, RowFile
+from finetune.recipe.schema import RowFile
 
 
-def read_rows(file: RowFile, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
+def read_rows(file: RowFile, max_bytes: int) -> Iterator[Row]:
     """The rows of one file or source, one at a time, columns renamed as the recipe says; `max_bytes` limits embedded
     and downloaded media. Raises DataError.
     """

@@ -34,7 +34,7 @@ class Splits:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
-def read_samples(source: Source, max_bytes: int = Limits().max_bytes) -> list[tuple[Sample, str]]:
+def read_samples(source: Source, max_bytes: int) -> list[tuple[Sample, str]]:
     """All samples of one source that no recipe names, each with the group that it is held out with: '' for its own
     content. Raises DataError with the first faults, and the number of all.
     """
@@ -132,11 +132,12 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
 
 def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
     """Warnings of splits too small for scores to mean much."""
-    rows = min(len(splits.of(recipe.evaluate.split)), recipe.evaluate.limit or FEW_ROWS)
+    there, limit = len(splits.of(recipe.evaluate.split)), recipe.evaluate.limit or FEW_ROWS
+    rows = min(there, limit)
     if rows < FEW_ROWS:
-        cure = _more_held_out(splits, recipe.evaluate.split, FEW_ROWS)
-        if rows == recipe.evaluate.limit:
-            cure = f"raise evaluate.limit to {FEW_ROWS} or more"
+        cures = [_more_held_out(splits, recipe.evaluate.split, FEW_ROWS)] if there < FEW_ROWS else []
+        cures += [f"raise evaluate.limit to {FEW_ROWS} or more"] if limit < FEW_ROWS else []
+        cure = "; ".join(cures)
         yield f"only {rows} row{'s' * (rows > 1)} to score: a share of 50% could as well be {_range(rows)}; {cure}"
 
 

@@ -2,10 +2,10 @@
 
 from collections import defaultdict
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from finetune.common.errors import DataError
-from finetune.common.run_folder import RunFolder, read_json, write_json
+from finetune.common.run_folder import RunFolder, damaged, read_json, write_json
 from finetune.data.hold_out import content_key
 from finetune.data.rows import Splits, error_list, read_splits
 from finetune.data.sample import Sample
@@ -44,13 +44,17 @@ def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:
     """The rows of a run's recipe, held out as when the run began, though its files may have more rows by now. Rows of
     runs that kept none are held out anew.
 
-    Raises DataError where rows that were held out then are gone or were changed.
+    Raises DataError where rows that were held out then are gone or were changed, ArtifactError where the file that
+    names them is damaged.
     """
     splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
     path = folder.data / "held_out.json"
     if not path.is_file():
         return splits
-    rows = KeptRows.model_validate(read_json(path))
+    try:
+        rows = KeptRows.model_validate(read_json(path))
+    except ValidationError as error:
+        raise damaged(path, error, "put it back as it was, or train anew") from None
     present: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in (*splits.train, *splits.validation, *splits.test):
         present[key_of(sample), sample.task].append(sample)

@@ -20,7 +20,7 @@ from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
 from finetune.evaluation.conditions import Condition, conditions
 from finetune.evaluation.evaluation_result import EvaluationResult
-from finetune.evaluation.new_rows import NewRows
+from finetune.evaluation.new_rows import NewRows, refuse_without_rows
 from finetune.evaluation.probe import probe
 from finetune.evaluation.results import Comparison
 from finetune.evaluation.scores import AnswerLoss, Measures, answer_losses, answers_to, known_bindings, measured
@@ -69,6 +69,8 @@ def evaluate(
     quiet_libraries()
     refuse_several_processes("`finetune evaluate`")
     fresh_memory()
+    if data is None:
+        refuse_without_rows(task, columns, media_folder, encoding, out)
     folder = RunFolder.open(run, needs="adapter")
     recipe = load_recipe(folder.recipe)
     new = None if data is None else NewRows.of(recipe, Path(data), task, columns, media_folder, encoding)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import DataError, RecipeError, option
 from finetune.common.run_folder import RunFolder, read_json
 from finetune.data.new_files import file_like
 from finetune.data.rows import read_samples
@@ -60,3 +60,13 @@ class NewRows:
             if data != str(self.source.path):
                 raise DataError(f"{folder}: holds the scores of other rows, {data}; name another folder with --out")
         return folder
+
+
+def refuse_without_rows(*options: object) -> None:
+    """`options`: task, columns, media_folder, encoding and out. Raises RecipeError if one is given."""
+    if any(options):
+        names = ("task", "columns", "media_folder", "encoding", "out")
+        *first, last = (option(f"--{name.replace('_', '-')}", f"{name}=") for name in names)
+        raise RecipeError(
+            f"{', '.join(first)} and {last} are about other rows: name them with {option('--data', 'data=')}"
+        )

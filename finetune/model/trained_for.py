@@ -30,12 +30,18 @@ def folder_of_model(path: Path) -> Path:
 
 def bindings_at(source: RunLike) -> dict[str, TaskBinding] | None:
     """{name: task binding} of a model in a folder; None where only loading it tells. Raises ArtifactError."""
+    parts = parts_at(source)
+    return parts.bindings if parts else None
+
+
+def parts_at(source: RunLike) -> AdapterManifest | Composition | None:
+    """What a model in a folder is made of; None where only loading it tells. Raises ArtifactError."""
     folder = folder_of_model(Path(source))
     if (folder / MANIFEST).is_file():
-        return AdapterManifest.read(folder).bindings
+        return AdapterManifest.read(folder)
     if not (folder / "config.json").is_file():
         return None
     try:
-        return Composition.model_validate(read_json(folder / "config.json").get("parts")).bindings
+        return Composition.model_validate(read_json(folder / "config.json").get("parts"))
     except ValidationError:  # loading says what is wrong with it
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.common.errors import ModelError
-from finetune.common.hub import PROBE_SECONDS, unreachable
+from finetune.common.hub import PROBE_SECONDS, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.parts import EncoderPart
@@ -52,23 +52,27 @@ def local_file(name: str, revision: str | None, file: str) -> Path | None:
     return None
 
 
-def fetch_settings(model: Model) -> None:
+def fetch_settings(model: Model) -> dict[str, str]:
     """Download into the Hub's cache what tells how long the rows are, where it isn't there: settings and tokenizers, no
-    weights. Without a network, or where the Hub refuses, nothing is downloaded.
+    weights; without a network, nothing. Returns why the Hub refuses: {model: reason}.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
     parts: list[Any] = [(model.llm, LLM_FILES), *((part.options, ENCODER_FILES) for part in model.encoders.values())]
+    refused = {}
     for source, files in parts:
         if Path(source.name).exists() or source.name.endswith(".gguf"):
             continue
-        with suppress(HfHubHTTPError, HFValidationError, OSError):
+        try:
             for file in files:
                 known = try_to_load_from_cache(source.name, file, revision=source.revision)
                 if known is None and unreachable() is None:
                     with suppress(RemoteEntryNotFoundError):
                         hf_hub_download(source.name, file, revision=source.revision, etag_timeout=PROBE_SECONDS)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            refused[source.name] = reason(error)
+    return refused
 
 
 def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
@@ -117,7 +121,9 @@ def likely_longest(samples: Sequence[Sample]) -> set[int]:
             with suppress(OSError):
                 sizes[medium.path.suffix.lower()][number] += medium.path.stat().st_size
     found = {*heapq.nlargest(LONGEST, range(len(samples)), key=characters)}
-    found.update(heapq.nlargest(LONGEST, range(len(samples)), key=lambda number: len(samples[number].media)))
+    counts = [len(sample.media) for sample in samples]
+    if len({*counts}) > 1:
+        found.update(heapq.nlargest(LONGEST, range(len(samples)), key=counts.__getitem__))
     for of_suffix in sizes.values():
         found.update(heapq.nlargest(LONGEST, of_suffix, key=of_suffix.__getitem__))
     return found

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import soundfile
 from cli import cli
 from hub_server import Hub
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from loopback import asked_of, hub_on_loopback
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
@@ -38,6 +40,17 @@ def test_few_rows_to_score_are_a_warning_with_the_share_that_is_enough(held_out)
     (warning,) = [text for text in result.warnings if "to score" in text]
     assert "only 10 rows to score" in warning and "hold_out: 0.3 would do" in warning
     assert not [text for text in check(held_out, ["data.0.hold_out=0.3"]).warnings if "to score" in text]
+
+
+def test_a_limit_is_named_only_where_it_is_too_low(held_out):
+    """10 rows are held out: a higher limit gives no more."""
+    (warning,) = [text for text in check(held_out, ["evaluate.limit=100"]).warnings if "to score" in text]
+    assert "raise evaluate.limit" not in warning and "hold_out: 0.3 would do" in warning
+    (warning,) = [text for text in check(held_out, ["evaluate.limit=10"]).warnings if "to score" in text]
+    assert "raise evaluate.limit" in warning and "hold_out: 0.3 would do" in warning
+    shares = ["evaluate.limit=10", "data.0.hold_out=0.3"]
+    (warning,) = [text for text in check(held_out, shares).warnings if "to score" in text]
+    assert "raise evaluate.limit" in warning and "hold_out" not in warning
 
 
 def test_no_row_to_score_is_an_error_before_training(held_out):
@@ -227,6 +240,21 @@ def test_without_a_plan_in_time_the_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.training.plan.apart.LINE_SECONDS", 0.01)
     recipe = tiny_recipe(tmp_path)
     assert cli("check", recipe).stdout.splitlines()[-1] == f"  memory, disk and hours: finetune plan {recipe}"
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(RepositoryNotFoundError, "the Hub has no such model"), (GatedRepoError, "its owner grants access one by one")],
+)
+def test_an_llm_that_the_hub_does_not_give_is_a_note_with_its_reason(error, why, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise error("refused", response=SimpleNamespace(status_code=404, headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("finetune.training.lengths.unreachable", lambda: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
+    result = check(tiny_recipe(tmp_path, model__llm={"name": "nobody/misspelled"}))
+    assert any(f"isn't known: 'nobody/misspelled': {why}" in note for note in result.notes)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A folder full of mistakes: each is found, the cleaned copy has none that stops training."""
 
+import base64
 import csv
 import json
 import shutil
@@ -12,6 +13,7 @@ from tiny import tiny_picture, tiny_recipe
 import finetune
 from finetune.commands._reader import Reader
 from finetune.common.errors import DataError, ModelError
+from finetune.data import sample
 from finetune.data.rows import read_splits
 
 BROKEN = {  # a row of train.csv -> what is found in it
@@ -182,6 +184,27 @@ def test_rows_are_held_out_as_training_holds_them_out(messy, checked, tmp_path):
     expected = {split: len(splits.of(split)) for split in ("train", "validation", "test")}
     assert {split: counts["rows"] for split, counts in result.summary["splits"].items()} == expected
     assert expected["validation"] > 0 and expected["test"] > 8
+
+
+def test_the_recipes_bound_of_embedded_media_holds_everywhere(tmp_path, monkeypatch):
+    """Also behind a line that can't be read."""
+    bounds = []
+    real = sample.stored
+
+    def spied(content, where, max_bytes):
+        bounds.append(max_bytes)
+        return real(content, where, max_bytes)
+
+    monkeypatch.setattr(sample, "stored", spied)
+    recipe = tiny_recipe(tmp_path, media={"max_bytes": 54321})
+    tiny_picture().save(tmp_path / "a.png")
+    picture = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    with (tmp_path / "data" / "train.csv").open("a", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([[picture, "red"], ["a.png", "red", "more"], [picture, "blue"]])
+    overrides = ["data.0.hold_out=0.1"]
+    finetune.data_check(recipe, overrides, out=tmp_path / "out", fix=tmp_path / "fixed", copy_media=True, workers=0)
+    finetune.data_preview(recipe, overrides, rows=20)
+    assert len(bounds) > 4 and {*bounds} == {54321}
 
 
 def test_text_alone_and_an_llm_that_reads_little(tmp_path):

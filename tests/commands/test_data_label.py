@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import part, tiny_picture, tiny_recipe
+from tiny import part, tiny_encoder, tiny_picture, tiny_recipe
 
 import finetune
 from finetune.commands import data_label
@@ -15,6 +15,7 @@ from finetune.common.errors import DataError, RecipeError
 from finetune.data.sample import Answer
 from finetune.model import load as loading
 from finetune.model.bindings import TaskBinding
+from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Limits
 
 
@@ -26,6 +27,7 @@ class Model:
             bindings={name: TaskBinding(task=task, head=part("heads", "language")) for name, task in tasks.items()}
         )
         self.asked: list[str] = []
+        self.encoders, self.limits = {"image": tiny_encoder()}, Limits()
 
     def ask(self, name, conversations, *, max_new_tokens, view=None):
         said = self.answers(conversations, max_new_tokens=max_new_tokens)
@@ -89,11 +91,31 @@ def test_a_model_proposes_once_for_what_has_no_label(rows, tmp_path, monkeypatch
     assert model.asked == ["cat", "ox"] and result.labelled == 2 and read(out)[2]["label"] == "bull"
 
 
+def test_a_medium_that_can_not_be_decoded_is_passed_over(rows, tmp_path, monkeypatch, capsys):
+    (tmp_path / "cat.png").write_bytes(b"no picture")
+    model = with_model(monkeypatch, Model(classify=part("tasks", "classify")))
+    result = finetune.data_label(rows, "run", out=tmp_path / "labels.csv")
+    assert model.asked == ["ox"] and result.proposed == 1 and read(result.out)[0]["proposed"] == ""
+    told = capsys.readouterr().err
+    assert "1 rows without a proposal" in told and "cat.png: not a picture" in told
+
+
+def test_a_file_is_read_with_the_columns_and_encoding_of_the_runs_recipe(rows, tmp_path, monkeypatch):
+    recipe = load_recipe(tiny_recipe(tmp_path / "project"))
+    source = recipe.data[0].model_copy(update={"columns": {"image": "照片", "label": "label"}})
+    (tmp_path / "run").mkdir()
+    recipe.model_copy(update={"data": [source, recipe.data[1]]}).save(tmp_path / "run" / "recipe.yaml")
+    rows.write_text(rows.read_text().replace("image", "照片").replace(",", ";"), encoding="utf-16")
+    model = with_model(monkeypatch, Model(classify=part("tasks", "classify")))
+    finetune.data_label(rows, tmp_path / "run", out=tmp_path / "labels.csv")
+    assert model.asked == ["cat", "ox"]
+
+
 def test_an_interrupted_round_of_proposals_goes_on(rows, tmp_path, monkeypatch):
     model = with_model(monkeypatch, Model(classify=part("tasks", "classify")))
     answers, out = model.answers, tmp_path / "labels.csv"
 
-    def breaks(conversations, *, max_new_tokens):
+    def breaks(conversations, *, max_new_tokens, view=None):
         if model.asked:
             raise KeyboardInterrupt
         return answers(conversations, max_new_tokens=max_new_tokens)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from time import process_time
 
 import pytest
 from cli import cli
@@ -15,8 +16,9 @@ import finetune
 from finetune.commands import predict as predicting
 from finetune.commands._answers_file import AnswersFile, PredictedRow
 from finetune.common.errors import DataError, RecipeError
-from finetune.data.questions import Input
+from finetune.data.questions import Input, read_inputs
 from finetune.data.sample import Row
+from finetune.recipe.schema import RowFile
 from finetune.recipe.yaml_reader import dump_yaml, read_yaml
 
 
@@ -133,6 +135,27 @@ def test_lines_within_cells_stay_as_they_are(end, suffix, tmp_path):
         assert [(row["text"], row["answer"]) for row in read(file.path)] == [(text, text)]
 
 
+def test_rows_of_two_tables_of_one_name_are_told_apart(tmp_path):
+    files = [tmp_path / folder / "test.csv" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("text\nred\n")
+    inputs, _ = read_inputs(files, (), lambda path: RowFile(path=path), 77)
+    assert [one.name for one in inputs] == [f"{file}:2" for file in files] and inputs[0].row.max_bytes == 77
+    assert read_inputs(files[:1], (), lambda path: RowFile(path=path), 77)[0][0].name == "test.csv:2"
+    with pytest.raises(DataError, match="named twice"):
+        read_inputs([files[0], files[0]], (), lambda path: RowFile(path=path), 77)
+
+
+def test_many_rows_are_compared_at_once(tmp_path):
+    """In seconds: with a comparison of all pairs it took minutes."""
+    (tmp_path / "rows.csv").write_text("text\n" + "red\n" * 30_000)
+    before = process_time()
+    with pytest.raises(DataError, match="30000 rows or files are named twice"):
+        read_inputs([tmp_path / "rows.csv"] * 2, (), lambda path: RowFile(path=path), 77)
+    assert process_time() - before < 10
+
+
 def test_answers_fed_back_keep_every_column(tmp_path):
     columns = {"row": "a", "answer": "b", "input_answer": "c", "input_input_answer": "d", "error": "e"}
     file = answers_file(tmp_path / "answers.csv", columns, columns)
@@ -232,12 +255,11 @@ def test_a_table_laid_out_as_the_training_rows_needs_no_options(
     (tmp_path / "december.csv").write_text("\n".join(lines), encoding=written)
 
     def unanswered(questions, rows):
-        asked = [questions._question(one, None)[-1].content[0] for one in rows]
+        asked = [questions._question(one)[-1].content[0] for one in rows]
         return [PredictedRow(one.name, one.columns, text) for one, text in zip(rows, asked, strict=True)]
 
     monkeypatch.setattr(predicting.Questions, "_batch", unanswered)
     monkeypatch.setattr(predicting, "_loaded", lambda run: None)
-    monkeypatch.setattr(predicting.Questions, "labels", ())
     rows = finetune.predict(run, tmp_path / "december.csv", task="words").rows
     assert [row.answer for row in rows] == [f"{text}\nSay it." for text in texts]
 
@@ -288,6 +310,13 @@ def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
     with pytest.raises(DataError, match="no image in it, of 1 files"):
         finetune.predict(plain, pictures, out)
     assert not out.exists()
+
+
+def test_a_file_of_something_else_is_refused_before_the_model_is_loaded(plain, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicting, "_loaded", lambda run: pytest.fail("loaded"))
+    (tmp_path / "answers.csv").write_text("name,phone\nAnn,1\n")
+    with pytest.raises(DataError, match="columns are others"):
+        finetune.predict(plain, pictures, tmp_path / "answers.csv")
 
 
 def test_a_file_of_something_else_stays_as_it_is(plain, pictures, tmp_path):

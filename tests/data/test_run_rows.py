@@ -3,7 +3,7 @@
 import pytest
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
-from finetune.common.errors import DataError
+from finetune.common.errors import ArtifactError, DataError
 from finetune.common.run_folder import RunFolder
 from finetune.data.rows import read_splits
 from finetune.data.run_rows import keep_rows, splits_of_run
@@ -51,3 +51,10 @@ def test_a_held_out_row_that_was_changed_is_named_with_its_file(begun):
         splits_of_run(folder, recipe)
     assert f"{path}: changed since" in str(caught.value) and "1 of 8" in str(caught.value)
     assert str(caught.value).endswith(row.where) and "train anew" in str(caught.value)
+
+
+def test_a_damaged_list_of_held_out_rows_is_named(begun):
+    folder, recipe, _ = begun
+    (folder.data / "held_out.json").write_text('{"test": [{"key": 3}]}')
+    with pytest.raises(ArtifactError, match=r"held_out.json is damaged: validation: Field required"):
+        splits_of_run(folder, recipe)

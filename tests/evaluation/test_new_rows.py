@@ -87,3 +87,11 @@ def test_rows_in_another_encoding_than_the_recipes_are_read(run, finished_run, t
         (tmp_path / f"{name}.csv").write_text(text.replace(",", ";"), encoding=written)
         new = NewRows.of(recipe, tmp_path / f"{name}.csv", "words", None, None, named)
         assert all("carré" in sample.messages[0].content[0] for sample in new.samples(recipe.media))
+
+
+@pytest.mark.parametrize("option", [{"task": "x"}, {"columns": {"a": "b"}}, {"encoding": "big5"}, {"out": "here"}])
+def test_options_of_rows_without_rows_are_refused(option, tmp_path):
+    with pytest.raises(RecipeError, match=r"task=, columns=, .* are about other rows: name them with data="):
+        finetune.evaluate(tmp_path, **option)
+    done = cli("evaluate", tmp_path, "--task", "x")
+    assert done.returncode == 2 and "name them with --data" in done.stderr

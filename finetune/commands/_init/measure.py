@@ -12,7 +12,7 @@ from finetune.data.media.audio import RATE
 from finetune.data.media.image import image_size
 from finetune.data.rows import error_list, group_of, read_rows
 from finetune.data.sample import Medium, Sample
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import Limits, Source
 
 MEASURED = 24  # media of a kind that are opened
 TURN = 12  # tokens of a chat template around a turn
@@ -67,7 +67,7 @@ def usable_rows(source: Source) -> Rows:
     """Raises DataError if no row is usable."""
     usable: list[tuple[Sample, str]] = []
     wrong: list[str] = []
-    for row in read_rows(source):
+    for row in read_rows(source, Limits().max_bytes):
         try:
             usable.append((source.task.sample(row), group_of(row, source)))
         except DataError as error:

@@ -26,16 +26,17 @@ REFERENCING = ("table", "messages", "llava", "sharegpt")  # formats whose rows n
 
 
 def clean_copy(
-    ledger: Ledger, sources: Sequence[Source], folder: Path, copy_media: bool
+    ledger: Ledger, sources: Sequence[Source], folder: Path, copy_media: bool, max_bytes: int
 ) -> tuple[list[Source], int, int, bool]:
     """Write rows-N.csv or rows-N.jsonl for each source, and quarantine.jsonl. Returns the sources of the copy, with
     paths relative to `folder`, how many rows were written, how many left out, and whether each source has some left.
 
     Tables stay CSV (TSV stays TSV), all else becomes JSON lines. Media stay where they are, or are copied to `media/`
     each content once: with `copy_media`, and from formats that keep them otherwise than as files named in rows.
+    `max_bytes`: of embedded media.
     """
     with (folder / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
-        cleaner = _Cleaner(ledger, folder, copy_media, file)
+        cleaner = _Cleaner(ledger, folder, copy_media, max_bytes, file)
         cleaned = [cleaner.clean(source, f"rows-{index}") for index, source in enumerate(sources)]
     return cleaned, cleaner.written, cleaner.quarantined, not cleaner.emptied
 
@@ -43,10 +44,10 @@ def clean_copy(
 class _Cleaner:
     """Writes rows to the copy or to the quarantine; rows are numbered over all sources, as in the ledger."""
 
-    def __init__(self, ledger: Ledger, folder: Path, copy_media: bool, quarantine: TextIO) -> None:
+    def __init__(self, ledger: Ledger, folder: Path, copy_media: bool, max_bytes: int, quarantine: TextIO) -> None:
         self.ledger = ledger
         self.folder = folder
-        self.copy_media = copy_media
+        self.copy_media, self.max_bytes = copy_media, max_bytes
         self.quarantine = quarantine
         self.numbers = count()
         self.written = self.quarantined = self.emptied = 0
@@ -65,9 +66,8 @@ class _Cleaner:
         with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer: csv.DictWriter[str] | None = None
             # Under the file's own names of columns: the recipe goes on renaming them.
-            for row, number in zip(
-                lenient_rows(source.model_copy(update={"columns": {}}), unreadable), self.numbers, strict=False
-            ):
+            rows = lenient_rows(source.model_copy(update={"columns": {}}), unreadable, self.max_bytes)
+            for row, number in zip(rows, self.numbers, strict=False):
                 if table and writer is None:
                     writer = csv.DictWriter(file, row.columns, delimiter=DELIMITERS[suffix])
                     writer.writeheader()

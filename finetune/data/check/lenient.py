@@ -14,7 +14,7 @@ from finetune.common.errors import DataError
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
 from finetune.data.read import detected, read_rows
 from finetune.data.sample import Row
-from finetune.recipe.schema import Limits, RowFile
+from finetune.recipe.schema import RowFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SAMPLE_BYTES = 1 << 18  # of lines that aren't UTF-8, to detect their encoding by
@@ -31,7 +31,7 @@ LONGEST = 1_000  # lines of one quoted field; beyond them its closing quote is t
 Report = Callable[[int, str, str], None]  # number of the line (0: the file), what is wrong with it, the line itself
 
 
-def lenient_rows(source: RowFile, report: Report, max_bytes: int = Limits().max_bytes) -> Iterator[Row]:
+def lenient_rows(source: RowFile, report: Report, max_bytes: int) -> Iterator[Row]:
     """The rows of a source, under the line numbers of its file. What can't be read goes to `report`; reading then goes
     on with the next row of CSV, TSV and JSON, and ends with other formats.
     """
@@ -63,9 +63,9 @@ def lenient_rows(source: RowFile, report: Report, max_bytes: int = Limits().max_
         source = source.model_copy(update=readable)
         if suffix in DELIMITERS:
             delimiter = getattr(options, "delimiter", None) or DELIMITERS[suffix]
-            yield from _rest_of_table(source, copy, last, encoding, delimiter, report)
+            yield from _rest_of_table(source, copy, last, encoding, delimiter, report, max_bytes)
         else:
-            yield from _rest_of_lines(source, copy, last, encoding, report)
+            yield from _rest_of_lines(source, copy, last, encoding, report, max_bytes)
 
 
 def encoding_of(path: Path) -> str:
@@ -115,14 +115,16 @@ def _is_common_chinese(content: bytes, encoding: str) -> bool:
     return count >= max(FEWEST_HAN, MOSTLY * len(letters))
 
 
-def _rest_of_lines(source: RowFile, copy: Path, last: int, encoding: str, report: Report) -> Iterator[Row]:
+def _rest_of_lines(
+    source: RowFile, copy: Path, last: int, encoding: str, report: Report, max_bytes: int
+) -> Iterator[Row]:
     """Rows of JSON lines, or of an array, behind row `last`."""
     of_copy = source.model_copy(update={"path": copy})
     with source.path.open(encoding=encoding, errors="replace") as file:
         for number, line in islice(enumerate(_elements(file, source.path, report), 1), last, None):
             copy.write_text(f"{line}\n", encoding="utf-8")
             try:
-                for row in read_rows(of_copy):
+                for row in read_rows(of_copy, max_bytes):
                     yield replace(row, path=source.path, number=number)
             except DataError as error:
                 text = str(error).replace(str(copy), str(source.path))
@@ -142,7 +144,7 @@ def _elements(file: TextIO, path: Path, report: Report) -> Iterator[str]:
 
 
 def _rest_of_table(
-    source: RowFile, copy: Path, last: int, encoding: str, delimiter: str, report: Report
+    source: RowFile, copy: Path, last: int, encoding: str, delimiter: str, report: Report, max_bytes: int
 ) -> Iterator[Row]:
     """Rows of a table behind line `last`. Lines that aren't rows are left empty, so that others keep their numbers."""
     # An undecodable byte becomes U+FFFD, a finding of the row.
@@ -152,7 +154,7 @@ def _rest_of_table(
     ):
         _sieve(lines, file, report, source.path.name, delimiter)
     try:
-        for row in read_rows(source.model_copy(update={"path": copy})):
+        for row in read_rows(source.model_copy(update={"path": copy}), max_bytes):
             if row.number > last:
                 yield replace(row, path=source.path)
     except DataError as error:

@@ -22,8 +22,9 @@ from finetune.data.hold_out import assigned, connected
 from finetune.data.rows import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import RowFile
+from finetune.recipe.schema import Limits, RowFile
 
+MAX_BYTES = Limits().max_bytes  # of embedded media, which are refused
 SPLITS = ("train", "validation", "test")
 
 
@@ -135,7 +136,7 @@ def _keys(source: RowFile, plan: SplitPlan, media_columns: frozenset[str]) -> tu
     keys: list[list[str]] = []
     labels: list[str] = []
     digests: dict[Path, str] = {}
-    for row in read_rows(source):
+    for row in read_rows(source, MAX_BYTES):
         for column in (plan.group, plan.stratify):
             if column is not None and row.columns.get(column) in (None, ""):
                 raise DataError(
@@ -211,7 +212,7 @@ def _write(source: RowFile, into: Path, chosen: Sequence[str]) -> dict[str, Path
 
 def _write_table(source: RowFile, files: Mapping[str, TextIO], chosen: Sequence[str], delimiter: str) -> None:
     writers: dict[str, csv.DictWriter[str]] = {}
-    for split, row in zip(chosen, read_rows(source), strict=True):
+    for split, row in zip(chosen, read_rows(source, MAX_BYTES), strict=True):
         if split not in writers:
             writers[split] = csv.DictWriter(files[split], row.columns, delimiter=delimiter)
             writers[split].writeheader()
@@ -232,7 +233,7 @@ def _json_rows(source: RowFile) -> Iterator[str]:
     """Rows of JSON as the file has them, a line each; of other formats as JSON, media relative to the folder."""
     path = source.path
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        for row in read_rows(source):
+        for row in read_rows(source, MAX_BYTES):
             relative = partial(_relative, row.media_folder)
             columns = {name: in_rows.replaced(value, name, relative) for name, value in row.columns.items()}
             yield json.dumps(columns, ensure_ascii=False)

@@ -10,7 +10,7 @@ from finetune.recipe.schema import Source
 
 def read(path, task="classify"):
     told = []
-    rows = list(lenient_rows(Source(path=path, task=part("tasks", task)), lambda *what: told.append(what)))
+    rows = list(lenient_rows(Source(path=path, task=part("tasks", task)), lambda *what: told.append(what), 10**6))
     return rows, told
 
 

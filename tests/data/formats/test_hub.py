@@ -131,14 +131,14 @@ def named(name: str, path):
 def test_a_dataset_reads_no_file_of_this_machine_by_naming_it(name, tmp_path):
     put(tmp_path / "secret.png", picture())
     (tmp_path / "data").mkdir()
-    (row,) = read_rows(RowFile(path=named(name, tmp_path / "data" / "d.parquet")))
+    (row,) = read_rows(RowFile(path=named(name, tmp_path / "data" / "d.parquet")), 10**6)
     with pytest.raises(DataError, match=r"d.parquet:1: .*(outside|not of http|no address)"):
         row.media(("image",))
 
 
 def test_files_that_datasets_itself_cached_are_read_where_they_are(tmp_path):
     file = put(tmp_path / "cache" / "datasets" / "a.png", picture())
-    (row,) = read_rows(RowFile(path=named(str(file), tmp_path / "d.parquet")))
+    (row,) = read_rows(RowFile(path=named(str(file), tmp_path / "d.parquet")), 10**6)
     assert row.media(("image",))[0].path == file
     named(str(file.parent / ".." / ".." / "a.png"), tmp_path / "d.parquet")
     assert isinstance(read(tmp_path / "d.parquet")[0]["image"], str)
