@@ -2,29 +2,29 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetune.common import display
 from finetune.common.errors import RecipeError
-from finetune.common.hub import PROBE_SECONDS, reason, unreachable
-from finetune.common.run_folder import JsonObject
 from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import Llm, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
-from finetune.training.lengths import estimate, settings_of
+from finetune.training.lengths import estimate, fetch_settings, settings_of
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
 # Of these families transformers loads the text part of a vision-language checkpoint by itself.
 TEXT_PART_LOADS = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
+# Sections of the configs of models with encoders; and any that ends in _encoder_config.
+OWN_ENCODERS = {f"{name}_config" for name in ("vision", "audio", "thinker", "vq", "codec", "vlm", "encoder")}
+ENCODES_BYTES = ("blt",)  # of text, in its encoder_config
 
 
 @dataclass(frozen=True, repr=False)
 class CheckedRecipe:
     """`recipe`: as written; `splits`: {split: counts}; `numbers`: what a run puts in the place of `auto`, and why;
-    `stages`: steps of each, () where the tokenizer isn't at hand; `warnings`: what makes a run a waste; `notes`: what
-    its author may not expect, and what couldn't be checked.
+    `stages`: steps of each, () where the tokens of media aren't known; `warnings`: what makes a run a waste; `notes`:
+    what its author may not expect, and what couldn't be checked.
     """
 
     recipe: Recipe
@@ -62,26 +62,28 @@ class CheckedRecipe:
 
 def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     """Read a recipe and its rows, and check that their media exist, that the LLM is one, that there are rows to score,
-    and that the stages have steps enough.
+    and that the stages have steps enough. Downloads the settings and tokenizers that this takes, no weights.
 
     Raises RecipeError, DataError.
     """
     loaded = as_recipe(recipe, overrides)
     refuse_missing_trackers(loaded)
-    notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm)]
+    refused = fetch_settings(loaded.model)
+    notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm, refused.get(loaded.model.llm.name))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)
     refuse_empty_splits(splits, loaded)
     warnings = list(few_rows(splits, loaded))
     stages: tuple[StageSteps, ...] = ()
     estimated = estimate(loaded.model, splits.train)
     chosen = numbers_at_hand(loaded, splits.train, estimated)
-    if estimated is None:
-        notes.append("steps aren't counted: the tokenizer of model.llm is neither a folder's nor in the Hub's cache")
-    elif estimated.unknown:
+    if estimated is not None and estimated.unknown:
         notes.append(
-            f"steps aren't counted: only the encoder's weights tell how many tokens {', '.join(estimated.unknown)} has"
+            f"steps aren't counted: how many tokens {', '.join(estimated.unknown)} has isn't known, without the "
+            "encoder's config, or before it is loaded"
         )
-    elif chosen is not None:
+    elif estimated is not None and chosen is not None:
+        if estimated.by_characters:
+            notes.append("steps are rough, tokens being estimated from characters: the LLM's tokenizer isn't at hand")
         stages = steps_of(chosen.train, splits.train, estimated.lengths)
         longest = longest_row(loaded, splits.train, estimated)
         warnings += _few_steps(chosen.train, splits, estimated.lengths, longest, stages)
@@ -114,22 +116,21 @@ def _few_steps(
     yield f"few optimizer steps to learn from ({steps}): {', '.join(changes)} would give about {more}"
 
 
-def refuse_multimodal(llm: Llm) -> Iterator[str]:
+def refuse_multimodal(llm: Llm, why: str | None = None) -> Iterator[str]:
     """Notes, where the LLM's config isn't at hand. Raises RecipeError where it is that of a model with encoders of its
-    own, or of one that isn't a causal LM.
+    own, or of one that isn't a causal LM. `why`: the Hub gives no config.
     """
     if llm.name.endswith(".gguf"):
         return
-    config, why = settings_of(llm.name, llm.revision, "config.json"), None
-    if not config and not Path(llm.name).exists():
-        config, why = _downloaded_config(llm)
+    config = settings_of(llm.name, llm.revision, "config.json")
     if not config:
-        because = why or f"there is no config.json of {llm.name!r} at hand"
+        because = f"{llm.name!r}: {why}" if why else f"there is no config.json of {llm.name!r} at hand"
         yield f"whether model.llm is a text-only LLM isn't known: {because}"
         return
     what = (config.get("architectures") or [config.get("model_type")])[0]
-    own = [key.removesuffix("_config") for key in ("vision_config", "audio_config", "thinker_config") if key in config]
-    if own and config.get("model_type") not in TEXT_PART_LOADS:
+    sections = [key for key in config if key in OWN_ENCODERS or key.endswith("_encoder_config")]
+    own = ["vision"] if config.get("model_type") == "fuyu" else [key.removesuffix("_config") for key in sections]
+    if own and config.get("model_type") not in (*TEXT_PART_LOADS, *ENCODES_BYTES):
         inner = [config.get(key) for key in ("text_config", "llm_config", "language_config")]
         names = [part["_name_or_path"] for part in inner if isinstance(part, dict) and part.get("_name_or_path")]
         advice = f"take its text LLM, {names[0]!r}" if names else "take the text LLM that it was made from"
@@ -138,17 +139,3 @@ def refuse_multimodal(llm: Llm) -> Iterator[str]:
         )
     if config.get("is_encoder_decoder"):
         raise RecipeError(f"model.llm.name: {llm.name!r} is a {what}, an encoder and decoder; take a decoder-only LLM")
-
-
-def _downloaded_config(llm: Llm) -> tuple[JsonObject, str | None]:
-    """The config from the Hub; where it gives none, {} and the reason."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if unreachable() is not None:
-        return {}, None
-    try:
-        hf_hub_download(llm.name, "config.json", revision=llm.revision, etag_timeout=PROBE_SECONDS)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        return {}, f"{llm.name!r}: {reason(error)}"
-    return settings_of(llm.name, llm.revision, "config.json"), None

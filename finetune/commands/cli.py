@@ -2,20 +2,17 @@
 
 import json
 import logging
-import os
 import re
-import shlex
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.common.errors import FinetuneError, Interrupted, RecipeError, options_as_flags
+from finetune.commands._interrupts import how_to_go_on
+from finetune.common.errors import FinetuneError, RecipeError, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
@@ -145,11 +142,16 @@ def ask(question: "Question") -> str:
 @app.command()
 def check(recipe: RecipeFile, set_: Set = None) -> None:
     """Read a recipe and its rows, and say what is wrong with them."""
-    from finetune.commands.check import check
-    from finetune.training.plan.apart import plan_line
+    from rich.console import Console
 
-    print(f"{recipe}: OK", check(recipe, set_ or []), sep="\n", flush=True)
-    print(f"  {plan_line(recipe, set_ or []) or f'memory, disk and hours: finetune plan {recipe}'}")
+    from finetune.commands.check import check
+    from finetune.training.plan.apart import LINE_SECONDS, planning
+
+    with planning(recipe, set_ or []) as finish:  # it takes longer than the check
+        print(f"{recipe}: OK", check(recipe, set_ or []), sep="\n", flush=True)
+        with Console(stderr=True).status("plan"):
+            figures = finish(LINE_SECONDS)
+    print(f"  {figures['line'] if figures else f'memory, disk and hours: finetune plan {recipe}'}")
 
 
 @app.command()
@@ -186,10 +188,11 @@ def train(
 
     loaded = load_recipe(recipe, set_ or [])  # so that a mistake is reported before torch is imported
     refuse_missing_trackers(loaded)
-    RunFolder(run or Path("runs") / loaded.name).refuse_taken(resume, overwrite)
-    from finetune.training.train import train
+    folder = RunFolder(run or Path("runs") / loaded.name)
+    folder.refuse_taken(resume, overwrite)
+    with how_to_go_on("train", recipe, set_ or [], folder):
+        from finetune.training.train import train
 
-    with how_to_go_on("train", recipe, set_ or []):
         train(loaded, run, resume, overwrite)
 
 
@@ -400,9 +403,11 @@ def run(
     """The whole way: check, train, evaluate, merge, one question about a held-out row, and the report."""
     from finetune.commands.run import run as run_all
     from finetune.commands.tables import print_run, print_scores
+    from finetune.recipe.load import load_recipe
 
-    with how_to_go_on("run", recipe, set_ or []):
-        result = run_all(recipe, set_ or [], run, resume, overwrite, print_scores)
+    loaded = load_recipe(recipe, set_ or [])
+    with how_to_go_on("run", recipe, set_ or [], RunFolder(run or Path("runs") / loaded.name)):
+        result = run_all(loaded, (), run, resume, overwrite, print_scores)
     print_run(result)
 
 
@@ -615,23 +620,6 @@ def columns_of(given: Sequence[str]) -> dict[str, str]:
         if not (ours and equals and theirs):
             raise RecipeError(f"--columns {one}: write the task's column, = and the file's, as image=photo")
     return {ours: theirs for ours, _, theirs in pairs}
-
-
-@contextmanager
-def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str]) -> Iterator[None]:
-    """Adds the command that goes on to the message of a training that a signal has stopped."""
-    try:
-        yield
-    except Interrupted as stopped:
-        program = ["finetune" if shutil.which("finetune") == sys.argv[0] else sys.argv[0]]
-        if Path(sys.argv[0]).name != "finetune":
-            program = [sys.executable, "-m", "finetune.commands.cli"]
-        sets = [word for assignment in overrides for word in ("--set", assignment)]
-        command = shlex.join([*program, verb, str(recipe), *sets, "--run", str(stopped.run), "--resume"])
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        launched = f", launched for {processes} processes as before" if processes > 1 else ""
-        message = f"{stopped}\nto go on{launched}:\n  {command}"
-        raise Interrupted(message, stopped.signal_number, stopped.run) from None
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def run(
     from finetune.training.train import train
 
     for line in checked.remarks():
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line)
     folder = train(checked.recipe, run, resume, overwrite)
     evaluation = evaluate(folder)
     report(folder)

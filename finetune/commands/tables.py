@@ -5,11 +5,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from finetune.common.console import plain_console
 from finetune.data.check.ledger import CODES
 from finetune.data.rows import SHOWN, error_list
 
@@ -89,7 +88,7 @@ def print_plan(result: "Plan") -> None:
     table.add_section()
     table.add_row(*together)
     table.add_row(*time)
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(table)
     console.print(
         f"{size(result.needed)} of a card are needed, in the phase '{result.fullest.name}', in {result.dtype}"
@@ -100,14 +99,11 @@ def print_plan(result: "Plan") -> None:
         if change is not None:
             verdict = "tight" if change.needed > TIGHT * nominal * USABLE * GIB else "fits"
             verdict += f" with {change} ({change.needed / GIB:.1f} GiB)" if change.keys else ""
-        console.print(f"  {nominal:>2} GB: {verdict}", soft_wrap=True)
+        console.print(f"  {nominal:>2} GB: {verdict}")
     for what, amounts in (("disk", result.disk), ("later", result.memory_elsewhere)):
-        console.print(
-            f"{what}: " + ", ".join(f"{name} {size(amount)}" for name, amount in amounts.items() if amount),
-            soft_wrap=True,
-        )
+        console.print(f"{what}: " + ", ".join(f"{name} {size(amount)}" for name, amount in amounts.items() if amount))
     for note in result.notes:
-        console.print(f"({note})", style="dim", soft_wrap=True)
+        console.print(f"({note})", style="dim")
     print(result.line())
 
 
@@ -120,7 +116,7 @@ def print_trials(result: "SweepResult") -> None:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    plain_console().print(table)
     if size := result.sample_size():
         print(size)
     if result.compared:
@@ -153,7 +149,7 @@ def print_scores(result: "EvaluationResult") -> None:
             table.add_row(row.metric + " ↓" * row.lower_is_better, *cells)
         lower = "; ↓ lower is better" if any(row.lower_is_better for row in scores.metrics) else ""
         print(f"{scores.task}, n = {scores.rows:,}{lower}")
-        Console().print(table)
+        plain_console().print(table)
         print(f"{sentences.get(scores.task, '')}\n")
 
 
@@ -169,16 +165,16 @@ def print_findings(result: "CheckResult") -> None:
     for code, count in summary["findings"].items():
         severity, title = CODES[code]
         colour = "red" if severity == "error" else "yellow"
-        table.add_row(f"[{colour}]{severity}[/]", f"{count:,}", title, escape(summary["examples"][code]))
+        table.add_row(Text(severity, colour), f"{count:,}", title, summary["examples"][code])
     if summary["findings"]:
-        Console().print(table)
+        plain_console().print(table)
     print(f"{result.errors:,} errors, {result.warnings:,} warnings: {result.html}, {result.json}")
     if fixed := result.fixed:
         print(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
 
 
 def print_previews(previews: "Previews") -> None:
-    console = Console(highlight=False)
+    console = plain_console()
     for preview in previews:
         console.print(Text(f"{preview.where}  {preview.summary}", "bold"))
         text = Text(preview.problem, "red")

@@ -10,12 +10,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from finetune.common.console import plain_console
+
 # Of several processes one speaks.
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+console = plain_console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def peak_memory_bytes() -> dict[str, int]:
@@ -39,10 +40,10 @@ def fresh_memory() -> None:
 def bar(what: str, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar; call what it gives once a step, with text to show beside it. `completed`: steps done before."""
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<18}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(compact=True),
     )
     # In notebooks rich's own display needs ipywidgets, and warns where they are missing.

@@ -78,7 +78,7 @@ def export_run(
             step()
     notes = tuple(note.replace("FOLDER", str(folder)) for note in exported.notes)
     for note in notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(note)
     return ExportResult(to, exported.model_class, exported.reason, notes, folder, verification, not_verified)
 
 

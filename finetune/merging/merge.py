@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from finetune.common import certificate
@@ -234,12 +233,11 @@ def show(merged: Certificate, folder: Path) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for row in rows:
-        table.add_column(escape(row[0]), justify="right")
+        table.add_column(row[0], justify="right")
     for number, name in enumerate(names[1:], 1):
-        table.add_row(escape(name), *(escape(row[number]) for row in rows))
+        table.add_row(name, *(row[number] for row in rows))
     console.print(table)
     console.print(
         f"merged into {merged.merged_into}: {merged.saved.agreement:.1%} of {merged.positions} next tokens as "
-        f"trained; {merged.why}; scores on {merged.rows_scored} of {merged.rows_held_out} held-out rows; {folder}",
-        markup=False,
+        f"trained; {merged.why}; scores on {merged.rows_scored} of {merged.rows_held_out} held-out rows; {folder}"
     )

@@ -40,7 +40,7 @@ class AutoNumbers:
         refuse_empty_splits(splits, recipe)
         self.samples = splits.train
         estimated = estimate(recipe.model, self.samples)
-        if estimated is None or estimated.unknown:
+        if estimated is None or estimated.unknown or estimated.by_characters:
             estimated = _tokenized(recipe, self.samples)
         self.lengths, self.longest = estimated.lengths, longest_row(recipe, self.samples, estimated)
 

@@ -6,30 +6,36 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from finetune.common.errors import ModelError
+from finetune.common.hub import PROBE_SECONDS, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.parts import EncoderPart
-from finetune.recipe.schema import Model
+from finetune.recipe.schema import Llm, Model
 
+LLM_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ENCODER_FILES = ("config.json", "preprocessor_config.json")
 COUNTED = 1000  # samples; the others are taken to be as long
 LONGEST = 50  # samples with the most text, media or bytes, counted too
 MARK_TOKENS = 4  # "1.5s " before a frame
+BYTES = 4  # of UTF-8 a token, where the tokenizer isn't at hand: an English word, or a Chinese character and a third
 STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
 
 
 @dataclass(frozen=True)
 class Estimate:
     """`lengths`: tokens of each sample; `longest`: of the longest, with as many tiles as it may have; `unknown`: kinds
-    of media that both leave out.
+    of media that both leave out; `by_characters`: text was counted without the tokenizer.
     """
 
     lengths: list[int]
     longest: int
     unknown: tuple[str, ...]
+    by_characters: bool = False
 
 
 def local_file(name: str, revision: str | None, file: str) -> Path | None:
@@ -46,6 +52,29 @@ def local_file(name: str, revision: str | None, file: str) -> Path | None:
     return None
 
 
+def fetch_settings(model: Model) -> dict[str, str]:
+    """Download into the Hub's cache what tells how long the rows are, where it isn't there: settings and tokenizers, no
+    weights; without a network, nothing. Returns why the Hub refuses: {model: reason}.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+
+    parts: list[Any] = [(model.llm, LLM_FILES), *((part.options, ENCODER_FILES) for part in model.encoders.values())]
+    refused = {}
+    for source, files in parts:
+        if Path(source.name).exists() or source.name.endswith(".gguf"):
+            continue
+        try:
+            for file in files:
+                known = try_to_load_from_cache(source.name, file, revision=source.revision)
+                if known is None and unreachable() is None:
+                    with suppress(RemoteEntryNotFoundError):
+                        hf_hub_download(source.name, file, revision=source.revision, etag_timeout=PROBE_SECONDS)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            refused[source.name] = reason(error)
+    return refused
+
+
 def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
     path = local_file(name, revision, file)
     with suppress(OSError, ValueError):
@@ -55,21 +84,28 @@ def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
 
 
 def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
-    """The lengths of samples; None where the tokenizer isn't at hand."""
-    path = local_file(model.llm.name, model.llm.revision, "tokenizer.json")
-    if path is None or not samples:
+    """The lengths of samples; None where there are none."""
+    if not samples:
         return None
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception:  # of the Rust library, for a file of another version
-        return None
+    tokenizer = _tokenizer(model.llm)
     counter = _Counter(model, tokenizer, _Template(model))
     numbers = random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
     known = {number: counter.tokens(samples[number]) for number in {*numbers, *likely_longest(samples)}}
     lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
-    return Estimate(lengths, max(most for _, most in known.values()), tuple(sorted(counter.unknown)))
+    longest = max(most for _, most in known.values())
+    return Estimate(lengths, longest, tuple(sorted(counter.unknown)), by_characters=tokenizer is None)
+
+
+def _tokenizer(llm: Llm) -> Any:
+    """Of the library tokenizers; None where its file isn't at hand."""
+    path = local_file(llm.name, llm.revision, "tokenizer.json")
+    if path is None:
+        return None
+    from tokenizers import Tokenizer
+
+    with suppress(Exception):  # of the Rust library, for a file of another version
+        return Tokenizer.from_file(str(path))
+    return None
 
 
 def likely_longest(samples: Sequence[Sample]) -> set[int]:
@@ -103,7 +139,10 @@ class _Counter:
     def tokens(self, sample: Sample) -> tuple[int, int]:
         """About how many, and at most."""
         text = self.template.render(sample)
-        count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        if self.tokenizer is None:
+            count = ceil(len(text.encode()) / BYTES)
+        else:
+            count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
         media = [self.of_medium(medium) for medium in sample.media]
         return count + sum(usual for usual, _ in media), count + sum(most for _, most in media)
 

@@ -9,17 +9,19 @@ import numpy
 import pytest
 import soundfile
 from cli import cli
+from hub_server import Hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from loopback import asked_of, hub_on_loopback
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
 
 import finetune
 from finetune.commands._reader import Reader
-from finetune.commands.check import TEXT_PART_LOADS, check
+from finetune.commands.check import TEXT_PART_LOADS, check, refuse_multimodal
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.rows import read_splits
 from finetune.data.sample import Medium, Message, Sample
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Model
+from finetune.recipe.schema import Llm, Model
 from finetune.training.lengths import estimate
 from finetune.training.pack import plan_rows
 
@@ -112,7 +114,7 @@ def test_steps_are_counted_and_what_gives_more_is_enough(tmp_path):
     assert not [text for text in again.warnings if "optimizer steps" in text]
 
 
-def test_numbers_for_auto_are_printed_where_the_tokenizer_is_at_hand(tmp_path, monkeypatch):
+def test_numbers_for_auto_are_printed_where_the_encoders_config_is_at_hand(tmp_path):
     tune = {"name": "tune", "trains": ["projectors"], "learning_rate": 0.001, "epochs": "auto"}
     recipe = tiny_recipe(tmp_path, train__tokens_per_batch="auto", train__stages=[tune])
     result = check(recipe)
@@ -121,10 +123,9 @@ def test_numbers_for_auto_are_printed_where_the_tokenizer_is_at_hand(tmp_path, m
     assert lines[first + 1] == "  epochs: 9 in stage tune, so that its 12 rows give 108 steps"
     assert lines[first + 2] == "  stage tune: about 108 optimizer steps, 9 epochs of 12 rows"
     assert result.recipe.train.tokens_per_batch == "auto" and not any("steps" in text for text in result.warnings)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    unknown = check(recipe, ["model.llm.name=nobody/has-this-llm"])
-    assert unknown.numbers == unknown.stages == ()
-    assert any("chosen when the run begins" in note for note in unknown.notes)
+    unread = check(recipe, ["model.encoders.image.name=nobody/has-this-encoder"])
+    assert unread.numbers == unread.stages == ()
+    assert any("chosen when the run begins" in note for note in unread.notes)
 
 
 def test_estimated_lengths_are_those_of_the_tokens(tmp_path):
@@ -155,6 +156,15 @@ def test_estimated_lengths_are_those_of_the_tokens(tmp_path):
             "is a Qwen2VLForConditionalGeneration, with encoders of its own",
         ),
         (
+            {"architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon", "vq_config": {}},
+            r"is a ChameleonForConditionalGeneration, with encoders of its own \(vq\)",
+        ),
+        (
+            {"architectures": ["VibeVoiceAsr"], "acoustic_tokenizer_encoder_config": {}, "text_config": {}},
+            r"is a VibeVoiceAsr, with encoders of its own \(acoustic_tokenizer_encoder\)",
+        ),
+        ({"architectures": ["FuyuForCausalLM"], "model_type": "fuyu"}, r"encoders of its own \(vision\)"),
+        (
             {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
             "is a T5ForConditionalGeneration, an encoder and decoder",
         ),
@@ -167,10 +177,69 @@ def test_an_llm_with_encoders_of_its_own_is_refused_by_its_config(config, messag
         check(recipe)
 
 
-def test_an_unknown_llm_is_a_note(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    result = check(tiny_recipe(tmp_path, model__llm={"name": "nobody/has-this-llm"}))
-    assert any("'nobody/has-this-llm'" in note for note in result.notes) and result.stages == ()
+def test_without_the_llms_files_steps_are_rough(tmp_path):
+    known = check(tiny_recipe(tmp_path))
+    result = check(tmp_path / "recipe.yaml", ["model.llm.name=nobody/has-this-llm"])
+    assert any("'nobody/has-this-llm'" in note for note in result.notes)
+    assert any("steps are rough" in note for note in result.notes)
+    for rough, stage in zip(result.stages, known.stages, strict=True):
+        assert stage.steps / 2 <= rough.steps <= stage.steps * 2
+
+
+@pytest.fixture
+def on_the_hub(tmp_path, monkeypatch):
+    """(a Hub that has the tiny recipe's LLM and encoder, the recipe that names them) and an empty cache."""
+    recipe = tiny_recipe(tmp_path)
+    content = json.loads(recipe.read_text())
+    content["model"]["llm"]["name"], content["model"]["encoders"]["image"]["name"] = "someone/llm", "someone/encoder"
+    recipe.write_text(json.dumps(content))
+    with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "hub"):
+        for name in ("llm", "encoder"):
+            hub.add(f"someone/{name}", tmp_path / name)
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": tmp_path / "hub", "HF_HUB_OFFLINE": 0}.items():
+            monkeypatch.setenv(name, str(value))  # for processes of their own
+        yield hub, recipe
+
+
+def weights_asked_for(hub: Hub) -> list[str]:
+    return [path for method, path in hub.requests if method == "GET" and "safetensors" in path]
+
+
+def test_steps_are_counted_from_files_that_are_downloaded_once(on_the_hub, tmp_path):
+    hub, recipe = on_the_hub
+    result = check(recipe)
+    local = check(recipe, [f"model.llm.name={tmp_path / 'llm'}", f"model.encoders.image.name={tmp_path / 'encoder'}"])
+    assert result.stages == local.stages and len(result.stages) == 2 and not result.notes
+    assert not weights_asked_for(hub)
+    hub.requests.clear()
+    assert check(recipe).stages == result.stages and not [path for _, path in hub.requests if "resolve" in path]
+
+
+def test_a_gated_llm_is_asked_for_once(on_the_hub):
+    hub, recipe = on_the_hub
+    hub.faults["llm/resolve"] = (403, 0)
+    result = check(recipe)
+    assert any("steps are rough" in note for note in result.notes) and result.stages
+    assert len([path for _, path in hub.requests if "llm/resolve" in path]) == 1
+
+
+@pytest.mark.slow
+def test_the_command_counts_steps_and_plans_with_an_empty_cache(on_the_hub, monkeypatch):
+    monkeypatch.setattr("finetune.training.plan.apart.LINE_SECONDS", 300.0)  # however busy the machine is
+    hub, recipe = on_the_hub
+    done = cli("check", recipe)
+    assert done.returncode == 0, done.stderr
+    first, *lines, last = done.stdout.splitlines()
+    assert first == f"{recipe}: OK" and "aren't counted" not in done.stdout
+    assert [line.split(":")[0] for line in lines if "optimizer steps," in line] == ["  stage align", "  stage tune"]
+    assert last.startswith("  tiny: 0.5 GiB, fits ")
+    assert not weights_asked_for(hub)
+
+
+def test_without_a_plan_in_time_the_command_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.training.plan.apart.LINE_SECONDS", 0.01)
+    recipe = tiny_recipe(tmp_path)
+    assert cli("check", recipe).stdout.splitlines()[-1] == f"  memory, disk and hours: finetune plan {recipe}"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +251,7 @@ def test_an_llm_that_the_hub_does_not_give_is_a_note_with_its_reason(error, why,
         raise error("refused", response=SimpleNamespace(status_code=404, headers={}, request=None))
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("finetune.commands.check.unreachable", lambda: None)
+    monkeypatch.setattr("finetune.training.lengths.unreachable", lambda: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
     result = check(tiny_recipe(tmp_path, model__llm={"name": "nobody/misspelled"}))
     assert any(f"isn't known: 'nobody/misspelled': {why}" in note for note in result.notes)
@@ -201,6 +270,30 @@ def test_families_whose_text_part_loads_are_those_of_transformers():
         if encoders and getattr(transformers, name).config_class is sub_configs.get("text_config"):
             loads.add(family)
     assert loads <= {*TEXT_PART_LOADS} <= loads | {"emu3"}
+
+
+@pytest.mark.slow
+def test_every_multimodal_family_of_transformers_is_refused_and_no_text_only_llm(tmp_path):
+    """By the default config of each family."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    multimodal = {
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
+    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - multimodal - {"gemma4_assistant"}  # has no default
+
+    def taken(family: str) -> bool:
+        (tmp_path / "config.json").write_text(CONFIG_MAPPING[family]().to_json_string())
+        try:
+            return not list(refuse_multimodal(Llm(name=str(tmp_path))))
+        except RecipeError as error:
+            return "an encoder and decoder" in str(error) and family in text
+
+    assert len(multimodal) > 100
+    assert {family for family in multimodal if taken(family)} == {*TEXT_PART_LOADS} & multimodal | {"mistral4"}
+    assert {family for family in text if not taken(family)} == {"moshi"}
 
 
 def test_a_task_takes_the_only_encoders_medium(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from time import process_time
@@ -44,6 +45,14 @@ def pictures(tmp_path):
 def read(path: Path) -> list[dict]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_bar_counts_rows_as_they_are_answered_and_those_of_before(plain, pictures, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    command = ("predict", plain, pictures, "--out", out, "--batch", 2, "--max-new-tokens", 2)
+    assert re.search(r"^answers .* 5/5 ", cli(*command).stderr, re.M)
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:3]))
+    assert re.search(r"^answers .* 5/5 ", cli(*command).stderr, re.M)
 
 
 def test_a_folder_of_pictures_is_answered_as_one_by_one(plain, pictures, tmp_path):

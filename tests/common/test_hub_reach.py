@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cli import cli
 from huggingface_hub.utils import _http
 from loopback import asked_of, hub_on_loopback
-from tiny import tiny_llm_folder, tiny_vision_folder
+from tiny import tiny_llm_folder, tiny_recipe, tiny_vision_folder
 from transformers import AutoConfig
 
 from finetune.common import hub
@@ -84,6 +85,18 @@ def test_without_a_network_one_line_says_what_to_do(kind, why, loader, waits, tm
             LOADERS[loader](tmp_path)
         assert perf_counter() - begin < 5
     assert not waited
+
+
+@pytest.mark.parametrize("verb", ["plan", "run", "train"])
+def test_commands_end_with_one_line_without_a_network(verb, waits, tmp_path):
+    recipe = tiny_recipe(tmp_path, model__llm={"name": NAME, "quantize": "none"})
+    with endpoint("closed") as url, waits(url) as waited:
+        done = cli(verb, recipe, cwd=tmp_path)
+    *before, last = done.stderr.splitlines()
+    assert done.returncode == 1 and not done.stdout and not waited
+    assert last.startswith((f"tokenizer of {NAME!r}", f"LLM {NAME!r}")), done.stderr
+    assert f"isn't in the cache, and {url} can't be reached" in last and "HF_ENDPOINT" in last
+    assert all(line.startswith(("note: ", "warning: ")) for line in before), before
 
 
 def test_what_is_in_the_cache_is_loaded_without_a_network(waits, tmp_path):

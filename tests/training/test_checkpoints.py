@@ -1,12 +1,15 @@
 """Checkpoints that can be trusted: damage is seen, named, and gone around."""
 
+import re
 import signal
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from cli import cli
 from packed import At, composite_with_lora, power_cut, train_composite, weights_of
+from tiny import tiny_recipe
 from trained_runs import copy_of
 
 import finetune
@@ -14,6 +17,7 @@ from finetune.common.errors import Interrupted, TrainingError
 from finetune.common.run_folder import RunFolder, write_hashes, write_json
 from finetune.recipe.schema import Validation
 from finetune.training.checkpoints import newest_whole
+from finetune.training.stopping import StopBetweenSteps
 from finetune.training.validation import ValidationCallback
 
 pytestmark = pytest.mark.slow
@@ -93,6 +97,43 @@ def test_a_run_that_goes_on_from_the_checkpoint_before_ends_on_the_same_weights(
     for name, weight in weights_of(whole).items():
         torch.testing.assert_close(weights_of(resumed)[name], weight, atol=1e-7, rtol=0, msg=name)
     assert newest_whole(run, "tune").name == "checkpoint-6"
+
+
+def test_a_resumed_training_counts_its_own_tokens_a_second(cut, tmp_path, monkeypatch):
+    """By a clock on which a step takes a second."""
+    run, seconds = copied(cut, tmp_path), count()
+    monkeypatch.setattr("finetune.training.trainer.perf_counter", lambda: float(next(seconds)))
+    whole = train_composite(composite_with_lora(), tmp_path / "whole")
+    rest = train_composite(composite_with_lora(), run.checkpoints / "tune", resume_from=newest_whole(run, "tune"))[4:]
+    for log, begun in ((whole, 0), (rest, whole[3]["num_tokens"])):
+        first, *others = log
+        assert first["num_tokens"] > begun and "tokens_per_second" not in first
+        for number, entry in enumerate(others, 1):
+            assert entry["tokens_per_second"] == (entry["num_tokens"] - first["num_tokens"]) / number
+    assert len(rest) == 2
+
+
+def test_a_resumed_run_says_after_which_step_it_goes_on(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StopBetweenSteps, "on_step_end", stop_after(3))
+        finetune.train(recipe, tmp_path / "run")
+    capsys.readouterr()
+    finetune.train(recipe, tmp_path / "run", resume=True)
+    printed = capsys.readouterr().err
+    assert re.search(r"^tune: goes on after step 3 of \d+$", printed, re.M) and "align: done before\n" in printed
+
+
+def stop_after(step):
+    """In place of a signal, in the stage `tune`."""
+    real = StopBetweenSteps.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step and "tune" in Path(args.output_dir).parts:
+            signal.raise_signal(signal.SIGTERM)
+        real(self, args, state, control, **kwargs)
+
+    return on_step_end
 
 
 def test_a_damaged_checkpoint_gives_way_to_a_whole_one_of_an_earlier_step(cut, tmp_path):

@@ -18,7 +18,7 @@ from finetune.common.gpu import GIB
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics
 from finetune.recipe.load import Recipe, load_recipe
-from finetune.training.plan.apart import plan_line, without_auto
+from finetune.training.plan.apart import planning, without_auto
 from finetune.training.plan.cards import card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, plan
@@ -170,12 +170,9 @@ def test_the_largest_row_that_fits(folder, usual):
 
 
 @pytest.mark.slow
-def test_a_plan_in_a_process_of_its_own(folder):
-    """That of the command line, if there is time, and if nothing is wrong."""
-    path = tiny_recipe(folder, train__stages=TUNE)
-    assert plan_line(path, seconds=200).startswith("tiny: 0.5 GiB, fits ")
-    assert plan_line(path, seconds=0.01) is None
-    assert plan_line(path, ["model.no=such"], seconds=200) is None
+def test_what_cannot_be_planned_has_no_plan(folder):
+    with planning(tiny_recipe(folder, train__stages=TUNE), ["model.no=such"]) as finish:
+        assert finish(300) is None
 
 
 def test_models_that_are_not_at_hand_are_not_planned(folder):

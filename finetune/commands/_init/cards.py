@@ -54,7 +54,7 @@ WHISPER = Pretrained("openai/whisper-small", "973afd24965f72e36ca33b3055d56a652f
 # its licence forbids commercial use.
 CARDS = (
     InitCard("cpu", "the CPU", 0, QWEN_05B, SIGLIP, 1024, "4.0e-4"),
-    InitCard("8gb", "a GPU of 8 GB", 8, QWEN_15B, SIGLIP, 2048, "2.0e-4", english=SMOLLM),
+    InitCard("8gb", "a GPU of 8 GB", 8, QWEN_15B, SIGLIP, 2048, "2.0e-4", english=SMOLLM, checkpoints=True),
     InitCard("12gb", "a GPU of 12 GB", 12, QWEN_15B, SIGLIP2_384, 2048, "2.0e-4", checkpoints=True),
     InitCard("t4", "a T4 (16 GB)", 16, QWEN_15B, SIGLIP, 2048, "2.0e-4", dtype="float16"),
     InitCard("16gb", "a GPU of 16 GB", 16, QWEN_7B, SO400M, 2048, "1.0e-4", checkpoints=True),

@@ -18,17 +18,10 @@ from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.automatic import AutoNumbers
 from finetune.training.steps import has_auto
 
-LINE_SECONDS = 10.0
+LINE_SECONDS = 60.0
 WAIT_SECONDS = 300.0
 # What torchrun tells its processes; a plan isn't one of them.
 OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def plan_line(recipe: Path | str, overrides: Sequence[str] = (), seconds: float = LINE_SECONDS) -> str | None:
-    """A plan as one line; None if that takes longer, or if configs would have to be downloaded."""
-    with planning(recipe, overrides, {"HF_HUB_OFFLINE": "1"}) as finish:
-        figures = finish(seconds)
-    return figures["line"] if figures else None
 
 
 def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
@@ -46,8 +39,7 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
         if figures is None:
             console.print(
                 f"no plan of this GPU's memory within {WAIT_SECONDS:.0f} seconds: auto goes on without its limit; "
-                "`finetune plan` says why; if memory runs out, write tokens_per_batch",
-                soft_wrap=True,
+                "`finetune plan` says why; if memory runs out, write tokens_per_batch"
             )
     if has_auto(train):
         choice = AutoNumbers(recipe, processes)
@@ -55,7 +47,7 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
         if figures and figures["tokens_per_batch"] < int(chosen.train.tokens_per_batch):
             chosen = choice.choose(figures["tokens_per_batch"])
         for reason in chosen.reasons:
-            console.print(reason, markup=False, soft_wrap=True)
+            console.print(reason)
         train = chosen.train
     if train.checkpoint_every_n_layers == "auto":
         train = train.model_copy(update={"checkpoint_every_n_layers": figures["checkpoints"] if figures else 0})
@@ -80,15 +72,13 @@ def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
 
 
 @contextmanager
-def planning(
-    recipe: Path | str, overrides: Sequence[str] = (), environment: dict[str, str] | None = None
-) -> Iterator[Callable[[float], Any]]:
+def planning(recipe: Path | str, overrides: Sequence[str] = ()) -> Iterator[Callable[[float], Any]]:
     """Begin a plan. What it gives waits for so many seconds and returns what `finetune.training.plan.__main__` prints;
     None if there is no plan by then, or none at all.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune.training.plan", str(recipe), *overrides],
-        env={k: v for k, v in os.environ.items() if k not in OF_SEVERAL} | (environment or {}),
+        env={k: v for k, v in os.environ.items() if k not in OF_SEVERAL},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -218,6 +218,23 @@ def test_media_that_moved_or_broke_are_reported(run, tmp_path):
     assert str(tmp_path) not in page.text and len(pictures(page)) == 3
 
 
+def test_boxes_are_drawn_on_the_first_picture_of_an_example(run):
+    rows = [row for row in predictions_of(run) if row["task"] == "both"][:2]
+    rows[0] |= {
+        "target": [{"label": "cat", "box": [100, 200, 500, 1000]}],
+        "tuned": [{"label": "cat", "box": [0, 0, 250, 10]}],
+    }
+    rows[1] |= {"target": "cat", "tuned": "cat"}
+    write_predictions(run, rows)
+    page = Page(report(run))
+    drawn = [span for span in page.of("span") if "box" in span.get("class", "").split()]
+    assert [(span["class"], span["style"]) for span in drawn] == [
+        ("box target", "left: 10.0%; top: 20.0%; width: 40.0%; height: 80.0%"),
+        ("box tuned", "left: 0.0%; top: 0.0%; width: 25.0%; height: 1.0%"),
+    ]
+    assert page.text.count("(dashed: target; solid: answer)") == 1
+
+
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}${x}$"
 
 

@@ -1,0 +1,78 @@
+"""Ctrl-C and SIGTERM outside of stages: the command that goes on is printed, and it works."""
+
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from cli import cli
+from tiny import tiny_recipe
+
+from finetune.model.features import Features
+
+STAGE = {"name": "align", "trains": ["projectors"], "learning_rate": 1.0e-2, "epochs": 2}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tiny_recipe(tmp_path, train__stages=[STAGE])
+
+
+def goes_on(done, number, folder):
+    """Whether the printed command finishes the run."""
+    assert done.returncode == 128 + number, done.stderr
+    stopped, advice, printed = done.stderr.splitlines()[-3:]
+    assert (stopped, advice) == ("stopped", "to go on:")
+    program, *words = shlex.split(printed)
+    assert program == "finetune" and words[-1] == "--resume"
+    resumed = cli(*words, cwd=folder)
+    return resumed.returncode == 0 and (folder / "runs" / "tiny" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_while_media_are_encoded(number, recipe, tmp_path, monkeypatch):
+    before, compute, calls = signal.getsignal(signal.SIGTERM), Features.compute, []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            signal.raise_signal(number)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(Features, "compute", interrupted)
+    done = cli("train", recipe, "--set", "merge.rows=3", cwd=tmp_path)
+    assert len(calls) == 4 and signal.getsignal(signal.SIGTERM) == before
+    assert goes_on(done, number, tmp_path)
+
+
+def test_a_signal_while_a_run_is_evaluated(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.evaluation.evaluate.evaluate", lambda run: signal.raise_signal(signal.SIGTERM))
+        done = cli("run", recipe, cwd=tmp_path)
+    monkeypatch.setattr("finetune.commands.run.answer_of", lambda merged, shown: "")
+    assert goes_on(done, signal.SIGTERM, tmp_path) and (tmp_path / "runs" / "tiny" / "certificate.json").is_file()
+
+
+def test_before_there_is_a_run_nothing_can_be_gone_on_with(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.commands.check.check", lambda recipe: signal.raise_signal(signal.SIGTERM))
+    done = cli("run", recipe, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (143, "stopped\n")
+
+
+def test_forked_workers_are_still_ended_by_sigterm():
+    code = """
+import multiprocessing, time
+from pathlib import Path
+from finetune.commands._interrupts import how_to_go_on
+from finetune.common.run_folder import RunFolder
+with how_to_go_on("train", Path("x.yaml"), [], RunFolder(Path("none"))):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    time.sleep(0.2)
+    worker.terminate()
+    worker.join()
+    print(worker.exitcode)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("-15\n", "")

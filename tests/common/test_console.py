@@ -1,0 +1,43 @@
+"""Lines reach the terminal as they are, however long the paths in them, and whatever these hold."""
+
+import re
+
+import pytest
+from tiny import tiny_recipe
+
+from finetune.common.console import plain_console
+from finetune.common.progress import bar, console
+from finetune.training.train import train
+
+ODD = "[/x] [bold] :smile: " + "a" * 200
+
+
+@pytest.mark.parametrize("stderr", [False, True])
+def test_a_line_is_neither_broken_nor_read_as_markup(stderr, capsys):
+    (console if stderr else plain_console()).print(ODD)
+    out, err = capsys.readouterr()
+    assert (err if stderr else out) == f"{ODD}\n"
+
+
+def test_the_text_of_a_bar_is_no_markup(capsys):
+    with bar("[/x]", 1) as step:
+        step("[/y]")
+    assert "[/x]" in capsys.readouterr().err
+
+
+def test_a_bar_fits_a_narrow_terminal_all_the_same(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_width", 40)
+    with bar("b" * 30, 1) as step:
+        step("c" * 60)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    lines = re.split(r"[\r\n]+", shown)
+    assert "bbb" in shown and max(map(len, lines)) <= 40
+
+
+def test_a_run_in_a_folder_with_a_long_name_and_brackets_tells_where_its_adapter_is(tmp_path, capsys):
+    stage = {"name": "align", "trains": ["projectors"], "learning_rate": 1e-3}
+    run = train(tiny_recipe(tmp_path, train__stages=[stage]), tmp_path / ODD)
+    assert f"adapter: {run.adapter}\n" in capsys.readouterr().err
+    train(tiny_recipe(tmp_path, train__stages=[stage]), run, resume=True)
+    assert f"adapter: {run.adapter}\n" in capsys.readouterr().err
