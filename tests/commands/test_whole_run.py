@@ -11,7 +11,7 @@ TUNE = [{"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5
 
 
 def test_scores_are_printed_and_reported_though_the_merge_is_refused(tmp_path):
-    recipe = tiny_recipe(tmp_path, merge={"rows": 4, "max_kl": 1e-30}, train__stages=TUNE)
+    recipe = tiny_recipe(tmp_path, merge={"rows": 4, "max_kl": 1e-30, "dtype": "bfloat16"}, train__stages=TUNE)
     done = cli("run", recipe, "--run", tmp_path / "run")
     assert done.returncode == 3
     warning, training = done.stderr.index("warning: only 4 rows to score"), done.stderr.index("tune: trains")

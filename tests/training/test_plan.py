@@ -17,6 +17,7 @@ from finetune.common.errors import ModelError, RecipeError
 from finetune.common.gpu import GIB
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics
+from finetune.model.row_plan import RowKind
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import planning, without_auto
 from finetune.training.plan.cards import card_like
@@ -95,8 +96,8 @@ def test_every_source_is_among_the_rows_that_are_read(tmp_path, monkeypatch):
     rows = PlannedRows.of(loaded)
     assert len(rows.training) < rows.count == 13 and {sample.source for sample in rows.training} == {0, 1}
     planned = PlannedRun(loaded, rows)
-    assert planned.stage_rows(loaded.train.stages[0], None, 0).rows == 1
-    tokens = planned.stage_rows(loaded.train.stages[1], None, 0).tokens
+    assert planned.stage_rows(loaded.train.stages[0], None, RowKind.PACKED, 0).rows == 1
+    tokens = planned.stage_rows(loaded.train.stages[1], None, RowKind.PACKED, 0).tokens
     assert tokens == pytest.approx(12 * planned.samples.lengths[1], rel=0.2)
 
 
