@@ -71,7 +71,7 @@ def test_the_address_is_that_of_the_project_and_no_release_has_a_placeholder():
         text = path.read_text(encoding="utf-8")
         assert f"git clone --quiet --depth 1 {address} kit" in text
         assert f"{address.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/" in text
-    released = f"## {VERSION}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = f"## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert not released or "OWNER" not in address
 
 
