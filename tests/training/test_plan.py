@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from cli import cli
 from tiny import tiny_recipe
+from tiny_encoders import tiny_audio_folder, tiny_sound
 from transformers import AutoModelForCausalLM
 
 from finetune.common.errors import RecipeError
@@ -86,6 +88,24 @@ def test_shorter_rows_take_less(folder, usual):
 
     short = plan(recipe_in(folder, train__tokens_per_batch=48), "t4", advise=False)
     assert activations(short) < 0.7 * activations(usual)
+
+
+def test_recordings_of_different_lengths_are_planned(tmp_path):
+    """Ten, of which eight are decoded: each of these has its own placeholders, the others the longest's."""
+    audio, rows = tiny_audio_folder(tmp_path / "audio"), tmp_path / "rows"
+    rows.mkdir()
+    lines = ["audio,label"]
+    for number in range(12):
+        soundfile.write(rows / f"{number}.wav", tiny_sound(0.5 + 0.1 * number, seed=number), 16_000)
+        lines.append(f"{number}.wav,{'ab'[number % 2]}")
+    (rows / "train.csv").write_text("\n".join(lines[:11]))
+    (rows / "test.csv").write_text("\n".join([lines[0], *lines[11:]]))
+    task = {"kind": "classify", "media": ["audio"]}
+    data = [{"path": str(rows / f"{split}.csv"), "task": task, "split": split} for split in ("train", "test")]
+    parts = {"model__encoders": {"audio": {"kind": "whisper", "name": str(audio)}}, "train__tokens_per_batch": 2048}
+    parts["model__projectors"] = {"audio": {"kind": "stack", "factor": 2}}
+    result = plan(recipe_in(tmp_path, data=data, **parts), "t4", advise=False)
+    assert {phase.name for phase in result.phases} == {"encode audio", "train tune", "evaluate"}
 
 
 def test_changes_are_planned_again_and_take_less(folder, monkeypatch):
