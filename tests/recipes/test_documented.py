@@ -85,6 +85,8 @@ def written(page: Path, folder: Path, parts: Path, media: Path, count: int) -> P
     recipe["model"]["llm"] |= {"name": str(parts / "llm")}
     for medium, encoder in recipe["model"]["encoders"].items():
         encoder["name"] = str(parts / medium)
+    licences = recipe.setdefault("publish", {}).setdefault("licenses", {})
+    licences |= {"llm": "mit"} | {f"encoders.{medium}": "mit" for medium in recipe["model"]["encoders"]}
     rows = [row(number, media) for number in range(count)]
     for source in recipe["data"]:
         write_rows(folder / source["path"], rows)
@@ -115,7 +117,7 @@ def test_its_recipe_runs_the_whole_way(page, parts, media, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_one_after_the_other(parts, media, tmp_path, monkeypatch):
-    """All but `serve`, which doesn't end, and the upload."""
+    """All but `serve`, which doesn't end; `push` without an upload, and merged, since these parts aren't on the Hub."""
     monkeypatch.setattr("finetune.commands.run.subprocess.run", in_this_process)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     written(ROOT / "README.md", tmp_path, parts, media, FEW)
@@ -128,7 +130,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(parts, media, tmp_pa
         words = shlex.split(line, comments=True)[1:]
         if words[0] == "serve":
             continue
-        words += ["--dry-run"] if words[0] == "push" else []
+        words += ["--dry-run", "--merged"] if words[0] == "push" else []
         result = cli(*words, cwd=tmp_path)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         verbs.append(words[0])
