@@ -1,7 +1,7 @@
 """Write the listing and the tables of docs/plan.md and docs/plan.zh.md: `python docs/tools/plan_tables.py`.
 
 Nothing is downloaded: the models of the recipes for GPUs are planned from their sizes, which stand here as their
-config.json on the Hub has them. The text of rows is tokenized by the quickstart's tokenizer, so `make quickstart` first.
+config.json on the Hub has them. Text is tokenized by the quickstart's tokenizer, so `make quickstart` first.
 """
 
 import contextlib
@@ -113,9 +113,8 @@ def row(recipe: str, into: Path, none: str = "none") -> tuple[str, ...]:
 
 
 def card_row(card: Card) -> tuple[str, ...]:
-    return (f"`{card.name}`", f"{card.memory:g}", f"{card.tflops:g}", f"{card.bandwidth:g}", f"{card.rent:.2f}") + (
-        card.sources
-    )
+    figures = (f"{card.memory:g}", f"{card.tflops:g}", f"{card.bandwidth:g}", f"{card.rent:.2f}")
+    return (f"`{card.name}`", *figures, *card.sources)
 
 
 def table(name: str, language: str, rows: list[tuple[str, ...]]) -> str:
