@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
 
 import finetune  # noqa: E402
-from finetune.training.plan.cards import CARDS, GIB, SIZES, USABLE, Card  # noqa: E402
+from finetune.common.gpu import GIB  # noqa: E402
+from finetune.training.plan.cards import CARDS, SIZES, USABLE, Card  # noqa: E402
 from finetune.training.plan.result import Plan, duration  # noqa: E402
 
 PAGES = {"en": ROOT / "docs" / "plan.md", "zh": ROOT / "docs" / "plan.zh.md"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.data.questions import Input
 
 PROBABILITY = "probability_"  # beginning of the column of a label's probability
@@ -71,7 +71,7 @@ class AnswersFile:
                 raise self._foreign(f"its row {row.row!r} isn't among these, or has changed")
         done = {row.row: row for row in rows if not row.error}
         if len(done) == len(self.inputs):
-            raise DataError(f"{self.path}: all {len(done):,} rows are answered in it; --overwrite begins anew")
+            raise DataError(f"{self.path}: all {len(done):,} rows are answered in it; {option(*OVERWRITE)} begins anew")
         return done
 
     @contextmanager
@@ -140,12 +140,12 @@ class AnswersFile:
 
     def _foreign(self, reason: str) -> DataError:
         return DataError(
-            f"{self.path}: is there, and isn't an interrupted file of these answers: {reason}; name another file with "
-            "--out, or give --overwrite"
+            f"{self.path}: already exists and isn't an unfinished answers file for these rows: {reason}; name another "
+            f"file with {option('--out', 'out=')}, or give {option(*OVERWRITE)}"
         )
 
 
 def refuse_other_suffixes(path: Path) -> None:
     """Raises RecipeError."""
     if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise RecipeError(f"--out {path}: write a file that ends in .csv or .jsonl")
+        raise RecipeError(f"{given('out', path)}: write a file that ends in .csv or .jsonl")

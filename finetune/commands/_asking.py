@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from finetune.common.errors import DataError, option
 from finetune.data.sample import Answer, Message
 from finetune.model.bindings import TaskBinding
 from finetune.recipe.parts import TaskPart
+from finetune.recipe.schema import chosen_task
 
 if TYPE_CHECKING:
     from finetune.model.assistant import Assistant
@@ -14,19 +14,9 @@ if TYPE_CHECKING:
 
 
 def task_of(bindings: Mapping[str, TaskBinding], task: str | None) -> tuple[str | None, TaskPart | None]:
-    """(name, task) that a model was trained for. Raises DataError if there are several and none is named."""
-    refuse_unknown_task(bindings, task)
-    if len(bindings) > 1 and task is None:
-        raise DataError(f"the model was trained for {', '.join(bindings)}: name one with {option('--task', 'task=')}")
-    name = task or next(iter(bindings), None)
+    """(name, task) that a model was trained for. Raises RecipeError if there are several and none is named."""
+    name = chosen_task([*bindings], task)
     return name, bindings[name].task if name else None
-
-
-def refuse_unknown_task(bindings: Mapping[str, TaskBinding], task: str | None) -> None:
-    """Raises DataError."""
-    if task is not None and task not in bindings:
-        known = ", ".join(bindings) or "no task that is known"
-        raise DataError(f"{option('--task', 'task')} {task}: the model was trained for {known}")
 
 
 def ask(

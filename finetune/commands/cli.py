@@ -101,7 +101,7 @@ def init(
     ] = None,
     media_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="That media paths are relative to.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The recipe; default: NAME.yaml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the defaults.")] = False,
 ) -> None:
     """Write a recipe for a file or folder of your own rows; asks at most five questions."""
@@ -127,7 +127,7 @@ def init(
         encoders=encoder or (),
         media_folder=media_folder,
     )
-    print_written(write_recipe(path, choices, (lambda question: question.default) if yes else ask, out, force))
+    print_written(write_recipe(path, choices, (lambda question: question.default) if yes else ask, out, overwrite))
 
 
 def ask(question: "Question") -> str:
@@ -345,13 +345,13 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 256,
 ) -> None:
     """Ask a trained model."""
-    from finetune.commands._asking import refuse_unknown_task
     from finetune.model.trained_for import bindings_at, refuse_missing
+    from finetune.recipe.schema import chosen_task
 
     weigh = strength_of(strength or [])
     refuse_missing(folder)  # so that a mistake is reported before torch is imported
-    if bindings := bindings_at(folder):
-        refuse_unknown_task(bindings, task)
+    if task is not None and (bindings := bindings_at(folder)):
+        chosen_task([*bindings], task)
     from finetune.commands.chat import chat
 
     answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)
@@ -367,7 +367,7 @@ def predict(
         typer.Argument(metavar="FILE|FOLDER|TABLE...", help="Media, folders of them, or rows without answers."),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help=".csv or .jsonl of the answers; gone on with where it is unfinished.")
+        Path, typer.Option(metavar="FILE", help=".csv or .jsonl of the answers; continued if unfinished.")
     ] = Path("answers.csv"),
     task: Annotated[
         str | None, typer.Option(metavar="NAME", help="One of several tasks that the model was trained for.")
@@ -576,7 +576,7 @@ def data_label(
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A run, merged or adapter folder: it proposes.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="CSV of the labels; gone on with if it is there.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="CSV of the labels; continued if it is there.")] = Path(
         "labels.csv"
     ),
     task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,

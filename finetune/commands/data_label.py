@@ -13,7 +13,8 @@ from finetune.common.errors import DataError, RecipeError, option
 from finetune.common.run_folder import RunLike
 from finetune.data.check.page import InlineMedium, embedded, render
 from finetune.data.questions import question_about_media, question_of
-from finetune.data.rows import detected, error_list, read_rows
+from finetune.data.read import detected, read_rows
+from finetune.data.rows import error_list
 from finetune.data.sample import KINDS, Medium, Message, Row
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe
 from finetune.recipe.parts import TaskPart

@@ -1,9 +1,9 @@
-"""Doctor: what in this environment would stop a run, and what mends it."""
+"""Doctor: what in this environment would stop a run, and what fixes it."""
 
 from dataclasses import dataclass
 
 from finetune.commands._doctor import device, packages, surroundings
-from finetune.commands._doctor.finding import Check, Condition
+from finetune.commands._doctor.finding import Check, Diagnostic
 from finetune.common import display
 from finetune.common.version import DISTRIBUTION
 
@@ -15,7 +15,7 @@ CHECKS = (
     Check("packages", packages.replaced, "restart the kernel"),
     Check("extras", packages.extras, INSTALL),
     Check("device", device.device, "install torch again: https://pytorch.org/get-started/locally"),
-    Check("torchao", packages.torchao, "mend what is above, then pip install --force-reinstall --no-deps peft"),
+    Check("torchao", packages.torchao, "fix what is above, then pip install --force-reinstall --no-deps peft"),
     Check("bitsandbytes", device.quantized, device.REINSTALL),
     Check("memory", device.memory, "pip install --force-reinstall --no-deps psutil"),
     Check("memory of GPUs", device.gpu_memory, "install torch again: https://pytorch.org/get-started/locally"),
@@ -28,22 +28,22 @@ CHECKS = (
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    conditions: tuple[Condition, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
     @property
     def healthy(self) -> bool:
         """Whether nothing is an error."""
-        return all(condition.level != "error" for condition in self.conditions)
+        return all(diagnostic.level != "error" for diagnostic in self.diagnostics)
 
     def _repr_html_(self) -> str:
         return display.preformatted(str(self))
 
     def __str__(self) -> str:
         lines = []
-        for condition in self.conditions:
-            lines.append(f"{condition.level:<8} {condition.subject}: {condition.seen}")
-            if condition.mend:
-                lines.append(f"{'':<8}   {condition.mend}")
+        for diagnostic in self.diagnostics:
+            lines.append(f"{diagnostic.level:<8} {diagnostic.subject}: {diagnostic.seen}")
+            if diagnostic.fix:
+                lines.append(f"{'':<8}   {diagnostic.fix}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -53,4 +53,4 @@ def doctor() -> Diagnosis:
     """Examine versions, device, quantized layers, memory, disks, the Hub, codecs and engines. Raises nothing: a check
     that fails is an error in the diagnosis.
     """
-    return Diagnosis(tuple(condition for check in CHECKS for condition in check.conditions()))
+    return Diagnosis(tuple(diagnostic for check in CHECKS for diagnostic in check.diagnostics()))

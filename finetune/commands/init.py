@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from finetune.commands._init import cards, measure
 from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
 from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
 from finetune.commands._init.task import TEXTLESS, Named, Task, Yaml, answers_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
-from finetune.data.rows import read_rows
+from finetune.data.read import read_rows
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Source
 
@@ -27,25 +27,26 @@ GENERIC = {*SPLITS, "labels", "label", "data", "dataset", "metadata", "annotatio
 SHOWN = 6  # labels, or columns, in the summary
 
 
-class Choices(TypedDict, total=False):
+@dataclass(frozen=True)
+class Choices:
     """What `init` doesn't have to guess. `answer`, `text`, `question`: columns; `prompt`: the question where it isn't
     in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of test rows;
     `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
     """
 
-    task: str | None
-    answer: str | None
-    prompt: str | None
-    text: str | None
-    question: str | None
-    encoding: str | None
-    name: str | None
-    card: str | None
-    language: str | None
-    hold_out: float | None
-    llm: str | None
-    encoders: Sequence[str]
-    media_folder: Path | str | None
+    task: str | None = None
+    answer: str | None = None
+    prompt: str | None = None
+    text: str | None = None
+    question: str | None = None
+    encoding: str | None = None
+    name: str | None = None
+    card: str | None = None
+    language: str | None = None
+    hold_out: float | None = None
+    llm: str | None = None
+    encoders: Sequence[str] = ()
+    media_folder: Path | str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Plan:
+class InitPlan:
     """All that is decided before the rows are read as samples. `encoders`: medium -> name of another encoder."""
 
     target: Path
@@ -74,7 +75,7 @@ class Plan:
     task: Task
     prompt: str
     language: str
-    card: cards.Card
+    card: cards.InitCard
     hold_out: float
     llm: str | None
     encoders: Mapping[str, str]
@@ -89,21 +90,23 @@ class Written:
     wrong: tuple[str, ...]
 
 
-def init(path: Path | str, *, out: Path | str | None = None, force: bool = False, **choices: Unpack[Choices]) -> Path:
-    """Write a recipe for the rows of a file or folder, and return its path: OUT, default NAME.yaml in this folder. What
-    `choices` leave open is taken from the rows.
+def init(path: Path | str, *, out: Path | str | None = None, overwrite: bool = False, **choices: Any) -> Path:
+    """Write a recipe for the rows of a file or folder, and return its path: OUT, default NAME.yaml in this folder.
+    `choices`: fields of `Choices`; what they leave open is taken from the rows.
 
     Raises DataError where there are no usable rows; RecipeError for a choice that doesn't fit them, and for a file that
-    exists, without `force`.
+    exists, without `overwrite`.
     """
-    return write_recipe(Path(path), choices, lambda question: question.default, Path(out) if out else None, force).path
+    chosen, target = Choices(**choices), Path(out) if out else None
+    return write_recipe(Path(path), chosen, lambda question: question.default, target, overwrite).path
 
 
-def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, force: bool) -> Written:
+def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, overwrite: bool) -> Written:
     """The same; `ask` answers what `choices` leave open: at most five questions. Raises what `init` raises."""
     plan = _plan(path, choices, ask, out)
-    if plan.target.exists() and not force:
-        raise RecipeError(f"{plan.target} exists already; choose another --name or --out, or overwrite it with --force")
+    if plan.target.exists() and not overwrite:
+        names = option("--name or --out", "name= or out=")
+        raise RecipeError(f"{plan.target} exists already; choose another {names}, or give {option(*OVERWRITE)}")
     keys = [_source_keys(plan, file, place) for file, place in zip(plan.found, plan.places, strict=True)]
     sources = [_source(file, of_file) for file, of_file in zip(plan.found, keys, strict=True)]
     read = [measure.usable_rows(source) for source in sources]
@@ -154,8 +157,8 @@ def _write_checked(path: Path, text: str) -> None:
         unchecked.unlink(missing_ok=True)
 
 
-def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
-    found = find(path, choices.get("encoding"))
+def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
+    found = find(path, choices.encoding)
     by_file = [[row.columns for row in islice(read_rows(file.as_row_file()), EXAMINED)] for file in found]
     rows = [row for of_file in by_file for row in of_file]
     if not by_file[0]:
@@ -163,21 +166,19 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
     described = describe_columns(rows)
     media = [column.name for column in described if column.kind in MEDIA]
     names = [{name: file_names(row.get(name) for row in of_file) for name in media} for of_file in by_file]
-    folder = Path(choice) if (choice := choices.get("media_folder")) else None
+    folder = Path(choice) if (choice := choices.media_folder) else None
     places = tuple(media_place(file, of_file, folder) for file, of_file in zip(found, names, strict=True))
     columns = tuple(column for column in described if column.name not in places[0].missing)
     task, language = _task(columns, choices, ask, found[0].path)
     prompt = task.prompt
     if task.kind != "chat":
-        prompt = _settled(
-            choices.get("prompt"), ask, Question("The question to the model", prompt, _one_line), _one_line
-        )
+        prompt = _settled(choices.prompt, ask, Question("The question to the model", prompt, _one_line), _one_line)
     question = Question("Name of the run", _default_name(found[0].path, path), _valid_name)
-    name = _settled(choices.get("name"), ask, question, _valid_name)
-    usual_card = "" if choices.get("card") else cards.this_card().name
+    name = _settled(choices.name, ask, question, _valid_name)
+    usual_card = "" if choices.card else cards.this_card().name
     question = Question(f"Card ({', '.join(cards.NAMES)}, or GB of memory)", usual_card, cards.card_of)
-    card = _settled(choices.get("card"), ask, question, cards.card_of)
-    share = choices.get("hold_out")
+    card = _settled(choices.card, ask, question, cards.card_of)
+    share = choices.hold_out
     if any(file.split == "test" for file in found):
         hold_out = share or 0.0
     else:
@@ -185,7 +186,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
         hold_out = _settled(None if share is None else f"{share:g}", ask, question, _share)
     media = [task.columns.get(kind, kind) for kind in task.media]
     hosts = hosts_of(name for of_file in names for column in media for name in of_file.get(column, ()))
-    return Plan(
+    return InitPlan(
         out or Path(f"{name}.yaml"),
         name,
         found,
@@ -197,38 +198,38 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> Plan:
         language,
         card,
         hold_out,
-        _model(llm, "--llm") if (llm := choices.get("llm")) else None,
-        _encoders(choices.get("encoders") or (), task.media),
+        _model(llm) if (llm := choices.llm) else None,
+        _encoders(choices.encoders, task.media),
     )
 
 
 def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
     """The task and its language."""
-    named = Named(choices.get("task"), choices.get("text"), choices.get("question"))
+    named = Named(choices.task, choices.text, choices.question)
     likely = answers_in(columns, named)
     by_name = {column.name: column for column in columns}
 
     def known(name: str) -> Column:
         if name not in by_name:
-            raise RecipeError(f"--answer {name}: there is no such column; there are: {', '.join(by_name)}")
+            raise RecipeError(f"{given('answer', name)}: there is no such column; there are: {', '.join(by_name)}")
         return by_name[name]
 
-    if choices.get("answer") is None and not likely:
+    if choices.answer is None and not likely:
         kinds = ", ".join(f"{column.name} ({column.kind})" for column in columns)
         raise DataError(
             f"{path}: no column could be the answer. Looked for labels, numbers, boxes, JSON, conversations and text "
-            f"beside media and ids. Its columns: {kinds}; add one, or name it with --answer"
+            f"beside media and ids. Its columns: {kinds}; add one, or name it with {option('--answer', 'answer=')}"
         )
-    if len(likely) == 1 and choices.get("answer") is None:
+    if len(likely) == 1 and choices.answer is None:
         answer = likely[0]
     else:
         text = f"The column of the answers ({', '.join(column.name for column in likely)})"
         question = Question(text, likely[0].name if likely else "", known)
-        answer = _settled(choices.get("answer"), ask, question, known)
-    language = choices.get("language")
+        answer = _settled(choices.answer, ask, question, known)
+    language = choices.language
     language = language or language_of(_texts(columns, task_for(columns, answer, named, language or "en")))
     task = task_for(columns, answer, named, language)
-    if choices.get("answer") is None:
+    if choices.answer is None:
         others = [column.name for column in likely if column.name in task.unused and len(column.texts) > 1]
         task = replace(task, alternatives=tuple(others))
     return task, language
@@ -250,7 +251,9 @@ def _one_line(text: str) -> str:
 
 def _valid_name(name: str) -> str:
     if not re.fullmatch("[a-z0-9][a-z0-9._-]*", name):
-        raise RecipeError(f"--name {name!r}: write small letters, digits, '.', '_' and '-', a letter or digit first")
+        raise RecipeError(
+            f"{given('name', repr(name))}: write small letters, digits, '.', '_' and '-', a letter or digit first"
+        )
     return name
 
 
@@ -260,7 +263,9 @@ def _share(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 0.9:
-        raise RecipeError(f"--hold-out {text}: write a share above 0, at most 0.9; without test rows nothing is scored")
+        raise RecipeError(
+            f"{given('hold_out', text)}: write a share above 0, at most 0.9; without test rows nothing is scored"
+        )
     return share
 
 
@@ -282,21 +287,21 @@ def _encoders(names: Sequence[str], media: Sequence[str]) -> dict[str, str]:
             medium, encoder = media[0], name
         if medium not in media or not encoder:
             needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: these rows have no media"
-            raise RecipeError(f"--encoder {name}: write {needed}")
-        encoders[medium] = _model(encoder, "--encoder")
+            raise RecipeError(f"{option(f'--encoder {name}', f'encoders={name!r}')}: write {needed}")
+        encoders[medium] = _model(encoder)
     return encoders
 
 
-def _model(name: str, option: str) -> str:
+def _model(name: str) -> str:
     """A Hub id, or a path that exists. Raises RecipeError for another path: by its form, or since its parent exists."""
     first, *rest = Path(name).parts
     local = name.startswith((".", "/", "~")) or len(rest) > 1 or (rest and Path(first).is_dir())
     if local and not Path(name).expanduser().exists():
-        raise RecipeError(f"{option} {name}: no such file or folder; name a Hub id, or a folder of a model")
+        raise RecipeError(f"{name}: no such file or folder; name a Hub id, or a folder of a model")
     return name
 
 
-def _source_keys(plan: Plan, found: Found, place: MediaPlace) -> Yaml:
+def _source_keys(plan: InitPlan, found: Found, place: MediaPlace) -> Yaml:
     """The keys of a source but `path`, in the order in which they are written; paths are absolute."""
     keys: Yaml = {}
     task = plan.task
@@ -330,7 +335,7 @@ def _seed(rows: measure.Rows, source: Source) -> int:
     return next((s for s in SEEDS if 0 < measure.held_out(rows, source, s) < len(rows.samples)), SEEDS[0])
 
 
-def _parts(plan: Plan, medium: str) -> cards.MediumParts:
+def _parts(plan: InitPlan, medium: str) -> cards.MediumParts:
     name = plan.encoders.get(medium)
     folder = Path(name) if name and Path(name).is_dir() else None
     return cards.parts_of(medium, plan.card, name and _relative(name, plan.target.parent), folder)
@@ -358,7 +363,7 @@ def _about(task: Task) -> str:
     return f"{task.kind}, {media} -> column {task.answer.name!r}"
 
 
-def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
+def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
     task, first = plan.task, plan.found[0]
     why = f", read with {first.format.kind}'s {first.reason}" if first.reason else ""
     lines = [f"{first.path}: format {first.format.kind}{why}, columns {', '.join(c.name for c in plan.columns)}"]
@@ -371,14 +376,16 @@ def _summary(plan: Plan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> l
     lines.append(answer)
     if task.alternatives:
         others = _shown(task.alternatives)
-        lines.append(f"other columns that could be the answer: {others}; --answer COLUMN names one")
+        lines.append(
+            f"other columns that could be the answer: {others}; {option('--answer COLUMN', 'answer=')} names one"
+        )
     lines.append(f"task: {task.kind}; language: {plan.language or 'neither English nor Chinese'}")
     if missing := plan.places[0].missing:
         lines.append(f"no files of: {', '.join(missing)}")
     if task.group:
         lines.append(f"group: rows of one {task.group!r} are never both in training and in the test")
     if unused := [name for name in task.unused if name != task.group]:
-        hint = " (--text COLUMN puts one before the question; it must not give the answer away)"
+        hint = f" ({option('--text COLUMN', 'text=')} puts one before the question; it must not give the answer away)"
         lines.append(f"not used: {_shown(unused)}{'' if task.kind in TEXTLESS else hint}")
     models = [draft.llm["name"], *(parts.encoder["name"] for parts in draft.media.values())]
     lines.append(f"model for {plan.card.title}: {', '.join(map(str, models))}")
@@ -393,7 +400,7 @@ def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int)
     counts = {file.split: len(rows.samples) for file, rows in zip(found, read, strict=True)}
     counts["train"] -= held_out
     counts["test"] = counts.get("test", 0) + held_out
-    hint = "" if counts["test"] else "; too few for a test: label more, or give --hold-out a larger share"
+    hint = "" if counts["test"] else "; too few for a test: label more, or hold out a larger share"
     if sum(counts.values()) < TOO_FEW:
         hint = f"; fewer than {TOO_FEW} are too few to train and score well: label more, a few hundred if you can"
     return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + hint

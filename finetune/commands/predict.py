@@ -1,6 +1,5 @@
 """Predict: a trained model's answers to new rows, written to a table as they come."""
 
-import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,9 +11,10 @@ from pydantic import ValidationError
 
 from finetune.commands._answers_file import AnswersFile, PredictedRow, refuse_other_suffixes
 from finetune.commands._asking import ask, task_of
+from finetune.common import display
 from finetune.common.errors import DataError, MissingColumn, RecipeError, option
 from finetune.common.run_folder import RunFolder
-from finetune.data.new_files import file_like
+from finetune.data.new_files import RowsAs, file_like
 from finetune.data.questions import Input, question_about_media, question_of, read_inputs
 from finetune.data.sample import Answer, Medium, Message
 from finetune.model.trained_for import bindings_at, refuse_missing
@@ -49,10 +49,8 @@ class Predictions:
             (row.row, row.answer_text, f"{max(row.probabilities.values()):.3f}" if row.probabilities else "", row.error)
             for row in self.rows[:SHOWN_ROWS]
         ]
-        lines = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in cells]
-        head = "<tr><th>row</th><th>answer</th><th>probability</th><th>error</th></tr>"
-        caption = f"{len(self.rows):,} rows, {len(self.errors):,} without an answer"
-        return f"<table><caption>{caption}</caption>{head}{''.join(lines)}</table>"
+        line = display.line(f"{len(self.rows):,} rows, {len(self.errors):,} without an answer")
+        return line + display.table(("row", "answer", "probability", "error"), cells)
 
 
 def predict(
@@ -89,10 +87,10 @@ def predict(
         bindings = assistant.model.bindings
     name, trained_for = task_of(bindings, task)
     kinds = trained_for.media if trained_for else tuple(assistant.encoders if assistant else ())
-    known = _source(RunFolder(run), name)
+    known, rows_as = _source(RunFolder(run), name), RowsAs(columns, options.media_folder, options.encoding)
 
     def source_of(path: Path) -> RowFile:
-        return file_like(known or RowFile(path=path), path, columns, options.media_folder, options.encoding)
+        return file_like(known or RowFile(path=path), path, rows_as)
 
     rows, left_out = read_inputs(paths, kinds, source_of)
     if trained_for is not None:

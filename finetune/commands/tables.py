@@ -76,18 +76,20 @@ def print_run(result: "RunResult") -> None:
 
 
 def print_plan(result: "Plan") -> None:
-    from finetune.training.plan.cards import GIB, SIZES, USABLE
-    from finetune.training.plan.result import TIGHT, duration, parts_of, size
+    from finetune.common.gpu import GIB
+    from finetune.training.plan.cards import SIZES, USABLE
+    from finetune.training.plan.result import TIGHT, size
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="memory of the card", title_justify="left")
     table.add_column("", no_wrap=True)
     for phase in result.phases:
         table.add_column(phase.name.replace(" ", "\n", 1), justify="right")
-    for part in parts_of(result.phases):
-        table.add_row(part, *(size(phase.parts[part]) if part in phase.parts else "" for phase in result.phases))
+    *parts, together, time = result.rows()
+    for row in parts:
+        table.add_row(*row)
     table.add_section()
-    table.add_row("together", *(size(phase.total) for phase in result.phases))
-    table.add_row("time", *(duration(result.seconds[phase.name]) for phase in result.phases))
+    table.add_row(*together)
+    table.add_row(*time)
     console = Console(highlight=False)
     console.print(table)
     console.print(
@@ -150,10 +152,10 @@ def print_scores(result: "EvaluationResult") -> None:
                 table.add_column("95% CI", justify="right", min_width=len("0.561–0.683"))
         for row in scores.metrics:
             cells = []
-            for condition, cell in zip(scores.conditions, row.cells, strict=True):
-                cells.append("" if cell.value is None else f"{cell.value:.3f}")
+            for condition, score in zip(scores.conditions, row.cells, strict=True):
+                cells.append(f"{score.value:.3f}" if score else "")
                 if condition == "tuned":
-                    cells.append("" if cell.low is None else f"{cell.low:.3f}–{cell.high:.3f}")
+                    cells.append(score.interval if score else "")
             table.add_row(row.metric + " ↓" * row.lower_is_better, *cells)
         lower = "; ↓ lower is better" if any(row.lower_is_better for row in scores.metrics) else ""
         print(f"{scores.task}, n = {scores.rows:,}{lower}")

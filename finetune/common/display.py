@@ -33,8 +33,12 @@ def picture(path: Path) -> str:
     """A PNG, inline; nothing where there is none."""
     if not path.is_file():
         return ""
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{content}">'
+    return f'<img alt="{escape(path.stem)}" src="{data_uri("image/png", path.read_bytes())}">'
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """`kind`: of the content, such as image/png."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def page(content: str) -> str:

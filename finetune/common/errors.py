@@ -33,6 +33,11 @@ def option(flag: str, parameter: str) -> str:
     return flag if _flags else parameter
 
 
+def given(name: str, value: object) -> str:
+    """How a message names an option with its value: '--hold-out 2' on the command line, 'hold_out=2' in Python."""
+    return option(f"--{name.replace('_', '-')} {value}", f"{name}={value}")
+
+
 @contextmanager
 def options_as_flags() -> Iterator[None]:
     """Messages made inside the block name flags: for the command line."""

@@ -3,10 +3,11 @@ they have.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.common.errors import DataError, RecipeError, option
+from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.data.check.lenient import DELIMITERS, encoding_of
 from finetune.data.formats.table import Options
 from finetune.data.read import detected
@@ -17,27 +18,30 @@ FileT = TypeVar("FileT", bound=RowFile)
 CANDIDATES = (",", ";", "\t")
 
 
-def file_like(
-    known: FileT,
-    path: Path,
-    columns: Mapping[str, str] | None = None,
-    media_folder: Path | None = None,
-    encoding: str | None = None,
-) -> FileT:
-    """`path`, read as the source `known` is; `columns` replace its own, `encoding` that of its format. Raises
-    RecipeError, DataError.
+@dataclass(frozen=True)
+class RowsAs:
+    """How new rows are read, where a user says so. `columns`: the task's column -> the file's, None: as in the recipe;
+    `media_folder`: None: the rows' own; `encoding`: of a table, None: the recipe's if it fits, else detected.
     """
+
+    columns: Mapping[str, str] | None = None
+    media_folder: Path | None = None
+    encoding: str | None = None
+
+
+def file_like(known: FileT, path: Path, rows_as: RowsAs) -> FileT:
+    """`path`, read as the source `known` is, but for what `rows_as` says. Raises RecipeError, DataError."""
     part = known.format if known.format and path.suffix == known.path.suffix else detected(path)
     changes = {
         "path": path,
-        "format": table_format(path, part.options, encoding) if isinstance(part.options, Options) else part,
-        "media_folder": media_folder,
-        "columns": dict(known.columns if columns is None else columns),
+        "format": table_format(path, part.options, rows_as.encoding) if isinstance(part.options, Options) else part,
+        "media_folder": rows_as.media_folder,
+        "columns": dict(known.columns if rows_as.columns is None else rows_as.columns),
     }
     return known.model_copy(update=changes)
 
 
-def table_format(path: Path, options: Options, encoding: str | None = None) -> FormatPart:
+def table_format(path: Path, options: Options, encoding: str | None) -> FormatPart:
     """The format of a table with the `encoding` that is named, else with the options' own where the file has it, else
     with that which is detected; so with the delimiter. Raises RecipeError, DataError.
     """
@@ -49,13 +53,16 @@ def table_format(path: Path, options: Options, encoding: str | None = None) -> F
         with path.open(encoding=known or "utf-8-sig", errors="replace", newline="") as file:
             header = file.readline()
     except LookupError:
-        raise RecipeError(f"{name} {encoding}: write an encoding such as gb18030, big5 or shift_jis") from None
+        raise RecipeError(
+            f"{given('encoding', encoding)}: write an encoding such as gb18030, big5 or shift_jis"
+        ) from None
     except DataError:
         raise DataError(f"{path}: not UTF-8, and its encoding isn't clear; name it with {name}, as gb18030") from None
     usual = options.delimiter or DELIMITERS[path.suffix.lower()]
     others = [mark for mark in CANDIDATES if mark in header]
     delimiter = others[0] if usual not in header and len(others) == 1 else options.delimiter
-    return FormatPart.of("table", encoding=known, delimiter=delimiter)
+    found = {"encoding": known, "delimiter": delimiter}
+    return FormatPart.of("table", **{key: value for key, value in found.items() if value})
 
 
 def _encoding(path: Path, usual: str | None) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.formats._media import is_hidden, kind_of
-from finetune.data.rows import detected, error_list, read_rows
+from finetune.data.read import detected, read_rows
+from finetune.data.rows import error_list
 from finetune.data.sample import KINDS, Message, Row, Sample
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import Limits, RowFile
@@ -16,8 +17,7 @@ from finetune.recipe.schema import Limits, RowFile
 
 @dataclass(frozen=True)
 class Input:
-    """A row to be asked about. `name`: its file, or for a row of a table the table's name and the line. `columns`:
-    the
+    """A row to be asked about. `name`: its file, or for a row of a table the table's name and the line. `columns`: the
     texts and numbers that its table holds, as text.
     """
 

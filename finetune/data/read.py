@@ -23,10 +23,15 @@ def read_rows(file: RowFile, max_bytes: int = Limits().max_bytes) -> Iterator[Ro
 
 def detected(path: Path) -> FormatPart:
     """The format of a file or folder. Raises DataError where none, or more than one, recognises it."""
-    kinds = part_names(FormatPart.folder)
-    matching = [kind for kind in kinds if load_part(FormatPart.folder, kind).detects(path)]
+    matching = formats_of(path)
     if not matching:
-        raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({', '.join(kinds)})")
+        known = ", ".join(part_names(FormatPart.folder))
+        raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({known})")
     if len(matching) > 1:
         raise DataError(f"{path}: could be {' or '.join(matching)}; name one with `data.N.format`")
     return FormatPart.of(matching[0])
+
+
+def formats_of(path: Path) -> list[str]:
+    """The names of those that recognise a file or folder."""
+    return [kind for kind in part_names(FormatPart.folder) if load_part(FormatPart.folder, kind).detects(path)]

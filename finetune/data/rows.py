@@ -4,14 +4,13 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, sqrt
+from math import ceil
 
 from finetune.common.errors import DataError
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
-from finetune.data.read import detected as detected
-from finetune.data.read import read_rows as read_rows
+from finetune.data.metrics import share_interval
 from finetune.data.sample import Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
@@ -127,13 +126,12 @@ def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
         cure = _more_held_out(splits, recipe.evaluate.split, FEW_ROWS)
         if rows == recipe.evaluate.limit:
             cure = f"raise evaluate.limit to {FEW_ROWS} or more"
-        yield f"only {rows} row{'s' * (rows > 1)} to score: a share of 50% could as well be {_range(rows)}; {cure}"
+        yield f"only {rows} row{'s' * (rows > 1)} to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
 
 
 def _range(rows: int) -> str:
-    """The 95% interval of one half of so few rows (Wilson)."""
-    half = 1.96 / 2 / sqrt(rows + 1.96**2)
-    return f"{max(0.0, 0.5 - half):.0%} or {min(1.0, 0.5 + half):.0%}"
+    low, high = share_interval(rows / 2, rows)
+    return f"{100 * low:.0f}–{high:.0%}"
 
 
 def _more_held_out(splits: Splits, split: str, rows: int) -> str:

@@ -13,6 +13,7 @@ from finetune.common.energy import EnergyMeter
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
+from finetune.data.new_files import RowsAs
 from finetune.data.predictions import Prediction, write_predictions
 from finetune.data.rows import by_task, content_key, read_splits, subset
 from finetune.data.run_rows import splits_of_run
@@ -71,7 +72,7 @@ def evaluate(
     fresh_memory()
     folder = RunFolder.open(run, needs="adapter")
     recipe = load_recipe(folder.recipe)
-    new = None if data is None else NewRows.of(recipe, Path(data), task, columns, media_folder, encoding)
+    new = None if data is None else NewRows.of(recipe, Path(data), task, RowsAs(columns, media_folder, encoding))
     written = RunFolder(new.folder(folder, out)) if new else folder
     begin = perf_counter()
     with EnergyMeter() as meter:

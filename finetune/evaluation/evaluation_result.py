@@ -10,7 +10,7 @@ from finetune.evaluation.report.content import Content, read_content
 from finetune.evaluation.results import Comparison, Metrics, ScoreTables
 
 if TYPE_CHECKING:
-    from finetune.evaluation.report.tables import Cell
+    from finetune.evaluation.report.tables import Score
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,7 +64,7 @@ class EvaluationResult:
         lines = [f"EvaluationResult of {self.written.path}"]
         for one in headlines(self.content):
             tuned = one.scores[0]
-            interval = "" if tuned.low is None else f" (95% CI {tuned.low:.3f}–{tuned.high:.3f})"
+            interval = f" (95% CI {tuned.interval})" if tuned.interval else ""
             lines.append(f"  {one.task}: {one.metric} {tuned.value:.3f}{interval}, n = {one.rows:,}")
         return "\n".join(lines)
 
@@ -84,8 +84,8 @@ class EvaluationResult:
         return "".join([*shown, display.picture(folder.plots / "scores.png"), display.files(paths)])
 
 
-def _cell(cell: "Cell") -> str:
+def _cell(score: "Score | None") -> str:
     """A value with its 95% confidence interval."""
-    if cell.value is None:
+    if score is None:
         return ""
-    return f"{cell.value:.3f}" + ("" if cell.low is None else f" ({cell.low:.3f}–{cell.high:.3f})")
+    return f"{score.value:.3f}" + (f" ({score.interval})" if score.interval else "")

@@ -1,16 +1,15 @@
 """Rows with answers that the recipe of a run doesn't name, to be scored as one of its tasks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.common.run_folder import RunFolder, read_json
-from finetune.data.new_files import file_like
+from finetune.data.new_files import RowsAs, file_like
 from finetune.data.rows import read_samples
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import Limits, Source, task_names
+from finetune.recipe.schema import Limits, Source, chosen_task, task_names
 
 
 @dataclass(frozen=True)
@@ -22,26 +21,13 @@ class NewRows:
     source: Source
 
     @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        path: Path,
-        task: str | None,
-        columns: Mapping[str, str] | None,
-        media_folder: Path | None,
-        encoding: str | None = None,
-    ) -> "NewRows":
+    def of(cls, recipe: Recipe, path: Path, task: str | None, rows_as: RowsAs) -> "NewRows":
         """Raises RecipeError, DataError."""
         if not path.exists():
-            raise RecipeError(f"--data {path}: no such file or folder")
+            raise RecipeError(f"{given('data', path)}: no such file or folder")
         names = task_names(recipe.data)
-        known = list(dict.fromkeys(names))
-        if task is None and len(known) > 1:
-            raise RecipeError(f"the run was trained for {', '.join(known)}: name one with --task")
-        if task is not None and task not in known:
-            raise RecipeError(f"--task {task}: the run was trained for {', '.join(known)}")
-        number = names.index(task or known[0])
-        source = file_like(recipe.data[number], path.absolute(), columns, media_folder, encoding)
+        number = names.index(chosen_task(names, task) or names[0])
+        source = file_like(recipe.data[number], path.absolute(), rows_as)
         return cls(names[number], number, source.model_copy(update={"group": None}))
 
     def samples(self, limits: Limits) -> list[Sample]:
@@ -54,9 +40,12 @@ class NewRows:
         folder = run.evaluation_of(self.source.path) if out is None else Path(out)
         before = RunFolder(folder)
         if before.recipe.exists():
-            raise DataError(f"--out {folder}: is a run's folder; name another")
+            raise DataError(f"{given('out', folder)}: is a run's folder; name another")
         if before.metrics.exists():
             data = read_json(before.metrics).get("data", {}).get("path")
             if data != str(self.source.path):
-                raise DataError(f"{folder}: holds the scores of other rows, {data}; name another folder with --out")
+                raise DataError(
+                    f"{folder}: holds the scores of other rows, {data}; name another folder with "
+                    f"{option('--out', 'out=')}"
+                )
         return folder

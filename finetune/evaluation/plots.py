@@ -121,11 +121,11 @@ def scores(table: Mapping[str, Mapping[str, Mapping[str, float | None]]], path: 
     _save(figure, path)
 
 
-def calibration_figure(bins: Sequence[tuple[float, float, int]], width: float = 4.5, height: float = 3.6) -> "Figure":
+def calibration_figure(bins: Sequence[tuple[float, float, int]]) -> "Figure":
     """`bins`: (mean confidence, accuracy, rows) of answers of similar confidence. The dotted line is perfect
-    calibration. The size is in inches.
+    calibration.
     """
-    figure, (axes,) = _figure(width, height)
+    figure, (axes,) = _figure(4.5, 3.6)
     most = max(count for _, _, count in bins)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
     confidence, accuracy, counts = zip(*bins, strict=True)

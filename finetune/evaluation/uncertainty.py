@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from finetune.data.metrics import lower_is_better
+from finetune.data.metrics import lower_is_better, share_interval
 from finetune.evaluation.results import Comparison
 
 Measure = Mapping[str, Any]  # what a task's `measure` gives for a row
@@ -27,23 +27,23 @@ GRID = (np.arange(400) + 0.5) / 400  # probabilities at which distributions are 
 
 class ScoredRows:
     """The scores of some rows under one condition. `values`: metric -> value; `right`: metric -> booleans (N,), for
-    those that are the share of right rows; `resampled`: metric -> values (R,) of `resamples` samples of as many rows,
-    NaN where a sample has none.
+    those that are the share of right rows; `resampled`: metric -> values (R,) of RESAMPLES samples of as many rows, NaN
+    where a sample has none.
 
     Rows with the same non-empty "group" are drawn together, and as a new group each time. With the same seed, other
     conditions of the same rows are resampled alike.
     """
 
-    def __init__(self, rows: Sequence[Measure], score: Score, seed: int, resamples: int = RESAMPLES) -> None:
+    def __init__(self, rows: Sequence[Measure], score: Score, seed: int) -> None:
         self.values = score(list(rows)) if rows else {}
         self.good = np.array([float(row.get("good", np.nan)) for row in rows])
         units = _units(rows)
         self.units = len(units)
         grouped = any(row.get("group") for row in rows)
         self.right = {} if grouped else _right(rows, score)
-        self.resampled = {metric: np.full(resamples, np.nan) for metric in self.values}
+        self.resampled = {metric: np.full(RESAMPLES, np.nan) for metric in self.values}
         generator = np.random.default_rng(seed)
-        for number in range(resamples if self.units >= FEWEST else 0):
+        for number in range(RESAMPLES if self.units >= FEWEST else 0):
             drawn = generator.integers(self.units, size=self.units).tolist()
             if grouped:
                 sample = [{**row, "group": copy} for copy, unit in enumerate(drawn, 1) for row in units[unit]]
@@ -53,20 +53,14 @@ class ScoredRows:
                 if metric in self.resampled:
                     self.resampled[metric][number] = value
 
-    def interval(self, metric: str, level: float = LEVEL) -> Interval | None:
+    def interval(self, metric: str) -> Interval | None:
         """None where a bootstrap can't tell: of fewer than FEWEST rows or groups, if all samples score the same, or if
         fewer than half of them have the metric.
         """
         if metric in self.right:
-            return share_interval(int(self.right[metric].sum()), len(self.right[metric]), level)
-        ends = _middle(self.resampled[metric], level)
+            return share_interval(int(self.right[metric].sum()), len(self.right[metric]))
+        ends = _middle(self.resampled[metric])
         return None if ends is None or ends[0] == ends[1] else ends
-
-
-def share_interval(right: int, rows: int, level: float = LEVEL) -> Interval:
-    """Wilson's interval of a share of right rows."""
-    ends = stats.binomtest(right, rows).proportion_ci(level, method="wilson")
-    return float(ends.low), float(ends.high)
 
 
 def compare(ours: ScoredRows, theirs: ScoredRows, metric: str) -> Comparison:
@@ -74,7 +68,7 @@ def compare(ours: ScoredRows, theirs: ScoredRows, metric: str) -> Comparison:
     if metric in ours.right and metric in theirs.right:
         left, right = ours.right[metric], theirs.right[metric]
         return mcnemar(int((left & ~right).sum()), int((right & ~left).sum()), len(left))
-    ends = _middle(ours.resampled[metric] - theirs.resampled[metric], LEVEL)
+    ends = _middle(ours.resampled[metric] - theirs.resampled[metric])
     return Comparison(
         difference=ours.values[metric] - theirs.values[metric],
         low=ends[0] if ends else None,
@@ -133,12 +127,12 @@ def _beta(left: int, right: int) -> np.ndarray:
     return quantiles
 
 
-def _middle(values: np.ndarray, level: float) -> Interval | None:
-    """The quantiles between which the middle `level` of the values lies; None if fewer than half are known."""
+def _middle(values: np.ndarray) -> Interval | None:
+    """The quantiles between which the middle LEVEL of the values lies; None if fewer than half are known."""
     known = values[~np.isnan(values)]
     if 2 * len(known) < len(values) or not len(known):
         return None
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

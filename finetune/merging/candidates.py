@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from finetune.common.certificate import BARE, UNTRAINED, Dtypes, Measures
 from finetune.common.errors import ArtifactError
 from finetune.common.progress import fresh_memory
-from finetune.merging.compare import Comparison, EncodedOnce, distances
+from finetune.merging.compare import ComparedSamples, EncodedOnce, distances
 from finetune.merging.lora_weights import (
     LoraFile,
     Quantization,
@@ -40,7 +40,7 @@ BATCH_ON_DISK = 8  # samples compared at once where each pass reads the LLM from
 @dataclass
 class Trained:
     """What is known of the model that was trained, and of the base, once both are let go. `parts`: the state of
-    projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `Comparison.next_tokens`.
+    projectors, fusion and heads; `next_tokens`, `base_next_tokens`: see `ComparedSamples.next_tokens`.
     """
 
     parts: dict[str, Tensor]
@@ -53,6 +53,14 @@ class Trained:
     @property
     def positions(self) -> int:
         return sum(len(row) for row in self.next_tokens)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`name`: what LoRA is merged into; `quantized`: whether its weights are quantized and dequantized first."""
+
+    name: str
+    quantized: bool
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,9 @@ class MergeJob:
         return f"the adapter over the {llm} LLM" if self.lora else f"the {llm} LLM"
 
     @property
-    def candidates(self) -> dict[str, bool]:
-        """{what LoRA is merged into: whether its weights are quantized and dequantized first}."""
-        quantize = self.llm.quantize
-        return {"the 16-bit LLM": False} | ({} if quantize == "none" else {f"the dequantized {quantize} LLM": True})
+    def candidates(self) -> tuple[Candidate, ...]:
+        plain, quantize = Candidate("the 16-bit LLM", False), self.llm.quantize
+        return (plain,) if quantize == "none" else (plain, Candidate(f"the dequantized {quantize} LLM", True))
 
     @property
     def dtypes(self) -> Dtypes:
@@ -108,7 +115,7 @@ class MergeJob:
             with_encoders=with_encoders,
         )
 
-    def measure_trained(self, comparison: Comparison) -> Trained:
+    def measure_trained(self, comparison: ComparedSamples) -> Trained:
         """Load what was trained, and measure it and the base. Encoders that were tuned are then as they will be
         saved.
         """
@@ -137,7 +144,7 @@ class MergeJob:
         return trained
 
     def write(self, place: Path, scratch: Path, trained: Trained, quantized: bool) -> str:
-        """Write a candidate's folder; says how it was merged. `quantized`: see `candidates`."""
+        """Write a candidate's folder; says how it was merged. `quantized`: see `Candidate`."""
         fresh_memory()
         # 16-bit weights needn't fit where 4-bit ones do.
         on_cpu = replace(self.run.components, device=torch.device("cpu"))
@@ -159,7 +166,7 @@ class MergeJob:
         write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.parts, self.run)
         return method
 
-    def measure(self, place: Path, scratch: Path, comparison: Comparison, trained: Trained) -> Measures:
+    def measure(self, place: Path, scratch: Path, comparison: ComparedSamples, trained: Trained) -> Measures:
         """The measures of a candidate, read back from disk with its own encoders."""
         fresh_memory()
         model, on_disk = read_back(place, self.run.components.device, scratch)

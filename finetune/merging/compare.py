@@ -28,7 +28,7 @@ LIKELY = 1e-4
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedSamples:
     """Held-out samples that models are compared on: all for their next tokens, `answered` also for their scores."""
 
     run: Run

@@ -23,7 +23,7 @@ from finetune.data.rows import subset
 from finetune.data.run_rows import splits_of_run
 from finetune.evaluation.scores import known_bindings
 from finetune.merging.candidates import MergeJob, Trained, dtype_name
-from finetune.merging.compare import Comparison
+from finetune.merging.compare import ComparedSamples
 from finetune.merging.lora_weights import LoraFile
 from finetune.model import module_names
 from finetune.model.adapter import saved_adapter
@@ -60,7 +60,7 @@ def merge(run: RunLike) -> Certificate:
         raise DataError(f"no rows in split {recipe.evaluate.split!r} to compare the merged model on")
     loaded = Run.load(folder, recipe, known_bindings(folder.adapter, samples, recipe.data))
     answered = subset(samples, recipe.merge.rows_scored, recipe.seed) if recipe.merge.rows_scored else []
-    comparison = Comparison(loaded, samples, answered)
+    comparison = ComparedSamples(loaded, samples, answered)
     computed = loaded.components.dtype
     dtype = computed if recipe.merge.dtype == "auto" else resolve_dtype(recipe.merge.dtype, loaded.components.device)
     try:
@@ -77,7 +77,7 @@ def merge(run: RunLike) -> Certificate:
 
 
 def merge_into(
-    folder: Path, job: MergeJob, comparison: Comparison, llm_files: LanguageModelFiles, held_out: int
+    folder: Path, job: MergeJob, comparison: ComparedSamples, llm_files: LanguageModelFiles, held_out: int
 ) -> Certificate:
     """Write and measure every candidate, keep the best in `folder`, with its certificate. `held_out`: rows in all."""
     candidates = job.candidates
@@ -86,17 +86,17 @@ def merge_into(
         step()
         measures: dict[str, Measures] = {}
         methods: dict[str, str] = {}
-        for number, (name, quantized) in enumerate(candidates.items()):
+        for number, candidate in enumerate(candidates):
             place, scratch = folder / f"candidate-{number}", folder / "scratch"
-            methods[name] = job.write(place, scratch, trained, quantized)
+            methods[candidate.name] = job.write(place, scratch, trained, candidate.quantized)
             step()
-            measures[name] = job.measure(place, scratch, comparison, trained)
+            measures[candidate.name] = job.measure(place, scratch, comparison, trained)
             shutil.rmtree(scratch, ignore_errors=True)
             step()
     best, why = chosen(measures)
     bounds = bounds_of(job.run.recipe)
     refuse_unless_faithful(measures[best], trained, bounds, job.base_is)
-    keep_candidate(folder, list(candidates).index(best))
+    keep_candidate(folder, list(measures).index(best))
     merged = Certificate(
         format=1,
         merged_into=best,
@@ -189,7 +189,7 @@ def keep_candidate(folder: Path, number: int) -> None:
         shutil.rmtree(path)
 
 
-def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds, base_is: str = BARE) -> None:
+def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds, base_is: str) -> None:
     """Raises MergeRefused where bounds are broken."""
     advice = "Nothing was kept: serve the adapter, or use a wider merge.dtype"
     if saved.agreement < bounds.min_agreement:

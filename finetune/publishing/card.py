@@ -149,10 +149,9 @@ def score_tables(content: Content) -> list[tuple[str, int, str]]:
         for row in scores.metrics:
             name = words.plain(row.metric) + (" (lower is better)" if row.lower_is_better else "")
             line = [f"**{name}**" if row.primary else name]
-            for condition, value in zip(scores.conditions, row.cells, strict=True):
-                interval = f" ({words.number(value.low)} to {words.number(value.high)})"
-                shown = interval if condition == "tuned" and value.low is not None else ""
-                line.append("" if value.value is None else words.number(value.value) + shown)
+            for condition, score in zip(scores.conditions, row.cells, strict=True):
+                interval = f" ({score.interval})" if score and score.interval and condition == "tuned" else ""
+                line.append(words.number(score.value) + interval if score else "")
             lines.append(line)
         head = ["", *map(words.plain, scores.conditions)]
         result.append((scores.task, len(content.predictions_of(scores.task)), table(head, lines, len(head) - 1)))

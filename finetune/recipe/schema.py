@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.config import JsonDict
 
+from finetune.common.errors import RecipeError, given, option
 from finetune.common.user_cache import user_cache
 from finetune.recipe.parts import (
     EncoderPart,
@@ -168,6 +169,18 @@ def task_names(sources: Sequence[Source]) -> list[str]:
             same = sum(other == kind for other, _ in names.keys() - chosen.keys())
             names[kind, options] = chosen.get((kind, options)) or (f"{kind}_{same + 1}" if same else kind)
     return [names[key] for key in keys]
+
+
+def chosen_task(known: Sequence[str], task: str | None) -> str | None:
+    """That of a model's tasks which is meant: the named one, or the only one; None where there is none. Raises
+    RecipeError.
+    """
+    tasks = ", ".join(dict.fromkeys(known))
+    if task is not None and task not in known:
+        raise RecipeError(f"{given('task', task)}: the model was trained for {tasks or 'no task that is known'}")
+    if task is None and len(set(known)) > 1:
+        raise RecipeError(f"the model was trained for {tasks}: name one with {option('--task', 'task=')}")
+    return task or next(iter(known), None)
 
 
 class Limits(Section):

@@ -60,19 +60,17 @@ REPO = ""  # @param {type:"string"}
 # 语言模型能理解的表示；第二阶段同时训练投影器和 LoRA。
 
 # %%
-import yaml
-
 import finetune
 
-recipe = {
-    "name": NAME,
-    "seed": 7,
-    "model": {
+recipe = finetune.Recipe(
+    name=NAME,
+    seed=7,
+    model={
         "llm": {"name": LLM, "quantize": "nf4", "dtype": DTYPE},
         "encoders": {"image": {"kind": "vision", "name": ENCODER, "layer": -2}},
         "projectors": {"image": {"kind": "pixel_shuffle", "factor": 2}},
     },
-    "data": [
+    data=[
         {
             "path": DATA,
             "task": {"kind": "caption", "prompt": QUESTION},
@@ -80,7 +78,7 @@ recipe = {
             "hold_out": 0.2,
         }
     ],
-    "train": {
+    train={
         "save_every_n_steps": 50,
         "tokens_per_batch": "auto",
         "stages": [
@@ -88,41 +86,32 @@ recipe = {
             {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 2e-4, "epochs": EPOCHS},
         ],
     },
-    "evaluate": {"limit": 200, "max_new_tokens": 32},
-    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["en"]},  #:en
-    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},  #:zh
-}
-Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
-finetune.check("recipe.yaml")
+    evaluate={"limit": 200, "max_new_tokens": 32},
+    publish={"licenses": {"data": DATA_LICENSE}, "languages": ["en"]},  #:en
+    publish={"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},  #:zh
+)
+finetune.check(recipe)
 
 # %% include train
 
 # %% include scores
 
+# %% include merge
+
 # %% [markdown] en
-# ## Ask the model
-#
 # Four held-out pictures with the right caption and the model's. Then your own, if you set `PICTURE`.
 
 # %% [markdown] zh
-# ## 向模型提问
-#
 # 四张留出的图片，附上正确的描述和模型的描述。设置 `PICTURE` 后，还会描述你自己的图片。
 
 # %%
 # @title Ask  #:en
 # @title 提问  #:zh
-import json
-
 from IPython.display import Image, display
 
 PICTURE = ""  # @param {type:"string"}
 
-if not (RUN / "certificate.json").is_file():
-    finetune.merge(RUN)
-model = finetune.load(RUN)
-lines = (RUN / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-for row in map(json.loads, lines[:4]):
+for row in held_out[:4]:
     display(Image(row["media"][0], width=96))
     print(row["target"][0], "→", row["tuned"])
 if PICTURE:

@@ -70,7 +70,7 @@ if UPLOAD:
 
 # %% name train
 started = (RUN / "recipe.yaml").is_file()
-finetune.train(finetune.load_recipe("recipe.yaml"), RUN, resume=started)
+finetune.train(recipe, RUN, resume=started)
 
 # %% [markdown] en name scores
 # ## Scores on held-out rows
@@ -87,6 +87,25 @@ finetune.train(finetune.load_recipe("recipe.yaml"), RUN, resume=started)
 
 # %% name scores
 finetune.evaluate(RUN)
+
+# %% [markdown] en name merge
+# ## Merge, and ask the model
+#
+# The merged model is one folder that needs nothing else. It is compared with the trained model before it is written; how
+# close they are stands in its certificate.
+
+# %% [markdown] zh name merge
+# ## 合并，向模型提问
+#
+# 合并后的模型是一个独立的目录，不依赖其他文件。写出之前会与训练出的模型比较，二者的差距记录在证书中。
+
+# %% name merge
+import json
+
+if not (RUN / "certificate.json").is_file():
+    finetune.merge(RUN)
+model = finetune.load(RUN)
+held_out = [json.loads(line) for line in (RUN / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 # %% [markdown] en name publish
 # ## Publish
@@ -108,5 +127,4 @@ from huggingface_hub import get_token
 
 UPLOAD_NOW = bool(REPO and get_token())
 pushed = finetune.push(RUN, REPO or None, dry_run=not UPLOAD_NOW)
-print(*pushed.checks, sep="\n")
-print(pushed.url or f"dry run: {pushed.folder}")
+pushed

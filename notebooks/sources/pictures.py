@@ -50,30 +50,28 @@ REPO = ""  # @param {type:"string"}
 # %% [markdown] en
 # ## The recipe
 #
-# Everything that is trained stands in one file. A fifth of the pictures is held out, for the scores. A T4 computes in
+# Everything that is trained stands in one recipe. A fifth of the pictures is held out, for the scores. A T4 computes in
 # float16, and the language model is stored in 4 bits (nf4). First the projector learns to translate pictures for the
 # frozen model, then projector, LoRA and label head learn together.
 
 # %% [markdown] zh
 # ## 配方
 #
-# 训练的全部内容都写在一个文件里。留出五分之一的图片用来评分。T4 以 float16 计算，语言模型以 4 位（nf4）存储。第一阶段只训练
+# 训练的全部内容都写在一份配方里。留出五分之一的图片用来评分。T4 以 float16 计算，语言模型以 4 位（nf4）存储。第一阶段只训练
 # 投影器，让它把图片转换成冻结的语言模型能理解的表示；第二阶段同时训练投影器、LoRA 和标签头。
 
 # %%
-import yaml
-
 import finetune
 
-recipe = {
-    "name": NAME,
-    "seed": 7,
-    "model": {
+recipe = finetune.Recipe(
+    name=NAME,
+    seed=7,
+    model={
         "llm": {"name": LLM, "quantize": "nf4", "dtype": DTYPE},
         "encoders": {"image": {"kind": "vision", "name": ENCODER, "layer": -2}},
         "projectors": {"image": {"kind": "pixel_shuffle", "factor": 2}},
     },
-    "data": [
+    data=[
         {
             "path": DATA,
             "task": {"kind": "classify", "prompt": QUESTION},
@@ -82,7 +80,7 @@ recipe = {
             "hold_out": 0.2,
         }
     ],
-    "train": {
+    train={
         "save_every_n_steps": 50,
         "tokens_per_batch": "auto",
         "stages": [
@@ -95,45 +93,34 @@ recipe = {
             },
         ],
     },
-    "evaluate": {"limit": 500},
-    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["en"]},  #:en
-    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},  #:zh
-}
-Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
-finetune.check("recipe.yaml")
+    evaluate={"limit": 500},
+    publish={"licenses": {"data": DATA_LICENSE}, "languages": ["en"]},  #:en
+    publish={"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},  #:zh
+)
+finetune.check(recipe)
 
 # %% include train
 
 # %% include scores
 
+# %% include merge
+
 # %% [markdown] en
-# ## Ask the model
-#
-# Merges the adapter into the language model, proves that the merged model still answers like the trained one, and asks it
-# about a picture: one that was held out, or the one in `PICTURE`.
+# About a held-out picture, or the one in `PICTURE`.
 
 # %% [markdown] zh
-# ## 向模型提问
-#
-# 把适配器合并进语言模型，验证合并后的模型与训练出的模型回答一致，然后就一张图片提问：默认是一张留出的图片，也可以用 `PICTURE`
-# 指定。
+# 默认使用一张留出的图片，也可以用 `PICTURE` 指定。
 
 # %%
 # @title Ask  #:en
 # @title 提问  #:zh
-import json
-
 from IPython.display import Image, display
 
 PICTURE = ""  # @param {type:"string"}
 
-if not (RUN / "certificate.json").is_file():
-    finetune.merge(RUN)
-model = finetune.load(RUN)
-held_out = json.loads((RUN / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[0])
-picture = PICTURE or held_out["media"][0]
+picture = PICTURE or held_out[0]["media"][0]
 display(Image(picture, width=160))
-probabilities = model.probabilities(held_out["question"], image=picture)
+probabilities = model.probabilities(QUESTION, image=picture)
 for label in sorted(probabilities, key=probabilities.get, reverse=True)[:3]:
     print(f"{probabilities[label]:.2f}  {label}")
 

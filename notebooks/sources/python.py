@@ -111,40 +111,15 @@ recipe = finetune.Recipe(
     publish={"licenses": {"data": "cc0-1.0"}, "languages": ["zh"]},  #:zh
 )
 
-# %% [markdown] en
-# ## Train
-#
-# The curve below the bar is the loss of the current stage. Run again after an interruption, the cell continues from the last
-# checkpoint.
-
-# %% [markdown] zh
-# ## 训练
-#
-# 进度条下方的曲线是当前阶段的损失。中断后再次运行该单元格，会从最近的检查点继续。
-
-# %%
-started = (RUN / "recipe.yaml").is_file()
-finetune.train(recipe, RUN, resume=started)
+# %% include train
 
 # %% include scores
 
-# %% [markdown] en
-# ## Merge, load, ask
-#
-# The merged model is one folder that needs nothing else. It is compared with the trained model before it is written; how
-# close they are stands in its certificate.
-
-# %% [markdown] zh
-# ## 合并、加载、提问
-#
-# 合并后的模型是一个独立的目录，不依赖其他文件。写出之前会与训练出的模型比较，二者的差距记录在证书中。
+# %% include merge
 
 # %%
 from IPython.display import Image, display
 
-if not (RUN / "certificate.json").is_file():
-    finetune.merge(RUN)
-model = finetune.load(RUN)
 for number in range(3):
     file = rows / f"{number}.png"
     display(Image(file, width=96))

@@ -64,19 +64,17 @@ REPO = ""  # @param {type:"string"}
 # 器把它们压缩成每秒约 6 个词元。
 
 # %%
-import yaml
-
 import finetune
 
-recipe = {
-    "name": NAME,
-    "seed": 7,
-    "model": {
+recipe = finetune.Recipe(
+    name=NAME,
+    seed=7,
+    model={
         "llm": {"name": LLM, "quantize": "nf4", "dtype": DTYPE},
         "encoders": {"audio": {"kind": "whisper", "name": ENCODER}},
         "projectors": {"audio": {"kind": "stack", "factor": 8}},
     },
-    "data": [
+    data=[
         {
             "name": "transcript",
             "path": DATA,
@@ -93,7 +91,7 @@ recipe = {
             "hold_out": 0.2,
         },
     ],
-    "train": {
+    train={
         "save_every_n_steps": 50,
         "tokens_per_batch": "auto",
         "stages": [
@@ -106,40 +104,31 @@ recipe = {
             },
         ],
     },
-    "evaluate": {"limit": 400, "max_new_tokens": 64},
-    "publish": {"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},
-}
-Path("recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False), encoding="utf-8")
-finetune.check("recipe.yaml")
+    evaluate={"limit": 400, "max_new_tokens": 64},
+    publish={"licenses": {"data": DATA_LICENSE}, "languages": ["zh"]},
+)
+finetune.check(recipe)
 
 # %% include train
 
 # %% include scores
 
+# %% include merge
+
 # %% [markdown] en
-# ## Ask the model
-#
 # About a held-out recording, or the one in `RECORDING`.
 
 # %% [markdown] zh
-# ## 向模型提问
-#
 # 默认使用一段留出的录音，也可以用 `RECORDING` 指定。
 
 # %%
 # @title Ask  #:en
 # @title 提问  #:zh
-import json
-
 from IPython.display import Audio
 
 RECORDING = ""  # @param {type:"string"}
 
-if not (RUN / "certificate.json").is_file():
-    finetune.merge(RUN)
-model = finetune.load(RUN)
-held_out = json.loads((RUN / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[0])
-recording = RECORDING or held_out["media"][0]
+recording = RECORDING or held_out[0]["media"][0]
 display(Audio(filename=recording))
 print(model.answer(TRANSCRIBE, audio=recording))
 probabilities = model.probabilities(INTENT, task="intent", audio=recording)

@@ -111,7 +111,7 @@ def test_a_recipe_asks_as_its_task_does(tmp_path, monkeypatch):
 
 def test_several_tasks_must_be_told_apart(rows, tmp_path, monkeypatch):
     with_model(monkeypatch, Model(shelf=part("tasks", "classify"), colour=part("tasks", "classify", prompt="Colour?")))
-    with pytest.raises(DataError, match="shelf, colour: name one with task="):
+    with pytest.raises(RecipeError, match="shelf, colour: name one with task="):
         finetune.data_label(rows, "run", out=tmp_path / "labels.csv")
     finetune.data_label(rows, "run", out=tmp_path / "labels.csv", task="colour")
     assert read(tmp_path / "labels.csv")[0]["text"] == "Colour?"

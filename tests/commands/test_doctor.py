@@ -26,8 +26,8 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def only(check):
-    (condition,) = check()
-    return condition
+    (diagnostic,) = check()
+    return diagnostic
 
 
 def requiring(monkeypatch, *lines):
@@ -36,14 +36,14 @@ def requiring(monkeypatch, *lines):
     monkeypatch.setattr(packages, "installed", lambda name: "0.1.0" if name == packages.DISTRIBUTION else real(name))
 
 
-def test_the_command_prints_conditions_and_its_status_says_whether_one_is_an_error():
+def test_the_command_prints_diagnostics_and_its_status_says_whether_one_is_an_error():
     done = cli("doctor", "--json")
-    conditions = json.loads(done.stdout)["conditions"]
+    diagnostics = json.loads(done.stdout)["diagnostics"]
     assert {"python", "packages", "device", "bitsandbytes", "memory", "disk", "hub"} <= {
-        c["subject"] for c in conditions
+        c["subject"] for c in diagnostics
     }
-    assert done.returncode == any(c["level"] == "error" for c in conditions)
-    assert all(c["mend"] for c in conditions if c["level"] != "ok")
+    assert done.returncode == any(c["level"] == "error" for c in diagnostics)
+    assert all(c["fix"] for c in diagnostics if c["level"] != "ok")
     assert not done.stderr
 
 
@@ -56,16 +56,16 @@ def test_without_torch_and_bitsandbytes_there_are_errors_and_no_traceback(monkey
     assert "error    bitsandbytes: ModuleNotFoundError: import of bitsandbytes halted" in done.stdout
     assert "install torch again" in done.stdout
     diagnosis = finetune.doctor()
-    assert not diagnosis.healthy and {c.level for c in diagnosis.conditions if c.subject == "disk"} == {"ok"}
+    assert not diagnosis.healthy and {c.level for c in diagnosis.diagnostics if c.subject == "disk"} == {"ok"}
 
 
 def test_what_a_check_raises_is_one_more_condition():
     def check():
-        yield packages.Condition("a", "ok", "seen")
+        yield packages.Diagnostic("a", "ok", "seen")
         raise RuntimeError("\n  libcuda is missing\nmore")
 
-    found = Check("a", check, "mend it").conditions()
-    assert [(c.level, c.seen, c.mend) for c in found[1:]] == [("error", "RuntimeError: libcuda is missing", "mend it")]
+    found = Check("a", check, "fix it").diagnostics()
+    assert [(c.level, c.seen, c.fix) for c in found[1:]] == [("error", "RuntimeError: libcuda is missing", "fix it")]
     assert found[0].seen == "seen"
 
 
@@ -73,10 +73,10 @@ def test_versions_are_compared_with_the_metadata(monkeypatch):
     requiring(monkeypatch, "numpy>=1", "torch<2", "no-such-package>=3", "gradio-of-the-future>=9; extra == 'label'")
     old, missing = packages.required()
     assert old.level == missing.level == "error"
-    assert (old.seen, old.mend) == (f"torch {torch.__version__} is installed, needed is <2", "pip install 'torch<2'")
-    assert (missing.seen, missing.mend) == ("no-such-package isn't installed", "pip install 'no-such-package>=3'")
+    assert (old.seen, old.fix) == (f"torch {torch.__version__} is installed, <2 is required", "pip install 'torch<2'")
+    assert (missing.seen, missing.fix) == ("no-such-package isn't installed", "pip install 'no-such-package>=3'")
     extra = only(packages.extras)
-    assert extra.level == "ok" and extra.mend == "pip install 'finetune-kit[label]'"
+    assert extra.level == "ok" and extra.fix == "pip install 'finetune-kit[label]'"
     assert "gradio-of-the-future isn't installed" in extra.seen and "data label --page" in extra.seen
     requiring(monkeypatch, "numpy>=1")
     assert only(packages.required).level == "ok" and not list(packages.extras())
@@ -92,7 +92,7 @@ def test_a_package_replaced_under_a_running_kernel_is_found(monkeypatch):
     monkeypatch.setattr(numpy, "__version__", "1.2.3")
     found = only(packages.replaced)
     assert (found.subject, found.level) == ("numpy", "error") and found.seen.startswith("1.2.3 is loaded, ")
-    assert "restart" in found.mend
+    assert "restart" in found.fix
 
 
 @pytest.mark.parametrize(("version", "level"), [("0.10.0", "error"), ("0.99.0", "ok")])
@@ -108,7 +108,7 @@ def test_a_torchao_that_peft_refuses_is_found(version, level, monkeypatch, tmp_p
     finally:
         peft.import_utils.is_torchao_available.cache_clear()
     assert found.level == level and version in found.seen
-    assert found.mend.startswith("pip uninstall torchao") == (level == "error")
+    assert found.fix.startswith("pip uninstall torchao") == (level == "error")
 
 
 def gpu(monkeypatch, name, capability, ones=lambda *_, **__: torch.zeros(2, 2)):
@@ -136,7 +136,7 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_an_error(monkeypatch):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
 
     found = gpu(monkeypatch, "Tesla K80", (3, 7), ones)
-    assert found.level == "error" and "no kernel image is available" in found.seen and "build of torch" in found.mend
+    assert found.level == "error" and "no kernel image is available" in found.seen and "build of torch" in found.fix
 
 
 def test_a_driver_without_a_gpu_build_of_torch_is_found(monkeypatch):
@@ -152,15 +152,15 @@ def test_a_quantized_layer_that_computes_wrongly_is_an_error(monkeypatch):
     real = bitsandbytes.nn.Linear4bit.forward
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", lambda self, x: 1.1 * real(self, x))
     found = only(device.quantized)
-    assert found.level == "error" and "is off by 10%" in found.seen and "quantize: none" in found.mend
+    assert found.level == "error" and "is off by 10%" in found.seen and "quantize: none" in found.fix
 
 
 @pytest.mark.parametrize(("free", "level"), [(2**40, "ok"), (2**30, "warning"), (2**20, "error")])
 def test_little_space_on_a_disk_is_said(free, level, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     found = list(surroundings.disk())
-    assert [condition.level for condition in found] == [level] * 3
-    assert [("HF_HOME" in c.mend, "TMPDIR" in c.mend) for c in found[1:]] == [
+    assert [diagnostic.level for diagnostic in found] == [level] * 3
+    assert [("HF_HOME" in c.fix, "TMPDIR" in c.fix) for c in found[1:]] == [
         (level != "ok", False),
         (False, level != "ok"),
     ]
@@ -181,13 +181,11 @@ def test_the_hub_is_asked_whose_token_this_is(token, level, seen, monkeypatch, t
         reach._unreachable.cache_clear()
         reached, found = surroundings.hub()
     assert reached.level == "ok" and server.url in reached.seen
-    assert (
-        found.level == level and seen in found.seen and ("hf auth login" in found.mend) == (seen != "logged in as me")
-    )
+    assert found.level == level and seen in found.seen and ("hf auth login" in found.fix) == (seen != "logged in as me")
     with asked_of(SimpleNamespace(url="http://127.0.0.1:9"), monkeypatch, tmp_path / "cache", token):
         found = only(surroundings.hub)
     reach._unreachable.cache_clear()
-    assert found.level == "warning" and "HF_ENDPOINT" in found.mend
+    assert found.level == "warning" and "HF_ENDPOINT" in found.fix
 
 
 def test_codecs_that_are_missing_are_named(monkeypatch):

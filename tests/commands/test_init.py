@@ -247,6 +247,17 @@ def test_semicolons_and_splits_in_files_of_their_own():
     assert recipe.data[0].media_folder == Path("shop/images").resolve()
 
 
+def test_tabs_in_a_csv_file_are_its_delimiter():
+    rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
+    recipe = written(table(Path("tabs.csv"), ["text", "label"], rows, delimiter="\t"))
+    assert recipe.data[0].format.options.delimiter == "\t" and recipe.data[0].task.kind == "classify"
+
+
+def test_an_option_that_is_not_there_is_refused():
+    with pytest.raises(TypeError, match="cards"):
+        finetune.init(class_folders(), cards="8gb")
+
+
 def test_there_are_enough_steps_for_few_rows_and_not_too_many_for_many():
     few = written(with_labels()).train
     assert few.tokens_per_batch == 256 and sum(stage.epochs for stage in few.stages) >= 20
@@ -258,7 +269,7 @@ def test_there_are_enough_steps_for_few_rows_and_not_too_many_for_many():
 def test_media_in_another_folder_are_found_and_others_named():
     rows = [[name, LABELS[n % 3]] for n, name in enumerate(pictures(Path("elsewhere/deep")))]
     path = table(Path("tables/rows.csv"), ["image", "label"], rows)
-    with pytest.raises(DataError, match=r"names media such as '0.png', which isn't in .*--media-folder"):
+    with pytest.raises(DataError, match=r"names media such as '0.png', which isn't in .*media_folder="):
         finetune.init(path)
     assert (
         written(path, media_folder=Path("elsewhere/deep")).data[0].folder_of_media == Path("elsewhere/deep").resolve()
@@ -272,7 +283,7 @@ def test_several_answers_in_a_cell_are_split_as_they_are_written():
     assert task.kind == "vqa" and task.options.separator == "|"
     few = [[name, "那是什么？", f"{LABELS[n % 3]} | 方块 | 方块"] for n, name in enumerate(pictures(Path("vqa")))]
     path = table(Path("vqa/rows.csv"), ["image", "question", "All answers"], few)
-    assert written(path, answer="All answers", force=True).data[0].task.options.separator == "|"
+    assert written(path, answer="All answers", overwrite=True).data[0].task.options.separator == "|"
 
 
 def support(**names: str) -> Path:
@@ -293,8 +304,8 @@ def test_dates_ids_and_staff_are_no_answers_and_other_columns_are_named():
     assert "other columns that could be the answer: Agent; --answer COLUMN" in done.stdout
     assert load_recipe("support.yaml").data[0].task.options.text == "Transcript"
     renamed = support(**{"Call Reason": "Outcome"})
-    assert written(renamed, force=True).data[0].task.options.label == "Outcome"
-    assert written(support(), answer="Agent", force=True).data[0].task.options.label == "Agent"
+    assert written(renamed, overwrite=True).data[0].task.options.label == "Outcome"
+    assert written(support(), answer="Agent", overwrite=True).data[0].task.options.label == "Agent"
 
 
 @pytest.mark.parametrize(
@@ -319,28 +330,28 @@ def test_labels_of_questions_are_classes_and_a_named_question_is_asked():
     task = written(path).data[0].task
     assert task.kind == "classify" and task.options.text == "Customer Question"
     path = table(Path("questions.csv"), ["Body", "Topic"], rows)
-    task = written(path, question="Body", force=True).data[0].task
+    task = written(path, question="Body", overwrite=True).data[0].task
     assert task.kind == "answer" and task.options.question == "Body"
 
 
 def test_an_encoding_can_be_named():
     rows = [[f"窗{n}", "好" if n % 2 else "大"] for n in range(4)]
     path = table(Path("short.csv"), ["文字", "label"], rows, encoding="big5")
-    with pytest.raises(DataError, match="its encoding isn't clear; name it, such as --encoding gb18030"):
+    with pytest.raises(DataError, match="its encoding isn't clear; name it with encoding=, as gb18030"):
         finetune.init(path)
     assert written(path, encoding="big5").data[0].format.options.encoding == "big5"
-    with pytest.raises(RecipeError, match="--encoding big6: write one such as"):
+    with pytest.raises(RecipeError, match="encoding=big6: write an encoding such as"):
         finetune.init(path, encoding="big6")
-    with pytest.raises(RecipeError, match=r"--encoding big5: .*products\.xlsx is no CSV"):
+    with pytest.raises(RecipeError, match=r"encoding=big5: .*products\.xlsx is no CSV"):
         finetune.init(sheet(), encoding="big5")
 
 
 @pytest.mark.parametrize("name", ["./gone", "shop/gone", "a/b/c"])
 def test_a_model_that_is_not_there_leaves_no_recipe(name):
     path = with_labels()
-    with pytest.raises(RecipeError, match=f"^--llm {name}: no such file or folder"):
+    with pytest.raises(RecipeError, match=f"^{name}: no such file or folder"):
         finetune.init(path, card="cpu", llm=name)
-    with pytest.raises(RecipeError, match=f"^--encoder {name}: no such file or folder"):
+    with pytest.raises(RecipeError, match=f"^{name}: no such file or folder"):
         finetune.init(path, card="cpu", encoders=[name])
     written(path, llm="org/not-here-but-on-the-hub")
 
@@ -373,7 +384,7 @@ def test_a_prompt_is_in_one_language(text, column, prompt):
 def test_a_text_beside_a_recording_is_refused_and_what_is_not_used_is_listed():
     rows = [[name, f"the fox {n}", f"p{n % 12}", "x"] for n, name in enumerate(recordings(Path("said")))]
     path = table(Path("said/rows.csv"), ["audio", "text", "patient", "note"], rows)
-    with pytest.raises(RecipeError, match="--text note: the task transcribe reads no text"):
+    with pytest.raises(RecipeError, match="text=note: the task transcribe reads no text"):
         finetune.init(path, text="note")
     assert "not used: note\n" in cli("init", str(path), "--yes", "--card", "cpu").stdout
 
@@ -402,18 +413,18 @@ def test_a_table_without_an_answer_says_so():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"task": "rank"}, "--task rank: finetune init writes recipes for answer, "),
-        ({"task": "score"}, "--task score: column 'shelf' holds label, not number"),
-        ({"answer": "price"}, "--answer price: there is no such column; there are: photo, shelf, number"),
-        ({"text": "price"}, "--text price: there is no such column"),
-        ({"question": "price"}, "--question price: there is no such column"),
-        ({"question": "shelf"}, "--question shelf: that is the answer"),
-        ({"task": "classify", "question": "number"}, "--question number: the task classify reads no question"),
-        ({"task": "vqa"}, "--task vqa: no column is called question; .* --question COLUMN"),
-        ({"hold_out": 0.0}, "--hold-out 0: write a share above 0"),
-        ({"name": "My Shop"}, "--name 'My Shop': write small letters"),
-        ({"card": "abacus"}, "--card abacus: write one of cpu, "),
-        ({"encoders": ["audio=x"]}, "--encoder audio=x: write image=NAME"),
+        ({"task": "rank"}, "task=rank: finetune init writes recipes for answer, "),
+        ({"task": "score"}, "task=score: column 'shelf' holds label, not number"),
+        ({"answer": "price"}, "answer=price: there is no such column; there are: photo, shelf, number"),
+        ({"text": "price"}, "text=price: there is no such column"),
+        ({"question": "price"}, "question=price: there is no such column"),
+        ({"question": "shelf"}, "question=shelf: that is the answer"),
+        ({"task": "classify", "question": "number"}, "question=number: the task classify reads no question"),
+        ({"task": "vqa"}, "task=vqa: no column is called question; .* question="),
+        ({"hold_out": 0.0}, "hold_out=0: write a share above 0"),
+        ({"name": "My Shop"}, "name='My Shop': write small letters"),
+        ({"card": "abacus"}, "card=abacus: write one of cpu, "),
+        ({"encoders": ["audio=x"]}, "encoders='audio=x': write image=NAME"),
     ],
 )
 def test_a_choice_that_does_not_fit_is_refused(choices, message):
@@ -425,15 +436,15 @@ def test_a_choice_that_does_not_fit_is_refused(choices, message):
 def test_a_task_chooses_the_column_that_fits_it():
     path = with_labels()
     assert written(path, task="score").data[0].task.options.number == "number"
-    assert written(path, force=True).data[0].task.options.prompt == "Which shelf?"
+    assert written(path, overwrite=True).data[0].task.options.prompt == "Which shelf?"
 
 
-def test_it_overwrites_only_with_force():
+def test_it_overwrites_only_if_asked():
     path = with_labels()
     written(path)
-    with pytest.raises(RecipeError, match=r"products\.yaml exists already; .*--force"):
+    with pytest.raises(RecipeError, match=r"products\.yaml exists already; .* name= or out=, or give overwrite=True"):
         finetune.init(path, card="cpu")
-    assert written(path, force=True, prompt="Which shelf?").data[0].task.options.prompt == "Which shelf?"
+    assert written(path, overwrite=True, prompt="Which shelf?").data[0].task.options.prompt == "Which shelf?"
 
 
 def test_rows_that_cannot_be_used_are_listed_with_the_command_that_removes_them():

@@ -74,7 +74,7 @@ def test_rows_that_failed_are_asked_again_and_a_finished_file_stays(plain, pictu
     assert [line["file"] for line in lines] == [row.row for row in second.rows]
     assert [line["answer"] for line in lines] == [row.answer for row in second.rows]
     before = out.read_bytes()
-    with pytest.raises(DataError, match="all 5 rows are answered in it; --overwrite"):
+    with pytest.raises(DataError, match="all 5 rows are answered in it; overwrite=True"):
         finetune.predict(plain, pictures, out)
     assert out.read_bytes() == before
 
@@ -209,7 +209,7 @@ def test_an_encoding_that_is_not_clear_is_named_with_the_option(heads, tmp_path)
     options = predicting.PredictOptions(encoding="cp1252", max_new_tokens=1)
     assert finetune.predict(heads, table, task="words", options=options).rows[0].columns == {"text": "naïve"}
     options = predicting.PredictOptions(encoding="latin-nine")
-    with pytest.raises(RecipeError, match="encoding= latin-nine: write an encoding such as"):
+    with pytest.raises(RecipeError, match="encoding=latin-nine: write an encoding such as"):
         finetune.predict(heads, table, task="words", options=options)
 
 
@@ -227,7 +227,7 @@ def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
         finetune.predict(plain, tmp_path / "nowhere", out)
     with pytest.raises(RecipeError, match=r"\.csv or \.jsonl"):
         finetune.predict(plain, pictures, tmp_path / "answers.xlsx")
-    with pytest.raises(DataError, match="name one with task="):
+    with pytest.raises(RecipeError, match="name one with task="):
         finetune.predict(heads, pictures, out)
     with pytest.raises(DataError, match="named twice"):
         finetune.predict(plain, [pictures, pictures / "a.png"], out)
@@ -242,7 +242,7 @@ def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
 def test_a_file_of_something_else_stays_as_it_is(plain, pictures, tmp_path):
     out = tmp_path / "answers.csv"
     out.write_text("name,phone\nAnn,1\n")
-    with pytest.raises(DataError, match="columns are others; name another file with --out"):
+    with pytest.raises(DataError, match="columns are others; name another file with out="):
         finetune.predict(plain, pictures, out)
     out.write_text("file,answer,error\nelsewhere.png,cat,\n")
     with pytest.raises(DataError, match=r"'elsewhere.png' isn't among these"):

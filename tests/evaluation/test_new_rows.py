@@ -10,6 +10,7 @@ from trained_runs import copy_of, file_digests, predictions_of
 
 import finetune
 from finetune.common.errors import DataError, RecipeError
+from finetune.data.new_files import RowsAs
 from finetune.evaluation.new_rows import NewRows
 
 
@@ -61,9 +62,9 @@ def test_rows_that_were_trained_on_are_counted(run, finished_run):
 
 def test_what_can_not_be_meant_is_refused_before_the_model_is_loaded(run, finished_run, tmp_path):
     rows = finished_run("heads").parent / "rows" / "mark-test.csv"
-    with pytest.raises(RecipeError, match="colour, likely, mark, order, words: name one with --task"):
+    with pytest.raises(RecipeError, match="colour, likely, mark, order, words: name one with task="):
         finetune.evaluate(run, rows)
-    with pytest.raises(RecipeError, match="--task colours: the run was trained for colour"):
+    with pytest.raises(RecipeError, match="task=colours: the model was trained for colour"):
         finetune.evaluate(run, rows, task="colours")
     with pytest.raises(RecipeError, match="no such file"):
         finetune.evaluate(run, tmp_path / "none.csv", task="mark")
@@ -85,5 +86,5 @@ def test_rows_in_another_encoding_than_the_recipes_are_read(run, finished_run, t
     text = (finished_run("heads").parent / "rows" / "words-test.csv").read_text().replace("square", "carré")
     for name, written, named in (("a", "utf-16", None), ("b", "cp1252", "cp1252")):
         (tmp_path / f"{name}.csv").write_text(text.replace(",", ";"), encoding=written)
-        new = NewRows.of(recipe, tmp_path / f"{name}.csv", "words", None, None, named)
+        new = NewRows.of(recipe, tmp_path / f"{name}.csv", "words", RowsAs(encoding=named))
         assert all("carré" in sample.messages[0].content[0] for sample in new.samples(recipe.media))

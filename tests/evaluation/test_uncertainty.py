@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from finetune.evaluation.uncertainty import FEWEST, ScoredRows, compare, mcnemar, share_interval
+from finetune.data.metrics import share_interval
+from finetune.evaluation import uncertainty
+from finetune.evaluation.uncertainty import FEWEST, ScoredRows, compare, mcnemar
 
 
 def mean(rows):
@@ -21,18 +23,16 @@ def rows_of(values, group=None):
     ]
 
 
-def interval(values, group=None, *, seed=1, level=0.95, resamples=1000):
-    return ScoredRows(rows_of(values, group), mean, seed, resamples).interval("mean", level)
+def interval(values, group=None, *, seed=1):
+    return ScoredRows(rows_of(values, group), mean, seed).interval("mean")
 
 
 def compared(ours, theirs, group=None):
-    return compare(*(ScoredRows(rows_of(values, group), mean, 1, 4000) for values in (ours, theirs)), "mean")
+    return compare(*(ScoredRows(rows_of(values, group), mean, 1) for values in (ours, theirs)), "mean")
 
 
-def wilson(right, rows, z=1.959963984540054):
-    share = right / rows
-    middle, width = share + z * z / (2 * rows), z * math.sqrt((share * (1 - share) + z * z / (4 * rows)) / rows)
-    return (middle - width) / (1 + z * z / rows), (middle + width) / (1 + z * z / rows)
+def wilson(right, rows):
+    return tuple(stats.binomtest(right, rows).proportion_ci(method="wilson"))
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 3), (3, 3), (2, 13), (8, 13), (142, 226)])
@@ -95,16 +95,19 @@ def test_the_interval_of_a_difference_holds_it_and_agrees_with_the_test():
         assert held >= 0.95, (gain, loss)
 
 
-def test_other_scores_have_scipys_bootstrap_interval():
+def test_other_scores_have_scipys_bootstrap_interval(monkeypatch):
+    monkeypatch.setattr(uncertainty, "RESAMPLES", 4000)
     values = np.random.default_rng(0).exponential(size=200)
     other = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=2).confidence_interval
-    low, high = interval(values, resamples=4000)
+    low, high = interval(values)
     assert (low, high) == pytest.approx((other.low, other.high), abs=0.02)
-    narrow = interval(values, level=0.5)
+    monkeypatch.setattr(uncertainty, "LEVEL", 0.5)
+    narrow = interval(values)
     assert low < narrow[0] < narrow[1] < high
 
 
-def test_a_difference_of_other_scores_has_scipys_paired_bootstrap_interval():
+def test_a_difference_of_other_scores_has_scipys_paired_bootstrap_interval(monkeypatch):
+    monkeypatch.setattr(uncertainty, "RESAMPLES", 4000)
     generator = np.random.default_rng(0)
     theirs = generator.exponential(size=100)
     ours = theirs + generator.normal(0.1, 0.2, size=100)  # far apart only as pairs
@@ -135,23 +138,29 @@ def test_an_error_rate_of_zero_or_one_isnt_a_share_of_right_rows():
     assert rows.values == {"word_error_rate": 0.0} and rows.interval("word_error_rate") is None
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(uncertainty, "RESAMPLES", 200)
+    monkeypatch.setattr(uncertainty, "LEVEL", 0.9)
+
+
 def covered(draw, trials: int, **grouped) -> float:
     """Share of data sets of mean 0 whose 90% interval holds 0."""
     held = 0
     for trial in range(trials):
         values = draw(np.random.default_rng(trial))
-        low, high = interval(values, **grouped, seed=trial, resamples=200, level=0.9)
+        low, high = interval(values, **grouped, seed=trial)
         held += low <= 0 <= high
     return held / trials
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_hold_the_truth_as_often_as_they_say(quick):
     assert covered(lambda generator: generator.normal(size=60), 150) == pytest.approx(0.9, abs=0.07)
 
 
 @pytest.mark.slow
-def test_rows_of_a_group_are_drawn_together():
+def test_rows_of_a_group_are_drawn_together(quick):
     """Rows that are the same within a group tell no more than one of them does."""
 
     def repeated(generator):
@@ -177,7 +186,7 @@ def test_a_group_drawn_twice_counts_as_two():
         seen.append(sizes)
         return {"groups": float(len(sizes))}
 
-    assert set(ScoredRows(rows, score, 0, 20).resampled["groups"]) == {FEWEST}
+    assert set(ScoredRows(rows, score, 0).resampled["groups"]) == {FEWEST}
     assert all(set(sizes.values()) == {3} for sizes in seen)
     assert [row["group"] for row in rows] == [f"user {number}" for number in range(FEWEST) for _ in range(3)]
 

@@ -15,6 +15,7 @@ from finetune.common.certificate import Bounds, Certificate, Dtypes, LanguageMod
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.run_folder import file_hash
 from finetune.merging import merge
+from finetune.merging.candidates import Candidate
 from finetune.recipe.schema import Llm
 
 PLAIN, DEQUANTIZED = "the 16-bit LLM", "the dequantized nf4 LLM"
@@ -45,19 +46,21 @@ BOUNDS = Bounds(min_agreement=0.95, max_kl=0.1, min_kl_from_base=1e-6)
 )
 def test_beyond_any_bound_a_merge_is_refused_with_its_numbers(saved, words):
     with pytest.raises(MergeRefused, match=words) as caught:
-        merge.refuse_unless_faithful(saved, trained(), BOUNDS)
+        merge.refuse_unless_faithful(saved, trained(), BOUNDS, certificate.BARE)
     assert "Nothing was kept" in str(caught.value)
 
 
 def test_an_adapter_that_has_learned_nothing_is_refused():
     with pytest.raises(MergeRefused, match="equals the untrained LLM"):
-        merge.refuse_unless_faithful(measures(0, 1, kl_from_base=1.0), trained(kl_from_base=0.9e-6), BOUNDS)
+        merge.refuse_unless_faithful(
+            measures(0, 1, kl_from_base=1.0), trained(kl_from_base=0.9e-6), BOUNDS, certificate.BARE
+        )
 
 
 @pytest.mark.parametrize("saved", [measures(agreement=0.95), measures(kl=0.1), measures(kl=0, kl_from_base=1e-6)])
 def test_at_a_bound_a_merge_is_kept(saved):
-    merge.refuse_unless_faithful(saved, trained(), BOUNDS)
-    merge.refuse_unless_faithful(saved, trained(kl_from_base=1e-6), BOUNDS)
+    merge.refuse_unless_faithful(saved, trained(), BOUNDS, certificate.BARE)
+    merge.refuse_unless_faithful(saved, trained(kl_from_base=1e-6), BOUNDS, certificate.BARE)
 
 
 def test_bounds_are_the_recipes():
@@ -169,7 +172,7 @@ class Job:
 
     def __init__(self, folder, kls):
         self.kls = dict(zip((PLAIN, DEQUANTIZED), kls, strict=True))
-        self.candidates = {PLAIN: False, DEQUANTIZED: True}
+        self.candidates = (Candidate(PLAIN, False), Candidate(DEQUANTIZED, True))
         recipe = SimpleNamespace(adapter="LoRA", merge=SimpleNamespace(min_agreement=0.95, max_kl=0.1))
         self.run = SimpleNamespace(recipe=recipe, folder=SimpleNamespace(adapter=folder))
         self.reference, self.dtype = "the adapter over the nf4 LLM", "torch.bfloat16"

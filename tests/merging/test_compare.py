@@ -11,7 +11,7 @@ from tiny import fresh_tokenizer, part, tiny_encoder, tiny_llm
 
 from finetune.data.sample import Layout, Medium, Message, Sample
 from finetune.merging import compare
-from finetune.merging.compare import Comparison, Distance, EncodedOnce, distances, head_logits
+from finetune.merging.compare import ComparedSamples, Distance, EncodedOnce, distances, head_logits
 from finetune.model.adapter import attach
 from finetune.model.composite import compose
 from finetune.model.heads import HeadSettings
@@ -68,7 +68,7 @@ def composite():
 def comparison_of(composite, samples=SAMPLES, answered=(), **bindings):
     components = SimpleNamespace(tokenizer=composite.tokenizer, placeholders=composite.placeholders)
     run = SimpleNamespace(components=components, bindings=bindings, recipe=SimpleNamespace(evaluate="settings"))
-    return Comparison(run, samples, answered)
+    return ComparedSamples(run, samples, answered)
 
 
 def plain_next_tokens(composite, sample):
@@ -118,7 +118,7 @@ def test_batches_keep_the_order_and_never_mix_heads():
     tasks = ["words", "words", "words", "rate", "rate", "words", "mood"]
     samples = [sample_of("What?", str(number), task=task) for number, task in enumerate(tasks)]
     model = SimpleNamespace(heads={"rate": None, "mood": None})
-    batches = list(Comparison(None, samples, [])._batches(model, 2))
+    batches = list(ComparedSamples(None, samples, [])._batches(model, 2))
     assert [(head, [sample.answer for sample in chunk]) for head, chunk in batches] == [
         (None, ["0", "1"]),
         (None, ["2"]),

@@ -16,11 +16,12 @@ from tiny_encoders import tiny_audio_folder, tiny_sound
 from transformers import AutoModelForCausalLM
 
 from finetune.common.errors import RecipeError
+from finetune.common.gpu import GIB
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import plan_line, without_auto
-from finetune.training.plan.cards import GIB, card_like
+from finetune.training.plan.cards import card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, plan
 from finetune.training.plan.result import TIGHT

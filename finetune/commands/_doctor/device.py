@@ -4,14 +4,14 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.commands._doctor.finding import Condition
+from finetune.commands._doctor.finding import Diagnostic
+from finetune.common.gpu import GIB, computes_bfloat16
 
-GIB = 2**30
 LEAST_MEMORY = 2 * GIB  # the quickstart takes 1.3 GiB
 TOLERANCE = 0.02  # relative, of a layer in bfloat16
 
 
-def device() -> Iterator[Condition]:
+def device() -> Iterator[Diagnostic]:
     import torch
 
     built = f"torch {torch.__version__}"
@@ -20,26 +20,26 @@ def device() -> Iterator[Condition]:
             yield _gpu(index, built)
         return
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        yield Condition(
+        yield Diagnostic(
             "device",
             "warning",
             f"an NVIDIA driver is here, but {built} was built without CUDA",
             "install a build with CUDA: https://pytorch.org/get-started/locally",
         )
     elif shutil.which("nvidia-smi"):
-        yield Condition(
+        yield Diagnostic(
             "device",
             "warning",
             f"an NVIDIA driver is here, but {built}, for CUDA {torch.version.cuda}, finds no GPU",
             "see what nvidia-smi says; update the driver, or install a build of torch for its CUDA version",
         )
     if torch.backends.mps.is_available():
-        yield Condition("device", "ok", f"{built}: the CPU, in float32; Apple's GPU (MPS) isn't used")
+        yield Diagnostic("device", "ok", f"{built}: the CPU, in float32; Apple's GPU (MPS) isn't used")
     else:
-        yield Condition("device", "ok", f"{built}: the CPU, in float32")
+        yield Diagnostic("device", "ok", f"{built}: the CPU, in float32")
 
 
-def _gpu(index: int, built: str) -> Condition:
+def _gpu(index: int, built: str) -> Diagnostic:
     """A GPU, and whether this torch has kernels for it. float16 is what the kit takes below compute capability 8.0."""
     import torch
 
@@ -49,16 +49,16 @@ def _gpu(index: int, built: str) -> Condition:
         torch.ones(2, 2, device=f"cuda:{index}").matmul(torch.ones(2, 2, device=f"cuda:{index}")).sum().item()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        return Condition(
+        return Diagnostic(
             "device", "error", f"{name}: can't compute ({reason})", "install a build of torch for this GPU and driver"
         )
-    if (major, minor) >= (8, 0):
-        return Condition("device", "ok", f"{name}: bfloat16")
+    if computes_bfloat16(index):
+        return Diagnostic("device", "ok", f"{name}: bfloat16")
     says = "; torch says that it has bfloat16, but emulates it" if torch.cuda.is_bf16_supported() else ""
-    return Condition("device", "ok", f"{name}: float16{says}", "leave model.llm.dtype: auto, or set float16")
+    return Diagnostic("device", "ok", f"{name}: float16{says}", "leave model.llm.dtype: auto, or set float16")
 
 
-def quantized() -> Iterator[Condition]:
+def quantized() -> Iterator[Diagnostic]:
     """A 4-bit layer forward and backward on the device, against its own weights dequantized."""
     import bitsandbytes
     import torch
@@ -79,30 +79,30 @@ def quantized() -> Iterator[Condition]:
         off = max(float((ours - exact).abs().max() / exact.abs().max()) for ours, exact in pairs)
     found = f"bitsandbytes {bitsandbytes.__version__}: a 4-bit layer on {where.type}"
     if off <= TOLERANCE:
-        yield Condition("bitsandbytes", "ok", f"{found}, forward and backward")
+        yield Diagnostic("bitsandbytes", "ok", f"{found}, forward and backward")
     else:
-        yield Condition("bitsandbytes", "error", f"{found} is off by {off:.0%}", REINSTALL)
+        yield Diagnostic("bitsandbytes", "error", f"{found} is off by {off:.0%}", REINSTALL)
 
 
 REINSTALL = "pip install --force-reinstall --no-deps bitsandbytes; until it works, model.llm.quantize: none"
 
 
-def memory() -> Iterator[Condition]:
+def memory() -> Iterator[Diagnostic]:
     import psutil
 
     here = psutil.virtual_memory()
     yield _free("memory", here.available, here.total)
 
 
-def gpu_memory() -> Iterator[Condition]:
+def gpu_memory() -> Iterator[Diagnostic]:
     import torch
 
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         yield _free(f"memory of GPU {index}", *torch.cuda.mem_get_info(index))
 
 
-def _free(subject: str, free: int, total: int) -> Condition:
+def _free(subject: str, free: int, total: int) -> Diagnostic:
     seen = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free < LEAST_MEMORY:
-        return Condition(subject, "warning", seen, "close other programs, or restart the kernels that hold it")
-    return Condition(subject, "ok", seen)
+        return Diagnostic(subject, "warning", seen, "close other programs, or restart the kernels that hold it")
+    return Diagnostic(subject, "ok", seen)

@@ -8,29 +8,29 @@ Level = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One thing about this environment. `mend`: the command or change that mends it; "" where nothing is to be done."""
+class Diagnostic:
+    """One thing about this environment. `fix`: the command or change that fixes it; "" where nothing is to be done."""
 
     subject: str
     level: Level
     seen: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
 class Check:
-    """`mend`: for the case that the check itself fails."""
+    """`fix`: for the case that the check itself fails."""
 
     subject: str
-    run: Callable[[], Iterator[Condition]]
-    mend: str
+    run: Callable[[], Iterator[Diagnostic]]
+    fix: str
 
-    def conditions(self) -> list[Condition]:
+    def diagnostics(self) -> list[Diagnostic]:
         """What it finds; a failure of the check is one more finding, an error."""
-        found: list[Condition] = []
+        found: list[Diagnostic] = []
         try:
             found += self.run()
         except Exception as error:  # a broken library raises whatever it likes
             text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            found.append(Condition(self.subject, "error", f"{type(error).__name__}: {text[:300]}", self.mend))
+            found.append(Diagnostic(self.subject, "error", f"{type(error).__name__}: {text[:300]}", self.fix))
         return found

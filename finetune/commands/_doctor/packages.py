@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from finetune.commands._doctor.finding import Condition
+from finetune.commands._doctor.finding import Diagnostic
 from finetune.common.version import DISTRIBUTION
 
 SHOWN = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "huggingface_hub")
@@ -40,27 +40,27 @@ def requirements(extra: str = "") -> list[Requirement]:
 
 
 def unmet(requirement: Requirement) -> str | None:
-    """'peft 0.20.0 is installed, needed is >=0.21.2', or None."""
+    """'peft 0.20.0 is installed, >=0.21.2 is required', or None."""
     found = installed(requirement.name)
     if found is None:
         return f"{requirement.name} isn't installed"
     if requirement.specifier.contains(found, prereleases=True):
         return None
-    return f"{requirement.name} {found} is installed, needed is {requirement.specifier}"
+    return f"{requirement.name} {found} is installed, {requirement.specifier} is required"
 
 
-def python() -> Iterator[Condition]:
+def python() -> Iterator[Diagnostic]:
     here = ".".join(map(str, sys.version_info[:3]))
     needed = metadata(DISTRIBUTION)["Requires-Python"] if installed(DISTRIBUTION) else ""
     if SpecifierSet(needed or "").contains(here):
-        yield Condition("python", "ok", f"{here}, {sys.executable}")
+        yield Diagnostic("python", "ok", f"{here}, {sys.executable}")
     else:
-        yield Condition("python", "error", f"{here}, needed is {needed}", "make an environment with a newer Python")
+        yield Diagnostic("python", "error", f"{here}, {needed} is required", "make an environment with a newer Python")
 
 
-def required() -> Iterator[Condition]:
+def required() -> Iterator[Diagnostic]:
     if installed(DISTRIBUTION) is None:
-        yield Condition(
+        yield Diagnostic(
             "packages",
             "warning",
             f"{DISTRIBUTION} isn't installed, so that versions can't be compared with what it requires",
@@ -69,16 +69,16 @@ def required() -> Iterator[Condition]:
         return
     wrong = [(one, problem) for one in requirements() if (problem := unmet(one))]
     for requirement, problem in wrong:
-        yield Condition("packages", "error", problem, f"pip install '{requirement.name}{requirement.specifier}'")
+        yield Diagnostic("packages", "error", problem, f"pip install '{requirement.name}{requirement.specifier}'")
     if not wrong:
         shown = ", ".join(f"{name} {installed(name)}" for name in SHOWN)
-        yield Condition("packages", "ok", f"{DISTRIBUTION} {installed(DISTRIBUTION)}, {shown}")
+        yield Diagnostic("packages", "ok", f"{DISTRIBUTION} {installed(DISTRIBUTION)}, {shown}")
 
 
-def foreign() -> Iterator[Condition]:
+def foreign() -> Iterator[Diagnostic]:
     """PyPI's `finetune` has a package of the same name: whichever was installed last has overwritten the other."""
     if found := installed("finetune"):
-        yield Condition(
+        yield Diagnostic(
             "packages",
             "warning",
             f"the distribution finetune {found} is installed too: on PyPI that is another project, with the same files",
@@ -86,7 +86,7 @@ def foreign() -> Iterator[Condition]:
         )
 
 
-def replaced() -> Iterator[Condition]:
+def replaced() -> Iterator[Diagnostic]:
     """Packages that were imported before another version was installed, as in a notebook. A mixture of both fails in
     odd ways.
     """
@@ -95,7 +95,7 @@ def replaced() -> Iterator[Condition]:
         module = sys.modules.get(MODULES.get(name.lower(), name))
         loaded, on_disk = getattr(module, "__version__", None), installed(name)
         if isinstance(loaded, str) and on_disk and Version(loaded).public != Version(on_disk).public:
-            yield Condition(
+            yield Diagnostic(
                 name,
                 "error",
                 f"{loaded} is loaded, {on_disk} is installed",
@@ -103,21 +103,21 @@ def replaced() -> Iterator[Condition]:
             )
 
 
-def torchao() -> Iterator[Condition]:
+def torchao() -> Iterator[Diagnostic]:
     """Found but too old, it makes PEFT refuse LoRA on layers that aren't quantized: merges, encoders."""
     from peft.import_utils import is_torchao_available
 
     try:
         present = is_torchao_available()
     except ImportError as error:
-        yield Condition("torchao", "error", f"PEFT refuses it: {error}", "pip uninstall torchao, which isn't needed")
+        yield Diagnostic("torchao", "error", f"PEFT refuses it: {error}", "pip uninstall torchao, which isn't needed")
         return
     if present:
-        yield Condition("torchao", "ok", f"{installed('torchao')}")
+        yield Diagnostic("torchao", "ok", f"{installed('torchao')}")
 
 
-def extras() -> Iterator[Condition]:
+def extras() -> Iterator[Diagnostic]:
     for extra, purpose in EXTRAS.items() if installed(DISTRIBUTION) else ():
         if problems := [problem for one in requirements(extra) if (problem := unmet(one))]:
             install = f"pip install '{DISTRIBUTION}[{extra}]'"
-            yield Condition("extras", "ok", f"without {extra} ({purpose}): {', '.join(problems)}", install)
+            yield Diagnostic("extras", "ok", f"without {extra} ({purpose}): {', '.join(problems)}", install)

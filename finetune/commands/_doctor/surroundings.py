@@ -6,18 +6,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.commands._doctor.finding import Condition
+from finetune.commands._doctor.finding import Diagnostic
 from finetune.common.errors import ExportRefused
+from finetune.common.gpu import GIB
 from finetune.common.hub import CONNECT, PROBE_SECONDS, unreachable
 from finetune.export._contract import EngineMissing
 
-GIB = 2**30
 LEAST_DISK = 5 * GIB
 NO_DISK = GIB // 4
 DECODERS = ("aac", "flac", "mp3", "opus", "vorbis", "av1", "h264", "hevc", "vp8", "vp9")
 
 
-def disk() -> Iterator[Condition]:
+def disk() -> Iterator[Diagnostic]:
     from huggingface_hub import constants
 
     yield _folder("working folder", Path.cwd(), "work in a folder on another disk")
@@ -25,53 +25,53 @@ def disk() -> Iterator[Condition]:
     yield _folder("temporary files", Path(tempfile.gettempdir()), "set TMPDIR to a folder on another disk")
 
 
-def _folder(what: str, folder: Path, mend: str) -> Condition:
+def _folder(what: str, folder: Path, fix: str) -> Diagnostic:
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     seen = f"{what}, {folder}: {free / GIB:.1f} GiB free"
     if not os.access(there, os.W_OK):
-        return Condition("disk", "error", f"{what}, {folder}: can't be written", mend)
+        return Diagnostic("disk", "error", f"{what}, {folder}: can't be written", fix)
     if free < LEAST_DISK:
-        return Condition("disk", "error" if free < NO_DISK else "warning", seen, f"free some, or {mend}")
-    return Condition("disk", "ok", seen)
+        return Diagnostic("disk", "error" if free < NO_DISK else "warning", seen, f"free some, or {fix}")
+    return Diagnostic("disk", "ok", seen)
 
 
-def hub() -> Iterator[Condition]:
+def hub() -> Iterator[Diagnostic]:
     """Within PROBE_SECONDS, and once more for the token."""
     from huggingface_hub import constants, get_token
 
     if constants.is_offline_mode():
-        yield Condition("hub", "ok", "HF_HUB_OFFLINE is set: only folders and the cache are read")
+        yield Diagnostic("hub", "ok", "HF_HUB_OFFLINE is set: only folders and the cache are read")
         return
     if why := unreachable():
-        yield Condition("hub", "warning", f"{why}; models and datasets in the cache can be loaded", CONNECT)
+        yield Diagnostic("hub", "warning", f"{why}; models and datasets in the cache can be loaded", CONNECT)
         return
-    yield Condition("hub", "ok", f"{constants.ENDPOINT} answers")
+    yield Diagnostic("hub", "ok", f"{constants.ENDPOINT} answers")
     if token := get_token():
         yield _token(token)
     else:
-        yield Condition("hub", "ok", "no token: gated and private models can't be loaded", "hf auth login")
+        yield Diagnostic("hub", "ok", "no token: gated and private models can't be loaded", "hf auth login")
 
 
-def _token(token: str) -> Condition:
+def _token(token: str) -> Diagnostic:
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers
 
     headers = build_hf_headers(token=token)
     response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=PROBE_SECONDS)
     if response.status_code == 401:
-        return Condition(
+        return Diagnostic(
             "hub",
             "error",
             "the token isn't valid, and public models are refused with it too",
             "hf auth login, or unset HF_TOKEN",
         )
     if response.status_code != 200:
-        return Condition("hub", "warning", f"asked whose token this is, the Hub answers {response.status_code}")
-    return Condition("hub", "ok", f"logged in as {response.json()['name']}")
+        return Diagnostic("hub", "warning", f"the Hub, asked whose token this is, answers {response.status_code}")
+    return Diagnostic("hub", "ok", f"logged in as {response.json()['name']}")
 
 
-def codecs() -> Iterator[Condition]:
+def codecs() -> Iterator[Diagnostic]:
     import av
 
     def decodes(name: str) -> bool:
@@ -82,29 +82,29 @@ def codecs() -> Iterator[Condition]:
 
     missing = [name for name in DECODERS if not decodes(name)]
     if missing:
-        mend = "pip install --force-reinstall --no-deps --only-binary av av: the wheel from PyPI has them"
-        yield Condition("codecs", "warning", f"PyAV {av.__version__} can't decode {', '.join(missing)}", mend)
+        fix = "pip install --force-reinstall --no-deps --only-binary av av: the wheel from PyPI has them"
+        yield Diagnostic("codecs", "warning", f"PyAV {av.__version__} can't decode {', '.join(missing)}", fix)
     else:
-        yield Condition("codecs", "ok", f"PyAV {av.__version__} decodes {', '.join(DECODERS)}")
+        yield Diagnostic("codecs", "ok", f"PyAV {av.__version__} decodes {', '.join(DECODERS)}")
 
 
-def engines() -> Iterator[Condition]:
+def engines() -> Iterator[Diagnostic]:
     """Those that environment variables name."""
     from finetune.export._gguf import programs
     from finetune.export._vllm import environment
 
     if python := os.environ.get(environment.VARIABLE):
         try:
-            yield Condition(
+            yield Diagnostic(
                 "vLLM", "ok", f"{environment.version_of(environment.find_python(None), plugin=False)}, {python}"
             )
         except EngineMissing as error:
-            yield Condition("vLLM", "error", f"{environment.VARIABLE} is set: {error}", environment.INSTALL)
+            yield Diagnostic("vLLM", "error", f"{environment.VARIABLE} is set: {error}", environment.INSTALL)
     if folder := os.environ.get(programs.VARIABLE):
         try:
             programs.find_sources(None)
             server = programs.find_program("llama-server", None)
             programs.find_program("llama-quantize", None)
-            yield Condition("llama.cpp", "ok", f"{programs.version_of(server)}, {folder}")
+            yield Diagnostic("llama.cpp", "ok", f"{programs.version_of(server)}, {folder}")
         except (EngineMissing, ExportRefused) as error:
-            yield Condition("llama.cpp", "error", f"{programs.VARIABLE} is set: {error}", programs.INSTALL)
+            yield Diagnostic("llama.cpp", "error", f"{programs.VARIABLE} is set: {error}", programs.INSTALL)

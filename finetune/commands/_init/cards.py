@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.commands._init.task import Yaml
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, given
+from finetune.common.gpu import computes_bfloat16
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
-class Card:
+class InitCard:
     """`memory`: GB; `llm` speaks Chinese and English, `english` only English, in its place where rows are English.
     `tokens`: most per packed row; `learning_rate`: of the LoRA.
     """
@@ -52,12 +53,12 @@ WHISPER = Pretrained("openai/whisper-small", "973afd24965f72e36ca33b3055d56a652f
 # In 4 bits an LLM of n billion parameters takes about 0.6 n GB; the rest is for activations. Qwen2.5-3B isn't here:
 # its licence forbids commercial use.
 CARDS = (
-    Card("cpu", "the CPU", 0, QWEN_05B, SIGLIP, 1024, "4.0e-4"),
-    Card("8gb", "a GPU of 8 GB", 8, QWEN_15B, SIGLIP, 2048, "2.0e-4", english=SMOLLM),
-    Card("12gb", "a GPU of 12 GB", 12, QWEN_15B, SIGLIP2_384, 2048, "2.0e-4", checkpoints=True),
-    Card("t4", "a T4 (16 GB)", 16, QWEN_15B, SIGLIP, 2048, "2.0e-4", dtype="float16"),
-    Card("16gb", "a GPU of 16 GB", 16, QWEN_7B, SO400M, 2048, "1.0e-4", checkpoints=True),
-    Card("24gb", "a GPU of 24 GB", 24, QWEN_7B, SO400M, 4096, "1.0e-4", checkpoints=True),
+    InitCard("cpu", "the CPU", 0, QWEN_05B, SIGLIP, 1024, "4.0e-4"),
+    InitCard("8gb", "a GPU of 8 GB", 8, QWEN_15B, SIGLIP, 2048, "2.0e-4", english=SMOLLM),
+    InitCard("12gb", "a GPU of 12 GB", 12, QWEN_15B, SIGLIP2_384, 2048, "2.0e-4", checkpoints=True),
+    InitCard("t4", "a T4 (16 GB)", 16, QWEN_15B, SIGLIP, 2048, "2.0e-4", dtype="float16"),
+    InitCard("16gb", "a GPU of 16 GB", 16, QWEN_7B, SO400M, 2048, "1.0e-4", checkpoints=True),
+    InitCard("24gb", "a GPU of 24 GB", 24, QWEN_7B, SO400M, 4096, "1.0e-4", checkpoints=True),
 )
 NAMES = tuple(card.name for card in CARDS)
 VIDEO_FRAMES, VIDEO_POOL = 8, 4
@@ -79,7 +80,7 @@ class MediumParts:
     tokens: float
 
 
-def card_of(name: str) -> Card:
+def card_of(name: str) -> InitCard:
     """By its name, or the largest with no more than so many GB: 10, '10gb'. Raises RecipeError."""
     for card in CARDS:
         if name.strip().lower() == card.name:
@@ -87,22 +88,21 @@ def card_of(name: str) -> Card:
     if number := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b)?", name.strip().lower()):
         fit = [card for card in CARDS if card.memory <= float(number[1]) and not card.dtype]
         return max(fit, key=lambda card: card.memory)
-    raise RecipeError(f"--card {name}: write one of {', '.join(NAMES)}, or the GPU's memory in GB")
+    raise RecipeError(f"{given('card', name)}: write one of {', '.join(NAMES)}, or the GPU's memory in GB")
 
 
-def this_card() -> Card:
+def this_card() -> InitCard:
     """That of this machine's first GPU; the CPU where there is none. Imports torch only where an NVIDIA driver is."""
     if shutil.which("nvidia-smi"):
         import torch
 
         if torch.cuda.is_available():
-            old = torch.cuda.get_device_capability(0) < (8, 0)  # computes no bfloat16
             memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-            return card_of("t4" if old and memory > 12 else f"{memory + 0.7:.1f}")
+            return card_of("t4" if memory > 12 and not computes_bfloat16() else f"{memory + 0.7:.1f}")
     return card_of("cpu")
 
 
-def llm_of(card: Card, language: str, name: str | None) -> Yaml:
+def llm_of(card: InitCard, language: str, name: str | None) -> Yaml:
     """The LLM as a recipe has it; `name`: of another, a Hub id or a folder."""
     usual = card.english if card.english and language == "en" else card.llm
     chosen = Pretrained(name, None) if name else usual
@@ -111,7 +111,7 @@ def llm_of(card: Card, language: str, name: str | None) -> Yaml:
     return {"name": chosen.name, **revision, "quantize": "nf4", **dtype}
 
 
-def parts_of(medium: str, card: Card, name: str | None, folder: Path | None) -> MediumParts:
+def parts_of(medium: str, card: InitCard, name: str | None, folder: Path | None) -> MediumParts:
     """The encoder and projector of a medium. `name`: of another encoder, which is in `folder` if it is local. Raises
     RecipeError.
     """
@@ -143,7 +143,7 @@ def _config(folder: Path) -> Yaml:
     try:
         config: Yaml = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"--encoder {folder}: no config.json that can be read in it ({error})") from None
+        raise RecipeError(f"{folder}: no config.json that can be read in it ({error})") from None
     vision = config.get("vision_config")
     return vision if isinstance(vision, dict) else config
 

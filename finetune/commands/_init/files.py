@@ -7,10 +7,12 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetune.common.errors import DataError, RecipeError
-from finetune.common.registry import load_part, part_names
-from finetune.data.check.lenient import encoding_of
+from finetune.common.errors import DataError, RecipeError, given, option
+from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media
+from finetune.data.formats.table import Options
+from finetune.data.new_files import table_format
+from finetune.data.read import formats_of
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
@@ -38,17 +40,17 @@ class Found:
         return RowFile(path=self.path.absolute(), format=self.format)
 
 
-def find(path: Path, encoding: str | None = None) -> tuple[Found, ...]:
+def find(path: Path, encoding: str | None) -> tuple[Found, ...]:
     """What there is to train on, training rows first. `encoding`: of CSV and TSV files, None: it is detected. Raises
     DataError, with what was looked for, if there is none; RecipeError for an encoding that can't be taken.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; name the file or folder of your rows")
-    if _formats(path):
+    if formats_of(path):
         return (_found(path, "train", encoding),)
     if not path.is_dir():
         raise DataError(f"{path}: no format recognises it. Looked for: {LOOKED_FOR}")
-    inside = [file for file in sorted(path.iterdir()) if not _media.is_hidden(file.name) and _formats(file)]
+    inside = [file for file in sorted(path.iterdir()) if not _media.is_hidden(file.name) and formats_of(file)]
     by_split = {SPLITS[file.stem.lower()]: file for file in inside if file.stem.lower() in SPLITS}
     if "train" in by_split:
         splits = [split for split in ("train", "validation", "test") if split in by_split]
@@ -65,43 +67,20 @@ def find(path: Path, encoding: str | None = None) -> tuple[Found, ...]:
     raise DataError(f"{path}: no rows in it. Looked for: {LOOKED_FOR}. In it are: {_contents(path)}{_advice(path)}")
 
 
-def _formats(path: Path) -> list[str]:
-    kinds = part_names(FormatPart.folder)
-    return [kind for kind in kinds if load_part(FormatPart.folder, kind).detects(path)]
-
-
 def _found(path: Path, split: str, encoding: str | None) -> Found:
     """With the options that reading the file needs: its encoding, its delimiter, suffixes to ignore."""
-    formats = _formats(path)
+    formats = formats_of(path)
     if len(formats) > 1:
         raise DataError(f"{path}: could be {' or '.join(formats)}; name a file or folder in it")
-    kind, suffix = formats[0], path.suffix.lower()
-    if kind == "table" and suffix in (".csv", ".tsv"):
-        detected = encoding or _detected(path)
-        named = encoding or detected not in ("utf-8-sig", "utf-16")
-        options = {"encoding": detected} if named else {}
-        try:
-            with path.open(encoding=detected, errors="replace", newline="") as file:
-                header = file.readline()
-        except LookupError:
-            raise RecipeError(f"--encoding {encoding}: write one such as gb18030, big5, shift_jis or cp1252") from None
-        if suffix == ".csv" and ";" in header and "," not in header:
-            options["delimiter"] = ";"
-        return Found(path, split, FormatPart.of(kind, **options), " and ".join(options))
+    kind = formats[0]
+    if kind == "table" and path.suffix.lower() in DELIMITERS:
+        part = table_format(path, Options(), encoding)
+        return Found(path, split, part, " and ".join(part.options.model_dump(exclude_unset=True)))
     if encoding:
-        raise RecipeError(f"--encoding {encoding}: {path} is no CSV or TSV file; leave it out")
+        raise RecipeError(f"{given('encoding', encoding)}: {path} is no CSV or TSV file; leave it out")
     if kind == "folders" and (ignore := _other_suffixes(path)):
         return Found(path, split, FormatPart.of(kind, ignore=ignore), f"{', '.join(ignore)} files are left out")
     return Found(path, split, FormatPart.of(kind))
-
-
-def _detected(path: Path) -> str:
-    try:
-        return encoding_of(path)
-    except DataError:
-        raise DataError(
-            f"{path}: not UTF-8, and its encoding isn't clear; name it, such as --encoding gb18030, or save it as UTF-8"
-        ) from None
 
 
 def _other_suffixes(path: Path) -> tuple[str, ...]:
@@ -159,7 +138,7 @@ def media_place(found: Found, names: Mapping[str, Sequence[str]], folder: Path |
         places = str(folder) if folder else f"{default}, in a folder there, or in {default.parent}"
         raise DataError(
             f"{found.path}: names media such as {example!r}, which isn't in {places}; put them there, or name their "
-            "folder with --media-folder"
+            f"folder with {option('--media-folder', 'media_folder=')}"
         )
     root = best.resolve()
     outside = any(not (best / n).resolve().is_relative_to(root) for c in local if c not in missing for n in local[c])

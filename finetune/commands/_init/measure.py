@@ -10,7 +10,8 @@ from finetune.data.hold_out import keys_of, splits_of
 from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.media.image import image_size
-from finetune.data.rows import error_list, group_of, read_rows
+from finetune.data.read import read_rows
+from finetune.data.rows import error_list, group_of
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.schema import Source
 

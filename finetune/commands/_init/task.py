@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from finetune.commands._init.columns import HAN, LABEL_NAMES, MEDIA, Column, Kind, called
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, given, option
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
 
@@ -123,16 +123,20 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
     """The task whose answers are in a column. Raises RecipeError."""
     kind = named.kind
     if kind is not None and kind not in TASKS:
-        raise RecipeError(f"--task {kind}: finetune init writes recipes for {', '.join(TASKS)}; see docs/parts.md")
+        raise RecipeError(
+            f"{given('task', kind)}: finetune init writes recipes for {', '.join(TASKS)}; see docs/parts.md"
+        )
     if kind in STRICT and answer.kind not in FITTING[kind]:
         held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
-        raise RecipeError(f"--task {kind}: {held}; name another with --answer")
+        raise RecipeError(f"{given('task', kind)}: {held}; name another with {option('--answer', 'answer=')}")
     media = _media_of(columns, answer)
-    for option, name in {"--text": named.text, "--question": named.question}.items():
+    for key, name in {"text": named.text, "question": named.question}.items():
         if name is not None and name == answer.name:
-            raise RecipeError(f"{option} {name}: that is the answer; name another column with --answer")
+            raise RecipeError(
+                f"{given(key, name)}: that is the answer; name another column with {option('--answer', 'answer=')}"
+            )
         if name is not None and name not in {column.name for column in columns}:
-            raise RecipeError(f"{option} {name}: there is no such column; there are: {_names(columns)}")
+            raise RecipeError(f"{given(key, name)}: there is no such column; there are: {_names(columns)}")
     subject = _question_of(columns, answer, named.question)
     kind = kind or _kind(answer, subject, bool(named.question), tuple(media))
     asked = subject if kind in ASKING else None
@@ -147,7 +151,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
             f"(columns: {_names(columns)})"
         )
     if kind == "transcribe" and not media:
-        raise RecipeError(f"--task transcribe: no column holds recordings (columns: {_names(columns)})")
+        raise RecipeError(f"{given('task', kind)}: no column holds recordings (columns: {_names(columns)})")
     used = {answer.name, before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
@@ -173,14 +177,19 @@ def _question_of(columns: Sequence[Column], answer: Column, name: str | None) ->
 def _refuse_unread(kind: str, named: Named, asked: Column | None) -> None:
     """Raises RecipeError for named columns that the task doesn't read, and for a question that it lacks."""
     if named.text and kind in TEXTLESS:
-        raise RecipeError(f"--text {named.text}: the task {kind} reads no text; leave it out, or name another --task")
+        raise RecipeError(
+            f"{given('text', named.text)}: the task {kind} reads no text; leave it out, or name another task"
+        )
     if named.question and not asked:
         raise RecipeError(
-            f"--question {named.question}: the task {kind} reads no question from the rows; name --task "
-            f"{' or '.join(ASKING)}, or put the column before a question of your own with --text"
+            f"{given('question', named.question)}: the task {kind} reads no question from the rows; name the task "
+            f"{' or '.join(ASKING)}, or put the column before a question of your own with {option('--text', 'text=')}"
         )
     if kind == "vqa" and not asked:
-        raise RecipeError("--task vqa: no column is called question; name the column of it with --question COLUMN")
+        raise RecipeError(
+            f"{given('task', kind)}: no column is called question; name the column of it with "
+            f"{option('--question COLUMN', 'question=')}"
+        )
 
 
 def _media_of(columns: Sequence[Column], answer: Column) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, StrictUndefined
 
-from finetune.commands._init.cards import Card, MediumParts
+from finetune.commands._init.cards import InitCard, MediumParts
 from finetune.commands._init.measure import Schedule
 from finetune.commands._init.task import Yaml
 
@@ -77,7 +77,7 @@ class Draft:
     title: str
     name: str
     seed: int
-    card: Card
+    card: InitCard
     llm: Yaml
     media: dict[str, MediumParts]
     sources: Sequence[WrittenSource]

@@ -15,7 +15,7 @@ from finetune.data.check.lenient import DELIMITERS, lenient_rows
 from finetune.data.formats import Columns
 from finetune.data.formats._media import is_file_name, replaced
 from finetune.data.media_store import stored
-from finetune.data.rows import detected
+from finetune.data.read import detected
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile, Source

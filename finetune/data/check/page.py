@@ -1,12 +1,12 @@
 """Self-contained pages about rows: styles, script, thumbnails and sound inside one file, nothing fetched."""
 
-import base64
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.common.display import data_uri
 from finetune.common.errors import DataError
 from finetune.common.run_folder import write_text
 from finetune.data.check.ledger import CODES, Finding, Ledger, Summary
@@ -36,7 +36,7 @@ class InlineMedium:
 
 
 @dataclass(frozen=True)
-class Card:
+class RowCard:
     """One row of a page. `files`: names of the media that a finding is about."""
 
     where: str
@@ -96,24 +96,24 @@ def embedded(
         yield InlineMedium("image", path.name, picture_uri(decode(kind, path, limits=limits), side))
 
 
-def picture_uri(picture: "Image", side: int) -> str:
-    """A picture as a JPEG of at most `side` pixels in a data URI."""
+def picture_uri(picture: "Image", side: int, kind: str = "jpeg", quality: int = 80) -> str:
+    """A picture (RGB) of at most `side` pixels in a data URI."""
     small = picture.copy()
     small.thumbnail((side, side))
     content = io.BytesIO()
-    small.save(content, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    small.save(content, kind, quality=quality)
+    return data_uri(f"image/{kind}", content.getvalue())
 
 
 def sound_uri(audio: "np.ndarray", seconds: int) -> str:
-    """The beginning of a decoded recording as Ogg Vorbis in a data URI."""
+    """The beginning of a recording, float32 (samples,) at 16 kHz, as Ogg Vorbis in a data URI."""
     import soundfile
 
     content = io.BytesIO()
     with soundfile.SoundFile(content, "w", RATE, 1, format="OGG", subtype="VORBIS") as file:
         for second in range(seconds):  # libsndfile crashes on minutes at once
             file.write(audio[second * RATE : (second + 1) * RATE])
-    return f"data:audio/ogg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return data_uri("audio/ogg", content.getvalue())
 
 
 def findings_page(ledger: Ledger, summary: Summary, path: Path, limits: Limits) -> None:
@@ -135,7 +135,7 @@ def findings_page(ledger: Ledger, summary: Summary, path: Path, limits: Limits) 
     write_text(path, page)
 
 
-def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> Card:
+def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> RowCard:
     paths = [path for path in (finding.path, finding.other) if path]
     files = " = ".join(Path(path).name for path in paths)
     if not paths and finding.row is not None:
@@ -143,7 +143,7 @@ def _card(ledger: Ledger, finding: Finding, thumbnails: Thumbnails) -> Card:
     kinds = [next(ledger.query("select kind from uses where path = ? limit 1", path), ("",))[0] for path in paths]
     media = [thumbnails.of(kind, Path(path)) for kind, path in zip(kinds, paths, strict=True) if kind]
     where = ledger.where(finding.source, finding.number)
-    return Card(where, finding.text.removeprefix(f"{where}: "), tuple(filter(None, media)), files)
+    return RowCard(where, finding.text.removeprefix(f"{where}: "), tuple(filter(None, media)), files)
 
 
 def _lengths(ledger: Ledger) -> list[tuple[int, int, int]]:
@@ -158,11 +158,11 @@ def _lengths(ledger: Ledger) -> list[tuple[int, int, int]]:
     return [(start, min(start + width - 1, high), counts.get(bar, 0)) for bar, start in starts]
 
 
-def _examples(ledger: Ledger, thumbnails: Thumbnails) -> Iterator[Card]:
+def _examples(ledger: Ledger, thumbnails: Thumbnails) -> Iterator[RowCard]:
     step = max(1, next(ledger.query("select count(*) from rows"))[0] // EXAMPLES)
     query = "select id, source, number, split, tokens, answer from rows where id % ? = 0 order by id limit ?"
     for row, source, number, split, tokens, answer in list(ledger.query(query, step, EXAMPLES)):
         uses = list(ledger.query("select kind, path from uses where row = ? limit 4", row))
         media = tuple(filter(None, (thumbnails.of(kind, Path(path)) for kind, path in uses)))
         text = f"{split}, {tokens:,} tokens" + (f": {answer}" if answer else "")
-        yield Card(ledger.where(source, number), text, media)
+        yield RowCard(ledger.where(source, number), text, media)

@@ -19,7 +19,7 @@ from finetune.data.formats import _media as in_rows
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
 from finetune.data.formats.table import SHEETS
 from finetune.data.hold_out import assigned, connected
-from finetune.data.rows import detected, read_rows
+from finetune.data.read import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile

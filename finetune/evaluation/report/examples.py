@@ -1,23 +1,17 @@
 """The best and the worst predictions of each task, with their media small enough to be embedded in a page."""
 
-import base64
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from finetune.common.errors import MediaError
+from finetune.data.check.page import picture_uri, sound_uri
 from finetune.data.media import DECODERS, decode
-from finetune.data.media.audio import RATE
 from finetune.data.predictions import Prediction
 from finetune.data.sample import Medium
 from finetune.evaluation.report.words import confidence, label_of, readable, shorten
 from finetune.recipe.schema import Limits
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 PER_SIDE = 20  # best, and as many worst, of a task; fewer if there are many tasks
 MAX_EXAMPLES = 240  # of all tasks
@@ -156,39 +150,15 @@ class Album:
         except MediaError as error:
             return AlbumMedium(kind, name, note=str(error))
         if kind == "audio":
-            return AlbumMedium(kind, name, data_uri("audio/ogg", ogg(decoded)))
+            return AlbumMedium(kind, name, sound_uri(decoded, SECONDS))
         picture = decoded if kind == "image" else decoded.frames[0]
-        return AlbumMedium(kind, name, data_uri("image/webp", thumbnail(picture)))
+        return AlbumMedium(kind, name, picture_uri(picture, THUMBNAIL, "webp", quality=75))
 
 
 def is_region(value: object) -> bool:
     """Whether it is a box as the task `ground` reads one: thousandths of the picture's width and height."""
     box = value.get("box") if isinstance(value, dict) else None
     return isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)
-
-
-def thumbnail(picture: "Image") -> bytes:
-    """WebP of a picture (RGB), at most THUMBNAIL pixels wide and high."""
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    small.save(file, "WEBP", quality=75)
-    return file.getvalue()
-
-
-def ogg(samples: "np.ndarray") -> bytes:
-    """Ogg Vorbis of the first SECONDS of a recording: float32 (samples,) at 16 kHz."""
-    import soundfile
-
-    file = io.BytesIO()
-    with soundfile.SoundFile(file, "w", RATE, 1, format="OGG", subtype="VORBIS") as opened:
-        for begin in range(0, min(len(samples), SECONDS * RATE), RATE):
-            opened.write(samples[begin : min(begin + RATE, SECONDS * RATE)])
-    return file.getvalue()
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def examples(predictions: Sequence[Prediction], album: Album) -> list[Example]:

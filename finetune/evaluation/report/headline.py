@@ -11,22 +11,12 @@ from finetune.data.metrics import lower_is_better
 from finetune.data.predictions import Prediction
 from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
+from finetune.evaluation.report.tables import Score, scores_of
 from finetune.evaluation.results import Comparison
 from finetune.evaluation.uncertainty import FEWEST, mcnemar
 
 Verdict = Literal["yes", "no", "worse", "unclear"]
 RIGHT = ("accuracy", "exact_match")  # shares of right rows
-
-
-@dataclass(frozen=True)
-class Score:
-    """`low` and `high`: the 95% CI, None if it isn't known; `compared`: the trained model's score minus this one."""
-
-    condition: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    compared: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +51,7 @@ def headlines(content: Content) -> list[Headline]:
 
 def headline(content: Content, task: str, metrics: Mapping[str, Mapping[str, float | None]]) -> Headline:
     metric = content.primary(task, [name for name, values in metrics.items() if values.get("tuned") is not None])
-    intervals = content.metrics.intervals.get(task, {}).get(metric, {})
-    compared = content.metrics.comparisons.get(task, {}).get(metric, {})
-    scores = {}
-    for condition, value in metrics[metric].items():
-        if value is not None:
-            low, high = intervals.get(condition, (None, None))
-            scores[condition] = Score(condition, value, low, high, compared.get(condition))
+    scores = scores_of(content, task, metric)
     predictions = content.predictions_of(task)
     kinds = sorted({medium.kind for prediction in predictions for medium in prediction.media})
     highest = max(abs(score.high or score.value) for score in scores.values())

@@ -15,7 +15,7 @@ from finetune.data.metrics import lower_is_better
 from finetune.evaluation import plots
 from finetune.evaluation.report import tables, words
 from finetune.evaluation.report.content import Content, read_content
-from finetune.evaluation.report.examples import Album, data_uri, examples
+from finetune.evaluation.report.examples import Album, examples
 from finetune.evaluation.report.headline import headlines
 from finetune.evaluation.results import TaskTables
 from finetune.evaluation.uncertainty import FEWEST
@@ -132,7 +132,7 @@ def _label_details(content: Content, task: str) -> LabelDetails | None:
         caption = "Calibration: accuracy over confidence; the dotted line is perfect. Larger dots stand for more rows."
         caption += "" if error is None else f" Calibration error {words.number(error)}."
         chart = Chart(
-            caption, f"Calibration: {points}", data_uri("image/png", plots.png(plots.calibration_figure(bins)))
+            caption, f"Calibration: {points}", display.data_uri("image/png", plots.png(plots.calibration_figure(bins)))
         )
     return LabelDetails(task, labels, confusion, chart) if labels or confusion or chart else None
 
@@ -144,15 +144,13 @@ def _curves(content: Content) -> list[Chart]:
     if not losses:
         return []
     last = [values[-1] for values in losses.values()][-1]
-    figure = plots.png(plots.losses_figure(losses, *CHART))
-    charts = [
-        Chart("Loss, and its running mean", f"Loss of each step, {last:.3f} at the end", data_uri("image/png", figure))
-    ]
+    figure = display.data_uri("image/png", plots.png(plots.losses_figure(losses, *CHART)))
+    charts = [Chart("Loss, and its running mean", f"Loss of each step, {last:.3f} at the end", figure)]
     passes = [one for stage in stages.values() for one in stage.validation]
     for task in dict.fromkeys(task for one in passes for task in one.scores):
         if (drawn := plots.validation_figure(stages, task, *CHART)) is not None:
             title = f"Scores of {task} on validation rows, over the steps"
-            charts.append(Chart(title, title, data_uri("image/png", plots.png(drawn))))
+            charts.append(Chart(title, title, display.data_uri("image/png", plots.png(drawn))))
     return charts
 
 

@@ -8,7 +8,7 @@ from finetune.data.metrics import lower_is_better
 from finetune.data.predictions import Prediction
 from finetune.evaluation.report import words
 from finetune.evaluation.report.content import Content
-from finetune.evaluation.results import Confusion, Metrics, StageResult, TaskTables
+from finetune.evaluation.results import Comparison, Confusion, Metrics, StageResult, TaskTables
 from finetune.recipe.parts import Part
 from finetune.recipe.schema import Stage
 
@@ -19,12 +19,31 @@ BINS = 10  # of calibration
 
 
 @dataclass(frozen=True)
-class Cell:
-    """`low` and `high`: the 95% confidence interval."""
+class Score:
+    """`low` and `high`: the 95% CI, None if it isn't known; `compared`: the trained model's score minus this one."""
 
-    value: float | None
+    condition: str
+    value: float
     low: float | None = None
     high: float | None = None
+    compared: Comparison | None = None
+
+    @property
+    def interval(self) -> str:
+        """'0.561–0.683'; '' where it isn't known."""
+        return "" if self.low is None else f"{words.number(self.low)}–{words.number(self.high)}"
+
+
+def scores_of(content: Content, task: str, metric: str) -> dict[str, Score]:
+    """Condition -> score, of those that have one."""
+    intervals = content.metrics.intervals.get(task, {}).get(metric, {})
+    compared = content.metrics.comparisons.get(task, {}).get(metric, {})
+    scores = {}
+    for name, value in content.metrics.scores[task][metric].items():
+        if value is not None:
+            low, high = intervals.get(name, (None, None))
+            scores[name] = Score(name, value, low, high, compared.get(name))
+    return scores
 
 
 @dataclass(frozen=True)
@@ -32,12 +51,12 @@ class MetricRow:
     metric: str
     primary: bool
     lower_is_better: bool
-    cells: list[Cell]
+    cells: list[Score | None]
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A task's metrics over so many `rows`; their cells are in the order of `conditions`."""
+    """A task's metrics over so many `rows`; their cells are in the order of `conditions`, None for no score."""
 
     task: str
     rows: int
@@ -48,14 +67,13 @@ class ScoreTable:
 def score_tables(content: Content) -> list[ScoreTable]:
     tables = []
     for task, metrics in content.metrics.scores.items():
-        values_of = [values.items() for values in metrics.values()]
-        conditions = list(dict.fromkeys(name for values in values_of for name, value in values if value is not None))
+        scores = {metric: scores_of(content, task, metric) for metric in metrics}
+        conditions = list(dict.fromkeys(name for known in scores.values() for name in known))
         primary = content.primary(task, list(metrics)) if metrics else ""
-        rows = []
-        for metric, values in metrics.items():
-            intervals = content.metrics.intervals.get(task, {}).get(metric, {})
-            cells = [Cell(values.get(name), *intervals.get(name, ())) for name in conditions]
-            rows.append(MetricRow(metric, metric == primary, lower_is_better(metric), cells))
+        rows = [
+            MetricRow(metric, metric == primary, lower_is_better(metric), [known.get(name) for name in conditions])
+            for metric, known in scores.items()
+        ]
         tables.append(ScoreTable(task, content.rows_of(task), conditions, rows))
     return tables
 

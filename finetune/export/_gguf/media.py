@@ -81,7 +81,7 @@ def media_models(model: MultimodalModel) -> dict[str, MediaModel]:
 
 def require(fits: bool, reason: str) -> None:
     if not fits:
-        raise ExportRefused(f"gguf: {reason}. the target `transformers` takes every model")
+        raise ExportRefused(f"gguf: {reason}. The target `transformers` takes every model")
 
 
 def _siglip_mlp(encoder: Any, options: Any, projector: dict[str, Tensor]) -> MediaModel:

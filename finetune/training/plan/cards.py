@@ -20,9 +20,8 @@ The sources were read on 2026-11-29, none of them on the maker's or the provider
 import re
 from dataclasses import dataclass
 
-from finetune.common.errors import RecipeError
+from finetune.common.errors import RecipeError, given
 
-GIB = 2**30
 # The share of a card's nominal gigabytes, as GiB, that programs get: the driver and error correction take the rest.
 USABLE = 0.97
 
@@ -67,7 +66,7 @@ SIZES = (6, 8, 12, 16, 24)  # GB, of the cards that most people have
 def card_named(name: str) -> Card:
     """Raises RecipeError."""
     if name not in CARDS:
-        raise RecipeError(f"--gpu {name}: no such card in the table; there are {', '.join(CARDS)}")
+        raise RecipeError(f"{given('gpu', name)}: no such card in the table; there are {', '.join(CARDS)}")
     return CARDS[name]
 
 

@@ -27,7 +27,6 @@ class StageWork:
     rows: int
     tokens: int
     fullest: int
-    optimizer_steps: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
                 training, batch, in_all = step_of(planned, model, stage, packed, recipe.seed + 1000 * number)
             memory = measure_step(training, on_paper(batch), meter, gpu)
             tokens = batch["input_ids"].numel()
-            stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens, training.steps)
+            stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens)
             states = max(states, memory.optimizer)
             phases.append(_phase(f"train {stage.name}", memory))
         evaluation, kv_token, longest = _evaluate(planned, model, meter)

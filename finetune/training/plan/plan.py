@@ -1,13 +1,14 @@
 """`finetune plan`: memory by part, what makes it fit, disk, hours and money, before weights are downloaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.progress import quiet_libraries
 from finetune.recipe.load import Recipe
 from finetune.training.automatic import AutoNumbers
-from finetune.training.plan.cards import CARDS, DEFAULT, GIB, SIZES, USABLE, Card, card_like, card_named
+from finetune.training.plan.cards import CARDS, DEFAULT, SIZES, USABLE, Card, card_like, card_named
 from finetune.training.plan.measure import Measured, measure
 from finetune.training.plan.result import TIGHT, Change, Plan, status
 from finetune.training.plan.rows import PlannedRows, with_dtype
@@ -72,27 +73,24 @@ def _numbers(recipe: Recipe, card: Card) -> Numbers:
 def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, Measured]:
     """The recipe without `auto`, and what it takes: activation checkpoints only where it would be tight without."""
     if recipe.train.checkpoint_every_n_layers == "auto":
-        recipe = _with(recipe, {CHECKPOINTS: 0})
+        recipe = recipe.with_(**{CHECKPOINTS: 0})
         measured = measure(recipe, rows, gpu=True)
         if not status(on_card(measured), card.memory * GIB):
             return recipe, measured
-        recipe = _with(recipe, {CHECKPOINTS: 1})
+        recipe = recipe.with_(**{CHECKPOINTS: 1})
     return recipe, measure(recipe, rows, gpu=True)
 
 
-def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card | None = None) -> int:
+def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card) -> int:
     """The most tokens of a packed row with which the run isn't tight on a card: `most`, or that halved as often as it
-    must be, but not below the longest sample. `card`: default this machine's GPU; without one, `most`.
+    must be, but not below the longest sample.
 
     Plans once for each number. Raises DataError, ModelError.
     """
-    card = card or own_card()
-    if card is None:
-        return most
     recipe = with_dtype(recipe, "bfloat16" if card.bfloat16 else "float16")
     rows = PlannedRows.of(recipe)
     while True:
-        _, measured = _automatic(_with(recipe, {TOKENS: most}), rows, card)
+        _, measured = _automatic(recipe.with_(**{TOKENS: most}), rows, card)
         if not status(on_card(measured), card.memory * GIB) or most // 2 < max(measured.longest, 16):
             return most
         most //= 2
@@ -112,8 +110,7 @@ def own_card() -> Card | None:
     properties = torch.cuda.get_device_properties(0)
     memory = properties.total_memory / GIB
     like = card_like(properties.name, memory) or CARDS[DEFAULT]
-    bfloat16 = torch.cuda.get_device_capability(0) >= (8, 0)
-    return replace(like, name=properties.name, memory=memory, bfloat16=bfloat16)
+    return replace(like, name=properties.name, memory=memory, bfloat16=computes_bfloat16())
 
 
 def _changes(recipe: Recipe, rows: PlannedRows, measured: Measured) -> Iterator[Change]:
@@ -127,7 +124,7 @@ def _changes(recipe: Recipe, rows: PlannedRows, measured: Measured) -> Iterator[
         step = next((s for s in _steps(recipe, measured) if str(sorted(s)) not in tried), None)
         if step is None:
             return
-        changed = _with(recipe, step)
+        changed = recipe.with_(**step)
         if set(step) != {TOKENS, "train.accumulate"} and set(step) != {"evaluate.batch"}:
             tried.add(str(sorted(step)))
         again = measure(changed, rows, gpu=True)
@@ -156,18 +153,6 @@ def _steps(recipe: Recipe, measured: Measured) -> Iterator[dict[str, Any]]:
         half = int(train.tokens_per_batch) // 2
         if half >= measured.longest:
             yield {TOKENS: half, "train.accumulate": 2 * train.accumulate}
-
-
-def _with(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
-    """The recipe with other values of some dotted keys."""
-    content = recipe.model_dump(mode="json")
-    for key, value in keys.items():
-        *above, last = key.split(".")
-        place: Any = content
-        for name in above:
-            place = place[int(name)] if isinstance(place, list) else place[name]
-        place[last] = value
-    return Recipe.model_validate(content)
 
 
 def _elsewhere(recipe: Recipe, measured: Measured) -> dict[str, int]:

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.common import display
-from finetune.training.plan.cards import GIB, SIZES, USABLE, Card
+from finetune.common.gpu import GIB
+from finetune.training.plan.cards import SIZES, USABLE, Card
 
 TIGHT = 0.9  # of a card
 MIB = 2**20
@@ -87,6 +88,17 @@ class Plan:
             seconds["llm" if what == "train" else what] += self.seconds[phase.name]
         return {"planned_memory_bytes": memory, "planned_seconds": seconds}
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """Of a table with a column for each phase: its parts, their sum, its time."""
+        return [
+            *(
+                (part, *(size(phase.parts[part]) if part in phase.parts else "" for phase in self.phases))
+                for part in parts_of(self.phases)
+            ),
+            ("together", *(size(phase.total) for phase in self.phases)),
+            ("time", *(duration(self.seconds[phase.name]) for phase in self.phases)),
+        ]
+
     def line(self) -> str:
         verdict = ("fits", "is tight on", "doesn't fit")[self.exit_status]
         return (
@@ -108,13 +120,7 @@ class Plan:
         return self.line()
 
     def _repr_html_(self) -> str:
-        rows = [
-            (part, *(size(phase.parts[part]) if part in phase.parts else "" for phase in self.phases))
-            for part in parts_of(self.phases)
-        ]
-        rows.append(("together", *(size(phase.total) for phase in self.phases)))
-        rows.append(("time", *(duration(self.seconds[phase.name]) for phase in self.phases)))
-        return display.line(self.line()) + display.table(("", *(phase.name for phase in self.phases)), rows)
+        return display.line(self.line()) + display.table(("", *(phase.name for phase in self.phases)), self.rows())
 
 
 def status(needed: float, memory: float) -> int:

@@ -13,7 +13,8 @@ from tiny_formats import picture, put, sound
 
 from finetune.common.errors import DataError
 from finetune.data.formats import hub
-from finetune.data.rows import read_rows, read_splits
+from finetune.data.read import read_rows
+from finetune.data.rows import read_splits
 from finetune.recipe.schema import RowFile, Source
 
 HELD = {"bytes": picture(), "path": None}
