@@ -87,6 +87,7 @@ def written(page: Path, folder: Path, parts: Path, media: Path, count: int) -> P
         encoder["name"] = str(parts / medium)
     licences = recipe.setdefault("publish", {}).setdefault("licenses", {})
     licences |= {"llm": "mit"} | {f"encoders.{medium}": "mit" for medium in recipe["model"]["encoders"]}
+    recipe["train"]["cache_folder"] = str(folder / "cache")
     rows = [row(number, media) for number in range(count)]
     for source in recipe["data"]:
         write_rows(folder / source["path"], rows)
@@ -107,7 +108,7 @@ def test_few_rows_are_enough_for_its_recipe(page, parts, media, tmp_path):
 @every
 def test_its_recipe_runs_the_whole_way(page, parts, media, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.commands.run.subprocess.run", in_this_process)
-    few = ["evaluate.limit=4", "evaluate.max_new_tokens=4", "merge.rows=2", f"train.cache_folder={tmp_path / 'cache'}"]
+    few = ["evaluate.limit=4", "evaluate.max_new_tokens=4", "merge.rows=2"]
     path = written(page, tmp_path, parts, media, FEW)
     stages = range(len(finetune.load_recipe(path).train.stages))
     once = [f"train.stages.{number}.epochs=1" for number in stages]
@@ -119,7 +120,6 @@ def test_its_recipe_runs_the_whole_way(page, parts, media, tmp_path, monkeypatch
 def test_the_commands_of_the_readme_run_one_after_the_other(parts, media, tmp_path, monkeypatch):
     """All but `serve`, which doesn't end; `push` without an upload, and merged, since these parts aren't on the Hub."""
     monkeypatch.setattr("finetune.commands.run.subprocess.run", in_this_process)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     written(ROOT / "README.md", tmp_path, parts, media, FEW)
     shutil.copy(media / "0.png", tmp_path / "new.jpg")
     (tmp_path / "photos").mkdir()

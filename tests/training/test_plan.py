@@ -21,7 +21,7 @@ from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import plan_line, without_auto
-from finetune.training.plan.cards import card_like
+from finetune.training.plan.cards import CARDS, card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, plan
 from finetune.training.plan.result import TIGHT
@@ -89,6 +89,13 @@ def test_shorter_rows_take_less(folder, usual):
 
     short = plan(recipe_in(folder, train__tokens_per_batch=48), "t4", advise=False)
     assert activations(short) < 0.7 * activations(usual)
+
+
+@pytest.mark.parametrize(("share", "status", "said"), [(0.95, 1, "is tight on t4"), (1.1, 2, "doesn't fit t4")])
+def test_the_command_ends_with_its_status(share, status, said, folder, usual, monkeypatch):
+    monkeypatch.setitem(CARDS, "t4", replace(usual.card, memory=usual.needed / share / GIB))
+    done = cli("plan", tiny_recipe(folder, train__stages=TUNE), "--gpu", "t4")
+    assert done.returncode == status and said in done.stdout
 
 
 def test_recordings_of_different_lengths_are_planned(tmp_path):
