@@ -135,4 +135,5 @@ def test_the_commands_of_the_readme_run_one_after_the_other(parts, media, tmp_pa
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
         verbs.append(words[0])
     assert verbs == ["data", "run", "chat", "predict", "export", "push"]
-    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 2
+    with (tmp_path / "answers.csv").open(encoding="utf-8-sig", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["photos/1.png"]
