@@ -13,6 +13,8 @@ help:  ## Say what there is
 
 quickstart: install weights  ## Train, score, merge and ask a small multimodal model, on CPU, in minutes
 	$(BIN)/finetune run recipes/quickstart.yaml $(if $(wildcard runs/quickstart/recipe.yaml),--resume)
+	@echo '图片里是什么？ What is in the picture?  人物 people, 动物 animal, 旅行 travel, 活动 activity, 物品 object, 符号 symbol,'
+	@echo '自然 nature, 表情 face, 食物 food'
 
 install: $(VENV)/.installed  ## Make the virtual environment
 

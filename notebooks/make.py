@@ -2,18 +2,20 @@
 
 A source is a Python file of cells. `# %% [markdown] en` begins text of one language, `# %%` code, `# %% include NAME`
 takes the cells of common.py that are called so (there `# %% name NAME`). A line of code that ends in `#:en` or `#:zh`
-belongs to one language. The address of the repository stands here and nowhere else.
+belongs to one language. `{REPOSITORY}` is OWNER/NAME on GitHub, from `project.urls` of pyproject.toml.
 """
 
 import json
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = "OWNER/finetune"  # on GitHub: of the badges, and what the first cell clones
 LANGUAGES = {"en": ".ipynb", "zh": ".zh.ipynb"}
 HERE = Path(__file__).parent
+PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 SOURCES = HERE / "sources"
 COMMON = SOURCES / "common.py"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
@@ -115,5 +117,7 @@ def notebooks() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
+    if "OWNER" in REPOSITORY:
+        print("pyproject.toml: project.urls has a placeholder: these notebooks find no repository to clone")
     for path, content in notebooks().items():
         path.write_text(content, encoding="utf-8")

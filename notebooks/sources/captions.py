@@ -16,13 +16,13 @@
 # ## Settings
 #
 # `DATA` is a table (CSV, TSV, XLSX, JSONL) with a column of paths and a column of captions; paths are relative to the
-# table. A new `NAME` begins a new run.
+# table. With `UPLOAD` ticked, you are asked for a ZIP file of the table and its pictures. A new `NAME` begins a new run.
 
 # %% [markdown] zh
 # ## 设置
 #
-# `DATA` 是一张表格（CSV、TSV、XLSX、JSONL），一列是图片路径，一列是描述；路径相对于表格所在的目录。换一个 `NAME` 就会开始一次
-# 新的训练。
+# `DATA` 是一张表格（CSV、TSV、XLSX、JSONL），一列是图片路径，一列是描述；路径相对于表格所在的目录。勾选 `UPLOAD` 后，会要求上传
+# 包含表格和图片的 ZIP 文件。换一个 `NAME` 就会开始一次新的训练。
 
 # %%
 # @title Settings  #:en
@@ -33,6 +33,7 @@ CAPTION_COLUMN = "name_en"  # @param {type:"string"}  #:en
 CAPTION_COLUMN = "name_zh"  # @param {type:"string"}  #:zh
 QUESTION = "Describe the picture in a few words."  # @param {type:"string"}  #:en
 QUESTION = "用几个字描述这张图片。"  # @param {type:"string"}  #:zh
+UPLOAD = False  # @param {type:"boolean"}
 DRIVE = False  # @param {type:"boolean"}
 NAME = "captions"  # @param {type:"string"}
 LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # @param {type:"string"}
@@ -44,16 +45,18 @@ REPO = ""  # @param {type:"string"}
 
 # %% include folder
 
+# %% include upload
+
 # %% [markdown] en
 # ## The recipe
 #
-# A tenth of the pictures is held out, for the scores. A T4 computes in float16, and the language model is stored in 4 bits
+# A fifth of the pictures is held out, for the scores. A T4 computes in float16, and the language model is stored in 4 bits
 # (nf4). First the projector learns to translate pictures for the frozen model, then projector and LoRA learn together.
 
 # %% [markdown] zh
 # ## 配方
 #
-# 留出十分之一的图片用来评分。T4 以 float16 计算，语言模型以 4 位（nf4）存储。第一阶段只训练投影器，让它把图片转换成冻结的
+# 留出五分之一的图片用来评分。T4 以 float16 计算，语言模型以 4 位（nf4）存储。第一阶段只训练投影器，让它把图片转换成冻结的
 # 语言模型能理解的表示；第二阶段同时训练投影器和 LoRA。
 
 # %%
@@ -72,12 +75,12 @@ recipe = finetune.Recipe(
             "path": DATA,
             "task": {"kind": "caption", "prompt": QUESTION},
             "columns": {"image": IMAGE_COLUMN, "caption": CAPTION_COLUMN},
-            "hold_out": 0.1,
+            "hold_out": 0.2,
         }
     ],
     train={
         "save_every_n_steps": 50,
-        "tokens_per_batch": 1024,
+        "tokens_per_batch": "auto",
         "stages": [
             {"name": "align", "trains": ["projectors"], "learning_rate": 1e-3, "epochs": 1},
             {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 2e-4, "epochs": EPOCHS},

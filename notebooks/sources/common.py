@@ -40,6 +40,23 @@ if DRIVE:
 RUN = WORK / "runs" / NAME
 print(RUN)
 
+# %% name upload
+if UPLOAD:
+    import shutil
+
+    from google.colab import files
+
+    (archive,) = files.upload()
+    shutil.rmtree("uploaded", ignore_errors=True)
+    shutil.unpack_archive(archive, "uploaded")
+    # An archive of a folder has that folder inside; macOS adds one of its own.  #:en
+    # 压缩整个目录时，解压后外面还有一层目录；macOS 还会附加一个自己的目录。  #:zh
+    inside = [path for path in Path("uploaded").iterdir() if path.name != "__MACOSX" and path.name[0] != "."]
+    folder = inside[0] if len(inside) == 1 and inside[0].is_dir() else Path("uploaded")
+    tables = [path for path in folder.iterdir() if path.suffix in (".csv", ".tsv", ".xlsx", ".jsonl")]
+    DATA = str(tables[0] if len(tables) == 1 else folder)
+    print(DATA)
+
 # %% [markdown] en name train
 # ## Train
 #

@@ -16,14 +16,13 @@
 # ## Settings
 #
 # `DATA` is either a folder with one subfolder of pictures per label, or a table (CSV, TSV, XLSX, JSONL) with a column of
-# paths and a column of labels. With `UPLOAD` ticked, you are asked for a ZIP file of such a folder. A new `NAME` begins a
-# new run.
+# paths and a column of labels. With `UPLOAD` ticked, you are asked for a ZIP file of either. A new `NAME` begins a new run.
 
 # %% [markdown] zh
 # ## 设置
 #
 # `DATA` 可以是一个目录，每个标签一个子目录，里面放图片；也可以是一张表格（CSV、TSV、XLSX、JSONL），一列是图片路径，一列是
-# 标签。勾选 `UPLOAD` 后，会要求上传包含这种目录的 ZIP 文件。换一个 `NAME` 就会开始一次新的训练。
+# 标签。勾选 `UPLOAD` 后，会要求上传包含上述目录或表格的 ZIP 文件。换一个 `NAME` 就会开始一次新的训练。
 
 # %%
 # @title Settings  #:en
@@ -46,35 +45,23 @@ REPO = ""  # @param {type:"string"}
 
 # %% include folder
 
+# %% include upload
+
 # %% [markdown] en
 # ## The recipe
 #
-# Everything that is trained stands in one recipe. A tenth of the pictures is held out, for the scores. A T4 computes in
+# Everything that is trained stands in one recipe. A fifth of the pictures is held out, for the scores. A T4 computes in
 # float16, and the language model is stored in 4 bits (nf4). First the projector learns to translate pictures for the
 # frozen model, then projector, LoRA and label head learn together.
 
 # %% [markdown] zh
 # ## 配方
 #
-# 训练的全部内容都写在一份配方里。留出十分之一的图片用来评分。T4 以 float16 计算，语言模型以 4 位（nf4）存储。第一阶段只训练
+# 训练的全部内容都写在一份配方里。留出五分之一的图片用来评分。T4 以 float16 计算，语言模型以 4 位（nf4）存储。第一阶段只训练
 # 投影器，让它把图片转换成冻结的语言模型能理解的表示；第二阶段同时训练投影器、LoRA 和标签头。
 
 # %%
-import shutil
-
 import finetune
-
-if UPLOAD:
-    from google.colab import files
-
-    (archive,) = files.upload()
-    shutil.unpack_archive(archive, "uploaded")
-    DATA = "uploaded"
-    # An archive of the folder itself has one folder inside.  #:en
-    # 如果压缩的是目录本身，解压后外面还有一层目录。  #:zh
-    inside = [path for path in Path(DATA).iterdir() if path.is_dir()]
-    if len(inside) == 1:
-        DATA = str(inside[0])
 
 recipe = finetune.Recipe(
     name=NAME,
@@ -90,12 +77,12 @@ recipe = finetune.Recipe(
             "task": {"kind": "classify", "prompt": QUESTION},
             "columns": {"image": IMAGE_COLUMN, "label": LABEL_COLUMN} if Path(DATA).is_file() else {},
             "head": "label",
-            "hold_out": 0.1,
+            "hold_out": 0.2,
         }
     ],
     train={
         "save_every_n_steps": 50,
-        "tokens_per_batch": 1024,
+        "tokens_per_batch": "auto",
         "stages": [
             {"name": "align", "trains": ["projectors", "heads"], "learning_rate": 1e-3, "epochs": 1},
             {

@@ -95,12 +95,12 @@ recipe = finetune.Recipe(
             "path": (rows / "rows.csv").resolve(),
             "task": {"kind": "vqa", "prompt": "Answer in one word."},  #:en
             "task": {"kind": "vqa", "prompt": "用一个词回答。"},  #:zh
-            "hold_out": 0.1,
+            "hold_out": 0.2,
         }
     ],
     train={
         "save_every_n_steps": 50,
-        "tokens_per_batch": 512,
+        "tokens_per_batch": "auto",
         "stages": [
             {"name": "align", "trains": ["projectors"], "learning_rate": 1e-3, "epochs": 2},
             {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 2e-4, "epochs": EPOCHS},

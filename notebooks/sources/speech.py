@@ -17,13 +17,14 @@
 # ## Settings
 #
 # `DATA` is a table (CSV, TSV, XLSX, JSONL) with a column of paths to recordings, one of transcripts and one of intents.
-# WAV, FLAC, Ogg and MP3 are read, at any sampling rate. A new `NAME` begins a new run.
+# WAV, FLAC, Ogg and MP3 are read, at any sampling rate. With `UPLOAD` ticked, you are asked for a ZIP file of the table
+# and its recordings. A new `NAME` begins a new run.
 
 # %% [markdown] zh
 # ## 设置
 #
 # `DATA` 是一张表格（CSV、TSV、XLSX、JSONL），一列是录音的路径，一列是转写文本，一列是意图。支持 WAV、FLAC、Ogg 和 MP3，采样率
-# 不限。换一个 `NAME` 就会开始一次新的训练。
+# 不限。勾选 `UPLOAD` 后，会要求上传包含表格和录音的 ZIP 文件。换一个 `NAME` 就会开始一次新的训练。
 
 # %%
 # @title Settings  #:en
@@ -36,6 +37,7 @@ TRANSCRIBE = "Write down what is said."  # @param {type:"string"}  #:en
 TRANSCRIBE = "写下录音的内容。"  # @param {type:"string"}  #:zh
 INTENT = "What does the caller want?"  # @param {type:"string"}  #:en
 INTENT = "来电者想要什么？"  # @param {type:"string"}  #:zh
+UPLOAD = False  # @param {type:"boolean"}
 DRIVE = False  # @param {type:"boolean"}
 NAME = "speech"  # @param {type:"string"}
 LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # @param {type:"string"}
@@ -46,6 +48,8 @@ DATA_LICENSE = "apache-2.0"  # @param {type:"string"}
 REPO = ""  # @param {type:"string"}
 
 # %% include folder
+
+# %% include upload
 
 # %% [markdown] en
 # ## The recipe
@@ -76,7 +80,7 @@ recipe = finetune.Recipe(
             "path": DATA,
             "task": {"kind": "transcribe", "prompt": TRANSCRIBE},
             "columns": {"audio": AUDIO_COLUMN, "text": TEXT_COLUMN},
-            "hold_out": 0.1,
+            "hold_out": 0.2,
         },
         {
             "name": "intent",
@@ -84,12 +88,12 @@ recipe = finetune.Recipe(
             "task": {"kind": "classify", "media": ["audio"], "prompt": INTENT, "label": "intent"},
             "columns": {"audio": AUDIO_COLUMN, "intent": INTENT_COLUMN},
             "head": "label",
-            "hold_out": 0.1,
+            "hold_out": 0.2,
         },
     ],
     train={
         "save_every_n_steps": 50,
-        "tokens_per_batch": 1024,
+        "tokens_per_batch": "auto",
         "stages": [
             {"name": "hear", "trains": ["projectors", "heads"], "learning_rate": 1e-3, "epochs": 2},
             {

@@ -6,12 +6,15 @@ import json
 import re
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
 import finetune
+from finetune.common.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
@@ -59,6 +62,52 @@ def test_a_line_of_one_language_is_left_out_of_the_other():
     code = 'a = 1  #:en\nb = 2  #:zh\nc = 3  # @param {type:"integer"}  #:zh\nd = 4'
     assert module("make").in_language(code, "en") == "a = 1\nd = 4"
     assert module("make").in_language(code, "zh") == 'b = 2\nc = 3  # @param {type:"integer"}\nd = 4'
+
+
+def test_the_address_is_that_of_the_project_and_no_release_has_a_placeholder():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project["urls"]["Repository"]
+    for path in FOLDER.glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        assert f"git clone --quiet --depth 1 {address} kit" in text
+        assert f"{address.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/" in text
+    released = f"## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert not released or "OWNER" not in address
+
+
+@pytest.mark.parametrize("name", ["captions", "pictures", "speech"])
+@pytest.mark.parametrize(
+    ("packed", "data"),
+    [
+        (["shelf/a/1.png", "shelf/b/2.png", "__MACOSX/shelf/._a"], "uploaded/shelf"),
+        (["rows.csv", "1.png"], "uploaded/rows.csv"),
+        (["mine/rows.jsonl", "mine/media/1.png"], "uploaded/mine/rows.jsonl"),
+        (["a/1.png", "b/2.png"], "uploaded"),
+    ],
+)
+def test_an_uploaded_archive_becomes_the_data(name, packed, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("mine.zip", "w") as archive:
+        for file in packed:
+            archive.writestr(file, "")
+    (tmp_path / "uploaded" / "of-before").mkdir(parents=True)
+    colab = ModuleType("google.colab")
+    colab.files = SimpleNamespace(upload=lambda: {"mine.zip": b""})
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    (code,) = (code for code in cells(f"{name}.ipynb", "code") if code.startswith("if UPLOAD:"))
+    names = {"UPLOAD": True, "Path": Path, "DATA": ""}
+    exec(code, names)
+    assert Path(names["DATA"]).as_posix() == data
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_suit_few_rows(name):
+    """`auto` makes steps enough of them, and a fifth of 200 is enough to score."""
+    code = python_of(f"{name}.ipynb")
+    if "recipe = " in code:
+        assert re.findall(r"\btokens_per_batch\W+(\w+)", code) == ["auto"]
+        shares = [float(share) for share in re.findall(r"\bhold_out\W+([\d.]+)", code)]
+        assert shares and min(shares) * 200 >= 30
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from cli import cli
 from tiny import tiny_recipe
+from tiny_encoders import tiny_audio_folder, tiny_sound
 from transformers import AutoModelForCausalLM
 
 from finetune.common.errors import ModelError, RecipeError
@@ -20,7 +22,7 @@ from finetune.evaluation.results import Metrics
 from finetune.model.row_plan import RowKind
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import planning, without_auto
-from finetune.training.plan.cards import card_like
+from finetune.training.plan.cards import CARDS, card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, plan
 from finetune.training.plan.result import TIGHT
@@ -107,6 +109,31 @@ def test_shorter_rows_take_less(folder, usual):
 
     short = plan(recipe_in(folder, train__tokens_per_batch=48), "t4", advise=False)
     assert activations(short) < 0.7 * activations(usual)
+
+
+@pytest.mark.parametrize(("share", "status", "said"), [(0.95, 1, "is tight on t4"), (1.1, 2, "doesn't fit t4")])
+def test_the_command_ends_with_its_status(share, status, said, folder, usual, monkeypatch):
+    monkeypatch.setitem(CARDS, "t4", replace(usual.card, memory=usual.needed / share / GIB))
+    done = cli("plan", tiny_recipe(folder, train__stages=TUNE), "--gpu", "t4")
+    assert done.returncode == status and said in done.stdout
+
+
+def test_recordings_of_different_lengths_are_planned(tmp_path):
+    """Ten, of which eight are decoded: each of these has its own placeholders, the others the longest's."""
+    audio, rows = tiny_audio_folder(tmp_path / "audio"), tmp_path / "rows"
+    rows.mkdir()
+    lines = ["audio,label"]
+    for number in range(12):
+        soundfile.write(rows / f"{number}.wav", tiny_sound(0.5 + 0.1 * number, seed=number), 16_000)
+        lines.append(f"{number}.wav,{'ab'[number % 2]}")
+    (rows / "train.csv").write_text("\n".join(lines[:11]))
+    (rows / "test.csv").write_text("\n".join([lines[0], *lines[11:]]))
+    task = {"kind": "classify", "media": ["audio"]}
+    data = [{"path": str(rows / f"{split}.csv"), "task": task, "split": split} for split in ("train", "test")]
+    parts = {"model__encoders": {"audio": {"kind": "whisper", "name": str(audio)}}, "train__tokens_per_batch": 2048}
+    parts["model__projectors"] = {"audio": {"kind": "stack", "factor": 2}}
+    result = plan(recipe_in(tmp_path, data=data, **parts), "t4", advise=False)
+    assert {phase.name for phase in result.phases} == {"encode audio", "train tune", "evaluate"}
 
 
 def test_changes_are_planned_again_and_take_less(folder, monkeypatch):

@@ -162,7 +162,8 @@ class _Features(Features):
     """Where layouts differ, only a few media are decoded: the others are taken to be as the longest of these."""
 
     def layout(self, medium: Medium) -> Any:
+        own = (medium.kind, medium.key)
         known = [layout for (kind, _), layout in self._layouts.items() if kind == medium.kind]
-        if self.encoders[medium.kind].layout is None and len(known) >= DECODED:
+        if self.encoders[medium.kind].layout is None and len(known) >= DECODED and own not in self._layouts:
             return max(known, key=lambda layout: layout.rows * len(layout.marks))
         return super().layout(medium)
