@@ -26,6 +26,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("workload", choices=names())
     parser.add_argument("--questions", type=int, default=5, choices=range(1, 11), help="a picture (default: 5)")
     parser.add_argument("--pictures", type=int, help="default: the workload's")
+    parser.add_argument("--pixels", type=int, help="side of the quickstart's pictures (default: its own, 128)")
     parser.add_argument("--epochs", type=int, help="default: the workload's")
     parser.add_argument("--tokens-per-batch", type=int, help="of our rows (default: the workload's)")
     parser.add_argument("--parts", choices=("quickstart", "toy", "large"), default="quickstart", help="weights")

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+FEW = 9  # steps
+
 
 class Memory:
     """Peaks of this process: resident on a CPU (Linux), allocated on a GPU. `start`: all weights are loaded."""
@@ -42,15 +44,16 @@ class Clock:
     """Seconds, and CPU seconds of this process and its workers, since it was made."""
 
     def __init__(self) -> None:
-        self.begin, self.cpu = perf_counter(), self._cpu()
-
-    @staticmethod
-    def _cpu() -> float:
-        times = os.times()
-        return times.user + times.system + times.children_user + times.children_system
+        self.begin, self.cpu = perf_counter(), cpu_seconds()
 
     def figures(self) -> dict[str, float]:
-        return {"seconds": perf_counter() - self.begin, "cpu_seconds": self._cpu() - self.cpu}
+        return {"seconds": perf_counter() - self.begin, "cpu_seconds": cpu_seconds() - self.cpu}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its workers that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 class Watcher(TrainerCallback):
@@ -58,7 +61,7 @@ class Watcher(TrainerCallback):
 
     def __init__(self, watched: dict[str, Any]) -> None:
         self.watched = watched
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []  # seconds, CPU seconds
         self.norms: dict[str, float] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -66,19 +69,20 @@ class Watcher(TrainerCallback):
             self.norms = {name: float(weight.grad.float().norm()) for name, weight in self.watched.items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(perf_counter())
+        self.ends.append((perf_counter(), cpu_seconds()))
 
     def check(self, losses: list[float]) -> None:
-        """Raises AssertionError where nothing was learned."""
+        """Raises AssertionError where nothing was learned: of a few steps the losses tell nothing."""
         assert self.norms and all(norm > 0 for norm in self.norms.values()), f"a gradient is zero: {self.norms}"
         third = max(1, len(losses) // 3)
         first, last = statistics.mean(losses[:third]), statistics.mean(losses[-third:])
-        assert len(losses) < 2 or last < first, f"the loss doesn't fall: {first} -> {last}"
+        assert len(losses) < FEW or last < first, f"the loss doesn't fall: {first} -> {last}"
 
-    def step_seconds(self) -> float:
-        """The median; the first step, which warms up, isn't among them."""
-        gaps = [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(gaps) if gaps else float("nan")
+    def figures(self) -> dict[str, float]:
+        """Medians over steps; the first, which warms up, isn't among them."""
+        gaps = [(a - c, b - d) for (a, b), (c, d) in zip(self.ends[1:], self.ends, strict=False)] or [(0.0, 0.0)]
+        seconds, cpu = zip(*gaps, strict=True)
+        return {"step_seconds": statistics.median(seconds), "step_cpu_seconds": statistics.median(cpu)}
 
 
 def matmul_peak() -> float:

@@ -12,13 +12,15 @@ IMAGE_TOKEN = "<|image|>"
 @dataclass(frozen=True)
 class Options:
     """`folder`: where all processes of the comparison meet. `parts`: weights of the quickstart; `toy`, random ones as
-    small as those of tests; `large`, random ones of the shapes of a 7B LLM and SigLIP-so400m.
+    small as those of tests; `large`, random ones of the shapes of a 7B LLM and SigLIP-so400m. `pixels`: side of the
+    pictures, where it isn't the quickstart's.
     """
 
     workload: str
     folder: Path
     questions: int
     pictures: int
+    pixels: int | None
     epochs: int
     tokens_per_batch: int
     parts: str

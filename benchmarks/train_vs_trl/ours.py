@@ -60,7 +60,7 @@ def train(options: Options, kind: str) -> dict[str, Any]:
     return {
         **figures,
         "prepared_in": prepared_in,
-        "step_seconds": watcher.step_seconds(),
+        **watcher.figures(),
         "losses": losses,
         "steps": steps,
         "memory": memory.figures(),

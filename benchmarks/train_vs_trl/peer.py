@@ -122,7 +122,7 @@ def train(options: Options, kind: str) -> dict[str, Any]:
             check_equal_inputs(trainer, samples, rows, parts)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     watcher.check(losses)
-    return {**figures, "step_seconds": watcher.step_seconds(), "losses": losses, "memory": memory.figures()}
+    return {**figures, **watcher.figures(), "losses": losses, "memory": memory.figures()}
 
 
 def prefix(options: Options) -> str:

@@ -5,6 +5,7 @@ All that both sides read lies in the folder of `Options`.
 
 import json
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -41,6 +42,7 @@ CHAT_TEMPLATE = (
     "{{ '\n' if not loop.last or add_generation_prompt else '' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
 )
+QUICKSTART = workload.ROOT / "weights"
 LARGE_LLM = {
     "hidden_size": 3584,
     "num_hidden_layers": 28,
@@ -95,9 +97,9 @@ def messages_of(one: workload.Conversation) -> list[dict[str, Any]]:
 def weights_of(options: Options) -> tuple[Path, Path]:
     """Folders of the LLM and the encoder."""
     real = options.parts == "quickstart"
-    llm = workload.ROOT / "weights/minimind2-small" if real else options.folder / "llm"
-    vision = workload.ROOT / "weights/mobilenet-v2" if real and not options.chosen.vision else options.folder / "vision"
-    return llm, vision
+    llm = QUICKSTART / "minimind2-small" if real else options.folder / "llm"
+    changed = options.pixels or options.chosen.vision
+    return llm, QUICKSTART / "mobilenet-v2" if real and not changed else options.folder / "vision"
 
 
 def make_weights(options: Options) -> None:
@@ -114,13 +116,19 @@ def make_weights(options: Options) -> None:
         _make_llm(llm)
     if options.parts == "large" or options.chosen.vision:
         _make_vision(vision, options.chosen.vision or LARGE_VISION)
+    elif options.pixels:
+        shutil.copytree(QUICKSTART / "mobilenet-v2", vision)
+        config = vision / "preprocessor_config.json"
+        side = {"height": options.pixels, "width": options.pixels}
+        settings = json.loads(config.read_text()) | {"size": {"shortest_edge": options.pixels}, "crop_size": side}
+        config.write_text(json.dumps(settings))
 
 
 def _make_llm(folder: Path) -> None:
     """Random weights under the quickstart's tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-    tokenizer = AutoTokenizer.from_pretrained(workload.ROOT / "weights/minimind2-small")
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "minimind2-small")
     tokenizer.save_pretrained(folder)
     config = Qwen2Config(
         **LARGE_LLM,
@@ -150,9 +158,10 @@ def recipe_of(options: Options, cache: Path) -> Recipe:
     }
     if options.chosen.media:
         # LLaVA takes the last layer but one of a ViT; a convolutional backbone has one output.
-        layer = -1 if vision.name == "mobilenet-v2" else -2
-        model["encoders"] = {"image": {"kind": "vision", "name": str(vision), "layer": layer}}
+        is_vit = options.parts != "quickstart" or options.chosen.vision
+        model["encoders"] = {"image": {"kind": "vision", "name": str(vision), "layer": -2 if is_vit else -1}}
         model["projectors"] = {"image": {"kind": "mlp"}}
+    task = {"kind": "chat", "media": ["image"] if options.chosen.media else []}
     trains = ["projectors", "adapter"] if options.chosen.media else ["adapter"]
     return Recipe(
         name="benchmark",
@@ -160,8 +169,8 @@ def recipe_of(options: Options, cache: Path) -> Recipe:
         model=model,
         adapter={"rank": options.rank, "alpha": 2 * options.rank},
         data=[
-            {"path": str(options.rows), "task": "chat", "outside_media_folder": True},
-            {"path": str(options.unused_rows), "task": "chat", "split": "test"},  # a recipe has some
+            {"path": str(options.rows), "task": task, "outside_media_folder": True},
+            {"path": str(options.unused_rows), "task": task, "split": "test"},  # a recipe has some
         ],
         train={
             "tokens_per_batch": options.tokens_per_batch,

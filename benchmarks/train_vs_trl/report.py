@@ -60,6 +60,7 @@ def show(options: Options, facts: dict[str, Any], runs: list[Run], comparison: d
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     low, mean, high = facts["lengths"]
     asked = f", {options.questions} questions a picture" if options.workload == "questions" else ""
+    asked += f", {options.pixels} pixels" if options.pixels else ""
     console.print(f"{options.workload}{asked}: {machine(options, facts)}", soft_wrap=True)
     console.print(
         f"{facts['samples']:,} samples, {facts['pictures']:,} pictures, {options.epochs} epochs, {facts['steps']:,} "

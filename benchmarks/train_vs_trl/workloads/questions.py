@@ -10,15 +10,15 @@ def asked(one: Emoji) -> list[tuple[str, str]]:
     """Answers from the table's columns."""
     return [
         ("这是什么？", one.name_zh),
-        ("它属于哪一类？", one.label),
-        ("What is this?", one.name_en),
-        ("Which group is it in?", one.label_en),
-        ("它属于哪个子类？", one.subgroup),
-        ("它的名字有几个字？", str(len(one.name_zh))),
-        ("它的名字的第一个字是什么？", one.name_zh[0]),
-        ("How does its name begin?", one.name_en[0]),
-        ("它是自然界的吗？", "是" if one.label == "自然" else "否"),
-        ("How many words has its name?", str(len(one.name_en.split()))),
+        ("哪一类？", one.label),
+        ("What is it?", one.name_en),
+        ("Which group?", one.label_en),
+        ("哪个子类？", one.subgroup),
+        ("名字有几个字？", str(len(one.name_zh))),
+        ("第一个字？", one.name_zh[0]),
+        ("First letter?", one.name_en[0]),
+        ("是自然吗？", "是" if one.label == "自然" else "否"),
+        ("How many words?", str(len(one.name_en.split()))),
     ]
 
 
