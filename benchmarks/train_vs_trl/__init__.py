@@ -22,7 +22,7 @@ peer-steps         each optimizer step holds the very samples of ours, read from
 peer-checkpointed, ours-checkpointed   with activation checkpoints.
 
 The same on both sides: LLM weights and quantization (one loader), encoder weights, first projector and LoRA weights
-(written once, read by both), chat template, samples, learning rates, precision, seeds, no dropout. Before a peer
-trains, token ids, labels and features of its first samples are compared with ours; on both sides the gradients of
-projector and LoRA must not be zero, and the loss must fall.
+(written once, read by both), chat template, samples, learning rates, precision, seeds, no dropout. Token ids, labels
+and features of a peer's first samples are compared with ours; on both sides the gradients of projector and LoRA must
+not be zero, and the loss must fall.
 """

@@ -84,7 +84,7 @@ def main() -> None:
 def in_a_process(options: Options, process: str) -> dict[str, Any]:
     """What a fresh process finds. Its messages are shown where it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["OMP_NUM_THREADS"] = str(options.threads)
+    environment |= {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     if options.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

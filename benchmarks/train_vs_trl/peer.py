@@ -33,7 +33,7 @@ from finetune.common.progress import quiet_libraries
 from finetune.common.run_folder import RunFolder
 from finetune.data.media import decode
 from finetune.data.rows import read_splits
-from finetune.data.sample import Medium, Sample
+from finetune.data.sample import Message, Sample
 from finetune.model.bindings import bindings_of
 from finetune.model.build import load_llm
 from finetune.model.run import Run
@@ -117,12 +117,12 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         watcher = Watcher(load_first_weights(trainer.model, options))
         trainer.add_callback(watcher)
         trainer.train()
-        figures = clock.figures()
+        figures = {**clock.figures(), "memory": memory.figures()}
         if rows:
             check_equal_inputs(trainer, samples, rows, parts)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     watcher.check(losses)
-    return {**figures, **watcher.figures(), "losses": losses, "memory": memory.figures()}
+    return {**figures, **watcher.figures(), "losses": losses}
 
 
 def prefix(options: Options) -> str:
@@ -178,7 +178,7 @@ def dataset_of(samples: Sequence[Sample], lengths: Sequence[int] | None) -> Data
     return Dataset.from_dict(columns).cast_column("images", List(Image(mode="RGB")))
 
 
-def text_of(turn: Any) -> str:
+def text_of(turn: Message) -> str:
     return "".join(part for part in turn.content if isinstance(part, str))
 
 
@@ -188,13 +188,9 @@ def in_turns(samples: Sequence[Sample]) -> list[Sample]:
     for sample in samples:
         together.setdefault(sample.media[0].key, []).append(sample)
     merged = []
-    for group in together.values():
-        first, *others = group
-        turns = [*first.messages]
-        for sample in others:
-            for turn in sample.messages:
-                turns.append(type(turn)(turn.role, tuple(p for p in turn.content if not isinstance(p, Medium))))
-        merged.append(Sample(tuple(turns), first.where, first.task))
+    for first, *others in together.values():
+        turns = [Message(turn.role, (text_of(turn),)) for sample in others for turn in sample.messages]
+        merged.append(Sample((*first.messages, *turns), first.where, first.task))
     return merged
 
 
@@ -224,7 +220,7 @@ def make_llava(language_model: Any, parts: Any) -> tuple[Any, Any]:
     llava.lm_head = language_model.get_output_embeddings()
     make_room(llava, language_model.get_input_embeddings(), image_id)
     llava.requires_grad_(False)
-    side = encoder.prepare(decode_blank()).values.shape[-1]
+    side = encoder.prepare(blank_picture()).values.shape[-1]
     processor = LlavaProcessor(
         image_processor=encoder.processor,
         tokenizer=parts.tokenizer,
@@ -274,7 +270,7 @@ def make_tower(backbone: Any) -> Any:
     return Tower().eval()
 
 
-def decode_blank() -> Any:
+def blank_picture() -> Any:
     from PIL import Image as Picture
 
     return Picture.new("RGB", (64, 64))
