@@ -136,9 +136,10 @@ def _attend(
 
         return at_once(query, key, value, plan, window, scaling, varlen_attn), None
     parts = []
+    own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))
     for segment, visible in zip(plan.segments, attention_mask.masks, strict=True):
-        queries = query[:, :, segment.begin : segment.end]
-        keys, values = _behind_prefix(key, segment), _behind_prefix(value, segment)
+        queries = own_queries[segment.begin]
+        keys, values = _behind_prefix(own_keys, segment), _behind_prefix(own_values, segment)
         if own:
             eager = sys.modules[type(module).__module__].eager_attention_forward
             mask = _visible_to(segment, window, query.device)
@@ -152,12 +153,18 @@ def _attend(
     return torch.cat(parts, 1), None
 
 
-def _behind_prefix(rows: Tensor, segment: RowSegment) -> Tensor:
-    """(1, G, T, W) -> those of a segment's prefix and its own (1, G, P + Q, W)."""
-    own = rows[:, :, segment.begin : segment.end]
-    if not segment.prefix:
-        return own
-    return torch.cat([rows[:, :, segment.prefix_begin : segment.prefix_end], own], 2)
+def _by_segment(rows: Tensor, plan: RowPlan) -> dict[int, Tensor]:
+    """(1, G, T, W) -> {where a segment begins: (1, G, Q, W)}. Split, as the gradient of each slice would be as long as
+    the row.
+    """
+    lengths = [segment.length for segment in plan.segments]
+    return dict(zip([segment.begin for segment in plan.segments], rows.split(lengths, 2), strict=True))
+
+
+def _behind_prefix(rows: dict[int, Tensor], segment: RowSegment) -> Tensor:
+    """Rows of a segment's prefix, of one or more segments, and its own: (1, G, P + Q, W)."""
+    prefix = [part for begin, part in rows.items() if segment.prefix_begin <= begin < segment.prefix_end]
+    return torch.cat([*prefix, rows[segment.begin]], 2) if prefix else rows[segment.begin]
 
 
 def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:

@@ -91,7 +91,7 @@ def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> Non
     """Keep a digest of the training rows. Raises TrainingError where a resumed run has others."""
     digest = hashlib.sha256()
     for row in rows:
-        content = asdict(row)
+        content = dict(vars(row))
         for name in ("where", "media_paths", "media_begins", "media_ends"):  # files may have moved
             del content[name]
         digest.update(json.dumps(content).encode())

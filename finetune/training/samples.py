@@ -1,7 +1,7 @@
 """Training rows as token ids, with a teacher's beside them where a stage distills."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class TokenizedSamples:
 
     @classmethod
     def of(cls, samples: Sequence[TokenizedSample]) -> "TokenizedSamples":
-        return cls(Dataset.from_list([asdict(sample) for sample in samples]))
+        return cls(Dataset.from_list([vars(sample) for sample in samples]))
 
     def __len__(self) -> int:
         return len(self.table)

@@ -1,0 +1,61 @@
+"""What every process of a comparison is told."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.train_vs_trl.workload import Workload, workload
+
+IMAGE_TOKEN = "<|image|>"
+
+
+@dataclass(frozen=True)
+class Options:
+    """`folder`: where all processes of the comparison meet. `parts`: weights of the quickstart; `toy`, random ones as
+    small as those of tests; `large`, random ones of the shapes of a 7B LLM and SigLIP-so400m. `pixels`: side of the
+    pictures, where it isn't the quickstart's.
+    """
+
+    workload: str
+    folder: Path
+    questions: int
+    pictures: int
+    pixels: int | None
+    epochs: int
+    tokens_per_batch: int
+    parts: str
+    device: str
+    threads: int
+    workers: int
+    quantize: str
+    rank: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    @property
+    def unused_rows(self) -> Path:
+        return self.folder / "unused.jsonl"
+
+    @property
+    def template(self) -> Path:
+        return self.folder / "template.jinja"
+
+    @property
+    def first_weights(self) -> Path:
+        return self.folder / "first"
+
+    @property
+    def chosen(self) -> Workload:
+        return workload(self.workload)
+
+    def save(self) -> None:
+        (self.folder / "options.json").write_text(json.dumps(asdict(self), default=str), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Options":
+        saved = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+        return cls(**{**saved, "folder": folder})

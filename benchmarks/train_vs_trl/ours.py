@@ -1,0 +1,67 @@
+"""One run of ours."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_vs_trl.measure import Clock, Memory, Watcher
+from benchmarks.train_vs_trl.options import Options
+from benchmarks.train_vs_trl.prepare import OurTraining, recipe_of
+from finetune.model.trainable import set_trainable, trained_parts
+from finetune.training.collate import Collator
+from finetune.training.shared import Shared
+from finetune.training.stopping import StopBetweenSteps
+from finetune.training.trainer import StageTraining, train_stage
+
+
+def train(options: Options, kind: str) -> dict[str, Any]:
+    memory = Memory()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        shared = Shared.load(recipe_of(options, folder))
+        memory.start()
+        clock = Clock()
+        ours = OurTraining.of(options, shared, folder, first=True)
+        prepared_in = clock.figures()["seconds"]
+        run, model = ours.prepared.run, ours.model
+        settings, components = run.recipe.train, run.components
+        if "checkpointed" in kind:
+            model.causal_lm.activation_checkpointing_enable(every_n_layers=1)
+        stage = settings.stages[0]
+        set_trainable(model, stage.trains)
+        trained = trained_parts(model, stage.trains)
+        watched = {"lora_B": next(p for p in trained["adapter"] if p.shape[1] == options.rank)}
+        if options.chosen.media:
+            watched["projector"] = trained["projectors.image"][0]
+        watcher = Watcher(watched)
+        training = StageTraining(
+            model=model,
+            tokenizer=components.tokenizer,
+            stage=stage,
+            settings=settings,
+            collator=Collator(
+                ours.samples,
+                run.features.features,
+                field="features",
+                kind=ours.kind,
+                pad_token_id=components.tokenizer.pad_token_id,
+            ),
+            rows=ours.rows,
+            folder=folder / "run" / "checkpoints" / stage.name,
+            seed=options.seed,
+            dtype=components.dtype,
+        )
+        with StopBetweenSteps() as stop:
+            log = train_stage(training, stop, callbacks=[watcher])
+        figures = clock.figures()
+    losses = [entry["loss"] for entry in log]
+    watcher.check(losses)
+    steps = [[number for group in row for number in group] for row in ours.rows]
+    return {
+        **figures,
+        "prepared_in": prepared_in,
+        **watcher.figures(),
+        "losses": losses,
+        "steps": steps,
+        "memory": memory.figures(),
+    }
