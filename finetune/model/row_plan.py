@@ -35,7 +35,7 @@ SHORT_WINDOW = 4  # tokens: the width at which they are tried
 
 
 class RowSegment(NamedTuple):
-    """Tokens [begin, end) of a row, behind those of [prefix_begin, prefix_end), which may be none."""
+    """Tokens [begin, end) of a row, behind those of another segment, [prefix_begin, prefix_end), or of none."""
 
     begin: int
     end: int
@@ -162,9 +162,9 @@ def _by_segment(rows: Tensor, plan: RowPlan) -> dict[int, Tensor]:
 
 
 def _behind_prefix(rows: dict[int, Tensor], segment: RowSegment) -> Tensor:
-    """Rows of a segment's prefix, of one or more segments, and its own: (1, G, P + Q, W)."""
-    prefix = [part for begin, part in rows.items() if segment.prefix_begin <= begin < segment.prefix_end]
-    return torch.cat([*prefix, rows[segment.begin]], 2) if prefix else rows[segment.begin]
+    """Rows of a segment's prefix and its own (1, G, P + Q, W)."""
+    own = rows[segment.begin]
+    return torch.cat([rows[segment.prefix_begin], own], 2) if segment.prefix else own
 
 
 def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:

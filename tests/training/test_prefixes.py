@@ -178,11 +178,11 @@ def test_nf4_weights_share_as_well(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda batch: replace_plan(batch, lambda s: RowSegment(s.begin, s.end)),  # branches without their prefix
-        lambda batch: replace_plan(batch, lambda s: RowSegment(s.begin, s.end, 0, s.begin)),  # branches see each other
+        lambda batch: replace_plan(batch, lambda s, before: RowSegment(s.begin, s.end)),
+        lambda batch: replace_plan(batch, lambda s, before: RowSegment(s.begin, s.end, before.begin, before.end)),
         lambda batch: {**batch, "position_ids": restarted(batch)},
     ],
-    ids=["no prefix", "branches see each other", "positions restart"],
+    ids=["no prefix", "the branch before as prefix", "positions restart"],
 )
 def test_a_wrong_plan_would_show(wrong):
     model = composite()
@@ -193,7 +193,9 @@ def test_a_wrong_plan_would_show(wrong):
 
 def replace_plan(batch, change):
     segments = batch["row_plan"].segments
-    return {**batch, "row_plan": RowPlan(tuple(change(s) if s.prefix else s for s in segments))}
+    before = (segments[0], *segments)
+    changed = (change(s, b) if s.prefix else s for s, b in zip(segments, before, strict=False))
+    return {**batch, "row_plan": RowPlan(tuple(changed))}
 
 
 def restarted(batch):
