@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from finetune.commands._init import cards, measure
 from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
 from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
-from finetune.commands._init.task import TEXTLESS, Named, Task, Yaml, answers_in, task_for
+from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
@@ -232,7 +232,8 @@ def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> 
     language = language or language_of(_texts(columns, task_for(columns, answer, named, language or "en")))
     task = task_for(columns, answer, named, language)
     if choices.answer is None:
-        others = [column.name for column in likely if column.name in task.unused and len(column.texts) > 1]
+        unread = [c.name for c in likely if c.name in task.unused and len(c.texts) > 1]
+        others = [name for name in unread if name not in (task.group, task.few_people)]
         task = replace(task, alternatives=tuple(others))
     return task, language
 
@@ -386,6 +387,11 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
         lines.append(f"no files of: {', '.join(missing)}")
     if task.group:
         lines.append(f"group: rows of one {task.group!r} are never both in training and in the test")
+    if task.few_people:
+        lines.append(
+            f"no group: {task.few_people!r} has fewer than {FEWEST_GROUPS} values, so the same are in training and in "
+            f"the test; `group: {task.few_people}` in the recipe, with a larger hold_out, tests on others"
+        )
     if unused := [name for name in task.unused if name != task.group]:
         hint = f" ({option('--text COLUMN', 'text=')} puts one before the question; it must not give the answer away)"
         lines.append(f"not used: {_shown(unused)}{'' if task.kind in TEXTLESS else hint}")

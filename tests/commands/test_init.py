@@ -223,6 +223,36 @@ def test_a_speaker_is_on_one_side():
     assert written(path).data[0].group == "patient"
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("转写内容", "班次"), ("Transkript", "campaign"), ("spoken text", "campaign"), ("Gesagtes", "campaign")],
+)
+def test_what_was_said_is_the_answer_and_not_a_label_beside_it(name, other):
+    rows = [[file, "AB"[n % 2], f"the quick fox number {n}"] for n, file in enumerate(recordings(Path("said")))]
+    task = written(table(Path("said/rows.csv"), ["file", other, name], rows)).data[0].task
+    assert (task.kind, task.options.text) == ("transcribe", name)
+
+
+def calls(column: str, people: int) -> Path:
+    rows = [[name, f"the fox {n}", f"p{n % people}"] for n, name in enumerate(recordings(Path("spoken")))]
+    return table(Path("spoken/rows.csv"), ["audio", "text", column], rows)
+
+
+@pytest.mark.parametrize("column", ["坐席", "说话人编号", "Speaker ID", "customer_id", "Pat. No", "Patientennummer"])
+def test_rows_are_grouped_by_people_however_their_column_is_called(column):
+    assert written(calls(column, 12)).data[0].group == column
+
+
+def test_other_columns_about_people_are_no_groups():
+    assert written(calls("Customer Mood", 12)).data[0].group is None
+
+
+def test_too_few_people_to_hold_out_by_are_named():
+    done = cli("init", str(calls("speaker", 4)), "--yes", "--card", "cpu")
+    assert "no group: 'speaker' has fewer than 10 values" in done.stdout, done.stdout + done.stderr
+    assert "could be the answer" not in done.stdout
+
+
 def test_a_chinese_table_in_gb18030_gets_chinese_questions_and_an_llm_that_reads_them():
     rows = [[name, f"这是第{n}张方块的图片，颜色很好看"] for n, name in enumerate(pictures(Path("图")))]
     path = table(Path("图/商品.csv"), ["图片", "描述"], rows, encoding="gb18030")

@@ -1,10 +1,11 @@
 """The task for a table's columns: which of them is the answer, and what is asked for it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from finetune.commands._init.columns import HAN, LABEL_NAMES, MEDIA, Column, Kind, called
+from finetune.commands._init.columns import HAN, IDENTIFIERS, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError, given, option
 from finetune.data.tasks._columns import numbers_in
 
@@ -14,7 +15,8 @@ ANSWERS = (  # names of columns that hold answers, the surest first
     *("label", "labels", "class", "category", "标签", "类别", "分类"),
     *("answer", "answers", "reply", "response", "antwort", "réponse", "respuesta", "答案", "回答", "回复"),
     *("caption", "captions", "description", "描述", "说明"),
-    *("transcript", "transcription", "text", "sentence", "文本", "文字", "转写"),
+    *("transcript", "transcription", "transkript", "transkription", "transcripción", "转写", "转录"),
+    *("text", "sentence", "文本", "文字"),
     *("boxes", "bbox", "box", "score", "rating", "price", "评分", "分数", "得分", "价格", "json", "target", "output"),
 )
 QUESTIONS = {
@@ -30,8 +32,14 @@ SUBJECTS = {  # words in the names of columns of labels
     *("catégorie", "sujet", "categoría", "motivo", "tema", "tipo", "原因", "主题", "意图", "情感"),
 }
 STAFF = {"agent", "operator", "author", "employee", "mitarbeiter", "bearbeiter", "客服", "坐席", "员工", "作者"}
-GROUPS = {"patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"}
+GROUPS = {
+    *("patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"),
+    *("pat", "patienten", "sprecher", "kunde", "kunden", "locuteur", "hablante", "paciente", "cliente"),
+}
+PERSON_IDENTIFIERS = {*IDENTIFIERS, "name", "code", "number", "num", "hash"}
+PERSON = r"[\W_]*(?:{identifiers})?[\W_]*(?:{people})s?[\W_]*(?:{identifiers})?[\W_]*"  # a name of a column of people
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
+LONG = 6  # letters of a word that is looked for within others
 FEWEST_GROUPS = 10  # of rows that are held out together
 MOST_CHOICES = 20  # labels of which each is tried for every answer
 FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
@@ -55,8 +63,9 @@ NAMES = {"image": ("picture", "图片"), "audio": ("recording", "录音"), "vide
 
 @dataclass(frozen=True)
 class Task:
-    """A task as a recipe has it. `options`: without `prompt`. `unused`: columns that it doesn't read. `alternatives`:
-    those of them that could be the answer, where nobody chose it.
+    """A task as a recipe has it. `options`: without `prompt`. `few_people`: a column that would be `group`
+    if it had more values. `unused`: columns that it doesn't read. `alternatives`: those of them that could be the
+    answer, where nobody chose it.
     """
 
     kind: str
@@ -67,6 +76,7 @@ class Task:
     head: str | Yaml = "language"
     columns: dict[str, str] = field(default_factory=dict)
     group: str | None = None
+    few_people: str | None = None
     unused: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
 
@@ -94,12 +104,17 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
     fitting = FITTING.get(named.kind or "", BY_KIND)
     asked = named.question is not None or any(map(_is_question, columns))
     with_media = any(column.kind in MEDIA for column in columns)
+    heard = any(column.kind == "audio" for column in columns)
 
     def order(column: Column) -> tuple[int, int, int, int]:
         constant = column.kind in ("label", "text", "number") and len(column.texts) < 2
         name = column.name.lower()
         unknown = len(ANSWERS) + (0 if called(column.name, SUBJECTS) else 1 + called(column.name, STAFF | GROUPS))
         known = ANSWERS.index(name) if name in ANSWERS else unknown
+        if column.kind in ("text", "texts") and with_media:
+            known = min([known, *(n for n, word in enumerate(ANSWERS) if _contains(column.name, word))])
+            if heard and known > len(ANSWERS):  # what was said is long; a label beside it is about the recording
+                known = len(ANSWERS) + called(column.name, STAFF | GROUPS)
         if called(column.name, REPLIES):
             known = -1 if asked else min(known, ANSWERS.index("answer"))
         elif column.kind == "text" and not with_media:
@@ -110,6 +125,11 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
     taken = (named.text, named.question)
     fit = [c for c in columns if c.kind in BY_KIND and c.name not in taken and not _is_question(c)]
     return sorted(fit, key=order)
+
+
+def _contains(name: str, word: str) -> bool:
+    """As a word, or a longer one as a part of a compound."""
+    return called(name, {word}) or (len(word) >= LONG and word in name.lower())
 
 
 def _is_question(column: Column) -> bool:
@@ -152,6 +172,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         )
     if kind == "transcribe" and not media:
         raise RecipeError(f"{given('task', kind)}: no column holds recordings (columns: {_names(columns)})")
+    group, few_people = _group(columns, answer, media)
     used = {answer.name, before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
@@ -161,7 +182,8 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         options,
         _head(kind, answer),
         {name: column for name, column in media.items() if name != column},
-        _group(columns, answer),
+        group,
+        few_people,
         tuple(c.name for c in columns if c.name not in used and c.kind != "empty"),
     )
 
@@ -294,13 +316,27 @@ def _head(kind: str, answer: Column) -> str | Yaml:
     return "language"
 
 
-def _group(columns: Sequence[Column], answer: Column) -> str | None:
-    for column in columns:
-        groups = column.kind in ("label", "text", "id", "number") and len(column.texts) >= FEWEST_GROUPS
-        complete = column.filled == answer.filled > len(column.texts)
-        if column.name.lower() in GROUPS and groups and complete and column is not answer:
-            return column.name
-    return None
+def _group(columns: Sequence[Column], answer: Column, media: Collection[str]) -> tuple[str | None, str | None]:
+    """(the column by which rows are held out, one of too few people for that). Staff are heard or seen in recordings
+    and videos only.
+    """
+    few = None
+    for people in (GROUPS, STAFF) if {"audio", "video"} & set(media) else (GROUPS,):
+        for column in sorted(columns, key=lambda column: column.name.lower() not in people):
+            complete = column.filled >= answer.filled and column.filled > len(column.texts)
+            if column is answer or column.kind not in ("label", "text", "id", "number") or not complete:
+                continue
+            if of_people(column.name, people):
+                if len(column.texts) >= FEWEST_GROUPS:
+                    return column.name, None
+                few = few or (column.name if len(column.texts) > 1 else None)
+    return None, few
+
+
+def of_people(name: str, people: Collection[str] = GROUPS) -> bool:
+    """Whether a column's name is a word for people, also with one for an identifier: 'Pat. No', customer_id."""
+    identifiers, words = ("|".join(map(re.escape, sorted(some))) for some in (PERSON_IDENTIFIERS, people))
+    return bool(re.fullmatch(PERSON.format(identifiers=identifiers, people=words), name.lower()))
 
 
 def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, language: str) -> str:
