@@ -1,10 +1,11 @@
 """The task for a table's columns: which of them is the answer, and what is asked for it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from finetune.commands._init.columns import HAN, LABEL_NAMES, MEDIA, Column, Kind, called
+from finetune.commands._init.columns import HAN, IDENTIFIERS, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError, given, option
 from finetune.data.tasks._columns import numbers_in
 
@@ -30,8 +31,15 @@ SUBJECTS = {  # words in the names of columns of labels
     *("catégorie", "sujet", "categoría", "motivo", "tema", "tipo", "原因", "主题", "意图", "情感"),
 }
 STAFF = {"agent", "operator", "author", "employee", "mitarbeiter", "bearbeiter", "客服", "坐席", "员工", "作者"}
-GROUPS = {"patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"}
+GROUPS = {
+    *("patient", "speaker", "subject", "customer", "user", "client", "pat", "participant", "person", "member"),
+    *("patienten", "kunde", "kunden", "klient", "klienten", "nutzer", "sprecher", "proband", "probanden"),
+    *("locuteur", "utilisateur", "cliente", "paciente", "hablante", "usuario"),
+    *("病人", "患者", "说话人", "客户", "用户", "顾客", "会员", "受试者"),
+}
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
+OF_ONE = "|".join(sorted(GROUPS, key=len, reverse=True))
+NUMBERED = "|".join(sorted({*IDENTIFIERS, "name", "code", "number", "num", "uid", "hash"}, key=len, reverse=True))
 FEWEST_GROUPS = 10  # of rows that are held out together
 MOST_CHOICES = 20  # labels of which each is tried for every answer
 FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
@@ -79,12 +87,13 @@ class Task:
 @dataclass(frozen=True)
 class Named:
     """What the user has named. `kind`: the task, None: by the column's values; `text`: a column that is put before the
-    question, None: the longest text of rows without media; `question`: the column of it, None: by its name.
+    question, None: the longest text of rows without media; `question`, `group`: columns, None: by their names.
     """
 
     kind: str | None = None
     text: str | None = None
     question: str | None = None
+    group: str | None = None
 
 
 def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
@@ -107,7 +116,7 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
         unsure = (column.kind != "messages") + 2 * constant + 4 * (column.kind not in fitting)
         return unsure, known, BY_KIND.index(column.kind), -columns.index(column)
 
-    taken = (named.text, named.question)
+    taken = (named.text, named.question, named.group)
     fit = [c for c in columns if c.kind in BY_KIND and c.name not in taken and not _is_question(c)]
     return sorted(fit, key=order)
 
@@ -130,7 +139,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
         raise RecipeError(f"{given('task', kind)}: {held}; name another with {option('--answer', 'answer=')}")
     media = _media_of(columns, answer)
-    for key, name in {"text": named.text, "question": named.question}.items():
+    for key, name in {"text": named.text, "question": named.question, "group": named.group}.items():
         if name is not None and name == answer.name:
             raise RecipeError(
                 f"{given(key, name)}: that is the answer; name another column with {option('--answer', 'answer=')}"
@@ -161,7 +170,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         options,
         _head(kind, answer),
         {name: column for name, column in media.items() if name != column},
-        _group(columns, answer),
+        named.group or _group(columns, answer),
         tuple(c.name for c in columns if c.name not in used and c.kind != "empty"),
     )
 
@@ -295,12 +304,19 @@ def _head(kind: str, answer: Column) -> str | Yaml:
 
 
 def _group(columns: Sequence[Column], answer: Column) -> str | None:
-    for column in columns:
+    """The column of who or what several rows are about, filled in all rows with an answer."""
+    for column in sorted(columns, key=lambda column: column.name.lower() not in GROUPS):
         groups = column.kind in ("label", "text", "id", "number") and len(column.texts) >= FEWEST_GROUPS
-        complete = column.filled == answer.filled > len(column.texts)
-        if column.name.lower() in GROUPS and groups and complete and column is not answer:
+        complete = column.filled >= answer.filled and column.filled > len(column.texts)
+        if _names_groups(column.name) and groups and complete and column is not answer:
             return column.name
     return None
+
+
+def _names_groups(name: str) -> bool:
+    """'Pat. No', customer_id, Kundennummer: somebody, and nothing else but the words for a number or a name."""
+    somebody = re.search(OF_ONE, name.lower())
+    return bool(somebody and re.fullmatch(rf"(?:{OF_ONE}|{NUMBERED}|s\b|[\W\d_])+", name.lower()))
 
 
 def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, language: str) -> str:
