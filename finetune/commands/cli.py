@@ -86,6 +86,9 @@ def init(
     question: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column of the questions, where each row has its own.")
     ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Rows with one value of it stay together: patient, user, ...")
+    ] = None,
     encoding: Annotated[str | None, typer.Option(help="Of a CSV or TSV file: gb18030, cp1252, ...")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
     card: Annotated[
@@ -118,6 +121,7 @@ def init(
         prompt=prompt,
         text=text,
         question=question,
+        group=group,
         encoding=encoding,
         name=name,
         card=card,

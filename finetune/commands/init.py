@@ -39,6 +39,7 @@ class Choices:
     prompt: str | None = None
     text: str | None = None
     question: str | None = None
+    group: str | None = None
     encoding: str | None = None
     name: str | None = None
     card: str | None = None
@@ -207,7 +208,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
 
 def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
     """The task and its language."""
-    named = Named(choices.task, choices.text, choices.question)
+    named = Named(choices.task, choices.text, choices.question, choices.group)
     likely = answers_in(columns, named)
     by_name = {column.name: column for column in columns}
 

@@ -33,12 +33,13 @@ SUBJECTS = {  # words in the names of columns of labels
 }
 STAFF = {"agent", "operator", "author", "employee", "mitarbeiter", "bearbeiter", "客服", "坐席", "员工", "作者"}
 GROUPS = {
-    *("patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"),
-    *("pat", "patienten", "sprecher", "kunde", "kunden", "locuteur", "hablante", "paciente", "cliente"),
+    *("patient", "speaker", "subject", "customer", "user", "client", "pat", "participant", "person", "member"),
+    *("patienten", "kunde", "kunden", "klient", "klienten", "nutzer", "sprecher", "proband", "probanden"),
+    *("locuteur", "utilisateur", "cliente", "paciente", "hablante", "usuario"),
+    *("病人", "患者", "说话人", "客户", "用户", "顾客", "会员", "受试者"),
 }
-PERSON_IDENTIFIERS = {*IDENTIFIERS, "name", "code", "number", "num", "hash"}
-PERSON = r"[\W_]*(?:{identifiers})?[\W_]*(?:{people})s?[\W_]*(?:{identifiers})?[\W_]*"  # a name of a column of people
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
+NUMBERED = "|".join(sorted({*IDENTIFIERS, "name", "code", "number", "num", "uid", "hash"}, key=len, reverse=True))
 LONG = 6  # letters of a word that is looked for within others
 FEWEST_GROUPS = 10  # of rows that are held out together
 MOST_CHOICES = 20  # labels of which each is tried for every answer
@@ -89,12 +90,13 @@ class Task:
 @dataclass(frozen=True)
 class Named:
     """What the user has named. `kind`: the task, None: by the column's values; `text`: a column that is put before the
-    question, None: the longest text of rows without media; `question`: the column of it, None: by its name.
+    question, None: the longest text of rows without media; `question`, `group`: columns, None: by their names.
     """
 
     kind: str | None = None
     text: str | None = None
     question: str | None = None
+    group: str | None = None
 
 
 def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
@@ -122,7 +124,7 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
         unsure = (column.kind != "messages") + 2 * constant + 4 * (column.kind not in fitting)
         return unsure, known, BY_KIND.index(column.kind), -columns.index(column)
 
-    taken = (named.text, named.question)
+    taken = (named.text, named.question, named.group)
     fit = [c for c in columns if c.kind in BY_KIND and c.name not in taken and not _is_question(c)]
     return sorted(fit, key=order)
 
@@ -150,7 +152,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
         raise RecipeError(f"{given('task', kind)}: {held}; name another with {option('--answer', 'answer=')}")
     media = _media_of(columns, answer)
-    for key, name in {"text": named.text, "question": named.question}.items():
+    for key, name in {"text": named.text, "question": named.question, "group": named.group}.items():
         if name is not None and name == answer.name:
             raise RecipeError(
                 f"{given(key, name)}: that is the answer; name another column with {option('--answer', 'answer=')}"
@@ -172,7 +174,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         )
     if kind == "transcribe" and not media:
         raise RecipeError(f"{given('task', kind)}: no column holds recordings (columns: {_names(columns)})")
-    group, few_people = _group(columns, answer, media)
+    group, few_people = (named.group, None) if named.group else _group(columns, answer, media)
     used = {answer.name, before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
@@ -317,26 +319,26 @@ def _head(kind: str, answer: Column) -> str | Yaml:
 
 
 def _group(columns: Sequence[Column], answer: Column, media: Collection[str]) -> tuple[str | None, str | None]:
-    """(the column by which rows are held out, one of too few people for that). Staff are heard or seen in recordings
-    and videos only.
+    """(the column of who or what several rows are about, filled in all rows with an answer; one of too few for that).
+    Staff are heard or seen in recordings and videos only.
     """
     few = None
     for people in (GROUPS, STAFF) if {"audio", "video"} & set(media) else (GROUPS,):
         for column in sorted(columns, key=lambda column: column.name.lower() not in people):
             complete = column.filled >= answer.filled and column.filled > len(column.texts)
-            if column is answer or column.kind not in ("label", "text", "id", "number") or not complete:
-                continue
-            if of_people(column.name, people):
+            fits = column.kind in ("label", "text", "id", "number") and complete and column is not answer
+            if fits and _names_groups(column.name, people):
                 if len(column.texts) >= FEWEST_GROUPS:
                     return column.name, None
                 few = few or (column.name if len(column.texts) > 1 else None)
     return None, few
 
 
-def of_people(name: str, people: Collection[str] = GROUPS) -> bool:
-    """Whether a column's name is a word for people, also with one for an identifier: 'Pat. No', customer_id."""
-    identifiers, words = ("|".join(map(re.escape, sorted(some))) for some in (PERSON_IDENTIFIERS, people))
-    return bool(re.fullmatch(PERSON.format(identifiers=identifiers, people=words), name.lower()))
+def _names_groups(name: str, people: Collection[str]) -> bool:
+    """'Pat. No', customer_id, Kundennummer: somebody, and nothing else but the words for a number or a name."""
+    somebody = "|".join(sorted(people, key=len, reverse=True))
+    found = re.search(somebody, name.lower())
+    return bool(found and re.fullmatch(rf"(?:{somebody}|{NUMBERED}|s\b|[\W\d_])+", name.lower()))
 
 
 def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, language: str) -> str:
