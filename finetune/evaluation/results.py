@@ -60,8 +60,8 @@ class Comparison:
     """A score minus another of the same rows: of the trained model and under another condition, or of two trials.
 
     `low` and `high`: the 95% confidence interval, None with too few rows. `gained`, `lost`: rows that are right, or
-    better, only in the first, or only in the second. `p`: of McNemar's exact test, None where rows aren't simply right
-    or wrong.
+    better, only in the first, or only in the second. `p`: of McNemar's exact test, or the sign test where rows are too
+    few for an interval; None where an interval stands alone, and with groups.
     """
 
     difference: float

@@ -3,7 +3,8 @@
 Where each row is right or wrong, intervals are Wilson's (1927), and two conditions are compared by McNemar's exact test
 (1947) with the interval of Fay and Lumbard (2021, https://doi.org/10.1002/sim.8829), which excludes 0 exactly if p is
 below 0.05. Other scores are resampled (percentile bootstrap, Efron 1979): rows are drawn with replacement, groups
-whole, and the same ones for both conditions.
+whole, and the same ones for both conditions. Of too few rows for that, those that are better under one condition are
+compared with those that are worse (sign test).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,12 +70,15 @@ def compare(ours: ScoredRows, theirs: ScoredRows, metric: str) -> Comparison:
         left, right = ours.right[metric], theirs.right[metric]
         return mcnemar(int((left & ~right).sum()), int((right & ~left).sum()), len(left))
     ends = _middle(ours.resampled[metric] - theirs.resampled[metric])
+    gained, lost = int((ours.good > theirs.good).sum()), int((ours.good < theirs.good).sum())
+    single = ours.units == len(ours.good)
     return Comparison(
         difference=ours.values[metric] - theirs.values[metric],
         low=ends[0] if ends else None,
         high=ends[1] if ends else None,
-        gained=int((ours.good > theirs.good).sum()),
-        lost=int((ours.good < theirs.good).sum()),
+        gained=gained,
+        lost=lost,
+        p=_sign_test(gained, lost) if single and not ends else None,
     )
 
 
@@ -102,8 +106,14 @@ def mcnemar(gained: int, lost: int, rows: int) -> Comparison:
         high=high,
         gained=gained,
         lost=lost,
-        p=float(stats.binomtest(gained, changed).pvalue) if changed else 1.0,
+        p=_sign_test(gained, lost),
     )
+
+
+def _sign_test(gained: int, lost: int) -> float:
+    """Two-sided p; McNemar's, where rows are right or wrong."""
+    changed = gained + lost
+    return float(stats.binomtest(gained, changed).pvalue) if changed else 1.0
 
 
 def _difference_interval(gained: int, changed: int, rows: int) -> Interval:

@@ -129,7 +129,15 @@ def test_too_few_rows_and_equal_rows_have_no_bootstrap_interval():
     assert interval(np.full(50, 0.7)) is None  # a perfect or constant score is no certainty
     assert interval(values, lambda i: f"user {i // 2}") is None
     few = compared(values[1:], values[1:] / 2)
-    assert (few.low, few.high, few.p) == (None, None, None) and few.difference > 0
+    assert (few.low, few.high) == (None, None) and few.difference > 0
+
+
+def test_too_few_rows_for_an_interval_are_compared_by_a_sign_test():
+    """Unless they are in groups, whose rows aren't independent."""
+    ours, theirs = np.full(12, 0.9), np.linspace(0, 0.9, 12)
+    found = compared(ours, theirs)
+    assert (found.low, found.gained, found.lost, found.p) == (None, 11, 0, pytest.approx(exact_p(11, 0)))
+    assert compared(ours, theirs, lambda i: f"user {i // 2}").p is None
 
 
 def test_an_error_rate_of_zero_or_one_isnt_a_share_of_right_rows():
