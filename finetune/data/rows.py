@@ -6,12 +6,12 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, option
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
 from finetune.data.metrics import share_interval
-from finetune.data.sample import Row, Sample
+from finetune.data.sample import KINDS, Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Limits, Source, task_names
@@ -63,7 +63,8 @@ def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
     lines = [line for faults, usable in found for line in faults.lines(faults.count + usable)]
     advice = "\n`finetune data check RECIPE` examines all rows and media, and writes a copy without faults (--fix)"
     if not found[0][0].in_recipe:
-        advice = ""
+        missing = any(f": no such {kind}: " in line for line in lines for kind in KINDS)
+        advice = f"\nname the folder of the media with {option('--media-folder', 'media_folder=')}" if missing else ""
     if len(lines) == 1:
         return f"{lines[0]}{advice}"
     wrong = ", ".join(

@@ -11,14 +11,13 @@ from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media
 from finetune.data.formats.table import Options
-from finetune.data.new_files import table_format
+from finetune.data.new_files import TRIED, best_folder, files_in, table_format
 from finetune.data.read import formats_of
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-TRIED = 50  # media whose files are looked for
 SHOWN = 6  # names in an error
 LOOKED_FOR = (
     "a table (.csv, .tsv, .xlsx) or JSON (.jsonl, .json); a folder for each label with its media in it; recordings "
@@ -125,14 +124,8 @@ def media_place(found: Found, names: Mapping[str, Sequence[str]], folder: Path |
     if not local:
         return MediaPlace(folder, False)
     default = found.as_row_file().folder_of_media
-    below = [inside for inside in sorted(default.iterdir()) if inside.is_dir()]
-    candidates = [folder] if folder else [default, *below, default.parent]
-
-    def hits(place: Path, column: str) -> int:
-        return sum((place / name).is_file() for name in local[column])
-
-    best = max(candidates, key=lambda place: sum(hits(place, column) for column in local))
-    missing = tuple(column for column in local if not hits(best, column))
+    best = folder or best_folder(default, [name for values in local.values() for name in values])
+    missing = tuple(column for column, values in local.items() if not files_in(best, values))
     if len(missing) == len(local):
         example = next(iter(local.values()))[0]
         places = str(folder) if folder else f"{default}, in a folder there, or in {default.parent}"
