@@ -479,6 +479,21 @@ def test_a_choice_that_does_not_fit_is_refused(choices, message):
     assert not [*Path().glob("*.yaml")]
 
 
+@pytest.mark.parametrize(
+    ("rows", "model_type", "message"),
+    [
+        (clips, "whisper", "is a whisper, which isn't known as an encoder of video"),
+        (with_labels, "wav2vec2", "is a wav2vec2, .* of image"),
+        (with_labels, "videomae", "is a videomae, .* of image"),
+        (transcripts, "siglip", "is a siglip, .* of audio"),
+    ],
+)
+def test_an_encoder_of_another_medium_is_refused(rows, model_type, message):
+    put(Path("encoder/config.json"), {"model_type": model_type})
+    with pytest.raises(RecipeError, match=message):
+        finetune.init(rows(), card="cpu", encoders=["./encoder"])
+
+
 def test_a_task_chooses_the_column_that_fits_it():
     path = with_labels()
     assert written(path, task="score").data[0].task.options.number == "number"
