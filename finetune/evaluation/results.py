@@ -61,7 +61,7 @@ class Comparison:
 
     `low` and `high`: the 95% confidence interval, None with too few rows. `gained`, `lost`: rows that are right, or
     better, only in the first, or only in the second. `p`: of McNemar's exact test, None where rows aren't simply right
-    or wrong.
+    or wrong. `groups`: how many there are, where groups count and not rows.
     """
 
     difference: float
@@ -70,6 +70,7 @@ class Comparison:
     gained: int = 0
     lost: int = 0
     p: Value = None
+    groups: int = 0
 
 
 class MergeOutcome(Result):

@@ -27,8 +27,8 @@ GRID = (np.arange(400) + 0.5) / 400  # probabilities at which distributions are 
 
 class ScoredRows:
     """The scores of some rows under one condition. `values`: metric -> value; `right`: metric -> booleans (N,), for
-    those that are the share of right rows; `resampled`: metric -> values (R,) of RESAMPLES samples of as many rows, NaN
-    where a sample has none.
+    those that are the share of right rows; `of_groups`: the scores of each group; `resampled`: metric -> values (R,) of
+    RESAMPLES samples of as many rows, NaN where a sample has none.
 
     Rows with the same non-empty "group" are drawn together, and as a new group each time. With the same seed, other
     conditions of the same rows are resampled alike.
@@ -40,6 +40,7 @@ class ScoredRows:
         units = _units(rows)
         self.units = len(units)
         grouped = any(row.get("group") for row in rows)
+        self.of_groups = [score(unit) for unit in units] if grouped else []
         self.right = {} if grouped else _right(rows, score)
         self.resampled = {metric: np.full(RESAMPLES, np.nan) for metric in self.values}
         generator = np.random.default_rng(seed)
@@ -68,13 +69,17 @@ def compare(ours: ScoredRows, theirs: ScoredRows, metric: str) -> Comparison:
     if metric in ours.right and metric in theirs.right:
         left, right = ours.right[metric], theirs.right[metric]
         return mcnemar(int((left & ~right).sum()), int((right & ~left).sum()), len(left))
+    good, other = ours.good, theirs.good
+    if ours.of_groups:  # the numbers by which one model orders a group's rows are none of another's
+        good, other = (np.array([one.get(metric, np.nan) for one in s.of_groups]) for s in (ours, theirs))
     ends = _middle(ours.resampled[metric] - theirs.resampled[metric])
     return Comparison(
         difference=ours.values[metric] - theirs.values[metric],
         low=ends[0] if ends else None,
         high=ends[1] if ends else None,
-        gained=int((ours.good > theirs.good).sum()),
-        lost=int((ours.good < theirs.good).sum()),
+        gained=int((good > other).sum()),
+        lost=int((good < other).sum()),
+        groups=len(ours.of_groups),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from finetune.data.metrics import share_interval
+from finetune.data.metrics.ranking import ranking_scores
 from finetune.evaluation import uncertainty
 from finetune.evaluation.uncertainty import FEWEST, ScoredRows, compare, mcnemar
 
@@ -142,6 +143,19 @@ def test_an_error_rate_of_zero_or_one_isnt_a_share_of_right_rows():
 def quick(monkeypatch):
     monkeypatch.setattr(uncertainty, "RESAMPLES", 200)
     monkeypatch.setattr(uncertainty, "LEVEL", 0.9)
+
+
+def test_groups_are_compared_by_their_scores_not_by_the_numbers_that_order_them():
+    """The second model's numbers are lower by 100, its orders the same but in group 2."""
+    right = [1, 0, 0, 1, 1, 0]
+    ours, theirs = [9, 1, 2, 8, 7, 3], [-91, -99, -98, -92, -97, -93]
+
+    def scored(numbers):
+        rows = [{"good": n, "group": i // 2 + 1, "predicted": n, "right": right[i]} for i, n in enumerate(numbers)]
+        return ScoredRows(rows, lambda some: ranking_scores(some, 2), 1)
+
+    found = compare(scored(ours), scored(theirs), "mrr")
+    assert (found.gained, found.lost, found.groups) == (1, 0, 3)
 
 
 def covered(draw, trials: int, **grouped) -> float:
