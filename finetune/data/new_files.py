@@ -20,8 +20,8 @@ CANDIDATES = (",", ";", "\t")
 
 @dataclass(frozen=True)
 class RowsAs:
-    """How new rows are read, where a user says so. `columns`: the task's column -> the file's, None: as in the recipe;
-    `media_folder`: None: the rows' own; `encoding`: of a table, None: the recipe's if it fits, else detected.
+    """How new rows are read, where a user says so. `columns`: the task's column -> the file's, before those of the
+    recipe; `media_folder`: None: the rows' own; `encoding`: of a table, None: the recipe's if it fits, else detected.
     """
 
     columns: Mapping[str, str] | None = None
@@ -36,7 +36,7 @@ def file_like(known: FileT, path: Path, rows_as: RowsAs) -> FileT:
         "path": path,
         "format": table_format(path, part.options, rows_as.encoding) if isinstance(part.options, Options) else part,
         "media_folder": rows_as.media_folder,
-        "columns": dict(known.columns if rows_as.columns is None else rows_as.columns),
+        "columns": {**known.columns, **(rows_as.columns or {})},
     }
     return known.model_copy(update=changes)
 
