@@ -82,7 +82,7 @@ def init(
     task: Annotated[str | None, typer.Option(help="classify, caption, transcribe, ...; default: by the rows.")] = None,
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of the answers.")] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question to the model.")] = None,
-    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column put before the question.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column put before the question.")] = None,
     question: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column of the questions, where each row has its own.")
     ] = None,
@@ -115,11 +115,13 @@ def init(
         raise RecipeError(
             "finetune init asks questions, and there is no terminal to ask on: add --yes for the defaults"
         )
+    if text and len(text) > 1:
+        raise RecipeError(f"--text is given {len(text)} times, but a task reads one column: join them in one")
     choices = Choices(
         task=task,
         answer=answer,
         prompt=prompt,
-        text=text,
+        text=text[0] if text else None,
         question=question,
         group=group,
         encoding=encoding,

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from finetune.commands._init import cards, measure
 from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
 from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
-from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, task_for
+from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, fields_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
 from finetune.data.read import read_rows
+from finetune.data.rows import TOGETHER
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Limits, Source
 
@@ -29,9 +30,9 @@ SHOWN = 6  # labels, or columns, in the summary
 
 @dataclass(frozen=True)
 class Choices:
-    """What `init` doesn't have to guess. `answer`, `text`, `question`: columns; `prompt`: the question where it isn't
-    in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of test rows;
-    `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
+    """What `init` doesn't have to guess. `answer`, `text`, `question`, `group`: columns; `prompt`: the question where
+    it isn't in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of
+    test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
     """
 
     task: str | None = None
@@ -210,6 +211,8 @@ def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> 
     """The task and its language."""
     named = Named(choices.task, choices.text, choices.question, choices.group)
     likely = answers_in(columns, named)
+    if choices.task == "extract" and choices.answer is None and all(column.kind != "json" for column in likely):
+        likely = [fields_in(columns, named)]
     by_name = {column.name: column for column in columns}
 
     def known(name: str) -> Column:
@@ -364,7 +367,8 @@ def _with_paths(keys: Yaml, base: Path) -> Yaml:
 
 def _about(task: Task) -> str:
     media = " and ".join(task.media) or "text"
-    return f"{task.kind}, {media} -> column {task.answer.name!r}"
+    answer = f"column {task.answer.name!r}" if task.answer.name else "a column per field"
+    return f"{task.kind}, {media} -> {answer}"
 
 
 def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
@@ -373,6 +377,9 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
     lines = [f"{first.path}: format {first.format.kind}{why}, columns {', '.join(c.name for c in plan.columns)}"]
     lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
+    if not task.answer.name:
+        fields = len(task.answer.texts)
+        answer = f"answer: JSON of {fields} columns: {_shown(task.answer.texts)}; `fields` in the recipe has them all"
     if task.kind == "classify":
         answer += f", {len(task.answer.texts)} labels: {_shown(task.answer.texts)}"
         if task.answer.rare:
@@ -410,6 +417,8 @@ def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int)
     counts["train"] -= held_out
     counts["test"] = counts.get("test", 0) + held_out
     hint = "" if counts["test"] else "; too few for a test: label more, or hold out a larger share"
+    if not counts["test"] and (sets := measure.sets(read[0])) < counts["train"]:
+        hint = f"; none for a test: {TOGETHER}, here {sets:,} set{'s' * (sets > 1)}; write a file of other rows for it"
     if sum(counts.values()) < TOO_FEW:
         hint = f"; fewer than {TOO_FEW} are too few to train and score well: label more, a few hundred if you can"
     return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + hint

@@ -163,7 +163,7 @@ def print_findings(result: "CheckResult") -> None:
     print(f"{summary['name']}: {summary['rows']:,} rows read ({splits})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    table.add_column("rows", justify="right")
+    table.add_column("found", justify="right")
     table.add_column("finding")
     table.add_column("example", style="dim", overflow="fold")
     for code, count in summary["findings"].items():
@@ -175,6 +175,8 @@ def print_findings(result: "CheckResult") -> None:
     print(f"{result.errors:,} errors, {result.warnings:,} warnings: {result.html}, {result.json}")
     if fixed := result.fixed:
         print(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
+        if fixed.quarantined > fixed.rows:
+            print(f"more rows were left out than kept: {fixed.recipe.with_name('quarantine.jsonl')} says why")
 
 
 def print_previews(previews: "Previews") -> None:

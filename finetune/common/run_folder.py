@@ -173,6 +173,7 @@ class RunFolder:
         run = cls(os.fspath(path))
         if not run.path.exists():
             raise missing_run(run.path)
+        refuse_file(run.path)
         made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
         for part in ("recipe", needs):
             if not getattr(run, part).exists():
@@ -232,6 +233,13 @@ def _finished_name(entry: Path) -> str:
 
 
 RunLike: TypeAlias = RunFolder | Path | str
+
+
+def refuse_file(path: Path) -> None:
+    """Raises ArtifactError for a file, such as a recipe, where a folder is needed."""
+    if path.is_file():
+        made = f"; `finetune run {path}` makes one" if path.suffix in (".yaml", ".yml") else ""
+        raise ArtifactError(f"{path}: a file, where the folder of a run is needed{made}")
 
 
 def missing_run(path: Path) -> ArtifactError:

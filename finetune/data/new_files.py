@@ -25,9 +25,9 @@ TRIED = 50  # media whose files are looked for
 
 @dataclass(frozen=True)
 class RowsAs:
-    """How new rows are read, where a user says so. `columns`: the task's column -> the file's, None: as in the recipe;
-    `media_folder`: None: the rows' own folder, one in it, or the one above, where the files are; `encoding`: of a
-    table, None: the recipe's if it fits, else detected.
+    """How new rows are read, where a user says so. `columns`: the task's column -> the file's, before those of the
+    recipe; `media_folder`: None: the rows' own folder, one in it, or the one above, where the files are; `encoding`:
+    of a table, None: the recipe's if it fits, else detected.
     """
 
     columns: Mapping[str, str] | None = None
@@ -42,7 +42,7 @@ def file_like(known: FileT, path: Path, rows_as: RowsAs) -> FileT:
         "path": path,
         "format": table_format(path, part.options, rows_as.encoding) if isinstance(part.options, Options) else part,
         "media_folder": rows_as.media_folder,
-        "columns": dict(known.columns if rows_as.columns is None else rows_as.columns),
+        "columns": {**known.columns, **(rows_as.columns or {})},
     }
     file = known.model_copy(update=changes)
     return file if rows_as.media_folder else file.model_copy(update={"media_folder": _media_folder(file)})

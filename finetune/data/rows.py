@@ -6,10 +6,10 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from finetune.common.errors import DataError, option
+from finetune.common.errors import DataError, MissingColumn, option
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
-from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
+from finetune.data.hold_out import connected, holds_out, keys_of, sample_key, splits_of
 from finetune.data.metrics import share_interval
 from finetune.data.sample import KINDS, Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
@@ -17,6 +17,7 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Limits, Source, task_names
 
 FEW_ROWS = 30  # to score
+TOGETHER = "rows that share media or a group stay together"
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
 
 
@@ -97,12 +98,12 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     for sample, split in zip(samples, splits_of(keys, [s.source for s in samples], sources, seed), strict=True):
         splits.of(split).append(sample)
     splits.together.extend(len(rows) for rows in connected([own for own in keys if own]))
-    training = {content_key(sample.messages): sample.where for sample in splits.train}
+    training = {sample_key(sample): sample.where for sample in splits.train}
     for split in ("validation", "test"):
         twice = [
             f"{training[key]} is also {sample.where}"
             for sample in splits.of(split)
-            if (key := content_key(sample.messages)) in training
+            if (key := sample_key(sample)) in training
         ]
         if twice:
             raise DataError(error_list(twice, f"{len(twice)} rows are both in training and in {split}"))
@@ -118,6 +119,11 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
         if splits.of(split):
             continue
         if split == "train":
+            if len(splits.together) == 1:
+                raise DataError(
+                    f"data: no row is left to train on: {TOGETHER}, here all {splits.together[0]:,} rows; set hold_out "
+                    "to 0 and add a source with split: test, of other rows"
+                )
             raise DataError("data: all rows are held out, none is left to train on: lower hold_out")
         raise DataError(f"data: no row is held out for {split}: {_more_held_out(splits, split, 1)}")
     left = {sample.source for sample in splits.train}
@@ -156,7 +162,7 @@ def _more_held_out(splits: Splits, split: str, rows: int) -> str:
     text = f"{total:,} rows can be held out"
     if smallest > 1:
         sets = f"{len(splits.together):,} set{'s' * (len(splits.together) > 1)} of {smallest:,} or more rows"
-        text = f"rows that share media or a group stay together, here in {sets}"
+        text = f"{TOGETHER}, here in {sets}"
     share = ceil(100 * max(rows, smallest) / total) / 100
     return f"{text}; {f'{key}: {share:g} would do, or ' if share <= MOST_HELD_OUT else ''}{other}"
 
@@ -209,9 +215,14 @@ def group_of(row: Row, source: Source) -> str:
     """
     if source.group is None:
         return ""
-    value = row.columns.get(source.group)
+    if source.group not in row.columns:
+        have = ", ".join(map(repr, row.columns))[:300]
+        raise MissingColumn(
+            f"{row.where}: no column {source.group!r}, by which rows are held out (columns: {have})", source.group
+        )
+    value = row.columns[source.group]
     if value in (None, ""):
-        raise DataError(f"{row.where}: column {source.group!r}, by which rows are held out, is empty or missing")
+        raise DataError(f"{row.where}: column {source.group!r}, by which rows are held out, is empty")
     return str(value)
 
 

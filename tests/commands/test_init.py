@@ -253,6 +253,67 @@ def test_too_few_people_to_hold_out_by_are_named():
     assert "could be the answer" not in done.stdout
 
 
+def of_twelve(header: str) -> Path:
+    """Reviews of twelve people, two each, one without an answer."""
+    rows = [[f"{header}{n % 12}", f"review {n} is long enough", "" if n == 5 else LABELS[n % 3]] for n in range(ROWS)]
+    return table(Path("reviews.csv"), [header, "text", "label"], rows)
+
+
+@pytest.mark.parametrize("name", ["Pat. No", "customer", "Customer No", "customer_id", "Kundennummer", "患者编号"])
+def test_rows_of_one_person_stay_together(name):
+    assert load_recipe(finetune.init(of_twelve(name), card="cpu")).data[0].group == name
+
+
+@pytest.mark.parametrize("name", ["customer city", "patient age", "user rating"])
+def test_a_property_of_a_person_is_no_person(name):
+    assert load_recipe(finetune.init(of_twelve(name), card="cpu")).data[0].group is None
+
+
+def test_a_group_can_be_named():
+    assert load_recipe(finetune.init(of_twelve("ward"), card="cpu", group="ward")).data[0].group == "ward"
+    with pytest.raises(RecipeError, match="group=bed: there is no such column; there are: 'ward', 'text', 'label'"):
+        finetune.init(of_twelve("ward"), card="cpu", group="bed", overwrite=True)
+
+
+def test_where_all_rows_stay_together_a_larger_share_is_not_proposed(capsys):
+    name = pictures(Path("."), 1)[0]
+    rows = table(Path("one.csv"), ["image", "label"], [[name, LABELS[n % 3]] for n in range(40)])
+    assert app(["init", str(rows), "--yes", "--card", "cpu"], standalone_mode=False) is None
+    said = "0 test; none for a test: rows that share media or a group stay together, here 1 set"
+    assert said in capsys.readouterr().out
+
+
+def test_one_number_in_words_is_a_fault_of_its_row_and_does_not_change_the_task():
+    rows = [[f"a review, number {n}", "five" if n == 7 else n % 5 + 1] for n in range(148)]
+    recipe = load_recipe(finetune.init(table(Path("reviews.csv"), ["review", "rating"], rows), card="cpu"))
+    assert recipe.data[0].task.kind == "score" and recipe.data[0].task.options.maximum == 5
+
+
+def test_decimal_commas_are_numbers():
+    rows = [[f"an invoice, number {n}", f"{n % 8},50"] for n in range(40)]
+    recipe = load_recipe(finetune.init(table(Path("bills.csv"), ["invoice text", "Summe €"], rows), card="cpu"))
+    assert recipe.data[0].task.kind == "score"
+
+
+def test_fields_may_be_in_columns_of_their_own():
+    bills = [[name, f"No. {n}", f"{n},50", ("yes", "no")[n % 2]] for n, name in enumerate(pictures(Path("bills")))]
+    path = table(Path("bills/bills.csv"), ["scan", "Nummer", "Summe", "bezahlt"], bills)
+    task = written(path, task="extract").data[0].task
+    assert task.options.answer == "" and task.options.fields == {"Nummer": "text", "Summe": "number", "bezahlt": "text"}
+
+
+def test_media_named_with_backslashes_are_named_with_the_cure():
+    pictures(Path("shop/pics"))
+    path = table(Path("shop/shop.csv"), ["image", "label"], [[f"pics\\{n}.png", LABELS[n % 3]] for n in range(ROWS)])
+    with pytest.raises(DataError, match="write / between folders"):
+        finetune.init(path, card="cpu")
+
+
+def test_a_second_text_is_not_dropped_in_silence(capsys):
+    with pytest.raises(RecipeError, match="--text is given 2 times, but a task reads one column"):
+        app(["init", str(text_only()), "--text", "a", "--text", "b", "--yes"], standalone_mode=False)
+
+
 def test_a_chinese_table_in_gb18030_gets_chinese_questions_and_an_llm_that_reads_them():
     rows = [[name, f"这是第{n}张方块的图片，颜色很好看"] for n, name in enumerate(pictures(Path("图")))]
     path = table(Path("图/商品.csv"), ["图片", "描述"], rows, encoding="gb18030")
@@ -425,6 +486,12 @@ def test_a_prompt_is_in_one_language(text, column, prompt):
     done = cli("init", str(table(Path("calls.csv"), ["text", column], rows)), "--yes", "--card", "cpu")
     assert "too few" not in done.stdout and "rare" not in done.stdout
     assert load_recipe("calls.yaml").data[0].task.options.prompt == prompt
+
+
+def test_a_question_mark_is_not_doubled():
+    rows = [[f"offer {n} at a low price", ("yes", "no")[n % 2]] for n in range(ROWS)]
+    recipe = load_recipe(finetune.init(table(Path("offers.csv"), ["offer", "Clicked?"], rows), card="cpu"))
+    assert recipe.data[0].task.options.prompt == "Which Clicked?"
 
 
 def test_a_text_beside_a_recording_is_refused_and_what_is_not_used_is_listed():

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from cli import cli
+from tiny import part
 from trained_runs import copy_of, file_digests, predictions_of
 
 import finetune
 from finetune.common.errors import DataError, RecipeError
-from finetune.data.new_files import RowsAs
+from finetune.data.new_files import RowsAs, file_like
 from finetune.evaluation.new_rows import NewRows
+from finetune.recipe.schema import Source
 
 
 @pytest.fixture
@@ -26,6 +28,15 @@ def renamed_copy(source: Path, to: Path, **columns: str) -> Path:
     with to.open("w", newline="") as file:
         csv.writer(file).writerows([[columns.get(name, name) for name in rows[0]], *rows[1:]])
     return to
+
+
+def test_columns_that_are_named_leave_those_of_the_recipe(tmp_path):
+    known = Source(
+        path=tmp_path / "train.csv", task=part("tasks", "classify"), columns={"image": "scan", "label": "Dx"}
+    )
+    path = tmp_path / "new.csv"
+    path.write_text("scan,dx\n1.png,a\n")
+    assert file_like(known, path, RowsAs({"label": "dx"})).columns == {"image": "scan", "label": "dx"}
 
 
 def test_the_recipes_own_rows_get_the_same_scores_beside_the_runs(run, finished_run, tmp_path):

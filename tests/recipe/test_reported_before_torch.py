@@ -85,6 +85,9 @@ def test_a_wrong_option_is_reported(verb, folder):
         ("predict runs/cals x.yaml", "runs/cals: no such run or folder; there are: runs/calls"),
         ("predict calls x.yaml", "calls: no such run or folder; there are: runs/calls"),
         ("predict some/where/else x.yaml", "no such run or folder"),
+        ("evaluate x.yaml", "x.yaml: a file, where the folder of a run is needed; `finetune run x.yaml` makes one"),
+        ("predict x.yaml x.yaml", "x.yaml: a file, where the folder of a run is needed; `finetune run x.yaml` makes"),
+        ("chat other/begun", "no adapter here: not a run folder, or `finetune train` hasn't finished"),
         ("evaluate runs/cals", "runs/cals: no such run or folder; there are: runs/calls"),
         ("merge runs/cals", "runs/cals: no such run or folder"),
         ("export runs/cals --to gguf", "runs/cals: no such run or folder"),
@@ -104,6 +107,8 @@ def test_what_is_wrong_with_a_run_is_reported(command, words, folder):
     (calls / "adapter").mkdir(parents=True)
     (calls / "exports" / "gguf").mkdir(parents=True)
     (calls / "recipe.yaml").write_text(GOOD)
+    (folder / "other" / "begun").mkdir(parents=True)
+    (folder / "other" / "begun" / "recipe.yaml").write_text(GOOD)
     bound = {"task": "classify", "head": "language"}
     manifest = {
         "format": 1,

@@ -129,10 +129,11 @@ def media_place(found: Found, names: Mapping[str, Sequence[str]], folder: Path |
     if len(missing) == len(local):
         example = next(iter(local.values()))[0]
         places = str(folder) if folder else f"{default}, in a folder there, or in {default.parent}"
-        raise DataError(
-            f"{found.path}: names media such as {example!r}, which isn't in {places}; put them there, or name their "
-            f"folder with {option('--media-folder', 'media_folder=')}"
-        )
+        cure = f"put them there, or name their folder with {option('--media-folder', 'media_folder=')}"
+        turned = [example.replace("\\", "/")]
+        if turned != [example] and files_in(folder or best_folder(default, turned), turned):
+            cure = "write / between folders, in place of \\"
+        raise DataError(f"{found.path}: names media such as {example!r}, which isn't in {places}; {cure}")
     root = best.resolve()
     outside = any(not (best / n).resolve().is_relative_to(root) for c in local if c not in missing for n in local[c])
     return MediaPlace(None if best == default else best, outside, missing)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from finetune.commands._init.columns import HAN, IDENTIFIERS, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError, given, option
-from finetune.data.tasks._columns import numbers_in
+from finetune.data.tasks._columns import number_from, numbers_in
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
 
@@ -54,6 +54,7 @@ FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
     "transcribe": ("text", "label"),
     "vqa": ("texts", "labels", "text", "label"),
 }
+FIELDS: dict[Kind, str] = {"number": "number", "labels": "list", "texts": "list"}  # kinds of fields; else text
 ASKING = ("answer", "vqa")  # read a question from the rows
 TEXTLESS = ("chat", "transcribe")  # put no column before the question
 STRICT = ("chat", "extract", "ground", "score")  # no other kinds can be read
@@ -141,6 +142,13 @@ def _is_question(column: Column) -> bool:
     return column.kind == "text" and called(column.name, QUESTIONS) and not called(column.name, REPLIES)
 
 
+def fields_in(columns: Sequence[Column], named: Named) -> Column:
+    """What stands for the JSON object of rows whose fields are in columns of their names: `texts` are these names."""
+    asked = (named.text, named.group)
+    fields = [c for c in columns if c.kind not in (*MEDIA, "empty", "messages", "boxes") and c.name not in asked]
+    return Column("", "json", tuple(column.name for column in fields), max((c.filled for c in fields), default=0))
+
+
 def task_for(columns: Sequence[Column], answer: Column, named: Named, language: str) -> Task:
     """The task whose answers are in a column. Raises RecipeError."""
     kind = named.kind
@@ -167,6 +175,9 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         media = {name: column for name, column in media.items() if name in ("audio", "video")}
     before = named.text or _text_before(columns, answer, subject, kind, bool(media)) or ""
     options = _options(kind, answer, asked.name if asked else "", before)
+    if kind == "extract" and not answer.name:
+        fields = [column for column in columns if column.name in answer.texts and column.name != before]
+        options["fields"] = {column.name: FIELDS.get(column.kind, "text") for column in fields}
     if not media and not before and not asked and kind != "chat":
         raise RecipeError(
             f"nothing to ask about: no column holds pictures, recordings, videos or text beside {answer.name!r} "
@@ -175,7 +186,8 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
     if kind == "transcribe" and not media:
         raise RecipeError(f"{given('task', kind)}: no column holds recordings (columns: {_names(columns)})")
     group, few_people = (named.group, None) if named.group else _group(columns, answer, media)
-    used = {answer.name, before, asked.name if asked else "", *media.values()}
+    answers = (answer.name,) if answer.name else answer.texts
+    used = {*answers, before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
         answer,
@@ -273,7 +285,7 @@ def _options(kind: str, answer: Column, asked: str, before: str) -> Yaml:
         label = {} if answer.name == "label" else {"label": answer.name}
         return {**text, **label, **({"separator": answer.separator} if answer.separator else {})}
     if kind == "score":
-        numbers = sorted(map(float, answer.texts))
+        numbers = sorted(number for text in answer.texts if (number := number_from(text)) is not None)
         rating = len(numbers) <= 11 and all(number.is_integer() for number in numbers)
         bounds = {"minimum": numbers[0], "maximum": numbers[-1]} if rating and len(numbers) > 1 else {}
         return {**text, **({} if answer.name == "score" else {"number": answer.name}), **bounds}
@@ -346,6 +358,7 @@ def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, languag
     rows' language.
     """
     chinese = language == "zh"
+    answer = answer.rstrip("?？:： ") or answer
     named = language in ("en", "zh") and bool(HAN.search(answer)) == chinese
     which, number, text = (f"Which {answer}?", f"{answer}是什么？"), (answer, answer), (answer, answer)
     if not named:

@@ -102,7 +102,9 @@ def _sentence(metric: str, scores: Mapping[str, Score], rows: int, kinds: Sequen
     if tuned.low is not None and tuned.high is not None:
         certainty = f"95% CI {words.span(metric, tuned.low, tuned.high)}"
     else:
-        certainty = "too few rows for a CI" if rows < FEWEST else "all rows score alike: no CI"
+        groups = next((score.compared.groups for score in scores.values() if score.compared), 0)
+        counted, noun = (groups, "groups") if groups else (rows, "rows")
+        certainty = f"too few {noun} for a CI" if counted < FEWEST else f"all {noun} score alike: no CI"
     certainty += "; lower is better" if lower else ""
     ours = words.value(metric, tuned.value)
     if of_rows:
@@ -178,13 +180,14 @@ def _against_most_frequent(tuned: Score, predictions: Sequence[Prediction]) -> l
 
 def figures(metric: str, compared: Comparison) -> str:
     """'+50.9 points, 95% CI +42.6 to +58.0; rows: 120 gained, 5 lost; p < 0.001'."""
+    noun = "groups" if compared.groups else "rows"
     scale, form, unit = (100, "+.1f", " points") if words.is_share(metric) else (1, "+.3f", "")
     text = f"{scale * compared.difference:{form}}{unit}, "
     if compared.low is not None and compared.high is not None:
         text += f"95% CI {scale * compared.low:{form}} to {scale * compared.high:{form}}"
     else:
-        text += "too few rows for a CI"
-    text = text.replace("-", "−") + f"; rows: {compared.gained:,} gained, {compared.lost:,} lost"
+        text += f"too few {noun} for a CI"
+    text = text.replace("-", "−") + f"; {noun}: {compared.gained:,} gained, {compared.lost:,} lost"
     if compared.p is not None:
         text += "; p < 0.001" if compared.p < 0.001 else f"; p = {compared.p:.2g}"
     return text

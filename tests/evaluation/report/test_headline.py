@@ -71,6 +71,13 @@ def test_chance_is_named_where_it_may_be_chance(right, untrained, rows, says):
     assert found.sentence.endswith(f"; the untrained one {untrained / rows:.0%}{says}.")
 
 
+def test_few_groups_are_no_rows_that_score_alike():
+    compared = {"base": Comparison(0.2, gained=3, lost=1, groups=4)}
+    (found,) = headlines(content_of("mrr", {"tuned": 0.667, "base": 0.467}, compared, 40, "image"))
+    assert "is 0.667 (too few groups for a CI); the untrained one's is 0.467" in found.sentence
+    assert found.conclusions[0].reasons[0][1] == "+0.200, too few groups for a CI; groups: 3 gained, 1 lost"
+
+
 def test_error_rates_are_better_when_lower():
     scores = {"tuned": 0.008, "base": 1.302, "blank": 0.652}
     compared = {"base": Comparison(-1.294, -1.5, -1.1, 190, 0), "blank": Comparison(-0.644, -0.8, -0.5, 180, 1)}
