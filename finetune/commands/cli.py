@@ -214,12 +214,15 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
-    from finetune.evaluation.new_rows import refuse_without_rows
+    from finetune.data.new_files import RowsAs
+    from finetune.evaluation.new_rows import refuse_unusable, refuse_without_rows
 
     if data is None:
         refuse_without_rows(task, columns, media_folder, encoding, out)
     renamed = columns_of(columns or []) or None
-    RunFolder.open(run, needs="adapter")  # so that a mistake is reported before torch is imported
+    folder = RunFolder.open(run, needs="adapter")  # so that a mistake is reported before torch is imported
+    if data:
+        refuse_unusable(folder, data, task, RowsAs(renamed, media_folder, encoding))
     from finetune.commands.tables import print_scores
     from finetune.evaluation.evaluate import evaluate
 

@@ -63,7 +63,7 @@ class Faults:
         turned = {theirs: ours for ours, theirs in self.source.columns.items() if theirs in columns and ours in have}
         if turned:
             return f"`columns` is the wrong way round, write {self._mapping(turned)}"
-        named = {ours: theirs for ours, theirs in self.source.columns.items() if ours in columns}
+        named = {ours: theirs for ours, theirs in self.source.columns.items() if ours in columns and self.in_recipe}
         unnamed = [column for column in columns if column not in named]
         cures = [_unfound(f"columns.{ours}", theirs, have) for ours, theirs in named.items()]
         if self.source.group in unnamed:

@@ -16,7 +16,7 @@ from finetune.data.formats.table import Options
 from finetune.data.read import detected, read_rows
 from finetune.data.sample import KINDS
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import Limits, RowFile
+from finetune.recipe.schema import Limits, RowFile, Source
 
 FileT = TypeVar("FileT", bound=RowFile)
 CANDIDATES = (",", ";", "\t")
@@ -42,10 +42,18 @@ def file_like(known: FileT, path: Path, rows_as: RowsAs) -> FileT:
         "path": path,
         "format": table_format(path, part.options, rows_as.encoding) if isinstance(part.options, Options) else part,
         "media_folder": rows_as.media_folder,
-        "columns": {**known.columns, **(rows_as.columns or {})},
+        "columns": {**known.columns, **_named(known, rows_as.columns or {})},
     }
     file = known.model_copy(update=changes)
     return file if rows_as.media_folder else file.model_copy(update={"media_folder": _media_folder(file)})
+
+
+def _named(known: RowFile, columns: Mapping[str, str]) -> dict[str, str]:
+    """Also by the task's own key: label=Direction where the task's `label` is the column Movement."""
+    options = known.task.options.model_dump() if isinstance(known, Source) else {}
+    read = {value for key, value in options.items() if key != "prompt" and value and isinstance(value, str)}
+    own = {key: str(options[key]) for key in columns if options.get(key) in read and key not in read}
+    return {own.get(ours, ours): theirs for ours, theirs in columns.items()}
 
 
 def _media_folder(file: RowFile) -> Path | None:

@@ -12,6 +12,7 @@ from trained_runs import copy_of, file_digests, predictions_of
 import finetune
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.new_files import RowsAs, file_like
+from finetune.data.rows import read_samples
 from finetune.evaluation.new_rows import NewRows
 from finetune.recipe.schema import Source
 
@@ -111,3 +112,23 @@ def test_options_of_rows_without_rows_are_refused(option, tmp_path):
         finetune.evaluate(tmp_path, **option)
     done = cli("evaluate", tmp_path, "--task", "x")
     assert done.returncode == 2 and "name them with --data" in done.stderr
+
+
+def with_label(tmp_path: Path, text: str) -> Source:
+    """A source of the label Movement, and rows for it in rows.csv."""
+    (tmp_path / "rows.csv").write_text(text)
+    task = {"kind": "classify", "text": "Text", "label": "Movement", "media": []}
+    return Source(path=tmp_path / "known.csv", format={"kind": "table"}, columns={"Text": "Words"}, task=task)
+
+
+def test_a_column_is_named_as_the_task_or_as_the_recipe_does(tmp_path):
+    source = with_label(tmp_path, "Words,Direction\na,up\nb,down\n")
+    for name in ("label", "Movement"):
+        read = read_samples(file_like(source, tmp_path / "rows.csv", RowsAs({name: "Direction"})), 10**6)
+        assert [sample.answer for sample, _ in read] == ["up", "down"]
+
+
+def test_every_column_that_is_missing_gets_its_option(tmp_path):
+    source = with_label(tmp_path, "Said,Direction\na,up\n")
+    with pytest.raises(DataError, match=r"say which they are with columns=\{'Movement': '...', 'Text': '...'\}"):
+        read_samples(file_like(source, tmp_path / "rows.csv", RowsAs()), 10**6)

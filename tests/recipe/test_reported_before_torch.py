@@ -121,3 +121,13 @@ def test_what_is_wrong_with_a_run_is_reported(command, words, folder):
     assert done.returncode in (1, 2), done.stderr
     assert mentions(done.stderr, words) and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stdout.split() == []
+
+
+def test_other_rows_that_can_not_be_scored_are_reported(folder):
+    calls = folder / "runs" / "calls"
+    (calls / "adapter").mkdir(parents=True)
+    (calls / "recipe.yaml").write_text(GOOD.replace("data/products.csv", str(folder / "data" / "products.csv")))
+    (folder / "new.csv").write_text("photo\n1.png\n")
+    done = run("evaluate", "runs/calls", "--data", "new.csv")
+    assert done.returncode == 2 and mentions(done.stderr, "new.csv:2: no column|--columns"), done.stderr
+    assert done.stdout.split() == []
