@@ -50,6 +50,9 @@ def chat(
     trained_for = bindings[name].task if name in bindings else None
     if trained_for:
         _say_what_was_trained(trained_for, prompt)
+        if trained_for.media and not first:
+            kinds = " and ".join(trained_for.media)
+            print(f"trained on questions about {kinds}: without any, the answer is invented", file=sys.stderr)
     turns: list[Message] = []
     text = ""
     while (question := _ask() if prompt is None else prompt) or prompt is not None:

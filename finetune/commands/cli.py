@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.common.errors import FinetuneError, Interrupted, RecipeError, options_as_flags
+from finetune.common.errors import DataError, FinetuneError, Interrupted, RecipeError, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
@@ -361,6 +361,10 @@ def chat(
     refuse_missing(folder)  # so that a mistake is reported before torch is imported
     if task is not None and (bindings := bindings_at(folder)):
         chosen_task([*bindings], task)
+    for kind, paths in {"image": image, "audio": audio, "video": video}.items():
+        for path in paths or ():
+            if not path.is_file():
+                raise DataError(f"--{kind} {path}: no such file")
     from finetune.commands.chat import chat
 
     answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)

@@ -133,8 +133,8 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, overw
         llm=cards.llm_of(plan.card, plan.language, plan.llm and _relative(plan.llm, base)),
         media=parts,
         sources=[
-            WrittenSource(_written_path(file.path, base), len(rows.samples), _with_paths(of_file, base))
-            for file, rows, of_file in zip(plan.found, read, keys, strict=True)
+            WrittenSource(_written_path(file.path, base), _with_paths(of_file, base))
+            for file, of_file in zip(plan.found, keys, strict=True)
         ],
         schedule=schedule,
         trained_head=trained_head,
@@ -277,8 +277,8 @@ def _share(text: str) -> float:
 
 
 def _default_name(file: Path, path: Path) -> str:
-    """After the file, or the folder where the file's name says nothing."""
-    for place in (file, path.resolve(), file.resolve().parent):
+    """After what was named, a file or a folder; after the file or its folder where that name says nothing."""
+    for place in (path.resolve(), file, file.resolve().parent):
         candidate = place.stem if place.is_file() else place.name
         name = re.sub("[^a-z0-9._-]+", "-", candidate.lower()).strip("-._")
         if name and name not in GENERIC:

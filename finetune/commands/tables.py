@@ -56,7 +56,12 @@ def print_predictions(result: "Predictions") -> None:
         more = f" and {len(result.left_out) - SHOWN:,} more" if len(result.left_out) > SHOWN else ""
         print(f"{len(result.left_out):,} other files in the folders were left out: {others}{more}")
     if errors:
-        print(error_list([f"{row.row}: {row.error}" for row in errors], f"{len(errors):,} rows without an answer"))
+        print(
+            error_list(
+                [f"{row.row}: {row.error}" for row in errors],
+                f"{len(errors):,} row{'s' * (len(errors) > 1)} without an answer",
+            )
+        )
     print(f"{result.out}: {len(result.rows) - len(errors):,} of {len(result.rows):,} rows answered")
 
 

@@ -17,6 +17,7 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Limits, Source, task_names
 
 FEW_ROWS = 30  # to score
+SHOWN_LABELS = 5
 TOGETHER = "rows that share media or a group stay together"
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
 
@@ -147,6 +148,27 @@ def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
         yield f"only {rows} row{'s' * (rows > 1)} to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
 
 
+def unlearned(splits: Splits, recipe: Recipe) -> Iterator[str]:
+    """Warnings of labels that rows to score have and training rows lack."""
+    for number, source in enumerate(recipe.data):
+        if source.task.kind != "classify":
+            continue
+        known = {(sample.task, label) for sample in splits.train for label in _labels(sample)}
+        there = [sample for sample in splits.of(recipe.evaluate.split) if sample.source == number]
+        missing = Counter(label for one in there for label in _labels(one) if (one.task, label) not in known)
+        if missing:
+            counts = ", ".join(f"{label!r} ({count})" for label, count in missing.most_common(SHOWN_LABELS))
+            more = f" and {len(missing) - SHOWN_LABELS} more" if len(missing) > SHOWN_LABELS else ""
+            yield (
+                f"no training row has {counts}{more}, which rows to score have: they can't be learned; label more rows "
+                "of them, or leave them out"
+            )
+
+
+def _labels(sample: Sample) -> list[str]:
+    return sample.target if isinstance(sample.target, list) else [sample.answer]
+
+
 def _range(rows: int) -> str:
     low, high = share_interval(rows / 2, rows)
     return f"{100 * low:.0f}–{high:.0%}"
@@ -159,11 +181,13 @@ def _more_held_out(splits: Splits, split: str, rows: int) -> str:
     if not splits.together:
         return other
     total, smallest = sum(splits.together), min(splits.together)
+    share = ceil(100 * max(rows, smallest) / total) / 100
+    if share > MOST_HELD_OUT and smallest == 1:
+        return f"label more: {rows} of {total:,} rows are too many to hold out; or {other}"
     text = f"{total:,} rows can be held out"
     if smallest > 1:
         sets = f"{len(splits.together):,} set{'s' * (len(splits.together) > 1)} of {smallest:,} or more rows"
         text = f"{TOGETHER}, here in {sets}"
-    share = ceil(100 * max(rows, smallest) / total) / 100
     return f"{text}; {f'{key}: {share:g} would do, or ' if share <= MOST_HELD_OUT else ''}{other}"
 
 

@@ -360,6 +360,13 @@ def test_tabs_in_a_csv_file_are_its_delimiter():
     assert recipe.data[0].format.options.delimiter == "\t" and recipe.data[0].task.kind == "classify"
 
 
+def test_the_run_is_called_after_the_folder_that_was_named():
+    rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
+    table(Path("vid/clips-list.csv"), ["text", "label"], rows)
+    assert finetune.init("vid", card="cpu") == Path("vid.yaml")
+    assert finetune.init("vid/clips-list.csv", card="cpu") == Path("clips-list.yaml")
+
+
 def test_an_option_that_is_not_there_is_refused():
     with pytest.raises(TypeError, match="cards"):
         finetune.init(class_folders(), cards="8gb")

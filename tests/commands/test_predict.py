@@ -52,7 +52,7 @@ def test_a_folder_of_pictures_is_answered_as_one_by_one(plain, pictures, tmp_pat
     done = cli("predict", plain, pictures, "--out", out, "--batch", 4, "--max-new-tokens", 4)
     assert done.returncode == 1, done.stderr
     assert "1 other files in the folders were left out: notes.txt" in done.stdout
-    assert "1 rows without an answer" in done.stdout and "5 of 6 rows answered" in done.stdout
+    assert "1 row without an answer" in done.stdout and "5 of 6 rows answered" in done.stdout
     rows = read(out)
     assert list(rows[0]) == ["file", "answer", "error"]
     assert [row["file"] for row in rows] == [

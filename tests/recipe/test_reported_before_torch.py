@@ -98,6 +98,7 @@ def test_a_wrong_option_is_reported(verb, folder):
         ("run x.yaml --run runs/none --resume", "runs/none: nothing to resume"),
         ("predict runs/calls x.yaml", "trained for kind, place: name one with --task"),
         ("data label x.yaml --run runs/calls", "trained for kind, place: name one with --task"),
+        ("chat runs/calls Hello --audio gone.wav", "--audio gone.wav: no such file"),
         ("chat runs/calls Hello --task kinds", "--task kinds: the model was trained for kind, place"),
     ],
 )
