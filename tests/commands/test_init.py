@@ -116,6 +116,12 @@ def corpus() -> Path:
     return folder
 
 
+def pairs() -> Path:
+    for n, name in enumerate(recordings(Path("spoken"))):
+        put(Path("spoken") / f"{Path(name).stem}.txt", f"the quick fox {n}")
+    return Path("spoken")
+
+
 def clips() -> Path:
     names = [put(Path("clips") / f"{n}.mp4", video(range(20, 60 + n, 10))).name for n in range(6)]
     return table(Path("clips/rows.csv"), ["clip", "label"], [[name, LABELS[n % 2]] for n, name in enumerate(names)])
@@ -190,6 +196,7 @@ def conversations() -> Path:
         (many_answers, "vqa", {"answers": "answers"}, ["image"]),
         (transcripts, "transcribe", {"text": "sentence"}, ["audio"]),
         (corpus, "transcribe", {"text": "text"}, ["audio"]),
+        (pairs, "transcribe", {"text": "text"}, ["audio"]),
         (clips, "classify", {}, ["video"]),
         (two_media, "classify", {}, ["image", "audio"]),
         (ratings, "score", {"number": "rating", "minimum": 1.0, "maximum": 5.0}, ["image"]),

@@ -21,8 +21,8 @@ SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SHOWN = 6  # names in an error
 LOOKED_FOR = (
     "a table (.csv, .tsv, .xlsx) or JSON (.jsonl, .json); a folder for each label with its media in it; recordings "
-    "with their transcripts (Common Voice, LJSpeech, Kaldi); .tar files (WebDataset); .parquet or .arrow files; or "
-    "folders or files called train, validation and test of these"
+    "with their transcripts (Common Voice, LJSpeech, Kaldi, or 1.wav beside 1.txt); .tar files (WebDataset); .parquet "
+    "or .arrow files; or folders or files called train, validation and test of these"
 )
 
 
