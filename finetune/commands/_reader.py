@@ -8,7 +8,7 @@ from finetune.common.errors import DataError, MediaError
 from finetune.data.check.inspect import View, text_remarks, view
 from finetune.data.check.ledger import Examined, Finding
 from finetune.data.check.lenient import lenient_rows
-from finetune.data.hold_out import content_key, holds_out, keys_of, splits_of
+from finetune.data.hold_out import content_key, holds_out, keys_of, sample_key, splits_of
 from finetune.data.rows import group_of
 from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
@@ -108,7 +108,8 @@ class Reader:
             result.findings.append(Finding(*problem, result.row, result.source, result.number))
         result.split, result.tokens = split, tokens
         result.question = content_key(sample.question)
-        result.content = content_key(sample.messages)
+        result.content = sample_key(sample)
+        result.ranked = bool(sample.group)
         if "label" in source.task.heads:
             labels = sample.target if isinstance(sample.target, list) else [sample.answer]
             result.labels = tuple(str(label) for label in labels)

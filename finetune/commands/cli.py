@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.commands._interrupts import how_to_go_on
-from finetune.common.errors import FinetuneError, RecipeError, options_as_flags
+from finetune.common.errors import DataError, FinetuneError, RecipeError, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
@@ -79,9 +79,12 @@ def init(
     task: Annotated[str | None, typer.Option(help="classify, caption, transcribe, ...; default: by the rows.")] = None,
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of the answers.")] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question to the model.")] = None,
-    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="A column put before the question.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column put before the question.")] = None,
     question: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column of the questions, where each row has its own.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Rows with one value of it stay together: patient, user, ...")
     ] = None,
     encoding: Annotated[str | None, typer.Option(help="Of a CSV or TSV file: gb18030, cp1252, ...")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
@@ -109,12 +112,15 @@ def init(
         raise RecipeError(
             "finetune init asks questions, and there is no terminal to ask on: add --yes for the defaults"
         )
+    if text and len(text) > 1:
+        raise RecipeError(f"--text is given {len(text)} times, but a task reads one column: join them in one")
     choices = Choices(
         task=task,
         answer=answer,
         prompt=prompt,
-        text=text,
+        text=text[0] if text else None,
         question=question,
+        group=group,
         encoding=encoding,
         name=name,
         card=card,
@@ -211,12 +217,15 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
-    from finetune.evaluation.new_rows import refuse_without_rows
+    from finetune.data.new_files import RowsAs
+    from finetune.evaluation.new_rows import refuse_unusable, refuse_without_rows
 
     if data is None:
         refuse_without_rows(task, columns, media_folder, encoding, out)
     renamed = columns_of(columns or []) or None
-    RunFolder.open(run, needs="adapter")  # so that a mistake is reported before torch is imported
+    folder = RunFolder.open(run, needs="adapter")  # so that a mistake is reported before torch is imported
+    if data:
+        refuse_unusable(folder, data, task, RowsAs(renamed, media_folder, encoding))
     from finetune.commands.tables import print_scores
     from finetune.evaluation.evaluate import evaluate
 
@@ -355,6 +364,10 @@ def chat(
     refuse_missing(folder)  # so that a mistake is reported before torch is imported
     if task is not None and (bindings := bindings_at(folder)):
         chosen_task([*bindings], task)
+    for kind, paths in {"image": image, "audio": audio, "video": video}.items():
+        for path in paths or ():
+            if not path.is_file():
+                raise DataError(f"--{kind} {path}: no such file")
     from finetune.commands.chat import chat
 
     answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)

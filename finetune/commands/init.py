@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from finetune.commands._init import cards, measure
 from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
 from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
-from finetune.commands._init.task import TEXTLESS, Named, Task, Yaml, answers_in, task_for
+from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, fields_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
 from finetune.data.read import read_rows
+from finetune.data.rows import TOGETHER
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Limits, Source
 
@@ -29,9 +30,9 @@ SHOWN = 6  # labels, or columns, in the summary
 
 @dataclass(frozen=True)
 class Choices:
-    """What `init` doesn't have to guess. `answer`, `text`, `question`: columns; `prompt`: the question where it isn't
-    in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of test rows;
-    `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
+    """What `init` doesn't have to guess. `answer`, `text`, `question`, `group`: columns; `prompt`: the question where
+    it isn't in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of
+    test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
     """
 
     task: str | None = None
@@ -39,6 +40,7 @@ class Choices:
     prompt: str | None = None
     text: str | None = None
     question: str | None = None
+    group: str | None = None
     encoding: str | None = None
     name: str | None = None
     card: str | None = None
@@ -131,8 +133,8 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, overw
         llm=cards.llm_of(plan.card, plan.language, plan.llm and _relative(plan.llm, base)),
         media=parts,
         sources=[
-            WrittenSource(_written_path(file.path, base), len(rows.samples), _with_paths(of_file, base))
-            for file, rows, of_file in zip(plan.found, read, keys, strict=True)
+            WrittenSource(_written_path(file.path, base), _with_paths(of_file, base))
+            for file, of_file in zip(plan.found, keys, strict=True)
         ],
         schedule=schedule,
         trained_head=trained_head,
@@ -207,8 +209,10 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
 
 def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
     """The task and its language."""
-    named = Named(choices.task, choices.text, choices.question)
+    named = Named(choices.task, choices.text, choices.question, choices.group)
     likely = answers_in(columns, named)
+    if choices.task == "extract" and choices.answer is None and all(column.kind != "json" for column in likely):
+        likely = [fields_in(columns, named)]
     by_name = {column.name: column for column in columns}
 
     def known(name: str) -> Column:
@@ -232,7 +236,8 @@ def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> 
     language = language or language_of(_texts(columns, task_for(columns, answer, named, language or "en")))
     task = task_for(columns, answer, named, language)
     if choices.answer is None:
-        others = [column.name for column in likely if column.name in task.unused and len(column.texts) > 1]
+        unread = [c.name for c in likely if c.name in task.unused and len(c.texts) > 1]
+        others = [name for name in unread if name not in (task.group, task.few_people)]
         task = replace(task, alternatives=tuple(others))
     return task, language
 
@@ -272,8 +277,8 @@ def _share(text: str) -> float:
 
 
 def _default_name(file: Path, path: Path) -> str:
-    """After the file, or the folder where the file's name says nothing."""
-    for place in (file, path.resolve(), file.resolve().parent):
+    """After what was named, a file or a folder; after the file or its folder where that name says nothing."""
+    for place in (path.resolve(), file, file.resolve().parent):
         candidate = place.stem if place.is_file() else place.name
         name = re.sub("[^a-z0-9._-]+", "-", candidate.lower()).strip("-._")
         if name and name not in GENERIC:
@@ -362,7 +367,8 @@ def _with_paths(keys: Yaml, base: Path) -> Yaml:
 
 def _about(task: Task) -> str:
     media = " and ".join(task.media) or "text"
-    return f"{task.kind}, {media} -> column {task.answer.name!r}"
+    answer = f"column {task.answer.name!r}" if task.answer.name else "a column per field"
+    return f"{task.kind}, {media} -> {answer}"
 
 
 def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
@@ -371,6 +377,9 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
     lines = [f"{first.path}: format {first.format.kind}{why}, columns {', '.join(c.name for c in plan.columns)}"]
     lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
+    if not task.answer.name:
+        fields = len(task.answer.texts)
+        answer = f"answer: JSON of {fields} columns: {_shown(task.answer.texts)}; `fields` in the recipe has them all"
     if task.kind == "classify":
         answer += f", {len(task.answer.texts)} labels: {_shown(task.answer.texts)}"
         if task.answer.rare:
@@ -386,6 +395,11 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
         lines.append(f"no files of: {', '.join(missing)}")
     if task.group:
         lines.append(f"group: rows of one {task.group!r} are never both in training and in the test")
+    if task.few_people:
+        lines.append(
+            f"no group: {task.few_people!r} has fewer than {FEWEST_GROUPS} values, so the same are in training and in "
+            f"the test; `group: {task.few_people}` in the recipe, with a larger hold_out, tests on others"
+        )
     if unused := [name for name in task.unused if name != task.group]:
         hint = f" ({option('--text COLUMN', 'text=')} puts one before the question; it must not give the answer away)"
         lines.append(f"not used: {_shown(unused)}{'' if task.kind in TEXTLESS else hint}")
@@ -403,6 +417,8 @@ def _counts(found: Sequence[Found], read: Sequence[measure.Rows], held_out: int)
     counts["train"] -= held_out
     counts["test"] = counts.get("test", 0) + held_out
     hint = "" if counts["test"] else "; too few for a test: label more, or hold out a larger share"
+    if not counts["test"] and (sets := measure.sets(read[0])) < counts["train"]:
+        hint = f"; none for a test: {TOGETHER}, here {sets:,} set{'s' * (sets > 1)}; write a file of other rows for it"
     if sum(counts.values()) < TOO_FEW:
         hint = f"; fewer than {TOO_FEW} are too few to train and score well: label more, a few hundred if you can"
     return "rows: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()) + hint

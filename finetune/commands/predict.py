@@ -14,7 +14,7 @@ from finetune.common.errors import DataError, MissingColumn, RecipeError, option
 from finetune.common.run_folder import RunFolder
 from finetune.data.new_files import RowsAs, file_like
 from finetune.data.questions import Input, question_about_media, question_of, read_inputs
-from finetune.data.sample import Answer, Message
+from finetune.data.sample import KINDS, Answer, Message
 from finetune.model.bindings import TaskBinding
 from finetune.model.trained_for import parts_at, refuse_missing
 from finetune.recipe.parts import TaskPart
@@ -221,17 +221,25 @@ def _reason(one: Input, error: DataError) -> str:
 
 def refuse_hopeless(rows: Sequence[Input], task: TaskPart, prompt: str | None) -> None:
     """Raises DataError where no row can be asked about, and all for the same reason."""
-    reasons: set[str] = set()
+    reasons: list[str] = []
     for one in rows:
         try:
             question_of(one.row, task, prompt)
             return
         except DataError as error:
-            reasons.add(_reason(one, error))
-        if len(reasons) > 1:
+            reasons.append(_reason(one, error))
+        if _without_names(one, reasons[-1]) != _without_names(rows[0], reasons[0]):
             return
     alike = f", as in all {len(rows):,} rows" if len(rows) > 1 else ""
-    raise DataError(f"{rows[0].name}{alike}: {reasons.pop()}")
+    where = f"; name their folder with {option('--media-folder', 'media_folder=')}" if "no such" in reasons[0] else ""
+    raise DataError(f"{rows[0].name}{alike}: {reasons[0]}{where if rows[0].columns else ''}")
+
+
+def _without_names(one: Input, reason: str) -> str:
+    """A reason that is the same for rows that name other files."""
+    for name in filter(None, (one.row.columns.get(kind) for kind in KINDS)):
+        reason = reason.replace(str(name), "")
+    return reason
 
 
 def _loaded(run: Path | str) -> "Assistant":

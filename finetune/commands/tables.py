@@ -55,7 +55,12 @@ def print_predictions(result: "Predictions") -> None:
         more = f" and {len(result.left_out) - SHOWN:,} more" if len(result.left_out) > SHOWN else ""
         print(f"{len(result.left_out):,} other files in the folders were left out: {others}{more}")
     if errors:
-        print(error_list([f"{row.row}: {row.error}" for row in errors], f"{len(errors):,} rows without an answer"))
+        print(
+            error_list(
+                [f"{row.row}: {row.error}" for row in errors],
+                f"{len(errors):,} row{'s' * (len(errors) > 1)} without an answer",
+            )
+        )
     print(f"{result.out}: {len(result.rows) - len(errors):,} of {len(result.rows):,} rows answered")
 
 
@@ -159,7 +164,7 @@ def print_findings(result: "CheckResult") -> None:
     print(f"{summary['name']}: {summary['rows']:,} rows read ({splits})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    table.add_column("rows", justify="right")
+    table.add_column("found", justify="right")
     table.add_column("finding")
     table.add_column("example", style="dim", overflow="fold")
     for code, count in summary["findings"].items():
@@ -171,6 +176,8 @@ def print_findings(result: "CheckResult") -> None:
     print(f"{result.errors:,} errors, {result.warnings:,} warnings: {result.html}, {result.json}")
     if fixed := result.fixed:
         print(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
+        if fixed.quarantined > fixed.rows:
+            print(f"more rows were left out than kept: {fixed.recipe.with_name('quarantine.jsonl')} says why")
 
 
 def print_previews(previews: "Previews") -> None:

@@ -18,6 +18,7 @@ from finetune.common.run_folder import read_json
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")  # what loading reads; none can hold code
 PROBE_SECONDS = 3.0  # for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
 CONNECT = "check the connection, set HF_ENDPOINT to a mirror (https://hf-mirror.com), or name a folder that holds it"
+UNSET = "unset it to download, or name a folder that holds it"
 REASONS = {
     403: "the token lacks the permission: create one that may write to this repository, and log in again",
     409: "somebody else changed it at the same time; try again",
@@ -73,16 +74,21 @@ def _in_cache(name: str, cache_folder: Path | None = None) -> bool:
 def loading(what: str, name: str) -> Iterator[bool]:
     """Turn what transformers and the Hub raise on a wrong name, revision, file or connection into one ModelError.
 
-    Gives `local_files_only`: whether `name` is of the Hub and the Hub can't be reached, so that only its cache is read.
+    Gives `local_files_only`: whether `name` is of the Hub and the Hub can't or mustn't be reached, so that only its
+    cache is read.
     """
-    why = None if Path(name).exists() or name.endswith(".gguf") else unreachable()
+    from huggingface_hub import constants
+
+    local, offline = Path(name).exists() or name.endswith(".gguf"), constants.is_offline_mode()
+    why = None if local else "HF_HUB_OFFLINE is set" if offline else unreachable()
+    missing = f"{what} isn't in the cache, and {why}; {UNSET if offline else CONNECT}"
     if why is not None and not _in_cache(name):
-        raise ModelError(f"{what} isn't in the cache, and {why}; {CONNECT}")
+        raise ModelError(missing)
     try:
         yield why is not None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if why is not None and isinstance(error, OSError):
-            raise ModelError(f"{what} isn't in the cache, and {why}; {CONNECT}") from error
+            raise ModelError(missing) from error
         raise ModelError(f"{what} can't be loaded: {_first_line(error)}") from error
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import yaml
 from pydantic import ValidationError
 
 from finetune.common import display
@@ -35,6 +36,7 @@ WRITTEN_LATER = {
 RunPart = Literal["recipe", "adapter", "metrics", "merged"]
 HASHES = "sha256.json"  # in each checkpoint
 SHOWN_RUNS = 8  # in an error
+SHOWN_KEYS = 4
 UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
 
@@ -87,9 +89,9 @@ class RunFolder:
         run.refuse_taken(resume, overwrite)
         if overwrite and path.exists():
             run._remove()
-        if resume and run.recipe.read_text(encoding="utf-8") != recipe_text:
+        if resume and (began := run.recipe.read_text(encoding="utf-8")) != recipe_text:
             raise TrainingError(
-                f"{path}: the recipe isn't the one that this run began with (compare {run.recipe}); "
+                f"{path}: the recipe isn't the one that this run began with ({_changed(began, recipe_text)}); "
                 f"resume with the same recipe and {option('--set', 'overrides=')}, or choose another {option(*RUN)}"
             )
         if not resume:
@@ -171,6 +173,7 @@ class RunFolder:
         run = cls(os.fspath(path))
         if not run.path.exists():
             raise missing_run(run.path)
+        refuse_file(run.path)
         made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
         for part in ("recipe", needs):
             if not getattr(run, part).exists():
@@ -208,6 +211,23 @@ class RunFolder:
         return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
+def _changed(there: str, here: str) -> str:
+    """'model.llm.name: a there, b here; ...' of two recipes."""
+    before, now = (dict(_leaves(yaml.load(text, yaml.BaseLoader))) for text in (there, here))
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    values = [f"{key}: {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here" for key in keys]
+    return "; ".join(values[:SHOWN_KEYS]) + (f"; {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of each value that holds no others."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not children:
+        yield key, str(value)
+    for name, child in children:
+        yield from _leaves(child, f"{key}.{name}" if key else str(name))
+
+
 def _finished_name(entry: Path) -> str:
     return entry.stem if entry.suffix in UNFINISHED else entry.name
 
@@ -215,11 +235,22 @@ def _finished_name(entry: Path) -> str:
 RunLike: TypeAlias = RunFolder | Path | str
 
 
+def refuse_file(path: Path) -> None:
+    """Raises ArtifactError for a file, such as a recipe, where a folder is needed."""
+    if path.is_file():
+        made = f"; `finetune run {path}` makes one" if path.suffix in (".yaml", ".yml") else ""
+        raise ArtifactError(f"{path}: a file, where the folder of a run is needed{made}")
+
+
 def missing_run(path: Path) -> ArtifactError:
     """What to raise where a run's folder isn't there: it names those that are, beside it and in runs/."""
     found = sorted({file.parent for place in (path.parent, Path("runs")) for file in place.glob("*/recipe.yaml")})
     more = ", ..." if len(found) > SHOWN_RUNS else ""
-    there = f"; there are: {', '.join(map(str, found[:SHOWN_RUNS]))}{more}" if found else ""
+    there = (
+        f"; there are: {', '.join(map(str, found[:SHOWN_RUNS]))}{more}"
+        if found
+        else "; `finetune run RECIPE` makes one"
+    )
     return ArtifactError(f"{path}: no such run or folder{there}")
 
 

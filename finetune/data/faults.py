@@ -63,9 +63,12 @@ class Faults:
         turned = {theirs: ours for ours, theirs in self.source.columns.items() if theirs in columns and ours in have}
         if turned:
             return f"`columns` is the wrong way round, write {self._mapping(turned)}"
-        named = {ours: theirs for ours, theirs in self.source.columns.items() if ours in columns}
+        named = {ours: theirs for ours, theirs in self.source.columns.items() if ours in columns and self.in_recipe}
         unnamed = [column for column in columns if column not in named]
-        cures = [_unfound(ours, theirs, have) for ours, theirs in named.items()]
+        cures = [_unfound(f"columns.{ours}", theirs, have) for ours, theirs in named.items()]
+        if self.source.group in unnamed:
+            unnamed.remove(self.source.group)
+            cures.append(_unfound("group", self.source.group, have))
         return "; ".join([*cures, *([self._naming(unnamed, have)] if unnamed else [])])
 
     def _naming(self, columns: Sequence[str], have: Sequence[str]) -> str:
@@ -74,8 +77,9 @@ class Faults:
         likely = {column: near for column in columns if (near := nearest(column, free))}
         mapping = {column: likely.get(column, "...") for column in columns}
         cure = f"say which {'they are' if len(columns) > 1 else 'it is'} with {self._mapping(mapping)}"
-        own = [key for key in ("answer",) if options.get(key) in columns and self.source.task.kind == "extract"]
-        if own:
+        if self.source.task.kind == "extract" and options["answer"] in columns:
+            if options["fields"] and {*options["fields"]} <= {*have}:
+                return "if the columns called as the fields hold their values, write `answer: ''` in the task"
             cure += f", or name the column of the JSON object in the task: `answer: {likely.get(columns[0], 'COLUMN')}`"
         return cure
 
@@ -86,10 +90,10 @@ class Faults:
         return option(flags, f"columns={columns}")
 
 
-def _unfound(ours: str, theirs: str, have: Sequence[str]) -> str:
+def _unfound(key: str, theirs: str, have: Sequence[str]) -> str:
     near = nearest(theirs, have)
     there = f"the file has {near!r}: did you mean that?" if near else "the file has no such column"
-    return f"columns.{ours} names {theirs!r}; {there}"
+    return f"{key} names {theirs!r}; {there}"
 
 
 def with_id(text: str, where: str, name: object) -> str:

@@ -55,12 +55,15 @@ def _chance(key: str, seed: int) -> str:
 
 
 def keys_of(sample: Sample, group: str = "") -> list[str]:
-    """What a row shares with those that it stays together with: media, groups, and without media its question.
-    `group`: from `group_of`.
+    """What a row shares with those that it stays together with: media, groups, and without media its question. An item
+    of a ranking stays with its groups alone: groups rank the same items. `group`: from `group_of`.
     """
+    groups = [f"group {name}" for name in dict.fromkeys((group, sample.group)) if name]
+    if sample.group:
+        return groups
     keys = [f"medium {medium.key}" for medium in dict.fromkeys(sample.media)]
     keys = keys or [f"question {content_key(sample.question).hex()}"]
-    return keys + [f"group {name}" for name in dict.fromkeys((group, sample.group)) if name]
+    return keys + groups
 
 
 def splits_of(keys: Sequence[Sequence[str]], numbers: Sequence[int], sources: Sequence[Source], seed: int) -> list[str]:
@@ -85,6 +88,12 @@ def splits_of(keys: Sequence[Sequence[str]], numbers: Sequence[int], sources: Se
 
 def holds_out(source: Source) -> bool:
     return source.split == "train" and source.hold_out + source.hold_out_validation > 0
+
+
+def sample_key(sample: Sample) -> bytes:
+    """16 bytes, equal for rows of the same content, and in a ranking of the same group."""
+    key = content_key(sample.messages)
+    return sha256(key + sample.group.encode()).digest()[:16] if sample.group else key
 
 
 def content_key(messages: Sequence[Message]) -> bytes:

@@ -2,26 +2,32 @@
 they have.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.data.check.lenient import DELIMITERS, encoding_of
 from finetune.data.formats.table import Options
-from finetune.data.read import detected
+from finetune.data.read import detected, read_rows
+from finetune.data.sample import KINDS
 from finetune.recipe.parts import FormatPart
-from finetune.recipe.schema import RowFile
+from finetune.recipe.schema import Limits, RowFile, Source
 
 FileT = TypeVar("FileT", bound=RowFile)
 CANDIDATES = (",", ";", "\t")
+TRIED = 50  # media whose files are looked for
 
 
 @dataclass(frozen=True)
 class RowsAs:
-    """How new rows are read, where a user says so. `columns`: the task's column -> the file's, None: as in the recipe;
-    `media_folder`: None: the rows' own; `encoding`: of a table, None: the recipe's if it fits, else detected.
+    """How new rows are read, where a user says so. `columns`: the task's column -> the file's, before those of the
+    recipe; `media_folder`: None: the rows' own folder, one in it, or the one above, where the files are; `encoding`:
+    of a table, None: the recipe's if it fits, else detected.
     """
 
     columns: Mapping[str, str] | None = None
@@ -36,9 +42,42 @@ def file_like(known: FileT, path: Path, rows_as: RowsAs) -> FileT:
         "path": path,
         "format": table_format(path, part.options, rows_as.encoding) if isinstance(part.options, Options) else part,
         "media_folder": rows_as.media_folder,
-        "columns": dict(known.columns if rows_as.columns is None else rows_as.columns),
+        "columns": {**known.columns, **_named(known, rows_as.columns or {})},
     }
-    return known.model_copy(update=changes)
+    file = known.model_copy(update=changes)
+    return file if rows_as.media_folder else file.model_copy(update={"media_folder": _media_folder(file)})
+
+
+def _named(known: RowFile, columns: Mapping[str, str]) -> dict[str, str]:
+    """Also by the task's own key: label=Direction where the task's `label` is the column Movement."""
+    options = known.task.options.model_dump() if isinstance(known, Source) else {}
+    read = {value for key, value in options.items() if key != "prompt" and value and isinstance(value, str)}
+    own = {key: str(options[key]) for key in columns if options.get(key) in read and key not in read}
+    return {own.get(ours, ours): theirs for ours, theirs in columns.items()}
+
+
+def _media_folder(file: RowFile) -> Path | None:
+    """The folder of media that rows name, None for the usual one."""
+    names: list[str] = []
+    with suppress(DataError):  # those who read the rows report it
+        for row in islice(read_rows(file, Limits().max_bytes), TRIED):
+            values = [row.columns.get(kind) for kind in KINDS]
+            flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+            names += [one for one in flat if isinstance(one, str) and "://" not in one and not one.startswith("data:")]
+    best = best_folder(file.folder_of_media, names)
+    return None if best == file.folder_of_media else best
+
+
+def best_folder(folder: Path, names: Sequence[str]) -> Path:
+    """Of a folder, those in it and the one above: where most files are that are named."""
+    if not names or not folder.is_dir():
+        return folder
+    below = [inside for inside in sorted(folder.iterdir()) if inside.is_dir()]
+    return max([folder, *below, folder.parent], key=lambda place: files_in(place, names))
+
+
+def files_in(folder: Path, names: Sequence[str]) -> int:
+    return sum(os.path.isfile(folder / name) for name in names)
 
 
 def table_format(path: Path, options: Options, encoding: str | None) -> FormatPart:

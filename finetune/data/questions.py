@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, MissingColumn
 from finetune.data.formats._media import is_hidden, kind_of
 from finetune.data.read import detected, read_rows
 from finetune.data.rows import error_list
@@ -44,6 +44,37 @@ def question_of(row: Row, task: TaskPart, prompt: str | None = None) -> Sample:
     columns = columns | task.module.stand_in(replace(row, columns=columns), asked.options)
     sample: Sample = asked.sample(replace(row, columns=columns))
     return sample
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A typed question as a task puts it: its `text`, and the `columns` that stand before it in trained questions."""
+
+    text: str
+    columns: tuple[str, ...]
+
+
+def worded(prompt: str, task: TaskPart) -> Wording:
+    """What a question about media, with `prompt` in place of the task's, says besides the media. A chat's stays as it
+    is.
+    """
+    if not hasattr(task.options, "prompt"):
+        return Wording(prompt, ())
+    mark = "\0"
+    textual = replace(task, options=task.options.model_copy(update={"media": ()}))
+    columns: dict[str, str] = {}
+    while True:
+        try:
+            (question,) = question_of(Row(Path("question"), 0, dict(columns), Path()), textual, prompt).question
+        except MissingColumn as error:
+            columns[error.column] = mark
+            continue
+        except DataError:  # nothing is asked
+            return Wording(prompt, tuple(columns))
+        lines = "\n".join(part for part in question.content if isinstance(part, str)).split("\n")
+        text = "\n".join(line for line in lines if line != mark)
+        typed = text.removeprefix(prompt).strip() in prompt  # all of it, by one who knows the task
+        return Wording(prompt if typed else text, tuple(columns))
 
 
 def question_about_media(row: Row, prompt: str | None = None) -> tuple[Message, ...]:

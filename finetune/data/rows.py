@@ -6,17 +6,19 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, MissingColumn, option
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
-from finetune.data.hold_out import connected, content_key, holds_out, keys_of, splits_of
+from finetune.data.hold_out import connected, holds_out, keys_of, sample_key, splits_of
 from finetune.data.metrics import share_interval
-from finetune.data.sample import Row, Sample
+from finetune.data.sample import KINDS, Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Limits, Source, task_names
 
 FEW_ROWS = 30  # to score
+SHOWN_LABELS = 5
+TOGETHER = "rows that share media or a group stay together"
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
 
 
@@ -63,7 +65,8 @@ def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
     lines = [line for faults, usable in found for line in faults.lines(faults.count + usable)]
     advice = "\n`finetune data check RECIPE` examines all rows and media, and writes a copy without faults (--fix)"
     if not found[0][0].in_recipe:
-        advice = ""
+        missing = any(f": no such {kind}: " in line for line in lines for kind in KINDS)
+        advice = f"\nname the folder of the media with {option('--media-folder', 'media_folder=')}" if missing else ""
     if len(lines) == 1:
         return f"{lines[0]}{advice}"
     wrong = ", ".join(
@@ -96,12 +99,12 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     for sample, split in zip(samples, splits_of(keys, [s.source for s in samples], sources, seed), strict=True):
         splits.of(split).append(sample)
     splits.together.extend(len(rows) for rows in connected([own for own in keys if own]))
-    training = {content_key(sample.messages): sample.where for sample in splits.train}
+    training = {sample_key(sample): sample.where for sample in splits.train}
     for split in ("validation", "test"):
         twice = [
             f"{training[key]} is also {sample.where}"
             for sample in splits.of(split)
-            if (key := content_key(sample.messages)) in training
+            if (key := sample_key(sample)) in training
         ]
         if twice:
             raise DataError(error_list(twice, f"{len(twice)} rows are both in training and in {split}"))
@@ -117,6 +120,11 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
         if splits.of(split):
             continue
         if split == "train":
+            if len(splits.together) == 1:
+                raise DataError(
+                    f"data: no row is left to train on: {TOGETHER}, here all {splits.together[0]:,} rows; set hold_out "
+                    "to 0 and add a source with split: test, of other rows"
+                )
             raise DataError("data: all rows are held out, none is left to train on: lower hold_out")
         raise DataError(f"data: no row is held out for {split}: {_more_held_out(splits, split, 1)}")
     left = {sample.source for sample in splits.train}
@@ -140,6 +148,27 @@ def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
         yield f"only {rows} row{'s' * (rows > 1)} to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
 
 
+def unlearned(splits: Splits, recipe: Recipe) -> Iterator[str]:
+    """Warnings of labels that rows to score have and training rows lack."""
+    for number, source in enumerate(recipe.data):
+        if source.task.kind != "classify":
+            continue
+        known = {(sample.task, label) for sample in splits.train for label in _labels(sample)}
+        there = [sample for sample in splits.of(recipe.evaluate.split) if sample.source == number]
+        missing = Counter(label for one in there for label in _labels(one) if (one.task, label) not in known)
+        if missing:
+            counts = ", ".join(f"{label!r} ({count})" for label, count in missing.most_common(SHOWN_LABELS))
+            more = f" and {len(missing) - SHOWN_LABELS} more" if len(missing) > SHOWN_LABELS else ""
+            yield (
+                f"no training row has {counts}{more}, which rows to score have: they can't be learned; label more rows "
+                "of them, or leave them out"
+            )
+
+
+def _labels(sample: Sample) -> list[str]:
+    return sample.target if isinstance(sample.target, list) else [sample.answer]
+
+
 def _range(rows: int) -> str:
     low, high = share_interval(rows / 2, rows)
     return f"{100 * low:.0f}–{high:.0%}"
@@ -152,11 +181,13 @@ def _more_held_out(splits: Splits, split: str, rows: int) -> str:
     if not splits.together:
         return other
     total, smallest = sum(splits.together), min(splits.together)
+    share = ceil(100 * max(rows, smallest) / total) / 100
+    if share > MOST_HELD_OUT and smallest == 1:
+        return f"label more: {rows} of {total:,} rows are too many to hold out; or {other}"
     text = f"{total:,} rows can be held out"
     if smallest > 1:
         sets = f"{len(splits.together):,} set{'s' * (len(splits.together) > 1)} of {smallest:,} or more rows"
-        text = f"rows that share media or a group stay together, here in {sets}"
-    share = ceil(100 * max(rows, smallest) / total) / 100
+        text = f"{TOGETHER}, here in {sets}"
     return f"{text}; {f'{key}: {share:g} would do, or ' if share <= MOST_HELD_OUT else ''}{other}"
 
 
@@ -208,9 +239,14 @@ def group_of(row: Row, source: Source) -> str:
     """
     if source.group is None:
         return ""
-    value = row.columns.get(source.group)
+    if source.group not in row.columns:
+        have = ", ".join(map(repr, row.columns))[:300]
+        raise MissingColumn(
+            f"{row.where}: no column {source.group!r}, by which rows are held out (columns: {have})", source.group
+        )
+    value = row.columns[source.group]
     if value in (None, ""):
-        raise DataError(f"{row.where}: column {source.group!r}, by which rows are held out, is empty or missing")
+        raise DataError(f"{row.where}: column {source.group!r}, by which rows are held out, is empty")
     return str(value)
 
 

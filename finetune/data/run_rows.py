@@ -6,7 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import RunFolder, damaged, read_json, write_json
-from finetune.data.hold_out import content_key
+from finetune.data.hold_out import sample_key
 from finetune.data.rows import Splits, error_list, read_splits
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
@@ -80,4 +80,4 @@ def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:
 
 
 def key_of(sample: Sample) -> str:
-    return content_key(sample.messages).hex()
+    return sample_key(sample).hex()

@@ -13,9 +13,10 @@ from finetune.common.energy import EnergyMeter
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
+from finetune.data.hold_out import sample_key
 from finetune.data.new_files import RowsAs
 from finetune.data.predictions import Prediction, write_predictions
-from finetune.data.rows import by_task, content_key, read_splits, subset
+from finetune.data.rows import by_task, read_splits, subset
 from finetune.data.run_rows import splits_of_run
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
@@ -107,8 +108,8 @@ def _evaluated(folder: RunFolder, recipe: Recipe, new: NewRows | None) -> tuple[
     samples = new.samples(recipe.media) if new else subset(held_out, recipe.evaluate.limit, recipe.seed)
     if not samples:
         raise DataError(f"no rows in split {recipe.evaluate.split!r} to evaluate on")
-    learned = {content_key(sample.messages) for sample in splits.train if new}
-    trained_on = sum(content_key(sample.messages) in learned for sample in samples if new)
+    learned = {sample_key(sample) for sample in splits.train if new}
+    trained_on = sum(sample_key(sample) in learned for sample in samples if new)
     run = Run.load(folder, recipe, known_bindings(folder.adapter, samples, recipe.data))
     model = run.build(with_encoders=bool(run.components.tuned))
     for kind, media in run.features.missing([medium for sample in samples for medium in sample.media]).items():

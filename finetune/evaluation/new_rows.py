@@ -8,7 +8,7 @@ from finetune.common.run_folder import RunFolder, read_json
 from finetune.data.new_files import RowsAs, file_like
 from finetune.data.rows import read_samples
 from finetune.data.sample import Sample
-from finetune.recipe.load import Recipe
+from finetune.recipe.load import Recipe, load_recipe
 from finetune.recipe.schema import Limits, Source, chosen_task, task_names
 
 
@@ -49,6 +49,12 @@ class NewRows:
                     f"{option('--out', 'out=')}"
                 )
         return folder
+
+
+def refuse_unusable(run: RunFolder, data: Path, task: str | None, rows_as: RowsAs) -> None:
+    """Before anything slow is imported. Raises RecipeError, DataError."""
+    recipe = load_recipe(run.recipe)
+    NewRows.of(recipe, data, task, rows_as).samples(recipe.media)
 
 
 def refuse_without_rows(*options: object) -> None:

@@ -60,8 +60,9 @@ class Comparison:
     """A score minus another of the same rows: of the trained model and under another condition, or of two trials.
 
     `low` and `high`: the 95% confidence interval, None with too few rows. `gained`, `lost`: rows that are right, or
-    better, only in the first, or only in the second. `p`: of McNemar's exact test, None where rows aren't simply right
-    or wrong.
+    better, only in the first, or only in the second. `p`: of McNemar's exact test, or the sign test where rows or
+    groups are too few for an interval; else None. `groups`: how many
+    there are, where groups count and not rows.
     """
 
     difference: float
@@ -70,6 +71,7 @@ class Comparison:
     gained: int = 0
     lost: int = 0
     p: Value = None
+    groups: int = 0
 
 
 class MergeOutcome(Result):

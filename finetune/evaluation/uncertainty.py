@@ -3,7 +3,8 @@
 Where each row is right or wrong, intervals are Wilson's (1927), and two conditions are compared by McNemar's exact test
 (1947) with the interval of Fay and Lumbard (2021, https://doi.org/10.1002/sim.8829), which excludes 0 exactly if p is
 below 0.05. Other scores are resampled (percentile bootstrap, Efron 1979): rows are drawn with replacement, groups
-whole, and the same ones for both conditions.
+whole, and the same ones for both conditions. Of too few rows or groups for that, those that are better under one
+condition are compared with those that are worse (sign test).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +28,8 @@ GRID = (np.arange(400) + 0.5) / 400  # probabilities at which distributions are 
 
 class ScoredRows:
     """The scores of some rows under one condition. `values`: metric -> value; `right`: metric -> booleans (N,), for
-    those that are the share of right rows; `resampled`: metric -> values (R,) of RESAMPLES samples of as many rows, NaN
-    where a sample has none.
+    those that are the share of right rows; `of_groups`: the scores of each group; `resampled`: metric -> values (R,) of
+    RESAMPLES samples of as many rows, NaN where a sample has none.
 
     Rows with the same non-empty "group" are drawn together, and as a new group each time. With the same seed, other
     conditions of the same rows are resampled alike.
@@ -40,6 +41,7 @@ class ScoredRows:
         units = _units(rows)
         self.units = len(units)
         grouped = any(row.get("group") for row in rows)
+        self.of_groups = [score(unit) for unit in units] if grouped else []
         self.right = {} if grouped else _right(rows, score)
         self.resampled = {metric: np.full(RESAMPLES, np.nan) for metric in self.values}
         generator = np.random.default_rng(seed)
@@ -68,13 +70,19 @@ def compare(ours: ScoredRows, theirs: ScoredRows, metric: str) -> Comparison:
     if metric in ours.right and metric in theirs.right:
         left, right = ours.right[metric], theirs.right[metric]
         return mcnemar(int((left & ~right).sum()), int((right & ~left).sum()), len(left))
+    good, other = ours.good, theirs.good
+    if ours.of_groups:  # the numbers by which one model orders a group's rows are none of another's
+        good, other = (np.array([one.get(metric, np.nan) for one in s.of_groups]) for s in (ours, theirs))
     ends = _middle(ours.resampled[metric] - theirs.resampled[metric])
+    gained, lost = int((good > other).sum()), int((good < other).sum())
     return Comparison(
         difference=ours.values[metric] - theirs.values[metric],
         low=ends[0] if ends else None,
         high=ends[1] if ends else None,
-        gained=int((ours.good > theirs.good).sum()),
-        lost=int((ours.good < theirs.good).sum()),
+        gained=gained,
+        lost=lost,
+        p=None if ends else _sign_test(gained, lost),
+        groups=len(ours.of_groups),
     )
 
 
@@ -102,8 +110,14 @@ def mcnemar(gained: int, lost: int, rows: int) -> Comparison:
         high=high,
         gained=gained,
         lost=lost,
-        p=float(stats.binomtest(gained, changed).pvalue) if changed else 1.0,
+        p=_sign_test(gained, lost),
     )
+
+
+def _sign_test(gained: int, lost: int) -> float:
+    """Two-sided p; McNemar's, where rows are right or wrong."""
+    changed = gained + lost
+    return float(stats.binomtest(gained, changed).pvalue) if changed else 1.0
 
 
 def _difference_interval(gained: int, changed: int, rows: int) -> Interval:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 from finetune.common.registry import nearest
-from finetune.recipe.schema import Model, RecipeSections, Stage, task_names
+from finetune.recipe.schema import Model, RecipeSections, Source, Stage, task_names
 from finetune.recipe.words import Location, Problem, describe, shorten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -105,7 +105,8 @@ def _head_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
             yield Problem(where, f"pairwise compares rows of a group, and {task.kind!r} has none: use the task 'rank'.")
         elif (first := training.get(name)) is None:
             if trained or getattr(head.options, "answers", "") == "labels":
-                yield Problem(where, "no training rows have this task: there is nothing to learn its answers from.")
+                message = "no training rows have this task: there is nothing to learn its answers from."
+                yield Problem(where, message + _nearly_trained(recipe, source))
         elif (other := recipe.data[first].head) != head:
             yield Problem(where, f"data.{first} has the same task with another head ({other.kind!r}): make both equal.")
         elif trained and source.split == "train":
@@ -119,6 +120,17 @@ def _head_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     if metric != "mean" and metric.partition(".")[0] not in names:
         message = f"got {describe(metric)}; its first part is one of {', '.join(dict.fromkeys(names))}."
         yield Problem(("train", "validation", "metric"), message)
+
+
+def _nearly_trained(recipe: RecipeSections, source: Source) -> str:
+    """Which options differ from those of training rows of such a task; '' if there are none."""
+    for number, other in enumerate(recipe.data):
+        if other.split == "train" and other.task.kind == source.task.kind:
+            here, there = (one.task.options.model_dump(mode="json") for one in (source, other))
+            keys = [key for key in here if here[key] != there[key]]
+            differing = ", ".join(f"{key}: {describe(there[key])} there, {describe(here[key])} here" for key in keys)
+            return f" data.{number} has the task with other options ({differing}): make them equal."
+    return ""
 
 
 def _tuning_conflicts(recipe: RecipeSections) -> Iterator[Problem]:

@@ -147,7 +147,7 @@ class Source(RowFile):
         ge=0,
         le=0.9,
         description="Share of the source's rows held out as test rows, by seed and content. Rows that share media or a "
-        "group stay together.",
+        "group stay together, in a ranking those of a group.",
     )
     hold_out_validation: float = Field(
         0.0, ge=0, le=0.9, description="Share held out in the same way as validation rows, for train.validation."

@@ -201,12 +201,16 @@ def read_text(path: str | Path) -> str:
 
 
 def near_file(path: str) -> str:
+    """Which file may be meant, by its name before the suffix."""
     folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
     try:
-        near = nearest(name, set(os.listdir(folder or ".")) - {name})
+        others = sorted(set(os.listdir(folder or ".")) - {name}, key=lambda other: other.endswith(suffix))
     except (OSError, ValueError):
         return ""
-    return f" Did you mean {shorten(near)!r}?" if near else ""
+    stems = {os.path.splitext(other)[0]: other for other in others}
+    near = nearest(stem, stems)
+    return f" Did you mean {shorten(stems[near])!r}?" if near else ""
 
 
 class _Dumper(yaml.SafeDumper):

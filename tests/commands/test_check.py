@@ -53,6 +53,25 @@ def test_a_limit_is_named_only_where_it_is_too_low(held_out):
     assert "raise evaluate.limit" in warning and "hold_out" not in warning
 
 
+def test_too_few_rows_in_all_are_to_be_added_to(tmp_path):
+    tiny_dataset(tmp_path / "data", train=12)
+    rows = [{"path": str(tmp_path / "data" / "train.csv"), "task": "classify", "hold_out": 0.2}]
+    (warning,) = check(tiny_recipe(tmp_path, data=rows)).warnings[:1]
+    assert "; label more: 30 of 12 rows are too many to hold out; or add a source with split: test" in warning
+
+
+def test_labels_that_only_rows_to_score_have_are_a_warning(tmp_path):
+    data = tiny_dataset(tmp_path / "data", train=40)
+    lines = (data / "train.csv").read_text().splitlines()
+    (data / "train.csv").write_text("\n".join(line for line in lines if not line.endswith(("red", "blue"))))
+    rows = [{"path": str(data / f"{split}.csv"), "task": "classify", "split": split} for split in ("train", "test")]
+    found = [text for text in check(tiny_recipe(tmp_path, data=rows)).warnings if "can't be learned" in text]
+    assert found == [
+        "no training row has 'red' (2), 'blue' (2), which rows to score have: they can't be learned; label more rows "
+        "of them, or leave them out"
+    ]
+
+
 def test_no_row_to_score_is_an_error_before_training(held_out):
     """All rows are of one picture, so that none can be held out."""
     images = held_out.parent / "data" / "images"

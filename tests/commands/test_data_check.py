@@ -225,6 +225,19 @@ def test_text_alone_and_an_llm_that_reads_little(tmp_path):
     assert result.summary["findings"]["context"] == 2 and result.summary["different_media"] == {}
 
 
+def test_two_users_of_one_offer_are_two_rows(tmp_path):
+    """Both users read the same question, one twice."""
+    rows = [("u1", "red", 1), ("u2", "red", 1), ("u1", "blue", 0), ("u2", "green", 0), ("u2", "green", 0)]
+    for split in ("train", "test"):
+        with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+            offers = [(f"{user}-{split}", offer, clicked) for user, offer, clicked in rows]
+            csv.writer(file).writerows([("user", "item", "relevance"), *offers])
+    task = {"kind": "rank", "text": ["item"], "group": "user"}
+    sources = [{"path": str(tmp_path / f"{split}.csv"), "task": task, "split": split} for split in ("train", "test")]
+    result = finetune.data_check(tiny_recipe(tmp_path, data=sources), out=tmp_path / "out", workers=0)
+    assert result.summary["findings"] == {"identical": 2}
+
+
 @pytest.mark.slow
 def test_an_encoder_that_is_not_there_is_one_line(messy, tmp_path):
     with pytest.raises(ModelError, match="nowhere"):

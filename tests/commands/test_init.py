@@ -116,6 +116,12 @@ def corpus() -> Path:
     return folder
 
 
+def pairs() -> Path:
+    for n, name in enumerate(recordings(Path("spoken"))):
+        put(Path("spoken") / f"{Path(name).stem}.txt", f"the quick fox {n}")
+    return Path("spoken")
+
+
 def clips() -> Path:
     names = [put(Path("clips") / f"{n}.mp4", video(range(20, 60 + n, 10))).name for n in range(6)]
     return table(Path("clips/rows.csv"), ["clip", "label"], [[name, LABELS[n % 2]] for n, name in enumerate(names)])
@@ -190,6 +196,7 @@ def conversations() -> Path:
         (many_answers, "vqa", {"answers": "answers"}, ["image"]),
         (transcripts, "transcribe", {"text": "sentence"}, ["audio"]),
         (corpus, "transcribe", {"text": "text"}, ["audio"]),
+        (pairs, "transcribe", {"text": "text"}, ["audio"]),
         (clips, "classify", {}, ["video"]),
         (two_media, "classify", {}, ["image", "audio"]),
         (ratings, "score", {"number": "rating", "minimum": 1.0, "maximum": 5.0}, ["image"]),
@@ -221,6 +228,103 @@ def test_a_speaker_is_on_one_side():
     rows = [[name, f"the fox {n}", f"p{n % 12}"] for n, name in enumerate(recordings(Path("patients")))]
     path = table(Path("patients/rows.csv"), ["audio", "text", "patient"], rows)
     assert written(path).data[0].group == "patient"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("转写内容", "班次"), ("Transkript", "campaign"), ("spoken text", "campaign"), ("Gesagtes", "campaign")],
+)
+def test_what_was_said_is_the_answer_and_not_a_label_beside_it(name, other):
+    rows = [[file, "AB"[n % 2], f"the quick fox number {n}"] for n, file in enumerate(recordings(Path("said")))]
+    task = written(table(Path("said/rows.csv"), ["file", other, name], rows)).data[0].task
+    assert (task.kind, task.options.text) == ("transcribe", name)
+
+
+def calls(column: str, people: int) -> Path:
+    rows = [[name, f"the fox {n}", f"p{n % people}"] for n, name in enumerate(recordings(Path("spoken")))]
+    return table(Path("spoken/rows.csv"), ["audio", "text", column], rows)
+
+
+@pytest.mark.parametrize("column", ["坐席", "说话人编号", "Speaker ID", "customer_id", "Pat. No", "Patientennummer"])
+def test_rows_are_grouped_by_people_however_their_column_is_called(column):
+    assert written(calls(column, 12)).data[0].group == column
+
+
+def test_other_columns_about_people_are_no_groups():
+    assert written(calls("Customer Mood", 12)).data[0].group is None
+
+
+def test_too_few_people_to_hold_out_by_are_named():
+    done = cli("init", str(calls("speaker", 4)), "--yes", "--card", "cpu")
+    assert "no group: 'speaker' has fewer than 10 values" in done.stdout, done.stdout + done.stderr
+    assert "could be the answer" not in done.stdout
+
+
+def of_twelve(header: str) -> Path:
+    """Reviews of twelve people, two each, one without an answer."""
+    rows = [[f"{header}{n % 12}", f"review {n} is long enough", "" if n == 5 else LABELS[n % 3]] for n in range(ROWS)]
+    return table(Path("reviews.csv"), [header, "text", "label"], rows)
+
+
+@pytest.mark.parametrize("name", ["Pat. No", "customer", "Customer No", "customer_id", "Kundennummer", "患者编号"])
+def test_rows_of_one_person_stay_together(name):
+    assert load_recipe(finetune.init(of_twelve(name), card="cpu")).data[0].group == name
+
+
+@pytest.mark.parametrize("name", ["customer city", "patient age", "user rating"])
+def test_a_property_of_a_person_is_no_person(name):
+    assert load_recipe(finetune.init(of_twelve(name), card="cpu")).data[0].group is None
+
+
+def test_a_group_can_be_named():
+    assert load_recipe(finetune.init(of_twelve("ward"), card="cpu", group="ward")).data[0].group == "ward"
+    with pytest.raises(RecipeError, match="group=bed: there is no such column; there are: 'ward', 'text', 'label'"):
+        finetune.init(of_twelve("ward"), card="cpu", group="bed", overwrite=True)
+
+
+def test_where_all_rows_stay_together_a_larger_share_is_not_proposed(capsys):
+    name = pictures(Path("."), 1)[0]
+    rows = table(Path("one.csv"), ["image", "label"], [[name, LABELS[n % 3]] for n in range(40)])
+    assert app(["init", str(rows), "--yes", "--card", "cpu"], standalone_mode=False) is None
+    said = "0 test; none for a test: rows that share media or a group stay together, here 1 set"
+    assert said in capsys.readouterr().out
+
+
+def test_one_number_in_words_is_a_fault_of_its_row_and_does_not_change_the_task():
+    rows = [[f"a review, number {n}", "five" if n == 7 else n % 5 + 1] for n in range(148)]
+    recipe = load_recipe(finetune.init(table(Path("reviews.csv"), ["review", "rating"], rows), card="cpu"))
+    assert recipe.data[0].task.kind == "score" and recipe.data[0].task.options.maximum == 5
+
+
+def test_a_rating_is_the_answer_before_labels_of_no_known_name():
+    rows = [[f"a review, number {n}", ("yes", "no")[n % 2], n % 5 + 1] for n in range(40)]
+    path = table(Path("reviews.csv"), ["review", "Clicked?", "Your Rating"], rows)
+    assert load_recipe(finetune.init(path, card="cpu")).data[0].task.options.number == "Your Rating"
+
+
+def test_decimal_commas_are_numbers():
+    rows = [[f"an invoice, number {n}", f"{n % 8},50"] for n in range(40)]
+    recipe = load_recipe(finetune.init(table(Path("bills.csv"), ["invoice text", "Summe €"], rows), card="cpu"))
+    assert recipe.data[0].task.kind == "score"
+
+
+def test_fields_may_be_in_columns_of_their_own():
+    bills = [[name, f"No. {n}", f"{n},50", ("yes", "no")[n % 2]] for n, name in enumerate(pictures(Path("bills")))]
+    path = table(Path("bills/bills.csv"), ["scan", "Nummer", "Summe", "bezahlt"], bills)
+    task = written(path, task="extract").data[0].task
+    assert task.options.answer == "" and task.options.fields == {"Nummer": "text", "Summe": "number", "bezahlt": "text"}
+
+
+def test_media_named_with_backslashes_are_named_with_the_cure():
+    pictures(Path("shop/pics"))
+    path = table(Path("shop/shop.csv"), ["image", "label"], [[f"pics\\{n}.png", LABELS[n % 3]] for n in range(ROWS)])
+    with pytest.raises(DataError, match="write / between folders"):
+        finetune.init(path, card="cpu")
+
+
+def test_a_second_text_is_not_dropped_in_silence(capsys):
+    with pytest.raises(RecipeError, match="--text is given 2 times, but a task reads one column"):
+        app(["init", str(text_only()), "--text", "a", "--text", "b", "--yes"], standalone_mode=False)
 
 
 def test_a_chinese_table_in_gb18030_gets_chinese_questions_and_an_llm_that_reads_them():
@@ -267,6 +371,13 @@ def test_tabs_in_a_csv_file_are_its_delimiter():
     rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
     recipe = written(table(Path("tabs.csv"), ["text", "label"], rows, delimiter="\t"))
     assert recipe.data[0].format.options.delimiter == "\t" and recipe.data[0].task.kind == "classify"
+
+
+def test_the_run_is_called_after_the_folder_that_was_named():
+    rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
+    table(Path("vid/clips-list.csv"), ["text", "label"], rows)
+    assert finetune.init("vid", card="cpu") == Path("vid.yaml")
+    assert finetune.init("vid/clips-list.csv", card="cpu") == Path("clips-list.yaml")
 
 
 def test_an_option_that_is_not_there_is_refused():
@@ -397,6 +508,12 @@ def test_a_prompt_is_in_one_language(text, column, prompt):
     assert load_recipe("calls.yaml").data[0].task.options.prompt == prompt
 
 
+def test_a_question_mark_is_not_doubled():
+    rows = [[f"offer {n} at a low price", ("yes", "no")[n % 2]] for n in range(ROWS)]
+    recipe = load_recipe(finetune.init(table(Path("offers.csv"), ["offer", "Clicked?"], rows), card="cpu"))
+    assert recipe.data[0].task.options.prompt == "Which Clicked?"
+
+
 def test_a_text_beside_a_recording_is_refused_and_what_is_not_used_is_listed():
     rows = [[name, f"the fox {n}", f"p{n % 12}", "x"] for n, name in enumerate(recordings(Path("said")))]
     path = table(Path("said/rows.csv"), ["audio", "text", "patient", "note"], rows)
@@ -447,6 +564,21 @@ def test_a_choice_that_does_not_fit_is_refused(choices, message):
     with pytest.raises(RecipeError, match=message):
         finetune.init(with_labels(), **{"answer": "shelf", "card": "cpu", **choices})
     assert not [*Path().glob("*.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "model_type", "message"),
+    [
+        (clips, "whisper", "is a whisper, which isn't known as an encoder of video"),
+        (with_labels, "wav2vec2", "is a wav2vec2, .* of image"),
+        (with_labels, "videomae", "is a videomae, .* of image"),
+        (transcripts, "siglip", "is a siglip, .* of audio"),
+    ],
+)
+def test_an_encoder_of_another_medium_is_refused(rows, model_type, message):
+    put(Path("encoder/config.json"), {"model_type": model_type})
+    with pytest.raises(RecipeError, match=message):
+        finetune.init(rows(), card="cpu", encoders=["./encoder"])
 
 
 def test_a_task_chooses_the_column_that_fits_it():

@@ -61,7 +61,7 @@ def test_a_folder_of_pictures_is_answered_as_one_by_one(plain, pictures, tmp_pat
     done = cli("predict", plain, pictures, "--out", out, "--batch", 4, "--max-new-tokens", 4)
     assert done.returncode == 1, done.stderr
     assert "1 other files in the folders were left out: notes.txt" in done.stdout
-    assert "1 rows without an answer" in done.stdout and "5 of 6 rows answered" in done.stdout
+    assert "1 row without an answer" in done.stdout and "5 of 6 rows answered" in done.stdout
     rows = read(out)
     assert list(rows[0]) == ["file", "answer", "error"]
     assert [row["file"] for row in rows] == [
@@ -272,6 +272,31 @@ def test_what_is_wrong_with_all_rows_is_one_error_that_names_the_option(heads, t
         "rows.csv:2, as in all 21 rows: no column 'text' (columns: 'sentence'); "
         "say which it is with --columns text=NAME"
     ]
+
+
+def table_of_pictures(pictures: Path, folder: str) -> Path:
+    table = pictures / "rows.csv"
+    table.write_text("Datei\n" + "".join(f"{folder}{name}.png\n" for name in "abde"))
+    return table
+
+
+def test_media_in_a_folder_beside_the_table_are_found(plain, pictures, monkeypatch):
+    (pictures / "pics").mkdir()
+    for name in "abde":
+        (pictures / f"{name}.png").rename(pictures / "pics" / f"{name}.png")
+    monkeypatch.setattr(predicting.Questions, "_batch", lambda self, rows: [self._question(one) for one in rows])
+    monkeypatch.setattr(predicting, "_loaded", lambda run: None)
+    asked = finetune.predict(plain, table_of_pictures(pictures, ""), columns={"image": "Datei"}).rows
+    assert [question[-1].content[0].path.name for question in asked] == ["a.png", "b.png", "d.png", "e.png"]
+
+
+def test_media_that_are_all_missing_are_one_error(plain, pictures, tmp_path):
+    table, out = table_of_pictures(pictures, "gone/"), tmp_path / "answers.csv"
+    done = cli("predict", plain, table, "--columns", "image=Datei", "--out", out)
+    assert done.returncode == 2 and not out.exists()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("rows.csv:2, as in all 4 rows: no such image: ")
+    assert line.endswith("a.png; name their folder with --media-folder")
 
 
 def test_an_encoding_that_is_not_clear_is_named_with_the_option(heads, tmp_path):

@@ -99,6 +99,18 @@ def test_commands_end_with_one_line_without_a_network(verb, waits, tmp_path):
     assert all(line.startswith(("note: ", "warning: ")) for line in before), before
 
 
+@pytest.mark.parametrize("loader", ["tokenizer", "LLM", "encoder"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_offline_says_so_where_the_cache_lacks_a_model(loader, cached, tmp_path, monkeypatch):
+    """Nothing of it, or another revision."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if cached:
+        (tmp_path / f"models--{NAME.replace('/', '--')}").mkdir()
+    with pytest.raises(ModelError, match=rf"{NAME}.* isn't in the cache, and HF_HUB_OFFLINE is set; unset it"):
+        LOADERS[loader](tmp_path)
+
+
 def test_what_is_in_the_cache_is_loaded_without_a_network(waits, tmp_path):
     llm, eyes = tiny_llm_folder(tmp_path / "llm"), tiny_vision_folder(tmp_path / "eyes")
     with hub_on_loopback() as server:

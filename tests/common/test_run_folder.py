@@ -1,6 +1,6 @@
 import pytest
 
-from finetune.common.errors import RecipeError, TrainingError
+from finetune.common.errors import ArtifactError, RecipeError, TrainingError
 from finetune.common.run_folder import RunFolder
 
 
@@ -104,3 +104,15 @@ def test_to_go_on_and_to_overwrite_exclude_each_other(tmp_path):
     with pytest.raises(RecipeError, match="overwrite=True"):
         RunFolder.create(tmp_path, "name: first\n", resume=True, overwrite=True)
     assert (tmp_path / "metrics.json").exists()
+
+
+def test_a_changed_recipe_is_resumed_only_as_it_was_and_the_keys_are_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model:\n  frames: 4\n  off: no\ndata: [{path: a}]\n")
+    with pytest.raises(TrainingError) as raised:
+        RunFolder.create(tmp_path, "model:\n  frames: 8\n  off: no\ndata: [{path: a, group: b}]\n", resume=True)
+    assert "(model.frames: 4 there, 8 here; data.0.group: nothing there, b here); resume with" in str(raised.value)
+
+
+def test_a_run_that_is_not_there_yet_is_made_by_run(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no such run or folder; `finetune run RECIPE` makes one"):
+        RunFolder.open(tmp_path / "asr")

@@ -5,9 +5,11 @@ import random
 import pyarrow
 import pytest
 from pyarrow import parquet
-from tiny import part, tiny_picture
+from tiny import part, tiny_picture, tiny_recipe
 
-from finetune.data.rows import read_splits
+from finetune.common.errors import DataError
+from finetune.data.rows import read_splits, refuse_empty_splits
+from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Source
 
 
@@ -41,6 +43,29 @@ def test_rows_linked_by_pictures_of_theirs_are_on_one_side(tmp_path):
     assert len(splits.test) == 8  # two chains of four
     trained = {medium.key for sample in splits.train for medium in sample.media}
     assert trained.isdisjoint(medium.key for sample in splits.test for medium in sample.media)
+
+
+def test_a_ranking_is_held_out_by_its_groups_which_share_pictures_and_texts(tmp_path):
+    for number in range(4):
+        tiny_picture((number, 9, 9)).save(tmp_path / f"{number}.png")
+    path = tmp_path / "clicks.csv"
+    rows = [f"u{user},{item}.png,offer {item},{int(user % 4 == item)}" for user in range(10) for item in range(4)]
+    path.write_text("user,image,item,relevance\n" + "\n".join(rows), encoding="utf-8")
+    task = part("tasks", "rank", media=("image",), text=("item",), group="user")
+    splits = read_splits([Source(path=path, task=task, hold_out=0.2)], 1)
+    assert (len(splits.train), len(splits.test)) == (32, 8)
+    assert {sample.group for sample in splits.train}.isdisjoint(sample.group for sample in splits.test)
+
+
+def test_rows_that_all_stay_together_cannot_be_held_out(tmp_path):
+    tiny_picture((1, 1, 1)).save(tmp_path / "0.png")
+    path = tmp_path / "rows.csv"
+    path.write_text("image,label\n" + "".join(f"0.png,{n}\n" for n in range(8)), encoding="utf-8")
+    recipe = load_recipe(tiny_recipe(tmp_path / "run"))
+    for share in (0.2, 0.9):
+        source = Source(path=path, task=part("tasks", "classify"), hold_out=share)
+        with pytest.raises(DataError, match="rows that share media or a group stay together, here"):
+            refuse_empty_splits(read_splits([source], 1), recipe)
 
 
 def test_two_sources_of_the_same_pictures_hold_out_the_same_ones(tmp_path):

@@ -79,8 +79,27 @@ def test_rows_of_a_group_are_held_out_together(data):
     splits = read_splits([source(data / "train.csv", hold_out=0.3, hold_out_validation=0.2, group="patient")], 0)
     sides = {split: {(int(s.where.split(":")[1]) - 2) // 4 for s in splits.of(split)} for split in SPLITS}
     assert all(sides.values()) and sum(map(len, sides.values())) == 10
-    with pytest.raises(DataError, match="column 'doctor', by which rows are held out"):
+    with pytest.raises(DataError, match="group names 'doctor'; the file has no such column"):
         read_splits([source(data / "train.csv", hold_out=0.3, group="doctor")], 0)
+
+
+def test_a_wrong_group_is_one_fault_with_the_column_that_is_meant(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("Pat. No,question,answer\n" + "".join(f"{n % 9},q{n},a\n" for n in range(150)))
+    rows = Source(path=path, task=part("tasks", "answer", media=()), hold_out=0.2, group="Pat No")
+    with pytest.raises(DataError) as error:
+        read_splits([rows], 0)
+    assert "here and in 149 of 149 other rows no column 'Pat No'" in str(error.value)
+    assert "group names 'Pat No'; the file has 'Pat. No': did you mean that?" in str(error.value)
+    assert str(error.value).count("rows.csv:") == 1
+
+
+def test_fields_in_columns_need_no_json_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("scan,total,paid\nbill 1,3,yes\n")
+    task = part("tasks", "extract", media=(), text="scan", fields={"total": "number", "paid": "text"})
+    with pytest.raises(DataError, match="write `answer: ''` in the task"):
+        read_splits([Source(path=path, task=task)], 0)
 
 
 def sample(source: int, weight: float = 1.0, group: str = "") -> Sample:

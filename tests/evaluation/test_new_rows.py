@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 from cli import cli
+from tiny import part
 from trained_runs import copy_of, file_digests, predictions_of
 
 import finetune
 from finetune.common.errors import DataError, RecipeError
-from finetune.data.new_files import RowsAs
+from finetune.data.new_files import RowsAs, file_like
+from finetune.data.rows import read_samples
 from finetune.evaluation.new_rows import NewRows
+from finetune.recipe.schema import Source
 
 
 @pytest.fixture
@@ -26,6 +29,15 @@ def renamed_copy(source: Path, to: Path, **columns: str) -> Path:
     with to.open("w", newline="") as file:
         csv.writer(file).writerows([[columns.get(name, name) for name in rows[0]], *rows[1:]])
     return to
+
+
+def test_columns_that_are_named_leave_those_of_the_recipe(tmp_path):
+    known = Source(
+        path=tmp_path / "train.csv", task=part("tasks", "classify"), columns={"image": "scan", "label": "Dx"}
+    )
+    path = tmp_path / "new.csv"
+    path.write_text("scan,dx\n1.png,a\n")
+    assert file_like(known, path, RowsAs({"label": "dx"})).columns == {"image": "scan", "label": "dx"}
 
 
 def test_the_recipes_own_rows_get_the_same_scores_beside_the_runs(run, finished_run, tmp_path):
@@ -72,6 +84,10 @@ def test_what_can_not_be_meant_is_refused_before_the_model_is_loaded(run, finish
         finetune.evaluate(run, rows, task="mark", out=run)
     with pytest.raises(DataError, match="8 of 8 rows can't be used"):
         finetune.evaluate(run, rows, task="mark", columns={"mark": "text"})
+    (tmp_path / "deep").mkdir()
+    away = renamed_copy(rows, tmp_path / "deep" / "away.csv")
+    with pytest.raises(DataError, match=r"(?s)no such image: .*name the folder of the media with media_folder="):
+        finetune.evaluate(run, away, task="mark")
     other = renamed_copy(rows, tmp_path / "other.csv", image="images")
     done = cli("evaluate", run, "--data", other, "--task", "mark", "--media-folder", rows.parent)
     assert done.returncode == 2 and done.stderr.strip().endswith("say which it is with --columns image=images")
@@ -96,3 +112,23 @@ def test_options_of_rows_without_rows_are_refused(option, tmp_path):
         finetune.evaluate(tmp_path, **option)
     done = cli("evaluate", tmp_path, "--task", "x")
     assert done.returncode == 2 and "name them with --data" in done.stderr
+
+
+def with_label(tmp_path: Path, text: str) -> Source:
+    """A source of the label Movement, and rows for it in rows.csv."""
+    (tmp_path / "rows.csv").write_text(text)
+    task = {"kind": "classify", "text": "Text", "label": "Movement", "media": []}
+    return Source(path=tmp_path / "known.csv", format={"kind": "table"}, columns={"Text": "Words"}, task=task)
+
+
+def test_a_column_is_named_as_the_task_or_as_the_recipe_does(tmp_path):
+    source = with_label(tmp_path, "Words,Direction\na,up\nb,down\n")
+    for name in ("label", "Movement"):
+        read = read_samples(file_like(source, tmp_path / "rows.csv", RowsAs({name: "Direction"})), 10**6)
+        assert [sample.answer for sample, _ in read] == ["up", "down"]
+
+
+def test_every_column_that_is_missing_gets_its_option(tmp_path):
+    source = with_label(tmp_path, "Said,Direction\na,up\n")
+    with pytest.raises(DataError, match=r"say which they are with columns=\{'Movement': '...', 'Text': '...'\}"):
+        read_samples(file_like(source, tmp_path / "rows.csv", RowsAs()), 10**6)

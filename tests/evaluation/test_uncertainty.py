@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from finetune.data.metrics import share_interval
+from finetune.data.metrics.ranking import ranking_scores
 from finetune.evaluation import uncertainty
 from finetune.evaluation.uncertainty import FEWEST, ScoredRows, compare, mcnemar
 
@@ -129,7 +130,15 @@ def test_too_few_rows_and_equal_rows_have_no_bootstrap_interval():
     assert interval(np.full(50, 0.7)) is None  # a perfect or constant score is no certainty
     assert interval(values, lambda i: f"user {i // 2}") is None
     few = compared(values[1:], values[1:] / 2)
-    assert (few.low, few.high, few.p) == (None, None, None) and few.difference > 0
+    assert (few.low, few.high) == (None, None) and few.difference > 0
+
+
+def test_too_few_rows_for_an_interval_are_compared_by_a_sign_test():
+    """In groups these are compared, since their rows aren't independent."""
+    ours, theirs = np.full(12, 0.9), np.linspace(0, 0.9, 12)
+    found = compared(ours, theirs)
+    assert (found.low, found.gained, found.lost, found.p) == (None, 11, 0, pytest.approx(exact_p(11, 0)))
+    assert compared(ours, theirs, lambda i: f"user {i // 2}").p == pytest.approx(exact_p(6, 0))
 
 
 def test_an_error_rate_of_zero_or_one_isnt_a_share_of_right_rows():
@@ -142,6 +151,19 @@ def test_an_error_rate_of_zero_or_one_isnt_a_share_of_right_rows():
 def quick(monkeypatch):
     monkeypatch.setattr(uncertainty, "RESAMPLES", 200)
     monkeypatch.setattr(uncertainty, "LEVEL", 0.9)
+
+
+def test_groups_are_compared_by_their_scores_not_by_the_numbers_that_order_them():
+    """The second model's numbers are lower by 100, its orders the same but in group 2."""
+    right = [1, 0, 0, 1, 1, 0]
+    ours, theirs = [9, 1, 2, 8, 7, 3], [-91, -99, -98, -92, -97, -93]
+
+    def scored(numbers):
+        rows = [{"good": n, "group": i // 2 + 1, "predicted": n, "right": right[i]} for i, n in enumerate(numbers)]
+        return ScoredRows(rows, lambda some: ranking_scores(some, 2), 1)
+
+    found = compare(scored(ours), scored(theirs), "mrr")
+    assert (found.gained, found.lost, found.groups) == (1, 0, 3)
 
 
 def covered(draw, trials: int, **grouped) -> float:

@@ -296,6 +296,13 @@ def test_a_head_with_weights_needs_rows_and_a_stage_that_trains_it(folder):
     assert_conflicts([expected], text=text)
 
 
+def test_test_rows_with_another_option_of_the_task_are_told_which(folder):
+    data = "[{path: data/products.csv, task: {kind: rank, k: 2}, head: score}, "
+    data += "{path: data/products.csv, task: rank, head: score, split: test}]"
+    message = refused((folder / "x.yaml").read_text(), [f"data={data}", "train.stages.1.trains=[heads]"])
+    assert "data.0 has the task with other options (k: 2 there, 10 here): make them equal." in message
+
+
 def test_pairs_are_of_a_group(folder):
     head = "data.0.head={kind: score, loss: pairwise}"
     message = "data.0.head: pairwise compares rows of a group, and 'score' has none: use the task 'rank'."

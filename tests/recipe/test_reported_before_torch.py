@@ -85,6 +85,9 @@ def test_a_wrong_option_is_reported(verb, folder):
         ("predict runs/cals x.yaml", "runs/cals: no such run or folder; there are: runs/calls"),
         ("predict calls x.yaml", "calls: no such run or folder; there are: runs/calls"),
         ("predict some/where/else x.yaml", "no such run or folder"),
+        ("evaluate x.yaml", "x.yaml: a file, where the folder of a run is needed; `finetune run x.yaml` makes one"),
+        ("predict x.yaml x.yaml", "x.yaml: a file, where the folder of a run is needed; `finetune run x.yaml` makes"),
+        ("chat other/begun", "no adapter here: not a run folder, or `finetune train` hasn't finished"),
         ("evaluate runs/cals", "runs/cals: no such run or folder; there are: runs/calls"),
         ("merge runs/cals", "runs/cals: no such run or folder"),
         ("export runs/cals --to gguf", "runs/cals: no such run or folder"),
@@ -95,6 +98,7 @@ def test_a_wrong_option_is_reported(verb, folder):
         ("run x.yaml --run runs/none --resume", "runs/none: nothing to resume"),
         ("predict runs/calls x.yaml", "trained for kind, place: name one with --task"),
         ("data label x.yaml --run runs/calls", "trained for kind, place: name one with --task"),
+        ("chat runs/calls Hello --audio gone.wav", "--audio gone.wav: no such file"),
         ("chat runs/calls Hello --task kinds", "--task kinds: the model was trained for kind, place"),
     ],
 )
@@ -104,6 +108,8 @@ def test_what_is_wrong_with_a_run_is_reported(command, words, folder):
     (calls / "adapter").mkdir(parents=True)
     (calls / "exports" / "gguf").mkdir(parents=True)
     (calls / "recipe.yaml").write_text(GOOD)
+    (folder / "other" / "begun").mkdir(parents=True)
+    (folder / "other" / "begun" / "recipe.yaml").write_text(GOOD)
     bound = {"task": "classify", "head": "language"}
     manifest = {
         "format": 1,
@@ -115,4 +121,14 @@ def test_what_is_wrong_with_a_run_is_reported(command, words, folder):
     done = run(*command.split())
     assert done.returncode in (1, 2), done.stderr
     assert mentions(done.stderr, words) and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_other_rows_that_can_not_be_scored_are_reported(folder):
+    calls = folder / "runs" / "calls"
+    (calls / "adapter").mkdir(parents=True)
+    (calls / "recipe.yaml").write_text(GOOD.replace("data/products.csv", str(folder / "data" / "products.csv")))
+    (folder / "new.csv").write_text("photo\n1.png\n")
+    done = run("evaluate", "runs/calls", "--data", "new.csv")
+    assert done.returncode == 2 and mentions(done.stderr, "new.csv:2: no column|--columns"), done.stderr
     assert done.stdout.split() == []

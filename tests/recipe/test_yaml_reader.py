@@ -277,11 +277,12 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
 
 def test_another_file_of_a_folder_is_suggested_by_its_spelling(tmp_path, monkeypatch):
     (tmp_path / "products.csv").touch()
+    (tmp_path / "s3.csv").touch()
     monkeypatch.chdir(tmp_path)
     suggestion = " Did you mean 'products.csv'?"
     for path in ("product.csv", str(tmp_path / "Products.CSV")):
         assert near_file(path) == suggestion
-    for path in ("nothing", "products.csv", "no/such/product.csv", "a\0/product.csv"):
+    for path in ("nothing", "products.csv", "nosuch.csv", "no/such/product.csv", "a\0/product.csv"):
         assert near_file(path) == ""
 
 

@@ -71,6 +71,10 @@ KINDS = {  # the encoder for the model_type of a local folder
 }
 
 
+SOUND = ("whisper", *(kind for kind, part in KINDS.items() if part != "video_transformer"))
+VIDEOS = tuple(kind for kind, part in KINDS.items() if part == "video_transformer")
+
+
 @dataclass(frozen=True)
 class MediumParts:
     """An encoder and a projector as a recipe has them. `tokens`: of one medium, or of a second of sound."""
@@ -121,7 +125,14 @@ def parts_of(medium: str, card: InitCard, name: str | None, folder: Path | None)
     encoder: Yaml = {"kind": "vision", "name": chosen.name}
     if chosen.revision:
         encoder["revision"] = chosen.revision
-    local_kind = KINDS.get(str(config.get("model_type")))
+    model_type = str(config.get("model_type", ""))
+    local_kind = KINDS.get(model_type)
+    reads = ("audio",) if model_type in SOUND else ("video",) if model_type in VIDEOS else ("image", "video")
+    if model_type and medium not in reads:
+        raise RecipeError(
+            f"{given('encoder', name)}: is a {model_type}, which isn't known as an encoder of {medium}; name another, "
+            f"or write model.encoders.{medium} yourself"
+        )
     if medium == "audio":
         factor = SOUND_FACTOR
         encoder["kind"] = local_kind or "whisper"

@@ -1,7 +1,6 @@
 """Columns of rows, by their values: media, labels, numbers, boxes, conversations, text."""
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 
 from finetune.data.formats import Columns, _media
 from finetune.data.metrics.text import words
-from finetune.data.tasks._columns import NUMBER, split_at
+from finetune.data.tasks._columns import NUMBER, number_from, split_at
 
 Kind = Literal[
     "image",
@@ -37,6 +36,7 @@ SHORT = 60  # characters of a label, at most
 RARE = 2  # rows of a label, of which hardly any is left to learn from or to score
 MOST_LABELS = 200
 MOST = 0.9  # share of the values that decides
+NUMERIC = 0.95  # share of numbers in a column of them; what else is in it is reported row by row
 HAN = re.compile("[\u3400-\u9fff]")
 KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
 LABEL_NAMES = frozenset(
@@ -151,9 +151,10 @@ def _column(name: str, cells: Sequence[Any]) -> Column:
     if all(map(DATE.fullmatch, texts)):
         return Column(name, "date", different, len(values))
     unique = len(different) >= MOST * len(texts) > 2
-    if all(map(_is_number, texts)):
+    numbers = Counter({text: count for text, count in counts.items() if number_from(text) is not None})
+    if numbers.total() >= NUMERIC * len(texts):
         kind: Kind = "id" if unique and called(name, IDENTIFIERS) else "number"
-        return Column(name, kind, different, len(values), rare=_rare(counts))
+        return Column(name, kind, tuple(text for text, _ in numbers.most_common()), len(values), rare=_rare(numbers))
     for separator in SEPARATORS:
         pieces = [split_at(text, separator) for text in texts]
         labels = Counter(piece for row in pieces for piece in row)
@@ -233,12 +234,6 @@ def _parsed(value: Any) -> Any:
         with suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
-
-
-def _is_number(text: str) -> bool:
-    with suppress(ValueError):
-        return math.isfinite(float(text))
-    return False
 
 
 def _is_boxes(value: Any) -> bool:

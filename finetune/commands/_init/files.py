@@ -11,19 +11,18 @@ from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media
 from finetune.data.formats.table import Options
-from finetune.data.new_files import table_format
+from finetune.data.new_files import TRIED, best_folder, files_in, table_format
 from finetune.data.read import formats_of
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-TRIED = 50  # media whose files are looked for
 SHOWN = 6  # names in an error
 LOOKED_FOR = (
     "a table (.csv, .tsv, .xlsx) or JSON (.jsonl, .json); a folder for each label with its media in it; recordings "
-    "with their transcripts (Common Voice, LJSpeech, Kaldi); .tar files (WebDataset); .parquet or .arrow files; or "
-    "folders or files called train, validation and test of these"
+    "with their transcripts (Common Voice, LJSpeech, Kaldi, or 1.wav beside 1.txt); .tar files (WebDataset); .parquet "
+    "or .arrow files; or folders or files called train, validation and test of these"
 )
 
 
@@ -125,21 +124,16 @@ def media_place(found: Found, names: Mapping[str, Sequence[str]], folder: Path |
     if not local:
         return MediaPlace(folder, False)
     default = found.as_row_file().folder_of_media
-    below = [inside for inside in sorted(default.iterdir()) if inside.is_dir()]
-    candidates = [folder] if folder else [default, *below, default.parent]
-
-    def hits(place: Path, column: str) -> int:
-        return sum((place / name).is_file() for name in local[column])
-
-    best = max(candidates, key=lambda place: sum(hits(place, column) for column in local))
-    missing = tuple(column for column in local if not hits(best, column))
+    best = folder or best_folder(default, [name for values in local.values() for name in values])
+    missing = tuple(column for column, values in local.items() if not files_in(best, values))
     if len(missing) == len(local):
         example = next(iter(local.values()))[0]
         places = str(folder) if folder else f"{default}, in a folder there, or in {default.parent}"
-        raise DataError(
-            f"{found.path}: names media such as {example!r}, which isn't in {places}; put them there, or name their "
-            f"folder with {option('--media-folder', 'media_folder=')}"
-        )
+        cure = f"put them there, or name their folder with {option('--media-folder', 'media_folder=')}"
+        turned = [example.replace("\\", "/")]
+        if turned != [example] and files_in(folder or best_folder(default, turned), turned):
+            cure = "write / between folders, in place of \\"
+        raise DataError(f"{found.path}: names media such as {example!r}, which isn't in {places}; {cure}")
     root = best.resolve()
     outside = any(not (best / n).resolve().is_relative_to(root) for c in local if c not in missing for n in local[c])
     return MediaPlace(None if best == default else best, outside, missing)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from finetune.commands._init.columns import HAN
 from finetune.common.errors import DataError
-from finetune.data.hold_out import keys_of, splits_of
+from finetune.data.hold_out import connected, keys_of, splits_of
 from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.media.image import image_size
@@ -83,6 +83,11 @@ def held_out(rows: Rows, source: Source, seed: int) -> int:
     """How many become test rows."""
     keys = [keys_of(sample, group) for sample, group in zip(rows.samples, rows.groups, strict=True)]
     return splits_of(keys, [0] * len(keys), [source], seed).count("test") if source.split == "train" else 0
+
+
+def sets(rows: Rows) -> int:
+    """How many sets there are of rows that stay together."""
+    return len(connected([keys_of(sample, group) for sample, group in zip(rows.samples, rows.groups, strict=True)]))
 
 
 def media_sizes(samples: Sequence[Sample]) -> list[MediaSizes]:

@@ -1,12 +1,13 @@
 """The task for a table's columns: which of them is the answer, and what is asked for it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from finetune.commands._init.columns import HAN, LABEL_NAMES, MEDIA, Column, Kind, called
+from finetune.commands._init.columns import HAN, IDENTIFIERS, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError, given, option
-from finetune.data.tasks._columns import numbers_in
+from finetune.data.tasks._columns import number_from, numbers_in
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
 
@@ -14,7 +15,8 @@ ANSWERS = (  # names of columns that hold answers, the surest first
     *("label", "labels", "class", "category", "标签", "类别", "分类"),
     *("answer", "answers", "reply", "response", "antwort", "réponse", "respuesta", "答案", "回答", "回复"),
     *("caption", "captions", "description", "描述", "说明"),
-    *("transcript", "transcription", "text", "sentence", "文本", "文字", "转写"),
+    *("transcript", "transcription", "transkript", "transkription", "transcripción", "转写", "转录"),
+    *("text", "sentence", "文本", "文字"),
     *("boxes", "bbox", "box", "score", "rating", "price", "评分", "分数", "得分", "价格", "json", "target", "output"),
 )
 QUESTIONS = {
@@ -29,9 +31,17 @@ SUBJECTS = {  # words in the names of columns of labels
     *(*LABEL_NAMES, "reason", "topic", "intent", "sentiment", "grund", "thema", "kategorie", "klasse", "motif"),
     *("catégorie", "sujet", "categoría", "motivo", "tema", "tipo", "原因", "主题", "意图", "情感"),
 }
+RATINGS = {"score", "rating", "ratings", "stars", "bewertung", "sterne", "note", "calificación", "评分", "打分", "得分"}
 STAFF = {"agent", "operator", "author", "employee", "mitarbeiter", "bearbeiter", "客服", "坐席", "员工", "作者"}
-GROUPS = {"patient", "speaker", "subject", "customer", "user", "client", "病人", "患者", "说话人", "客户", "用户"}
+GROUPS = {
+    *("patient", "speaker", "subject", "customer", "user", "client", "pat", "participant", "person", "member"),
+    *("patienten", "kunde", "kunden", "klient", "klienten", "nutzer", "sprecher", "proband", "probanden"),
+    *("locuteur", "utilisateur", "cliente", "paciente", "hablante", "usuario"),
+    *("病人", "患者", "说话人", "客户", "用户", "顾客", "会员", "受试者"),
+}
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
+NUMBERED = "|".join(sorted({*IDENTIFIERS, "name", "code", "number", "num", "uid", "hash"}, key=len, reverse=True))
+LONG = 6  # letters of a word that is looked for within others
 FEWEST_GROUPS = 10  # of rows that are held out together
 MOST_CHOICES = 20  # labels of which each is tried for every answer
 FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
@@ -45,6 +55,7 @@ FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
     "transcribe": ("text", "label"),
     "vqa": ("texts", "labels", "text", "label"),
 }
+FIELDS: dict[Kind, str] = {"number": "number", "labels": "list", "texts": "list"}  # kinds of fields; else text
 ASKING = ("answer", "vqa")  # read a question from the rows
 TEXTLESS = ("chat", "transcribe")  # put no column before the question
 STRICT = ("chat", "extract", "ground", "score")  # no other kinds can be read
@@ -55,8 +66,9 @@ NAMES = {"image": ("picture", "图片"), "audio": ("recording", "录音"), "vide
 
 @dataclass(frozen=True)
 class Task:
-    """A task as a recipe has it. `options`: without `prompt`. `unused`: columns that it doesn't read. `alternatives`:
-    those of them that could be the answer, where nobody chose it.
+    """A task as a recipe has it. `options`: without `prompt`. `few_people`: a column that would be `group`
+    if it had more values. `unused`: columns that it doesn't read. `alternatives`: those of them that could be the
+    answer, where nobody chose it.
     """
 
     kind: str
@@ -67,6 +79,7 @@ class Task:
     head: str | Yaml = "language"
     columns: dict[str, str] = field(default_factory=dict)
     group: str | None = None
+    few_people: str | None = None
     unused: tuple[str, ...] = ()
     alternatives: tuple[str, ...] = ()
 
@@ -79,12 +92,13 @@ class Task:
 @dataclass(frozen=True)
 class Named:
     """What the user has named. `kind`: the task, None: by the column's values; `text`: a column that is put before the
-    question, None: the longest text of rows without media; `question`: the column of it, None: by its name.
+    question, None: the longest text of rows without media; `question`, `group`: columns, None: by their names.
     """
 
     kind: str | None = None
     text: str | None = None
     question: str | None = None
+    group: str | None = None
 
 
 def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
@@ -94,12 +108,19 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
     fitting = FITTING.get(named.kind or "", BY_KIND)
     asked = named.question is not None or any(map(_is_question, columns))
     with_media = any(column.kind in MEDIA for column in columns)
+    heard = any(column.kind == "audio" for column in columns)
 
     def order(column: Column) -> tuple[int, int, int, int]:
         constant = column.kind in ("label", "text", "number") and len(column.texts) < 2
         name = column.name.lower()
         unknown = len(ANSWERS) + (0 if called(column.name, SUBJECTS) else 1 + called(column.name, STAFF | GROUPS))
         known = ANSWERS.index(name) if name in ANSWERS else unknown
+        if column.kind in ("text", "texts") and with_media:
+            known = min([known, *(n for n, word in enumerate(ANSWERS) if _contains(column.name, word))])
+            if heard and known > len(ANSWERS):  # what was said is long; a label beside it is about the recording
+                known = len(ANSWERS) + called(column.name, STAFF | GROUPS)
+        if column.kind == "number" and called(column.name, RATINGS):
+            known = min(known, ANSWERS.index("rating"))
         if called(column.name, REPLIES):
             known = -1 if asked else min(known, ANSWERS.index("answer"))
         elif column.kind == "text" and not with_media:
@@ -107,9 +128,14 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
         unsure = (column.kind != "messages") + 2 * constant + 4 * (column.kind not in fitting)
         return unsure, known, BY_KIND.index(column.kind), -columns.index(column)
 
-    taken = (named.text, named.question)
+    taken = (named.text, named.question, named.group)
     fit = [c for c in columns if c.kind in BY_KIND and c.name not in taken and not _is_question(c)]
     return sorted(fit, key=order)
+
+
+def _contains(name: str, word: str) -> bool:
+    """As a word, or a longer one as a part of a compound."""
+    return called(name, {word}) or (len(word) >= LONG and word in name.lower())
 
 
 def _is_question(column: Column) -> bool:
@@ -117,6 +143,13 @@ def _is_question(column: Column) -> bool:
     if column.name.lower() in QUESTIONS:
         return column.kind != "empty"
     return column.kind == "text" and called(column.name, QUESTIONS) and not called(column.name, REPLIES)
+
+
+def fields_in(columns: Sequence[Column], named: Named) -> Column:
+    """What stands for the JSON object of rows whose fields are in columns of their names: `texts` are these names."""
+    asked = (named.text, named.group)
+    fields = [c for c in columns if c.kind not in (*MEDIA, "empty", "messages", "boxes") and c.name not in asked]
+    return Column("", "json", tuple(column.name for column in fields), max((c.filled for c in fields), default=0))
 
 
 def task_for(columns: Sequence[Column], answer: Column, named: Named, language: str) -> Task:
@@ -130,7 +163,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
         raise RecipeError(f"{given('task', kind)}: {held}; name another with {option('--answer', 'answer=')}")
     media = _media_of(columns, answer)
-    for key, name in {"text": named.text, "question": named.question}.items():
+    for key, name in {"text": named.text, "question": named.question, "group": named.group}.items():
         if name is not None and name == answer.name:
             raise RecipeError(
                 f"{given(key, name)}: that is the answer; name another column with {option('--answer', 'answer=')}"
@@ -145,6 +178,9 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         media = {name: column for name, column in media.items() if name in ("audio", "video")}
     before = named.text or _text_before(columns, answer, subject, kind, bool(media)) or ""
     options = _options(kind, answer, asked.name if asked else "", before)
+    if kind == "extract" and not answer.name:
+        fields = [column for column in columns if column.name in answer.texts and column.name != before]
+        options["fields"] = {column.name: FIELDS.get(column.kind, "text") for column in fields}
     if not media and not before and not asked and kind != "chat":
         raise RecipeError(
             f"nothing to ask about: no column holds pictures, recordings, videos or text beside {answer.name!r} "
@@ -152,7 +188,9 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         )
     if kind == "transcribe" and not media:
         raise RecipeError(f"{given('task', kind)}: no column holds recordings (columns: {_names(columns)})")
-    used = {answer.name, before, asked.name if asked else "", *media.values()}
+    group, few_people = (named.group, None) if named.group else _group(columns, answer, media)
+    answers = (answer.name,) if answer.name else answer.texts
+    used = {*answers, before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
         answer,
@@ -161,7 +199,8 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         options,
         _head(kind, answer),
         {name: column for name, column in media.items() if name != column},
-        _group(columns, answer),
+        group,
+        few_people,
         tuple(c.name for c in columns if c.name not in used and c.kind != "empty"),
     )
 
@@ -249,7 +288,7 @@ def _options(kind: str, answer: Column, asked: str, before: str) -> Yaml:
         label = {} if answer.name == "label" else {"label": answer.name}
         return {**text, **label, **({"separator": answer.separator} if answer.separator else {})}
     if kind == "score":
-        numbers = sorted(map(float, answer.texts))
+        numbers = sorted(number for text in answer.texts if (number := number_from(text)) is not None)
         rating = len(numbers) <= 11 and all(number.is_integer() for number in numbers)
         bounds = {"minimum": numbers[0], "maximum": numbers[-1]} if rating and len(numbers) > 1 else {}
         return {**text, **({} if answer.name == "score" else {"number": answer.name}), **bounds}
@@ -294,13 +333,27 @@ def _head(kind: str, answer: Column) -> str | Yaml:
     return "language"
 
 
-def _group(columns: Sequence[Column], answer: Column) -> str | None:
-    for column in columns:
-        groups = column.kind in ("label", "text", "id", "number") and len(column.texts) >= FEWEST_GROUPS
-        complete = column.filled == answer.filled > len(column.texts)
-        if column.name.lower() in GROUPS and groups and complete and column is not answer:
-            return column.name
-    return None
+def _group(columns: Sequence[Column], answer: Column, media: Collection[str]) -> tuple[str | None, str | None]:
+    """(the column of who or what several rows are about, filled in all rows with an answer; one of too few for that).
+    Staff are heard or seen in recordings and videos only.
+    """
+    few = None
+    for people in (GROUPS, STAFF) if {"audio", "video"} & set(media) else (GROUPS,):
+        for column in sorted(columns, key=lambda column: column.name.lower() not in people):
+            complete = column.filled >= answer.filled and column.filled > len(column.texts)
+            fits = column.kind in ("label", "text", "id", "number") and complete and column is not answer
+            if fits and _names_groups(column.name, people):
+                if len(column.texts) >= FEWEST_GROUPS:
+                    return column.name, None
+                few = few or (column.name if len(column.texts) > 1 else None)
+    return None, few
+
+
+def _names_groups(name: str, people: Collection[str]) -> bool:
+    """'Pat. No', customer_id, Kundennummer: somebody, and nothing else but the words for a number or a name."""
+    somebody = "|".join(sorted(people, key=len, reverse=True))
+    found = re.search(somebody, name.lower())
+    return bool(found and re.fullmatch(rf"(?:{somebody}|{NUMBERED}|s\b|[\W\d_])+", name.lower()))
 
 
 def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, language: str) -> str:
@@ -308,6 +361,7 @@ def _prompt(kind: str, answer: str, media: tuple[str, ...], asked: bool, languag
     rows' language.
     """
     chinese = language == "zh"
+    answer = answer.rstrip("?？:： ") or answer
     named = language in ("en", "zh") and bool(HAN.search(answer)) == chinese
     which, number, text = (f"Which {answer}?", f"{answer}是什么？"), (answer, answer), (answer, answer)
     if not named:

@@ -28,12 +28,12 @@ model:
 {% endif %}
 adapter: {rank: 16, alpha: 32, dropout: 0.05}
 data:
-  - path: {{ sources[0].path | flow }}  # {{ "{:,}".format(sources[0].rows) }} rows
+  - path: {{ sources[0].path | flow }}
 {% for key, value in sources[0].keys.items() %}
     {{ key }}: {{ value | flow }}{{ comments.get(key, "") }}
 {% endfor %}
 {% for source in sources[1:] %}
-  - {{ source.whole() | flow }}  # {{ "{:,}".format(source.rows) }} rows
+  - {{ source.whole() | flow }}
 {% endfor %}
 train:
   tokens_per_batch: {{ schedule.tokens_per_batch }}  # the longest row has about {{ schedule.longest }}
@@ -61,7 +61,6 @@ class WrittenSource:
     """`path`: as it is written; `keys`: the others of the source."""
 
     path: str
-    rows: int
     keys: Yaml
 
     def whole(self) -> Yaml:

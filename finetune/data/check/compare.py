@@ -63,7 +63,7 @@ def _leaking_media(ledger: Ledger) -> Iterator[Finding]:
             group by u.digest)
         select t.id, t.source, t.number, u.path, e.split, e.source, e.number, min(e.id)
         from evaluated v join uses u on u.digest = v.digest join rows t on t.id = u.row join rows e on e.id = v.row
-        where t.split = 'train' and t.id not in (select row from findings where code = 'leak_row')
+        where t.split = 'train' and not t.ranked and t.id not in (select row from findings where code = 'leak_row')
         group by t.id order by t.id"""
     for row, source, number, path, split, *other, _ in ledger.query(query):
         text = f"its medium is also that of a {split} row, {ledger.where(*other)}"
@@ -98,7 +98,8 @@ def _near(ledger: Ledger) -> Iterator[Finding]:
         select r.id, r.source, r.number, u.path, r.split from uses u join rows r on r.id = u.row where u.digest = ?
         order by r.split = ? desc, r.id limit 1"""
     splits = f"""
-        select max(r.split = 'train'), max(r.{EVALUATED}) from uses u join rows r on r.id = u.row where u.digest = ?"""
+        select max(r.split = 'train' and not r.ranked), max(r.{EVALUATED}) from uses u join rows r on r.id = u.row
+        where u.digest = ?"""
     count = 0
     for left, right, bits in near_pairs(ledger):
         (left_trained, left_held), (right_trained, right_held) = (next(ledger.query(splits, d)) for d in (left, right))
@@ -110,7 +111,7 @@ def _near(ledger: Ledger) -> Iterator[Finding]:
             continue  # unusable rows have a finding already
         row, source, number, path, _ = usage
         _, other_source, other_number, other_path, _ = other
-        text = f"{1 - bits / 128:.1%} similar to that of {ledger.where(other_source, other_number)}"
+        text = f"at thumbnail size {1 - bits / 128:.1%} similar to that of {ledger.where(other_source, other_number)}"
         yield Finding("leak_near" if leaks else "near", text, row, source, number, path, other_path)
         count += 1
         if count == MAX_PAIRS:

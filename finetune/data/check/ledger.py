@@ -20,11 +20,11 @@ CODES = {
     "no_rows": ("error", "sources without a usable row"),
     "leak_row": ("error", "training rows that are in evaluation too"),
     "leak_medium": ("warning", "training rows with a medium that is in evaluation too"),
-    "leak_near": ("warning", "training pictures that are near-duplicates of one in evaluation"),
+    "leak_near": ("warning", "pairs of a training picture and a near-duplicate in evaluation"),
     "identical": ("warning", "duplicate rows"),
     "contradiction": ("warning", "the same question and media with another label"),
     "duplicate": ("warning", "files with the same content as another"),
-    "near": ("warning", "near-duplicate pictures"),
+    "near": ("warning", "pairs of near-duplicate pictures"),
     "imbalance": ("warning", "labels that are rare in training"),
     "unknown_label": ("warning", "labels that no training row has"),
     "encoding": ("warning", "text in the wrong encoding"),
@@ -37,7 +37,7 @@ ERRORS = tuple(code for code, (severity, _) in CODES.items() if severity == "err
 
 SCHEMA = """
 create table rows (id integer primary key, source integer, number integer, split text, content blob, question blob,
-                   tokens integer, answer text);
+                   tokens integer, answer text, ranked integer);
 create table uses (row integer, digest blob, kind text, path text);
 create table media (digest blob primary key, hash blob, thumbnail blob);
 create table labels (row integer, label_set text, split text, label text);
@@ -71,7 +71,9 @@ class Finding:
 
 @dataclass
 class Examined:
-    """One row, as far as it could be read. `label_set`: equal for rows whose labels are of one set."""
+    """One row, as far as it could be read. `label_set`: equal for rows whose labels are of one set. `ranked`: whether
+    it is an item of a ranking, whose media groups share.
+    """
 
     row: int
     source: int
@@ -85,6 +87,7 @@ class Examined:
     labels: tuple[str, ...] = ()
     media: list[View] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    ranked: bool = False
 
 
 class SplitCounts(TypedDict):
@@ -125,8 +128,9 @@ class Ledger:
     def add(self, rows: Iterable[Examined]) -> None:
         for one in rows:
             if one.split:
-                values = (one.row, one.source, one.number, one.split, one.content, one.question, one.tokens)
-                self.base.execute("insert into rows values (?, ?, ?, ?, ?, ?, ?, ?)", (*values, _encodable(one.answer)))
+                place = one.row, one.source, one.number, one.split
+                values = (*place, one.content, one.question, one.tokens, _encodable(one.answer), one.ranked)
+                self.base.execute("insert into rows values (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             uses = [(one.row, use.digest, use.kind, use.path) for use in one.media]
             self.base.executemany("insert into uses values (?, ?, ?, ?)", uses)
             media = [(use.digest, use.hash, use.thumbnail) for use in one.media]

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from finetune.common.errors import DataError
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
+from finetune.data.formats.table import Options, check_header
 from finetune.data.read import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.schema import RowFile
@@ -62,6 +63,9 @@ def lenient_rows(source: RowFile, report: Report, max_bytes: int) -> Iterator[Ro
         readable = {"media_folder": source.folder_of_media, "format": replace(part, options=options)}
         source = source.model_copy(update=readable)
         if suffix in DELIMITERS:
+            if isinstance(options, Options) and (wrong := _wrong_header(source.path, encoding, options)):
+                report(0, wrong, "")
+                return
             delimiter = getattr(options, "delimiter", None) or DELIMITERS[suffix]
             yield from _rest_of_table(source, copy, last, encoding, delimiter, report, max_bytes)
         else:
@@ -141,6 +145,19 @@ def _elements(file: TextIO, path: Path, report: Report) -> Iterator[str]:
             yield json.dumps(element, ensure_ascii=False)
     except DataError as error:
         report(0, f"{error}; what follows can't be read", "")
+
+
+def _wrong_header(path: Path, encoding: str, options: Options) -> str:
+    """Why no row of a table can be read, '' if rows can."""
+    with path.open(encoding=encoding, errors="replace", newline="") as lines:
+        try:
+            delimiter = options.delimiter or DELIMITERS[path.suffix.lower()]
+            check_header(path, next(csv.reader(lines, delimiter=delimiter, strict=True), []), options)
+        except csv.Error:
+            return ""  # reported with its line
+        except DataError as error:
+            return str(error)
+    return ""
 
 
 def _rest_of_table(

@@ -50,7 +50,7 @@ def rows(path: Path, options: Options) -> NumberedRows:
     try:
         with path.open(encoding=encoding, newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            _check_header(path, list(reader.fieldnames or ()), options)
+            check_header(path, list(reader.fieldnames or ()), options)
             for columns in reader:
                 if None in columns:
                     raise DataError(f"{path.name}:{reader.line_num}: more fields than the header's {len(columns) - 1}")
@@ -72,7 +72,8 @@ def _marked_encoding(path: Path) -> str:
     return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
-def _check_header(path: Path, header: list[str], options: Options) -> None:
+def check_header(path: Path, header: list[str], options: Options) -> None:
+    """Raises DataError for a header that doesn't name the columns, each once."""
     if len(header) == 1 and ";" in header[0] and not options.delimiter:
         raise DataError(
             f"{path.name}:1: fields stand between semicolons; save it with commas, or as .tsv, or write "
@@ -101,7 +102,7 @@ def _sheet_rows(path: Path, options: Options) -> NumberedRows:
             sheet = book[options.sheet or book.sheetnames[0]]
             lines = enumerate(sheet.iter_rows(values_only=True), 1)
             header = [_text(value) for value in next(lines, (1, ()))[1]]
-            _check_header(path, header, options)
+            check_header(path, header, options)
             for number, values in lines:
                 texts = [_text(value) for value in values]
                 if any(texts[len(header) :]):

@@ -5,6 +5,8 @@ of the corpus.
   stay; `speaker` is its client_id.
 - LJSpeech: `metadata.csv` of `id|text|normalized text` without a header, recordings in `wavs/`. Columns: id,
   normalized.
+- Pairs: `1.wav` beside `1.txt`, which holds what is said in it, and no table. Column: id. `text` is empty where the
+  file is missing.
 - Kaldi: `wav.scp`, `text`, and perhaps `utt2spk`. Columns: id, speaker. No command is ever run for a recording.
 """
 
@@ -18,6 +20,7 @@ from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
 from finetune.data.formats import NumberedRows, _media
 
+TABLES = {".csv", ".tsv", ".xlsx", ".json", ".jsonl", ".parquet", ".scp"}
 COMMON_VOICE, LJSPEECH, KALDI = "validated.tsv", "metadata.csv", "wav.scp"
 
 
@@ -26,13 +29,19 @@ class Options(PartOptions):
 
 
 def detects(path: Path) -> bool:
-    return path.is_dir() and _transcripts(path) is not None
+    return path.is_dir() and (_transcripts(path) is not None or _has_pairs(path))
 
 
 def rows(path: Path, options: Options) -> NumberedRows:
     name = options.file or _transcripts(path)
+    if name is None and _has_pairs(path):
+        yield from _beside_texts(path)
+        return
     if name is None:
-        raise DataError(f"{path}: none of {COMMON_VOICE} with clips/, {LJSPEECH} with wavs/, {KALDI} with text in it")
+        raise DataError(
+            f"{path}: none of {COMMON_VOICE} with clips/, {LJSPEECH} with wavs/, {KALDI} with text, recordings with a "
+            ".txt of their name in it"
+        )
     if not (path / name).is_file():
         raise DataError(f"{path}: no file {name!r} in it; write another as `format: {{kind: transcripts, file: ...}}`")
     try:
@@ -49,6 +58,25 @@ def rows(path: Path, options: Options) -> NumberedRows:
 def _transcripts(path: Path) -> str | None:
     beside = {COMMON_VOICE: "clips", LJSPEECH: "wavs", KALDI: "text"}
     return next((n for n, other in beside.items() if (path / n).is_file() and (path / other).exists()), None)
+
+
+def _has_pairs(path: Path) -> bool:
+    """Also no table, which may say more."""
+    names = {file.name for file in path.iterdir()}
+    if any(Path(name).suffix.lower() in TABLES for name in names):
+        return False
+    return any(_media.kind_of(name) == "audio" and f"{Path(name).stem}.txt" in names for name in names)
+
+
+def _beside_texts(path: Path) -> NumberedRows:
+    recordings = [file for file in sorted(path.iterdir()) if _media.kind_of(file.name) == "audio"]
+    for number, file in enumerate((file for file in recordings if not _media.is_hidden(file.name)), 1):
+        said = file.with_suffix(".txt")
+        try:
+            text = " ".join(said.read_text(encoding="utf-8-sig").split()) if said.is_file() else ""
+        except UnicodeDecodeError as error:
+            raise DataError(f"{said}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        yield number, {"audio": file.name, "text": text, "id": file.stem}
 
 
 def _common_voice(table: Path) -> NumberedRows:

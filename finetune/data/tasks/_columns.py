@@ -28,6 +28,21 @@ class QuestionOptions(TaskOptions):
 NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
+# 99,00 and 1.234,50; not 1,234, which may be a thousand.
+DECIMAL_COMMA = re.compile(r"\s*[-+]?(?:0|\d{4,}|\d{1,3}(?:\.\d{3})+|\d{1,3}(?=,(?!\d{3}\s*$))),\d+\s*")
+
+
+def number_from(text: str) -> float | None:
+    """The finite number that is the whole text, also with a decimal comma; None if it is none, or isn't clear."""
+    if DECIMAL_COMMA.fullmatch(text):
+        text = text.replace(".", "").replace(",", ".")
+    with suppress(ValueError):
+        number = float(text)
+        if math.isfinite(number):
+            return number
+    return None
+
+
 def numbers_in(text: str) -> list[float]:
     return [float(number) for number in re.findall(NUMBER, text)]
 
@@ -65,11 +80,11 @@ def user_turn(
 def number_of(row: Row, column: str) -> float:
     """A column that holds a finite number, or the text of one. Raises DataError."""
     text = row.text(column)
-    with suppress(ValueError):
-        number = float(text)
-        if math.isfinite(number):
-            return number
-    raise DataError(f"{row.where}: {row.called(column)} holds {text[:40]!r}; write a number, like 3 or 4.5")
+    if (number := number_from(text)) is not None:
+        return number
+    unclear = re.fullmatch(r"[-+]?\d{1,3},\d{3}", text.strip())
+    example = f"{text.replace(',', '')} or {text.replace(',', '.')}" if unclear else "3 or 4.5"
+    raise DataError(f"{row.where}: {row.called(column)} holds {text[:40]!r}; write a number, like {example}")
 
 
 def value_of(row: Row, column: str) -> Any:

@@ -5,6 +5,7 @@ the trained model with the other conditions on the same rows.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from finetune.data.metrics import lower_is_better
@@ -16,6 +17,7 @@ from finetune.evaluation.results import Comparison
 from finetune.evaluation.uncertainty import FEWEST, mcnemar
 
 Verdict = Literal["yes", "no", "worse", "unclear"]
+CHANCE = 0.05  # p of a difference that is taken for chance
 RIGHT = ("accuracy", "exact_match")  # shares of right rows
 
 
@@ -57,11 +59,12 @@ def headline(content: Content, task: str, metrics: Mapping[str, Mapping[str, flo
     highest = max(abs(score.high or score.value) for score in scores.values())
     single = not any(isinstance(prediction.target, list) for prediction in predictions)
     rows = content.rows_of(task)
+    says = _sentence(metric, scores, rows, kinds, of_rows=metric in RIGHT and single)
     return Headline(
         task=task,
         metric=metric,
         rows=rows,
-        sentence=_sentence(metric, scores, rows, kinds, of_rows=metric in RIGHT and single),
+        sentence=f"On {_rows(content, rows)} {says}",
         scores=list(scores.values()),
         conclusions=[
             *_against_conditions(metric, scores, kinds),
@@ -72,24 +75,36 @@ def headline(content: Content, task: str, metrics: Mapping[str, Mapping[str, flo
 
 
 def verdict_of(comparison: Comparison, lower: bool) -> Verdict:
-    """ "yes" or "worse" if the CI of the difference excludes 0; else "unclear" if the trained model is better, "no" if
-    it isn't. `lower`: whether lower is better.
+    """ "yes" or "worse" if the CI of the difference excludes 0, or without one if p is small and the rows changed
+    accordingly; else "unclear" if the trained model is better, "no" if it isn't. `lower`: whether lower is better.
     """
     sign = -1 if lower else 1
     if comparison.low is not None and comparison.high is not None:
         worst, best = sorted((sign * comparison.low, sign * comparison.high))
         if worst > 0 or best < 0:
             return "yes" if worst > 0 else "worse"
+    elif comparison.p is not None and comparison.p < CHANCE:
+        changed = comparison.gained - comparison.lost
+        if sign * comparison.difference * changed > 0:
+            return "yes" if changed > 0 else "worse"
     return "unclear" if sign * comparison.difference > 0 else "no"
 
 
+def _rows(content: Content, rows: int) -> str:
+    plural = "" if rows == 1 else "s"
+    path = content.metrics.data.path
+    return f"{rows:,} row{plural} of {Path(path).name}" if path else f"{rows:,} held-out row{plural}"
+
+
 def _sentence(metric: str, scores: Mapping[str, Score], rows: int, kinds: Sequence[str], *, of_rows: bool) -> str:
-    """What someone reads who reads nothing else."""
+    """What someone reads who reads nothing else, after the number of rows."""
     tuned, lower = scores["tuned"], lower_is_better(metric)
     if tuned.low is not None and tuned.high is not None:
         certainty = f"95% CI {words.span(metric, tuned.low, tuned.high)}"
     else:
-        certainty = "too few rows for a CI" if rows < FEWEST else "all rows score alike: no CI"
+        groups = next((score.compared.groups for score in scores.values() if score.compared), 0)
+        counted, noun = (groups, "groups") if groups else (rows, "rows")
+        certainty = f"too few {noun} for a CI" if counted < FEWEST else f"all {noun} score alike: no CI"
     certainty += "; lower is better" if lower else ""
     ours = words.value(metric, tuned.value)
     if of_rows:
@@ -106,7 +121,7 @@ def _sentence(metric: str, scores: Mapping[str, Score], rows: int, kinds: Sequen
                 "no": ", so nothing shows that training helped",
                 "worse": ", so training made it worse",
             }[verdict_of(base.compared, lower)]
-    sentences = [f"On {rows:,} held-out row{'' if rows == 1 else 's'} {says}."]
+    sentences = [f"{says}."]
     if (blank := scores.get("blank")) and blank.compared:
         noun, value = _noun(kinds), words.value(metric, blank.value)
         sentences.append(
@@ -165,13 +180,14 @@ def _against_most_frequent(tuned: Score, predictions: Sequence[Prediction]) -> l
 
 def figures(metric: str, compared: Comparison) -> str:
     """'+50.9 points, 95% CI +42.6 to +58.0; rows: 120 gained, 5 lost; p < 0.001'."""
+    noun = "groups" if compared.groups else "rows"
     scale, form, unit = (100, "+.1f", " points") if words.is_share(metric) else (1, "+.3f", "")
     text = f"{scale * compared.difference:{form}}{unit}, "
     if compared.low is not None and compared.high is not None:
         text += f"95% CI {scale * compared.low:{form}} to {scale * compared.high:{form}}"
     else:
-        text += "too few rows for a CI"
-    text = text.replace("-", "−") + f"; rows: {compared.gained:,} gained, {compared.lost:,} lost"
+        text += f"too few {noun} for a CI"
+    text = text.replace("-", "−") + f"; {noun}: {compared.gained:,} gained, {compared.lost:,} lost"
     if compared.p is not None:
         text += "; p < 0.001" if compared.p < 0.001 else f"; p = {compared.p:.2g}"
     return text

@@ -36,6 +36,13 @@ def test_a_sound_file_is_read_as_its_format_reads_it(tmp_path):
     assert [row.number for row in rows] == list(range(2, 202)) and not told
 
 
+def test_semicolons_for_commas_are_one_fault_though_numbers_have_commas(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("image;total\n" + "".join(f"{n}.png;{n},00\n" for n in range(50)))
+    rows, told = read(path)
+    assert not rows and len(told) == 1 and "delimiter: ';'" in told[0][1]
+
+
 @pytest.mark.parametrize("array", [False, True])
 def test_json_goes_on_behind_each_broken_row(tmp_path, array):
     good = [{"image": f"{n}.png", "label": "红"} for n in range(150)]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -78,8 +79,8 @@ def test_a_medium_of_training_in_evaluation(ledger):
 def test_a_picture_like_one_of_evaluation(ledger):
     ledger.add([row(0, "test", hashed=bytes(16)), row(1, hashed=bytes(15) + b"\1"), row(2, hashed=bytes(15) + b"\3")])
     assert found(ledger, "leak_near") == [
-        (3, "99.2% similar to that of rows.csv:2"),
-        (4, "98.4% similar to that of rows.csv:2"),
+        (3, "at thumbnail size 99.2% similar to that of rows.csv:2"),
+        (4, "at thumbnail size 98.4% similar to that of rows.csv:2"),
     ]
     assert ledger.counts() == {"leak_near": 2, "near": 1}
 
@@ -102,3 +103,9 @@ def test_labels(ledger):
     ((number, text),) = found(ledger, "imbalance")
     assert number == 0 and "1 of 3 labels are rare among 72 training rows: 'newt' 2; most frequent: 'cat' 40" in text
     assert [finding.text for finding in ledger.findings("unknown_label")] == ["'yak' isn't a label of any training row"]
+
+
+def test_pictures_that_groups_of_a_ranking_share_are_no_leak(ledger):
+    rows = row(0, digest=b"a"), row(1, "test", digest=b"a", path="0.png")
+    ledger.add([replace(one, ranked=True) for one in rows])
+    assert found(ledger, "leak_medium") == []

@@ -73,3 +73,21 @@ def test_no_command_is_run_for_a_recording(place, message, tmp_path, monkeypatch
 def test_a_folder_without_transcripts_is_told_what_is_missing(tmp_path):
     with pytest.raises(DataError, match=r"none of validated.tsv with clips/"):
         read(tmp_path)
+
+
+def test_recordings_beside_texts_of_their_names(tmp_path):
+    for name, text in {"b": "two\nlines", "a": "\ufeff你好"}.items():
+        put(tmp_path / f"{name}.txt", text)
+        put(tmp_path / f"{name}.WAV", tiny_formats.sound())
+    put(tmp_path / "c.mp3", b"x")
+    assert transcripts.detects(tmp_path)
+    assert [(n, row["audio"], row["text"]) for n, row in read(tmp_path)] == [
+        (1, "a.WAV", "你好"),
+        (2, "b.WAV", "two lines"),
+        (3, "c.mp3", ""),
+    ]
+    put(tmp_path / "c.txt", "naïve".encode("cp1252"))
+    with pytest.raises(DataError, match=r"c.txt: not UTF-8 \(byte 2\)"):
+        read(tmp_path)
+    put(tmp_path / "rows.csv", "audio,text\n")
+    assert not transcripts.detects(tmp_path)

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 from task_rows import Asked
 
 from finetune.common.errors import DataError
-from finetune.data.sample import Answer
+from finetune.data.sample import Answer, Row
+from finetune.data.tasks._columns import number_from, number_of
 from finetune.data.tasks.score import Options, written
 
 
@@ -25,7 +28,7 @@ def test_good_is_the_share_of_the_range_that_is_not_missed(tmp_path):
     assert [free.row(sample, Answer(text))["good"] for text in ("2", "3", "x")] == [1.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("value", ["", None, "four", "nan", "inf", "6", 0, "1,5", [3]])
+@pytest.mark.parametrize("value", ["", None, "four", "nan", "inf", "6", 0, "1,500", [3]])
 def test_what_is_no_number_within_the_bounds_is_refused(tmp_path, value):
     with pytest.raises(DataError, match=r"rows\.csv:2: column 'score'"):
         Asked("score", tmp_path, minimum=1, maximum=5).sample(score=value)
@@ -41,3 +44,17 @@ def test_no_more_digits_than_there_are():
         *("0", "0", "10", "0.13", "-2.5", "1000000")
     ]
     assert written(10.0, 0) == "10" and written(2.5, 0) == "2"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("99,00", 99), ("1.234,50", 1234.5), ("-0,125", -0.125), ("1234,567", 1234.567), ("4.5", 4.5)]
+)
+def test_numbers_with_a_decimal_comma(text, number):
+    assert number_from(text) == number
+
+
+def test_a_comma_that_may_be_either_is_refused():
+    assert number_from("1,234") is None and number_from("1,2,3") is None and number_from("nan") is None
+    row = Row(Path("rows.csv"), 2, {"score": "1,234"}, Path("."))
+    with pytest.raises(DataError, match=r"holds '1,234'; write a number, like 1234 or 1\.234"):
+        number_of(row, "score")

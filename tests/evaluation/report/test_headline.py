@@ -1,7 +1,7 @@
 """What a run comes to, in sentences that the rows bear out."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from html_page import Page
@@ -12,7 +12,7 @@ from finetune.data.sample import Medium
 from finetune.evaluation.report.content import Content
 from finetune.evaluation.report.headline import figures, headlines, verdict_of
 from finetune.evaluation.report.report import report
-from finetune.evaluation.results import Comparison, Metrics
+from finetune.evaluation.results import Comparison, Metrics, OtherRows
 from finetune.evaluation.uncertainty import mcnemar, share_interval
 
 
@@ -71,6 +71,13 @@ def test_chance_is_named_where_it_may_be_chance(right, untrained, rows, says):
     assert found.sentence.endswith(f"; the untrained one {untrained / rows:.0%}{says}.")
 
 
+def test_few_groups_are_no_rows_that_score_alike():
+    compared = {"base": Comparison(0.2, gained=3, lost=1, groups=4)}
+    (found,) = headlines(content_of("mrr", {"tuned": 0.667, "base": 0.467}, compared, 40, "image"))
+    assert "is 0.667 (too few groups for a CI); the untrained one's is 0.467" in found.sentence
+    assert found.conclusions[0].reasons[0][1] == "+0.200, too few groups for a CI; groups: 3 gained, 1 lost"
+
+
 def test_error_rates_are_better_when_lower():
     scores = {"tuned": 0.008, "base": 1.302, "blank": 0.652}
     compared = {"base": Comparison(-1.294, -1.5, -1.1, 190, 0), "blank": Comparison(-0.644, -0.8, -0.5, 180, 1)}
@@ -92,6 +99,21 @@ def test_too_few_rows_are_named():
     assert "the trained model's IoU is 0.500 (too few rows for a CI)" in found.sentence
     assert found.conclusions[0].verdict == "unclear"
     assert found.conclusions[0].reasons[0][1] == "+0.300, too few rows for a CI; rows: 4 gained, 1 lost"
+
+
+def test_few_rows_of_which_nearly_all_gained_leave_no_doubt():
+    scores = {"tuned": 0.014, "base": 1.6, "blank": 1.1}
+    compared = {name: Comparison(0.014 - scores[name], gained=11, lost=0, p=0.001) for name in ("base", "blank")}
+    content = content_of("word_error_rate", scores, compared, 12, "audio")
+    other = content.metrics.model_copy(update={"data": OtherRows(path="/rows/neu.csv")})
+    (found,) = headlines(replace(content, metrics=other))
+    assert found.sentence == (
+        "On 12 rows of neu.csv the trained model's word error rate is 1.4% (too few rows for a CI; lower is better); "
+        "the untrained one's is 160%. With blank recordings it rises to 110%, so it does use them."
+    )
+    assert verdict_of(Comparison(1.6, gained=0, lost=11, p=0.001), lower=True) == "worse"
+    assert verdict_of(Comparison(-1.6, gained=0, lost=11, p=0.001), lower=True) == "unclear"  # one row outweighs them
+    assert verdict_of(Comparison(-1.6, gained=3, lost=0, p=0.25), lower=True) == "unclear"
 
 
 def test_several_right_answers_arent_answered_right_or_wrong():
