@@ -147,8 +147,8 @@ def _attend(
             part = eager(module, queries, keys, values, added[None, None], dropout=dropout, scaling=scaling, **options)
         else:
             options["is_causal"] = visible is None
-            mask = None if visible is None else visible[None, None]
-            part = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **options)
+            given = None if visible is None else visible[None, None]
+            part = sdpa_attention_forward(module, queries, keys, values, given, dropout, scaling, **options)
         parts.append(part[0])
     return torch.cat(parts, 1), None
 
