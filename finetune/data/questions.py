@@ -72,7 +72,9 @@ def worded(prompt: str, task: TaskPart) -> Wording:
         except DataError:  # nothing is asked
             return Wording(prompt, tuple(columns))
         lines = "\n".join(part for part in question.content if isinstance(part, str)).split("\n")
-        return Wording("\n".join(line for line in lines if line != mark), tuple(columns))
+        text = "\n".join(line for line in lines if line != mark)
+        typed = text.removeprefix(prompt).strip() in prompt  # all of it, by one who knows the task
+        return Wording(prompt if typed else text, tuple(columns))
 
 
 def question_about_media(row: Row, prompt: str | None = None) -> tuple[Message, ...]:

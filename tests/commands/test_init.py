@@ -296,6 +296,12 @@ def test_one_number_in_words_is_a_fault_of_its_row_and_does_not_change_the_task(
     assert recipe.data[0].task.kind == "score" and recipe.data[0].task.options.maximum == 5
 
 
+def test_a_rating_is_the_answer_before_labels_of_no_known_name():
+    rows = [[f"a review, number {n}", ("yes", "no")[n % 2], n % 5 + 1] for n in range(40)]
+    path = table(Path("reviews.csv"), ["review", "Clicked?", "Your Rating"], rows)
+    assert load_recipe(finetune.init(path, card="cpu")).data[0].task.options.number == "Your Rating"
+
+
 def test_decimal_commas_are_numbers():
     rows = [[f"an invoice, number {n}", f"{n % 8},50"] for n in range(40)]
     recipe = load_recipe(finetune.init(table(Path("bills.csv"), ["invoice text", "Summe €"], rows), card="cpu"))

@@ -31,6 +31,7 @@ SUBJECTS = {  # words in the names of columns of labels
     *(*LABEL_NAMES, "reason", "topic", "intent", "sentiment", "grund", "thema", "kategorie", "klasse", "motif"),
     *("catégorie", "sujet", "categoría", "motivo", "tema", "tipo", "原因", "主题", "意图", "情感"),
 }
+RATINGS = {"score", "rating", "ratings", "stars", "bewertung", "sterne", "note", "calificación", "评分", "打分", "得分"}
 STAFF = {"agent", "operator", "author", "employee", "mitarbeiter", "bearbeiter", "客服", "坐席", "员工", "作者"}
 GROUPS = {
     *("patient", "speaker", "subject", "customer", "user", "client", "pat", "participant", "person", "member"),
@@ -118,6 +119,8 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
             known = min([known, *(n for n, word in enumerate(ANSWERS) if _contains(column.name, word))])
             if heard and known > len(ANSWERS):  # what was said is long; a label beside it is about the recording
                 known = len(ANSWERS) + called(column.name, STAFF | GROUPS)
+        if column.kind == "number" and called(column.name, RATINGS):
+            known = min(known, ANSWERS.index("rating"))
         if called(column.name, REPLIES):
             known = -1 if asked else min(known, ANSWERS.index("answer"))
         elif column.kind == "text" and not with_media:

@@ -128,8 +128,8 @@ class Ledger:
     def add(self, rows: Iterable[Examined]) -> None:
         for one in rows:
             if one.split:
-                values = (one.row, one.source, one.number, one.split, one.content, one.question, one.tokens)
-                values += _encodable(one.answer), one.ranked
+                place = one.row, one.source, one.number, one.split
+                values = (*place, one.content, one.question, one.tokens, _encodable(one.answer), one.ranked)
                 self.base.execute("insert into rows values (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             uses = [(one.row, use.digest, use.kind, use.path) for use in one.media]
             self.base.executemany("insert into uses values (?, ?, ?, ?)", uses)
