@@ -41,6 +41,7 @@ class TrainingResult(Result):
     rows: int | None = None
     tokens_per_epoch: int | None = None
     row_kind: str = Field("", description="How rows were laid out: padded, packed, segments, or with shared prefixes.")
+    resumed: bool = Field(default=False, description="Whether times count only what followed the last --resume.")
 
 
 class Confusion(Result):
@@ -61,8 +62,7 @@ class Comparison:
 
     `low` and `high`: the 95% confidence interval, None with too few rows. `gained`, `lost`: rows that are right, or
     better, only in the first, or only in the second. `p`: of McNemar's exact test, or the sign test where rows or
-    groups are too few for an interval; else None. `groups`: how many
-    there are, where groups count and not rows.
+    groups are too few for an interval; else None. `groups`: how many there are, where groups count and not rows.
     """
 
     difference: float

@@ -98,7 +98,7 @@ def train_in(
             return folder
         folder.update_metrics(
             **{name: values for name, values in figures.items() if name.startswith("planned_")},
-            train=result.model_dump(),
+            train=result.model_dump() | {"resumed": resume},
             seconds=seconds,
             energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
             peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},

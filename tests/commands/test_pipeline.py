@@ -214,6 +214,7 @@ def test_a_finished_run_that_is_resumed_ends_on_the_same_adapter(plain, tmp_path
     before = load_file(run / "adapter" / "adapter_model.safetensors")
     shutil.rmtree(run / "adapter")
     finetune.train(finetune.load_recipe(plain.parent / "recipe.yaml"), run, resume=True)
+    assert json.loads((run / "metrics.json").read_text())["train"]["resumed"]
     after = load_file(run / "adapter" / "adapter_model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 

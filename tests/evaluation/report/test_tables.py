@@ -1,8 +1,9 @@
 """Tables of a report, by hand."""
 
 from finetune.data.predictions import Prediction
-from finetune.evaluation.report.tables import ConfusionCell, calibration, confusion_matrix
-from finetune.evaluation.results import Confusion
+from finetune.evaluation.report.content import Content
+from finetune.evaluation.report.tables import ConfusionCell, Cost, calibration, confusion_matrix, costs
+from finetune.evaluation.results import Confusion, Metrics, TrainingResult
 
 
 def test_calibration_by_hand():
@@ -34,3 +35,10 @@ def test_confusion_keeps_answers_that_are_no_label():
     assert matrix.pairs == [("b", "none of them", 2), ("a", "b", 1)]
     assert confusion_matrix(Confusion(labels=["a", "b"], counts=[[3, 1, 0], [0, 2, 0]])).columns == ["a", "b"]
     assert confusion_matrix(Confusion()) is None
+
+
+def test_times_of_a_run_that_was_resumed_are_said_to_begin_there():
+    for resumed, title in ((False, "Time"), (True, "Time (training since the last --resume)")):
+        metrics = Metrics(train=TrainingResult(resumed=resumed), seconds={"train": 25.0})
+        content = Content("run", None, metrics, [], {}, {}, None, {}, {}, [], [])
+        assert costs(content)[0] == Cost(title, [("train", "25.0 s")]), resumed
