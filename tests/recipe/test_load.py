@@ -94,7 +94,7 @@ def test_a_byte_order_mark_is_no_error(folder):
 
 def test_files_that_cannot_be_read_are_refused(folder):
     for path, place, words in [
-        ("y.yaml", "y.yaml: ", "no such file|'x.yaml'"),
+        ("x.yml", "x.yml: ", "no such file|'x.yaml'"),
         ("nowhere/at/all.yaml", "nowhere/at/all.yaml: ", "no such file"),
         ("data", "data: ", "folder"),
         ("x.yaml/y", "x.yaml/y: ", "can't be read"),
