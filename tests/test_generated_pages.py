@@ -1,8 +1,10 @@
 """Pages that scripts write are what the scripts would write now."""
 
 import importlib.util
+import os
 import sys
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 from documents import ROOT
@@ -15,7 +17,8 @@ def script(name: str) -> ModuleType:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for its dataclasses
-    spec.loader.exec_module(module)
+    with patch.dict(os.environ):  # which a script sets for itself
+        spec.loader.exec_module(module)
     return module
 
 

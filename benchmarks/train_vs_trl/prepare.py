@@ -207,9 +207,9 @@ class OurTraining:
         model = load_composite(prepared.run, shared)
         if first:
             load_trained(model, options.first_weights)
-        settings = prepared.run.recipe.train
-        kind = layout_of(model, settings)
-        samples, rows = stage_rows(prepared, settings.stages[0], model, kind, options.seed)
+        recipe = prepared.run.recipe
+        kind = layout_of(model, recipe)
+        samples, rows = stage_rows(prepared, recipe.train.stages[0], model, kind, options.seed)
         return cls(prepared, model, kind, samples, rows)
 
 

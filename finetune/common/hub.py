@@ -70,6 +70,18 @@ def _in_cache(name: str, cache_folder: Path | None = None) -> bool:
     return (Path(cache_folder or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).is_dir()
 
 
+def _is_of_hub(name: str) -> bool:
+    """Whether a model of the Hub may be called so; others are paths."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 @contextmanager
 def loading(what: str, name: str) -> Iterator[bool]:
     """Turn what transformers and the Hub raise on a wrong name, revision, file or connection into one ModelError.
@@ -79,7 +91,7 @@ def loading(what: str, name: str) -> Iterator[bool]:
     """
     from huggingface_hub import constants
 
-    local, offline = Path(name).exists() or name.endswith(".gguf"), constants.is_offline_mode()
+    local, offline = Path(name).exists() or name.endswith(".gguf") or not _is_of_hub(name), constants.is_offline_mode()
     why = None if local else "HF_HUB_OFFLINE is set" if offline else unreachable()
     missing = f"{what} isn't in the cache, and {why}; {UNSET if offline else CONNECT}"
     if why is not None and not _in_cache(name):

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
 from pydantic import ValidationError
 
 from finetune.common import display
@@ -213,6 +212,8 @@ class RunFolder:
 
 def _changed(there: str, here: str) -> str:
     """'model.llm.name: a there, b here; ...' of two recipes."""
+    import yaml  # which an environment that only serves has no need of
+
     before, now = (dict(_leaves(yaml.load(text, yaml.BaseLoader))) for text in (there, here))
     keys = [key for key in before | now if before.get(key) != now.get(key)]
     values = [f"{key}: {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here" for key in keys]

@@ -13,6 +13,7 @@ from benchmarks.train_vs_trl.options import Options
 from benchmarks.train_vs_trl.prepare import write_all
 from benchmarks.train_vs_trl.report import compared, summary
 from benchmarks.train_vs_trl.workload import names
+from finetune.common.progress import console
 
 pytestmark = pytest.mark.slow
 TOY = ["--parts", "toy", "--pictures", "4", "--epochs", "2", "--questions", "2", "--rank", "4", "--threads", "1"]
@@ -23,6 +24,12 @@ def toy(name: str, folder: Path) -> Options:
     options = Options(folder=folder, **{key: parsed[key] for key in Options.__dataclass_fields__ if key != "folder"})
     options.save()
     return Options.load(folder)
+
+
+@pytest.fixture(autouse=True)
+def loud_again(monkeypatch):
+    """The console of this process, which the comparison silences."""
+    monkeypatch.setattr(console, "quiet", False)
 
 
 @pytest.mark.parametrize("name", names())

@@ -40,8 +40,8 @@ def write_config(name: str, folder: str) -> dict[str, int]:
     return values
 
 
-# The T4 has the LLM of the 8 GB card, and 24 GB that of 16 GB.
-@pytest.mark.parametrize("name", ["8gb", "12gb", "16gb"])
+# The T4 has the LLM of the 8 GB card, 24 GB that of 16 GB; 12 GB keep as few activations as 8.
+@pytest.mark.parametrize("name", ["8gb", "16gb"])
 def test_the_recipe_for_a_card_fits_it(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = cards.card_of(name)
