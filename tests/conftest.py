@@ -6,6 +6,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import gc
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from finetune.common.progress import quiet_libraries
 
 torch.set_num_threads(1)
 quiet_libraries()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: the kit would leave it so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

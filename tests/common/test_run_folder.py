@@ -113,6 +113,7 @@ def test_a_changed_recipe_is_resumed_only_as_it_was_and_the_keys_are_named(tmp_p
     assert "(model.frames: 4 there, 8 here; data.0.group: nothing there, b here); resume with" in str(raised.value)
 
 
-def test_a_run_that_is_not_there_yet_is_made_by_run(tmp_path):
+def test_a_run_that_is_not_there_yet_is_made_by_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without runs of its own
     with pytest.raises(ArtifactError, match=r"no such run or folder; `finetune run RECIPE` makes one"):
         RunFolder.open(tmp_path / "asr")
