@@ -1,4 +1,4 @@
-"""What every process of a comparison is told."""
+"""The options of a comparison, which each of its processes reads."""
 
 import json
 from dataclasses import asdict, dataclass

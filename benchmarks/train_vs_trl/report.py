@@ -20,9 +20,9 @@ Run = dict[str, Any]
 
 def compared(runs: list[Run]) -> dict[str, dict[str, Any]]:
     """Of each kind of peer, by kind: `ratio`, samples a second of ours by those of the peer, and `cpu_ratio`, of CPU
-    seconds, means over rounds; `spread`, the least and the greatest ratio of a round; `memory_ratio`, of what is held
-    above the loaded weights. Where the peer's steps hold the samples of ours: `loss_difference`, mean and greatest
-    relative difference of a step's losses.
+    seconds, means over rounds; `spread`, the least and the greatest ratio of a round; `memory_ratio`, of the peak
+    memory above the loaded weights. Where the peer's steps hold the samples of ours: `loss_difference`, mean and
+    greatest relative difference of a step's losses.
     """
     found: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(run["kind"] for run in runs if run["kind"].startswith("peer")):

@@ -175,7 +175,11 @@ def propose(labelling: Labelling, assistant: "Assistant", name: str | None, batc
                 item.line.confidence = f"{probabilities[best]:.3f}" if probabilities else ""
             labelling.save()
     if without:
-        console.print(error_list(without, f"{len(without):,} rows without a proposal"), markup=False, soft_wrap=True)
+        console.print(
+            error_list(without, f"{len(without):,} row{'s' * (len(without) != 1)} without a proposal"),
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def read_rows_to_label(

@@ -107,7 +107,11 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
             if (key := sample_key(sample)) in training
         ]
         if twice:
-            raise DataError(error_list(twice, f"{len(twice)} rows are both in training and in {split}"))
+            raise DataError(
+                error_list(
+                    twice, f"{len(twice)} row{'s are' if len(twice) != 1 else ' is'} both in training and in {split}"
+                )
+            )
     return splits
 
 

@@ -97,7 +97,7 @@ def test_a_medium_that_can_not_be_decoded_is_passed_over(rows, tmp_path, monkeyp
     result = finetune.data_label(rows, "run", out=tmp_path / "labels.csv")
     assert model.asked == ["ox"] and result.proposed == 1 and read(result.out)[0]["proposed"] == ""
     told = capsys.readouterr().err
-    assert "1 rows without a proposal" in told and "cat.png: not a picture" in told
+    assert "1 row without a proposal" in told and "cat.png: not a picture" in told
 
 
 def test_a_file_is_read_with_the_columns_and_encoding_of_the_runs_recipe(rows, tmp_path, monkeypatch):

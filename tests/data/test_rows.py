@@ -130,7 +130,7 @@ def test_a_row_of_training_under_another_name_in_the_test_is_refused(data):
     picture = data / "images" / "renamed.png"
     picture.write_bytes((data / "images" / "train0.png").read_bytes())
     test = write(data / "other.csv", [["images/test1.png", "green"], ["images/renamed.png", "red"]])
-    with pytest.raises(DataError, match=r"1 rows are both in training and in test:\n  train.csv:2 is also other.csv:3"):
+    with pytest.raises(DataError, match=r"1 row is both in training and in test:\n  train.csv:2 is also other.csv:3"):
         read_splits([source(data / "train.csv"), source(test, split="test")], 0)
 
 

@@ -150,11 +150,14 @@ def power_cut() -> None:
 KINDS = {"colour": ("label", ["red", "blue", "green"]), "price": ("score", [1.0, 2.0, 4.0])}
 
 
-def bindings_for_tests() -> dict[str, TaskBinding]:
+HEAD_OPTIONS = {"score": {"loss": "pairwise"}, "language": {"answers": "labels"}}
+
+
+def bindings_for_tests(kinds: dict[str, tuple[str, list[Any]]] = KINDS) -> dict[str, TaskBinding]:
     bindings = {}
-    for name, (kind, targets) in KINDS.items():
-        head = part("heads", kind, **({"loss": "pairwise"} if kind == "score" else {}))
-        task = part("tasks", "classify" if kind == "label" else "score")
+    for name, (kind, targets) in kinds.items():
+        head = part("heads", kind, **HEAD_OPTIONS.get(kind, {}))
+        task = part("tasks", "score" if kind == "score" else "classify")
         bindings[name] = TaskBinding(task=task, head=head, settings=head.module.settings(targets, head.options))
     return bindings
 

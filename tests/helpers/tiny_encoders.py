@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tiny import BACKBONES, tiny_backbone, tiny_picture
+from tiny import BACKBONES, VIT, tiny_backbone, tiny_picture
 from torch import nn
 
 from finetune.common.registry import load_part
@@ -187,3 +187,12 @@ def tiny_medium(label: str, seed: int = 0) -> Any:
     if medium == "image":
         return tiny_picture((60 * seed % 256, 90, 200))
     return tiny_sound(seed=seed) if medium == "audio" else tiny_clip(seed=seed)
+
+
+def save_siglips_of_6x6(folder: Path) -> None:
+    """Encoders `image` and `video` of 6×6 patches, where 2 and 3 must divide."""
+    torch.manual_seed(1)
+    config = transformers.SiglipVisionConfig(**(VIT | {"image_size": 48}))
+    for medium in ("image", "video"):
+        transformers.SiglipVisionModel(config).save_pretrained(folder / medium)
+        transformers.SiglipImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder / medium)

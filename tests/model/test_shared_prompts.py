@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from packed import KINDS, bindings_for_tests
 from tiny import FAMILIES, FUSIONS, fresh_tokenizer, part, tiny_encoder, tiny_llm, tiny_picture
 
 from finetune.data.sample import Message
 from finetune.model import assistant as module
 from finetune.model.assistant import Assistant, groups_by_first_medium, media_of
-from finetune.model.bindings import TaskBinding
 from finetune.model.composite import compose
 from finetune.model.tokenize import add_placeholders
 
@@ -22,20 +22,7 @@ ASKED = [
 ]
 
 
-KINDS = {
-    "colour": ("label", ["red", "blue", "green"]),
-    "price": ("score", [1.0, 2.0, 4.0]),
-    "words": ("language", ["a", "b c", "d"]),
-}
-
-
-def bindings():
-    made = {}
-    for name, (kind, targets) in KINDS.items():
-        head = part("heads", kind, **({"answers": "labels"} if kind == "language" else {}))
-        task = part("tasks", "score" if kind == "score" else "classify")
-        made[name] = TaskBinding(task=task, head=head, settings=head.module.settings(targets, head.options))
-    return made
+ALL_KINDS = {**KINDS, "words": ("language", ["a", "b c", "d"])}
 
 
 def assistant_of(family, fusion="prefix", **changes):
@@ -49,7 +36,7 @@ def assistant_of(family, fusion="prefix", **changes):
         projectors={"image": part("projectors", "mlp")},
         fusion=part("fusion", fusion, **FUSIONS[fusion]),
         placeholder_ids={"image": placeholders["image"].id},
-        bindings=bindings(),
+        bindings=bindings_for_tests(ALL_KINDS),
     )
     return Assistant(model.eval(), tokenizer, placeholders, {"image": encoder})
 
@@ -87,7 +74,7 @@ def test_prompts_that_reach_beyond_a_sliding_window_are_read_whole(window, share
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL_KINDS)
 def test_heads_and_labels_read_behind_a_medium_what_they_read_whole(family, name, monkeypatch):
     assistant = assistant_of(family)
     monkeypatch.setattr(module, "LEAST_SHARED", 2.0)

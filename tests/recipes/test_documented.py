@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import soundfile
-import torch
-import transformers
 import yaml
 from cli import cli, in_this_process
 from documents import ROOT, fences_of, relative
 from test_recipes import write_video
-from tiny import COLOURS, VIT, tiny_llm_folder, tiny_picture
-from tiny_encoders import tiny_audio_folder, tiny_sound
+from tiny import COLOURS, tiny_llm_folder, tiny_picture
+from tiny_encoders import save_siglips_of_6x6, tiny_audio_folder, tiny_sound
 
 import finetune
 
@@ -30,11 +28,7 @@ def parts(tmp_path_factory) -> Path:
     """An LLM, and encoders of 6×6 patches, where 2 and 3 must divide."""
     folder = tmp_path_factory.mktemp("parts")
     tiny_llm_folder(folder / "llm", max_position_embeddings=2048)
-    torch.manual_seed(1)
-    config = transformers.SiglipVisionConfig(**(VIT | {"image_size": 48}))
-    for medium in ("image", "video"):
-        transformers.SiglipVisionModel(config).save_pretrained(folder / medium)
-        transformers.SiglipImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder / medium)
+    save_siglips_of_6x6(folder)
     tiny_audio_folder(folder / "audio")
     return folder
 

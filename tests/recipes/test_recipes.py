@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import soundfile
-import torch
-import transformers
 from cli import in_this_process
-from tiny import COLOURS, VIT, tiny_llm_folder, tiny_picture
-from tiny_encoders import tiny_audio_folder, tiny_sound
+from tiny import COLOURS, tiny_llm_folder, tiny_picture
+from tiny_encoders import save_siglips_of_6x6, tiny_audio_folder, tiny_sound
 
 import finetune
 from finetune.commands.recipes import recipes_folder
@@ -41,11 +39,7 @@ def tiny_parts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     for family in {"llama", *LLMS.values()}:
         tiny_llm_folder(folder / family, family)
-    torch.manual_seed(1)
-    config = transformers.SiglipVisionConfig(**(VIT | {"image_size": 48}))
-    for medium in ("image", "video"):
-        transformers.SiglipVisionModel(config).save_pretrained(folder / medium)
-        transformers.SiglipImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder / medium)
+    save_siglips_of_6x6(folder)
     tiny_audio_folder(folder / "audio")
     for split in ("train", "test"):
         rows = []

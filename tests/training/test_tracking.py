@@ -22,7 +22,7 @@ STAGES = [
 
 
 class Runs(MagicMock):
-    """What a tracker is told: an entry of `told` for each run that begins, {step: its values}."""
+    """A tracker's log: `told` has an entry for each run that begins, {step: its values}."""
 
     told: list[dict[int, dict[str, float]]]
 
