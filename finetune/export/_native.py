@@ -20,6 +20,7 @@ from finetune.export._language_model import NAME, language_model_state, media_to
 from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
 from finetune.model.load import load_exactly
+from finetune.model.prompts import logits as logits_of
 
 # Of the logits, as a share of their norm. In half precision the projector, which ours keeps in float32, is rounded too.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -288,13 +289,13 @@ def compare_files(assistant: Assistant, folder: Path, native: NativeClass) -> No
             return_tensors="pt",
             add_generation_prompt=True,
         )
-        if inputs["input_ids"].tolist() != ours["input_ids"].tolist():
+        if inputs["input_ids"].tolist() != ours.input_ids.tolist():
             raise NotExact(
                 f"{native.name} and its processor make {inputs['input_ids'].shape[1]} tokens of a question "
-                f"that is {ours['input_ids'].shape[1]} here"
+                f"that is {ours.input_ids.shape[1]} here"
             )
         logits = model(**inputs.to(device, dtype=model.dtype)).logits
-        expected = composite(**ours).logits
+        expected = logits_of(composite, ours)
         distance, bound = _distance(logits[..., : expected.shape[-1]], expected), TOLERANCE[model.dtype]
         if not distance <= bound:
             raise NotExact(

@@ -19,6 +19,7 @@ from finetune.model.features import Features, MediaView
 from finetune.model.heads import HeadSettings
 from finetune.model.language_model import without_adapter
 from finetune.model.padding import left_padded
+from finetune.model.prompts import PromptBatch, head_outputs
 from finetune.model.run import Run
 from finetune.model.tokenize import IGNORED, Tokens, tokenize, tokenize_prompt
 
@@ -104,7 +105,7 @@ class ComparedSamples:
             features.setdefault(medium.kind, []).append(view.features(medium))
         if head:
             settings = composite.bindings[head].settings
-            for row in composite.head_outputs(head, ids, mask, features):
+            for row in head_outputs(composite, head, PromptBatch(ids, mask, features)):
                 yield head_logits(row, settings).float().log_softmax(-1).cpu()
             return
         positions = [  # of the states that predict the answer, counted from the end

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -14,12 +15,20 @@ from torch import Tensor
 from finetune.common.errors import DataError
 from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalModel, PromptPrefix
+from finetune.model.composite import MultimodalModel
 from finetune.model.encoders import Encoder
 from finetune.model.features import MediaView, encode_one, read_medium
 from finetune.model.language_model import context_length
 from finetune.model.padding import left_padded
 from finetune.model.prefixes import shared_beginning
+from finetune.model.prompts import (
+    PromptBatch,
+    PromptPrefix,
+    answer_log_probabilities,
+    generate,
+    head_outputs,
+    reads_on,
+)
 from finetune.model.tokenize import Placeholder, Tokens, answer_ends, answer_tokens, tokenize_prompt
 from finetune.recipe.schema import Limits
 
@@ -31,18 +40,6 @@ MediaInput: TypeAlias = MediumInput | Sequence[MediumInput] | None
 Strength = float | Mapping[str, float] | None
 LEAST_SHARED = 0.2  # of the prompts' tokens; below that they're read whole
 ANSWER_TOKENS = 4096  # of questions with answers that are read at once
-
-
-class PromptBatch(TypedDict):
-    """Keywords of the composite's `forward` and `generate`: prompts padded on the left, `input_ids` and
-    `attention_mask` (B, T); `features` {medium: each (S, L, W)}. `prefix`: what the prompts begin with, if that isn't
-    in them.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    features: dict[str, list[Tensor]]
-    prefix: NotRequired[PromptPrefix]
 
 
 class PromptGroup(NamedTuple):
@@ -136,12 +133,11 @@ class Assistant:
 
     def generate(self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}) -> Tensor:
         """Greedy answers, new tokens only (B, T'); they end where the LLM's context does."""
-        longest, context = batch["input_ids"].shape[1], context_length(self.model.causal_lm)
-        if "prefix" in batch:
-            longest += batch["prefix"].input_ids.shape[1]
+        longest, context = batch.whole_mask.shape[1], context_length(self.model.causal_lm)
         with self.with_strengths(strengths):
-            return self.model.generate(
-                **batch,
+            return generate(
+                self.model,
+                batch,
                 max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
                 do_sample=False,
                 repetition_penalty=1.0,
@@ -225,7 +221,7 @@ class Assistant:
             if not binding.trained:
                 return self._likeliest(binding, conversations, strengths, view)
             prompts = self._prompts(conversations, strengths, view)
-            outputs = self.model.head_outputs(name, **self._together(prompts, view, 0))
+            outputs = head_outputs(self.model, name, self._together(prompts, view, 0))
         head = binding.head
         return [head.module.answer(row, binding.settings, head.options) for row in outputs.tolist()]
 
@@ -252,7 +248,7 @@ class Assistant:
         for begin in range(0, len(prompts), questions):
             batch = self._together(prompts[begin : begin + questions], view, room)
             log_probabilities = [
-                self.model.answer_log_probabilities(answers=answers[start : start + copies], **batch)
+                answer_log_probabilities(self.model, batch, answers[start : start + copies])
                 for start in range(0, len(labels), copies)
             ]
             for shares in torch.cat(log_probabilities, 1).softmax(-1).tolist():
@@ -294,7 +290,7 @@ class Assistant:
         for prompt in prompts:
             for medium in prompt.media:
                 features.setdefault(medium.kind, []).append(view.features(medium))
-        return PromptBatch(input_ids=input_ids, attention_mask=mask, features=features)
+        return PromptBatch(input_ids, mask, features)
 
     def _together(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch:
         """Prompts as a batch: behind what they share, where that pays, or whole."""
@@ -304,7 +300,7 @@ class Assistant:
     def _shared(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch | None:
         """Prompts behind what several of them begin with; None where that is little, or this model can't share it."""
         longest = max(len(prompt.input_ids) for prompt in prompts) + room
-        if self.model.composition.fusion.by_sample or not self.model.reads_on(2 * longest):
+        if self.model.composition.fusion.by_sample or not reads_on(self.model, 2 * longest):
             return None
         groups = groups_by_first_medium(prompts)
         if sum(group.tokens * (len(group.members) - 1) for group in groups) < LEAST_SHARED * sum(
@@ -317,9 +313,8 @@ class Assistant:
             for member in group.members:
                 owner[member], branches[member] = number, prompts[member].after(group.tokens)
         prefixes = self._padded([prompts[group.members[0]].before(group.tokens) for group in groups], view)
-        ids, mask = prefixes["input_ids"], prefixes["attention_mask"]
-        prefix = PromptPrefix(ids, mask, prefixes["features"], torch.tensor(owner, device=ids.device))
-        return PromptBatch(**self._padded(branches, view), prefix=prefix)
+        prefix = PromptPrefix(prefixes, torch.tensor(owner, device=prefixes.input_ids.device))
+        return replace(self._padded(branches, view), prefix=prefix)
 
     def strengths(self, strength: Strength, defaults: Mapping[str, float] | None = None) -> dict[str, float]:
         """The strength of each medium: as asked, else of `defaults`, else as the model has it now; {} where the fusion

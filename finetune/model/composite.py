@@ -47,22 +47,6 @@ class Teacher:
     temperature: float
 
 
-@dataclass(frozen=True)
-class PromptPrefix:
-    """What prompts begin with, each once: G of up to P tokens, padded on the left, `input_ids` and `attention_mask`
-    (G, P); `features` {medium: each (S, L, W)}; `owner` (B,): which one a prompt begins with.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    features: Tensors
-    owner: Tensor
-
-    def before(self, mask: Tensor) -> Tensor:
-        """The mask of prompts (B, T) with that of their prefixes before it (B, P + T)."""
-        return torch.cat([self.attention_mask[self.owner], mask], 1)
-
-
 class MultimodalConfig(PreTrainedConfig):
     """`text_config`: the LLM's. `parts`: a `Composition` as JSON."""
 
@@ -253,7 +237,7 @@ class MultimodalModel(PreTrainedModel):
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
         with following(row_plan, self.causal_lm):
             outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
-        self._forget()
+        self.forget_media()
         if head_rows is not None:
             states = outputs.last_hidden_state.flatten(0, 1)
             with torch.autocast(states.device.type, enabled=False):
@@ -296,7 +280,7 @@ class MultimodalModel(PreTrainedModel):
         embeddings = self.embed(input_ids, features, media, position_ids)
         with following(row_plan, self.causal_lm):
             outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
-        self._forget()
+        self.forget_media()
         return outputs
 
     def imitate(self, student: Mapping[str, Any], teacher: Teacher) -> dict[str, Tensor]:
@@ -327,86 +311,6 @@ class MultimodalModel(PreTrainedModel):
         selected: Tensor = (logits[0] if selects else logits.flatten(0, 1)[label_rows]).float()
         return selected
 
-    @torch.no_grad()
-    def head_outputs(
-        self,
-        name: str,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        features: Any = None,
-        prefix: PromptPrefix | None = None,
-    ) -> Tensor:
-        """Questions (B, T), padded on the left, behind `prefix` -> outputs of head `name` at their last states
-        (B, outputs).
-        """
-        memory: dict[str, Any] = {"use_cache": False}
-        if prefix is not None:
-            memory = {"past_key_values": self._read_prefix(prefix), "use_cache": True}
-            attention_mask = prefix.before(attention_mask)
-        last = torch.arange(1, len(input_ids) + 1, device=input_ids.device) * input_ids.shape[1] - 1
-        rows = {other: last if other == name else last[:0] for other in self.heads}
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        self.backbone(
-            input_ids,
-            features,
-            None,
-            attention_mask=attention_mask,
-            head_rows=rows,
-            **memory,
-            **self._at(positions),
-        )
-        return self.head_scores[name]
-
-    @torch.no_grad()
-    def answer_log_probabilities(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        answers: Sequence[Sequence[int]],
-        features: Any = None,
-        prefix: PromptPrefix | None = None,
-    ) -> Tensor:
-        """Log-probabilities (B, A), in nats, of A answers (token ids) to B questions (B, T), padded on the left, behind
-        `prefix`.
-
-        The question is read once, and its keys and values are shared by all answers; LLMs with another memory than keys
-        and values (Mamba, RWKV, hybrids) take one question, and read it once an answer.
-        """
-        if not self.shares_memory:
-            if len(input_ids) > 1:
-                raise ModelError("this LLM's memory isn't keys and values alone: pass one question at a time")
-            return self._answers_in_full(input_ids[0], answers, features)
-        device, count, batch = input_ids.device, len(answers), len(input_ids)
-        longest = max(len(answer) for answer in answers)
-        longest += longest == input_ids.shape[1]  # fusions tell new tokens from the question by their number
-        ids = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers], device=device)
-        real = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=device)
-        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
-        if prefix is not None:
-            cache, attention_mask = self._read_prefix(prefix), prefix.before(attention_mask)
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        first = self.causal_lm(
-            inputs_embeds=self.embed(input_ids, features),
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            **self._at(positions),
-            **({"logits_to_keep": 1} if self.llm_takes("logits_to_keep") else {}),
-        ).logits[:, -1:]
-        cache.batch_repeat_interleave(count)
-        following = positions[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(longest, device=device)
-        logits = self.causal_lm(
-            inputs_embeds=self.get_input_embeddings()(ids).repeat(batch, 1, 1),
-            attention_mask=torch.cat([attention_mask.repeat_interleave(count, 0), real.repeat(batch, 1)], 1),
-            past_key_values=cache,
-            use_cache=True,
-            **self._at(following),
-        ).logits
-        self._forget()
-        logits = torch.cat([first.repeat_interleave(count, 0), logits[:, :-1]], 1).float()
-        log_probabilities = logits.log_softmax(-1).gather(-1, ids.repeat(batch, 1)[..., None])[..., 0]
-        return (log_probabilities * real.repeat(batch, 1)).sum(-1).view(batch, count)
-
     @cached_property
     @torch.no_grad()
     def shares_memory(self) -> bool:
@@ -418,28 +322,6 @@ class MultimodalModel(PreTrainedModel):
         self.causal_lm(ids, past_key_values=cache, use_cache=True)
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
-    def reads_on(self, tokens: int) -> bool:
-        """Whether a prompt may be read in two parts with padding between them, together of so many tokens: positions
-        are given, and no sliding window counts the padding.
-        """
-        window = getattr(self.causal_lm.config.get_text_config(), "sliding_window", None)
-        return self.shares_memory and self.llm_takes("position_ids") and (window is None or tokens <= window)
-
-    def _answers_in_full(self, question: Tensor, answers: Sequence[Sequence[int]], features: Any) -> Tensor:
-        """Of one question (T,), read once for each of A answers -> (1, A)."""
-        sums = []
-        for answer in answers:
-            tokens = torch.tensor(answer, device=question.device)
-            whole = torch.cat([question, tokens])[None]
-            logits = self.forward(whole, features, attention_mask=torch.ones_like(whole), use_cache=False).logits
-            log_probabilities = logits[0, len(question) - 1 : -1].float().log_softmax(-1)
-            sums.append(log_probabilities.gather(-1, tokens[:, None]).sum())
-        return torch.stack(sums)[None]
-
-    def _at(self, position_ids: Tensor) -> dict[str, Any]:
-        """Position ids for LLMs that take them: others (ALiBi) tell positions from the mask."""
-        return {"position_ids": position_ids} if self.llm_takes("position_ids") else {}
-
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
@@ -447,36 +329,21 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor,
         features: Tensors | None = None,
         media: Tensors | None = None,
-        prefix: PromptPrefix | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Prompts (B, T), padded on the left -> new tokens only (B, T'). `prefix`: read once for all that share it."""
+        """Prompts (B, T), padded on the left -> new tokens only (B, T'). With `past_key_values` of P tokens before the
+        prompts, `attention_mask` is (B, P + T).
+        """
         embeddings = self.embed(input_ids, features, media)
-        if prefix is not None:
-            kwargs["past_key_values"], attention_mask = self._read_prefix(prefix), prefix.before(attention_mask)
-            # `generate` wants embeddings of all tokens, and leaves those out that the memory holds.
-            known = attention_mask.shape[1] - embeddings.shape[1]
+        if known := attention_mask.shape[1] - embeddings.shape[1]:
+            # The LLM's `generate` wants embeddings of all tokens, and leaves out those that the memory holds.
             embeddings = torch.cat([embeddings.new_zeros(len(embeddings), known, embeddings.shape[2]), embeddings], 1)
         tokens: Tensor = self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
-        self._forget()
+        self.forget_media()
         return tokens
 
-    def _read_prefix(self, prefix: PromptPrefix) -> DynamicCache:
-        """Keys and values of each prompt's prefix (B, P)."""
-        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
-        mask = prefix.attention_mask
-        self.causal_lm.base_model(
-            inputs_embeds=self.embed(prefix.input_ids, prefix.features),
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **self._at((mask.cumsum(-1) - 1).clamp(min=0)),
-        )
-        cache.batch_select_indices(prefix.owner)
-        return cache
-
-    def _forget(self) -> None:
-        # In the backward pass activation checkpoints ask for this batch's media once more.
+    def forget_media(self) -> None:
+        """Let go of the last batch's media, unless activation checkpoints ask for them in the backward pass."""
         if not (torch.is_grad_enabled() and self.causal_lm.is_activation_checkpointing):
             self.fusion.forget()
 

@@ -25,6 +25,7 @@ from finetune.data.sample import Medium, Message
 from finetune.export._check.probes import noise, prompt_batch
 from finetune.model.load import load_merged
 from finetune.model.processor import MultimodalProcessor
+from finetune.model.prompts import logits as logits_of
 
 pytestmark = pytest.mark.slow
 
@@ -107,12 +108,12 @@ def test_ids_and_logits_are_the_assistant_s_for_every_kind_of_medium(folder, loa
         },
     ]
     inputs = inputs_of(processor, chat)
-    assert torch.equal(inputs["input_ids"], ours["input_ids"])
+    assert torch.equal(inputs["input_ids"], ours.input_ids)
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     again = processor(text=text, images=[PICTURE], audio=[tiny_sound()], videos=[tiny_clip()], return_tensors="pt")
-    assert torch.equal(again["input_ids"], ours["input_ids"])
+    assert torch.equal(again["input_ids"], ours.input_ids)
     with torch.no_grad():
-        expected = assistant.model(**ours).logits
+        expected = logits_of(assistant.model, ours)
         for found in (inputs, again):
             torch.testing.assert_close(model(**found).logits, expected)
 

@@ -17,6 +17,7 @@ from finetune.model.bindings import TaskBinding
 from finetune.model.composite import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.heads import HeadSettings
+from finetune.model.prompts import logits as logits_of
 from finetune.model.tokenize import add_placeholders
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,7 @@ def compared(assistant, folder, messages):
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert type(model) is LlavaForConditionalGeneration
     with torch.no_grad():
-        return inputs, model(**inputs).logits, ours, assistant.model(**ours).logits
+        return inputs, model(**inputs).logits, ours, logits_of(assistant.model, ours)
 
 
 @pytest.mark.parametrize("family,tied", [*((f, False) for f in EXACT), *((f, True) for f in TIED)])
@@ -76,7 +77,7 @@ def test_logits_of_llava_are_the_composite_s(tmp_path, family, tied):
     assistant = assistant_of(family, tie_word_embeddings=tied)
     write_files(assistant, tmp_path, native_class(assistant.model))
     inputs, found, ours, expected = compared(assistant, tmp_path, question("What", None, " is this?", None))
-    assert inputs["input_ids"].tolist() == ours["input_ids"].tolist()
+    assert inputs["input_ids"].tolist() == ours.input_ids.tolist()
     torch.testing.assert_close(found[..., :320], expected, atol=1e-4, rtol=1e-4)
     assert found.argmax(-1).tolist() == expected.argmax(-1).tolist()
 
@@ -189,7 +190,7 @@ def test_the_processor_s_tokens_are_ours_in_conversations_of_every_shape(tmp_pat
             if plain:
                 chat = [m | {"content": m["content"][0]["text"]} if len(m["content"]) == 1 else m for m in chat]
             found = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
-            assert found["input_ids"] == prompt_batch(assistant, messages, prepared)["input_ids"].tolist()
+            assert found["input_ids"] == prompt_batch(assistant, messages, prepared).input_ids.tolist()
 
 
 def test_ids_and_ends_stand_in_the_config(tmp_path):

@@ -18,6 +18,7 @@ from finetune.model.composite import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.encoders import whisper
 from finetune.model.language_model import load_tokenizer
+from finetune.model.prompts import logits as logits_of
 from finetune.model.tokenize import add_placeholders
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,7 @@ def both(assistant, folder, name, sound):
         add_generation_prompt=True,
     )
     with torch.no_grad():
-        return inputs["input_ids"], model(**inputs).logits, ours["input_ids"], assistant.model(**ours).logits
+        return inputs["input_ids"], model(**inputs).logits, ours.input_ids, logits_of(assistant.model, ours)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from finetune.export._check.probes import as_chat, noise, prompt_batch
 from finetune.export._contract import EngineMissing, MergedModel, Probe
 from finetune.export._vllm import environment, model_class
 from finetune.model.load import load_merged
+from finetune.model.prompts import logits as logits_of
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,7 @@ def test_the_own_class_makes_the_same_tokens_and_logits_as_the_composite(tmp_pat
         )
         given = {kind: [decoded[m] for m in media if m.kind == kind] for kind in kinds}
         inputs = processor(text=text, images=given.get("image"), audio=given.get("audio"))
-        assert inputs["input_ids"].tolist() == ours["input_ids"].tolist()
+        assert inputs["input_ids"].tolist() == ours.input_ids.tolist()
 
         embedded = model.get_input_embeddings()(inputs["input_ids"])
         for kind in kinds:
@@ -104,7 +105,7 @@ def test_the_own_class_makes_the_same_tokens_and_logits_as_the_composite(tmp_pat
             embedded = embedded.masked_scatter(is_medium[..., None], rows)
         with torch.no_grad():
             found = model(inputs_embeds=embedded).last_hidden_state @ head.T
-            expected = assistant.model(**ours).logits
+            expected = logits_of(assistant.model, ours)
         torch.testing.assert_close(found[..., : expected.shape[-1]], expected, atol=1e-4, rtol=1e-4)
         # A placeholder's row is never written: its logit is the mean of all others.
         torch.testing.assert_close(found[..., -1], expected.mean(-1), atol=1e-3, rtol=1e-3)

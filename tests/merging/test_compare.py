@@ -128,18 +128,19 @@ def test_batches_keep_the_order_and_never_mix_heads():
     ]
 
 
-def test_of_a_head_with_weights_its_scores_of_the_question_are_compared(composite):
+def test_of_a_head_with_weights_its_scores_of_the_question_are_compared(composite, monkeypatch):
     """The model's own head is put off by one that returns what it is given."""
     settings, model, given = HeadSettings(labels=("a", "b")), composite.model, []
 
-    def head_outputs(name, ids, mask, features):
-        given.append((name, ids, mask, features))
-        return torch.arange(2.0 * len(ids)).view(len(ids), 2)
+    def outputs(model, name, batch):
+        given.append((name, batch.input_ids, batch.attention_mask, batch.features))
+        return torch.arange(2.0 * len(batch.input_ids)).view(len(batch.input_ids), 2)
+
+    monkeypatch.setattr(compare, "head_outputs", outputs)
 
     stub = SimpleNamespace(
         heads={"mood": None},
         bindings={"mood": SimpleNamespace(settings=settings)},
-        head_outputs=head_outputs,
         composition=model.composition,
         config=model.config,
         llm_takes=model.llm_takes,

@@ -86,10 +86,10 @@ def test_measures_are_those_of_the_folders_loaded_afresh(run):
     for messages, target in asked:
         batch = adapter.batch([messages])
         answer = torch.tensor([adapter.tokenizer(f"{target}<|im_end|>", add_special_tokens=False)["input_ids"]])
-        ids = torch.cat([batch["input_ids"], answer], 1)
+        ids = torch.cat([batch.input_ids, answer], 1)
         with torch.no_grad():
             logits = [
-                m.model(ids, features=batch["features"]).logits[0, -answer.shape[1] - 1 : -1].double()
+                m.model(ids, features=batch.features).logits[0, -answer.shape[1] - 1 : -1].double()
                 for m in (merged, adapter)
             ]
         ours, theirs = (one.log_softmax(-1) for one in logits)

@@ -23,6 +23,7 @@ from finetune.common.errors import DataError
 from finetune.model.adapter import attach, load_trained, save_trained
 from finetune.model.bindings import refuse_reserved
 from finetune.model.language_model import decoder_layers
+from finetune.model.prompts import PromptBatch, answer_log_probabilities, head_outputs
 from finetune.model.row_plan import packs_exactly
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
@@ -61,7 +62,7 @@ def test_a_head_reads_the_same_packed_padded_and_asked_alone(family, fusion):
             ids = torch.tensor([[0] * pad + samples[i].input_ids for pad, i in zip(pads, numbers, strict=True)])
             mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
             features = {"image": [features_of("image", str(i)) for i in numbers]}
-            alone = model.head_outputs(name, ids, mask, features)
+            alone = head_outputs(model, name, PromptBatch(ids, mask, features))
             torch.testing.assert_close(alone, padded[name], atol=2e-4, rtol=1e-3)
 
 
@@ -77,7 +78,7 @@ def test_labels_are_as_likely_as_written_out_one_by_one(family, fusion):
     ids = torch.tensor([[0] * (longest - len(one)) + one for one in questions])
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in questions])
     features = {"image": [features_of("image", str(i)) for i in range(2)]}
-    log_probabilities = model.answer_log_probabilities(ids, mask, answers, features)
+    log_probabilities = answer_log_probabilities(model, PromptBatch(ids, mask, features), answers)
     assert log_probabilities.shape == (2, 3)
     for i, question in enumerate(questions):
         for j, answer in enumerate(answers):
@@ -112,7 +113,7 @@ def test_labels_are_as_likely_whatever_an_llm_remembers_by(family, monkeypatch):
     ids = torch.tensor([question])
     features = {"image": [features_of("image", "0")]}
     assert model.shares_memory == (family == "mistral")
-    log_probabilities = model.answer_log_probabilities(ids, torch.ones_like(ids), answers, features)
+    log_probabilities = answer_log_probabilities(model, PromptBatch(ids, torch.ones_like(ids), features), answers)
     for place, answer in enumerate(answers):
         whole = torch.tensor([question + answer])
         with torch.no_grad():

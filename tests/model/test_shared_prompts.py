@@ -7,6 +7,7 @@ from tiny import FAMILIES, FUSIONS, fresh_tokenizer, part, tiny_encoder, tiny_ll
 
 from finetune.data.sample import Message
 from finetune.model import assistant as module
+from finetune.model import prompts
 from finetune.model.assistant import Assistant, groups_by_first_medium, media_of
 from finetune.model.composite import compose
 from finetune.model.tokenize import add_placeholders
@@ -80,8 +81,8 @@ def test_heads_and_labels_read_behind_a_medium_what_they_read_whole(family, name
     monkeypatch.setattr(module, "LEAST_SHARED", 2.0)
     whole = assistant.ask(name, conversations())
     monkeypatch.setattr(module, "LEAST_SHARED", 0.0)
-    read, prefixes = assistant.model._read_prefix, []
-    monkeypatch.setattr(assistant.model, "_read_prefix", lambda prefix: prefixes.append(prefix) or read(prefix))
+    read, prefixes = prompts._read, []
+    monkeypatch.setattr(prompts, "_read", lambda model, prefix: prefixes.append(prefix) or read(model, prefix))
     shared = assistant.ask(name, conversations())
     assert prefixes and len(shared) == len(whole) == len(ASKED)
     for one, other in zip(whole, shared, strict=True):
@@ -100,10 +101,10 @@ def test_cross_attention_reads_prompts_whole(monkeypatch):
 def test_prompts_are_grouped_by_their_medium_and_not_by_its_name():
     """Each picture is called 'image 1'."""
     assistant = assistant_of("llama")
-    prompts = assistant._prompts(conversations(), {}, module.FileView(assistant.encoders, assistant.limits))
-    groups = groups_by_first_medium(prompts)
+    asked = assistant._prompts(conversations(), {}, module.FileView(assistant.encoders, assistant.limits))
+    groups = groups_by_first_medium(asked)
     assert [group.members for group in groups] == [[0, 2, 5], [1, 4], [3]]
     assert all(group.tokens >= 16 for group in groups[:2])
-    first, rest = prompts[1].before(groups[1].tokens), prompts[1].after(groups[1].tokens)
-    assert first.input_ids + rest.input_ids == prompts[1].input_ids
+    first, rest = asked[1].before(groups[1].tokens), asked[1].after(groups[1].tokens)
+    assert first.input_ids + rest.input_ids == asked[1].input_ids
     assert len(first.media) == 1 and not rest.media

@@ -105,14 +105,14 @@ def test_log_probabilities_are_those_of_the_whole_text(assistant, paths):
         assert len(tokens) == stream.completion_tokens
         assert b"".join(token.raw for token in tokens).decode(errors="replace") == text
         batch = assistant.batch([one.messages])
+        ids = batch.input_ids
         for token in tokens:
             with torch.no_grad():
-                logits = assistant.model(**batch).logits[0, -1]
+                logits = assistant.model(ids, batch.features, attention_mask=torch.ones_like(ids)).logits[0, -1]
             best = logits.log_softmax(-1).topk(3)
             assert token.logprob == pytest.approx(float(best.values[0]), abs=1e-3)
             assert [nats for _, _, nats in token.alternatives] == pytest.approx(best.values.tolist(), abs=1e-3)
-            batch["input_ids"] = torch.cat([batch["input_ids"], best.indices[None, :1]], 1)
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            ids = torch.cat([ids, best.indices[None, :1]], 1)
 
 
 def test_an_answer_ends_before_a_stop_string(assistant, paths):

@@ -11,8 +11,9 @@ from finetune.data.media.audio import RATE
 from finetune.data.predictions import read_predictions
 from finetune.data.sample import Medium, Message, Prepared
 from finetune.export._contract import Probe, without_end
-from finetune.model.assistant import Assistant, FileView, PromptBatch
+from finetune.model.assistant import Assistant, FileView
 from finetune.model.features import decode_for
+from finetune.model.prompts import PromptBatch
 from finetune.model.tokenize import answer_ends
 
 TEXTS = ("What is this?", "Describe a red square.", "Who are you?", "Count: one, two,")
