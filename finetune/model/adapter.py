@@ -13,6 +13,7 @@ from torch import Tensor
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.run_folder import read_json, write_json
 from finetune.model.composite import MultimodalModel
+from finetune.model.fused_lora import fuse
 from finetune.model.manifest import MANIFEST, AdapterManifest
 from finetune.model.module_names import is_lora, matched, module_of, modules, names_in, renamed, tensors
 from finetune.recipe.schema import Adapter
@@ -31,6 +32,7 @@ def attach(model: MultimodalModel, adapter: Adapter) -> None:
         use_dora=adapter.dora,
         init_lora_weights=initialization,
     )
+    fuse(config, model.language_model)
     try:
         model.language_model = get_peft_model(model.language_model, config)
     except (ValueError, ImportError, TypeError) as error:
