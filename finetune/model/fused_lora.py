@@ -90,7 +90,6 @@ class _LinearWithLora(torch.autograd.Function):
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     """The weight (O, I) of a linear layer, dequantized where it has 4 bits."""
-    weight: Tensor = base.weight
-    if isinstance(base, Linear4bit):
-        weight = dequantize_4bit(weight.data, base.weight.quant_state)
+    stored = base.weight
+    weight: Tensor = dequantize_4bit(stored.data, stored.quant_state) if isinstance(base, Linear4bit) else stored
     return weight.to(dtype)
