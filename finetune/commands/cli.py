@@ -1,7 +1,6 @@
 """The command line: parses, calls one function, prints. Each verb is a function of `finetune`."""
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -636,7 +635,6 @@ def columns_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that aren't needed
     try:
         with options_as_flags():
             app()
