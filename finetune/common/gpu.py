@@ -9,8 +9,8 @@ GIB = 2**30  # bytes
 
 
 def computes_bfloat16(device: "torch.device | int" = 0) -> bool:
-    """Whether a CUDA device has units for it. Turing answers yes to is_bf16_supported(), by emulation, many times slower
-    than float16.
+    """Whether a CUDA device has units for it. Turing answers yes to is_bf16_supported(), by emulation, many times
+    slower than float16.
     """
     import torch
 

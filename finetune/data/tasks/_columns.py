@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import Field
 

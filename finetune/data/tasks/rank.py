@@ -61,6 +61,11 @@ def stand_in(row: Row, options: Options) -> Columns:
     return {options.relevance: 0} | ({} if row.columns.get(options.group) else {options.group: "?"})
 
 
+def group_of(row: Row, options: Options) -> str:
+    """Rows without one, whose answers aren't known, are ranked together."""
+    return row.text(options.group) if row.columns.get(options.group) else "?"
+
+
 def read(answer: Answer, options: Options) -> float | None:
     """The value by which items are ordered: the head's number; the probability of `relevant` among the two answers; or
     1 or 0 for the written answer. None if it is neither.
