@@ -32,8 +32,8 @@ class TaskOptions(PartOptions):
 
 
 class TaskContract(Protocol):
-    """What the file of a task defines. Optional are `tables(rows, options) -> Tables`, and `group_of(row, options) -> str`:
-    the group in which a row has a rank by its prediction, a number, the highest first.
+    """What the file of a task defines. Two are optional: `tables(rows, options) -> Tables`, and
+    `group_of(row, options) -> str`: in what group a row has a rank by its prediction, a number, the highest first.
     """
 
     HEADS: tuple[str, ...]  # the heads that can answer it, the usual one first
