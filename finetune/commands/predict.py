@@ -49,7 +49,7 @@ class Predictions:
             for row in self.rows[:SHOWN_ROWS]
         ]
         line = display.line(f"{len(self.rows):,} rows, {len(self.errors):,} without an answer")
-        return line + display.table(("row", "answer", "probability", "error"), cells)
+        return line + display.table(("row", "answer", "probability", "error"), cells, left=True)
 
 
 def predict(

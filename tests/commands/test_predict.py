@@ -357,7 +357,7 @@ def test_another_prompt_is_asked(plain, pictures):
     assert asked.out is None and asked.rows[0].answer == finetune.load(plain).answer(
         "Which colour?", image=pictures / "a.png"
     )
-    assert f"<td>{asked.rows[0].answer}</td>" in asked._repr_html_()
+    assert f">{asked.rows[0].answer}</td>" in asked._repr_html_()
 
 
 def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):
