@@ -3,6 +3,7 @@
 Every command of the command line is one function here; torch is imported when one that needs it is first called.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,16 +96,17 @@ __all__ = [
 ]
 
 
+# As it is imported, it warns about kernels that aren't used.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     import importlib
-    import logging
     import warnings
 
-    # What is imported now warns about widgets and kernels that aren't used.
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # widgets that aren't used
     return getattr(importlib.import_module(f"finetune.{_HOME[name]}"), name)
 
 

@@ -5,6 +5,8 @@ import dataclasses
 import inspect
 import io
 import re
+import subprocess
+import sys
 import typing
 import warnings
 from pathlib import Path
@@ -145,6 +147,13 @@ def test_warnings_of_the_user_s_code_are_not_silenced():
         warnings.warn_explicit("theirs", FutureWarning, "notebook.py", 1, module="peftless")
         warnings.warn("mine", UserWarning, stacklevel=1)
     assert [str(one.message) for one in warned] == ["theirs", "mine"]
+
+
+def test_a_kernel_that_is_not_used_is_not_advertised():
+    """bitsandbytes asks for `kernels` as it is imported, which any module of the package may do first."""
+    code = "import logging, finetune; logging.getLogger('bitsandbytes.backends.cpu.ops').warning('pip install kernels')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_a_changed_recipe_is_checked_like_the_command_line_s(here, page):

@@ -22,7 +22,7 @@ class PredictedRow:
     """`row`: the file, or for a row of a table the table's name and the line. `columns`: as the table holds them.
     `answer`: text, a label or labels, a number, or fields, as the task reads it, or where it can't, the text that the
     model wrote; None where there is no answer, for the reason in `error`. `probabilities`: of each label, where the
-    model gives them.
+    model gives them. `rank`: within its group, from 1 for the best, where the task ranks and all rows have been asked.
     """
 
     row: str
@@ -30,6 +30,7 @@ class PredictedRow:
     answer: Any = None
     probabilities: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
+    rank: int | None = None
 
     @property
     def answer_text(self) -> str:
@@ -40,23 +41,30 @@ class PredictedRow:
 
 
 class AnswersFile:
-    """`inputs`: all rows that it is for; `labels`: those with probabilities; `answer_of`: what a table's text of an
-    answer stands for.
+    """`inputs`: all rows that it is for; `labels`: those with probabilities; `ranks`: whether rows have a rank;
+    `answer_of`: what a table's text of an answer stands for.
     """
 
     def __init__(
-        self, path: Path, inputs: Sequence[Input], labels: Sequence[str], answer_of: Callable[[str], Any]
+        self,
+        path: Path,
+        inputs: Sequence[Input],
+        labels: Sequence[str],
+        answer_of: Callable[[str], Any],
+        ranks: bool = False,
     ) -> None:
-        self.path, self.answer_of = path, answer_of
+        self.path, self.answer_of, self.ranks = path, answer_of, ranks
         self.jsonl = path.suffix.lower() == ".jsonl"
         names = list(dict.fromkeys(name for one in inputs for name in one.columns))
         first = "row" if names else "file"
-        ours = [first, "answer", "error", "probabilities", *(f"{PROBABILITY}{label}" for label in labels)]
+        of_labels = [f"{PROBABILITY}{label}" for label in labels]
+        ours = ["answer", *(["rank"] if ranks else []), *of_labels, "error"]
         self.inputs = {one.name: one for one in inputs}
         self.first, self.labels = first, tuple(labels)
-        taken = {*ours, *names}
-        self.kept = {name: _free(name, taken) if name in ours else name for name in names}  # column -> its name here
-        self.header = [first, *self.kept.values(), "answer", *ours[4:], "error"]
+        reserved = {first, *ours, "probabilities"}
+        taken = {*reserved, *names}
+        self.kept = {name: _free(name, taken) if name in reserved else name for name in names}  # -> its name here
+        self.header = [first, *self.kept.values(), *ours]
 
     def answered(self) -> dict[str, PredictedRow]:
         """The rows that an interrupted earlier call has answered; a torn last line isn't. Raises DataError where the
@@ -72,7 +80,8 @@ class AnswersFile:
             if known is None or {name: known.columns.get(name, "") for name in self.kept} != row.columns:
                 raise self._foreign(f"its row {row.row!r} isn't among these, or has changed")
         done = {row.row: row for row in rows if not row.error}
-        if len(done) == len(self.inputs):
+        ranked = not self.ranks or any(row.rank for row in rows)
+        if len(done) == len(self.inputs) and ranked:
             raise DataError(f"{self.path}: all {len(done):,} rows are answered in it; {option(*OVERWRITE)} begins anew")
         return done
 
@@ -99,12 +108,13 @@ class AnswersFile:
     def _write(self, file: IO[str], row: PredictedRow) -> None:
         kept = {here: row.columns.get(name, "") for name, here in self.kept.items()}
         if self.jsonl:
-            line = {self.first: row.row, **kept, "answer": row.answer}
+            line = {self.first: row.row, **kept, "answer": row.answer} | ({"rank": row.rank} if self.ranks else {})
             line |= {"probabilities": dict(row.probabilities)} if self.labels else {}
             file.write(json.dumps(line | {"error": row.error}, ensure_ascii=False) + "\n")
             return
         shares = [f"{row.probabilities[label]:.4f}" if row.probabilities else "" for label in self.labels]
-        cells = [row.row, *kept.values(), row.answer_text, *shares, row.error]
+        ranks = [row.rank] if self.ranks else []
+        cells = [row.row, *kept.values(), row.answer_text, *ranks, *shares, row.error]
         csv.writer(file).writerow(cells)
 
     def _read_csv(self, text: str) -> list[PredictedRow]:
@@ -141,7 +151,8 @@ class AnswersFile:
             answer = None if cells["error"] else self.answer_of(cells["answer"])
             shares = {label: cells[f"{PROBABILITY}{label}"] for label in self.labels}
             probabilities = {label: float(share) for label, share in shares.items() if share}
-        return PredictedRow(cells[self.first], columns, answer, probabilities, cells["error"])
+        rank = int(cells["rank"]) if self.ranks and cells["rank"] else None
+        return PredictedRow(cells[self.first], columns, answer, probabilities, cells["error"], rank)
 
     def _foreign(self, reason: str) -> DataError:
         return DataError(

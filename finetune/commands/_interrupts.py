@@ -1,4 +1,4 @@
-"""What a run that a signal has ended says: the command that goes on with it."""
+"""What a command that a signal has ended says: the command that goes on with it."""
 
 import os
 import shlex
@@ -25,20 +25,38 @@ def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str], run: RunFold
     except Interrupted as stopped:
         message, number = str(stopped), stopped.signal_number
     except KeyboardInterrupt:
-        message, number = "stopped", received[0] if received else int(signal.SIGINT)
+        message, number = "stopped", _number(received)
     else:
         return
     if run.recipe.is_file():
-        message += f"\nto go on{_launched()}:\n  {_command(verb, recipe, overrides, run)}"
+        sets = [word for assignment in overrides for word in ("--set", assignment)]
+        command = _command([verb, str(recipe), *sets, "--run", str(run.path), "--resume"])
+        message += f"\nto go on{_launched()}:\n  {command}"
     raise Interrupted(message, number, run.path)
 
 
-def _command(verb: str, recipe: Path, overrides: Sequence[str], run: RunFolder) -> str:
+@contextmanager
+def how_to_begin_again(why: str, run: RunFolder) -> Iterator[None]:
+    """Where Ctrl-C or SIGTERM ends the block: raises Interrupted with the command that was given, which begins again.
+    `why`: when what it makes is written.
+    """
+    with _sigterm_as_ctrl_c() as received:
+        try:
+            yield
+        except KeyboardInterrupt:
+            message = f"stopped; {why}\nto begin again:\n  {_command(sys.argv[1:])}"
+            raise Interrupted(message, _number(received), run.path) from None
+
+
+def _number(received: Sequence[int]) -> int:
+    return received[0] if received else int(signal.SIGINT)
+
+
+def _command(words: Sequence[str]) -> str:
     program = ["finetune" if shutil.which("finetune") == sys.argv[0] else sys.argv[0]]
     if Path(sys.argv[0]).name != "finetune":
         program = [sys.executable, "-m", "finetune.commands.cli"]
-    sets = [word for assignment in overrides for word in ("--set", assignment)]
-    return shlex.join([*program, verb, str(recipe), *sets, "--run", str(run.path), "--resume"])
+    return shlex.join([*program, *words])
 
 
 def _launched() -> str:

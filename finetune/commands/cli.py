@@ -1,7 +1,6 @@
 """The command line: parses, calls one function, prints. Each verb is a function of `finetune`."""
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.commands._interrupts import how_to_go_on
+from finetune.commands._interrupts import how_to_begin_again, how_to_go_on
 from finetune.common.errors import DataError, FinetuneError, RecipeError, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
@@ -226,10 +225,11 @@ def evaluate(
     folder = RunFolder.open(run, needs="adapter")  # so that a mistake is reported before torch is imported
     if data:
         refuse_unusable(folder, data, task, RowsAs(renamed, media_folder, encoding))
-    from finetune.commands.tables import print_scores
-    from finetune.evaluation.evaluate import evaluate
+    with how_to_begin_again("scores are written when all rows have been answered", folder):
+        from finetune.commands.tables import print_scores
+        from finetune.evaluation.evaluate import evaluate
 
-    result = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, encoding=encoding, out=out)
+        result = evaluate(run, data, task=task, columns=renamed, media_folder=media_folder, encoding=encoding, out=out)
     print_scores(result)
     if count := result.metrics.data.trained_on:
         print(f"{count:,} of these rows are also training rows: scores on them say little about new ones")
@@ -251,10 +251,11 @@ def report(
 @app.command()
 def merge(run: Run) -> None:
     """Merge the adapter into the LLM, compare it with what was trained, and write RUN/merged with a certificate."""
-    RunFolder.open(run, needs="adapter")
-    from finetune.merging.merge import merge
+    folder = RunFolder.open(run, needs="adapter")
+    with how_to_begin_again(f"{folder.merged} is replaced only by a whole one", folder):
+        from finetune.merging.merge import merge
 
-    merge(run)
+        merge(run)
 
 
 @app.command()
@@ -636,7 +637,6 @@ def columns_of(given: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that aren't needed
     try:
         with options_as_flags():
             app()

@@ -72,7 +72,7 @@ class CheckResult:
             (CODES[code][0], f"{count:,}", CODES[code][1], self.summary["examples"][code])
             for code, count in self.summary["findings"].items()
         ]
-        return display.line(repr(self)) + display.table(("", "found", "finding", "example"), rows)
+        return display.line(repr(self)) + display.table(("", "found", "finding", "example"), rows, left=True)
 
 
 def data_check(

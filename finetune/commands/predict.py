@@ -1,8 +1,10 @@
 """Predict: a trained model's answers to new rows, written to a table as they come."""
 
 import json
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +49,7 @@ class Predictions:
             for row in self.rows[:SHOWN_ROWS]
         ]
         line = display.line(f"{len(self.rows):,} rows, {len(self.errors):,} without an answer")
-        return line + display.table(("row", "answer", "probability", "error"), cells)
+        return line + display.table(("row", "answer", "probability", "error"), cells, left=True)
 
 
 def predict(
@@ -97,17 +99,18 @@ def predict(
     file, done = None, {}
     if out is not None:  # refused before the model is loaded, which takes long
         labels = _labels(bindings[name] if name else None)
-        file = AnswersFile(Path(out), rows, labels, partial(_answer_of, trained_for))
+        file = AnswersFile(Path(out), rows, labels, partial(_answer_of, trained_for), _ranks(trained_for))
         done = {} if options.overwrite else file.answered()
     questions = Questions(assistant or _loaded(run), name, trained_for, prompt, options)
     if file is None:
-        return Predictions(tuple(questions.answered(rows, len(rows))), None, tuple(left_out))
+        answered = list(questions.answered(rows, len(rows)))
+        return Predictions(tuple(ranked(answered, rows, trained_for)), None, tuple(left_out))
     with file.appending(list(done.values())) as append:
         for row in questions.answered([one for one in rows if one.name not in done], len(rows)):
             append(row)
             done[row.row] = row
-    ordered = [done[one.name] for one in rows]
-    if ordered != [*done.values()]:  # rows that had an error stood before others
+    ordered = ranked([done[one.name] for one in rows], rows, trained_for)
+    if ordered != [*done.values()]:  # ranks are known now; rows that had an error stood before others
         with file.appending(ordered):
             pass
     return Predictions(tuple(ordered), file.path, tuple(left_out))
@@ -175,6 +178,29 @@ class Questions:
         if isinstance(answer, DataError):
             return _failed(one, answer)
         return PredictedRow(one.name, one.columns, *_read(answer, self.task))
+
+
+def _ranks(task: TaskPart | None) -> bool:
+    return task is not None and hasattr(task.module, "group_of")
+
+
+def ranked(rows: Sequence[PredictedRow], inputs: Sequence[Input], task: TaskPart | None) -> list[PredictedRow]:
+    """The rows with their ranks in their groups, if the task has such: equal answers have the same, the best of theirs.
+    Rows without a number as their answer have none.
+    """
+    if task is None or not _ranks(task):
+        return [*rows]
+    groups = [(one.row.path, task.module.group_of(one.row, task.options)) for one in inputs]
+    answers: dict[tuple[Path, str], list[float]] = defaultdict(list)
+    for row, group in zip(rows, groups, strict=True):
+        if isinstance(row.answer, int | float):
+            answers[group].append(-row.answer)
+    for numbers in answers.values():
+        numbers.sort()
+    return [
+        replace(row, rank=1 + bisect_left(answers[group], -row.answer)) if isinstance(row.answer, int | float) else row
+        for row, group in zip(rows, groups, strict=True)
+    ]
 
 
 def _labels(binding: TaskBinding | None) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class RecipeList:
         return "\n".join(f"{name:<24} {comment}" for name, comment in self.comments.items())
 
     def _repr_html_(self) -> str:
-        return display.table(("recipe", "learns"), list(self.comments.items()))
+        return display.table(("recipe", "learns"), list(self.comments.items()), left=True)
 
 
 def recipes(copy: str | None = None, to: Path | str = ".") -> RecipeList:

@@ -4,7 +4,14 @@ from typing import Any
 
 from rich.console import Console
 
+IN_NOTEBOOK = Console().is_jupyter
+NOTEBOOK_COLUMNS = 115
+
 
 def plain_console(**options: Any) -> Console:
-    """`options`: of rich's Console."""
+    """`options`: of rich's Console. In a notebook lines go to stdout as text, which wraps: rich's own HTML cuts them at
+    the right, and stderr looks like an error.
+    """
+    if IN_NOTEBOOK:
+        options |= {"stderr": False, "force_jupyter": False, "width": NOTEBOOK_COLUMNS}
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, **options)

@@ -1,10 +1,17 @@
 """What GPUs hold and compute."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
 GIB = 2**30  # bytes
 
 
-def computes_bfloat16(index: int = 0) -> bool:
-    """Of a CUDA device. Turing answers yes to is_bf16_supported(), by emulation, many times slower than float16."""
+def computes_bfloat16(device: "torch.device | int" = 0) -> bool:
+    """Whether a CUDA device has units for it. Turing answers yes to is_bf16_supported(), by emulation, many times
+    slower than float16.
+    """
     import torch
 
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)

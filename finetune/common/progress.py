@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from finetune.common.console import plain_console
+from finetune.common.console import IN_NOTEBOOK, plain_console
 
 # Of several processes one speaks.
 console = plain_console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
@@ -47,9 +47,9 @@ def bar(what: str, total: int, completed: int = 0) -> Iterator[Callable[..., Non
         TimeRemainingColumn(compact=True),
     )
     # In notebooks rich's own display needs ipywidgets, and warns where they are missing.
-    with Progress(*columns, console=console, disable=console.is_jupyter) as progress:
+    with Progress(*columns, console=console, disable=IN_NOTEBOOK) as progress:
         task = progress.add_task(what, total=total, completed=completed, note="")
-        live = LiveDisplay() if console.is_jupyter else None
+        live = LiveDisplay() if IN_NOTEBOOK else None
 
         def step(note: str = "", completed: int | None = None) -> None:
             if completed is None:
@@ -63,7 +63,7 @@ def bar(what: str, total: int, completed: int = 0) -> Iterator[Callable[..., Non
 
 
 class LiveDisplay:
-    """A place below a notebook's cell whose content is shown anew; only for `console.is_jupyter`."""
+    """A place below a notebook's cell whose content is shown anew; only where IN_NOTEBOOK."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -74,15 +74,17 @@ class LiveDisplay:
         """Whether what is seen is older than a quarter of a second."""
         return perf_counter() - self._shown_at > 0.25
 
-    def show(self, content: Any) -> None:
-        """`content`: an object that IPython can display, or MIME type -> data."""
+    def show(self, content: Any, width: int | None = None) -> None:
+        """`content`: an object that IPython can display, or MIME type -> data; `width`: of a PNG, in CSS pixels."""
         from IPython.display import display
 
-        raw = isinstance(content, dict)
+        options: dict[str, Any] = {"raw": isinstance(content, dict)}
+        if width is not None:
+            options["metadata"] = {"image/png": {"width": width}}
         if self._handle is None:
-            self._handle = display(content, display_id=True, raw=raw)
+            self._handle = display(content, display_id=True, **options)
         else:
-            self._handle.update(content, raw=raw)
+            self._handle.update(content, **options)
         self._shown_at = perf_counter()
 
 
@@ -105,7 +107,7 @@ class TrainingBar(TrainerCallback):
         memory = max(peak_memory_bytes().values()) / 2**30
         note = f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
         self._step(note, completed=state.global_step)
-        if not (console.is_terminal or console.is_jupyter) and state.global_step % max(1, self.total // 5) == 0:
+        if not (console.is_terminal or IN_NOTEBOOK) and state.global_step % max(1, self.total // 5) == 0:
             console.print(f"  {self.stage}: step {state.global_step}/{self.total}  {note}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -30,7 +30,8 @@ class StageResult(Result):
     steps: int = 0
     samples: int | None = Field(default=None, description="Rows trained on, counted once per epoch.")
     tokens: int | None = None
-    seconds: float | None = None
+    seconds: float | None = Field(default=None, description="Of all parts of a stage that was resumed.")
+    seconds_before: float = Field(default=0.0, description="Of these, before the last --resume.")
     trained_weights: dict[str, int] = Field(default={}, description="Component -> number of weights.")
     validation: list[ValidationPass] = []
     best_step: int | None = Field(default=None, description="Step whose weights were kept; null without validation.")
@@ -41,7 +42,7 @@ class TrainingResult(Result):
     rows: int | None = None
     tokens_per_epoch: int | None = None
     row_kind: str = Field("", description="How rows were laid out: padded, packed, segments, or with shared prefixes.")
-    resumed: bool = Field(default=False, description="Whether times count only what followed the last --resume.")
+    resumed: bool = Field(default=False, description="Whether energy counts only what followed the last --resume.")
 
 
 class Confusion(Result):

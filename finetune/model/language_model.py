@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from finetune.common.errors import ModelError
+from finetune.common.gpu import computes_bfloat16
 from finetune.common.hub import loading
 from finetune.recipe.schema import Llm
 
@@ -45,8 +46,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return dtype
     if device.type == "cpu":
         return torch.float32
-    # Turing answers yes to is_bf16_supported(), by emulation, many times slower than float16.
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if computes_bfloat16(device) else torch.float16
 
 
 def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from accelerate import PartialState
@@ -11,9 +12,18 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finetune.common.errors import OVERWRITE, RESUME, TrainingError, option
 from finetune.common.progress import console
-from finetune.common.run_folder import RunFolder, damage, write_hashes
+from finetune.common.run_folder import RunFolder, damage, read_json, write_hashes, write_json
 
 STAGING = "writing.partial"  # where checkpoints are written before they appear under their own names
+
+
+SECONDS = "seconds.json"
+
+
+def seconds_of(checkpoint: Path | None) -> float:
+    """What the stage had taken until the checkpoint; 0 where that isn't known."""
+    path = checkpoint and checkpoint / SECONDS
+    return float(read_json(path)["stage"]) if path and path.is_file() else 0.0
 
 
 def step_of(checkpoint: Path) -> int:
@@ -26,13 +36,15 @@ class WholeCheckpoints(TrainerCallback):
     `save_total_limit` says are kept; those of later steps are damaged ones that this training went back behind.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, seconds_before: float = 0.0) -> None:
+        """`seconds_before`: what the stage took in earlier parts."""
+        self.folder, self.begin = folder, perf_counter() - seconds_before
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()  # every process adds its own random state
         if PartialState().is_main_process:
             written = self.folder / STAGING / f"checkpoint-{state.global_step}"
+            write_json(written / SECONDS, {"stage": perf_counter() - self.begin})
             write_hashes(written)
             for path in self.folder.glob("checkpoint-*"):
                 if step_of(path) >= state.global_step:

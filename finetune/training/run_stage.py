@@ -13,7 +13,7 @@ from finetune.common.run_folder import RunFolder, read_json, whole_folder, write
 from finetune.evaluation.results import StageResult
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.trainable import set_trainable
-from finetune.training.checkpoints import newest_whole, step_of
+from finetune.training.checkpoints import newest_whole, seconds_of, step_of
 from finetune.training.live_curve import LiveCurve
 from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
@@ -34,16 +34,21 @@ def run_stage(folder: RunFolder, training: StageTraining, validation: Validation
     if checkpoint is not None and checkpoint.name == "final":
         load_trained(training.model, checkpoint)
         console.print(f"{name}: done before")
-        return StageResult.model_validate(read_json(checkpoint / "result.json"))
+        done = StageResult.model_validate(read_json(checkpoint / "result.json"))
+        return done.model_copy(update={"seconds_before": done.seconds or 0.0})
     announce(training, trained)
-    begin = perf_counter()
+    begin, before = perf_counter(), seconds_of(checkpoint)
     with StopBetweenSteps() as stop:
         try:
             log = _trained(training, stop, checkpoint, validation)
         except Interrupted as error:
             message = f"{name}: {error}; the checkpoint is in {folder.path}"
             raise Interrupted(message, error.signal_number, folder.path) from None
-        result = _finished(training, trained, log, validation, perf_counter() - begin)
+        result = _finished(training, trained, log, validation)
+        result = result.model_copy(update={"seconds": before + perf_counter() - begin, "seconds_before": before})
+        if processes.is_main_process:
+            finish(training, result)
+        processes.wait_for_everyone()
     if stop.agreed():  # too late for this stage; the next one isn't begun
         raise Interrupted(f"{name}: stopped when it was done", stop.signal_number, folder.path)
     return result
@@ -54,30 +59,24 @@ def _finished(
     trained: dict[str, int],
     log: list[dict[str, float]],
     validation: ValidationCallback | None,
-    seconds: float,
 ) -> StageResult:
-    """The result of a stage that has trained; its weights are kept as `final`."""
+    """The result of a stage that has trained, which ends on its best weights."""
     processes = PartialState()
     best_step = validation.restore_best() if validation else None
     steps = validation.history[-1].step if validation else training.steps  # fewer where it ended early
     rows = training.rows[: steps * training.settings.accumulate * processes.num_processes]
     lengths = training.collator.samples.lengths
     trained_on = [number for row in rows for group in row for number in group]
-    result = StageResult(
+    return StageResult(
         losses=[round(entry["loss"], 6) for entry in log],
         token_accuracy=[round(entry["mean_token_accuracy"], 4) for entry in log],
         steps=steps,
         samples=len(trained_on),
         tokens=sum(lengths[number] for number in trained_on),
-        seconds=seconds,
         trained_weights=trained,
         validation=validation.history if validation else [],
         best_step=best_step,
     )
-    if processes.is_main_process:
-        finish(training, result)
-    processes.wait_for_everyone()
-    return result
 
 
 def announce(training: StageTraining, trained: dict[str, int]) -> None:

@@ -1,6 +1,6 @@
 """Train: recipe -> rows -> tokens -> features -> packed rows -> the stages, on one loaded LLM -> adapter folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -91,15 +91,18 @@ def train_in(
         planned = on_gpu and processes.num_processes == 1 and shared is None
         with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
             with EnergyMeter() as meter:
-                result, seconds = train_stages(prepare(folder, recipe, shared), shared, on_validation)
-            seconds["train"] = perf_counter() - begin
+                prepared = prepare(folder, recipe, shared)
+                preparing = {**prepared.run.features.seconds, "train": perf_counter() - begin}
+                before = seconds_before(folder, preparing) if processes.is_main_process else {}
+                result, seconds = train_stages(prepared, shared, on_validation)
+            seconds["train"] = perf_counter() - begin + sum(one.seconds_before for one in result.stages.values())
             figures = finish(WAIT_SECONDS) or {}
         if not processes.is_main_process:
             return folder
         folder.update_metrics(
             **{name: values for name, values in figures.items() if name.startswith("planned_")},
             train=result.model_dump() | {"resumed": resume},
-            seconds=seconds,
+            seconds={part: value + before.get(part, 0.0) for part, value in seconds.items()},
             energy_joules={f"train_{device}": joules for device, joules in meter.joules.items()},
             peak_memory_bytes={f"train_{device}": value for device, value in peak_memory_bytes().items()},
         )
@@ -108,6 +111,14 @@ def train_in(
             console.print(f"{part}: {amounts}")
         console.print(f"adapter: {folder.adapter}")
         return folder
+
+
+def seconds_before(folder: RunFolder, preparing: Mapping[str, float]) -> Mapping[str, float]:
+    """What preparing took in earlier parts of a run, to which that of this part, `preparing`, is added on disk."""
+    path = folder.data / "seconds.json"
+    before: Mapping[str, float] = read_json(path) if path.is_file() else {}
+    write_json(path, {part: value + before.get(part, 0.0) for part, value in preparing.items()})
+    return before
 
 
 def train_stages(
@@ -151,6 +162,7 @@ def train_stages(
     PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
     seconds = {**features.seconds, "encode": features.seconds["encode"] + model.encode_seconds}
+    seconds_training += sum(stage.seconds_before for stage in results.values())
     seconds["llm"] = seconds_training - (0.0 if settings.cache else seconds["decode"] + seconds["encode"])
     tokens = sum(prepared.samples.lengths)
     result = TrainingResult(stages=results, rows=len(prepared.training), tokens_per_epoch=tokens, row_kind=kind)

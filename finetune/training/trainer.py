@@ -25,7 +25,7 @@ from finetune.model.composite import MultimodalModel, Teacher
 from finetune.model.row_plan import by_segments
 from finetune.model.trainable import trained_parts
 from finetune.recipe.schema import Stage, Train
-from finetune.training.checkpoints import STAGING, WholeCheckpoints, step_of
+from finetune.training.checkpoints import STAGING, WholeCheckpoints, seconds_of, step_of
 from finetune.training.collate import Batch, Collator
 from finetune.training.pack import Row
 from finetune.training.stopping import StopBetweenSteps
@@ -75,7 +75,7 @@ def train_stage(
     callbacks = [
         *tensorboard_callbacks(track, run / "tensorboard" / training.stage.name, first_step),
         FiniteGradients(parts),
-        WholeCheckpoints(training.folder),
+        WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
         stop,
     ]

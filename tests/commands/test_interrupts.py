@@ -54,6 +54,20 @@ def test_a_signal_while_a_run_is_evaluated(recipe, tmp_path, monkeypatch):
     assert goes_on(done, signal.SIGTERM, tmp_path) and (tmp_path / "runs" / "tiny" / "certificate.json").is_file()
 
 
+@pytest.mark.parametrize(("verb", "home"), [("evaluate", "evaluation"), ("merge", "merging")])
+def test_a_signal_while_what_was_trained_is_scored_or_merged(verb, home, recipe, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "tiny"
+    assert cli("train", recipe, cwd=tmp_path).returncode == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(f"finetune.{home}.{verb}.Run.load", lambda *_: signal.raise_signal(signal.SIGINT))
+        done = cli(verb, run, cwd=tmp_path)
+    why, advice, printed = done.stderr.splitlines()[-3:]
+    assert done.returncode == 130 and why.startswith("stopped; ") and advice == "to begin again:"
+    program, *words = shlex.split(printed)
+    assert program == "finetune" and not [*run.glob("*.partial")]
+    assert cli(*words, cwd=tmp_path).returncode == 0
+
+
 def test_before_there_is_a_run_nothing_can_be_gone_on_with(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.commands.check.check", lambda recipe: signal.raise_signal(signal.SIGTERM))
     done = cli("run", recipe, cwd=tmp_path)

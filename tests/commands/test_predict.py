@@ -16,8 +16,10 @@ import finetune
 from finetune.commands import predict as predicting
 from finetune.commands._answers_file import AnswersFile, PredictedRow
 from finetune.common.errors import DataError, RecipeError
+from finetune.common.registry import load_part
 from finetune.data.questions import Input, read_inputs
 from finetune.data.sample import Row
+from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import RowFile
 from finetune.recipe.yaml_reader import dump_yaml, read_yaml
 
@@ -204,8 +206,8 @@ def test_every_head_answers_a_table_without_answers(task, heads, tmp_path):
     model = finetune.load(heads)
     labels = model.model.bindings[task].settings.labels
     written = read(out)
-    header = ["row", "photo", "text", "input_answer", "answer", *(f"probability_{label}" for label in labels), "error"]
-    assert list(written[0]) == header
+    ours = ["answer", *(["rank"] if task == "order" else []), *(f"probability_{label}" for label in labels), "error"]
+    assert list(written[0]) == ["row", "photo", "text", "input_answer", *ours]
     for number, (row, line, predicted) in enumerate(zip(rows, written, result.rows, strict=True), 2):
         assert (line["row"], line["photo"], line["input_answer"]) == (f"rows.csv:{number}", row["image"], "known")
         picture = heads.parent / "rows" / row["image"]
@@ -218,9 +220,48 @@ def test_every_head_answers_a_table_without_answers(task, heads, tmp_path):
         elif task == "mark":
             assert float(line["answer"]) == predicted.answer
             assert predicted.answer == pytest.approx(model.number(prompt, task=task, image=picture), abs=1e-2)
+        elif task == "order":
+            assert int(line["rank"]) == 1 + sum(other.answer > predicted.answer for other in result.rows)
         elif task == "words":
             said = model.answer(f"{row['text']}\n{prompt}", max_new_tokens=6)
             assert line["answer"] == said
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_ranks_are_within_groups_and_written_once_all_rows_are_answered(suffix, tmp_path):
+    """Of two users, one with equal answers; a row that failed has no rank."""
+    task = TaskPart("rank", load_part("tasks", "rank").Options())
+    inputs = [
+        Input(f"t.csv:{number}", Row(tmp_path / "t.csv", number, {"group": user}, tmp_path), {"group": user})
+        for number, user in enumerate("aabbbb", 2)
+    ]
+    answers = [0.1, 0.7, 2.5, 0.5, 2.5, None]
+    rows = [
+        PredictedRow(one.name, one.columns, answer, error="" if answer is not None else "torn")
+        for one, answer in zip(inputs, answers, strict=True)
+    ]
+    file = AnswersFile(tmp_path / f"out.{suffix}", inputs, (), json.loads, ranks=True)
+    with file.appending(rows):
+        pass
+    done = file.answered()
+    assert [row.rank for row in done.values()] == [None] * 5
+    ranked = predicting.ranked(rows, inputs, task)
+    assert [row.rank for row in ranked] == [2, 1, 1, 3, 1, None]
+    with file.appending(ranked):
+        pass
+    assert [*file.answered().values()] == ranked[:5]
+
+
+def test_a_file_whose_ranks_are_missing_is_not_finished(tmp_path):
+    inputs = [Input("t.csv:2", Row(tmp_path / "t.csv", 2, {}, tmp_path), {})]
+    file = AnswersFile(tmp_path / "out.csv", inputs, (), json.loads, ranks=True)
+    for rank in (None, 1):
+        with file.appending([PredictedRow("t.csv:2", {}, 0.5, rank=rank)]):
+            pass
+        if rank is None:
+            assert len(file.answered()) == 1
+    with pytest.raises(DataError, match="all 1 rows are answered"):
+        file.answered()
 
 
 SENTENCES = (
@@ -316,7 +357,7 @@ def test_another_prompt_is_asked(plain, pictures):
     assert asked.out is None and asked.rows[0].answer == finetune.load(plain).answer(
         "Which colour?", image=pictures / "a.png"
     )
-    assert f"<td>{asked.rows[0].answer}</td>" in asked._repr_html_()
+    assert f">{asked.rows[0].answer}</td>" in asked._repr_html_()
 
 
 def test_what_can_not_be_meant_is_refused(plain, heads, pictures, tmp_path):

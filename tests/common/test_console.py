@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from PIL import Image
 from tiny import tiny_recipe
 
 from finetune.common.console import plain_console
+from finetune.common.display import picture
 from finetune.common.progress import bar, console
 from finetune.training.train import train
 
@@ -17,6 +19,13 @@ def test_a_line_is_neither_broken_nor_read_as_markup(stderr, capsys):
     (console if stderr else plain_console()).print(ODD)
     out, err = capsys.readouterr()
     assert (err if stderr else out) == f"{ODD}\n"
+
+
+def test_in_a_notebook_a_line_is_text_on_stdout(monkeypatch, capsys):
+    """Rich's own HTML cuts it at the right edge of the cell."""
+    monkeypatch.setattr("finetune.common.console.IN_NOTEBOOK", True)
+    plain_console(stderr=True).print(ODD)
+    assert tuple(capsys.readouterr()) == (f"{ODD}\n", "")
 
 
 def test_the_text_of_a_bar_is_no_markup(capsys):
@@ -41,3 +50,8 @@ def test_a_run_in_a_folder_with_a_long_name_and_brackets_tells_where_its_adapter
     assert f"adapter: {run.adapter}\n" in capsys.readouterr().err
     train(tiny_recipe(tmp_path, train__stages=[stage]), run, resume=True)
     assert f"adapter: {run.adapter}\n" in capsys.readouterr().err
+
+
+def test_a_plot_in_a_notebook_is_as_large_as_it_was_drawn(tmp_path):
+    Image.new("RGB", (1125, 300)).save(tmp_path / "a.png")
+    assert "width: 720px; max-width: 100%" in picture(tmp_path / "a.png")

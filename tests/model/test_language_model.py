@@ -177,3 +177,9 @@ def test_names_that_lead_nowhere_are_one_message(tmp_path):
 def test_numbers_follow_the_device():
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_gpu_without_units_for_bfloat16_computes_in_float16(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", torch.device("cuda", 0)) == dtype

@@ -87,26 +87,49 @@ def prepared(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def execute(path: Path, scratch: Path, hub: Hub, into: Path | None) -> str | None:
-    """What went wrong, or None."""
+def environment_of(folder: Path, hub: Hub, token: str) -> dict[str, str]:
+    """What a kernel in the folder is started with."""
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    environment = os.environ | {"PATH": programs, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hub")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token, "XDG_CACHE_HOME": str(folder / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    environment |= {"PIP_CACHE_DIR": str(cache / "pip"), "PIP_NO_COMPILE": "1"}  # what is imported is compiled then
+    for name in ("HF_HUB_OFFLINE", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH"):
+        environment.pop(name, None)
+    return environment
+
+
+def execute(
+    path: Path, scratch: Path, hub: Hub, into: Path | None = None, installed: threading.Event | None = None
+) -> str | None:
+    """What went wrong, or None. `installed`: set once the cell that installs the kit has ended."""
     begin = perf_counter()
     folder = scratch / path.name
     folder.mkdir()
     (folder / "kit").symlink_to(scratch / "kit")
-    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": programs, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hub")}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    environment["HF_TOKEN"] = "" if ".zh" in path.name else TOKEN
-    environment.pop("HF_HUB_OFFLINE", None)
+    environment = environment_of(folder, hub, "" if ".zh" in path.name else TOKEN)
     notebook = prepared(path)
+
+    def done(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        if installed is not None and cell.source.startswith("%%bash"):
+            installed.set()
+
     client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        on_cell_complete=done,
     )
     failure = None
     try:
         client.execute(env=environment)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         failure = str(error)
+    finally:
+        if installed is not None:
+            installed.set()
     if into is not None:
         nbformat.write(notebook, into / path.name)
     published = sorted(name for name in hub.repositories if name == f"me/tiny-{path.stem}")
@@ -133,9 +156,12 @@ def main() -> None:
         subprocess.run([sys.executable, str(maker), str(ROOT / "weights"), str(scratch / "models")], check=True)
         hub = small_hub(scratch / "models")
         first, *others = paths
-        failures = [execute(first, scratch, hub, arguments.into)]  # it installs the kit for the others
+        installed = threading.Event()
         with ThreadPoolExecutor(max_workers=2) as pool:
-            failures += pool.map(lambda path: execute(path, scratch, hub, arguments.into), others)
+            running = [pool.submit(execute, first, scratch, hub, arguments.into, installed)]
+            installed.wait()
+            running += [pool.submit(execute, path, scratch, hub, arguments.into) for path in others]
+        failures = [one.result() for one in running]
     print(*filter(None, failures), sep="\n\n")
     sys.exit(any(failures))
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 FILES = [
     *("adapter_config.json", "adapter_model.safetensors", "projectors.safetensors", "optimizer.pt", "scheduler.pt"),
-    *("rng_state.pth", "trainer_state.json", "sha256.json"),
+    *("rng_state.pth", "trainer_state.json", "seconds.json", "sha256.json"),
 ]
 
 

@@ -139,10 +139,13 @@ def test_a_run_cut_short_ends_as_a_whole_one(finished, recipe, tmp_path, monkeyp
         patched.setattr(ValidationCallback, "validate", cut)
         with pytest.raises(OSError):
             finetune.train(recipe, tmp_path / "run")
+    before = read(max(tmp_path.glob("run/checkpoints/tune/checkpoint-*/seconds.json")))["stage"]
     finetune.train(recipe, tmp_path / "run", resume=True)
+    seconds = read(tmp_path / "run" / "metrics.json")["seconds"]
+    assert 0 < before < seconds["llm"] < seconds["train"] and seconds["encode"] > 0
     whole, resumed = (read(run / "metrics.json")["train"]["stages"]["tune"] for run in (finished, tmp_path / "run"))
     assert [one["scores"] for one in resumed["validation"]] == [one["scores"] for one in whole["validation"]]
-    assert resumed["best_step"] == whole["best_step"]
+    assert resumed["best_step"] == whole["best_step"] and resumed["seconds_before"] == before < resumed["seconds"]
     for name in ("adapter_model.safetensors", "projectors.safetensors"):
         one, two = (load_file(run / "adapter" / name) for run in (finished, tmp_path / "run"))
         assert one.keys() == two.keys()

@@ -61,7 +61,7 @@ class SplitResult:
 
     def _repr_html_(self) -> str:
         rows = [(split, f"{self.rows[split]:,}", path) for split, path in self.files.items()]
-        return display.table(("split", "rows", "file"), rows)
+        return display.table(("split", "rows", "file"), rows, left=True)
 
 
 def data_split(

@@ -32,7 +32,9 @@ class TaskOptions(PartOptions):
 
 
 class TaskContract(Protocol):
-    """What the file of a task defines; `tables(rows, options) -> Tables` is optional."""
+    """What the file of a task defines. Two are optional: `tables(rows, options) -> Tables`, and
+    `group_of(row, options) -> str`: in what group a row has a rank by its prediction, a number, the highest first.
+    """
 
     HEADS: tuple[str, ...]  # the heads that can answer it, the usual one first
     PRIMARY: str  # the metric that stands for the task, where rows have it; else it is the first of their scores

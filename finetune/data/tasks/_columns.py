@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any, TypeAlias
 
 from pydantic import Field
 
@@ -15,14 +15,16 @@ from finetune.data.tasks import Prompt, TaskOptions, Transcript
 
 FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}  # ; -> ；
 
-TextColumn = Annotated[str, Field(description="Column of text put before the question; '' for none.")]
+TextColumns: TypeAlias = str | tuple[str, ...]
 
 
 class QuestionOptions(TaskOptions):
     """Options of a task that asks a question about the media and a text of a row."""
 
     prompt: Prompt = ""
-    text: TextColumn = ""
+    text: TextColumns = Field(
+        "", description="Column of text put before the question, or a list of them, each on its own line; '' for none."
+    )
 
 
 NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -57,7 +59,7 @@ def question(row: Row, options: DistillableOptions, *columns: str, prompt: str |
     """The user's turn of a task with these options; further `columns` come behind its text, and `prompt` replaces the
     option. Raises DataError.
     """
-    texts = (options.text, *columns)
+    texts = (*listed(options.text), *columns)
     transcript = row.text(options.transcript) if options.transcript else None
     return user_turn(row, options.media, texts, options.prompt if prompt is None else prompt, transcript)
 
@@ -75,6 +77,10 @@ def user_turn(
     if not content:
         raise DataError(f"{row.where}: the question is empty: set the task's `media`, `text` or `prompt`")
     return Message("user", tuple(content))
+
+
+def listed(columns: TextColumns) -> tuple[str, ...]:
+    return (columns,) if isinstance(columns, str) else columns
 
 
 def number_of(row: Row, column: str) -> float:

@@ -8,7 +8,7 @@ from finetune.data.formats import Columns
 from finetune.data.metrics.captions import caption_counts, caption_scores
 from finetune.data.sample import Message, Row, Sample
 from finetune.data.tasks import Measure, Prompt, _free_text
-from finetune.data.tasks._columns import QuestionOptions, texts_of, user_turn
+from finetune.data.tasks._columns import QuestionOptions, listed, texts_of, user_turn
 
 HEADS = ("language",)
 PRIMARY = "token_f1"
@@ -27,7 +27,7 @@ def sample(row: Row, options: Options) -> Sample:
     captions = texts_of(row, options.caption)
     if options.references:
         captions += texts_of(row, options.references)
-    question = user_turn(row, options.media, (options.text,), options.prompt, transcript=captions[0])
+    question = user_turn(row, options.media, listed(options.text), options.prompt, transcript=captions[0])
     return Sample((question, Message("assistant", (captions[0],))), row.where, "caption", target=captions)
 
 

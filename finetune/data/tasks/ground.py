@@ -15,7 +15,15 @@ from finetune.data.metrics.boxes import box_scores, matched
 from finetune.data.metrics.labels import fold
 from finetune.data.sample import Answer, Message, Row, Sample
 from finetune.data.tasks import Measure, Prompt
-from finetune.data.tasks._columns import NUMBER, DistillableOptions, numbers_in, question, texts_of, value_of
+from finetune.data.tasks._columns import (
+    NUMBER,
+    DistillableOptions,
+    TextColumns,
+    numbers_in,
+    question,
+    texts_of,
+    value_of,
+)
 
 HEADS = ("language",)
 PRIMARY = "iou"
@@ -28,7 +36,11 @@ BOX = re.compile(rf"([^\[\]\n]*)\[{CELL}[,，]{CELL}[,，]{CELL}[,，]{CELL}\]")
 
 class Options(DistillableOptions):
     prompt: Prompt = "Where is it? [x1, y1, x2, y2], 0 to 1000"
-    text: str = Field("phrase", description="Column of the phrase to locate, put before the question; '' for none.")
+    text: TextColumns = Field(
+        "phrase",
+        description="Column of the phrase to locate, put before the question, or a list of columns, each on its own "
+        "line; '' for none.",
+    )
     boxes: str = Field("boxes", description="Column of a box, four numbers, or of a list of boxes; [] for none.")
     labels: str = Field("", description="Column of the labels of the boxes, one for each; '' for none.")
     separator: str = Field(";", description="Separator of labels that aren't a list.")

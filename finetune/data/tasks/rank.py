@@ -16,7 +16,7 @@ from finetune.data.metrics.labels import fold
 from finetune.data.metrics.ranking import group_counts, ranking_scores
 from finetune.data.sample import Answer, Message, Row, Sample
 from finetune.data.tasks import Measure, Media, Prompt, Tables, TaskOptions, Transcript
-from finetune.data.tasks._columns import number_of, user_turn
+from finetune.data.tasks._columns import TextColumns, listed, number_of, user_turn
 
 HEADS = ("score", "language")
 PRIMARY = "mrr"
@@ -25,8 +25,9 @@ PRIMARY = "mrr"
 class Options(TaskOptions):
     prompt: Prompt = "Is this relevant?"
     media: Media = ()
-    text: tuple[str, ...] = Field(
-        ("history", "item"), description="Columns of text put before the question, each on its own line; [] for none."
+    text: TextColumns = Field(
+        ("history", "item"),
+        description="Column of text put before the question, or a list of them, each on its own line; [] for none.",
     )
     group: str = Field("group", description="Column of the user, session or query whose items are ranked together.")
     relevance: str = Field("relevance", description="Column of the relevance, a number: 0 for none; 1 for a click.")
@@ -50,7 +51,7 @@ class Target(TypedDict):
 def sample(row: Row, options: Options) -> Sample:
     group, relevance = row.text(options.group), _relevance(row, options)
     transcript = row.text(options.transcript) if options.transcript else None
-    question = user_turn(row, options.media, options.text, options.prompt, transcript)
+    question = user_turn(row, options.media, listed(options.text), options.prompt, transcript)
     answer = Message("assistant", (options.relevant if relevance > 0 else options.irrelevant,))
     target: Target = {"group": group, "relevance": relevance}
     return Sample((question, answer), row.where, "rank", target=target, group=group)
@@ -58,6 +59,11 @@ def sample(row: Row, options: Options) -> Sample:
 
 def stand_in(row: Row, options: Options) -> Columns:
     return {options.relevance: 0} | ({} if row.columns.get(options.group) else {options.group: "?"})
+
+
+def group_of(row: Row, options: Options) -> str:
+    """Rows without one, whose answers aren't known, are ranked together."""
+    return row.text(options.group) if row.columns.get(options.group) else "?"
 
 
 def read(answer: Answer, options: Options) -> float | None:

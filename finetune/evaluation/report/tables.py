@@ -281,10 +281,10 @@ def planned_beside(metrics: Metrics) -> list[tuple[str, str]]:
 def costs(content: Content) -> list[Cost]:
     metrics = content.metrics
     beside = planned_beside(metrics)
-    time = "Time (training since the last --resume)" if metrics.train.resumed else "Time"
+    energy = "Energy (training since the last --resume)" if metrics.train.resumed else "Energy"
     return [
         *([Cost("Planned and measured", beside)] if beside else []),
-        Cost(time, [(words.plain(part), words.duration(value)) for part, value in metrics.seconds.items()]),
+        Cost("Time", [(words.plain(part), words.duration(value)) for part, value in metrics.seconds.items()]),
         Cost("Peak memory", [(words.plain(p), words.memory(value)) for p, value in metrics.peak_memory_bytes.items()]),
-        Cost("Energy", [(words.plain(part), words.energy(value)) for part, value in metrics.energy_joules.items()]),
+        Cost(energy, [(words.plain(part), words.energy(value)) for part, value in metrics.energy_joules.items()]),
     ]

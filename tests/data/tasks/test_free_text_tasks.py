@@ -3,7 +3,7 @@
 import pytest
 from task_rows import Asked
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, MissingColumn
 from finetune.data.sample import Answer
 
 
@@ -70,3 +70,15 @@ def test_conversations_keep_their_media_in_place(tmp_path):
     sample = asked.sample(messages=[{"role": "user", "content": content}, {"role": "assistant", "content": "一只猫"}])
     assert sample.question[0].content[0] == "看：" and sample.media == (sample.question[0].content[1],)
     assert asked.scores((sample, "一只猫"), (sample, "两只猫"))["token_f1"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("kind", ["answer", "caption", "classify", "extract", "ground", "rank", "score", "vqa"])
+def test_several_columns_of_text_stand_in_their_order_each_on_its_own_line(kind, tmp_path):
+    answers = {"answer": "1", "answers": "1", "caption": "a", "label": "x", "boxes": [1, 2, 3, 4], "score": 1}
+    own = {"fields": {"n": "number"}} if kind == "extract" else {}
+    asked = Asked(kind, tmp_path, text=["title", "body"], **own)
+    rows = answers | {"relevance": 1, "json": {"n": 1}, "group": "g", "question": "Which?"}
+    rows |= {"title": "Shoes", "body": "Red, size 42"}
+    assert asked.question(**rows).strip().startswith("Shoes\nRed, size 42\n")
+    with pytest.raises(MissingColumn, match="body"):
+        asked.sample(**{name: value for name, value in rows.items() if name != "body"})

@@ -37,8 +37,9 @@ def test_confusion_keeps_answers_that_are_no_label():
     assert confusion_matrix(Confusion()) is None
 
 
-def test_times_of_a_run_that_was_resumed_are_said_to_begin_there():
-    for resumed, title in ((False, "Time"), (True, "Time (training since the last --resume)")):
+def test_energy_of_a_run_that_was_resumed_is_said_to_begin_there():
+    for resumed, title in ((False, "Energy"), (True, "Energy (training since the last --resume)")):
         metrics = Metrics(train=TrainingResult(resumed=resumed), seconds={"train": 25.0})
         content = Content("run", None, metrics, [], {}, {}, None, {}, {}, [], [])
-        assert costs(content)[0] == Cost(title, [("train", "25.0 s")]), resumed
+        time, _, energy = costs(content)
+        assert time == Cost("Time", [("train", "25.0 s")]) and energy.title == title
