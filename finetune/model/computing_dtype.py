@@ -1,5 +1,5 @@
-"""The dtype that a run computes in where its recipe leaves that to the machine: the device's usual one, unless a second's
-measurement finds another much faster.
+"""The dtype that a run computes in where its recipe says `auto`: the device's usual one, unless a second's measurement
+finds another much faster.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,9 +50,10 @@ def _faster(width: int, quantize: Quantize, device: torch.device) -> str:
     times = times_as_fast(width, quantize, device, usual, other)
     names = [str(dtype).removeprefix("torch.") for dtype in (usual, other)]
     taken = times >= CLEARLY
+    where = "this GPU" if device.type == "cuda" else "this CPU"
     console.print(
-        f"dtype: {names[taken]}; a layer of the LLM is {times:.1f} times as fast in {names[1]} as in {names[0]} on this "
-        f"{'GPU' if device.type == 'cuda' else 'CPU'}, and auto takes {names[1]} from {CLEARLY:g} times on"
+        f"dtype: {names[taken]}; a layer of the LLM is {times:.1f} times as fast in {names[1]} as in {names[0]} on "
+        f"{where}, and auto takes {names[1]} from {CLEARLY:g} times on"
     )
     return names[1] if taken else "auto"
 

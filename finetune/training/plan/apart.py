@@ -26,9 +26,9 @@ OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 
 def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
-    """The recipe with numbers in the place of `auto` in its section `train`; prints why tokens_per_batch and epochs are
-    what they are. A plan for this machine's GPU tells how many tokens a packed row may have, and whether there are
-    activation checkpoints; none without a GPU or a plan. Raises DataError, ModelError.
+    """The recipe with numbers in the place of `auto` in its section `train`; prints why they are what they are. A plan
+    for this machine's GPU tells how many tokens a packed row may have, and how many activation checkpoints there are;
+    none without a GPU or a plan. Raises DataError, ModelError.
     """
     from finetune.common.progress import console
 
@@ -52,6 +52,8 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
         train = chosen.train
     if train.checkpoint_every_n_layers == "auto":
         train = train.model_copy(update={"checkpoint_every_n_layers": figures["checkpoints"] if figures else 0})
+        unplanned = "train.checkpoint_every_n_layers: 0, without a plan of a GPU"
+        console.print(figures["checkpoints_reason"] if figures else unplanned)
     return recipe.model_copy(update={"train": train})
 
 
