@@ -156,6 +156,8 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
         print(f"{recipe}: OK", check(recipe, set_ or []), sep="\n", flush=True)
         with Console(stderr=True).status("plan"):
             figures = finish(LINE_SECONDS)
+    if figures and figures["checkpoints_reason"]:
+        print(f"  {figures['checkpoints_reason']}")
     print(f"  {figures['line'] if figures else f'memory, disk and hours: finetune plan {recipe}'}")
 
 

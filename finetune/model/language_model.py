@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -47,6 +48,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if computes_bfloat16(device) else torch.float16
+
+
+def read_config(llm: Llm) -> Any:
+    """The LLM's config, without its weights. Raises ModelError."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": llm.name, "revision": llm.revision}
+    if llm.name.endswith(".gguf"):
+        folder, _, file = llm.name.rpartition("/")
+        source = {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
+        return AutoConfig.from_pretrained(
+            trust_remote_code=llm.trust_remote_code, local_files_only=local_only, **source
+        )
 
 
 def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:

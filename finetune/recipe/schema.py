@@ -63,7 +63,11 @@ class Llm(Section):
     revision: str | None = Field(None, description="Commit (40 hex digits), branch or tag of the Hub repository.")
     quantize: Quantize = Field("nf4", description="Storage of the frozen weights: 4 bits, 8 bits, or none (16 or 32).")
     double_quantize: bool = Field(True, description="Quantize the scales of nf4 too (saves 0.4 bits per weight).")
-    dtype: Dtype = Field("auto", description="Dtype of the computation; auto: bfloat16 where the device has it.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Dtype of the computation; auto: bfloat16 where the GPU has it, float16 on older GPUs, float32 on "
+        "a CPU, unless a new run measures that another is at least twice as fast.",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "auto",
         description="Attention implementation; auto: by segments of the row while training (flash attention on GPUs "
@@ -262,8 +266,8 @@ class Train(Section):
     workers: int = Field(0, ge=0, description="Data worker processes; 0: the trainer's own process.")
     checkpoint_every_n_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0,
-        description="Layers per activation checkpoint: 0 no checkpoints, 1 every layer; auto: 1 where the GPU is too "
-        "small without.",
+        description="Activation checkpoints at every n-th layer of the LLM: 0 none, 1 every layer; auto: as few as the "
+        "GPU's free memory asks for, by the plan; on a CPU none.",
     )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
     track: list[Tracker] = Field(

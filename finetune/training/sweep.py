@@ -25,7 +25,7 @@ from finetune.model.language_model import default_device
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe
 from finetune.training.shared import Shared
 from finetune.training.sweep_choices import SweepChoice, read_choices
-from finetune.training.train import train_in
+from finetune.training.train import train_in, with_measured_dtype
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,7 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
             raise optuna.TrialPruned
         return False
 
+    recipe = with_measured_dtype(recipe)
     shared = parts.of(recipe)
     try:
         folder = train_in(place, recipe, shared=shared, on_validation=prune)

@@ -22,6 +22,7 @@ from finetune.evaluation.results import Metrics, StageResult, TrainingResult
 from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
+from finetune.model.computing_dtype import measured_dtype
 from finetune.model.language_model import default_device
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
@@ -30,7 +31,7 @@ from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_trackers
 from finetune.recipe.schema import Model, Stage, Train
 from finetune.training.collate import Collator
-from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, without_auto
+from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared
@@ -81,7 +82,8 @@ def train_in(
         folder = RunFolder(path)
         if processes.is_main_process:
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
-            recipe = without_auto(as_begun(recipe, folder) if resume else recipe, on_gpu, processes.num_processes)
+            recipe = as_begun(recipe, folder) if resume else with_measured_dtype(recipe)
+            recipe = without_auto(recipe, on_gpu, processes.num_processes)
             folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
             record_versions(folder.path / "versions.json", processes.num_processes)
         processes.wait_for_everyone()
@@ -119,6 +121,13 @@ def seconds_before(folder: RunFolder, preparing: Mapping[str, float]) -> Mapping
     before: Mapping[str, float] = read_json(path) if path.is_file() else {}
     write_json(path, {part: value + before.get(part, 0.0) for part, value in preparing.items()})
     return before
+
+
+def with_measured_dtype(recipe: Recipe) -> Recipe:
+    """The recipe with the dtype that a new run computes in on this machine, or with `auto` where that is the device's
+    usual one. Raises ModelError.
+    """
+    return recipe.with_(**{DTYPE: measured_dtype(recipe.model.llm, default_device())})
 
 
 def train_stages(

@@ -171,13 +171,14 @@ def test_a_run_on_a_gpu_takes_what_its_plan_has_memory_for(recipe, monkeypatch, 
     @contextmanager
     def planned(file):
         assert load_recipe(file).train.tokens_per_batch == "auto"
-        yield lambda seconds: {"tokens_per_batch": 64, "checkpoints": 1}
+        yield lambda seconds: {"tokens_per_batch": 64, "checkpoints": 3, "checkpoints_reason": "every third layer"}
 
     monkeypatch.setattr("finetune.training.steps.EPOCH_STEPS", 1)
     monkeypatch.setattr("finetune.training.plan.apart.planning", planned)
     settings = without_auto(recipe.with_("train.checkpoint_every_n_layers=auto"), gpu=True).train
-    assert (settings.tokens_per_batch, settings.checkpoint_every_n_layers) == (64, 1)
-    assert "64, the most that the GPU has memory for" in capsys.readouterr().err
+    assert (settings.tokens_per_batch, settings.checkpoint_every_n_layers) == (64, 3)
+    printed = capsys.readouterr().err
+    assert "64, the most that the GPU has memory for" in printed and "every third layer" in printed
     assert without_auto(recipe, gpu=False).train.tokens_per_batch == 2048
 
 

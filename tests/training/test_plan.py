@@ -5,13 +5,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import soundfile
 import torch
 from cli import cli
-from tiny import tiny_recipe
+from tiny import tiny_llm_folder, tiny_recipe, tiny_vision_folder
 from tiny_encoders import tiny_audio_folder, tiny_sound
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,7 @@ from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import planning, without_auto
 from finetune.training.plan.cards import CARDS, card_like
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
-from finetune.training.plan.plan import largest_tokens_per_batch, plan
+from finetune.training.plan.plan import largest_tokens_per_batch, own_card, plan
 from finetune.training.plan.result import TIGHT
 from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
 from finetune.training.train import train
@@ -172,13 +173,44 @@ def test_the_exit_status_says_whether_it_fits(usual, share, status):
     assert replace(usual, card=card).exit_status == status
 
 
-def test_checkpoints_are_automatic_where_the_card_is_small(folder, usual, monkeypatch):
-    recipe = recipe_in(folder, train__checkpoint_every_n_layers="auto")
-    assert plan(recipe, "t4", advise=False).checkpoints == 0
-    small = replace(usual.card, memory=usual.needed / GIB)
-    monkeypatch.setattr("finetune.training.plan.plan.card_named", lambda name: small)
-    planned = plan(recipe, "small", advise=False)
-    assert planned.checkpoints == 1 and planned.needed < usual.needed
+def test_checkpoints_are_automatic_where_the_card_is_small(tmp_path, monkeypatch):
+    """As few as leave training less than 90% of the card, of three layers."""
+    tiny_llm_folder(tmp_path / "llm", num_hidden_layers=3)
+    tiny_vision_folder(tmp_path / "encoder")
+    planned = [plan(recipe_in(tmp_path, train__checkpoint_every_n_layers=n), "t4", advise=False) for n in range(4)]
+    needed = [result.needed for result in planned]
+    assert needed[0] > needed[3] > needed[2] > needed[1] and planned[2].checkpoints_reason == ""
+    recipe = recipe_in(tmp_path, train__checkpoint_every_n_layers="auto")
+    for memory, expected in ((needed[0], 0), (needed[2], 2), (needed[3] - 1, 2), (needed[1] // 2, 1)):
+        card = replace(CARDS["t4"], memory=(memory + 0.5) / TIGHT / GIB)
+        monkeypatch.setattr("finetune.training.plan.plan.card_named", lambda name, card=card: card)
+        result = plan(recipe, "small", advise=False)
+        assert (result.checkpoints, result.needed) == (expected, needed[expected])
+        assert f"checkpoint_every_n_layers: {expected}, training takes 0." in result.checkpoints_reason
+        assert result.checkpoints_reason in result.notes
+
+
+def test_other_phases_ask_for_no_checkpoints(folder, monkeypatch):
+    """Where answers take more than training, checkpoints wouldn't help."""
+    monkeypatch.setattr("finetune.training.plan.plan.CONTEXT", 0)
+    recipe = recipe_in(folder, train__checkpoint_every_n_layers="auto", evaluate={"batch": 256, "max_new_tokens": 64})
+    roomy = plan(recipe, "t4", advise=False)
+    assert roomy.fullest.name == "evaluate"
+    monkeypatch.setitem(CARDS, "t4", replace(CARDS["t4"], memory=roomy.needed / GIB))
+    tight = plan(recipe, "t4", advise=False)
+    assert (tight.exit_status, tight.checkpoints) == (1, 0)
+
+
+def test_memory_that_others_hold_is_not_planned_with(monkeypatch):
+    """But what CUDA keeps for itself in this process, and in the run that waits for its plan, is."""
+    properties = SimpleNamespace(name="Tesla T4", total_memory=15 * GIB)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: properties)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (7, 5))
+    for free, memory in ((15, 15), (14.2, 15), (4, 5)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda index, free=free: (int(free * GIB), 15 * GIB))
+        card = own_card()
+        assert (card.memory, card.tflops, card.bfloat16) == (memory, CARDS["t4"].tflops, False)
 
 
 def test_a_run_without_a_gpu_has_no_automatic_checkpoints(folder):

@@ -34,9 +34,9 @@ def device() -> Iterator[Diagnostic]:
             "see what nvidia-smi says; update the driver, or install a build of torch for its CUDA version",
         )
     if torch.backends.mps.is_available():
-        yield Diagnostic("device", "ok", f"{built}: the CPU, in float32; Apple's GPU (MPS) isn't used")
+        yield Diagnostic("device", "ok", f"{built}: the CPU; Apple's GPU (MPS) isn't used")
     else:
-        yield Diagnostic("device", "ok", f"{built}: the CPU, in float32")
+        yield Diagnostic("device", "ok", f"{built}: the CPU")
 
 
 def _gpu(index: int, built: str) -> Diagnostic:

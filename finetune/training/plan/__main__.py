@@ -11,4 +11,5 @@ if __name__ == "__main__":
 
     result = plan(recipe, advise=False)
     numbers = {"checkpoints": result.checkpoints, "tokens_per_batch": result.tokens_per_batch}
-    print(json.dumps({"line": result.line(), **numbers, **result.figures()}))
+    text = {"line": result.line(), "checkpoints_reason": result.checkpoints_reason}
+    print(json.dumps({**text, **numbers, **result.figures()}))

@@ -20,14 +20,15 @@ from finetune.training.steps import has_auto
 
 LINE_SECONDS = 60.0
 WAIT_SECONDS = 300.0
+DTYPE = "model.llm.dtype"
 # What torchrun tells its processes; a plan isn't one of them.
 OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
-    """The recipe with numbers in the place of `auto` in its section `train`; prints why tokens_per_batch and epochs are
-    what they are. A plan for this machine's GPU tells how many tokens a packed row may have, and whether there are
-    activation checkpoints; none without a GPU or a plan. Raises DataError, ModelError.
+    """The recipe with numbers in the place of `auto` in its section `train`; prints why they are what they are. A plan
+    for this machine's GPU tells how many tokens a packed row may have, and how many activation checkpoints there are;
+    none without a GPU or a plan. Raises DataError, ModelError.
     """
     from finetune.common.progress import console
 
@@ -51,16 +52,21 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
         train = chosen.train
     if train.checkpoint_every_n_layers == "auto":
         train = train.model_copy(update={"checkpoint_every_n_layers": figures["checkpoints"] if figures else 0})
+        unplanned = "train.checkpoint_every_n_layers: 0, without a plan of a GPU"
+        console.print(figures["checkpoints_reason"] if figures else unplanned)
     return recipe.model_copy(update={"train": train})
 
 
 def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe with the numbers that a run began with in the place of `auto`. Raises RecipeError."""
-    train = recipe.train
+    """The recipe with the dtype and the numbers that a run began with in the place of `auto`. Raises RecipeError."""
+    train, llm = recipe.train, recipe.model.llm
     keys = [key for key in ("tokens_per_batch", "checkpoint_every_n_layers") if getattr(train, key) == "auto"]
-    if not (keys or has_auto(train)) or not folder.recipe.is_file():
+    if not (keys or has_auto(train) or llm.dtype == "auto") or not folder.recipe.is_file():
         return recipe
-    begun = load_recipe(folder.recipe).train
+    before = load_recipe(folder.recipe)
+    if llm.dtype == "auto":
+        recipe = recipe.with_(**{DTYPE: before.model.llm.dtype})
+    begun = before.train
     if len(begun.stages) != len(train.stages):
         return recipe
     stages = [

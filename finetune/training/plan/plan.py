@@ -1,17 +1,19 @@
 """`finetune plan`: memory by part, what makes it fit, disk, hours and money, before weights are downloaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.progress import quiet_libraries
+from finetune.model.language_model import read_config
 from finetune.model.row_plan import RowKind
 from finetune.recipe.load import Recipe
 from finetune.training.automatic import AutoNumbers
 from finetune.training.plan.cards import CARDS, DEFAULT, SIZES, USABLE, Card, card_like, card_named
 from finetune.training.plan.measure import Measured, measure
-from finetune.training.plan.result import TIGHT, Change, Plan, status
+from finetune.training.plan.result import TIGHT, Change, Phase, Plan, status
 from finetune.training.plan.rows import PlannedRows, with_dtype
 from finetune.training.steps import Numbers, has_auto
 
@@ -40,12 +42,13 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     chosen = _numbers(recipe, card)
     recipe = recipe.model_copy(update={"train": chosen.train})
     rows = PlannedRows.of(recipe)
-    recipe, measured = _automatic(recipe, rows, card)
-    needed = on_card(measured)
+    recipe, measured, why = _automatic(recipe, rows, card)
+    needed = on_card(measured.phases)
     return Plan(
         name=recipe.name,
         card=card,
         checkpoints=int(recipe.train.checkpoint_every_n_layers),
+        checkpoints_reason=why,
         tokens_per_batch=int(recipe.train.tokens_per_batch),
         dtype=dtype,
         phases=measured.phases,
@@ -54,7 +57,7 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
         memory_elsewhere=_elsewhere(recipe, measured),
         disk=_disk(recipe, measured),
         seconds=_seconds(recipe, rows, measured, card),
-        notes=(*chosen.reasons, *_notes(recipe, rows, measured, card)),
+        notes=(*chosen.reasons, *([why] if why else []), *_notes(recipe, rows, measured, card)),
     )
 
 
@@ -71,15 +74,34 @@ def _numbers(recipe: Recipe, card: Card) -> Numbers:
     return chosen
 
 
-def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, Measured]:
-    """The recipe without `auto`, and what it takes: activation checkpoints only where it would be tight without."""
-    if recipe.train.checkpoint_every_n_layers == "auto":
-        recipe = recipe.with_(**{CHECKPOINTS: 0})
-        measured = measure(recipe, rows, gpu=True)
-        if not status(on_card(measured), card.memory * GIB):
-            return recipe, measured
-        recipe = recipe.with_(**{CHECKPOINTS: 1})
-    return recipe, measure(recipe, rows, gpu=True)
+def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, Measured, str]:
+    """The recipe without `auto`, what it takes, and why it has so many activation checkpoints, '' where their number is
+    written: as few as keep training from being tight on the card.
+    """
+    if recipe.train.checkpoint_every_n_layers != "auto":
+        return recipe, measure(recipe, rows, gpu=True), ""
+    memory = card.memory * GIB
+    tried: dict[int, Measured] = {}
+    needed: dict[int, int] = {}
+
+    def fits(every: int) -> bool:
+        tried[every] = measure(recipe.with_(**{CHECKPOINTS: every}), rows, gpu=True)
+        needed[every] = on_card([phase for phase in tried[every].phases if phase.name.startswith("train")])
+        return not status(needed[every], memory)
+
+    chosen = 0 if fits(0) else 1
+    if chosen and fits(1):
+        layers = read_config(recipe.model.llm).get_text_config().num_hidden_layers
+        each = (needed[0] - needed[1]) / layers  # about what a checkpoint saves
+        likely = (n for n in range(layers, 1, -1) if not status(round(needed[0] - each * ceil(layers / n)), memory))
+        chosen = next((n for n in likely if fits(n)), 1)
+    return recipe.with_(**{CHECKPOINTS: chosen}), tried[chosen], _why(needed, chosen, card)
+
+
+def _why(needed: Mapping[int, int], chosen: int, card: Card) -> str:
+    """`needed`: {layers per activation checkpoint: bytes of the card that training takes}."""
+    text = f"{CHECKPOINTS}: {chosen}, training takes {needed[chosen] / GIB:.1f} of {card.memory:.1f} GiB"
+    return f"{text}, {needed[0] / GIB:.1f} without activation checkpoints" if chosen else text
 
 
 def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card) -> int:
@@ -89,28 +111,34 @@ def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card) -> int:
     Plans once for each number. Raises DataError, ModelError.
     """
     recipe = with_dtype(recipe, "bfloat16" if card.bfloat16 else "float16")
+    if recipe.train.checkpoint_every_n_layers == "auto":
+        recipe = recipe.with_(**{CHECKPOINTS: 1})
     rows = PlannedRows.of(recipe)
     while True:
-        _, measured = _automatic(recipe.with_(**{TOKENS: most}), rows, card)
-        if not status(on_card(measured), card.memory * GIB) or most // 2 < max(measured.longest, 16):
+        measured = measure(recipe.with_(**{TOKENS: most}), rows, gpu=True)
+        if not status(on_card(measured.phases), card.memory * GIB) or most // 2 < max(measured.longest, 16):
             return most
         most //= 2
 
 
-def on_card(measured: Measured) -> int:
-    """Bytes of a card that its fullest phase takes, with CUDA's own."""
-    return round(max(phase.total for phase in measured.phases) * (1 + FRAGMENTED)) + CONTEXT
+def on_card(phases: Sequence[Phase]) -> int:
+    """Bytes of a card that the fullest of these phases takes, with CUDA's own."""
+    return round(max(phase.total for phase in phases) * (1 + FRAGMENTED)) + CONTEXT
 
 
 def own_card() -> Card | None:
-    """This machine's first GPU; its speed is that of the table's card with a like name, or else of the default's."""
+    """This machine's first GPU, without the memory that other processes hold; its speed is that of the table's card
+    with a like name, or else of the default's.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    memory = properties.total_memory / GIB
-    like = card_like(properties.name, memory) or CARDS[DEFAULT]
+    free, total = torch.cuda.mem_get_info(0)
+    like = card_like(properties.name, total / GIB) or CARDS[DEFAULT]
+    # CUDA's own of this process, and of the run that waits for its plan, isn't others'.
+    memory = min(total, free + 2 * CONTEXT) / GIB
     return replace(like, name=properties.name, memory=memory, bfloat16=computes_bfloat16())
 
 
@@ -119,7 +147,7 @@ def _changes(recipe: Recipe, rows: PlannedRows, measured: Measured) -> Iterator[
     planned again, and kept only if it takes less than what came before.
     """
     keys: dict[str, Any] = {}
-    needed = on_card(measured)
+    needed = on_card(measured.phases)
     tried: set[str] = set()
     while needed > SIZES[0] * USABLE * GIB * TIGHT:
         step = next((s for s in _steps(recipe, measured) if str(sorted(s)) not in tried), None)
@@ -129,10 +157,10 @@ def _changes(recipe: Recipe, rows: PlannedRows, measured: Measured) -> Iterator[
         if set(step) != {TOKENS, "train.accumulate"} and set(step) != {"evaluate.batch"}:
             tried.add(str(sorted(step)))
         again = measure(changed, rows, gpu=True)
-        if on_card(again) >= needed:
+        if on_card(again.phases) >= needed:
             tried.add(str(sorted(step)))
             continue
-        recipe, measured, needed = changed, again, on_card(again)
+        recipe, measured, needed = changed, again, on_card(again.phases)
         keys = {**keys, **step}
         yield Change(keys, needed)
 

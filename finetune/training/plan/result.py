@@ -42,13 +42,15 @@ class Change:
 @dataclass(frozen=True, repr=False)
 class Plan:
     """What a run takes, in bytes and seconds. `checkpoints`: layers per activation checkpoint, in the place of `auto`,
-    as `tokens_per_batch` is; `needed`: of the card, in its fullest phase; `changes`: each holds all keys of the one
-    before; `disk`: {what: bytes}; `seconds`: {phase: seconds on `card`}.
+    as `tokens_per_batch` is; `checkpoints_reason`: '' where the recipe has their number; `needed`: of the card, in its
+    fullest phase; `changes`: each holds all keys of the one before; `disk`: {what: bytes}; `seconds`: {phase: seconds
+    on `card`}.
     """
 
     name: str
     card: Card
     checkpoints: int
+    checkpoints_reason: str
     tokens_per_batch: int
     dtype: str
     phases: tuple[Phase, ...]

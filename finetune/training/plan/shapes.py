@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.common.hub import loading
-from finetune.model.language_model import quantization, ready
+from finetune.model.language_model import quantization, read_config, ready
 from finetune.recipe.schema import Llm
 
 META = torch.device("meta")
@@ -18,19 +18,12 @@ META = torch.device("meta")
 
 def language_model_on_meta(llm: Llm, dtype: torch.dtype) -> Any:
     """The LLM as `load_language_model` gives it, from its config alone. Raises ModelError."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": llm.name, "revision": llm.revision}
-    if llm.name.endswith(".gguf"):
-        folder, _, file = llm.name.rpartition("/")
-        source = {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": llm.trust_remote_code}
     if llm.attention == "eager":  # the other implementations keep what torch's own fused attention keeps
         options["attn_implementation"] = llm.attention
-    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
-        config = AutoConfig.from_pretrained(
-            trust_remote_code=llm.trust_remote_code, local_files_only=local_only, **source
-        )
-        with META, no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, **options)
+    config = read_config(llm)
+    with loading(f"LLM {llm.name!r}", llm.name), META, no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, **options)
     quantized = quantization(llm, dtype)
     if quantized is not None:
         quantizer = AutoHfQuantizer.from_config(quantized, pre_quantized=False)
