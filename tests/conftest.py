@@ -1,9 +1,10 @@
+import gc
 import os
 
+gc.disable()  # until all is imported: none of it is garbage
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import gc
 import json
 import shutil
 import signal
@@ -20,6 +21,10 @@ torch.set_num_threads(1)
 quiet_libraries()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: the kit would leave it so
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -94,9 +94,12 @@ def save_trained(model: MultimodalModel, folder: Path) -> None:
     """Write `adapter_model.safetensors` (PEFT's own) and `projectors.safetensors`: all that can have been trained."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model.language_model, PeftModel):
+        # PEFT's card names the base by its local path; ours is written where the adapter is published. One that is
+        # there is changed, in a quarter of the time that a new one takes.
+        card = folder / "README.md"
+        card.write_text("---\nlibrary_name: peft\n---\n")
         model.language_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-        # PEFT's card names the base by its local path; ours is written where the adapter is published.
-        (folder / "README.md").unlink(missing_ok=True)
+        card.unlink()
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in _own_tensors(model).items()}
     save_file(content, folder / "projectors.safetensors")
 

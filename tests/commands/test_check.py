@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import forked
 import numpy
 import pytest
 import soundfile
@@ -245,6 +246,7 @@ def test_a_gated_llm_is_asked_for_once(on_the_hub):
 @pytest.mark.slow
 def test_the_command_counts_steps_and_plans_with_an_empty_cache(on_the_hub, monkeypatch):
     monkeypatch.setattr("finetune.training.plan.apart.LINE_SECONDS", 300.0)  # however busy the machine is
+    monkeypatch.setattr("finetune.training.plan.apart.subprocess.Popen", forked.popen)
     hub, recipe = on_the_hub
     done = cli("check", recipe)
     assert done.returncode == 0, done.stderr

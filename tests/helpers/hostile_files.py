@@ -16,6 +16,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,16 @@ def png(width: int, height: int, *before: bytes, pixels: bytes = b"0") -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     chunks = (header, *before, chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def bomb(kind: bytes) -> Callable[[Path], object]:
+    """A chunk of 200 MB of zeros, compressed when it is written."""
+    return lambda path: path.write_bytes(png(4, 4, chunk(kind, b"a\0\0" + compressed_zeros())))
+
+
+@cache
+def compressed_zeros() -> bytes:
+    return zlib.compress(bytes(200_000_000), 1)
 
 
 def tiff(tags: list[tuple[int, int, int, int]], following: int = 0) -> bytes:
@@ -142,8 +153,8 @@ def images() -> dict[str, Content]:
         "wide.png": png(2**31 - 1, 1),
         "no-width.png": png(0, 10),
         "short-of-pixels.png": png(6000, 6000),
-        "profile-bomb.png": png(4, 4, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(200_000_000), 9))),
-        "text-bomb.png": png(4, 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 9))),
+        "profile-bomb.png": bomb(b"iCCP"),
+        "text-bomb.png": bomb(b"zTXt"),
         "no-pixels.png": good["PNG"][:33] + chunk(b"IEND", b""),
         "wrong-sum.png": good["PNG"][:29] + b"abcd" + good["PNG"][33:],
         "screen.gif": patched(good["GIF"], b"GIF87a", 0, "<HH", 65535, 65535),

@@ -1,37 +1,71 @@
 """A mistake in a recipe is reported by every verb that takes one, without importing what is slow to import."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from cli import Result
 from recipe_texts import GOOD, mentions
 
 pytestmark = pytest.mark.slow
 
 SLOW = {"torch", "transformers", "trl", "peft", "datasets", "pandas", "sklearn", "scipy", "optuna", "numpy", "PIL"}
-COMMAND = f"""
-import sys
+SERVER = f"""
+import contextlib, gc, json, os, sys
 from finetune.commands import cli
-try:
+with contextlib.suppress(SystemExit):
     cli.main()
-finally:
-    print(*sorted({SLOW} & sys.modules.keys()))
+gc.freeze()
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        folder, sys.argv, *files = json.loads(line)
+        os.chdir(folder)
+        for number, path in enumerate(files, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        try:
+            cli.main()
+        finally:
+            print(*sorted({SLOW} & sys.modules.keys()))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 VALIDATED = GOOD.replace("    hold_out: 0.1\n", "    hold_out: 0.1\n    hold_out_validation: 0.1\n").replace(
     "  tokens_per_batch: 4096\n", "  tokens_per_batch: 4096\n  validation: {}\n"
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A process that has checked a recipe, and is forked for each command."""
+    recipe = tmp_path_factory.mktemp("server") / "x.yaml"
+    recipe.write_text(GOOD.replace("quantize: nf4", "quantize: nf5"))
+    command, pipe = [sys.executable, "-c", SERVER, "check", str(recipe)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(server, tmp_path_factory):
+    files = [tmp_path_factory.mktemp("run") / name for name in ("stdout", "stderr")]
+
+    def command(*arguments: str) -> Result:
+        line = json.dumps([os.getcwd(), ["finetune", *arguments], *map(str, files)])
+        server.stdin.write(line.encode() + b"\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return Result(status, *(path.read_text(encoding="utf-8") for path in files))
+
+    return command
 
 
 @pytest.mark.parametrize(
     "verb",
     ["check", "plan", "train", "run", "sweep --over seed=1,2", "data check", "data preview", "data label"],
 )
-def test_a_mistake_in_a_recipe_is_reported_by(verb, folder):
+def test_a_mistake_in_a_recipe_is_reported_by(verb, folder, run):
     text = GOOD.replace("quantize: nf4", "quantize: nf5")
     (folder / "x.yaml").write_text(text)
     words = verb.split()
@@ -54,7 +88,7 @@ def test_a_mistake_in_a_recipe_is_reported_by(verb, folder):
         (["--over", "adapter.rank=4,8", "--set", "sed=3"], "--set sed|'seed'"),
     ],
 )
-def test_a_wrong_choice_of_a_sweep_is_reported(options, words, folder):
+def test_a_wrong_choice_of_a_sweep_is_reported(options, words, folder, run):
     (folder / "x.yaml").write_text(VALIDATED)
     done = run("sweep", "x.yaml", *options)
     assert done.returncode == 2, done.stderr
@@ -63,7 +97,7 @@ def test_a_wrong_choice_of_a_sweep_is_reported(options, words, folder):
     assert not (folder / "runs").exists()
 
 
-def test_a_sweep_without_validation_rows_is_reported(folder):
+def test_a_sweep_without_validation_rows_is_reported(folder, run):
     done = run("sweep", "x.yaml", "--over", "adapter.rank=4,8")
     assert done.returncode == 2, done.stderr
     assert mentions(done.stderr, "x.yaml|train.validation")
@@ -71,7 +105,7 @@ def test_a_sweep_without_validation_rows_is_reported(folder):
 
 
 @pytest.mark.parametrize("verb", ["check", "train", "run"])
-def test_a_wrong_option_is_reported(verb, folder):
+def test_a_wrong_option_is_reported(verb, folder, run):
     done = run(verb, "x.yaml", "--set", "adapter.rank=0")
     assert done.returncode == 2, done.stderr
     assert mentions(done.stderr, "--set adapter.rank|0|from 1 to 1024")
@@ -102,7 +136,7 @@ def test_a_wrong_option_is_reported(verb, folder):
         ("chat runs/calls Hello --task kinds", "--task kinds: the model was trained for kind, place"),
     ],
 )
-def test_what_is_wrong_with_a_run_is_reported(command, words, folder):
+def test_what_is_wrong_with_a_run_is_reported(command, words, folder, run):
     """A run of two tasks that was trained and exported, as far as its texts tell."""
     calls = folder / "runs" / "calls"
     (calls / "adapter").mkdir(parents=True)
@@ -124,7 +158,7 @@ def test_what_is_wrong_with_a_run_is_reported(command, words, folder):
     assert done.stdout.split() == []
 
 
-def test_other_rows_that_can_not_be_scored_are_reported(folder):
+def test_other_rows_that_can_not_be_scored_are_reported(folder, run):
     calls = folder / "runs" / "calls"
     (calls / "adapter").mkdir(parents=True)
     (calls / "recipe.yaml").write_text(GOOD.replace("data/products.csv", str(folder / "data" / "products.csv")))

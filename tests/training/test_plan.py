@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import soundfile
 import torch
@@ -230,7 +231,8 @@ def test_the_largest_row_that_fits(folder, usual):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_planned_has_no_plan(folder):
+def test_what_cannot_be_planned_has_no_plan(folder, monkeypatch):
+    monkeypatch.setattr("finetune.training.plan.apart.subprocess.Popen", forked.popen)
     with planning(tiny_recipe(folder, train__stages=TUNE), ["model.no=such"]) as finish:
         assert finish(300) is None
 
