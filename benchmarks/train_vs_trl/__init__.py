@@ -20,6 +20,8 @@ peer-turns         the questions about a picture are turns of one conversation, 
 peer-steps         each optimizer step holds the very samples of ours, read from the plan of our rows, and so the same
                    schedule: of this run the losses are compared, step by step.
 peer-checkpointed, ours-checkpointed   with activation checkpoints.
+peer-compiled, ours-compiled           what of each layer isn't attention, compiled; on a CPU only traced.
+peer-plain, ours-liger                 on a GPU: trl without Liger's kernels, ours with them.
 
 The same on both sides: LLM weights and quantization (one loader), encoder weights, first projector and LoRA weights
 (written once, read by both), chat template, samples, learning rates, precision, seeds, no dropout. Token ids, labels

@@ -13,7 +13,8 @@ from benchmarks.train_vs_trl import __doc__ as about
 from benchmarks.train_vs_trl.options import Options
 from benchmarks.train_vs_trl.workload import ROOT, names, workload
 
-RUNS = ("ours", "ours-checkpointed", "peer", "peer-compact", "peer-turns", "peer-steps", "peer-checkpointed")
+OURS = ("ours", "ours-checkpointed", "ours-compiled", "ours-liger")
+RUNS = (*OURS, "peer", "peer-compact", "peer-turns", "peer-steps", "peer-checkpointed", "peer-compiled", "peer-plain")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train_vs_trl.kernels import compile_layers, use_liger
 from benchmarks.train_vs_trl.measure import Clock, Memory, Watcher
 from benchmarks.train_vs_trl.options import Options
 from benchmarks.train_vs_trl.prepare import OurTraining, recipe_of
@@ -27,6 +28,10 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         settings, components = run.recipe.train, run.components
         if "checkpointed" in kind:
             model.causal_lm.activation_checkpointing_enable(every_n_layers=1)
+        if "compiled" in kind:
+            compile_layers(model.causal_lm)
+        if "liger" in kind:
+            use_liger(model.causal_lm)
         stage = settings.stages[0]
         set_trainable(model, stage.trains)
         trained = trained_parts(model, stage.trains)

@@ -26,6 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.train_vs_trl.kernels import compile_layers
 from benchmarks.train_vs_trl.measure import Clock, Memory, Watcher
 from benchmarks.train_vs_trl.options import IMAGE_TOKEN, Options
 from benchmarks.train_vs_trl.prepare import CHAT_TEMPLATE, recipe_of
@@ -93,6 +94,8 @@ def train(options: Options, kind: str) -> dict[str, Any]:
             before, rows = len(samples), []
             samples = in_turns(samples)
             count = count * len(samples) // before
+        if "compiled" in kind:
+            compile_layers(language_model)
         memory.start()
 
         clock = Clock()
@@ -151,7 +154,7 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
         optim=stage.optimizer,
         max_length=None,  # the default, 1024, would cut pictures
         gradient_checkpointing="checkpointed" in kind,  # trl's default is True: slower, smaller
-        use_liger_kernel=on_gpu and find_spec("liger_kernel") is not None,
+        use_liger_kernel=on_gpu and find_spec("liger_kernel") is not None and "plain" not in kind,
         bf16=on_gpu,
         use_cpu=not on_gpu,
         seed=options.seed,

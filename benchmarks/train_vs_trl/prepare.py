@@ -104,6 +104,8 @@ def weights_of(options: Options) -> tuple[Path, Path]:
 
 def make_weights(options: Options) -> None:
     llm, vision = weights_of(options)
+    if options.parts == "given":
+        return
     if options.parts == "toy":
         sys.path.insert(0, str(workload.ROOT / "tests/helpers"))
         from tiny import tiny_llm_folder, tiny_vision_folder
@@ -115,7 +117,7 @@ def make_weights(options: Options) -> None:
     if options.parts == "large":
         _make_llm(llm)
     if options.parts == "large" or options.chosen.vision:
-        _make_vision(vision, options.chosen.vision or LARGE_VISION)
+        make_vision(vision, options.chosen.vision or LARGE_VISION)
     elif options.pixels:
         shutil.copytree(QUICKSTART / "mobilenet-v2", vision)
         config = vision / "preprocessor_config.json"
@@ -141,7 +143,7 @@ def _make_llm(folder: Path) -> None:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def _make_vision(folder: Path, shape: dict[str, Any]) -> None:
+def make_vision(folder: Path, shape: dict[str, Any]) -> None:
     from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
     SiglipVisionModel(SiglipVisionConfig(**shape, vision_use_head=False)).save_pretrained(folder)

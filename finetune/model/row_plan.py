@@ -18,7 +18,8 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -132,9 +133,7 @@ def _attend(
     plan, window = attention_mask.plan, attention_mask.window
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
     if not own and not dropout and _has_flash_kernel(query, value):
-        from torch.nn.attention.varlen import varlen_attn
-
-        return at_once(query, key, value, plan, window, scaling, varlen_attn), None
+        return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
     parts = []
     own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))
     for segment, visible in zip(plan.segments, attention_mask.masks, strict=True):
@@ -170,10 +169,20 @@ def _behind_prefix(rows: dict[int, Tensor], segment: RowSegment) -> Tensor:
 def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether PyTorch's own flash attention for sequences of many lengths takes these: it needs an Ampere GPU."""
     width = query.shape[-1]
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0) or varlen_kernel() is None:
         return False
     half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
     return half and width == value.shape[-1] <= 256 and width % 8 == 0
+
+
+@cache
+def varlen_kernel() -> Any:
+    """`torch.nn.attention.varlen.varlen_attn`; None in versions of PyTorch without it, or whose own knows no window."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn if "window_size" in signature(varlen_attn).parameters else None
 
 
 def at_once(
@@ -192,6 +201,8 @@ def at_once(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     places, ends_query, ends_key, longest_query, longest_key = _gathered(plan, query.device)
+    # PyTorch 2.11 takes fewer heads of keys than of queries unasked, and has no argument for it.
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_groups(kernel) else {}
     result: Tensor = kernel(
         query[0].transpose(0, 1).contiguous(),
         key[0].transpose(0, 1)[places],
@@ -202,9 +213,14 @@ def at_once(
         longest_key,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return result[None]
+
+
+@cache
+def _asks_for_groups(kernel: Callable[..., Any]) -> bool:
+    return "enable_gqa" in signature(kernel).parameters
 
 
 @lru_cache(maxsize=4)  # layers ask for the same plan one after the other

@@ -255,7 +255,8 @@ def test_a_mask_for_all_tokens_is_never_made(monkeypatch):
     assert made and max(mask.shape[1] for mask in made if mask is not None) <= longest < batch["input_ids"].shape[1]
 
 
-def test_one_kernel_for_all_segments_is_given_the_same(monkeypatch):
+@pytest.mark.parametrize("asks_for_groups", [True, False], ids=["", "PyTorch 2.11"])
+def test_one_kernel_for_all_segments_is_given_the_same(asks_for_groups):
     """A GPU's kernel for sequences of many lengths, replaced by one that loops over them."""
     torch.manual_seed(0)
     plan = RowPlan((RowSegment(0, 5), RowSegment(5, 8, 0, 5), RowSegment(8, 12, 0, 5), RowSegment(12, 19)))
@@ -278,11 +279,14 @@ def test_one_kernel_for_all_segments_is_given_the_same(monkeypatch):
             results.append(attended.transpose(0, 1))
         return torch.cat(results)
 
+    def older(*inputs, scale, window_size):
+        return kernel(*inputs, scale=scale, window_size=window_size, enable_gqa=True)
+
     for window in (None, 3, 6):
         with row_plan.following(plan, SimpleNamespace(config=SimpleNamespace(_attn_implementation=row_plan.NAME))):
             mask = row_plan._mask(device=None, local_size=window)
         expected, _ = row_plan._attend(module, query, key, value, mask, scaling=0.3)
-        found = row_plan.at_once(query, key, value, plan, window, 0.3, kernel)
+        found = row_plan.at_once(query, key, value, plan, window, 0.3, kernel if asks_for_groups else older)
         torch.testing.assert_close(found, expected)
 
 
@@ -304,6 +308,8 @@ def test_which_gpus_and_shapes_take_one_kernel(capability, dtype, widths, fits, 
         for heads, width in zip((4, 2), widths, strict=True)  # fewer heads of keys and values than of queries
     )
     assert row_plan._has_flash_kernel(query, value) is fits
+    monkeypatch.setattr(row_plan, "varlen_kernel", lambda: None)  # a PyTorch without it
+    assert not row_plan._has_flash_kernel(query, value)
 
 
 def test_groups_are_those_of_equal_tokens_and_media(monkeypatch):

@@ -1,0 +1,69 @@
+"""Training in float16 with its loss scaler, over 4-bit weights and by segments without the kernel for many lengths, as on
+a T4: the losses of all steps against the same training in float32.
+"""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.gpu.models import collator_of, composite, fresh_tokenizer, llm_folder, questions
+from benchmarks.gpu.setting import Setting
+from finetune.model.language_model import load_language_model
+from finetune.model.row_plan import RowKind, row_kind
+from finetune.recipe.schema import Llm, Stage, Train
+from finetune.training.stopping import StopBetweenSteps
+from finetune.training.trainer import StageTraining, train_stage
+
+EPOCHS = 8  # a step each
+APART = 0.05  # relative: the most by which a step's losses may differ
+# Heads of a width that isn't a multiple of 8, which the kernel for many lengths doesn't take.
+SHAPE = {"hidden_size": 320, "num_attention_heads": 16, "num_key_value_heads": 4}
+
+
+class Scaler(TrainerCallback):
+    """Counts the steps that the scaler left out."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.skipped += bool(getattr(optimizer, "step_was_skipped", False))
+
+
+def check(setting: Setting) -> str:
+    on_gpu = setting.device == "cuda"
+    exact, _ = trained(setting, torch.float32)
+    found, skipped = trained(setting, torch.float16 if on_gpu else torch.float32)
+    for name, losses in (("float32", exact), ("float16", found)):
+        assert len(losses) >= EPOCHS and losses[-1] < 0.8 * losses[0], f"{name}: the loss doesn't fall: {losses}"
+    # Steps that were left out came to nothing: those after them follow, so many steps late.
+    late = [abs(a - b) / b for a, b in zip(found[skipped:], exact[: len(exact) - skipped], strict=True)]
+    assert max(late) < APART, f"losses in float16 {found}, in float32 {exact}, {skipped} steps skipped"
+    scaled = f"the scaler left out {skipped} of {len(found)} steps" if on_gpu else "float32 twice: a CPU has no scaler"
+    return f"{scaled}; losses {found[0]:.3f} to {found[-1]:.3f}, at most {max(late):.1%} from those in float32"
+
+
+def trained(setting: Setting, dtype: torch.dtype) -> tuple[list[float], int]:
+    """Losses of the steps, and how many steps were left out."""
+    folder = llm_folder(setting, "odd-heads", "qwen2", **SHAPE)
+    llm = load_language_model(Llm(name=str(folder)), dtype, torch.device(setting.device))
+    assert row_kind(llm) is RowKind.SHARED
+    model, (samples, groups) = composite(llm), questions(setting)
+    stage = Stage(name="tune", trains=["projectors", "adapter"], learning_rate=2e-3, warmup=0.0, scheduler="constant")
+    scaler = Scaler()
+    training = StageTraining(
+        model=model,
+        tokenizer=fresh_tokenizer(),
+        stage=stage,
+        settings=Train(stages=[stage], save_every_n_steps=1_000_000),
+        collator=collator_of(samples, kind=RowKind.SHARED),
+        rows=[groups] * EPOCHS,
+        folder=setting.folder / f"float16-{dtype}" / "checkpoints" / "tune",
+        seed=11,
+        dtype=dtype,
+    )
+    with StopBetweenSteps() as stop:
+        log = train_stage(training, stop, callbacks=[scaler])
+    assert all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad), "a weight isn't finite"
+    return [entry["loss"] for entry in log], scaler.skipped

@@ -1,0 +1,23 @@
+"""Faster layers of an LLM, for runs whose names ask for them."""
+
+from typing import Any
+
+from transformers.integrations.liger import apply_liger_kernel
+
+from finetune.model.language_model import decoder_layers
+
+
+def compile_layers(causal_lm: Any) -> None:
+    """Compile, when they are first called, norms and feed-forward parts. Attention by segments has another plan for each
+    row and would be compiled again and again. On a CPU they are only traced, so that toys needn't wait.
+    """
+    backend = "inductor" if next(causal_lm.parameters()).is_cuda else "eager"
+    for layer in decoder_layers(causal_lm):
+        for name, module in layer.named_children():
+            if "attn" not in name:
+                module.compile(dynamic=True, backend=backend)
+
+
+def use_liger(causal_lm: Any) -> None:
+    """Liger's kernels for norms, rotary positions and gated feed-forward parts, as trl's own option takes them."""
+    apply_liger_kernel(causal_lm, {"fused_linear_cross_entropy": False})
