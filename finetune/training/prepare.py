@@ -9,7 +9,7 @@ from functools import cached_property
 from accelerate import PartialState
 
 from finetune.common.errors import RUN, TrainingError, option
-from finetune.common.progress import console
+from finetune.common.progress import Stopwatch, console
 from finetune.common.run_folder import RunFolder, write_json, write_text
 from finetune.data.rows import by_task, refuse_empty_splits, sampling_weights, subset, summary
 from finetune.data.run_rows import keep_rows, splits_of_run
@@ -29,12 +29,13 @@ from finetune.training.shared import Shared
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """`training` and `validation` samples; `samples`: the training samples as tokens."""
+    """`training` and `validation` samples; `samples`: the training samples as tokens; `watch`: what reading and encoding took."""
 
     run: Run
     training: list[Sample]
     validation: list[Sample]
     samples: TokenizedSamples
+    watch: Stopwatch
 
     @property
     def weighted(self) -> bool:
@@ -56,7 +57,9 @@ class PreparedRun:
 def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> PreparedRun:
     """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
-    splits = splits_of_run(folder, recipe)
+    watch = Stopwatch()
+    with watch("read"):
+        splits = splits_of_run(folder, recipe)
     refuse_empty_splits(splits, recipe)
     limit = recipe.train.validation.limit if recipe.train.validation else 0
     validation = [
@@ -64,27 +67,33 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         for numbers in by_task(splits.validation).values()
         for sample in subset([splits.validation[i] for i in numbers], limit, recipe.seed)
     ]
-    bindings = bindings_of(recipe.data, splits.train)
-    run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
+    with watch("read"):
+        bindings = bindings_of(recipe.data, splits.train)
+    with watch("components"):
+        run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
     for encoder in run.components.encoders.values():
         encoder.module.to(run.components.device)  # an earlier training may have put it away
     if first:
-        keep_rows(folder, splits, recipe)
-        write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
+        with watch("read"):
+            keep_rows(folder, splits, recipe)
+            write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
         if run.features.stores:
-            media = [medium for sample in [*splits.train, *validation] for medium in sample.media]
-            fill_cache(media, run.features, recipe.train)
+            with watch("encode"):
+                media = [medium for sample in [*splits.train, *validation] for medium in sample.media]
+                fill_cache(media, run.features, recipe.train)
     PartialState().wait_for_everyone()
     run.features.refresh()
-    rows = tokenized(splits.train, run)
-    if first:
-        refuse_other_rows(folder, rows)
+    with watch("tokenize"):
+        rows = tokenized(splits.train, run)
+        if first:
+            refuse_other_rows(folder, rows)
+        samples = TokenizedSamples.of(rows)
     lengths = [len(row.input_ids) for row in rows]
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
     )
-    return PreparedRun(run, splits.train, validation, TokenizedSamples.of(rows))
+    return PreparedRun(run, splits.train, validation, samples, watch)
 
 
 def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> None:
