@@ -7,8 +7,8 @@ at most `--pictures` differ; a tenth is held out. The tokenizer is the quickstar
 and have random weights, so that what is measured is what depends on rows. Each start is a process and a run folder of
 its own; the second finds the caches that the first has filled. The files are in the system's page cache in both.
 
-Seconds of each phase are CPU seconds. Memory in MiB: the most that the process has held, what it holds after the first step, and of that what isn't a mapped
-file, which the system may drop.
+Seconds of each phase are CPU seconds. Memory in MiB: the most that the process has held, what it holds after the first
+step, and of that what isn't a mapped file, which the system may drop.
 """
 
 import argparse
@@ -209,7 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(start(*given.start, begin)))
         return
     phases = "".join(f"{name:>{max(6, len(name)) + 2}}" for name in PHASES)
-    print(f"{'kind':<8}{'rows':>8}  {'start':<7}{'seconds':>8}{'CPU':>8}{phases}{'peak':>10}{'resident':>10}{'own':>10}")
+    sizes = "".join(f"{name:>10}" for name in ("peak", "resident", "own"))
+    print(f"{'kind':<8}{'rows':>8}  {'start':<7}{'seconds':>8}{'CPU':>8}{phases}{sizes}")
     found = []
     for kind in given.kinds:
         for rows in given.rows:

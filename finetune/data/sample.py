@@ -4,13 +4,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import DataError, MediaError, MissingColumn
-from finetune.common.run_folder import file_hash
 from finetune.data.fetch import fetched
+from finetune.data.media_index import media_index
 from finetune.data.media_store import data_uri_content, stored
 from finetune.recipe.schema import Limits
 
@@ -96,7 +96,9 @@ class Row:
             return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text, self.where)
         if not isinstance(value, str | Path):
             raise DataError(f"{self.where}: {self.called(kind)} holds {str(cell)[:40]!r}; write a path")
-        return Medium(kind, self._file(kind, value), text, self.where)
+        path = self._file(kind, value)
+        named = str(self.media_folder.resolve() / value)
+        return Medium(kind, path, text, self.where, link="" if named == str(path) else named)
 
     def _file(self, kind: str, name: str | Path) -> Path:
         try:
@@ -125,7 +127,8 @@ class Medium:
     caption or transcript, which distillation puts in its place ('' where another medium's text covers this one too);
     None where unknown. `where`: the row that names it, for messages. `known_key`: its `key`, where it is known without
     the file. `content`: what a program holds in place of a file, its bytes or what `media.OBJECTS` take; `path` is then
-    a name for messages, of this medium only.
+    a name for messages, of this medium only. `link`: the path as the row names it, where that leads to `path` by
+    links.
     """
 
     kind: str
@@ -134,14 +137,14 @@ class Medium:
     where: str = field(default="", compare=False)
     known_key: str = field(default="", compare=False)
     content: object = field(default=None, compare=False, repr=False)
+    link: str = field(default="", compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
         """sha256 of the file: renamed or copied media keep their features, changed ones don't."""
         if self.known_key:
             return self.known_key
-        status = self.path.stat()
-        return _file_hash(self.path, status.st_size, status.st_mtime_ns)
+        return media_index().sha256(self.path)
 
     @property
     def place(self) -> str:
@@ -240,8 +243,3 @@ def _in_words(content: Sequence[str | Medium]) -> str:
         text += piece
         own_line = isinstance(part, Medium) if piece else own_line
     return text
-
-
-@lru_cache(2**16)
-def _file_hash(path: Path, size: int, modified: int) -> str:
-    return file_hash(path)

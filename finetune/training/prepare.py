@@ -11,7 +11,7 @@ from accelerate import PartialState
 from finetune.common.errors import RUN, TrainingError, option
 from finetune.common.progress import Stopwatch, console
 from finetune.common.run_folder import RunFolder, write_json, write_text
-from finetune.data.rows import by_task, refuse_empty_splits, sampling_weights, subset, summary
+from finetune.data.rows import by_task, picked, refuse_empty_splits, sampling_weights, subset, summary
 from finetune.data.run_rows import keep_rows, splits_of_run
 from finetune.data.sample import Sample
 from finetune.model.bindings import bindings_of
@@ -25,14 +25,17 @@ from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSample, TokenizedSamples, distilled, tokenized
 from finetune.training.shared import Shared
+from finetune.training.steps import samples_of
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """`training` and `validation` samples; `samples`: the training samples as tokens; `watch`: what reading and encoding took."""
+    """`training` and `validation` samples; `samples`: the training samples as tokens; `watch`: what it took to get
+    them.
+    """
 
     run: Run
-    training: list[Sample]
+    training: Sequence[Sample]
     validation: list[Sample]
     samples: TokenizedSamples
     watch: Stopwatch
@@ -79,7 +82,10 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
             write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
         if run.features.stores:
             with watch("encode"):
-                media = [medium for sample in [*splits.train, *validation] for medium in sample.media]
+                media = [
+                    *splits.train.different_media(run.features.known),
+                    *(medium for sample in validation for medium in sample.media),
+                ]
                 fill_cache(media, run.features, recipe.train)
     PartialState().wait_for_everyone()
     run.features.refresh()
@@ -118,9 +124,10 @@ def stage_rows(
 ) -> tuple[TokenizedSamples, list[Row]]:
     """The samples that a stage uses, and the rows of all its epochs, in the order in which they train."""
     run, training = prepared.run, prepared.training
-    chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
+    chosen = samples_of(stage, training)
+    own = picked(training, chosen)
     if stage.distill:
-        samples = TokenizedSamples.of(distilled([training[i] for i in chosen], stage, run, model))
+        samples = TokenizedSamples.of(distilled(own, stage, run, model))
     else:
         samples = prepared.samples.select(chosen)
     groups: dict[Hashable, list[int]] = {}
@@ -128,7 +135,7 @@ def stage_rows(
         groups.setdefault(group or number, []).append(number)
     rows = plan_rows(
         samples.taught_lengths,
-        sampling_weights([training[i] for i in chosen], run.recipe.train.mixing_temperature),
+        sampling_weights(own, run.recipe.train.mixing_temperature),
         capacity=int(run.recipe.train.tokens_per_batch),
         epochs=int(stage.epochs),
         seed=seed,
