@@ -3,12 +3,19 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import time_ns
+from typing import TypeAlias
+from zipfile import BadZipFile
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from finetune.common.kept_tables import keep, opened
@@ -18,6 +25,8 @@ from finetune.data.media_index import SETTLED, Stamp, media_index
 from finetune.data.sample_table import SCHEMA, newest, unchanged
 from finetune.recipe.schema import RowFile, Source
 
+# (the number in `rows.SPLITS` of each sample's split, int8; how many rows each set has that stays together)
+Split: TypeAlias = tuple[npt.NDArray[np.int8], list[int]]
 LIBRARIES = ("pyarrow", "datasets", "openpyxl")  # that read rows
 
 
@@ -44,6 +53,8 @@ def keep_table(folder: Path | None, sources: Sequence[Source], rows: Iterable[Ma
     """The rows as a table of `SCHEMA`, kept in `folder` unless a file was changed only just now, and may be again
     without another time.
     """
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)  # with what is kept beside the rows
     begun, before = time_ns(), [stamps_of(source.path) for source in sources]
     latest = max((modified for stamps in before for _, modified in stamps or ()), default=0)
 
@@ -54,6 +65,32 @@ def keep_table(folder: Path | None, sources: Sequence[Source], rows: Iterable[Ma
         return table is not None and before == after and max(latest, newest(table)) < begun - SETTLED
 
     return keep(folder, SCHEMA, rows, finish)
+
+
+def kept_split(folder: Path | None, sources: Sequence[Source], seed: int) -> Split | None:
+    """What `keep_split` has kept."""
+    if folder is None:
+        return None
+    try:
+        with np.load(folder / _split_file(sources, seed)) as arrays:
+            return arrays["split"], arrays["together"].tolist()
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return None
+
+
+def keep_split(folder: Path | None, sources: Sequence[Source], seed: int, split: Split) -> None:
+    """Keep which rows are held out beside the table in `folder`, if one is there."""
+    if folder is None or not folder.is_dir():
+        return
+    file = folder / _split_file(sources, seed)
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, delete=False) as writing:
+        np.savez(writing, split=split[0], together=np.array(split[1], np.int64))
+        os.replace(writing.name, file)
+
+
+def _split_file(sources: Sequence[Source], seed: int) -> str:
+    shares = [(source.split, source.hold_out, source.hold_out_validation) for source in sources]
+    return f"split-{hashlib.sha256(json.dumps([seed, shares]).encode()).hexdigest()[:16]}.npz"
 
 
 def stamps_of(path: Path) -> list[tuple[str, int]] | None:
@@ -91,8 +128,6 @@ def code_hash(*parts: str) -> str:
 
 
 def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError
-
     try:
         return version(package)
     except PackageNotFoundError:

@@ -3,17 +3,16 @@
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 
 import numpy as np
-import numpy.typing as npt
 
 from finetune.common.errors import DataError, MissingColumn, option
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import connected, holds_out, keys_of, sample_key, splits_of
-from finetune.data.kept_rows import keep_table, kept_table, sources_folder
+from finetune.data.kept_rows import Split, keep_split, keep_table, kept_split, kept_table, sources_folder
 from finetune.data.metrics import share_interval
 from finetune.data.sample import KINDS, Row, Sample
 from finetune.data.sample_table import SampleTable, columns_of
@@ -94,7 +93,10 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     if table is None:
         table = keep_table(folder, sources, _columns(sources, max_bytes))
     samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
-    split, together = _held_out(samples, sources, seed)
+    kept = kept_split(folder, sources, seed)
+    split, together = kept or _held_out(samples, sources, seed)
+    if kept is None:
+        keep_split(folder, sources, seed, (split, together))
     splits = Splits(*(samples.select(split == number) for number in range(len(SPLITS))), together)
     _refuse_shared(splits)
     return splits
@@ -110,15 +112,14 @@ def _columns(sources: Sequence[Source], max_bytes: int) -> Iterator[dict[str, ob
             usable += 1
             if not wrong and not faults.count:
                 stays = keys_of(sample, group) if holds_out(source) else ()
-                yield columns_of(replace(sample, source=number), sample_key(sample), stays)
+                yield columns_of(sample, number, stays)
         if faults.count:
             wrong.append((faults, usable))
     if wrong:
         raise DataError(fault_list(wrong))
 
 
-def _held_out(samples: SampleTable, sources: Sequence[Source], seed: int) -> tuple[npt.NDArray[np.int8], list[int]]:
-    """(the number in SPLITS of each sample's split, how many rows each set has that stays together)."""
+def _held_out(samples: SampleTable, sources: Sequence[Source], seed: int) -> Split:
     own = np.array([SPLITS.index(source.split) for source in sources], np.int8)
     if not any(map(holds_out, sources)):
         return own[samples.sources], []

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +28,8 @@ class Row:
     """One record of a source. `number`: the line that an editor shows; `columns`: as in the file.
 
     Media are files in `media_folder`, anywhere with `outside_media_folder`, or addresses of `hosts`; `max_bytes` limits
-    embedded and downloaded ones. `names`: the task's column -> the file's, where they differ.
+    embedded and downloaded ones. `names`: the task's column -> the file's, where they differ. `root`: the media folder
+    with its links followed, where that is known.
     """
 
     path: Path
@@ -37,6 +40,7 @@ class Row:
     hosts: tuple[str, ...] = ()
     max_bytes: int = Limits().max_bytes
     names: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""
 
     @property
     def where(self) -> str:
@@ -96,25 +100,28 @@ class Row:
             return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text, self.where)
         if not isinstance(value, str | Path):
             raise DataError(f"{self.where}: {self.called(kind)} holds {str(cell)[:40]!r}; write a path")
-        path = self._file(kind, value)
-        named = str(self.media_folder.resolve() / value)
+        path, named = self._file(kind, value)
         return Medium(kind, path, text, self.where, link="" if named == str(path) else named)
 
-    def _file(self, kind: str, name: str | Path) -> Path:
+    def _file(self, kind: str, name: str | Path) -> tuple[Path, str]:
+        """(where a file is, where it is without following links)."""
+        root = self.root or os.path.realpath(self.media_folder)
+        named = os.path.join(root, name)
         try:
-            path = (self.media_folder / name).resolve()
+            resolved = os.path.realpath(named)
             free = self.outside_media_folder or isinstance(name, Path)
-            if not free and not path.is_relative_to(self.media_folder.resolve()):
+            if not free and os.path.commonpath((root, resolved)) != root:
                 raise DataError(
-                    f"{self.where}: {name!r} leads to {path}, outside {self.media_folder}; set `media_folder` to a "
+                    f"{self.where}: {name!r} leads to {resolved}, outside {self.media_folder}; set `media_folder` to a "
                     "folder above, or `outside_media_folder: true`"
                 )
-            str(path).encode()  # names that aren't UTF-8 fit no table, and no prediction could name them
-            size = path.stat().st_size if path.is_file() else None
+            resolved.encode()  # names that aren't UTF-8 fit no table, and no prediction could name them
+            size = _size(resolved)
         except (OSError, ValueError) as error:  # too long for a name, or a character that no name may have
             raise DataError(f"{self.where}: {self.called(kind)} holds {str(name)[:40]!r}, no path ({error})") from None
+        path = Path(resolved)
         if size:
-            return path
+            return path, named
         if size == 0:
             raise MediaError(f"{self.where}: {kind} of 0 bytes: {path}; copy it again, or leave the row out")
         advice = "; write / between folders" if "\\" in str(name) else ""
@@ -243,3 +250,12 @@ def _in_words(content: Sequence[str | Medium]) -> str:
         text += piece
         own_line = isinstance(part, Medium) if piece else own_line
     return text
+
+
+def _size(file: str) -> int | None:
+    """Bytes; None where there is no such file. Raises OSError."""
+    try:
+        status = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -1,5 +1,6 @@
 """Samples in an Arrow table: each is made anew when it is asked for, so that memory doesn't grow with them."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from finetune.data.hold_out import sample_key
 from finetune.data.media_index import Stamp
 from finetune.data.sample import Medium, Message, Sample
 
@@ -32,17 +34,18 @@ SCHEMA = pa.schema(
 Numbers = npt.NDArray[np.int64]
 
 
-def columns_of(sample: Sample, key: bytes, stays: Sequence[str]) -> dict[str, object]:
-    """A sample as a row of the table. Raises OSError where a medium is gone."""
+def columns_of(sample: Sample, source: int, stays: Sequence[str]) -> dict[str, object]:
+    """A sample of this source as a row of the table. Raises OSError where a medium is gone."""
     files = [medium.link or str(medium.path) for medium in sample.media]
+    stamps = [number for file in files for number in Stamp.of(file)]  # before the files are read
     return {
         "where": _bytes(sample.where),
-        "source": sample.source,
+        "source": source,
         "answer": sample.answer,
         "media": [f"{medium.kind} {medium.key}" for medium in sample.media],
         "files": [_bytes(file) for file in files],
-        "stamps": [number for file in files for number in Stamp.of(file)],
-        "key": key,
+        "stamps": stamps,
+        "key": sample_key(sample),
         "stays": list(stays),
         "sample": json.dumps([sample.group, sample.target, [[m.role, _parts(m)] for m in sample.messages]]),
     }
@@ -143,6 +146,14 @@ class SampleTable(Sequence[Sample]):
     def count_media(self) -> int:
         """Of all samples, those in several of them counted each time."""
         return int(pc.sum(pc.list_value_length(self.column("media"))).as_py() or 0)
+
+    def digest(self) -> str:
+        """SHA-256 of the samples, hexadecimal."""
+        digest = hashlib.sha256(json.dumps([self.tasks, self.weights]).encode())
+        for batch in self.table.select(["where", "source", "sample"]).to_batches():
+            digest.update(batch.serialize())
+        digest.update(self.numbers.tobytes())
+        return digest.hexdigest()
 
     def kinds(self) -> Counter[str]:
         """{kind: how many media}, in the order in which they come."""

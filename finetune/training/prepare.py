@@ -1,7 +1,5 @@
 """All that is ready before the LLM is loaded, and the rows that each stage uses."""
 
-import hashlib
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,9 +19,10 @@ from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.feature_cache import fill_cache
+from finetune.training.kept_samples import tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
-from finetune.training.samples import TokenizedSample, TokenizedSamples, distilled, tokenized
+from finetune.training.samples import TokenizedSamples, distilled
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
 
@@ -90,11 +89,10 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     PartialState().wait_for_everyone()
     run.features.refresh()
     with watch("tokenize"):
-        rows = tokenized(splits.train, run)
+        samples, digest = tokenized_samples(splits.train, run)
         if first:
-            refuse_other_rows(folder, rows)
-        samples = TokenizedSamples.of(rows)
-    lengths = [len(row.input_ids) for row in rows]
+            refuse_other_rows(folder, digest)
+    lengths = samples.lengths
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
@@ -102,21 +100,15 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     return PreparedRun(run, splits.train, validation, samples, watch)
 
 
-def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> None:
-    """Keep a digest of the training rows. Raises TrainingError where a resumed run has others."""
-    digest = hashlib.sha256()
-    for row in rows:
-        content = dict(vars(row))
-        for name in ("where", "media_paths", "media_begins", "media_ends"):  # files may have moved
-            del content[name]
-        digest.update(json.dumps(content).encode())
+def refuse_other_rows(folder: RunFolder, digest: str) -> None:
+    """Keep the digest of the training rows. Raises TrainingError where a resumed run has others."""
     path = folder.data / "rows.sha256"
-    if path.is_file() and path.read_text(encoding="utf-8").strip() != digest.hexdigest():
+    if path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
         raise TrainingError(
             f"{folder.path}: the training rows or their media have changed since this run began; begin anew with "
             f"{option(*RUN)}"
         )
-    write_text(path, digest.hexdigest() + "\n")
+    write_text(path, digest + "\n")
 
 
 def stage_rows(

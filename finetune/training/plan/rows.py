@@ -116,7 +116,8 @@ class PlannedRun:
         return torch.empty(len(layout.marks), layout.rows, encoder.width, dtype=self.run.components.dtype)
 
     def collator(self, samples: TokenizedSamples, weighted: bool, kind: RowKind) -> Collator:
-        outputs = {b["head"]: len(b["target"]) for b in samples.table.select_columns(["head", "target"]) if b["head"]}
+        columns = samples.column("head"), samples.column("target")
+        outputs = {head: len(target) for head, target in zip(*columns, strict=True) if head}
         return Collator(
             samples,
             self.read,
