@@ -81,7 +81,7 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         recipe = recipe_of(options, Path(name))
         samples = read_splits(recipe.data, recipe.seed).train
         run = Run.load(RunFolder(Path(name) / "run"), recipe, bindings_of(recipe.data, samples))
-        rows = tokenized(samples, run)
+        rows = [*tokenized(samples, run)]
         parts, language_model = run.components, load_llm(run.components)
         model, processor = language_model, parts.tokenizer
         if options.chosen.media:

@@ -36,6 +36,24 @@ def fresh_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+class Stopwatch:
+    """`seconds`, and CPU seconds of this process and of its workers that have ended, {what they went to: how many}."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add what the block takes."""
+        begin, cpu = perf_counter(), sum(os.times()[:4])
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - begin
+            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + sum(os.times()[:4]) - cpu
+
+
 @contextmanager
 def bar(what: str, total: int, completed: int = 0) -> Iterator[Callable[..., None]]:
     """A progress bar; call what it gives once a step, with text to show beside it. `completed`: steps done before."""

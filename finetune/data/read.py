@@ -1,5 +1,6 @@
 """The rows of a file, in its format."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,10 @@ def read_rows(file: RowFile, max_bytes: int) -> Iterator[Row]:
     """
     part = file.format or detected(file.path)
     folder, hosts = file.folder_of_media, tuple(file.hosts)
+    root = os.path.realpath(folder)
     for number, columns in part.module.rows(file.path, part.options):
         columns = columns | {ours: columns[theirs] for ours, theirs in file.columns.items() if theirs in columns}
-        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes, file.columns)
+        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes, file.columns, root)
 
 
 def detected(path: Path) -> FormatPart:

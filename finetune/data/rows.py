@@ -3,15 +3,19 @@
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
+
+import numpy as np
 
 from finetune.common.errors import DataError, MissingColumn, option
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import connected, holds_out, keys_of, sample_key, splits_of
+from finetune.data.kept_rows import Split, keep_split, keep_table, kept_split, kept_table, sources_folder
 from finetune.data.metrics import share_interval
 from finetune.data.sample import KINDS, Row, Sample
+from finetune.data.sample_table import SampleTable, columns_of
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Limits, Source, task_names
@@ -20,18 +24,19 @@ FEW_ROWS = 30  # to score
 SHOWN_LABELS = 5
 TOGETHER = "rows that share media or a group stay together"
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Splits:
     """`together`: of sources that hold rows out, how many rows each set has that stays together."""
 
-    train: list[Sample] = field(default_factory=list)
-    validation: list[Sample] = field(default_factory=list)
-    test: list[Sample] = field(default_factory=list)
+    train: SampleTable
+    validation: SampleTable
+    test: SampleTable
     together: list[int] = field(default_factory=list)
 
-    def of(self, split: str) -> list[Sample]:
+    def of(self, split: str) -> SampleTable:
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
@@ -39,25 +44,26 @@ def read_samples(source: Source, max_bytes: int) -> list[tuple[Sample, str]]:
     """All samples of one source that no recipe names, each with the group that it is held out with: '' for its own
     content. Raises DataError with the first faults, and the number of all.
     """
-    samples, faults = _usable_rows(source, max_bytes, in_recipe=False)
+    faults = Faults(source, in_recipe=False)
+    samples = list(_usable_rows(source, max_bytes, faults))
     if faults.count:
         raise DataError(fault_list([(faults, len(samples))]))
     return samples
 
 
-def _usable_rows(
-    source: Source, max_bytes: int, key: str = "", in_recipe: bool = True
-) -> tuple[list[tuple[Sample, str]], Faults]:
-    samples: list[tuple[Sample, str]] = []
-    faults = Faults(source, key, in_recipe)
+def _usable_rows(source: Source, max_bytes: int, faults: Faults) -> Iterator[tuple[Sample, str]]:
+    """Samples with their groups; what is wrong with the other rows goes to `faults`."""
+    usable = 0
     for row in lenient_rows(source, faults.unreadable, max_bytes):
         try:
-            samples.append((source.task.sample(row), group_of(row, source)))
+            sample, group = source.task.sample(row), group_of(row, source)
         except DataError as error:
             faults.unusable(row, error)
-    if not samples and not faults.count:
+            continue
+        usable += 1
+        yield sample, group
+    if not usable and not faults.count:
         faults.unreadable(0, f"{source.path}: no rows", "")
-    return samples, faults
 
 
 def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
@@ -82,29 +88,57 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     `hold_out` moves exact shares of rows from training to test and validation, by seed and content; rows that share
     media or a group stay together. Raises DataError where a training row is also in another split.
     """
-    splits = Splits()
-    samples: list[Sample] = []
-    keys: list[list[str]] = []
+    folder = sources_folder(sources, max_bytes)
+    table = kept_table(folder)
+    if table is None:
+        table = keep_table(folder, sources, _columns(sources, max_bytes))
+    samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
+    kept = kept_split(folder, sources, seed)
+    split, together = kept or _held_out(samples, sources, seed)
+    if kept is None:
+        keep_split(folder, sources, seed, (split, together))
+    splits = Splits(*(samples.select(split == number) for number in range(len(SPLITS))), together)
+    _refuse_shared(splits)
+    return splits
+
+
+def _columns(sources: Sequence[Source], max_bytes: int) -> Iterator[dict[str, object]]:
+    """The rows of a sample table. Raises DataError, at the end, with all faults."""
     wrong: list[tuple[Faults, int]] = []
     files = Counter(source.path for source in sources)
-    for number, (source, name) in enumerate(zip(sources, task_names(sources), strict=True)):
-        usable, faults = _usable_rows(source, max_bytes, f"data.{number}" if files[source.path] > 1 else "")
+    for number, source in enumerate(sources):
+        faults, usable = Faults(source, f"data.{number}" if files[source.path] > 1 else ""), 0
+        for sample, group in _usable_rows(source, max_bytes, faults):
+            usable += 1
+            if not wrong and not faults.count:
+                stays = keys_of(sample, group) if holds_out(source) else ()
+                yield columns_of(sample, number, stays)
         if faults.count:
-            wrong.append((faults, len(usable)))
-        for sample, group in usable if not wrong else ():
-            samples.append(replace(sample, task=name, source=number, weight=source.weight))
-            keys.append(keys_of(sample, group) if holds_out(source) else [])
+            wrong.append((faults, usable))
     if wrong:
         raise DataError(fault_list(wrong))
-    for sample, split in zip(samples, splits_of(keys, [s.source for s in samples], sources, seed), strict=True):
-        splits.of(split).append(sample)
-    splits.together.extend(len(rows) for rows in connected([own for own in keys if own]))
-    training = {sample_key(sample): sample.where for sample in splits.train}
+
+
+def _held_out(samples: SampleTable, sources: Sequence[Source], seed: int) -> Split:
+    own = np.array([SPLITS.index(source.split) for source in sources], np.int8)
+    if not any(map(holds_out, sources)):
+        return own[samples.sources], []
+    keys: list[list[str]] = samples.column("stays").to_pylist()
+    split = splits_of(keys, samples.sources.tolist(), sources, seed)
+    numbers = np.fromiter(map(SPLITS.index, split), np.int8, len(split))
+    return numbers, [len(rows) for rows in connected([row for row in keys if row])]
+
+
+def _refuse_shared(splits: Splits) -> None:
+    """Raises DataError where a training row is also in another split."""
     for split in ("validation", "test"):
+        keys = splits.of(split).column("key").to_pylist()
+        both = splits.train.select(splits.train.with_keys(keys)) if keys else []
+        training = {sample_key(sample): sample.where for sample in both}
         twice = [
-            f"{training[key]} is also {sample.where}"
-            for sample in splits.of(split)
-            if (key := sample_key(sample)) in training
+            f"{training[key]} is also {where}"
+            for key, where in zip(keys, splits.of(split).wheres, strict=True)
+            if key in training
         ]
         if twice:
             raise DataError(
@@ -112,7 +146,6 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
                     twice, f"{len(twice)} row{'s are' if len(twice) != 1 else ' is'} both in training and in {split}"
                 )
             )
-    return splits
 
 
 def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
@@ -131,7 +164,7 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
                 )
             raise DataError("data: all rows are held out, none is left to train on: lower hold_out")
         raise DataError(f"data: no row is held out for {split}: {_more_held_out(splits, split, 1)}")
-    left = {sample.source for sample in splits.train}
+    left = {*splits.train.sources.tolist()}
     for number, stage in enumerate(recipe.train.stages):
         if stage.sources and left.isdisjoint(stage.sources):
             files = ", ".join(dict.fromkeys(str(recipe.data[source].path) for source in stage.sources))
@@ -158,7 +191,8 @@ def unlearned(splits: Splits, recipe: Recipe) -> Iterator[str]:
         if source.task.kind != "classify":
             continue
         known = {(sample.task, label) for sample in splits.train for label in _labels(sample)}
-        there = [sample for sample in splits.of(recipe.evaluate.split) if sample.source == number]
+        scored = splits.of(recipe.evaluate.split)
+        there = scored.select(scored.sources == number)
         missing = Counter(label for one in there for label in _labels(one) if (one.task, label) not in known)
         if missing:
             counts = ", ".join(f"{label!r} ({count})" for label, count in missing.most_common(SHOWN_LABELS))
@@ -213,10 +247,40 @@ def subset(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Samp
 
 def by_task(samples: Sequence[Sample]) -> dict[str, list[int]]:
     """{name of the task binding: numbers of its samples}."""
+    if isinstance(samples, SampleTable):
+        tasks = [samples.tasks[source] for source in samples.sources.tolist()]
+    else:
+        tasks = [sample.task for sample in samples]
     numbers: dict[str, list[int]] = {}
-    for number, sample in enumerate(samples):
-        numbers.setdefault(sample.task, []).append(number)
+    for number, task in enumerate(tasks):
+        numbers.setdefault(task, []).append(number)
     return numbers
+
+
+def sources_of(samples: Sequence[Sample]) -> list[int]:
+    """The number of each sample's source."""
+    return samples.sources.tolist() if isinstance(samples, SampleTable) else [sample.source for sample in samples]
+
+
+def picked(samples: Sequence[Sample], numbers: Sequence[int]) -> Sequence[Sample]:
+    """The samples of these numbers."""
+    if isinstance(samples, SampleTable):
+        return samples.select(np.asarray(numbers, np.int64))
+    return [samples[number] for number in numbers]
+
+
+def of_task(samples: Sequence[Sample], name: str) -> Sequence[Sample]:
+    """The samples of one task binding."""
+    if isinstance(samples, SampleTable):
+        return samples.select(np.array([task == name for task in samples.tasks])[samples.sources])
+    return [sample for sample in samples if sample.task == name]
+
+
+def answers_of(samples: Sequence[Sample]) -> list[str]:
+    if isinstance(samples, SampleTable):
+        answers: list[str] = samples.column("answer").to_pylist()
+        return answers
+    return [sample.answer for sample in samples]
 
 
 def sampling_weights(samples: Sequence[Sample], temperature: float) -> list[float]:
@@ -224,11 +288,16 @@ def sampling_weights(samples: Sequence[Sample], temperature: float) -> list[floa
     rows counts n^(1 / temperature) (Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019). The sum stays.
     """
     rows: dict[int, float] = defaultdict(float)
-    for sample in samples:
-        rows[sample.source] += sample.weight
+    sources = sources_of(samples)
+    if isinstance(samples, SampleTable):
+        weights = [samples.weights[source] for source in sources]
+    else:
+        weights = [sample.weight for sample in samples]
+    for source, weight in zip(sources, weights, strict=True):
+        rows[source] += weight
     wanted = {source: count ** (1 / temperature) for source, count in rows.items()}
     scale = sum(rows.values()) / sum(wanted.values())
-    return [sample.weight * scale * wanted[sample.source] / rows[sample.source] for sample in samples]
+    return [weight * scale * wanted[source] / rows[source] for source, weight in zip(sources, weights, strict=True)]
 
 
 def error_list(errors: Sequence[str], headline: str) -> str:
@@ -266,12 +335,12 @@ class SplitSummary:
 
 def summary(splits: Splits) -> dict[str, SplitSummary]:
     summaries = {}
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         samples = splits.of(split)
-        answers = Counter(sample.answer for sample in samples)
+        answers = samples.answers()
         summaries[split] = SplitSummary(
             rows=len(samples),
-            media=sum(len(sample.media) for sample in samples),
+            media=samples.count_media(),
             different_answers=len(answers),
             answers=dict(answers.most_common(20)) if len(answers) <= 100 else {},
         )

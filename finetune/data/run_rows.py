@@ -1,21 +1,22 @@
 """The rows that a run evaluates: fixed when it begins, whatever becomes of its files."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
-from pydantic import BaseModel, ValidationError
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import RunFolder, damaged, read_json, write_json
-from finetune.data.hold_out import sample_key
 from finetune.data.rows import Splits, error_list, read_splits
-from finetune.data.sample import Sample
+from finetune.data.sample_table import SampleTable
 from finetune.recipe.load import Recipe
 
 
 class KeptRow(BaseModel):
     """A held-out row. `key`: of its content; `where`, `file`: as it was found when the run began."""
 
-    key: str
+    key: str = Field(pattern="^[0-9a-f]{32}$")
     task: str
     where: str
     file: str
@@ -32,11 +33,14 @@ def keep_rows(folder: RunFolder, splits: Splits, recipe: Recipe) -> None:
     if path.is_file():
         return
 
-    def kept(sample: Sample) -> KeptRow:
-        file = str(recipe.data[sample.source].path)
-        return KeptRow(key=key_of(sample), task=sample.task, where=sample.where, file=file)
+    def kept(samples: SampleTable) -> list[KeptRow]:
+        columns = samples.column("key").to_pylist(), samples.sources.tolist(), samples.wheres
+        return [
+            KeptRow(key=key.hex(), task=samples.tasks[source], where=where, file=str(recipe.data[source].path))
+            for key, source, where in zip(*columns, strict=True)
+        ]
 
-    rows = KeptRows(validation=[*map(kept, splits.validation)], test=[*map(kept, splits.test)])
+    rows = KeptRows(validation=kept(splits.validation), test=kept(splits.test))
     write_json(path, rows.model_dump())
 
 
@@ -55,9 +59,7 @@ def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:
         rows = KeptRows.model_validate(read_json(path))
     except ValidationError as error:
         raise damaged(path, error, "put it back as it was, or train anew") from None
-    present: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    for sample in (*splits.train, *splits.validation, *splits.test):
-        present[key_of(sample), sample.task].append(sample)
+    present = _places(splits, [bytes.fromhex(row.key) for row in (*rows.validation, *rows.test)])
     lost = [row for row in (*rows.validation, *rows.test) if (row.key, row.task) not in present]
     if lost:
         files = ", ".join(dict.fromkeys(row.file for row in lost))
@@ -67,17 +69,23 @@ def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:
         )
         raise DataError(error_list([row.where for row in lost], headline))
 
-    def found(row: KeptRow) -> Sample:
-        equal = present[row.key, row.task]
-        return next((sample for sample in equal if sample.where == row.where), equal[0])
+    def found(kept: Sequence[KeptRow]) -> SampleTable:
+        equal = (present[row.key, row.task] for row in kept)
+        numbers = [own.get(row.where, next(iter(own.values()))) for row, own in zip(kept, equal, strict=True)]
+        return splits.train.at(np.array(numbers, np.int64))
 
     held = {(row.key, row.task) for row in (*rows.validation, *rows.test)}
-    return Splits(
-        train=[sample for sample in splits.train if (key_of(sample), sample.task) not in held],
-        validation=[found(row) for row in rows.validation],
-        test=[found(row) for row in rows.test],
-    )
+    numbers = [number for place, own in present.items() if place in held for number in own.values()]
+    train = splits.train.numbers
+    return Splits(splits.train.at(train[~np.isin(train, numbers)]), found(rows.validation), found(rows.test))
 
 
-def key_of(sample: Sample) -> str:
-    return sample_key(sample).hex()
+def _places(splits: Splits, keys: Sequence[bytes]) -> dict[tuple[str, str], dict[str, int]]:
+    """{(key of a sample, its task): {its row: its number in the table}}, of all splits."""
+    places: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for samples in (splits.train, splits.validation, splits.test):
+        own = samples.select(samples.with_keys(keys))
+        columns = own.column("key").to_pylist(), own.sources.tolist(), own.wheres, own.numbers.tolist()
+        for key, source, where, number in zip(*columns, strict=True):
+            places[key.hex(), own.tasks[source]].setdefault(where, number)
+    return places

@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.common.errors import DataError, MediaError, MissingColumn
-from finetune.common.run_folder import file_hash
 from finetune.data.fetch import fetched
+from finetune.data.media_index import media_index
 from finetune.data.media_store import data_uri_content, stored
 from finetune.recipe.schema import Limits
 
@@ -26,7 +28,8 @@ class Row:
     """One record of a source. `number`: the line that an editor shows; `columns`: as in the file.
 
     Media are files in `media_folder`, anywhere with `outside_media_folder`, or addresses of `hosts`; `max_bytes` limits
-    embedded and downloaded ones. `names`: the task's column -> the file's, where they differ.
+    embedded and downloaded ones. `names`: the task's column -> the file's, where they differ. `root`: the media folder
+    with its links followed, where that is known.
     """
 
     path: Path
@@ -37,6 +40,7 @@ class Row:
     hosts: tuple[str, ...] = ()
     max_bytes: int = Limits().max_bytes
     names: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""
 
     @property
     def where(self) -> str:
@@ -96,23 +100,28 @@ class Row:
             return Medium(kind, fetched(value, self.hosts, self.where, self.max_bytes), text, self.where)
         if not isinstance(value, str | Path):
             raise DataError(f"{self.where}: {self.called(kind)} holds {str(cell)[:40]!r}; write a path")
-        return Medium(kind, self._file(kind, value), text, self.where)
+        path, named = self._file(kind, value)
+        return Medium(kind, path, text, self.where, link="" if named == str(path) else named)
 
-    def _file(self, kind: str, name: str | Path) -> Path:
+    def _file(self, kind: str, name: str | Path) -> tuple[Path, str]:
+        """(where a file is, where it is without following links)."""
+        root = self.root or os.path.realpath(self.media_folder)
+        named = os.path.join(root, name)
         try:
-            path = (self.media_folder / name).resolve()
+            resolved = os.path.realpath(named)
             free = self.outside_media_folder or isinstance(name, Path)
-            if not free and not path.is_relative_to(self.media_folder.resolve()):
+            if not free and os.path.commonpath((root, resolved)) != root:
                 raise DataError(
-                    f"{self.where}: {name!r} leads to {path}, outside {self.media_folder}; set `media_folder` to a "
+                    f"{self.where}: {name!r} leads to {resolved}, outside {self.media_folder}; set `media_folder` to a "
                     "folder above, or `outside_media_folder: true`"
                 )
-            str(path).encode()  # names that aren't UTF-8 fit no table, and no prediction could name them
-            size = path.stat().st_size if path.is_file() else None
+            resolved.encode()  # names that aren't UTF-8 fit no table, and no prediction could name them
+            size = _size(resolved)
         except (OSError, ValueError) as error:  # too long for a name, or a character that no name may have
             raise DataError(f"{self.where}: {self.called(kind)} holds {str(name)[:40]!r}, no path ({error})") from None
+        path = Path(resolved)
         if size:
-            return path
+            return path, named
         if size == 0:
             raise MediaError(f"{self.where}: {kind} of 0 bytes: {path}; copy it again, or leave the row out")
         advice = "; write / between folders" if "\\" in str(name) else ""
@@ -125,7 +134,8 @@ class Medium:
     caption or transcript, which distillation puts in its place ('' where another medium's text covers this one too);
     None where unknown. `where`: the row that names it, for messages. `known_key`: its `key`, where it is known without
     the file. `content`: what a program holds in place of a file, its bytes or what `media.OBJECTS` take; `path` is then
-    a name for messages, of this medium only.
+    a name for messages, of this medium only. `link`: the path as the row names it, where that leads to `path` by
+    links.
     """
 
     kind: str
@@ -134,14 +144,14 @@ class Medium:
     where: str = field(default="", compare=False)
     known_key: str = field(default="", compare=False)
     content: object = field(default=None, compare=False, repr=False)
+    link: str = field(default="", compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
         """sha256 of the file: renamed or copied media keep their features, changed ones don't."""
         if self.known_key:
             return self.known_key
-        status = self.path.stat()
-        return _file_hash(self.path, status.st_size, status.st_mtime_ns)
+        return media_index().sha256(self.path)
 
     @property
     def place(self) -> str:
@@ -242,6 +252,10 @@ def _in_words(content: Sequence[str | Medium]) -> str:
     return text
 
 
-@lru_cache(2**16)
-def _file_hash(path: Path, size: int, modified: int) -> str:
-    return file_hash(path)
+def _size(file: str) -> int | None:
+    """Bytes; None where there is no such file. Raises OSError."""
+    try:
+        status = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -16,7 +16,7 @@ from finetune.common.run_folder import RunFolder, RunLike, refuse_several_proces
 from finetune.data.hold_out import sample_key
 from finetune.data.new_files import RowsAs
 from finetune.data.predictions import Prediction, write_predictions
-from finetune.data.rows import by_task, read_splits, subset
+from finetune.data.rows import by_task, of_task, read_splits, subset
 from finetune.data.run_rows import splits_of_run
 from finetune.data.sample import Answer, Sample
 from finetune.evaluation import plots
@@ -108,7 +108,7 @@ def _evaluated(folder: RunFolder, recipe: Recipe, new: NewRows | None) -> tuple[
     samples = new.samples(recipe.media) if new else subset(held_out, recipe.evaluate.limit, recipe.seed)
     if not samples:
         raise DataError(f"no rows in split {recipe.evaluate.split!r} to evaluate on")
-    learned = {sample_key(sample) for sample in splits.train if new}
+    learned = {*splits.train.column("key").to_pylist()} if new else set()
     trained_on = sum(sample_key(sample) in learned for sample in samples if new)
     run = Run.load(folder, recipe, known_bindings(folder.adapter, samples, recipe.data))
     model = run.build(with_encoders=bool(run.components.tuned))
@@ -184,7 +184,7 @@ def score_answers(answers: Answers, training: Sequence[Sample]) -> Evaluation:
         by_condition = {condition: [given[i] for i in numbers] for condition, given in answers.given.items()}
         if not any(sample.media for sample in own):  # nothing to blank or to shuffle
             by_condition = {condition: by_condition[condition] for condition in ("tuned", "base")}
-        elif labels := probe([s for s in training if s.task == name], own, run.features.features):
+        elif labels := probe(of_task(training, name), own, run.features.features):
             by_condition["probe"] = [Answer(label) for label in labels]
         scores = TaskScores(binding, run.recipe.seed)
         rows = [Prediction.of(sample, binding.target(sample)) for sample in own]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.common.errors import DataError
+from finetune.data.rows import answers_of, of_task
 from finetune.data.sample import Answer, Sample
 from finetune.model.heads import HeadSettings
 from finetune.recipe.parts import HeadPart, TaskPart
@@ -44,8 +45,8 @@ def bindings_of(sources: Sequence[Source], training: Sequence[Sample]) -> dict[s
         if source.head.trained:
             refuse_reserved(name)
         untrained = TaskBinding(task=source.task, head=source.head)
-        own = [sample for sample in training if sample.task == name]
-        targets = [untrained.target(sample) if source.head.trained else sample.answer for sample in own]
+        own = of_task(training, name)
+        targets = [untrained.target(sample) for sample in own] if source.head.trained else answers_of(own)
         try:
             settings = source.head.module.settings(targets, source.head.options)
         except DataError as error:

@@ -41,6 +41,9 @@ class FeatureStore:
             except SafetensorError as error:
                 raise ArtifactError(f"{path} is damaged ({error}); delete it, it will be computed anew") from None
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         return [key for key in dict.fromkeys(keys) if key not in self._files]
 

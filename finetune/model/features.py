@@ -134,6 +134,10 @@ class Features:
         if wrong:
             raise DataError(error_list(wrong, f"{len(wrong)} of {len(media)} media can't be used"))
 
+    def known(self, kind: str, key: str) -> bool:
+        """Whether the cache has the features of a medium, or keeps none of its kind."""
+        return kind not in self.stores or key in self.stores[kind]
+
     def missing(self, media: Sequence[Medium]) -> dict[str, list[Medium]]:
         """{kind: media whose features the cache lacks, each content once}."""
         kinds: dict[str, dict[str, Medium]] = {}

@@ -18,8 +18,9 @@ ENCODED_FIRST = 8  # media encoded to estimate the size of the cache
 
 def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> None:
     """Encode what the cache lacks. Prints first how large it gets and from which epoch on it pays."""
-    for kind, missing in features.missing(media).items():
-        folder = features.stores[kind].folder
+    lacking = features.missing(media)
+    for kind, store in features.stores.items():
+        folder, missing = store.folder, lacking.get(kind)
         if not missing:
             console.print(f"features of {kind}: all in the cache ({folder})")
             continue

@@ -1,7 +1,5 @@
 """All that is ready before the LLM is loaded, and the rows that each stage uses."""
 
-import hashlib
-import json
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -9,9 +7,9 @@ from functools import cached_property
 from accelerate import PartialState
 
 from finetune.common.errors import RUN, TrainingError, option
-from finetune.common.progress import console
+from finetune.common.progress import Stopwatch, console
 from finetune.common.run_folder import RunFolder, write_json, write_text
-from finetune.data.rows import by_task, refuse_empty_splits, sampling_weights, subset, summary
+from finetune.data.rows import by_task, picked, refuse_empty_splits, sampling_weights, subset, summary
 from finetune.data.run_rows import keep_rows, splits_of_run
 from finetune.data.sample import Sample
 from finetune.model.bindings import bindings_of
@@ -21,20 +19,25 @@ from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.feature_cache import fill_cache
+from finetune.training.kept_samples import tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
-from finetune.training.samples import TokenizedSample, TokenizedSamples, distilled, tokenized
+from finetune.training.samples import TokenizedSamples, distilled
 from finetune.training.shared import Shared
+from finetune.training.steps import samples_of
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """`training` and `validation` samples; `samples`: the training samples as tokens."""
+    """`training` and `validation` samples; `samples`: the training samples as tokens; `watch`: what it took to get
+    them.
+    """
 
     run: Run
-    training: list[Sample]
+    training: Sequence[Sample]
     validation: list[Sample]
     samples: TokenizedSamples
+    watch: Stopwatch
 
     @property
     def weighted(self) -> bool:
@@ -56,7 +59,9 @@ class PreparedRun:
 def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> PreparedRun:
     """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
-    splits = splits_of_run(folder, recipe)
+    watch = Stopwatch()
+    with watch("read"):
+        splits = splits_of_run(folder, recipe)
     refuse_empty_splits(splits, recipe)
     limit = recipe.train.validation.limit if recipe.train.validation else 0
     validation = [
@@ -64,44 +69,46 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         for numbers in by_task(splits.validation).values()
         for sample in subset([splits.validation[i] for i in numbers], limit, recipe.seed)
     ]
-    bindings = bindings_of(recipe.data, splits.train)
-    run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
+    with watch("read"):
+        bindings = bindings_of(recipe.data, splits.train)
+    with watch("components"):
+        run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
     for encoder in run.components.encoders.values():
         encoder.module.to(run.components.device)  # an earlier training may have put it away
     if first:
-        keep_rows(folder, splits, recipe)
-        write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
+        with watch("read"):
+            keep_rows(folder, splits, recipe)
+            write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
         if run.features.stores:
-            media = [medium for sample in [*splits.train, *validation] for medium in sample.media]
-            fill_cache(media, run.features, recipe.train)
+            with watch("encode"):
+                media = [
+                    *splits.train.different_media(run.features.known),
+                    *(medium for sample in validation for medium in sample.media),
+                ]
+                fill_cache(media, run.features, recipe.train)
     PartialState().wait_for_everyone()
     run.features.refresh()
-    rows = tokenized(splits.train, run)
-    if first:
-        refuse_other_rows(folder, rows)
-    lengths = [len(row.input_ids) for row in rows]
+    with watch("tokenize"):
+        samples, digest = tokenized_samples(splits.train, run)
+        if first:
+            refuse_other_rows(folder, digest)
+    lengths = samples.lengths
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
     )
-    return PreparedRun(run, splits.train, validation, TokenizedSamples.of(rows))
+    return PreparedRun(run, splits.train, validation, samples, watch)
 
 
-def refuse_other_rows(folder: RunFolder, rows: Sequence[TokenizedSample]) -> None:
-    """Keep a digest of the training rows. Raises TrainingError where a resumed run has others."""
-    digest = hashlib.sha256()
-    for row in rows:
-        content = dict(vars(row))
-        for name in ("where", "media_paths", "media_begins", "media_ends"):  # files may have moved
-            del content[name]
-        digest.update(json.dumps(content).encode())
+def refuse_other_rows(folder: RunFolder, digest: str) -> None:
+    """Keep the digest of the training rows. Raises TrainingError where a resumed run has others."""
     path = folder.data / "rows.sha256"
-    if path.is_file() and path.read_text(encoding="utf-8").strip() != digest.hexdigest():
+    if path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
         raise TrainingError(
             f"{folder.path}: the training rows or their media have changed since this run began; begin anew with "
             f"{option(*RUN)}"
         )
-    write_text(path, digest.hexdigest() + "\n")
+    write_text(path, digest + "\n")
 
 
 def stage_rows(
@@ -109,9 +116,10 @@ def stage_rows(
 ) -> tuple[TokenizedSamples, list[Row]]:
     """The samples that a stage uses, and the rows of all its epochs, in the order in which they train."""
     run, training = prepared.run, prepared.training
-    chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
+    chosen = samples_of(stage, training)
+    own = picked(training, chosen)
     if stage.distill:
-        samples = TokenizedSamples.of(distilled([training[i] for i in chosen], stage, run, model))
+        samples = TokenizedSamples.of(distilled(own, stage, run, model))
     else:
         samples = prepared.samples.select(chosen)
     groups: dict[Hashable, list[int]] = {}
@@ -119,7 +127,7 @@ def stage_rows(
         groups.setdefault(group or number, []).append(number)
     rows = plan_rows(
         samples.taught_lengths,
-        sampling_weights([training[i] for i in chosen], run.recipe.train.mixing_temperature),
+        sampling_weights(own, run.recipe.train.mixing_temperature),
         capacity=int(run.recipe.train.tokens_per_batch),
         epochs=int(stage.epochs),
         seed=seed,

@@ -1,14 +1,18 @@
 """Training rows as token ids, with a teacher's beside them where a stage distills."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset
 
 from finetune.common.errors import DataError
+from finetune.common.kept_tables import keep
 from finetune.common.progress import bar
 from finetune.common.run_folder import read_json, write_json
 from finetune.data.rows import error_list
@@ -58,57 +62,88 @@ class TokenizedSample:
         return Beginning(self.input_ids, most_shared(self.labels), media, self.media_begins, self.media_ends)
 
 
-class TokenizedSamples:
-    """Training rows in an Arrow table, read one at a time."""
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int32()),
+        "where": pa.string(),
+        "media_kinds": pa.list_(pa.string()),
+        "media_paths": pa.list_(pa.string()),
+        "media_keys": pa.list_(pa.string()),
+        "media_begins": pa.list_(pa.int32()),
+        "media_ends": pa.list_(pa.int32()),
+        "head": pa.string(),
+        "target": pa.list_(pa.float64()),
+        "group": pa.string(),
+        "loss_weight": pa.float64(),
+        "teacher_input_ids": pa.list_(pa.int32()),
+        "teacher_labels": pa.list_(pa.int32()),
+    }
+)
 
-    def __init__(self, table: Dataset) -> None:
+
+class TokenizedSamples:
+    """Training rows in an Arrow table of `SCHEMA`, read one at a time. `numbers`: which of its rows; None: all."""
+
+    def __init__(self, table: pa.Table, numbers: npt.NDArray[np.int64] | None = None) -> None:
         self.table = table
+        self.numbers = np.arange(table.num_rows) if numbers is None else numbers
 
     @classmethod
-    def of(cls, samples: Sequence[TokenizedSample]) -> "TokenizedSamples":
-        return cls(Dataset.from_list([vars(sample) for sample in samples]))
+    def of(cls, samples: Iterable[TokenizedSample]) -> "TokenizedSamples":
+        return cls(keep(None, SCHEMA, map(vars, samples)))
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.numbers)
 
     def __getitem__(self, number: int) -> TokenizedSample:
-        return TokenizedSample(**self.table[number])
+        place = int(self.numbers[number])
+        return TokenizedSample(**{name: self.table.column(name)[place].as_py() for name in SCHEMA.names})
+
+    def arrow(self, name: str) -> pa.ChunkedArray:
+        """A column, a value for each sample."""
+        column = self.table.column(name)
+        return column if len(self.numbers) == self.table.num_rows else column.take(pa.array(self.numbers))
 
     def column(self, name: str) -> list[Any]:
-        result: list[Any] = self.table[name][:]
+        result: list[Any] = self.arrow(name).to_pylist()
         return result
 
     def select(self, numbers: Sequence[int]) -> "TokenizedSamples":
-        return TokenizedSamples(self.table.select(numbers))
+        return TokenizedSamples(self.table, self.numbers[np.asarray(numbers, np.int64)])
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
-        return [len(ids) for ids in self.column("input_ids")]
+        result: list[int] = pc.list_value_length(self.arrow("input_ids")).to_pylist()
+        return result
 
     @property
     def taught_lengths(self) -> list[int]:
         """Tokens that a packed row must hold for each sample: with a teacher, as many as the longer of the two has."""
-        teachers = self.column("teacher_input_ids")
-        return [max(length, len(ids or ())) for length, ids in zip(self.lengths, teachers, strict=True)]
+        teachers = pc.list_value_length(self.arrow("teacher_input_ids")).fill_null(0).to_pylist()
+        return [max(length, other) for length, other in zip(self.lengths, teachers, strict=True)]
 
 
-def tokenized(samples: Sequence[Sample], run: Run) -> list[TokenizedSample]:
-    """Raises DataError with all rows that can't be used."""
+def tokenized(samples: Iterable[Sample], run: Run) -> Iterator[TokenizedSample]:
+    """Raises DataError, at the end, with all rows that can't be used."""
     return _each(samples, lambda sample: _tokenized(sample, run))
 
 
-def _each(samples: Sequence[Sample], row_of: Callable[[Sample], TokenizedSample]) -> list[TokenizedSample]:
-    rows: list[TokenizedSample] = []
+def _each(samples: Iterable[Sample], row_of: Callable[[Sample], TokenizedSample]) -> Iterator[TokenizedSample]:
     errors: list[str] = []
+    count = 0
     for sample in samples:
+        count += 1
         try:
-            rows.append(row_of(sample))
+            row = row_of(sample)
         except DataError as error:
             errors.append(str(error))
+            continue
+        if not errors:
+            yield row
     if errors:
-        raise DataError(error_list(errors, f"{len(errors)} of {len(samples)} training rows can't be used"))
-    return rows
+        raise DataError(error_list(errors, f"{len(errors)} of {count} training rows can't be used"))
 
 
 def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
@@ -146,7 +181,7 @@ def _refuse_too_long(input_ids: Sequence[int], sample: Sample, run: Run) -> None
         )
 
 
-def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: MultimodalModel) -> list[TokenizedSample]:
+def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: MultimodalModel) -> Iterator[TokenizedSample]:
     """Training rows with the answers to imitate, and beside them the same with each medium's text in its place.
 
     The LLM's own answers are generated once per run. Raises DataError where a medium has no text.

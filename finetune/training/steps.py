@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from finetune.data.rows import sampling_weights
+from finetune.data.rows import picked, sampling_weights, sources_of
 from finetune.data.sample import Sample
 from finetune.recipe.schema import Stage, Train
 from finetune.training.pack import plan_rows
@@ -35,7 +35,7 @@ class StageSteps:
 
 def samples_of(stage: Stage, samples: Sequence[Sample]) -> list[int]:
     """Numbers of the training samples that a stage uses."""
-    return [i for i, sample in enumerate(samples) if not stage.sources or sample.source in stage.sources]
+    return [i for i, source in enumerate(sources_of(samples)) if not stage.sources or source in stage.sources]
 
 
 def steps_of(train: Train, samples: Sequence[Sample], lengths: Sequence[int]) -> tuple[StageSteps, ...]:
@@ -43,7 +43,7 @@ def steps_of(train: Train, samples: Sequence[Sample], lengths: Sequence[int]) ->
     stages = []
     for stage in train.stages:
         chosen = samples_of(stage, samples)
-        weights = sampling_weights([samples[i] for i in chosen], train.mixing_temperature) if chosen else []
+        weights = sampling_weights(picked(samples, chosen), train.mixing_temperature) if chosen else []
         capacity = int(train.tokens_per_batch)
         rows = plan_rows([min(lengths[i], capacity) for i in chosen], weights, capacity=capacity, epochs=1, seed=0)
         stages.append(StageSteps(stage.name, len(chosen), int(stage.epochs), len(rows) / train.accumulate))

@@ -25,6 +25,7 @@ from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
 from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSamples, distilled, tokenized
+from finetune.training.steps import samples_of
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
 DECODED = 8  # media that are decoded, of those whose size isn't known before
@@ -52,14 +53,13 @@ class PlannedRows:
         """Raises DataError."""
         splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
         refuse_empty_splits(splits, recipe)
-        kinds = [medium.kind for sample in splits.train for medium in sample.media]
         scored = len(splits.of(recipe.evaluate.split))
         return cls(
             training=evenly_of_sources(splits.train),
             bindings=bindings_of(recipe.data, splits.train),
-            sources=Counter(sample.source for sample in splits.train),
+            sources=Counter(splits.train.sources.tolist()),
             held_out=min(scored, recipe.evaluate.limit or scored),
-            media={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            media=splits.train.kinds(),
         )
 
 
@@ -116,7 +116,8 @@ class PlannedRun:
         return torch.empty(len(layout.marks), layout.rows, encoder.width, dtype=self.run.components.dtype)
 
     def collator(self, samples: TokenizedSamples, weighted: bool, kind: RowKind) -> Collator:
-        outputs = {b["head"]: len(b["target"]) for b in samples.table.select_columns(["head", "target"]) if b["head"]}
+        columns = samples.column("head"), samples.column("target")
+        outputs = {head: len(target) for head, target in zip(*columns, strict=True) if head}
         return Collator(
             samples,
             self.read,
@@ -129,7 +130,7 @@ class PlannedRun:
     def stage_rows(self, stage: Stage, model: MultimodalModel, kind: RowKind, seed: int) -> StageRows:
         """As `prepare.stage_rows`, over the rows that were read, then stretched to all."""
         training, recipe = self.rows.training, self.run.recipe
-        chosen = [i for i, sample in enumerate(training) if not stage.sources or sample.source in stage.sources]
+        chosen = samples_of(stage, training)
         samples = self.samples.select(chosen)
         if stage.distill:  # the LLM's own answers aren't known yet
             given = stage.model_copy(update={"distill": stage.distill.model_copy(update={"answers": "given"})})
