@@ -13,12 +13,14 @@ from finetune.commands._init.columns import MEDIA, Column, describe_columns, fil
 from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
 from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, fields_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
+from finetune.commands.check import refuse_multimodal
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
 from finetune.data.read import read_rows
 from finetune.data.rows import TOGETHER
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Limits, Source
+from finetune.recipe.schema import Limits, Llm, Source
+from finetune.training.lengths import fetch
 
 EXAMINED = 20_000  # rows by which columns are described
 TOO_FEW = 30  # rows, of which the test has so few that one answer moves the score by a sixth or more
@@ -202,7 +204,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
         language,
         card,
         hold_out,
-        _model(llm) if (llm := choices.llm) else None,
+        _llm(llm) if (llm := choices.llm) else None,
         _encoders(choices.encoders, task.media),
     )
 
@@ -305,6 +307,14 @@ def _model(name: str) -> str:
     local = name.startswith((".", "/", "~")) or len(rest) > 1 or (rest and Path(first).is_dir())
     if local and not Path(name).expanduser().exists():
         raise RecipeError(f"{name}: no such file or folder; name a Hub id, or a folder of a model")
+    return name
+
+
+def _llm(name: str) -> str:
+    """The same, and where its config is at hand or the Hub can be reached, that of a text-only LLM."""
+    if not Path(local := str(Path(_model(name)).expanduser())).exists():
+        fetch(name, None, ["config.json"])
+    list(refuse_multimodal(Llm(name=local)))  # its notes, where there is no config, are those of `check`
     return name
 
 

@@ -56,23 +56,26 @@ def fetch_settings(model: Model) -> dict[str, str]:
     """Download into the Hub's cache what tells how long the rows are, where it isn't there: settings and tokenizers, no
     weights; without a network, nothing. Returns why the Hub refuses: {model: reason}.
     """
+    parts: list[Any] = [(model.llm, LLM_FILES), *((part.options, ENCODER_FILES) for part in model.encoders.values())]
+    refused = {source.name: fetch(source.name, source.revision, files) for source, files in parts}
+    return {name: why for name, why in refused.items() if why}
+
+
+def fetch(name: str, revision: str | None, files: Sequence[str]) -> str | None:
+    """The same for some files of one model."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
-    parts: list[Any] = [(model.llm, LLM_FILES), *((part.options, ENCODER_FILES) for part in model.encoders.values())]
-    refused = {}
-    for source, files in parts:
-        if Path(source.name).exists() or source.name.endswith(".gguf"):
-            continue
-        try:
-            for file in files:
-                known = try_to_load_from_cache(source.name, file, revision=source.revision)
-                if known is None and unreachable() is None:
-                    with suppress(RemoteEntryNotFoundError):
-                        hf_hub_download(source.name, file, revision=source.revision, etag_timeout=PROBE_SECONDS)
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            refused[source.name] = reason(error)
-    return refused
+    if Path(name).exists() or name.endswith(".gguf"):
+        return None
+    try:
+        for file in files:
+            if try_to_load_from_cache(name, file, revision=revision) is None and unreachable() is None:
+                with suppress(RemoteEntryNotFoundError):
+                    hf_hub_download(name, file, revision=revision, etag_timeout=PROBE_SECONDS)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        return reason(error)
+    return None
 
 
 def settings_of(name: str, revision: str | None, file: str) -> JsonObject:

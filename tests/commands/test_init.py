@@ -9,6 +9,7 @@ import openpyxl
 import pytest
 import typer.testing
 from cli import cli
+from loopback import asked_of, hub_on_loopback
 from media_files import video
 from tiny import tiny_llm_folder, tiny_picture, tiny_vision_folder
 from tiny_encoders import tiny_audio_folder
@@ -481,6 +482,19 @@ def test_a_model_that_is_not_there_leaves_no_recipe(name):
     with pytest.raises(RecipeError, match=f"^{name}: no such file or folder"):
         finetune.init(path, card="cpu", encoders=[name])
     written(path, llm="org/not-here-but-on-the-hub")
+
+
+def test_an_llm_with_encoders_of_its_own_is_refused_by_its_config(tmp_path, monkeypatch):
+    """That of a folder, or of the Hub where it can be reached; else `check` finds it."""
+    path, config = with_labels(), {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}
+    put(tmp_path / "llava" / "config.json", json.dumps(config))
+    written(path, llm="someone/llava")
+    with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "hub"):
+        hub.add("someone/llava", tmp_path / "llava")
+        for llm in ("someone/llava", str(tmp_path / "llava")):
+            with pytest.raises(RecipeError, match=r"is a LlavaForConditionalGeneration, with encoders of its own"):
+                finetune.init(path, card="cpu", llm=llm, overwrite=True)
+        assert [name for _, name in hub.requests if "resolve" in name and "config.json" not in name] == []
 
 
 def test_a_recipe_that_is_not_valid_is_not_written(monkeypatch):
