@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -20,10 +21,11 @@ from transformers import (
 )
 
 from finetune.common.errors import ModelError
-from finetune.common.gpu import computes_bfloat16
+from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.hub import loading
 from finetune.recipe.schema import Llm
 
+ROOM = 0.75  # of the free memory, for weights that are dequantized once: a step needs the rest
 # For base models, whose tokenizers carry no chat template. An answer begins on a new line: a space before it would melt
 # into its first token.
 PLAIN_TEMPLATE = (
@@ -155,6 +157,27 @@ def quantization(llm: Llm, dtype: torch.dtype) -> BitsAndBytesConfig | None:
             bnb_4bit_compute_dtype=dtype,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if llm.quantize == "int8" else None
+
+
+def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """An LLM in nf4 with the weights that it stands for in `dtype`, frozen. Raises ModelError where they take more
+    memory than is free.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    needed = dtype.itemsize * sum(layer.in_features * layer.out_features for layer in layers)
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > ROOM * free:
+        raise ModelError(
+            f"train.dequantize_once: the LLM's weights take {needed / GIB:.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}, and of {free / GIB:.1f} GiB that are free {ROOM:.0%} may go to them: "
+            "leave it out, or take a smaller LLM"
+        )
+    whole: Any = model.dequantize(dtype=dtype)
+    result: PreTrainedModel = whole.eval().requires_grad_(False)
+    return result
 
 
 def _load_gguf(llm: Llm, options: dict[str, Any]) -> PreTrainedModel:

@@ -18,6 +18,7 @@ def conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     yield from _split_conflicts(recipe)
     yield from _head_conflicts(recipe)
     yield from _tuning_conflicts(recipe)
+    yield from _dequantize_conflicts(recipe)
     yield from _stage_conflicts(recipe)
 
 
@@ -145,6 +146,17 @@ def _tuning_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     if recipe.tune_encoders and recipe.train.cache:
         message = "stores features of frozen encoders, but tune_encoders trains one: set train.cache: false."
         yield Problem(("train", "cache"), message)
+
+
+def _dequantize_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
+    where: Location = ("train", "dequantize_once")
+    if not recipe.train.dequantize_once:
+        return
+    if recipe.model.llm.quantize != "nf4":
+        yield Problem(where, f"is for an LLM in nf4; model.llm.quantize is {recipe.model.llm.quantize!r}.")
+    beginning = recipe.adapter.initialization if recipe.adapter else "default"
+    if beginning not in ("default", "gaussian"):  # it would change weights that aren't those of the LLM in nf4
+        yield Problem(where, f"is for LoRA that begins with zeros; adapter.initialization is {beginning!r}.")
 
 
 def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:

@@ -269,6 +269,11 @@ class Train(Section):
         description="Activation checkpoints at every n-th layer of the LLM: 0 none, 1 every layer; auto: as few as the "
         "GPU's free memory asks for, by the plan; on a CPU none.",
     )
+    dequantize_once: bool = Field(
+        False,
+        description="Keep the LLM's nf4 weights as the 16 or 32 bits that they stand for while training, instead of "
+        "dequantizing them in every step: 2 or 4 bytes a weight in place of about half a byte, the same losses.",
+    )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
     track: list[Tracker] = Field(
         [], description="Where losses, rates and validation scores are shown live; tensorboard: in RUN/tensorboard."

@@ -8,8 +8,16 @@ from finetune.model.bindings import TaskBinding
 from finetune.model.build import Components, load_components, load_llm
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
+from finetune.model.language_model import dequantized
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Train
+
+
+def language_model_for(settings: Train, components: Components) -> Any:
+    """The LLM to train over, quantized as the recipe says. Raises ModelError."""
+    language_model = load_llm(components)
+    return dequantized(language_model, components.dtype) if settings.dequantize_once else language_model
 
 
 @dataclass
@@ -25,7 +33,7 @@ class Shared:
     def load(cls, recipe: Recipe) -> "Shared":
         components = load_components(recipe.model, recipe.tune_encoders, recipe.seed)
         features = Features(components.encoders, recipe.train.feature_folder, recipe.media)
-        return cls(components, features, load_llm(components))
+        return cls(components, features, language_model_for(recipe.train, components))
 
     def run(self, folder: RunFolder, recipe: Recipe, bindings: dict[str, TaskBinding]) -> Run:
         """A run over these components, with the projectors and fusion of its own recipe."""

@@ -178,7 +178,8 @@ class SharedParts:
             self.key, self.shared = "", None
             return None
         model = recipe.model.model_dump(mode="json", include={"llm", "encoders"})
-        fixed = [model, str(recipe.train.feature_folder), recipe.media.model_dump()]
+        settings = [str(recipe.train.feature_folder), recipe.train.dequantize_once]
+        fixed = [model, *settings, recipe.media.model_dump()]
         key = json.dumps(fixed, sort_keys=True)
         if key != self.key or self.shared is None:
             self.shared = None  # let go of the old LLM before the new one is loaded

@@ -34,7 +34,7 @@ from finetune.training.collate import Collator
 from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
-from finetune.training.shared import Shared
+from finetune.training.shared import Shared, language_model_for
 from finetune.training.trainer import StageTraining, refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
 
@@ -199,7 +199,8 @@ def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
     if settings.cache:
         for encoder in run.components.encoders.values():
             encoder.module.to("cpu")  # not needed while the LLM trains
-    model = run.build(with_encoders=not settings.cache, language_model=shared.language_model if shared else None)
+    language_model = shared.language_model if shared else language_model_for(settings, run.components)
+    model = run.build(with_encoders=not settings.cache, language_model=language_model)
     if shared:
         shared.composite = model
     set_up(model, settings)

@@ -98,7 +98,8 @@ def composed(planned: PlannedRun, recipe: Recipe, dtype: torch.dtype) -> Multimo
     """
     adapter = recipe.adapter and recipe.adapter.model_copy(update={"initialization": "default"})
     planned.run.recipe = recipe.model_copy(update={"adapter": adapter})
-    language_model = language_model_on_meta(recipe.model.llm, dtype)
+    llm = recipe.model.llm.model_copy(update={"quantize": "none"} if recipe.train.dequantize_once else {})
+    language_model = language_model_on_meta(llm, dtype)
     model = planned.run.build(with_encoders=not recipe.train.cache, language_model=language_model)
     set_up(model, recipe.train)
     return model

@@ -172,6 +172,8 @@ def _steps(recipe: Recipe, measured: Measured) -> Iterator[dict[str, Any]]:
         yield {"train.encode_batch": 1}
     if fullest == "evaluate" and recipe.evaluate.batch > 1:
         yield {"evaluate.batch": max(recipe.evaluate.batch // 4, 1)}
+    if train.dequantize_once:
+        yield {"train.dequantize_once": False}
     if fullest.startswith("train") and train.checkpoint_every_n_layers != 1:
         yield {CHECKPOINTS: 1}
     if recipe.model.llm.quantize != "nf4":
