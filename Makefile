@@ -4,9 +4,10 @@ BIN = $(VENV)/bin
 COLAB ?= $(VENV)-colab
 NAMES ?= mobilenet_v2 minimind2_small
 MUTANTS ?=
+GPU ?=
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: help quickstart install weights test test-fast notebooks mutants check format docs clean
+.PHONY: help quickstart install weights test test-fast gpu notebooks mutants check format docs clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +33,9 @@ test: install  ## Run the tests (no network once the weights are there)
 
 test-fast: install  ## Run the tests that take seconds, not minutes
 	$(PYTEST) -m "not slow"
+
+gpu:  ## Try on a GPU what a CPU can't prove, in 8 minutes, and append the figures to benchmarks/RESULTS.md; no network
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --append $(GPU)
 
 notebooks: install $(COLAB)/.installed  ## Execute the notebooks with Colab's versions of packages, on small models
 	$(BIN)/python recipes/offline/fetch.py $(NAMES) whisper_tiny

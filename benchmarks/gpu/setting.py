@@ -55,7 +55,7 @@ class Setting:
         """The shape of the LLM whose training is timed."""
         from benchmarks.train_vs_trl.prepare import LARGE_LLM  # with torch, which not every reader needs
 
-        return TINY_LLM | {"vocab_size": 416} if self.toy else LARGE_LLM
+        return TINY_LLM | {"num_hidden_layers": 1, "vocab_size": 416} if self.toy else LARGE_LLM
 
     @property
     def vision(self) -> dict[str, Any]:

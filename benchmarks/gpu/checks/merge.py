@@ -39,14 +39,19 @@ def check(setting: Setting) -> str:
 def trained(setting: Setting, project: Path) -> Path:
     project.mkdir()
     tiny_vision_folder(project / "encoder")
-    tiny_dataset(project / "data", train=32, test=8 if setting.toy else 64)
+    tiny_dataset(project / "data", train=8 if setting.toy else 32, test=4 if setting.toy else 16)
     llm = llm_folder(setting, "llama") if setting.toy else llm_folder(setting, "larger", **LARGER)
     (project / "llm").symlink_to(llm)
-    stage = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 1e-3, "epochs": 4}
+    stage = {
+        "name": "tune",
+        "trains": ["projectors", "adapter"],
+        "learning_rate": 1e-3,
+        "epochs": 2 if setting.toy else 4,
+    }
     path = tiny_recipe(
         project,
         model__llm={"name": str(llm), "quantize": "nf4"},
-        merge={"rows": 8 if setting.toy else 64, "rows_scored": 8},
+        merge={"rows": 16, "rows_scored": 4},
         train__stages=[stage],
     )
     recipe = load_recipe(path)

@@ -8,7 +8,6 @@ from benchmarks.gpu.weights import write_llm
 from benchmarks.train_vs_trl.prepare import make_vision
 
 
-
 def check(setting: Setting) -> str:
     size = write_llm(setting, setting.folder / "llm", fresh_tokenizer())
     torch.manual_seed(1)

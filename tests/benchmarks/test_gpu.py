@@ -1,0 +1,137 @@
+"""The checks for a GPU, each at toy size on a CPU, and what runs them."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.gpu.__main__ import chosen, main, perform
+from benchmarks.gpu.checks import Skipped
+from benchmarks.gpu.report import Timed, compared, judged, report
+from benchmarks.gpu.run import Outcome, run_all
+from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.steps import STEPS, Step
+from finetune.common.progress import console
+
+CHILD = """
+import json, os, sys, time
+name, folder = sys.argv[1:]
+sys.stdin.readline()
+if name == "dies":
+    os.kill(os.getpid(), 9)
+if name == "hangs":
+    time.sleep(60)
+json.dump({"name": name, "result": "pass", "told": "well", "seconds": 0.0}, open(f"{folder}/{name}.outcome.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return Setting(tmp_path_factory.mktemp("gpu"), "cpu", toy=True)
+
+
+@pytest.fixture(autouse=True)
+def loud_again(monkeypatch):
+    """The console of this process, which some checks silence."""
+    monkeypatch.setattr(console, "quiet", False)
+
+
+def told(setting, name):
+    step = next(step for step in STEPS if step.name == name)
+    outcome = perform(step, setting, import_module(f"benchmarks.gpu.checks.{step.file}"))
+    assert outcome.result == "pass", outcome.told
+    return outcome.told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("machine", "torch"),
+        ("attention", "a segment a call"),
+        ("rows", "gemma3_text float16"),
+        ("nf4", "bfloat16"),
+        ("float16", "at most 0.0%"),
+        ("answers", "HTTP equal"),
+        ("merge", "into the dequantized nf4 LLM"),
+    ],
+)
+def test_a_check_at_toy_size(name, expected, setting):
+    assert expected in told(setting, name)
+
+
+@pytest.mark.slow
+def test_training_beside_trl_at_toy_size(setting):
+    assert "16 tokens of a picture" in told(setting, "weights")
+    llm = setting.folder / "llm"
+    assert json.loads((llm / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert "of 970 tokens ours reads 666" in told(setting, "k=5 prepare")
+    for name in ("ours-compiled", "trl-compiled"):
+        assert "samples/s" in told(setting, f"k=5 {name}")
+    training = import_module("benchmarks.gpu.checks.training")
+    with pytest.raises(Skipped, match="need a GPU"):
+        training.check(setting, "5", "ours-liger")
+    text = report(setting, [Outcome("machine", "pass", "A card; torch"), Outcome("k=5 ours-compiled", "pass", "")])
+    assert "## On a GPU: A card, " in text and "| 5 | ours-compiled | " in text
+
+
+def test_what_dies_or_hangs_leaves_the_others(setting, capsys):
+    steps = [
+        Step("dies", "", 1, needs=()),
+        Step("needs it", "", 1, needs=("dies",)),
+        Step("lives", "", 1, needs=()),
+        Step("too long", "", 1000, needs=()),
+        Step("hangs", "", 0, needs=()),
+    ]
+    outcomes = list(run_all(setting, steps, 1.5, [sys.executable, "-c", CHILD]))
+    assert [(one.name, one.result) for one in outcomes] == [
+        ("dies", "fail"),
+        ("needs it", "skip"),
+        ("lives", "pass"),
+        ("too long", "skip"),
+        ("hangs", "fail"),
+    ]
+    assert "ended with -9" in outcomes[0].told and "took too long" in outcomes[4].told
+
+
+def test_a_check_that_fails_tells_why(setting, capsys):
+    class Check:
+        @staticmethod
+        def check(setting):
+            raise AssertionError("errors of\n gradients 0.3")
+
+    assert perform(STEPS[0], setting, Check) == Outcome("machine", "fail", "AssertionError: errors of gradients 0.3")
+    assert perform(STEPS[0], setting, ImportError("no such")).told == "ImportError: no such"
+
+
+def test_what_a_chosen_check_needs_comes_along():
+    assert [step.name for step in chosen(["k=1 trl-compiled"])] == [
+        "machine",
+        "weights",
+        "k=1 prepare",
+        "k=1 trl-compiled",
+    ]
+    with pytest.raises(SystemExit, match="no check is called 'speed'"):
+        chosen(["speed"])
+
+
+def test_all_fits_into_eight_minutes_but_for_variants():
+    variants = ("compiled", "liger", "plain", "checkpointed")
+    assert sum(step.seconds for step in STEPS if not step.name.endswith(variants)) < 480
+
+
+def test_ratios_and_goals():
+    gib = 2**30
+    runs = [Timed(1, "ours", 8.0, 0.5, 30 * gib, 24 * gib), Timed(1, "peer", 4.0, 0.75, 40 * gib, 30 * gib)]
+    assert compared(runs)[-1] == "| 1 | trl | 4.00 | 750 | 40.00 | 30.00 | 2.00 | 1.50 | 0.75 | 0.80 |"
+    assert "not reached (2.00 times, 75% of the peak)" in judged(1, runs)
+    assert "goal 4 times trl: not measured" in judged(5, runs)
+
+
+def test_the_command_runs_a_process_a_check(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--toy", "--only", "machine"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("pass  machine")
