@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from time import time
@@ -47,19 +48,18 @@ def keep(
         with pa.OSFile(str(writing / FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in chain(first, batches):
                 writer.write_batch(batch)
+        table = opened(writing)
+        assert table is not None
         if finish(writing):
             _remove_unused(folder.parent)
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(writing, folder)
-            writing = folder
-        table = opened(writing)
-        assert table is not None
+            with suppress(OSError):  # another process has just kept the same
+                os.replace(writing, folder)
         return table
     except OSError as error:
         raise DataError(f"{folder}: can't be written ({error.strerror}); XDG_CACHE_HOME names another folder") from None
     finally:
-        if writing != folder:
-            shutil.rmtree(writing, ignore_errors=True)  # what is mapped of it stays
+        shutil.rmtree(writing, ignore_errors=True)  # what is mapped of it stays
 
 
 def _batches(schema: pa.Schema, rows: Iterable[Mapping[str, object]]) -> Iterator[pa.RecordBatch]:

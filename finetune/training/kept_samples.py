@@ -1,6 +1,4 @@
-"""The training rows as tokens, kept between runs: made anew where samples, tokenizer or layout of media aren't what they
-were.
-"""
+"""The training rows as tokens, kept between runs: made anew where samples, tokenizer or layout of media changed."""
 
 import hashlib
 import json

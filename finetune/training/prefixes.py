@@ -1,16 +1,19 @@
 """What training samples begin with in common, tokens and media: a row needs it only once, as their prefix."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
-from finetune.model.prefixes import most_shared, shared_tokens
+from finetune.model.prefixes import IGNORED, most_shared, shared_tokens
 from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES, Sharing
 from finetune.training.samples import TokenizedSamples
 
+Numbers: TypeAlias = npt.NDArray[Any]
 LEAST_SAVED = 0.1  # of a group's tokens; below that, and below LEAST_TOKENS, samples are left to be shuffled freely
 
 
@@ -18,13 +21,16 @@ def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False) -> Shar
     """Groups of samples such that rows save most tokens, if each sample is in one group. `media_in_prefix`: only where
     all media of a group stand in its prefix.
     """
-    keys = [key.tobytes() for key in _beginnings(samples)]
+    keys = _beginnings(samples)
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shared = [_equal_bytes(keys[one], keys[other]) // 4 for one, other in pairwise(order)]
-    ends = samples.column("media_ends")
-    needed = [max(ends[number], default=0) if media_in_prefix else 0 for number in order]
+    needed = [0] * len(keys)
+    if media_in_prefix:
+        ends = samples.column("media_ends")
+        needed = [max(ends[number], default=0) for number in order]
     lengths = samples.taught_lengths
     group, saved = list(range(len(keys))), [0] * len(keys)
+    del keys
     for span in _best_groups(shared, needed):
         members = [order[place] for place in range(span.begin, span.end)]
         tokens = min(span.depth, _shared_by_teachers(samples, members))
@@ -41,20 +47,50 @@ def _spared(count: int) -> int:
     return count - -(-count // MOST_BRANCHES)
 
 
-def _beginnings(samples: TokenizedSamples) -> Iterable[npt.NDArray[np.uint32]]:
+def _beginnings(samples: TokenizedSamples) -> list[bytes]:
     """What may stand in a prefix of each sample: token ids and, in the place of a medium's, its number. Big-endian, so
     that bytes sort as they do.
     """
-    names = ("input_ids", "labels", "media_kinds", "media_keys", "media_begins", "media_ends")
-    numbers: dict[tuple[str, str], int] = {}
-    for ids, labels, kinds, keys, begins, ends in zip(*(samples.column(name) for name in names), strict=True):
-        most = most_shared(labels)
-        row = np.array(ids, dtype=">u4")
-        for kind, key, begin, end in zip(kinds, keys, begins, ends, strict=True):
-            row[begin:end] = 2**31 + numbers.setdefault((kind, key), len(numbers))
-            if begin < most < end:
-                most = begin
-        yield row[:most]
+    ids, ends = _flat(samples, "input_ids")
+    ids = ids.astype(">u4")
+    most = _most_shared(samples)
+    begins, stops, numbers, owners = _media(samples)
+    cut = (begins < most[owners]) & (most[owners] < stops)
+    most[owners[cut]] = begins[cut]
+    starts, sizes = ends[:-1], stops - begins
+    places = np.repeat(starts[owners] + begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+    ids[places] = np.repeat(2**31 + numbers.astype(np.int64), sizes)
+    content = memoryview(ids.tobytes())
+    spans = zip((4 * starts).tolist(), (4 * (starts + most)).tolist(), strict=True)
+    return [bytes(content[begin:end]) for begin, end in spans]
+
+
+def _flat(samples: TokenizedSamples, name: str) -> tuple[Numbers, Numbers]:
+    """(the numbers in the lists of a column, one after another; where the list of each sample begins, and their end)"""
+    column = samples.arrow(name)
+    sizes = pc.list_value_length(column).to_numpy()
+    return pc.list_flatten(column).to_numpy(), np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _most_shared(samples: TokenizedSamples) -> Numbers:
+    """`most_shared` of each sample's labels."""
+    labels, ends = _flat(samples, "labels")
+    learned = labels != IGNORED
+    learned[ends[:-1]] = False  # nothing predicts the first
+    places = np.append(np.flatnonzero(learned), len(labels))
+    sizes = np.diff(ends)
+    first = places[np.searchsorted(places, ends[:-1])] - ends[:-1]
+    return np.minimum(first, sizes - 1)
+
+
+def _media(samples: TokenizedSamples) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """(where each medium of all samples begins, and ends; its number, equal for equal media; that of its sample)"""
+    begins, ends = _flat(samples, "media_begins")
+    owners = np.repeat(np.arange(len(samples)), np.diff(ends))
+    kinds, keys = (pc.list_flatten(samples.arrow(name)) for name in ("media_kinds", "media_keys"))
+    names = pc.binary_join_element_wise(kinds, keys, " ").combine_chunks()
+    numbers = names.dictionary_encode().indices.to_numpy()
+    return begins, _flat(samples, "media_ends")[0], numbers, owners
 
 
 def _equal_bytes(one: bytes, other: bytes) -> int:
@@ -73,7 +109,7 @@ def _shared_by_teachers(samples: TokenizedSamples, members: Sequence[int]) -> in
     return shared_tokens([row.teacher_input_ids or () for row in rows], most)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Node:
     """Sorted samples [begin, end) that share `depth` tokens, and may only stand behind a prefix of at least `least`.
     `saved`: tokens that their best division into groups saves, which is this one group, or that of its children.
@@ -84,9 +120,10 @@ class _Node:
     end: int = 0
     least: int = 0
     saved: int = 0
-    children: list["_Node"] = field(default_factory=list)
+    children: list["_Node"] | None = None
 
     def add(self, child: "_Node") -> None:
+        self.children = self.children or []
         self.children.append(child)
         self.saved += child.saved
         self.end = child.end
@@ -95,7 +132,7 @@ class _Node:
     def close(self) -> None:
         together = self.depth * _spared(self.end - self.begin)
         if self.depth >= self.least and together > self.saved:
-            self.saved, self.children = together, []
+            self.saved, self.children = together, None
 
 
 def _best_groups(shared: Sequence[int], least: Sequence[int]) -> list[_Node]:
@@ -112,7 +149,7 @@ def _best_groups(shared: Sequence[int], least: Sequence[int]) -> list[_Node]:
         if path[-1].depth < depth:
             path.append(_Node(node.begin, depth))
         path[-1].add(node)
-    groups, nodes = [], path[0].children
+    groups, nodes = [], path[0].children or []
     while nodes:
         node = nodes.pop()
         if node.children:
