@@ -29,6 +29,7 @@ from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_trackers
 from finetune.recipe.schema import Model, Stage, Train
+from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
@@ -82,6 +83,10 @@ def train_in(
         if processes.is_main_process:
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = without_auto(as_begun(recipe, folder) if resume else recipe, on_gpu, processes.num_processes)
+            if recipe.train.cache == "auto":
+                choice = choose_cache(recipe)
+                recipe = choice.of(recipe)
+                console.print(choice.reason)
             folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
             record_versions(folder.path / "versions.json", processes.num_processes)
         processes.wait_for_everyone()
