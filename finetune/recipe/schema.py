@@ -258,7 +258,11 @@ class Train(Section):
         description="Compute once what samples of a packed row begin with, tokens and media; the losses are the same.",
     )
     accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
-    cache: bool = Field(True, description="Run frozen encoders once and keep their features on disk.")
+    cache: bool | Literal["auto"] = Field(
+        True,
+        description="Run frozen encoders once and keep their features on disk; auto: where encoders are frozen, there "
+        "is more than one epoch and the disk has room.",
+    )
     cache_folder: RecipePath | None = Field(
         None, description="Folder of the features; null: the user's cache.", json_schema_extra=PATH_NEW
     )

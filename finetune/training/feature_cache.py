@@ -1,6 +1,5 @@
 """Encode what the feature cache lacks, once."""
 
-import shutil
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -12,6 +11,7 @@ from finetune.data.rows import error_list
 from finetune.data.sample import Medium, Prepared
 from finetune.model.features import Features
 from finetune.recipe.schema import Train
+from finetune.training.cache_choice import FULLEST, free_bytes
 
 ENCODED_FIRST = 8  # media encoded to estimate the size of the cache
 
@@ -33,8 +33,8 @@ def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> Non
             f"{seconds:.0f} s, without cache {seconds * train.epochs:.0f} s in {train.epochs} epochs: pays from the "
             "second epoch on"
         )
-        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-        if size > 0.9 * free:
+        free = free_bytes(folder)
+        if size > FULLEST * free:
             raise DataError(
                 f"the features need {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free in "
                 f"{folder}: set train.cache: false or train.cache_folder"

@@ -30,6 +30,7 @@ from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_trackers
 from finetune.recipe.schema import Model, Stage, Train
+from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
@@ -84,6 +85,10 @@ def train_in(
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = as_begun(recipe, folder) if resume else with_measured_dtype(recipe)
             recipe = without_auto(recipe, on_gpu, processes.num_processes)
+            if recipe.train.cache == "auto":
+                choice = choose_cache(recipe)
+                recipe = choice.of(recipe)
+                console.print(choice.reason)
             folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
             record_versions(folder.path / "versions.json", processes.num_processes)
         processes.wait_for_everyone()
