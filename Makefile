@@ -5,7 +5,7 @@ COLAB ?= $(VENV)-colab
 NAMES ?= mobilenet_v2 minimind2_small
 MUTANTS ?=
 GPU ?=
-PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .PHONY: help quickstart install weights test test-fast gpu notebooks mutants check format docs clean
 

@@ -247,6 +247,7 @@ def test_models_that_are_not_at_hand_are_not_planned(folder):
 def test_a_run_has_its_plan_beside_what_was_measured(tmp_path, monkeypatch, capsys):
     """As on a GPU, on a CPU: seconds, and no peak of a GPU's memory to be set beside the planned one."""
     monkeypatch.setattr("finetune.training.train.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("finetune.training.plan.apart.subprocess.Popen", forked.popen)
     recipe = load_recipe(tiny_recipe(tmp_path, train__stages=TUNE))
     metrics = Metrics.model_validate(train(recipe, tmp_path / "run").read_metrics())
     assert metrics.planned_seconds.keys() == {"encode", "llm", "evaluate"}
