@@ -1,5 +1,5 @@
-"""Training in float16 with its loss scaler, over 4-bit weights and by segments without the kernel for many lengths, as on
-a T4: the losses of all steps against the same training in float32.
+"""Training in float16 with its loss scaler, over 4-bit weights and by segments without the kernel for many lengths, as
+on a T4: the losses of all steps against the same training in float32.
 """
 
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.gpu.models import collator_of, composite, fresh_tokenizer, llm_folder, questions
+from benchmarks.gpu.models import collator, composite, fresh_tokenizer, llm_folder, questions
 from benchmarks.gpu.setting import Setting
 from finetune.model.language_model import load_language_model
 from finetune.model.row_plan import RowKind, row_kind
@@ -49,7 +49,7 @@ def trained(setting: Setting, dtype: torch.dtype) -> tuple[list[float], int]:
     folder = llm_folder(setting, "odd-heads", "qwen2", **SHAPE)
     llm = load_language_model(Llm(name=str(folder)), dtype, torch.device(setting.device))
     assert row_kind(llm) is RowKind.SHARED
-    model, (samples, groups) = composite(llm), questions(setting)
+    model = composite(llm)
     stage = Stage(name="tune", trains=["projectors", "adapter"], learning_rate=2e-3, warmup=0.0, scheduler="constant")
     scaler = Scaler()
     training = StageTraining(
@@ -57,8 +57,8 @@ def trained(setting: Setting, dtype: torch.dtype) -> tuple[list[float], int]:
         tokenizer=fresh_tokenizer(),
         stage=stage,
         settings=Train(stages=[stage], save_every_n_steps=1_000_000),
-        collator=collator_of(samples, kind=RowKind.SHARED),
-        rows=[groups] * EPOCHS,
+        collator=collator(setting, RowKind.SHARED),
+        rows=[questions(setting)[1]] * EPOCHS,
         folder=setting.folder / f"float16-{dtype}" / "checkpoints" / "tune",
         seed=11,
         dtype=dtype,
