@@ -266,8 +266,12 @@ class Train(Section):
     cache_folder: RecipePath | None = Field(
         None, description="Folder of the features; null: the user's cache.", json_schema_extra=PATH_NEW
     )
-    encode_batch: int = Field(1, ge=1, description="Media encoded in one batch.")
-    workers: int = Field(0, ge=0, description="Data worker processes; 0: the trainer's own process.")
+    encode_batch: int = Field(
+        1, ge=1, description="Media encoded in one batch; 1: a few of many media where no feature changes by it."
+    )
+    workers: int = Field(
+        0, ge=0, description="Data worker processes; 0: the trainer's own process, and one a core to encode many media."
+    )
     checkpoint_every_n_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0,
         description="Activation checkpoints at every n-th layer of the LLM: 0 none, 1 every layer; auto: as few as the "
