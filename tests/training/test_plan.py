@@ -259,6 +259,11 @@ def test_a_run_has_its_plan_beside_what_was_measured(tmp_path, monkeypatch, caps
     assert planned_beside(peaks)[0][1].endswith(" planned, 3.00 GiB measured")
 
 
+def test_no_plan_is_not_taken_for_a_tight_card(folder):
+    done = cli("plan", tiny_recipe(folder), "--set", "model.llm.name=nobody/nothing")
+    assert done.returncode == 2 and "nobody/nothing" in done.stderr
+
+
 def test_an_unknown_card_is_a_mistake_of_the_command_line(folder):
     done = cli("plan", tiny_recipe(folder), "--gpu", "t5")
     assert done.returncode == 2 and "--gpu t5" in done.stderr and "rtx3060-12gb" in done.stderr
