@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from finetune.common import display
 from finetune.common.errors import RecipeError
 from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary, unlearned
-from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import Llm, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
@@ -68,7 +68,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     Raises RecipeError, DataError.
     """
     loaded = as_recipe(recipe, overrides)
-    refuse_missing_trackers(loaded)
+    refuse_missing_packages(loaded)
     refused = fetch_settings(loaded.model)
     notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm, refused.get(loaded.model.llm.name))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)

@@ -199,10 +199,10 @@ def train(
     recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False, overwrite: Overwrite = False
 ) -> None:
     """Train the stages of a recipe; writes RUN/adapter."""
-    from finetune.recipe.load import load_recipe, refuse_missing_trackers
+    from finetune.recipe.load import load_recipe, refuse_missing_packages
 
     loaded = load_recipe(recipe, set_ or [])  # so that a mistake is reported before torch is imported
-    refuse_missing_trackers(loaded)
+    refuse_missing_packages(loaded)
     folder = RunFolder(run or Path("runs") / loaded.name)
     folder.refuse_taken(resume, overwrite)
     with how_to_go_on("train", recipe, set_ or [], folder):

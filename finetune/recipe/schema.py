@@ -282,6 +282,11 @@ class Train(Section):
         description="Keep the LLM's nf4 weights as the 16 or 32 bits that they stand for while training, instead of "
         "dequantizing them in every step: 2 or 4 bytes a weight in place of about half a byte, the same losses.",
     )
+    liger: bool = Field(
+        False,
+        description="Liger's kernels for norms, rotary positions and SwiGLU of the LLM, on an NVIDIA GPU; needs the "
+        "package liger-kernel. How much they save has not been measured here.",
+    )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
     track: list[Tracker] = Field(
         [], description="Where losses, rates and validation scores are shown live; tensorboard: in RUN/tensorboard."

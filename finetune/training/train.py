@@ -28,10 +28,11 @@ from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
-from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
 from finetune.recipe.schema import Model, Stage, Train
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
+from finetune.training.liger import use_liger
 from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
@@ -75,7 +76,7 @@ def train_in(
     quiet_libraries()
     fresh_memory()
     refuse_several_gpus()
-    refuse_missing_trackers(recipe)
+    refuse_missing_packages(recipe)
     on_gpu = default_device().type == "cuda"
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
@@ -217,6 +218,8 @@ def set_up(model: MultimodalModel, settings: Train) -> None:
     model.encode_batch = settings.encode_batch
     if settings.checkpoint_every_n_layers:
         model.causal_lm.activation_checkpointing_enable(every_n_layers=settings.checkpoint_every_n_layers)
+    if settings.liger:
+        use_liger(model.causal_lm)
 
 
 def validation_callback(
