@@ -23,6 +23,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_itemcollected(item):
+    if "finished_run" in getattr(item, "fixturenames", ()):  # whoever comes first trains it
+        item.add_marker("slow")
+
+
 def pytest_collection_finish():
     gc.enable()
 
