@@ -98,7 +98,8 @@ def decoders(prepared: Sequence[Prepared]) -> int:
 
 def first_media(features: Features, media: Sequence[Medium]) -> list[Prepared]:
     """A few media, decoded and prepared. Raises DataError where none can be read."""
-    kind, count = media[0].kind, ENCODED_FIRST
+    kind = media[0].kind
+    count = 1 if len(media) < MANY and features.encoders[kind].layout is not None else ENCODED_FIRST
     prepared: list[Prepared] = []
     errors: list[str] = []
     # Taken from all over the rows: files are often sorted, by length too.
