@@ -38,6 +38,7 @@ from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
 from finetune.training.trainer import StageTraining, refuse_several_gpus
+from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
 from finetune.training.validation import OnValidation, ValidationCallback
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -230,13 +231,15 @@ def validation_callback(
     if settings is None:
         return None
     assistant = run.assistant(model)
+    tracked = TrackedRows(prepared.validation, run) if run.recipe.train.track else None
 
-    def evaluate() -> tuple[Scores, list[float]]:
+    def evaluate() -> tuple[Scores, list[float], list[TrackedAnswer]]:
         answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
         measures = measures_by_task(run.bindings, prepared.validation, answers)
         rows = [row for own in measures.values() for row in own]
         good = [] if any(row.get("group") for row in rows) else [float(row["good"]) for row in rows]
-        return {name: run.bindings[name].task.score(own) for name, own in measures.items()}, good
+        scores = {name: run.bindings[name].task.score(own) for name, own in measures.items()}
+        return scores, good, tracked.answered(answers) if tracked else []
 
     return ValidationCallback(
         model,
