@@ -90,7 +90,7 @@ def init(
     card: Annotated[
         str | None,
         typer.Option(
-            help="cpu, 8gb, 12gb, 16gb, 24gb, a GPU such as t4 or rtx3060-12gb, or its memory in GB; default: this machine's."
+            help="cpu, 8gb, 12gb, 16gb, 24gb, a GPU such as t4 or rtx3060-12gb, or GB; default: this machine's."
         ),
     ] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="en, zh, ...; default: by the rows.")] = None,

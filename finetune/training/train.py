@@ -37,8 +37,8 @@ from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
-from finetune.training.trainer import StageTraining, refuse_several_gpus
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
+from finetune.training.trainer import StageTraining, refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
