@@ -63,6 +63,12 @@ def test_the_plan_in_the_documents_is_what_plan_says():
         assert written == listed, "run: python docs/tools/plan_tables.py"
 
 
+def test_the_support_matrix_in_chinese_is_that_in_english():
+    support = script("support")
+    written = support.PAGE.read_text(encoding="utf-8")
+    assert support.CHINESE_PAGE.read_text(encoding="utf-8") == support.chinese(written)
+
+
 @pytest.mark.slow
 def test_the_support_matrix_is_what_trains_merges_and_exports_now():
     """A cell of five, and three models' exports; `docs/tools/support.py --check` tries all."""

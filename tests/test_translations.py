@@ -9,6 +9,7 @@ from documents import ROOT, TRANSLATED, links_of, relative, tokens_of
 
 MUST_EXIST = {"README", "docs/index", "docs/data", "docs/data-check", "docs/commands", "docs/troubleshooting"}
 MUST_EXIST |= {f"docs/{name}" for name in ("init", "plan", "predict", "python", "choosing", "concepts", "serve")}
+MUST_EXIST |= {f"docs/{name}" for name in ("merge", "export", "publish", "parts", "support", "extending")}
 MUST_EXIST |= {
     relative(path).removesuffix(".md") for path in (ROOT / "docs/tutorials").glob("*.md") if ".zh" not in path.name
 }

@@ -1,4 +1,4 @@
-"""Writes docs/support.md: which parts and options combine, tried on random models a few layers deep.
+"""Writes docs/support.md and support.zh.md: which parts and options combine, tried on random models a few layers deep.
 
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/support.py [--check]
 
@@ -35,15 +35,73 @@ from finetune.model.row_plan import RowKind, row_kind  # noqa: E402
 from finetune.recipe.parts import ProjectorPart  # noqa: E402
 
 PAGE = ROOT / "docs" / "support.md"
+CHINESE_PAGE = ROOT / "docs" / "support.zh.md"
 BEGINNING = """# Support matrix
 
 <!-- Written by docs/tools/support.py, which tries each combination. -->
-
-What combines with what. Each cell was tried on random models a few layers deep, on a CPU, by
+"""
+INTRODUCTION = """What combines with what. Each cell was tried on random models a few layers deep, on a CPU, by
 `python docs/tools/support.py`: *yes* means that a recipe with this combination trained, and merged or exported where
 the table says so. A number stands for a refusal, when the recipe is read or when the run begins, or for a fault of a
-library; its words are below the table.
-"""
+library; its words are below the table."""
+TEXT_OF_HEADS = "Trained; with `distill` the LLM imitates its own answers to transcripts."
+TEXT_OF_EXPORTS = """\
+Merged over a Llama, then exported. The cell names what was written; whether the engine answers alike is
+compared by `finetune export` itself, where the engine is installed. For `gguf` see [Export](export.md#gguf)."""
+TEXT_OF_PACKING = (
+    "Samples are packed into rows without padding, and what they begin with is computed once, where the LLM gives "
+    "each exactly what it has alone; each run tries it."
+)
+CHINESE = {  # headings and paragraphs
+    "# Support matrix": "# 支持矩阵",
+    INTRODUCTION: "哪些功能可以组合。每一格都由 `python docs/tools/support.py` 在 CPU 上用只有几层的随机模型试过："
+    "*可以*表示使用这一组合的配方完成了训练；表格注明合并或导出时，也完成了合并或导出。数字表示读取配方时或运行开始时被拒绝，或某个库"
+    "出错；表格下方是程序或库的原话。",
+    "## Frozen weights and LoRA": "## 冻结的权重与 LoRA",
+    "Trained and merged.": "试过训练和合并。",
+    "## Fusion and encoders": "## 融合与编码器",
+    "Trained.": "试过训练。",
+    "## Projectors and encoders": "## 投影层与编码器",
+    "Features of a medium projected.": "试过投影一个媒体的特征。",
+    "## Heads and objectives": "## 头与训练目标",
+    TEXT_OF_HEADS: "试过训练；使用 `distill` 时，语言模型模仿自己对转写文本的回答。",
+    "## Training options": "## 训练选项",
+    "## Exports": "## 导出",
+    TEXT_OF_EXPORTS: "试过在一个 Llama 上合并，然后导出。格中是写出的类；目标引擎的回答是否一致，由 `finetune export` "
+    "在装有该引擎时自行比对。`gguf` 见[导出](export.zh.md#gguf)。",
+    "## Packing": "## 打包",
+    TEXT_OF_PACKING: "样本打包成行，没有填充，共有的开头只计算一次，前提是语言模型对每个样本给出的结果与单独处理时完全"
+    "相同；每次运行都会检验这一点。",
+}
+CHINESE_CELLS = {  # and names in the list of families
+    "yes": "可以",
+    "`vision`, convolutions": "`vision`，卷积网络",
+    "head": "头",
+    "`prefix`, next token": "`prefix`，下一词元",
+    "`prefix`, `distill`": "`prefix`，`distill`",
+    "`cross_attention`, next token": "`cross_attention`，下一词元",
+    "`cross_attention`, `distill`": "`cross_attention`，`distill`",
+    "features cached": "缓存特征",
+    "features not cached": "不缓存特征",
+    "encoder with LoRA": "编码器加 LoRA",
+    "encoder's last layers": "编码器的最后几层",
+    "encoder with LoRA, features cached": "编码器加 LoRA，缓存特征",
+    "activation checkpoints": "激活检查点",
+    "2 accumulated rows": "累积 2 行",
+    "validation": "验证",
+    "model": "模型",
+    "vllm, `adapter=true`": "vllm，`adapter=true`",
+    "one picture encoder, `mlp`": "单个图片编码器，`mlp`",
+    "one picture encoder, `pixel_shuffle`": "单个图片编码器，`pixel_shuffle`",
+    "speech, `stack`": "语音，`stack`",
+    "video": "视频",
+    "head `label`": "`label` 头",
+    "a PEFT adapter (LORA)": "PEFT 适配器（LORA）",
+    "packed, prefixes shared": "打包，共享前缀",
+    "packed": "打包",
+    "packed, under a mask": "打包，使用掩码",
+    "padded": "填充",
+}
 ENCODERS = {  # column: (label of the tiny encoder, projector that takes it)
     "`vision`": ("siglip", {"kind": "pixel_shuffle"}),
     "`vision`, convolutions": ("mobilenet_v2", {"kind": "mlp"}),
@@ -268,8 +326,7 @@ def heads(trials: Trials) -> list[str]:
             for kind in kinds.values()
         ]
     columns = [f"`{fusion}`, {kind}" for fusion in FUSIONS for kind in kinds]
-    text = "Trained; with `distill` the LLM imitates its own answers to transcripts."
-    return ["", "## Heads and objectives", "", text, "", *table("head", columns, rows)]
+    return ["", "## Heads and objectives", "", TEXT_OF_HEADS, "", *table("head", columns, rows)]
 
 
 def options(trials: Trials) -> list[str]:
@@ -285,17 +342,13 @@ def packing() -> list[str]:
     for family in FAMILIES:
         torch.manual_seed(0)
         kept.setdefault(row_kind(tiny_llm(family)), []).append(f"`{family}`")
-    text = (
-        "Samples are packed into rows without padding, and what they begin with is computed once, where the LLM gives "
-        "each exactly what it has alone; each run tries it."
-    )
     names = {
         RowKind.SHARED: "packed, prefixes shared",
         RowKind.SEGMENTS: "packed",
         RowKind.PACKED: "packed, under a mask",
     }
     lines = [f"- {names.get(kind, kind)}: {', '.join(families)}" for kind, families in kept.items()]
-    return ["", "## Packing", "", text, "", *lines]
+    return ["", "## Packing", "", TEXT_OF_PACKING, "", *lines]
 
 
 def exports(trials: Trials) -> list[str]:
@@ -313,11 +366,7 @@ def exports(trials: Trials) -> list[str]:
     models["DoRA"] = (picture[0], {**picture[1], "adapter": {"rank": 4, "dora": True}})
     targets = {"transformers": [], "vllm": [], "vllm, `adapter=true`": ["adapter=true"], "adapter": []}
     rows = {name: trials.exports(*model, targets) for name, model in models.items()}
-    text = (
-        "Merged over a Llama, then exported. The cell names what was written; whether the engine answers alike is\n"
-        "compared by `finetune export` itself, where the engine is installed. For `gguf` see [Export](export.md#gguf)."
-    )
-    return ["", "## Exports", "", text, "", *table("model", list(targets), rows)]
+    return ["", "## Exports", "", TEXT_OF_EXPORTS, "", *table("model", list(targets), rows)]
 
 
 def exported(trials: Trials, run: Path, target: str, options: list[str]) -> str:
@@ -336,13 +385,29 @@ def page(begin: Callable[[Path], Trials] = Trials) -> str:
     with tempfile.TemporaryDirectory() as folder:
         trials = begin(Path(folder))
         tiny_recipe(trials.folder)
-        lines = [BEGINNING.rstrip()]
+        lines = [BEGINNING, INTRODUCTION]
         for chapter in (weights, encoders, projectors, heads, options, exports):
             lines += chapter(trials) + trials.footnotes()
         return "\n".join([*lines, *packing()]) + "\n"
 
 
+def chinese(english: str) -> str:
+    """The page in Chinese; refusals stay in the program's words. Raises KeyError for a text without a translation."""
+    blocks = []
+    for block in english.rstrip().split("\n\n"):
+        if block.startswith("|"):
+            blocks.append(re.sub(r"(?<=\| )[^|]+?(?= \|)", lambda cell: CHINESE_CELLS.get(cell[0], cell[0]), block))
+        elif block.startswith("- "):
+            block = re.sub(r"(?<=^- )(.+?): ", lambda name: f"{CHINESE_CELLS[name[1]]}：", block, flags=re.M)
+            blocks.append(block.replace(", ", "、"))
+        else:
+            blocks.append(block if block.startswith(("<!--", "1. ")) else CHINESE[block])
+    return "\n\n".join(blocks) + "\n"
+
+
 if __name__ == "__main__":
+    written = page()
     if sys.argv[1:] == ["--check"]:
-        sys.exit(page() != PAGE.read_text(encoding="utf-8") and f"{PAGE}: it has changed; run python {__file__}")
-    PAGE.write_text(page(), encoding="utf-8")
+        sys.exit(written != PAGE.read_text(encoding="utf-8") and f"{PAGE}: it has changed; run python {__file__}")
+    PAGE.write_text(written, encoding="utf-8")
+    CHINESE_PAGE.write_text(chinese(written), encoding="utf-8")
