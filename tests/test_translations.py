@@ -23,6 +23,10 @@ def test_pages_that_beginners_need_are_there_in_chinese():
     assert {relative(path).removesuffix(".zh.md") for path in TRANSLATED} >= MUST_EXIST
 
 
+def inline_code_of(page: Path) -> list[str]:
+    return sorted(token.content for token in tokens_of(page) if token.type == "code_inline")
+
+
 def shape(page: Path) -> list[str]:
     """Headings with their level, code with its language and number of lines, tables with their cells, in order."""
     parts = []
@@ -37,6 +41,12 @@ def shape(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", TRANSLATED, ids=relative)
 def test_a_translation_has_the_structure_of_its_original(page):
     assert shape(page) == shape(original(page))
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=relative)
+def test_a_translation_names_the_code_that_its_original_names(page):
+    """Each piece as often; the words around it may come in another order."""
+    assert inline_code_of(page) == inline_code_of(original(page))
 
 
 @pytest.mark.parametrize("page", TRANSLATED, ids=relative)

@@ -187,7 +187,11 @@ def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
         cures = [_more_held_out(splits, recipe.evaluate.split, FEW_ROWS)] if there < FEW_ROWS else []
         cures += [f"raise evaluate.limit to {FEW_ROWS} or more"] if limit < FEW_ROWS else []
         cure = "; ".join(cures)
-        yield f"only {rows} row{'s' * (rows > 1)} to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
+        yield (
+            f"only {rows} rows to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
+            if rows > 1
+            else (f"only one row to score, which tells nothing; {cure}")
+        )
 
 
 def unlearned(splits: Splits, recipe: Recipe) -> Iterator[str]:

@@ -160,10 +160,12 @@ def _source_with(source: Source, medium: str) -> Source:
     return source.model_copy(update={"task": replace(task, options=options)})
 
 
-def refuse_missing_trackers(recipe: Recipe) -> None:
-    """Raises RecipeError where train.track names a package that isn't installed. Apart from `load_recipe`, which also
-    reads the recipes of runs that were trained elsewhere.
+def refuse_missing_packages(recipe: Recipe) -> None:
+    """Raises RecipeError where train.track or train.liger needs a package that isn't installed. Apart from
+    `load_recipe`, which also reads the recipes of runs that were trained elsewhere.
     """
+    if recipe.train.liger and importlib.util.find_spec("liger_kernel") is None:
+        raise RecipeError("train.liger: liger-kernel isn't installed: pip install liger-kernel, or leave it out")
     for number, tracker in enumerate(recipe.train.track):
         spec = importlib.util.find_spec(tracker)
         if spec is None or spec.origin is None:  # a mere folder of this name: wandb makes one

@@ -42,7 +42,10 @@ def test_tensorboard_gets_a_table_each_pass_and_media_once(tmp_path):
     lines = tables[1].tensor_proto.string_val[0].decode().splitlines()
     assert lines[0] == "| row | question | target | answer |" and len(lines) == 4
     assert lines[2] == r"| rows.csv:2 | What \| is it? | \*cat\* | \<dog\> |"
-    (picture,), (sound,) = written.Images("eval/answers/image/rows.csv:2"), written.Audio("eval/answers/audio/rows.csv:3")
+    (picture,), (sound,) = (
+        written.Images("eval/answers/image/rows.csv:2"),
+        written.Audio("eval/answers/audio/rows.csv:3"),
+    )
     assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (256, 100)
     assert sound.sample_rate == 16_000 and picture.step == sound.step == 0
 
