@@ -71,7 +71,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     refuse_missing_packages(loaded)
     refused = fetch_settings(loaded.model)
     notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm, refused.get(loaded.model.llm.name))]
-    splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)
+    splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
     warnings = [*few_rows(splits, loaded), *unlearned(splits, loaded)]
     stages: tuple[StageSteps, ...] = ()

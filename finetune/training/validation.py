@@ -22,10 +22,10 @@ OnValidation = Callable[[float], bool]  # selection score -> whether to stop the
 
 
 class ValidationCallback(TrainerCallback):
-    """`evaluate()` gives the scores of the model as it is, how good each row's answer is (see `ValidationPass`), and the
-    answers that trackers show; `select(scores)` gives the selection score; `on_validation` runs after each pass. The
-    first process evaluates, all act on it. Written into `folder`: validation.json, and `best/`, the weights of the best
-    pass.
+    """`evaluate()` gives the scores of the model as it is, how good each row's answer is (see `ValidationPass`), and
+    the answers that trackers show; `select(scores)` gives the selection score; `on_validation` runs after each pass.
+    The first process evaluates, all act on it. Written into `folder`: validation.json, and `best/`, the weights of the
+    best pass.
     """
 
     def __init__(
