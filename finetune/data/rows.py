@@ -102,7 +102,8 @@ def read_splits(
     split, together = kept or _held_out(samples, sources, seed)
     if kept is None:
         keep_split(folder, sources, seed, (split, together))
-    splits = Splits(*(samples.select(split == number) for number in range(len(SPLITS))), together)
+    train, validation, test = (samples.select(split == number) for number in range(len(SPLITS)))
+    splits = Splits(train, validation, test, together)
     _refuse_shared(splits)
     return splits
 
