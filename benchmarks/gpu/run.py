@@ -58,6 +58,9 @@ class Waiting:
         except subprocess.TimeoutExpired:
             self.stop()
             return Outcome(self.step.name, "fail", "stopped: it took too long", monotonic() - begin)
+        except BaseException:  # the command itself is being stopped
+            self.stop()
+            raise
         seconds = monotonic() - begin
         if not self.found.is_file():
             return Outcome(self.step.name, "fail", f"its process ended with {self.process.returncode}", seconds)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from transformers.integrations.liger import apply_liger_kernel
-
 from finetune.model.language_model import decoder_layers
 
 
@@ -20,4 +18,6 @@ def compile_layers(causal_lm: Any) -> None:
 
 def use_liger(causal_lm: Any) -> None:
     """Liger's kernels for norms, rotary positions and gated feed-forward parts, as trl's own option takes them."""
+    from transformers.integrations.liger import apply_liger_kernel
+
     apply_liger_kernel(causal_lm, {"fused_linear_cross_entropy": False})

@@ -79,15 +79,15 @@ def test_training_beside_trl_at_toy_size(setting):
     assert "## On a GPU: A card, " in text and "| 5 | ours-compiled | " in text
 
 
-def test_what_dies_or_hangs_leaves_the_others(setting, capsys):
+def test_what_dies_or_hangs_leaves_the_others(tmp_path, capsys):
     steps = [
-        Step("dies", "", 1, needs=()),
-        Step("needs it", "", 1, needs=("dies",)),
-        Step("lives", "", 1, needs=()),
+        Step("dies", "", 50, needs=()),
+        Step("needs it", "", 50, needs=("dies",)),
+        Step("lives", "", 50, needs=()),
         Step("too long", "", 1000, needs=()),
         Step("hangs", "", 0, needs=()),
     ]
-    outcomes = list(run_all(setting, steps, 1.5, [sys.executable, "-c", CHILD]))
+    outcomes = list(run_all(Setting(tmp_path, "cuda", toy=True), steps, 300, [sys.executable, "-c", CHILD]))
     assert [(one.name, one.result) for one in outcomes] == [
         ("dies", "fail"),
         ("needs it", "skip"),
