@@ -96,7 +96,8 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
         table = kept_rows.keep_table(folder, sources, _columns(sources, max_bytes))
     samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
     split, together = kept_rows.held_out(folder, samples, sources, seed)
-    splits = Splits(*(samples.select(split == number) for number in range(len(SPLITS))), together)
+    train, validation, test = (samples.select(split == number) for number in range(len(SPLITS)))
+    splits = Splits(train, validation, test, together)
     _refuse_shared(splits)
     return splits
 

@@ -80,7 +80,8 @@ def _most_shared(samples: TokenizedSamples) -> Numbers:
     places = np.append(np.flatnonzero(learned), len(labels))
     sizes = np.diff(ends)
     first = places[np.searchsorted(places, ends[:-1])] - ends[:-1]
-    return np.minimum(first, sizes - 1)
+    most: Numbers = np.minimum(first, sizes - 1)
+    return most
 
 
 def _media(samples: TokenizedSamples) -> tuple[Numbers, Numbers, Numbers, Numbers]:
