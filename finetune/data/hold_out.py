@@ -7,6 +7,8 @@ from hashlib import sha256
 from finetune.data.sample import Message, Sample
 from finetune.recipe.schema import Source
 
+SPLITS = ("train", "validation", "test")
+
 
 def assigned(keys: Sequence[Sequence[str]], labels: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
     """The split of each row. Rows that share one of the `keys` stay together; `labels` are spread evenly. Splits are

@@ -20,12 +20,12 @@ import pyarrow as pa
 
 from finetune.common.kept_tables import keep, opened
 from finetune.common.user_cache import user_cache
-from finetune.data.hold_out import holds_out
+from finetune.data.hold_out import SPLITS, connected, holds_out, splits_of
 from finetune.data.media_index import SETTLED, Stamp, media_index
-from finetune.data.sample_table import SCHEMA, newest, unchanged
+from finetune.data.sample_table import SCHEMA, SampleTable, newest, unchanged
 from finetune.recipe.schema import RowFile, Source
 
-# (the number in `rows.SPLITS` of each sample's split, int8; how many rows each set has that stays together)
+# (the number in SPLITS of each sample's split, int8; how many rows each set has that stays together)
 Split: TypeAlias = tuple[npt.NDArray[np.int8], list[int]]
 LIBRARIES = ("pyarrow", "datasets", "openpyxl")  # that read rows
 
@@ -67,25 +67,28 @@ def keep_table(folder: Path | None, sources: Sequence[Source], rows: Iterable[Ma
     return keep(folder, SCHEMA, rows, finish)
 
 
-def kept_split(folder: Path | None, sources: Sequence[Source], seed: int) -> Split | None:
-    """What `keep_split` has kept."""
-    if folder is None:
-        return None
-    try:
-        with np.load(folder / _split_file(sources, seed)) as arrays:
+def held_out(folder: Path | None, samples: SampleTable, sources: Sequence[Source], seed: int) -> Split:
+    """Which rows are held out, by seed and content; kept beside the table in `folder`."""
+    file = folder / _split_file(sources, seed) if folder and folder.is_dir() else None
+    if file is not None:
+        with suppress(OSError, ValueError, KeyError, BadZipFile), np.load(file) as arrays:
             return arrays["split"], arrays["together"].tolist()
-    except (OSError, ValueError, KeyError, BadZipFile):
-        return None
+    split = _assigned(samples, sources, seed)
+    if file is not None:
+        with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, delete=False) as writing:
+            np.savez(writing, split=split[0], together=np.array(split[1], np.int64))
+            os.replace(writing.name, file)
+    return split
 
 
-def keep_split(folder: Path | None, sources: Sequence[Source], seed: int, split: Split) -> None:
-    """Keep which rows are held out beside the table in `folder`, if one is there."""
-    if folder is None or not folder.is_dir():
-        return
-    file = folder / _split_file(sources, seed)
-    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, delete=False) as writing:
-        np.savez(writing, split=split[0], together=np.array(split[1], np.int64))
-        os.replace(writing.name, file)
+def _assigned(samples: SampleTable, sources: Sequence[Source], seed: int) -> Split:
+    own = np.array([SPLITS.index(source.split) for source in sources], np.int8)
+    if not any(map(holds_out, sources)):
+        return own[samples.sources], []
+    keys: list[list[str]] = samples.column("stays").to_pylist()
+    split = splits_of(keys, samples.sources.tolist(), sources, seed)
+    numbers = np.fromiter(map(SPLITS.index, split), np.int8, len(split))
+    return numbers, [len(rows) for rows in connected([row for row in keys if row])]
 
 
 def _split_file(sources: Sequence[Source], seed: int) -> str:

@@ -13,32 +13,32 @@ import numpy as np
 from finetune.common.errors import DataError, MissingColumn, option
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
-from finetune.data.hold_out import connected, holds_out, keys_of, sample_key, splits_of
-from finetune.data.kept_rows import Split, keep_split, keep_table, kept_split, kept_table, sources_folder
+from finetune.data.hold_out import SPLITS, holds_out, keys_of, sample_key
 from finetune.data.metrics import share_interval
 from finetune.data.sample import KINDS, Row, Sample
-from finetune.data.sample_table import SampleTable, columns_of
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Limits, Source, task_names
+
+if TYPE_CHECKING:
+    from finetune.data.sample_table import SampleTable
 
 FEW_ROWS = 30  # to score
 SHOWN_LABELS = 5
 TOGETHER = "rows that share media or a group stay together"
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Splits:
     """`together`: of sources that hold rows out, how many rows each set has that stays together."""
 
-    train: SampleTable
-    validation: SampleTable
-    test: SampleTable
+    train: "SampleTable"
+    validation: "SampleTable"
+    test: "SampleTable"
     together: list[int] = field(default_factory=list)
 
-    def of(self, split: str) -> SampleTable:
+    def of(self, split: str) -> "SampleTable":
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
 
@@ -93,15 +93,24 @@ def read_splits(
     `hold_out` moves exact shares of rows from training to test and validation, by seed and content; rows that share
     media or a group stay together. Raises DataError where a training row is also in another split.
     """
-    folder = sources_folder(sources, max_bytes)
-    table = kept_table(folder)
+    from finetune.data import kept_rows  # numpy and Arrow, which a recipe is checked without
+    from finetune.data.sample_table import SampleTable
+
+    folder = kept_rows.sources_folder(sources, max_bytes)
+    table = kept_rows.kept_table(folder)
     if table is None:
+<<<<<<< HEAD
         table = keep_table(folder, sources, _columns(sources, max_bytes, recipe_file))
     samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
     kept = kept_split(folder, sources, seed)
     split, together = kept or _held_out(samples, sources, seed)
     if kept is None:
         keep_split(folder, sources, seed, (split, together))
+=======
+        table = kept_rows.keep_table(folder, sources, _columns(sources, max_bytes))
+    samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
+    split, together = kept_rows.held_out(folder, samples, sources, seed)
+>>>>>>> g1
     train, validation, test = (samples.select(split == number) for number in range(len(SPLITS)))
     splits = Splits(train, validation, test, together)
     _refuse_shared(splits)
@@ -110,6 +119,8 @@ def read_splits(
 
 def _columns(sources: Sequence[Source], max_bytes: int, recipe_file: Path | None) -> Iterator[dict[str, object]]:
     """The rows of a sample table. Raises DataError, at the end, with all faults."""
+    from finetune.data.sample_table import columns_of
+
     wrong: list[tuple[Faults, int]] = []
     files = Counter(source.path for source in sources)
     for number, source in enumerate(sources):
@@ -123,16 +134,6 @@ def _columns(sources: Sequence[Source], max_bytes: int, recipe_file: Path | None
             wrong.append((faults, usable))
     if wrong:
         raise DataError(fault_list(wrong, recipe_file))
-
-
-def _held_out(samples: SampleTable, sources: Sequence[Source], seed: int) -> Split:
-    own = np.array([SPLITS.index(source.split) for source in sources], np.int8)
-    if not any(map(holds_out, sources)):
-        return own[samples.sources], []
-    keys: list[list[str]] = samples.column("stays").to_pylist()
-    split = splits_of(keys, samples.sources.tolist(), sources, seed)
-    numbers = np.fromiter(map(SPLITS.index, split), np.int8, len(split))
-    return numbers, [len(rows) for rows in connected([row for row in keys if row])]
 
 
 def _refuse_shared(splits: Splits) -> None:
@@ -257,10 +258,8 @@ def subset(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Samp
 
 def by_task(samples: Sequence[Sample]) -> dict[str, list[int]]:
     """{name of the task binding: numbers of its samples}."""
-    if isinstance(samples, SampleTable):
-        tasks = [samples.tasks[source] for source in samples.sources.tolist()]
-    else:
-        tasks = [sample.task for sample in samples]
+    table = _table(samples)
+    tasks = [table.tasks[source] for source in sources_of(table)] if table else [sample.task for sample in samples]
     numbers: dict[str, list[int]] = {}
     for number, task in enumerate(tasks):
         numbers.setdefault(task, []).append(number)
@@ -269,28 +268,28 @@ def by_task(samples: Sequence[Sample]) -> dict[str, list[int]]:
 
 def sources_of(samples: Sequence[Sample]) -> list[int]:
     """The number of each sample's source."""
-    return samples.sources.tolist() if isinstance(samples, SampleTable) else [sample.source for sample in samples]
+    return table.sources.tolist() if (table := _table(samples)) else [sample.source for sample in samples]
 
 
 def picked(samples: Sequence[Sample], numbers: Sequence[int]) -> Sequence[Sample]:
     """The samples of these numbers."""
-    if isinstance(samples, SampleTable):
-        return samples.select(np.asarray(numbers, np.int64))
-    return [samples[number] for number in numbers]
+    return table.select(numbers) if (table := _table(samples)) else [samples[number] for number in numbers]
 
 
 def of_task(samples: Sequence[Sample], name: str) -> Sequence[Sample]:
     """The samples of one task binding."""
-    if isinstance(samples, SampleTable):
-        return samples.select(np.array([task == name for task in samples.tasks])[samples.sources])
-    return [sample for sample in samples if sample.task == name]
+    return picked(samples, by_task(samples).get(name, []))
 
 
 def answers_of(samples: Sequence[Sample]) -> list[str]:
-    if isinstance(samples, SampleTable):
-        answers: list[str] = samples.column("answer").to_pylist()
-        return answers
-    return [sample.answer for sample in samples]
+    return table.column("answer").to_pylist() if (table := _table(samples)) else [one.answer for one in samples]
+
+
+def _table(samples: Sequence[Sample]) -> "SampleTable | None":
+    """Samples in a table, of which columns are read at once; None for others."""
+    from finetune.data.sample_table import SampleTable
+
+    return samples if isinstance(samples, SampleTable) and len(samples) else None
 
 
 def sampling_weights(samples: Sequence[Sample], temperature: float) -> list[float]:
@@ -299,10 +298,8 @@ def sampling_weights(samples: Sequence[Sample], temperature: float) -> list[floa
     """
     rows: dict[int, float] = defaultdict(float)
     sources = sources_of(samples)
-    if isinstance(samples, SampleTable):
-        weights = [samples.weights[source] for source in sources]
-    else:
-        weights = [sample.weight for sample in samples]
+    table = _table(samples)
+    weights = [table.weights[source] for source in sources] if table else [sample.weight for sample in samples]
     for source, weight in zip(sources, weights, strict=True):
         rows[source] += weight
     wanted = {source: count ** (1 / temperature) for source, count in rows.items()}

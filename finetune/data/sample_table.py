@@ -113,9 +113,9 @@ class SampleTable(Sequence[Sample]):
         """The samples in these rows of the table."""
         return SampleTable(self.table, self.tasks, self.weights, numbers)
 
-    def select(self, chosen: npt.NDArray[Any]) -> "SampleTable":
+    def select(self, chosen: npt.NDArray[Any] | Sequence[int]) -> "SampleTable":
         """The samples of these numbers, or where a mask is true."""
-        return self.at(self.numbers[chosen])
+        return self.at(self.numbers[np.asarray(chosen)] if len(chosen) else self.numbers[:0])
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of `SCHEMA`, a value for each sample."""
