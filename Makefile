@@ -5,7 +5,7 @@ COLAB ?= $(VENV)-colab
 NAMES ?= mobilenet_v2 minimind2_small
 MUTANTS ?=
 GPU ?=
-PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .PHONY: help quickstart install weights test test-fast gpu notebooks mutants check format docs clean
 
@@ -41,9 +41,9 @@ notebooks: install $(COLAB)/.installed  ## Execute the notebooks with Colab's ve
 	$(BIN)/python recipes/offline/fetch.py $(NAMES) whisper_tiny
 	$(COLAB)/bin/python tests/notebooks/run.py
 
-$(COLAB)/.installed: notebooks/colab-versions.txt tests/notebooks/make_environment.sh
+$(COLAB)/.installed: notebooks/colab-versions.txt notebooks/colab-lock.txt tests/notebooks/make_environment.sh | install
 	rm -rf $(COLAB)
-	PYTHON=$(PYTHON) tests/notebooks/make_environment.sh $(COLAB)
+	tests/notebooks/make_environment.sh $(COLAB) $(VENV)
 	@touch $@
 
 mutants: install  ## Change the core line by line, see whether its tests notice (hours; MUTANTS='finetune.training.pack*')

@@ -19,8 +19,15 @@ from finetune.common.progress import quiet_libraries
 
 torch.set_num_threads(1)
 quiet_libraries()
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: the kit would leave it so
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# As in the background of a shell and under nohup: the kit would leave them so.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
+def pytest_itemcollected(item):
+    if "finished_run" in getattr(item, "fixturenames", ()):  # whoever comes first trains it
+        item.add_marker("slow")
 
 
 def pytest_collection_finish():

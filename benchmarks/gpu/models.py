@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from finetune.model.composite import MultimodalModel, compose
 from finetune.model.row_plan import RowKind, by_segments
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
-from finetune.training.collate import Batch
+from finetune.training.collate import Batch, Collator
 from finetune.training.samples import TokenizedSample
 
 sys.path.insert(0, str(ROOT / "tests/helpers"))
@@ -69,6 +70,7 @@ def composite(llm: Any) -> MultimodalModel:
     return model.eval()
 
 
+@cache
 def questions(setting: Setting) -> tuple[list[TokenizedSample], list[list[int]]]:
     """Samples of uneven lengths, and which of them are about the same picture. One has no question of its own: it is
     learned from the last state of what it shares.
@@ -88,13 +90,18 @@ def questions(setting: Setting) -> tuple[list[TokenizedSample], list[list[int]]]
     return samples, groups
 
 
-def batch(samples: Sequence[TokenizedSample], groups: list[list[int]], kind: RowKind, device: str) -> Batch:
-    """One row of these groups, or a padded row a sample."""
-    found = collator_of(samples, kind=kind)([{"groups": groups, "filler": False}])
+@cache
+def collator(setting: Setting, kind: RowKind) -> Collator:
+    return collator_of(questions(setting)[0], kind=kind)
+
+
+def batch(setting: Setting, groups: list[list[int]], kind: RowKind) -> Batch:
+    """One row of these groups of the questions, or a padded row each, on the device."""
+    found = collator(setting, kind)([{"groups": groups, "filler": False}])
     moved: dict[str, Any] = {
-        key: value.to(device) if isinstance(value, Tensor) else value for key, value in found.items()
+        key: value.to(setting.device) if isinstance(value, Tensor) else value for key, value in found.items()
     }
-    moved["features"] = {name: [x.to(device) for x in media] for name, media in found["features"].items()}
+    moved["features"] = {name: [x.to(setting.device) for x in media] for name, media in found["features"].items()}
     return moved  # type: ignore[return-value]
 
 
@@ -121,7 +128,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def learn(model: MultimodalModel, batches: Sequence[Batch], dtype: torch.dtype) -> Learned:
-    """What is learned from several rows together, in autocast unless `dtype` is float32. Each token weighs otherwise."""
+    """What is learned from several rows together, in autocast but for float32. Each token weighs otherwise."""
     model.zero_grad()
     count = sum(one["shift_labels"].numel() for one in batches)
     weights = torch.linspace(0.3, 1.9, count, device=batches[0]["input_ids"].device)
@@ -142,10 +149,9 @@ def learn(model: MultimodalModel, batches: Sequence[Batch], dtype: torch.dtype) 
 
 def apart(model: MultimodalModel, setting: Setting, dtype: torch.dtype) -> Learned:
     """From each sample in a row of its own, by the LLM's own attention."""
-    samples, groups = questions(setting)
-    rows = [batch(samples, [[number]], RowKind.PADDED, setting.device) for group in groups for number in group]
-    return learn(model, rows, dtype)
+    numbers = [number for group in questions(setting)[1] for number in group]
+    return learn(model, [batch(setting, [[number]], RowKind.PADDED) for number in numbers], dtype)
 
 
 def in_one_row(model: MultimodalModel, setting: Setting, dtype: torch.dtype, kind: RowKind) -> Learned:
-    return learn(model, [batch(*questions(setting), kind, setting.device)], dtype)
+    return learn(model, [batch(setting, questions(setting)[1], kind)], dtype)

@@ -73,8 +73,8 @@ def timed_run(setting: Setting, timed: tuple[int, str] | None) -> Timed | None:
 def compared(runs: Sequence[Timed]) -> list[str]:
     """A table; ratios are those of plain ours to the run, of memory and of memory above the weights."""
     lines = [
-        "| questions a picture | run | samples/s | ms a step | peak, GiB | above the weights, GiB | ours as fast | a step "
-        "| peak, ours by its | above the weights |",
+        "| questions a picture | run | samples/s | ms a step | peak, GiB | above the weights, GiB | ours as fast "
+        "| a step | peak, ours by its | above the weights |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in runs:

@@ -1,5 +1,5 @@
-"""Runs steps one after the other, each in a process of its own. The next one has already imported what it needs and waits,
-so that these seconds aren't counted twice.
+"""Runs steps one after the other, each in a process of its own. The next one already imports what it needs, and waits:
+else imports would take as long as checks.
 """
 
 import json

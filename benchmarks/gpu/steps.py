@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """A process: `benchmarks.gpu.checks.FILE`, with arguments. `seconds`: that it takes on a fast card; with less left it
-    isn't begun. `needs`: steps without which it can't run; `alone`: no other process may use the GPU beside it.
+    """A process: `benchmarks.gpu.checks.FILE`, with arguments. `seconds`: that it takes on a fast card; with less left
+    it isn't begun. `needs`: steps without which it can't run; `alone`: no other process may use the GPU beside it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The large LLM and its encoder, with random weights: made on the device, each matrix quantized before the next is made."""
+"""The large LLM, with random weights: made on the device, each matrix quantized before the next is made."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ SCALE = 0.02  # standard deviation, as models begin
 
 
 def write_llm(setting: Setting, folder: Path, tokenizer: Any) -> int:
-    """A folder of an LLM in nf4, as transformers saves and loads it, a file a layer, and its tokenizer. Returns bytes."""
+    """A folder of an LLM in nf4 as transformers loads it, a file a layer, and its tokenizer. Returns bytes."""
     folder.mkdir()
     tokenizer.save_pretrained(folder)
     config = Qwen2Config(

@@ -8,8 +8,8 @@ from finetune.model.language_model import decoder_layers
 
 
 def compile_layers(causal_lm: Any) -> None:
-    """Compile, when they are first called, norms and feed-forward parts. Attention by segments has another plan for each
-    row and would be compiled again and again. On a CPU they are only traced, so that toys needn't wait.
+    """Compile, when they are first called, norms and feed-forward parts. Attention by segments has another plan for
+    each row and would be compiled again and again. On a CPU they are only traced, so that toys needn't wait.
     """
     backend = "inductor" if next(causal_lm.parameters()).is_cuda else "eager"
     for layer in decoder_layers(causal_lm):

@@ -12,8 +12,8 @@ IMAGE_TOKEN = "<|image|>"
 @dataclass(frozen=True)
 class Options:
     """`folder`: where all processes of the comparison meet. `parts`: weights of the quickstart; `toy`, random ones as
-    small as those of tests; `large`, random ones of the shapes of a 7B LLM and SigLIP-so400m; `given`, those that lie in
-    `folder` already, llm/ and vision/. `pixels`: side of the pictures, where it isn't the quickstart's.
+    small as those of tests; `large`, random ones of the shapes of a 7B LLM and SigLIP-so400m; `given`, those that lie
+    in `folder` already, llm/ and vision/. `pixels`: side of the pictures, where it isn't the quickstart's.
     """
 
     workload: str

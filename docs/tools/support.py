@@ -1,9 +1,10 @@
 """Writes docs/support.md and support.zh.md: which parts and options combine, tried on random models a few layers deep.
 
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/support.py
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/support.py [--check]
 
-A combination counts as supported if a recipe with it trains, and where the table says so merges or exports. What is
-refused is shown with the program's own reason. Takes minutes on a CPU.
+With --check it writes nothing, and fails where the page would change. A combination counts as supported if a recipe
+with it trains, and where the table says so merges or exports. What is refused is shown with the program's own reason.
+Takes minutes on a CPU.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,13 @@ class Trials:
             return self.refusal(f"fails on a CPU, in a library: {type(error).__name__}: {error}")
         return "yes"
 
+    def exports(self, source: dict[str, Any], changes: dict[str, Any], targets: dict[str, list[str]]) -> list[str]:
+        """The row of a model that is trained and merged: what each target makes of it."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = self.run(source, changes)
+            finetune.merge(run)
+        return [exported(self, run, target.partition(",")[0], given) for target, given in targets.items()]
+
     def refusal(self, message: str) -> str:
         text = " ".join(re.sub(r"\S*recipe\.yaml(:\d+)*:? ?|\S*/runs/\d+/\w+: ", "", message).split())
         text = re.sub(r"\d+ rows aren't", "these rows aren't", text)
@@ -356,12 +365,7 @@ def exports(trials: Trials) -> list[str]:
     models["head `label`"] = (HEADS["label"], picture[1])
     models["DoRA"] = (picture[0], {**picture[1], "adapter": {"rank": 4, "dora": True}})
     targets = {"transformers": [], "vllm": [], "vllm, `adapter=true`": ["adapter=true"], "adapter": []}
-    rows = {}
-    for name, (source, changes) in models.items():
-        with contextlib.redirect_stdout(io.StringIO()):
-            run = trials.run(source, changes)
-            finetune.merge(run)
-        rows[name] = [exported(trials, run, target.partition(",")[0], given) for target, given in targets.items()]
+    rows = {name: trials.exports(*model, targets) for name, model in models.items()}
     return ["", "## Exports", "", TEXT_OF_EXPORTS, "", *table("model", list(targets), rows)]
 
 
@@ -377,9 +381,9 @@ def exported(trials: Trials, run: Path, target: str, options: list[str]) -> str:
     return f"`{result.model_class}`" if result.model_class.isidentifier() else result.model_class
 
 
-def page() -> str:
+def page(begin: Callable[[Path], Trials] = Trials) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        trials = Trials(Path(folder))
+        trials = begin(Path(folder))
         tiny_recipe(trials.folder)
         lines = [BEGINNING, INTRODUCTION]
         for chapter in (weights, encoders, projectors, heads, options, exports):
@@ -403,5 +407,7 @@ def chinese(english: str) -> str:
 
 if __name__ == "__main__":
     written = page()
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(written != PAGE.read_text(encoding="utf-8") and f"{PAGE}: it has changed; run python {__file__}")
     PAGE.write_text(written, encoding="utf-8")
     CHINESE_PAGE.write_text(chinese(written), encoding="utf-8")

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from finetune.common import display
 from finetune.common.errors import RecipeError
 from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary, unlearned
-from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import Llm, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
+from finetune.training.cache_choice import choice_at_hand
 from finetune.training.lengths import estimate, fetch_settings, settings_of
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
@@ -67,10 +68,10 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     Raises RecipeError, DataError.
     """
     loaded = as_recipe(recipe, overrides)
-    refuse_missing_trackers(loaded)
+    refuse_missing_packages(loaded)
     refused = fetch_settings(loaded.model)
     notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm, refused.get(loaded.model.llm.name))]
-    splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes)
+    splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
     warnings = [*few_rows(splits, loaded), *unlearned(splits, loaded)]
     stages: tuple[StageSteps, ...] = ()
@@ -90,6 +91,9 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     if chosen is None:
         notes.append("numbers for auto are chosen when the run begins: it downloads what tells how long the rows are")
     numbers = chosen.reasons if chosen else ()
+    if loaded.train.cache == "auto" and chosen is not None:
+        cache = choice_at_hand(loaded.model_copy(update={"train": chosen.train}))
+        numbers += (cache.reason if cache else "cache: true where the disk has room for the features, else false",)
     return CheckedRecipe(loaded, summary(splits), numbers, stages, tuple(warnings), tuple(notes))
 
 

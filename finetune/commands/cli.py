@@ -44,7 +44,7 @@ Set = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Run folder; default: runs/NAME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the folder, and begin anew.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run in the folder, and start over.")]
 Columns = Annotated[
     list[str] | None,
     typer.Option(metavar="OURS=THEIRS", help="The task's column and the file's, as image=photo; may be repeated."),
@@ -53,7 +53,7 @@ Encoding = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of tables, as gb18030; default: the recipe's, or detected.")
 ]
 MediaFolder = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Of the media that rows name; default: the folder of the rows.")
+    Path | None, typer.Option(metavar="DIR", help="Folder of the media that rows name; default: that of the rows.")
 ]
 
 
@@ -85,11 +85,13 @@ def init(
     group: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Rows with one value of it stay together: patient, user, ...")
     ] = None,
-    encoding: Annotated[str | None, typer.Option(help="Of a CSV or TSV file: gb18030, cp1252, ...")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the run.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Encoding of a CSV or TSV file: gb18030, cp1252, ...")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     card: Annotated[
         str | None,
-        typer.Option(help="cpu, t4, 8gb, 12gb, 16gb, 24gb, or the GPU's memory in GB; default: this machine's."),
+        typer.Option(
+            help="cpu, 8gb, 12gb, 16gb, 24gb, a GPU such as t4 or rtx3060-12gb, or GB; default: this machine's."
+        ),
     ] = None,
     language: Annotated[str | None, typer.Option(metavar="CODE", help="en, zh, ...; default: by the rows.")] = None,
     hold_out: Annotated[float | None, typer.Option(help="Share of the rows that is held out as test.")] = None,
@@ -98,7 +100,9 @@ def init(
         list[str] | None,
         typer.Option(metavar="[MEDIUM=]NAME", help="Another encoder: Hub id or folder; may be repeated."),
     ] = None,
-    media_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="That media paths are relative to.")] = None,
+    media_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder that media paths are relative to.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The recipe; default: NAME.yaml.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the defaults.")] = False,
@@ -170,7 +174,7 @@ def plan(
         typer.Option(metavar="CARD", help=f"One of {', '.join(CARDS)}; default: this machine's, or {DEFAULT}."),
     ] = None,
     rent: Annotated[
-        float | None, typer.Option(min=0, help="Of the card, in US$ an hour; default: the table's.")
+        float | None, typer.Option(min=0, help="Rent of the card, in US$ an hour; default: the table's.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
@@ -178,7 +182,11 @@ def plan(
     from finetune.commands.plan import plan
     from finetune.commands.tables import print_plan
 
-    result = plan(recipe, set_ or [], gpu, rent)
+    try:
+        result = plan(recipe, set_ or [], gpu, rent)
+    except FinetuneError as error:
+        error.exit_status = max(2, error.exit_status)  # 1 says that the card is tight
+        raise
     if json_:
         print(json.dumps(result.as_json(), indent=2, ensure_ascii=False))
     else:
@@ -191,10 +199,10 @@ def train(
     recipe: RecipeFile, set_: Set = None, run: RunDir = None, resume: Resume = False, overwrite: Overwrite = False
 ) -> None:
     """Train the stages of a recipe; writes RUN/adapter."""
-    from finetune.recipe.load import load_recipe, refuse_missing_trackers
+    from finetune.recipe.load import load_recipe, refuse_missing_packages
 
     loaded = load_recipe(recipe, set_ or [])  # so that a mistake is reported before torch is imported
-    refuse_missing_trackers(loaded)
+    refuse_missing_packages(loaded)
     folder = RunFolder(run or Path("runs") / loaded.name)
     folder.refuse_taken(resume, overwrite)
     with how_to_go_on("train", recipe, set_ or [], folder):
@@ -214,7 +222,8 @@ def evaluate(
     media_folder: MediaFolder = None,
     encoding: Encoding = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Of their scores; default: RUN/evaluations/NAME of the file.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the scores; default: RUN/evaluations/NAME of the file."),
     ] = None,
 ) -> None:
     """Score a run on held-out rows: trained, untrained, with blank and with shuffled media."""
@@ -267,7 +276,9 @@ def export(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to, new; default: RUN/exports/TARGET.")] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Of the target: `finetune schema export.TARGET`; may be repeated."),
+        typer.Option(
+            metavar="KEY=VALUE", help="Option of the target: `finetune schema export.TARGET`; may be repeated."
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Load it in the target, in a clean process, and compare tokens.")] = True,
 ) -> None:
@@ -314,7 +325,7 @@ def push(
         bool | None,
         typer.Option(
             "--private/--public",
-            help="Of a new repository; default: the recipe's. --private refuses one that is public.",
+            help="Visibility of a new repository; default: the recipe's. --private refuses one that is public.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and write the card, upload nothing.")] = False,
@@ -397,7 +408,7 @@ def predict(
     encoding: Encoding = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows asked at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the file is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the file exists.")] = False,
 ) -> None:
     """Answer new files or rows with a trained model. Exit status 1 where some have no answer."""
     from finetune.commands.predict import PredictOptions, predict
@@ -530,7 +541,9 @@ def data_check(
     fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a cleaned copy and a recipe for it.")] = None,
     copy_media: Annotated[bool, typer.Option(help="Copy media there too.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: one a core.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the report; default: runs/NAME-check.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the report; default: runs/NAME-check.")
+    ] = None,
 ) -> None:
     """Examine every row and medium before training. Exit status 2 where errors remain."""
     from finetune.commands.data_check import data_check
@@ -569,11 +582,14 @@ def data_split(
     stratify: Annotated[str | None, typer.Option(metavar="COLUMN", help="Spread its values evenly.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 7,
     media: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="Holds media, if not called image, audio or video.")
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Column that holds media, if not called image, audio or video."),
     ] = None,
-    media_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the media; default: the file's.")] = None,
-    encoding: Annotated[str | None, typer.Option(help="Of a table, as gb18030.")] = None,
-    sheet: Annotated[str | None, typer.Option(help="Of an .xlsx; default: the first.")] = None,
+    media_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the media; default: the file's.")
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="Encoding of a table, such as gb18030.")] = None,
+    sheet: Annotated[str | None, typer.Option(help="Sheet of an .xlsx; default: the first.")] = None,
 ) -> None:
     """Split rows into training, validation and test; no medium, and no group, ends up on two sides."""
     from finetune.data.check.split import SplitPlan, data_split
@@ -603,7 +619,7 @@ def data_label(
     task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,
     labels: Annotated[str, typer.Option(metavar="A,B,...", help="The labels there are.")] = "",
     page: Annotated[bool, typer.Option("--page", help="Decide on a page, on this machine only.")] = False,
-    port: Annotated[int, typer.Option(help="Of the page.")] = 7860,
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
 ) -> None:
     """Label rows: a trained run proposes, you decide, in a CSV or on a page."""
     from finetune.commands._asking import task_of

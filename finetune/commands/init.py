@@ -383,8 +383,8 @@ def _about(task: Task) -> str:
 
 def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) -> list[str]:
     task, first = plan.task, plan.found[0]
-    why = f", read with {first.format.kind}'s {first.reason}" if first.reason else ""
-    lines = [f"{first.path}: format {first.format.kind}{why}, columns {', '.join(c.name for c in plan.columns)}"]
+    how = f" ({first.reading})" if first.reading else ""
+    lines = [f"{first.path}: format {first.format.kind}{how}, columns {', '.join(c.name for c in plan.columns)}"]
     lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
     if not task.answer.name:

@@ -82,7 +82,8 @@ def run(
         raise MergeRefused(f"{refused}\nthe scores stand, and {report(folder).path} says this too") from None
     written = report(folder)
     shown = typical(read_predictions(folder.predictions))
-    return RunResult(evaluation, certificate, shown, answer_of(folder.merged, shown), written)
+    answer = answer_of(folder.merged, shown, checked.recipe.evaluate.max_new_tokens)
+    return RunResult(evaluation, certificate, shown, answer, written)
 
 
 def typical(predictions: Sequence[Prediction]) -> Prediction:
@@ -94,13 +95,14 @@ def typical(predictions: Sequence[Prediction]) -> Prediction:
     return next((one for one in known if one.good == middle), predictions[0])
 
 
-def answer_of(merged: Path, prediction: Prediction) -> str:
+def answer_of(merged: Path, prediction: Prediction, max_new_tokens: int) -> str:
     """The merged model's answer, from a process of its own: the folder must do for anyone who has nothing else. Raises
     ArtifactError.
     """
     media = [part for medium in prediction.media for part in (f"--{medium.kind}", str(medium.path))]
     command = [sys.executable, "-m", "finetune.commands.cli", "chat", str(merged), prediction.question, *media]
-    finished = subprocess.run([*command, "--task", prediction.task], capture_output=True, text=True)
+    command += ["--task", prediction.task, "--max-new-tokens", str(max_new_tokens)]
+    finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise ArtifactError(f"{merged} doesn't answer: {finished.stderr.strip()}")
     return finished.stdout.strip()

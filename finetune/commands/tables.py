@@ -95,9 +95,7 @@ def print_plan(result: "Plan") -> None:
     table.add_row(*time)
     console = plain_console()
     console.print(table)
-    console.print(
-        f"{size(result.needed)} of a card are needed, in the phase '{result.fullest.name}', in {result.dtype}"
-    )
+    console.print(f"needs {size(result.needed)} of GPU memory; peak in '{result.fullest.name}', in {result.dtype}")
     for nominal in SIZES:
         change = result.fit(nominal * USABLE)
         verdict = "does not fit"
@@ -173,7 +171,7 @@ def print_findings(result: "CheckResult") -> None:
         table.add_row(Text(severity, colour), f"{count:,}", title, summary["examples"][code])
     if summary["findings"]:
         plain_console().print(table)
-    print(f"{result.errors:,} errors, {result.warnings:,} warnings: {result.html}, {result.json}")
+    print(f"{_counted(result.errors, 'error')}, {_counted(result.warnings, 'warning')}: {result.html}, {result.json}")
     if fixed := result.fixed:
         print(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
         if fixed.quarantined > fixed.rows:
@@ -197,3 +195,7 @@ def print_previews(previews: "Previews") -> None:
             console.print(Text(f"expected answer: {preview.answer}", "dim"))
         console.print()
     console.print(Text.assemble(("green", "bold green"), ": learned; the rest is only read"))
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"

@@ -17,7 +17,7 @@ def line(text: str) -> str:
 
 
 def preformatted(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
+    return f'<pre style="white-space: pre-wrap; word-break: normal">{escape(text)}</pre>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], left: bool = False) -> str:

@@ -2,6 +2,7 @@
 made it names. They are read as mapped files, so that a process needs no memory of its own for them.
 """
 
+import errno
 import os
 import shutil
 import tempfile
@@ -57,7 +58,9 @@ def keep(
                 os.replace(writing, folder)
         return table
     except OSError as error:
-        raise DataError(f"{folder}: can't be written ({error.strerror}); XDG_CACHE_HOME names another folder") from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(f"{folder}: can't be written ({error}); XDG_CACHE_HOME names another folder") from None
     finally:
         shutil.rmtree(writing, ignore_errors=True)  # what is mapped of it stays
 

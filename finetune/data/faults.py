@@ -9,10 +9,12 @@ from typing import Any
 
 from finetune.common.errors import DataError, MissingColumn, option
 from finetune.common.registry import nearest
+from finetune.data.formats._media import kind_of_values
 from finetune.data.sample import KINDS, Row
 from finetune.recipe.schema import Source
 
 SHOWN = 20  # faults listed at once
+ROWS_READ = 50  # to tell what a column holds
 
 
 class Faults:
@@ -56,10 +58,11 @@ class Faults:
         if len(rows) > 1:
             where = f"{rows[0].where}: here and in {len(rows) - 1:,} of {total - 1:,} other rows"
         line = f"{where} no column {names}"
-        return f"{line} (columns: {', '.join(map(repr, have))[:300]}); {self._cure(columns, have)}"
+        return f"{line} (columns: {', '.join(map(repr, have))[:300]}); {self._cure(columns, rows)}"
 
-    def _cure(self, columns: Sequence[str], have: Sequence[str]) -> str:
-        """Which columns may be meant: a `columns` map that is the wrong way round, or names that are alike."""
+    def _cure(self, columns: Sequence[str], rows: Sequence[Row]) -> str:
+        """Which columns may be meant: a `columns` map that is the wrong way round, or columns that are likely."""
+        have = list(rows[0].columns)
         turned = {theirs: ours for ours, theirs in self.source.columns.items() if theirs in columns and ours in have}
         if turned:
             return f"`columns` is the wrong way round, write {self._mapping(turned)}"
@@ -69,12 +72,12 @@ class Faults:
         if self.source.group in unnamed:
             unnamed.remove(self.source.group)
             cures.append(_unfound("group", self.source.group, have))
-        return "; ".join([*cures, *([self._naming(unnamed, have)] if unnamed else [])])
+        return "; ".join([*cures, *([self._naming(unnamed, rows)] if unnamed else [])])
 
-    def _naming(self, columns: Sequence[str], have: Sequence[str]) -> str:
+    def _naming(self, columns: Sequence[str], rows: Sequence[Row]) -> str:
         options: dict[str, Any] = self.source.task.options.model_dump()
-        free = [name for name in have if name not in self.source.columns]
-        likely = {column: near for column in columns if (near := nearest(column, free))}
+        have = list(rows[0].columns)
+        likely = self._likely(columns, rows)
         mapping = {column: likely.get(column, "...") for column in columns}
         cure = f"say which {'they are' if len(columns) > 1 else 'it is'} with {self._mapping(mapping)}"
         if self.source.task.kind == "extract" and options["answer"] in columns:
@@ -83,11 +86,41 @@ class Faults:
             cure += f", or name the column of the JSON object in the task: `answer: {likely.get(columns[0], 'COLUMN')}`"
         return cure
 
+    def _likely(self, columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+        """{missing column: column that it may be}: one with files of such media, or with a name that is alike; for the
+        last missing one the only column that is left.
+        """
+        used = {*self.source.columns, *self.source.columns.values(), self.source.group}
+        values = {name: [row.columns.get(name) for row in rows[:ROWS_READ]] for name in rows[0].columns}
+        kinds = {name: kind_of_values(own) for name, own in values.items() if name not in used}
+        likely: dict[str, str] = {}
+        for column in columns:
+            free = [name for name in kinds if name not in likely.values()]
+            of_kind = [name for name in free if column in KINDS and kinds[name] == column]
+            near = nearest(column, of_kind) or (of_kind[0] if of_kind else nearest(column, free))
+            if near:
+                likely[column] = near
+        missing = [column for column in columns if column not in likely]
+        options = [value for value in self.source.task.options.model_dump().values() if isinstance(value, str)]
+        left = [
+            name
+            for name, kind in kinds.items()
+            if not kind and name != "id" and name not in likely.values() and not _uses(options, name)
+        ]
+        if len(missing) == len(left) == 1 and self.source.task.kind != "extract":  # of JSON, or of fields
+            likely[missing[0]] = left[0]
+        return likely
+
     def _mapping(self, columns: dict[str, str]) -> str:
         if self.in_recipe:
             return "`columns: {" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}`"
         flags = " ".join(f"--columns {ours}={theirs}" for ours, theirs in columns.items())
         return option(flags, f"columns={columns}")
+
+
+def _uses(options: Sequence[str], name: str) -> bool:
+    """Whether a task's option names the column, or its question has it in braces."""
+    return any(value == name or f"{{{name}}}" in value for value in options)
 
 
 def _unfound(key: str, theirs: str, have: Sequence[str]) -> str:

@@ -1,10 +1,12 @@
 """The sources of a recipe as samples, split into training, validation and test."""
 
 import random
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 
@@ -66,10 +68,11 @@ def _usable_rows(source: Source, max_bytes: int, faults: Faults) -> Iterator[tup
         faults.unreadable(0, f"{source.path}: no rows", "")
 
 
-def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
+def fault_list(found: Sequence[tuple[Faults, int]], recipe_file: Path | None = None) -> str:
     """The faults of sources, each with the number of its usable rows, as one message."""
     lines = [line for faults, usable in found for line in faults.lines(faults.count + usable)]
-    advice = "\n`finetune data check RECIPE` examines all rows and media, and writes a copy without faults (--fix)"
+    command = f"finetune data check {shlex.quote(str(recipe_file)) if recipe_file else 'RECIPE'}"
+    advice = f"\n`{command}` examines all rows and media, and writes a copy without faults (--fix)"
     if not found[0][0].in_recipe:
         missing = any(f": no such {kind}: " in line for line in lines for kind in KINDS)
         advice = f"\nname the folder of the media with {option('--media-folder', 'media_folder=')}" if missing else ""
@@ -82,8 +85,10 @@ def fault_list(found: Sequence[tuple[Faults, int]]) -> str:
     return f"{error_list(lines, wrong)}{advice}"
 
 
-def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().max_bytes) -> Splits:
-    """All samples, each under the name of its task binding.
+def read_splits(
+    sources: Sequence[Source], seed: int, max_bytes: int = Limits().max_bytes, recipe_file: Path | None = None
+) -> Splits:
+    """All samples, each under the name of its task binding. `recipe_file`: of the sources, for messages.
 
     `hold_out` moves exact shares of rows from training to test and validation, by seed and content; rows that share
     media or a group stay together. Raises DataError where a training row is also in another split.
@@ -91,18 +96,19 @@ def read_splits(sources: Sequence[Source], seed: int, max_bytes: int = Limits().
     folder = sources_folder(sources, max_bytes)
     table = kept_table(folder)
     if table is None:
-        table = keep_table(folder, sources, _columns(sources, max_bytes))
+        table = keep_table(folder, sources, _columns(sources, max_bytes, recipe_file))
     samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
     kept = kept_split(folder, sources, seed)
     split, together = kept or _held_out(samples, sources, seed)
     if kept is None:
         keep_split(folder, sources, seed, (split, together))
-    splits = Splits(*(samples.select(split == number) for number in range(len(SPLITS))), together)
+    train, validation, test = (samples.select(split == number) for number in range(len(SPLITS)))
+    splits = Splits(train, validation, test, together)
     _refuse_shared(splits)
     return splits
 
 
-def _columns(sources: Sequence[Source], max_bytes: int) -> Iterator[dict[str, object]]:
+def _columns(sources: Sequence[Source], max_bytes: int, recipe_file: Path | None) -> Iterator[dict[str, object]]:
     """The rows of a sample table. Raises DataError, at the end, with all faults."""
     wrong: list[tuple[Faults, int]] = []
     files = Counter(source.path for source in sources)
@@ -116,7 +122,7 @@ def _columns(sources: Sequence[Source], max_bytes: int) -> Iterator[dict[str, ob
         if faults.count:
             wrong.append((faults, usable))
     if wrong:
-        raise DataError(fault_list(wrong))
+        raise DataError(fault_list(wrong, recipe_file))
 
 
 def _held_out(samples: SampleTable, sources: Sequence[Source], seed: int) -> Split:
@@ -182,7 +188,11 @@ def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:
         cures = [_more_held_out(splits, recipe.evaluate.split, FEW_ROWS)] if there < FEW_ROWS else []
         cures += [f"raise evaluate.limit to {FEW_ROWS} or more"] if limit < FEW_ROWS else []
         cure = "; ".join(cures)
-        yield f"only {rows} row{'s' * (rows > 1)} to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
+        yield (
+            f"only {rows} rows to score: a score of 50% has a 95% CI of {_range(rows)}; {cure}"
+            if rows > 1
+            else (f"only one row to score, which tells nothing; {cure}")
+        )
 
 
 def unlearned(splits: Splits, recipe: Recipe) -> Iterator[str]:

@@ -51,7 +51,7 @@ def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:
     Raises DataError where rows that were held out then are gone or were changed, ArtifactError where the file that
     names them is damaged.
     """
-    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes, recipe.file)
     path = folder.data / "held_out.json"
     if not path.is_file():
         return splits

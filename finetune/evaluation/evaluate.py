@@ -103,7 +103,8 @@ def evaluate(
 
 def _evaluated(folder: RunFolder, recipe: Recipe, new: NewRows | None) -> tuple[Evaluation, int]:
     """(the evaluation, how many of its rows are also training rows)."""
-    splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes) if new else splits_of_run(folder, recipe)
+    max_bytes = recipe.media.max_bytes
+    splits = read_splits(recipe.data, recipe.seed, max_bytes, recipe.file) if new else splits_of_run(folder, recipe)
     held_out = splits.of(recipe.evaluate.split)
     samples = new.samples(recipe.media) if new else subset(held_out, recipe.evaluate.limit, recipe.seed)
     if not samples:

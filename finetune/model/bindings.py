@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.common.errors import DataError
-from finetune.data.rows import answers_of, of_task
 from finetune.data.sample import Answer, Sample
 from finetune.model.heads import HeadSettings
 from finetune.recipe.parts import HeadPart, TaskPart
@@ -38,6 +37,8 @@ class TaskBinding(Section, strict=False):
 
 def bindings_of(sources: Sequence[Source], training: Sequence[Sample]) -> dict[str, TaskBinding]:
     """{name: task binding}, with what the heads learn from the training rows. Raises DataError."""
+    from finetune.data.rows import answers_of, of_task  # an engine that loads a binding reads no rows
+
     bindings: dict[str, TaskBinding] = {}
     for source, name in zip(sources, task_names(sources), strict=True):
         if name in bindings:

@@ -172,7 +172,7 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     if needed > ROOM * free:
         raise ModelError(
             f"train.dequantize_once: the LLM's weights take {needed / GIB:.1f} GiB in "
-            f"{str(dtype).removeprefix('torch.')}, and of {free / GIB:.1f} GiB that are free {ROOM:.0%} may go to them: "
+            f"{str(dtype).removeprefix('torch.')}, and may take {ROOM:.0%} of the {free / GIB:.1f} GiB that are free: "
             "leave it out, or take a smaller LLM"
         )
     whole: Any = model.dequantize(dtype=dtype)

@@ -177,7 +177,7 @@ def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
 
 @cache
 def varlen_kernel() -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`; None in versions of PyTorch without it, or whose own knows no window."""
+    """`torch.nn.attention.varlen.varlen_attn`; None before PyTorch 2.11: missing, or without windows and scale."""
     if find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn

@@ -143,7 +143,7 @@ def _tuning_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
             yield Problem(where, "write either last_layers, or rank for LoRA.")
         elif not any({"encoders", f"encoders.{name}"} & {*stage.trains} for stage in recipe.train.stages):
             yield Problem(where, f"no stage trains it: add 'encoders.{name}' to the trains of one.")
-    if recipe.tune_encoders and recipe.train.cache:
+    if recipe.tune_encoders and recipe.train.cache is True:
         message = "stores features of frozen encoders, but tune_encoders trains one: set train.cache: false."
         yield Problem(("train", "cache"), message)
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,9 +33,15 @@ class Recipe(RecipeSections):
         checked = _checked(Document(_plain(sections), {(): Place(0, "Recipe")}), os.getcwd())
         super().__init__(**{name: getattr(checked, name) for name in checked.model_fields_set})
 
+    @cached_property
+    def file(self) -> Path | None:
+        """The YAML file that it was read from; None for one that was built in Python."""
+        return None
+
     @classmethod
-    def _of(cls, sections: RecipeSections) -> "Recipe":
+    def _of(cls, sections: RecipeSections, file: Path | None = None) -> "Recipe":
         recipe: Recipe = cls.model_construct(sections.model_fields_set, **dict(sections))
+        recipe.__dict__["file"] = file  # as a cached property it is neither compared nor written
         return recipe
 
     @classmethod
@@ -50,7 +57,7 @@ class Recipe(RecipeSections):
             raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
         for assignment in overrides:
             override(document, assignment, outline())
-        return cls._of(_checked(document, os.path.dirname(os.path.abspath(path))))
+        return cls._of(_checked(document, os.path.dirname(os.path.abspath(path))), Path(path))
 
     @classmethod
     def without_files(cls, content: object) -> "Recipe":
@@ -70,7 +77,7 @@ class Recipe(RecipeSections):
             override(document, assignment, outline())
         for key, value in values.items():
             set_key(document, key, _plain(value))
-        return self._of(_checked(document, os.getcwd()))
+        return self._of(_checked(document, os.getcwd()), self.file)
 
     def save(self, path: Path | str) -> Path:
         """Write the recipe as YAML with every default spelled out and absolute paths; returns the path."""
@@ -153,10 +160,12 @@ def _source_with(source: Source, medium: str) -> Source:
     return source.model_copy(update={"task": replace(task, options=options)})
 
 
-def refuse_missing_trackers(recipe: Recipe) -> None:
-    """Raises RecipeError where train.track names a package that isn't installed. Apart from `load_recipe`, which also
-    reads the recipes of runs that were trained elsewhere.
+def refuse_missing_packages(recipe: Recipe) -> None:
+    """Raises RecipeError where train.track or train.liger needs a package that isn't installed. Apart from
+    `load_recipe`, which also reads the recipes of runs that were trained elsewhere.
     """
+    if recipe.train.liger and importlib.util.find_spec("liger_kernel") is None:
+        raise RecipeError("train.liger: liger-kernel isn't installed: pip install liger-kernel, or leave it out")
     for number, tracker in enumerate(recipe.train.track):
         spec = importlib.util.find_spec(tracker)
         if spec is None or spec.origin is None:  # a mere folder of this name: wandb makes one

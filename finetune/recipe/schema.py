@@ -258,12 +258,20 @@ class Train(Section):
         description="Compute once what samples of a packed row begin with, tokens and media; the losses are the same.",
     )
     accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
-    cache: bool = Field(True, description="Run frozen encoders once and keep their features on disk.")
+    cache: bool | Literal["auto"] = Field(
+        True,
+        description="Run frozen encoders once and keep their features on disk; auto: where encoders are frozen, there "
+        "is more than one epoch and the disk has room.",
+    )
     cache_folder: RecipePath | None = Field(
         None, description="Folder of the features; null: the user's cache.", json_schema_extra=PATH_NEW
     )
-    encode_batch: int = Field(1, ge=1, description="Media encoded in one batch.")
-    workers: int = Field(0, ge=0, description="Data worker processes; 0: the trainer's own process.")
+    encode_batch: int = Field(
+        1, ge=1, description="Media encoded in one batch; 1: a few of many media where no feature changes by it."
+    )
+    workers: int = Field(
+        0, ge=0, description="Data worker processes; 0: the trainer's own process, and one a core to encode many media."
+    )
     checkpoint_every_n_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         0,
         description="Activation checkpoints at every n-th layer of the LLM: 0 none, 1 every layer; auto: as few as the "
@@ -273,6 +281,11 @@ class Train(Section):
         False,
         description="Keep the LLM's nf4 weights as the 16 or 32 bits that they stand for while training, instead of "
         "dequantizing them in every step: 2 or 4 bytes a weight in place of about half a byte, the same losses.",
+    )
+    liger: bool = Field(
+        False,
+        description="Liger's kernels for norms, rotary positions and SwiGLU of the LLM, on an NVIDIA GPU; needs the "
+        "package liger-kernel. How much they save has not been measured here.",
     )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
     track: list[Tracker] = Field(

@@ -36,7 +36,7 @@ class AutoNumbers:
     def __init__(self, recipe: Recipe, processes: int = 1) -> None:
         """`processes`: that share the packed rows of a step. Raises DataError, ModelError."""
         self.train, self.processes = recipe.train, processes
-        splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+        splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes, recipe.file)
         refuse_empty_splits(splits, recipe)
         self.samples = splits.train
         estimated = estimate(recipe.model, self.samples)

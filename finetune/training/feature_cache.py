@@ -1,19 +1,30 @@
 """Encode what the feature cache lacks, once."""
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing import get_start_method
+from pathlib import Path
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
+from finetune.common.console import IN_NOTEBOOK
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, console
 from finetune.data.rows import error_list
 from finetune.data.sample import Medium, Prepared
 from finetune.model.features import Features
 from finetune.recipe.schema import Train
+from finetune.training.cache_choice import FULLEST, free_bytes
 
 ENCODED_FIRST = 8  # media encoded to estimate the size of the cache
+MANY = 256  # media for which processes that decode, and batches that are tried first, pay
+FEW_TOGETHER = 4  # in a batch; on a CPU more are slower
+HANDED_OVER = 3  # media of each decoding process that wait
+LINE_SECONDS = 30.0
 
 
 def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> None:
@@ -24,7 +35,8 @@ def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> Non
         if not missing:
             console.print(f"features of {kind}: all in the cache ({folder})")
             continue
-        first, seconds_each = first_features(features, missing)
+        prepared = first_media(features, missing)
+        first, seconds_each = first_features(features, kind, prepared)
         size = sum(tensor.nbytes for tensor in first) * len(missing) // len(first)
         seconds = seconds_each * len(missing)
         console.print(
@@ -33,22 +45,61 @@ def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> Non
             f"{seconds:.0f} s, without cache {seconds * train.epochs:.0f} s in {train.epochs} epochs: pays from the "
             "second epoch on"
         )
-        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-        if size > 0.9 * free:
+        free = free_bytes(folder)
+        if size > FULLEST * free:
             raise DataError(
                 f"the features need {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free in "
                 f"{folder}: set train.cache: false or train.cache_folder"
             )
+        batch, workers = train.encode_batch, train.workers
+        if len(missing) >= MANY:
+            batch = batch if batch > 1 else equal_batch(features, kind, prepared)
+            workers = workers or decoders(prepared)
         with bar(f"encode {kind}", len(missing)) as step:
-            features.fill(missing, step, train.encode_batch, train.workers)
+            features.fill(missing, Pace(kind, len(missing), step), batch, workers)
 
 
-def first_features(features: Features, media: Sequence[Medium]) -> tuple[list[Tensor], float]:
-    """(features of a few media, or of one where all have the same shape; seconds that the encoder takes for one).
-    Raises DataError where none can be read.
-    """
+class Pace:
+    """Says how many media a second are encoded; where no bar is seen, in a line now and then with the time left."""
+
+    def __init__(self, kind: str, total: int, step: Callable[..., None]) -> None:
+        self.kind, self.total, self.step = kind, total, step
+        self.done, self.begin = 0, perf_counter()
+        self.said = self.begin
+
+    def __call__(self) -> None:
+        self.done += 1
+        now = perf_counter()
+        pace = self.done / max(now - self.begin, 1e-9)
+        self.step(f"{pace:,.0f}/s")
+        if now - self.said >= LINE_SECONDS and not (console.is_terminal or IN_NOTEBOOK):
+            self.said = now
+            left = timedelta(seconds=round((self.total - self.done) / pace))
+            console.print(f"  encode {self.kind}: {self.done:,} of {self.total:,}, {pace:,.0f}/s, {left} left")
+
+
+def equal_batch(features: Features, kind: str, prepared: Sequence[Prepared]) -> int:
+    """FEW_TOGETHER if so many media together have the features, to the bit, that each has alone; else 1."""
+    alike = [one for one in prepared if one.values.shape == prepared[0].values.shape][:FEW_TOGETHER]
+    alone, together = (features.compute(kind, alike, batch) for batch in (1, FEW_TOGETHER))
+    equal = all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    return FEW_TOGETHER if equal and len(alike) == FEW_TOGETHER else 1
+
+
+def decoders(prepared: Sequence[Prepared]) -> int:
+    """As many processes as there are cores; none where what they hand over doesn't fit into shared memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    largest = max(one.values.nbytes for one in prepared)
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if shared.is_dir() else 0
+    forks = get_start_method() == "fork"  # others would load torch anew, and need all that they get pickled
+    return cores if forks and cores > 1 and 2 * HANDED_OVER * cores * largest < free else 0
+
+
+def first_media(features: Features, media: Sequence[Medium]) -> list[Prepared]:
+    """A few media, decoded and prepared. Raises DataError where none can be read."""
     kind = media[0].kind
-    count = 1 if features.encoders[kind].layout is not None else ENCODED_FIRST
+    count = 1 if len(media) < MANY and features.encoders[kind].layout is not None else ENCODED_FIRST
     prepared: list[Prepared] = []
     errors: list[str] = []
     # Taken from all over the rows: files are often sorted, by length too.
@@ -65,6 +116,13 @@ def first_features(features: Features, media: Sequence[Medium]) -> tuple[list[Te
             "`finetune data check RECIPE --fix DIR` writes a copy of the rows without such media"
         )
         raise DataError(error_list(list(dict.fromkeys(errors)), headline))
+    return prepared
+
+
+def first_features(features: Features, kind: str, prepared: Sequence[Prepared]) -> tuple[list[Tensor], float]:
+    """(features of a few media, or of one where all have the same shape; seconds that the encoder takes for one)."""
+    if features.encoders[kind].layout is not None:
+        prepared = prepared[:1]
     features.compute(kind, prepared[:1])  # warms up
     begin = perf_counter()
     return features.compute(kind, prepared), (perf_counter() - begin) / len(prepared)

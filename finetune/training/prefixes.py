@@ -51,16 +51,16 @@ def _beginnings(samples: TokenizedSamples) -> list[bytes]:
     """What may stand in a prefix of each sample: token ids and, in the place of a medium's, its number. Big-endian, so
     that bytes sort as they do.
     """
+    most = _most_shared(samples)
     ids, ends = _flat(samples, "input_ids")
     ids = ids.astype(">u4")
-    most = _most_shared(samples)
     begins, stops, numbers, owners = _media(samples)
     cut = (begins < most[owners]) & (most[owners] < stops)
     most[owners[cut]] = begins[cut]
     starts, sizes = ends[:-1], stops - begins
     places = np.repeat(starts[owners] + begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
     ids[places] = np.repeat(2**31 + numbers.astype(np.int64), sizes)
-    content = memoryview(ids.tobytes())
+    content = ids.view(np.uint8).data
     spans = zip((4 * starts).tolist(), (4 * (starts + most)).tolist(), strict=True)
     return [bytes(content[begin:end]) for begin, end in spans]
 
@@ -80,7 +80,8 @@ def _most_shared(samples: TokenizedSamples) -> Numbers:
     places = np.append(np.flatnonzero(learned), len(labels))
     sizes = np.diff(ends)
     first = places[np.searchsorted(places, ends[:-1])] - ends[:-1]
-    return np.minimum(first, sizes - 1)
+    most: Numbers = np.minimum(first, sizes - 1)
+    return most
 
 
 def _media(samples: TokenizedSamples) -> tuple[Numbers, Numbers, Numbers, Numbers]:
@@ -102,9 +103,10 @@ def _equal_bytes(one: bytes, other: bytes) -> int:
 
 def _shared_by_teachers(samples: TokenizedSamples, members: Sequence[int]) -> int:
     """Tokens with which the rows of the teacher begin; without a teacher there is no limit."""
-    rows = [samples[number] for number in members]
-    if any(row.teacher_input_ids is None for row in rows):
+    teachers = samples.arrow("teacher_input_ids")
+    if any(not teachers[number].is_valid for number in members):
         return 2**31
+    rows = [samples[number] for number in members]
     most = min(most_shared(row.teacher_labels or ()) for row in rows)
     return shared_tokens([row.teacher_input_ids or () for row in rows], most)
 

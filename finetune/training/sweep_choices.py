@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from finetune.common.errors import RecipeError, option
 from finetune.recipe.explain import set_text
-from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 
@@ -27,7 +27,7 @@ def read_choices(
     or value, each value being tried once.
     """
     own = as_recipe(recipe, overrides)
-    refuse_missing_trackers(own)  # its own problems first
+    refuse_missing_packages(own)  # its own problems first
     choices = [read_choice(text, ranges=trials is not None) for text in over]
     first = varied(recipe, overrides, [f"{choice.key}={choice.values[0]}" for choice in choices])
     if first.train.validation is None:

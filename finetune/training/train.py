@@ -28,13 +28,16 @@ from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
 from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
-from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_trackers
+from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
 from finetune.recipe.schema import Model, Stage, Train
+from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
+from finetune.training.liger import use_liger
 from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
+from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
 from finetune.training.trainer import StageTraining, refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
 
@@ -74,7 +77,7 @@ def train_in(
     quiet_libraries()
     fresh_memory()
     refuse_several_gpus()
-    refuse_missing_trackers(recipe)
+    refuse_missing_packages(recipe)
     on_gpu = default_device().type == "cuda"
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
@@ -84,6 +87,10 @@ def train_in(
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = as_begun(recipe, folder) if resume else with_measured_dtype(recipe)
             recipe = without_auto(recipe, on_gpu, processes.num_processes)
+            if recipe.train.cache == "auto":
+                choice = choose_cache(recipe)
+                recipe = choice.of(recipe)
+                console.print(choice.reason)
             folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
             record_versions(folder.path / "versions.json", processes.num_processes)
         processes.wait_for_everyone()
@@ -212,6 +219,8 @@ def set_up(model: MultimodalModel, settings: Train) -> None:
     model.encode_batch = settings.encode_batch
     if settings.checkpoint_every_n_layers:
         model.causal_lm.activation_checkpointing_enable(every_n_layers=settings.checkpoint_every_n_layers)
+    if settings.liger:
+        use_liger(model.causal_lm)
 
 
 def validation_callback(
@@ -222,13 +231,15 @@ def validation_callback(
     if settings is None:
         return None
     assistant = run.assistant(model)
+    tracked = TrackedRows(prepared.validation, run) if run.recipe.train.track else None
 
-    def evaluate() -> tuple[Scores, list[float]]:
+    def evaluate() -> tuple[Scores, list[float], list[TrackedAnswer]]:
         answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
         measures = measures_by_task(run.bindings, prepared.validation, answers)
         rows = [row for own in measures.values() for row in own]
         good = [] if any(row.get("group") for row in rows) else [float(row["good"]) for row in rows]
-        return {name: run.bindings[name].task.score(own) for name, own in measures.items()}, good
+        scores = {name: run.bindings[name].task.score(own) for name, own in measures.items()}
+        return scores, good, tracked.answered(answers) if tracked else []
 
     return ValidationCallback(
         model,

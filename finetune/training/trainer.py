@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,6 +30,7 @@ from finetune.training.checkpoints import STAGING, WholeCheckpoints, seconds_of,
 from finetune.training.collate import Batch, Collator
 from finetune.training.pack import Row
 from finetune.training.stopping import StopBetweenSteps
+from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
@@ -72,8 +74,9 @@ def train_stage(
     track, run = training.settings.track, training.folder.parents[1]
     first_step = 1 + (step_of(resume_from) if resume_from else 0)
     # `stop` comes last: what is asked while another callback validates holds for this step.
+    boards = tensorboard_callbacks(track, run / "tensorboard" / training.stage.name, first_step)
     callbacks = [
-        *tensorboard_callbacks(track, run / "tensorboard" / training.stage.name, first_step),
+        *boards,
         FiniteGradients(parts),
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
@@ -93,6 +96,8 @@ def train_stage(
     for callback in callbacks:
         if hasattr(callback, "report"):
             callback.report = trainer.report
+        if hasattr(callback, "show"):
+            callback.show = partial(show_answers, track, boards)
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:

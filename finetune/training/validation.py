@@ -1,6 +1,6 @@
 """Validation passes while a stage trains: scores every n steps, the best weights kept, an early end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from finetune.evaluation.scores import Scores
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.composite import MultimodalModel
 from finetune.recipe.schema import Validation
+from finetune.training.tracked_answers import TrackedAnswer
 
 OnValidation = Callable[[float], bool]  # selection score -> whether to stop the stage
 
 
 class ValidationCallback(TrainerCallback):
-    """`evaluate()` gives the scores of the model as it is, and how good each row's answer is (see `ValidationPass`);
-    `select(scores)` gives the selection score; `on_validation` runs after each pass. The first process evaluates, all
-    act on it. Written into `folder`: validation.json, and `best/`, the weights of the best pass.
+    """`evaluate()` gives the scores of the model as it is, how good each row's answer is (see `ValidationPass`), and
+    the answers that trackers show; `select(scores)` gives the selection score; `on_validation` runs after each pass.
+    The first process evaluates, all act on it. Written into `folder`: validation.json, and `best/`, the weights of the
+    best pass.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class ValidationCallback(TrainerCallback):
         folder: Path,
         settings: Validation,
         *,
-        evaluate: Callable[[], tuple[Scores, list[float]]],
+        evaluate: Callable[[], tuple[Scores, list[float], list[TrackedAnswer]]],
         select: Callable[[Scores], float],
         on_validation: OnValidation | None = None,
     ) -> None:
@@ -41,6 +43,7 @@ class ValidationCallback(TrainerCallback):
         self.history: list[ValidationPass] = []
         self.ended = False
         self.report: Callable[[dict[str, float]], None] = lambda scores: None  # the trainer's, while it trains
+        self.show: Callable[[Sequence[TrackedAnswer], int], None] = lambda answers, step: None  # as well
 
     @property
     def best(self) -> ValidationPass | None:
@@ -71,8 +74,9 @@ class ValidationCallback(TrainerCallback):
     def _pass(self, step: int) -> ValidationPass:
         training = self.model.training
         self.model.eval()
-        scores, good = self.evaluate()
+        scores, good, answers = self.evaluate()
         self.model.train(training)
+        self.show(answers, step)
         rounded = {name: {metric: round(v, 4) for metric, v in metrics.items()} for name, metrics in scores.items()}
         return ValidationPass(step=step, score=self.select(scores), scores=rounded, good=[round(v, 4) for v in good])
 

@@ -91,7 +91,7 @@ finetune.evaluate(RUN)
 # %% [markdown] en name merge
 # ## Merge, and ask the model
 #
-# The merged model is one folder that needs nothing else. It is compared with the trained model before it is written; how
+# The merged model is one folder that needs nothing else. It is compared with the trained model before it is kept; how
 # close they are stands in its certificate.
 
 # %% [markdown] zh name merge

@@ -1,5 +1,6 @@
 """The checks for a GPU, each at toy size on a CPU, and what runs them."""
 
+import io
 import json
 import sys
 from importlib import import_module
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.gpu.__main__ import chosen, main, perform
+from benchmarks.gpu.__main__ import chosen, in_this_process, main, perform
 from benchmarks.gpu.checks import Skipped
 from benchmarks.gpu.report import Timed, compared, judged, report
 from benchmarks.gpu.run import Outcome, run_all
@@ -131,7 +132,21 @@ def test_ratios_and_goals():
     assert "goal 4 times trl: not measured" in judged(5, runs)
 
 
-def test_the_command_runs_a_process_a_check(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--toy", "--only", "machine"])
-    assert main() == 0
-    assert capsys.readouterr().out.startswith("pass  machine")
+def test_the_command_prints_a_line_a_check_and_its_report(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--toy", "--only", "rows"])
+    monkeypatch.setattr("benchmarks.gpu.__main__.run_all", lambda setting, steps, seconds: map(failed, steps))
+    assert main() == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("fail  machine") and "| rows | fail | 0.0 | not \\| so |" in printed
+
+
+def failed(step):
+    return Outcome(step.name, "fail", "not | so")
+
+
+def test_a_process_waits_for_its_turn(tmp_path, monkeypatch):
+    Setting(tmp_path, "cpu", toy=True).save()
+    for said, exists in (("", False), ("begin\n", True)):  # the command has ended; its turn has come
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        assert in_this_process("machine", tmp_path) == 0
+        assert (tmp_path / "machine.outcome.json").is_file() == exists

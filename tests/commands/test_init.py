@@ -646,10 +646,27 @@ def test_every_card_has_a_recipe(name):
 
 
 @pytest.mark.parametrize(
-    ("memory", "name"), [("6", "cpu"), ("10gb", "8gb"), ("16", "16gb"), ("80 GB", "24gb"), ("T4", "t4")]
+    ("memory", "name"),
+    [
+        ("6", "cpu"),
+        ("10gb", "8gb"),
+        ("16", "16gb"),
+        ("80 GB", "24gb"),
+        ("T4", "t4"),
+        ("3060", "12gb"),
+        ("rtx3060-12gb", "12gb"),
+        ("RTX 4090", "24gb"),
+        ("L4", "24gb"),
+    ],
 )
 def test_a_card_by_its_memory(memory, name):
     assert cards.card_of(memory).name == name
+
+
+@pytest.mark.parametrize("name", ["5090", "x", "201 GB"])
+def test_a_card_that_is_neither_a_name_nor_a_memory_is_refused(name):
+    with pytest.raises(RecipeError, match="rtx3060-12gb"):
+        cards.card_of(name)
 
 
 def test_the_parts_are_those_of_the_recipes_for_the_same_cards():

@@ -50,7 +50,7 @@ def test_a_signal_while_a_run_is_evaluated(recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("finetune.evaluation.evaluate.evaluate", lambda run: signal.raise_signal(signal.SIGTERM))
         done = cli("run", recipe, cwd=tmp_path)
-    monkeypatch.setattr("finetune.commands.run.answer_of", lambda merged, shown: "")
+    monkeypatch.setattr("finetune.commands.run.answer_of", lambda *_: "")
     assert goes_on(done, signal.SIGTERM, tmp_path) and (tmp_path / "runs" / "tiny" / "certificate.json").is_file()
 
 

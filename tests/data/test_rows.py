@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import part, tiny_dataset, tiny_picture
+from tiny import part, tiny_dataset, tiny_picture, tiny_recipe
 from tiny_formats import EXAMPLES, picture, put
 
+import finetune
 from finetune.common.errors import DataError
 from finetune.data.rows import read_splits, sampling_weights, subset, summary
 from finetune.data.sample import Message, Row, Sample
@@ -174,6 +175,37 @@ def test_a_missing_column_is_one_line_with_all_that_are_missing_and_the_likely_o
     assert "`columns: {label: labels, image: images}`" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "proposed"),
+    [
+        ("picture,shelf\nlow/a.PNG,red\n", "{label: shelf, image: picture}"),
+        ("id,shelf,picture\n1,red,https://a.org/b.jpg?size=9\n", "{label: shelf, image: picture}"),
+        ("a,b,picture\n1,red,b.jpg\n", "{label: ..., image: picture}"),
+        ("image,shelf\nb.jpg,red\n", "{label: shelf}"),
+        ("imagery,picture,label\nsummer,b.jpg,red\n", "{image: picture}"),
+        ("question,sound\nWhat?,b.wav\n", "{label: ..., image: ...}"),
+    ],
+)
+def test_a_missing_column_is_proposed_by_what_columns_hold(tmp_path, content, proposed):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    assert f"with `columns: {proposed}`" in refused(source(path))[0]
+
+
+def test_the_check_of_the_data_is_proposed_for_the_recipes_own_file(tmp_path):
+    (tmp_path / "my data").mkdir()
+    recipe = tiny_recipe(tmp_path / "my data")
+    rows = tmp_path / "my data" / "data" / "train.csv"
+    rows.write_text(rows.read_text().replace("image", "photo", 1))
+    for loaded in (finetune.load_recipe(recipe), finetune.load_recipe(recipe).with_("seed=3")):
+        with pytest.raises(DataError, match=f"`finetune data check '{recipe}'` examines all rows"):
+            finetune.check(loaded)
+    built = finetune.Recipe(**finetune.load_recipe(recipe).model_dump(mode="json", exclude_unset=True))
+    assert built == finetune.load_recipe(recipe) and built.file is None
+    with pytest.raises(DataError, match="`finetune data check RECIPE` examines all rows"):
+        finetune.check(built)
+
+
 def test_a_map_of_columns_the_wrong_way_round_is_turned(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("file,label\na.png,red\n")
@@ -187,7 +219,7 @@ def test_a_column_that_is_named_otherwise_in_the_file_is_not_asked_for_again(tmp
     (line, _) = refused(source(path, columns={"image": "foto", "label": "kind"}))
     assert "columns.image names 'foto'; the file has 'Foto': did you mean that?" in line and "say which" not in line
     (line, _) = refused(source(path, columns={"image": "foto"}))
-    assert "did you mean that?; say which it is with `columns: {label: ...}`" in line
+    assert "did you mean that?; say which it is with `columns: {label: kind}`" in line
 
 
 def test_a_wrong_cell_is_named_by_the_files_own_column(tmp_path):

@@ -17,6 +17,12 @@ from finetune.common.errors import MergeRefused
 ALIGN = [{"name": "align", "trains": ["projectors"], "learning_rate": 1.0e-2, "epochs": 2}]
 
 
+@pytest.fixture(autouse=True)
+def without_a_plan(monkeypatch):
+    """`check` doesn't wait for it."""
+    monkeypatch.setattr("finetune.training.plan.apart.LINE_SECONDS", 0.0)
+
+
 @pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["null", "untrained"])
 def test_trained_projectors_are_merged_and_untrained_ones_are_refused(adapter, tmp_path):
     recipe = tiny_recipe(tmp_path, adapter=adapter, train__stages=ALIGN)

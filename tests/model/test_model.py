@@ -141,6 +141,7 @@ def test_what_was_trained_comes_back_from_its_folder(family, fusion, tmp_path):
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @other_turns
 def test_a_merged_model_is_read_back_from_its_folder_alone(family, fusion, tmp_path):
     model = tiny_composite(family, fusion=fusion)

@@ -11,14 +11,17 @@ have a token and publish, Chinese ones have none.
 import argparse
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distributions
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import nbclient
 import nbformat
@@ -27,6 +30,9 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 from hub_server import TOKEN, Hub, Repository  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+from lock import pins  # noqa: E402
 
 ROWS = {"train.csv": 32, "test.csv": 8}
 SETTINGS = {
@@ -40,6 +46,7 @@ MODELS = {
     "google/siglip-base-patch16-224": ("siglip", "7fd15f0689c79d79e38b1c2e2e2370a7bf2761ed"),
     "openai/whisper-small": ("whisper", "973afd24965f72e36ca33b3055d56a652f456b4d"),
 }
+NOT_HERE = re.compile("(torch|torchvision|triton|nvidia-nccl.*|cuda-.*|torchao)$")  # of CUDA; torchao is removed
 LOADED = "import numpy, PIL.Image, psutil, pydantic, rich.console, torch"  # as in a fresh kernel of Colab, and torch
 UNCHANGED = """
 from finetune.commands._doctor.packages import replaced
@@ -47,6 +54,19 @@ from finetune.commands._doctor.packages import replaced
 assert not [*replaced()], [*replaced()]
 assert all((RUN / name).exists() for name in ("adapter", "metrics.json", "certificate.json", "published")), RUN
 """
+
+
+def other_versions() -> str | None:
+    """What differs from Colab's versions with the lock over them; None if nothing does."""
+    files = [ROOT / "notebooks" / name for name in ("colab-versions.txt", "colab-lock.txt")]
+    wanted = {name: pin for file in files for name, pin in pins(file.read_text(encoding="utf-8")).items()}
+    there = {re.sub("[-_.]+", "-", one.name).lower(): one.version for one in distributions()}
+    others = [
+        f"{name} is {there.get(name)}, not {pin}"
+        for name, pin in wanted.items()
+        if there.get(name) != pin and not NOT_HERE.match(name)
+    ]
+    return f"the environment has other versions: {', '.join(others)}" if others else None
 
 
 def small_kit(folder: Path) -> None:
@@ -111,7 +131,7 @@ def execute(
     environment = environment_of(folder, hub, "" if ".zh" in path.name else TOKEN)
     notebook = prepared(path)
 
-    def done(cell: nbformat.NotebookNode, cell_index: int) -> None:
+    def done(cell: nbformat.NotebookNode, cell_index: int, execute_reply: dict[str, Any]) -> None:
         if installed is not None and cell.source.startswith("%%bash"):
             installed.set()
 
@@ -120,7 +140,7 @@ def execute(
         timeout=600,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
-        on_cell_complete=done,
+        on_cell_executed=done,  # `on_cell_complete` is called when it begins
     )
     failure = None
     try:
@@ -161,7 +181,7 @@ def main() -> None:
             running = [pool.submit(execute, first, scratch, hub, arguments.into, installed)]
             installed.wait()
             running += [pool.submit(execute, path, scratch, hub, arguments.into) for path in others]
-        failures = [one.result() for one in running]
+        failures = [*(one.result() for one in running), other_versions()]
     print(*filter(None, failures), sep="\n\n")
     sys.exit(any(failures))
 

@@ -142,15 +142,3 @@ def test_nothing_is_installed_over_what_a_kernel_has_loaded():
     assert {*module("lock").KEPT} <= {*pins("colab-versions.txt")}
     install = (FOLDER / "install.sh").read_text(encoding="utf-8")
     assert install.count("pip install") == install.count("--no-deps") == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["pictures.ipynb", "speech.zh.ipynb"])
-def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
-    """In this environment; `make notebooks` executes all of them with Colab's versions."""
-    pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    runner = module("run", Path(__file__).parent)
-    runner.small_kit(tmp_path / "kit")
-    module("tiny_models", Path(__file__).parent).main(ROOT / "weights", tmp_path / "models")
-    assert runner.execute(FOLDER / name, tmp_path, runner.small_hub(tmp_path / "models"), None) is None

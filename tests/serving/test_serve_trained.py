@@ -2,14 +2,13 @@
 
 import base64
 import json
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import openai
 import pytest
+from cli import REAL
 from fake_engine import served
 from tiny import tiny_picture
 from trained_runs import copy_of
@@ -20,7 +19,6 @@ from finetune.serving.serve import load_engine
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(finetune.__file__).parents[1]
 SCHEMA = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "green"]}, "sure": {"type": "boolean"}},
@@ -144,11 +142,11 @@ def test_models_are_described(client):
 
 def test_the_command(run, assistant, picture):
     """`finetune serve` as a process: it answers, writes nothing but its address, and ends on SIGTERM."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune.commands.cli", "serve", str(run), "--port", "0"],
+    process = forked.popen(
+        [*REAL, "serve", str(run), "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FINETUNE_API_KEY": "secret"},
+        env={"FINETUNE_API_KEY": "secret"},
     )
     try:
         line = process.stderr.readline()

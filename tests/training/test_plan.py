@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import plan_accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["tiny, second stage", "cross-attention", "checkpoints"])
 def test_planned_and_real_bytes_agree_part_by_part(pair):
     for part, (planned, real) in plan_accuracy.compare(pair)["parts"].items():
@@ -120,6 +121,7 @@ def test_the_command_ends_with_its_status(share, status, said, folder, usual, mo
     assert done.returncode == status and said in done.stdout
 
 
+@pytest.mark.slow
 def test_recordings_of_different_lengths_are_planned(tmp_path):
     """Ten, of which eight are decoded: each of these has its own placeholders, the others the longest's."""
     audio, rows = tiny_audio_folder(tmp_path / "audio"), tmp_path / "rows"
@@ -138,6 +140,7 @@ def test_recordings_of_different_lengths_are_planned(tmp_path):
     assert {phase.name for phase in result.phases} == {"encode audio", "train tune", "evaluate"}
 
 
+@pytest.mark.slow
 def test_changes_are_planned_again_and_take_less(folder, monkeypatch):
     """A card so small that the tiny model doesn't fit it: half a GiB for CUDA, and a megabyte and a half."""
     monkeypatch.setattr("finetune.training.plan.plan.SIZES", (0.517,))
@@ -174,6 +177,7 @@ def test_the_exit_status_says_whether_it_fits(usual, share, status):
     assert replace(usual, card=card).exit_status == status
 
 
+@pytest.mark.slow
 def test_checkpoints_are_automatic_where_the_card_is_small(tmp_path, monkeypatch):
     """As few as leave training less than 90% of the card, of three layers."""
     tiny_llm_folder(tmp_path / "llm", num_hidden_layers=3)
@@ -221,6 +225,7 @@ def test_a_run_without_a_gpu_has_no_automatic_checkpoints(folder):
         recipe_in(folder, train__checkpoint_every_n_layers=-1)
 
 
+@pytest.mark.slow
 def test_the_largest_row_that_fits(folder, usual):
     recipe = recipe_in(folder)
     assert largest_tokens_per_batch(recipe, 512, usual.card) == 512
@@ -247,6 +252,7 @@ def test_models_that_are_not_at_hand_are_not_planned(folder):
 def test_a_run_has_its_plan_beside_what_was_measured(tmp_path, monkeypatch, capsys):
     """As on a GPU, on a CPU: seconds, and no peak of a GPU's memory to be set beside the planned one."""
     monkeypatch.setattr("finetune.training.train.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("finetune.training.plan.apart.subprocess.Popen", forked.popen)
     recipe = load_recipe(tiny_recipe(tmp_path, train__stages=TUNE))
     metrics = Metrics.model_validate(train(recipe, tmp_path / "run").read_metrics())
     assert metrics.planned_seconds.keys() == {"encode", "llm", "evaluate"}
@@ -256,6 +262,11 @@ def test_a_run_has_its_plan_beside_what_was_measured(tmp_path, monkeypatch, caps
     assert len(parts) == 2 and all(f"{part}: {amounts}" in printed for part, amounts in parts)
     peaks = metrics.model_copy(update={"peak_memory_bytes": {"train_cuda": 3 * 2**30}})
     assert planned_beside(peaks)[0][1].endswith(" planned, 3.00 GiB measured")
+
+
+def test_no_plan_is_not_taken_for_a_tight_card(folder):
+    done = cli("plan", tiny_recipe(folder), "--set", "model.llm.name=nobody/nothing")
+    assert done.returncode == 2 and "nobody/nothing" in done.stderr
 
 
 def test_an_unknown_card_is_a_mistake_of_the_command_line(folder):

@@ -1,5 +1,5 @@
-"""A file a check: `check(setting, *arguments)` tells what it found in one line, raises AssertionError where it isn't right,
-and Skipped where it can't be tried here.
+"""A file a check: `check(setting, *arguments)` tells what it found in one line, raises AssertionError where it isn't
+right, and Skipped where it can't be tried here.
 """
 
 

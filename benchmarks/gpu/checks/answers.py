@@ -35,9 +35,8 @@ def check(setting: Setting) -> str:
             ("nf4 in float16", "nf4", torch.float16),
         )
     ]
-    return (
-        f"most that a token falls short of the likeliest, in deviations of logits: {', '.join(told)}; {asked(setting)}"
-    )
+    short = f"most that a token falls short of the likeliest, in deviations of logits: {', '.join(told)}"
+    return f"{short}; {asked(setting)}"
 
 
 @torch.no_grad()

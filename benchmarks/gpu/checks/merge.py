@@ -1,4 +1,4 @@
-"""A run trained over 4-bit weights, merged twice: compared on the GPU, and in memory beside a GPU that has no room left."""
+"""A run trained over 4-bit weights, merged twice: compared on the GPU, and in memory beside a GPU without room."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,13 @@ from benchmarks.gpu.models import llm_folder
 from benchmarks.gpu.setting import Setting
 from finetune.common.certificate import Certificate
 from finetune.common.progress import console
+from finetune.common.run_folder import RunFolder
 from finetune.merging.candidates import ROOM
 from finetune.merging.merge import merge
-from finetune.recipe.load import load_recipe
+from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.training.prepare import prepare
 from finetune.training.shared import Shared
-from finetune.training.train import train_in
+from finetune.training.train import train_stages
 
 from tiny import tiny_dataset, tiny_recipe, tiny_vision_folder  # isort: skip
 
@@ -28,12 +30,16 @@ def check(setting: Setting) -> str:
     run = trained(setting, setting.folder / "merge")
     roomy, seconds = timed_merge(run)
     size = sum(path.stat().st_size for path in (run / "merged").glob("*.safetensors"))
-    with filled(setting.device, (1 + ROOM) / 2 * size) as where:
-        beside, seconds_beside = timed_merge(run)
-    told = []
-    for name, one, took in (("with room", roomy, seconds), (where, beside, seconds_beside)):
-        told.append(f"{name} agreement {one.saved.agreement:.3f}, KL {one.saved.kl:.1e} in {took:.1f} s")
-    return f"{size / 2**20:.0f} MiB into {roomy.merged_into}: {'; '.join(told)}"
+    told = [f"{size / 2**20:.0f} MiB into {roomy.merged_into}: with room {closeness(roomy)} in {seconds:.1f} s"]
+    if setting.device == "cuda":
+        with filled((1 + ROOM) / 2 * size):
+            beside, seconds = timed_merge(run)
+        told.append(f"beside the full GPU {closeness(beside)} in {seconds:.1f} s")
+    return "; ".join(told)
+
+
+def closeness(certificate: Certificate) -> str:
+    return f"agreement {certificate.saved.agreement:.3f}, KL {certificate.saved.kl:.1e}"
 
 
 def trained(setting: Setting, project: Path) -> Path:
@@ -55,8 +61,10 @@ def trained(setting: Setting, project: Path) -> Path:
         train__stages=[stage],
     )
     recipe = load_recipe(path)
-    # With components at hand, as a sweep has them, nothing is planned beforehand.
-    return train_in(project / "run", recipe, shared=Shared.load(recipe)).path
+    # What `train_in` does, but for a plan beforehand, and plots.
+    folder, shared = RunFolder.create(project / "run", dump_recipe(recipe), resume=False), Shared.load(recipe)
+    train_stages(prepare(folder, recipe, shared), shared)
+    return folder.path
 
 
 def timed_merge(run: Path) -> tuple[Certificate, float]:
@@ -66,12 +74,9 @@ def timed_merge(run: Path) -> tuple[Certificate, float]:
 
 
 @contextmanager
-def filled(device: str, leave: float) -> Iterator[str]:
+def filled(leave: float) -> Iterator[None]:
     """A GPU with no more than so many bytes left."""
-    if device == "cpu":
-        yield "again (a CPU)"
-        return
     torch.cuda.empty_cache()
-    held = torch.empty(int(torch.cuda.mem_get_info()[0] - leave), dtype=torch.uint8, device=device)
-    yield "beside the full GPU"
+    held = torch.empty(int(torch.cuda.mem_get_info()[0] - leave), dtype=torch.uint8, device="cuda")
+    yield
     del held

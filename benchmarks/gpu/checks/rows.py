@@ -16,7 +16,7 @@ LEAST = {torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
 def check(setting: Setting) -> str:
     told = []
-    for family, changes in FAMILIES.items():
+    for family, changes in list(FAMILIES.items())[: 2 if setting.toy else None]:
         folder = llm_folder(setting, family, family, **changes)
         for dtype in LEAST:
             device = torch.device(setting.device)

@@ -26,10 +26,10 @@ def check(setting: Setting, questions: str, kind: str) -> str:
         facts = write_all(options)
         assert facts["row_kind"] == "shared", f"rows of this LLM are {facts['row_kind']}, not shared"
         (folder / "prepare.json").write_text(json.dumps(facts), encoding="utf-8")
-        low, mean, high = facts["lengths"]
+        (low, _, high), tokens = facts["lengths"], {side: f"{facts[side]['tokens']:,}" for side in ("ours", "peer")}
         return (
-            f"{facts['samples']} samples of {low} to {high} tokens, {facts['steps']} steps; of {facts['peer']['tokens']:,} "
-            f"tokens ours reads {facts['ours']['tokens']:,}"
+            f"{facts['samples']} samples of {low} to {high} tokens, {facts['steps']} steps; of {tokens['peer']} tokens "
+            f"ours reads {tokens['ours']}"
         )
     refuse_missing(kind, setting.device)
     found = (ours if kind.startswith("ours") else peer).train(Options.load(folder), kind)

@@ -120,4 +120,6 @@ def extras() -> Iterator[Diagnostic]:
     for extra, purpose in EXTRAS.items() if installed(DISTRIBUTION) else ():
         if problems := [problem for one in requirements(extra) if (problem := unmet(one))]:
             install = f"pip install '{DISTRIBUTION}[{extra}]'"
-            yield Diagnostic("extras", "ok", f"without {extra} ({purpose}): {', '.join(problems)}", install)
+            yield Diagnostic(
+                "extras", "ok", f"optional extra {extra!r} isn't installed ({purpose}): {', '.join(problems)}", install
+            )

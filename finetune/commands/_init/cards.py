@@ -11,7 +11,8 @@ from pathlib import Path
 
 from finetune.commands._init.task import Yaml
 from finetune.common.errors import RecipeError, given
-from finetune.common.gpu import computes_bfloat16
+from finetune.common.gpu import GIB, computes_bfloat16
+from finetune.training.plan.cards import CARDS as GPUS
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ CARDS = (
     InitCard("24gb", "a GPU of 24 GB", 24, QWEN_7B, SO400M, 4096, "1.0e-4", checkpoints=True),
 )
 NAMES = tuple(card.name for card in CARDS)
+MOST_MEMORY = 200  # GB of a GPU: a larger number is the name of one
+RESERVED = 0.7  # GB that programs don't get
 VIDEO_FRAMES, VIDEO_POOL = 8, 4
 SOUND_ROWS, SOUND_FACTOR = 50, 8  # Whisper's rows per second, and how many become one token
 SHRINKS = 32  # a convolution's grid has 1/32 of the picture's side
@@ -85,14 +88,27 @@ class MediumParts:
 
 
 def card_of(name: str) -> InitCard:
-    """By its name, or the largest with no more than so many GB: 10, '10gb'. Raises RecipeError."""
+    """By its name, by that of a GPU that `plan` knows ('rtx3060-12gb', '3060'), or the largest with no more than so
+    many GB: 10, '10gb'. Raises RecipeError.
+    """
+    text = re.sub(r"[\s_-]", "", name.lower())
     for card in CARDS:
-        if name.strip().lower() == card.name:
+        if text == card.name:
             return card
-    if number := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b)?", name.strip().lower()):
-        fit = [card for card in CARDS if card.memory <= float(number[1]) and not card.dtype]
-        return max(fit, key=lambda card: card.memory)
-    raise RecipeError(f"{given('card', name)}: write one of {', '.join(NAMES)}, or the GPU's memory in GB")
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)(?:gi?b)?", text)
+    if number and float(number[1]) <= MOST_MEMORY:
+        return _of_memory(float(number[1]))
+    known = [gpu.memory * GIB / 1e9 for gpu in GPUS.values() if len(text) > 1 and text in gpu.name.replace("-", "")]
+    if known:
+        return _of_memory(min(known) + RESERVED)
+    raise RecipeError(
+        f"{given('card', name)}: write one of {', '.join(NAMES)}, the GPU's memory in GB, or a GPU of {', '.join(GPUS)}"
+    )
+
+
+def _of_memory(gigabytes: float) -> InitCard:
+    fit = [card for card in CARDS if card.memory <= gigabytes and not card.dtype]
+    return max(fit, key=lambda card: card.memory)
 
 
 def this_card() -> InitCard:
@@ -102,7 +118,7 @@ def this_card() -> InitCard:
 
         if torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-            return card_of("t4" if memory > 12 and not computes_bfloat16() else f"{memory + 0.7:.1f}")
+            return card_of("t4") if memory > 12 and not computes_bfloat16() else _of_memory(memory + RESERVED)
     return card_of("cpu")
 
 

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from finetune.data.formats import Columns, _media
+from finetune.data.formats._media import MOST
 from finetune.data.metrics.text import words
 from finetune.data.tasks._columns import NUMBER, number_from, split_at
 
@@ -35,7 +34,6 @@ SEPARATORS = (";", "|")  # of several labels in a cell; ; stands for its full-wi
 SHORT = 60  # characters of a label, at most
 RARE = 2  # rows of a label, of which hardly any is left to learn from or to score
 MOST_LABELS = 200
-MOST = 0.9  # share of the values that decides
 NUMERIC = 0.95  # share of numbers in a column of them; what else is in it is reported row by row
 HAN = re.compile("[\u3400-\u9fff]")
 KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af]")
@@ -183,24 +181,7 @@ def _medium_of(name: str, values: Sequence[Any]) -> Any:
     """The kind of media that a column holds, or None: by its name where a format or a user calls it so."""
     if name in MEDIA and not isinstance(values[0], int | float):
         return name
-    kinds: Counter[str | None] = Counter(_medium_kind(value) for value in values)
-    kind, count = kinds.most_common(1)[0]
-    return kind if kind and count >= MOST * len(values) else None
-
-
-def _medium_kind(value: Any) -> str | None:
-    if isinstance(value, list) and value:
-        return _medium_kind(value[0])
-    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-        value = value["path"]
-    if isinstance(value, Path):
-        return _media.kind_of(value.name)
-    if not isinstance(value, str) or "\n" in value[:500]:
-        return None
-    if value.startswith("data:"):
-        kind = value[5:].partition("/")[0]
-        return kind if kind in MEDIA else None
-    return _media.kind_of(urlsplit(value).path if "://" in value else value)
+    return _media.kind_of_values(values)
 
 
 def _conversations(name: str, values: Sequence[Any]) -> Column:

@@ -28,12 +28,12 @@ LOOKED_FOR = (
 
 @dataclass(frozen=True)
 class Found:
-    """A file or folder of rows. `reason`: why its format has options, '' where it has none."""
+    """A file or folder of rows. `reading`: what its format's options say, '' where it has none."""
 
     path: Path
     split: str
     format: FormatPart
-    reason: str = ""
+    reading: str = ""
 
     def as_row_file(self) -> RowFile:
         return RowFile(path=self.path.absolute(), format=self.format)
@@ -74,7 +74,8 @@ def _found(path: Path, split: str, encoding: str | None) -> Found:
     kind = formats[0]
     if kind == "table" and path.suffix.lower() in DELIMITERS:
         part = table_format(path, Options(), encoding)
-        return Found(path, split, part, " and ".join(part.options.model_dump(exclude_unset=True)))
+        options = part.options.model_dump(exclude_unset=True)
+        return Found(path, split, part, ", ".join(f"{name} {value!r}" for name, value in options.items()))
     if encoding:
         raise RecipeError(f"{given('encoding', encoding)}: {path} is no CSV or TSV file; leave it out")
     if kind == "folders" and (ignore := _other_suffixes(path)):

@@ -60,7 +60,7 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
 def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe with the dtype and the numbers that a run began with in the place of `auto`. Raises RecipeError."""
     train, llm = recipe.train, recipe.model.llm
-    keys = [key for key in ("tokens_per_batch", "checkpoint_every_n_layers") if getattr(train, key) == "auto"]
+    keys = [key for key in ("tokens_per_batch", "checkpoint_every_n_layers", "cache") if getattr(train, key) == "auto"]
     if not (keys or has_auto(train) or llm.dtype == "auto") or not folder.recipe.is_file():
         return recipe
     before = load_recipe(folder.recipe)

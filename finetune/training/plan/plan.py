@@ -11,6 +11,7 @@ from finetune.model.language_model import read_config
 from finetune.model.row_plan import RowKind
 from finetune.recipe.load import Recipe
 from finetune.training.automatic import AutoNumbers
+from finetune.training.cache_choice import choice_at_hand, choose_cache
 from finetune.training.plan.cards import CARDS, DEFAULT, SIZES, USABLE, Card, card_like, card_named
 from finetune.training.plan.measure import Measured, measure
 from finetune.training.plan.result import TIGHT, Change, Phase, Plan, status
@@ -39,11 +40,18 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     if dtype == "auto":
         dtype = "bfloat16" if card.bfloat16 else "float16"
     recipe = with_dtype(recipe, dtype)
+    open_choice = recipe.train.cache == "auto"
+    cache = choice_at_hand(recipe) if open_choice and recipe.tune_encoders else None
+    recipe = cache.of(recipe) if cache else recipe
     chosen = _numbers(recipe, card)
     recipe = recipe.model_copy(update={"train": chosen.train})
     rows = PlannedRows.of(recipe)
+    if open_choice and cache is None:
+        cache = choose_cache(recipe, rows)
+        recipe = cache.of(recipe)
     recipe, measured, why = _automatic(recipe, rows, card)
     needed = on_card(measured.phases)
+    reasons = (*chosen.reasons, *([cache.reason] if cache else []), *([why] if why else []))
     return Plan(
         name=recipe.name,
         card=card,
@@ -57,7 +65,7 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
         memory_elsewhere=_elsewhere(recipe, measured),
         disk=_disk(recipe, measured),
         seconds=_seconds(recipe, rows, measured, card),
-        notes=(*chosen.reasons, *([why] if why else []), *_notes(recipe, rows, measured, card)),
+        notes=(*reasons, *_notes(recipe, rows, measured, card)),
     )
 
 

@@ -51,7 +51,7 @@ class PlannedRows:
     @classmethod
     def of(cls, recipe: Recipe) -> "PlannedRows":
         """Raises DataError."""
-        splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes)
+        splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes, recipe.file)
         refuse_empty_splits(splits, recipe)
         scored = len(splits.of(recipe.evaluate.split))
         return cls(
