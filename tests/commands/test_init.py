@@ -56,7 +56,7 @@ def recordings(folder: Path, count: int = ROWS) -> list[str]:
 
 def written(path: Path, **choices: object) -> Recipe:
     """The recipe that init writes; `check` accepts it, and it is short."""
-    file = finetune.init(path, **{"card": "cpu", **choices})
+    file = finetune.init(path, **{"card": "cpu", **choices}).path
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 30 and text.startswith(f"# {file.stem}: ")
     counts = finetune.check(file).splits
@@ -377,8 +377,18 @@ def test_tabs_in_a_csv_file_are_its_delimiter():
 def test_the_run_is_called_after_the_folder_that_was_named():
     rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
     table(Path("vid/clips-list.csv"), ["text", "label"], rows)
-    assert finetune.init("vid", card="cpu") == Path("vid.yaml")
-    assert finetune.init("vid/clips-list.csv", card="cpu") == Path("clips-list.yaml")
+    assert finetune.init("vid", card="cpu").path == Path("vid.yaml")
+    assert finetune.init("vid/clips-list.csv", card="cpu").path == Path("clips-list.yaml")
+
+
+def test_in_python_the_summary_is_shown_and_the_result_stands_for_the_recipe():
+    rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
+    result = finetune.init(table(Path("words.csv"), ["text", "label"], rows), card="cpu")
+    assert finetune.check(result).recipe == load_recipe("words.yaml") and Path(result) == Path("words.yaml")
+    shown = repr(result)
+    assert "answer: 'label', label, 3 labels" in shown and "model for the CPU: " in shown
+    assert shown.endswith("next: finetune.check('words.yaml'), then finetune.run('words.yaml')")
+    assert result._repr_html_().startswith("<pre>words.csv: format table") and "3 labels" in result._repr_html_()
 
 
 def test_an_option_that_is_not_there_is_refused():
