@@ -388,7 +388,7 @@ def test_in_python_the_summary_is_shown_and_the_result_stands_for_the_recipe():
     shown = repr(result)
     assert "answer: 'label', label, 3 labels" in shown and "model for the CPU: " in shown
     assert shown.endswith("next: finetune.check('words.yaml'), then finetune.run('words.yaml')")
-    assert result._repr_html_().startswith("<pre>words.csv: format table") and "3 labels" in result._repr_html_()
+    assert ">words.csv: format table, columns text, label\n" in result._repr_html_()
 
 
 def test_an_option_that_is_not_there_is_refused():
@@ -719,3 +719,18 @@ def test_the_recipe_trains():
     recipe = finetune.init(path, card="cpu", llm="weights/llm", encoders=folders)
     run = finetune.train(load_recipe(recipe, ["train.stages.0.epochs=1", "train.stages.1.epochs=1"]), Path("run"))
     assert run is not None and (Path("run") / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "replies", "kind"),
+    [
+        ("reply", ["Sorry, your shoes are on the way.", "We have cancelled the order of your shoes."], "answer"),
+        ("回复", ["好的，鞋子的地址可以修改。", "好的，衣服的订单已取消。"], "answer"),
+        ("reply", ["yes", "not today"], "classify"),
+        ("label", ["Sorry, your shoes are on the way.", "We have cancelled the order of your shoes."], "classify"),
+    ],
+)
+def test_few_sentences_that_are_called_replies_are_written_not_chosen(name, replies, kind):
+    rows = [[file, replies[n % 2]] for n, file in enumerate(recordings(Path("calls")))]
+    recipe = written(table(Path("calls/calls.csv"), ["audio", name], rows))
+    assert recipe.data[0].task.kind == kind
