@@ -28,9 +28,6 @@ FUNCTIONS = {name: value for name in finetune.__all__ if inspect.isfunction(valu
 PUBLIC = {finetune.PredictOptions, finetune.Recipe, finetune.RunFolder, finetune.SplitPlan, Choices}
 PLAIN = {
     "chat": "the answer's text",
-    "init": "a path",
-    "load": "an assistant",
-    "pull": "a path",
     "schema": "a JSON schema",
     "serve": "nothing, when it ends",
 }
@@ -133,6 +130,8 @@ def test_results_show_tables_plots_and_paths(here, page):
     assert "data:image/png;base64," in scores and "data:image/png;base64," in page["run"]._repr_html_()
     certificate = finetune.merge(page["run"])
     assert "next tokens as trained" in repr(certificate) and "<table>" in certificate._repr_html_()
+    shown = page["assistant"]._repr_html_()
+    assert "media: image" in shown and ">vision<" in shown and ">task classify<" in shown
     assert "nothing yet" in repr(page["pushed"]) and "licences:" in page["pushed"]._repr_html_()
     assert "quickstart" in repr(finetune.recipes()) and "<table>" in finetune.recipes()._repr_html_()
     with pytest.raises(dataclasses.FrozenInstanceError):

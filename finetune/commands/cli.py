@@ -109,7 +109,6 @@ def init(
 ) -> None:
     """Write a recipe for a file or folder of your own rows; asks at most five questions."""
     from finetune.commands.init import Choices, write_recipe
-    from finetune.commands.tables import print_written
 
     if not yes and not sys.stdin.isatty():
         raise RecipeError(
@@ -133,7 +132,7 @@ def init(
         encoders=encoder or (),
         media_folder=media_folder,
     )
-    print_written(write_recipe(path, choices, (lambda question: question.default) if yes else ask, out, overwrite))
+    print(write_recipe(path, choices, (lambda question: question.default) if yes else ask, out, overwrite))
 
 
 def ask(question: "Question") -> str:
@@ -346,7 +345,7 @@ def pull(
     """Download a published model into a folder, and check that its files are whole."""
     from finetune.publishing.pull import pull
 
-    print(pull(repo, to, revision=revision))
+    print(pull(repo, to, revision=revision).path)
 
 
 @app.command()

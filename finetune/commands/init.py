@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,10 +15,11 @@ from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts
 from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, fields_in, task_for
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.commands.check import refuse_multimodal
+from finetune.common import display
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
 from finetune.data.read import read_rows
-from finetune.data.rows import TOGETHER
+from finetune.data.rows import TOGETHER, error_list
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Limits, Llm, Source
 from finetune.training.lengths import fetch
@@ -85,24 +87,51 @@ class InitPlan:
     encoders: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Written:
-    """`path`: the recipe; `summary`: lines on what was found and chosen; `wrong`: errors of rows that can't be used."""
+    """`path`: the recipe, for which the whole stands as a path too; `summary`: lines on what was found and chosen;
+    `wrong`: errors of rows that can't be used.
+    """
 
     path: Path
     summary: tuple[str, ...]
     wrong: tuple[str, ...]
 
+    def __fspath__(self) -> str:
+        return str(self.path)
 
-def init(path: Path | str, *, out: Path | str | None = None, overwrite: bool = False, **choices: Any) -> Path:
-    """Write a recipe for the rows of a file or folder, and return its path: OUT, default NAME.yaml in this folder.
-    `choices`: fields of `Choices`; what they leave open is taken from the rows.
+    def __repr__(self) -> str:
+        lines = [*self.summary, f"{self.path}: written"]
+        if self.wrong:
+            lines.append(error_list(self.wrong, f"{len(self.wrong)} rows can't be used"))
+        return "\n".join([*lines, f"next: {self._next}"])
+
+    @property
+    def _next(self) -> str:
+        """In the words of whoever called."""
+        flag, text = shlex.quote(str(self.path)), repr(str(self.path))
+        if self.wrong:
+            cleaned = f"cleaned-{self.path.stem}"
+            return option(
+                f"finetune data check {flag} --fix {cleaned}", f"finetune.data_check({text}, fix={cleaned!r})"
+            )
+        return option(
+            f"finetune check {flag}, then finetune run {flag}", f"finetune.check({text}), then finetune.run({text})"
+        )
+
+    def _repr_html_(self) -> str:
+        return display.preformatted(repr(self))
+
+
+def init(path: Path | str, *, out: Path | str | None = None, overwrite: bool = False, **choices: Any) -> Written:
+    """Write a recipe for the rows of a file or folder into OUT, by default NAME.yaml in this folder. The result stands
+    for its path where one is taken. `choices`: fields of `Choices`; what they leave open is taken from the rows.
 
     Raises DataError where there are no usable rows; RecipeError for a choice that doesn't fit them, and for a file that
     exists, without `overwrite`.
     """
     chosen, target = Choices(**choices), Path(out) if out else None
-    return write_recipe(Path(path), chosen, lambda question: question.default, target, overwrite).path
+    return write_recipe(Path(path), chosen, lambda question: question.default, target, overwrite)
 
 
 def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, overwrite: bool) -> Written:

@@ -13,7 +13,7 @@ from finetune.commands._answers_file import AnswersFile, PredictedRow, refuse_ot
 from finetune.commands._asking import ask_each, source_of_run, task_of
 from finetune.common import display
 from finetune.common.errors import DataError, MissingColumn, RecipeError, option
-from finetune.common.run_folder import RunFolder
+from finetune.common.run_folder import RunFolder, RunLike
 from finetune.data.new_files import RowsAs, file_like
 from finetune.data.questions import Input, question_about_media, question_of, read_inputs
 from finetune.data.sample import KINDS, Answer, Message
@@ -53,7 +53,7 @@ class Predictions:
 
 
 def predict(
-    run: Path | str,
+    run: RunLike,
     inputs: Path | str | Sequence[Path | str],
     out: Path | str | None = None,
     *,
@@ -268,7 +268,7 @@ def _without_names(one: Input, reason: str) -> str:
     return reason
 
 
-def _loaded(run: Path | str) -> "Assistant":
+def _loaded(run: RunLike) -> "Assistant":
     from finetune.common.progress import quiet_libraries
     from finetune.model.load import load
 

@@ -1,6 +1,5 @@
 """What commands print: results as tables and lines."""
 
-import shlex
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from finetune.data.rows import SHOWN, error_list
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
     from finetune.commands.data_preview import Previews
-    from finetune.commands.init import Written
     from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
     from finetune.evaluation.evaluation_result import EvaluationResult
@@ -29,17 +27,6 @@ def print_export(result: "ExportResult") -> None:
     print(f"{result.target}: {result.model_class} ({result.reason})")
     print(result.comparison)
     print(result.folder)
-
-
-def print_written(result: "Written") -> None:
-    print(*result.summary, sep="\n")
-    recipe = shlex.quote(str(result.path))
-    print(f"{result.path}: written")
-    if result.wrong:
-        print(error_list(result.wrong, f"{len(result.wrong)} rows can't be used"))
-        print(f"next: finetune data check {recipe} --fix cleaned-{result.path.stem}")
-        return
-    print(f"next: finetune check {recipe}, then finetune run {recipe}")
 
 
 def print_push(result: "Pushed") -> None:

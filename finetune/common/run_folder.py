@@ -49,7 +49,7 @@ def refuse_several_processes(command: str) -> None:
 class RunFolder:
     """What a run has written, by its paths; functions take it in place of the folder's path."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: os.PathLike[str] | str) -> None:
         self.path = path = Path(path)
         self.recipe = path / "recipe.yaml"
         self.data = path / "data"
@@ -233,7 +233,7 @@ def _finished_name(entry: Path) -> str:
     return entry.stem if entry.suffix in UNFINISHED else entry.name
 
 
-RunLike: TypeAlias = RunFolder | Path | str
+RunLike: TypeAlias = RunFolder | os.PathLike[str] | str
 
 
 def refuse_file(path: Path) -> None:

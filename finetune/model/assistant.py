@@ -12,7 +12,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from finetune.common import display
 from finetune.common.errors import DataError
+from finetune.common.registry import kind_of
 from finetune.data.sample import Answer, Layout, Medium, Message, Prepared
 from finetune.model.bindings import TaskBinding
 from finetune.model.composite import MultimodalModel
@@ -38,6 +40,7 @@ MediumInput: TypeAlias = (
 )
 MediaInput: TypeAlias = MediumInput | Sequence[MediumInput] | None
 Strength = float | Mapping[str, float] | None
+SHOWN_LABELS = 10  # in notebooks
 LEAST_SHARED = 0.2  # of the prompts' tokens; below that they're read whole
 ANSWER_TOKENS = 4096  # of questions with answers that are read at once
 
@@ -81,6 +84,14 @@ class Assistant:
         llm = Path(str(getattr(self.model.causal_lm.config, "_name_or_path", ""))).name
         bindings = ", ".join(self.model.bindings) or "none"
         return f"<Assistant {llm}; media: {', '.join(self.encoders) or 'none'}; tasks: {bindings}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(f"encoder of {medium}", kind_of(encoder)) for medium, encoder in self.encoders.items()]
+        for name, binding in self.model.bindings.items():
+            labels = binding.settings.labels
+            shown = ", ".join(labels[:SHOWN_LABELS]) + ", ..." * (len(labels) > SHOWN_LABELS)
+            rows.append((f"task {name}", f"{binding.task.kind}: {shown}" if shown else binding.task.kind))
+        return display.line(repr(self)) + display.table(("", ""), rows, left=True)
 
     def answer(
         self,

@@ -5,7 +5,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,25 +32,27 @@ class Recipe(RecipeSections):
         checked = _checked(Document(_plain(sections), {(): Place(0, "Recipe")}), os.getcwd())
         super().__init__(**{name: getattr(checked, name) for name in checked.model_fields_set})
 
-    @cached_property
+    @property
     def file(self) -> Path | None:
         """The YAML file that it was read from; None for one that was built in Python."""
-        return None
+        file: Path | None = self.__dict__.get("_file")
+        return file
 
     @classmethod
     def _of(cls, sections: RecipeSections, file: Path | None = None) -> "Recipe":
         recipe: Recipe = cls.model_construct(sections.model_fields_set, **dict(sections))
-        recipe.__dict__["file"] = file  # as a cached property it is neither compared nor written
+        recipe.__dict__["_file"] = file  # not an attribute of pydantic's, which would be compared
         return recipe
 
     @classmethod
-    def read(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
+    def read(cls, path: os.PathLike[str] | str, overrides: Sequence[str] = ()) -> "Recipe":
         """Read a YAML file. `overrides`: 'full.dotted.key=value', the value as YAML. Relative paths, those of overrides
         too, are relative to the file's folder.
 
         Raises RecipeError, one line a problem: `recipes/x.yaml:9: model.llm.quantize: got 'nf5'; write one of ...`.
         """
-        document = read_yaml(read_text(path), str(path))
+        path = os.fspath(path)
+        document = read_yaml(read_text(path), path)
         if not isinstance(document.value, dict):
             found = "empty" if document.value is None else describe(document.value)
             raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
@@ -95,10 +96,10 @@ class Recipe(RecipeSections):
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-RecipeLike: TypeAlias = Recipe | Path | str
+RecipeLike: TypeAlias = Recipe | os.PathLike[str] | str
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: os.PathLike[str] | str, overrides: Sequence[str] = ()) -> Recipe:
     """As `Recipe.read`."""
     return Recipe.read(path, overrides)
 
@@ -109,7 +110,7 @@ def as_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe.with_(*overrides) if overrides else recipe
-    if isinstance(recipe, str | Path):
+    if isinstance(recipe, str | os.PathLike):
         return Recipe.read(recipe, overrides)
     raise RecipeError(f"recipe: a {type(recipe).__name__}; give the path of a YAML file, or a finetune.Recipe")
 

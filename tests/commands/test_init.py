@@ -56,7 +56,7 @@ def recordings(folder: Path, count: int = ROWS) -> list[str]:
 
 def written(path: Path, **choices: object) -> Recipe:
     """The recipe that init writes; `check` accepts it, and it is short."""
-    file = finetune.init(path, **{"card": "cpu", **choices})
+    file = finetune.init(path, **{"card": "cpu", **choices}).path
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 30 and text.startswith(f"# {file.stem}: ")
     counts = finetune.check(file).splits
@@ -377,8 +377,18 @@ def test_tabs_in_a_csv_file_are_its_delimiter():
 def test_the_run_is_called_after_the_folder_that_was_named():
     rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
     table(Path("vid/clips-list.csv"), ["text", "label"], rows)
-    assert finetune.init("vid", card="cpu") == Path("vid.yaml")
-    assert finetune.init("vid/clips-list.csv", card="cpu") == Path("clips-list.yaml")
+    assert finetune.init("vid", card="cpu").path == Path("vid.yaml")
+    assert finetune.init("vid/clips-list.csv", card="cpu").path == Path("clips-list.yaml")
+
+
+def test_in_python_the_summary_is_shown_and_the_result_stands_for_the_recipe():
+    rows = [[f"word {n} of many", LABELS[n % 3]] for n in range(ROWS)]
+    result = finetune.init(table(Path("words.csv"), ["text", "label"], rows), card="cpu")
+    assert finetune.check(result).recipe == load_recipe("words.yaml") and Path(result) == Path("words.yaml")
+    shown = repr(result)
+    assert "answer: 'label', label, 3 labels" in shown and "model for the CPU: " in shown
+    assert shown.endswith("next: finetune.check('words.yaml'), then finetune.run('words.yaml')")
+    assert ">words.csv: format table, columns text, label\n" in result._repr_html_()
 
 
 def test_an_option_that_is_not_there_is_refused():
@@ -709,3 +719,18 @@ def test_the_recipe_trains():
     recipe = finetune.init(path, card="cpu", llm="weights/llm", encoders=folders)
     run = finetune.train(load_recipe(recipe, ["train.stages.0.epochs=1", "train.stages.1.epochs=1"]), Path("run"))
     assert run is not None and (Path("run") / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "replies", "kind"),
+    [
+        ("reply", ["Sorry, your shoes are on the way.", "We have cancelled the order of your shoes."], "answer"),
+        ("回复", ["好的，鞋子的地址可以修改。", "好的，衣服的订单已取消。"], "answer"),
+        ("reply", ["yes", "not today"], "classify"),
+        ("label", ["Sorry, your shoes are on the way.", "We have cancelled the order of your shoes."], "classify"),
+    ],
+)
+def test_few_sentences_that_are_called_replies_are_written_not_chosen(name, replies, kind):
+    rows = [[file, replies[n % 2]] for n, file in enumerate(recordings(Path("calls")))]
+    recipe = written(table(Path("calls/calls.csv"), ["audio", name], rows))
+    assert recipe.data[0].task.kind == kind

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from hub_server import READ_TOKEN
@@ -35,7 +36,7 @@ def test_a_revision_is_that_revision(hub, tmp_path):
     first = repository.head
     repository.commit({"README.md": b"emptied"})
     assert (hub_of_finetune.fetched("me/tiny", first) / "multimodal.json").is_file()
-    assert (finetune.pull("me/tiny", tmp_path / "first", revision=first) / "multimodal.json").is_file()
+    assert (finetune.pull("me/tiny", tmp_path / "first", revision=first).path / "multimodal.json").is_file()
     with pytest.raises(ArtifactError, match="neither an adapter nor a merged model"):
         finetune.pull("me/tiny", tmp_path / "second")
     with pytest.raises(ModelError, match="me/tiny at none-such: it has no such revision"):
@@ -47,7 +48,9 @@ def test_a_revision_is_that_revision(hub, tmp_path):
 def test_nothing_that_can_hold_code_is_downloaded(hub, tmp_path):
     for name in ("model.bin", "evil.py", "sub/pickle.pkl"):
         hub.repositories["me/tiny"].files[name] = b"x"
-    pulled = finetune.pull("me/tiny", tmp_path / "pulled")
+    result = finetune.pull("me/tiny", tmp_path / "pulled")
+    assert repr(result).startswith("Pulled: me/tiny (commit ") and "multimodal.json" in result._repr_html_()
+    pulled = Path(result)
     fetched = hub_of_finetune.fetched("me/tiny")
     for folder in (pulled, fetched):
         assert (folder / "adapter_model.safetensors").is_file()
@@ -62,13 +65,13 @@ def test_a_file_that_is_not_the_one_on_the_hub_is_named(hub, tmp_path):
         finetune.pull("me/tiny", tmp_path / "pulled")
     assert not list(tmp_path.glob("pulled*"))
     hub.damaged = set()
-    assert finetune.pull("me/tiny", tmp_path / "pulled").is_dir()
+    assert finetune.pull("me/tiny", tmp_path / "pulled").path.is_dir()
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_a_merged_model_that_is_not_the_certified_one_is_not_loaded(damage, hub, finished_run, tmp_path):
     hub.add("me/whole", finished_run("plain") / "merged")
-    assert (finetune.pull("me/whole", tmp_path / "pulled") / "certificate.json").is_file()
+    assert (finetune.pull("me/whole", tmp_path / "pulled").path / "certificate.json").is_file()
     path = tmp_path / "pulled" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ArtifactError, match=r"model\.safetensors: sha256"):
@@ -92,7 +95,7 @@ def test_a_download_that_is_cut_leaves_nothing_behind(hub, tmp_path):
         finetune.pull("me/tiny", tmp_path / "pulled")
     assert not list(tmp_path.glob("pulled*"))
     hub.faults = {}
-    assert finetune.pull("me/tiny", tmp_path / "pulled").is_dir()
+    assert finetune.pull("me/tiny", tmp_path / "pulled").path.is_dir()
 
 
 def test_an_existing_folder_is_not_overwritten(hub, tmp_path, monkeypatch):
@@ -103,7 +106,7 @@ def test_an_existing_folder_is_not_overwritten(hub, tmp_path, monkeypatch):
         finetune.pull("me/tiny")
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["mine.txt"]
     shutil.rmtree(tmp_path / "tiny")
-    assert finetune.pull("me/tiny").name == "tiny"
+    assert finetune.pull("me/tiny").path.name == "tiny"
 
 
 def test_what_the_hub_does_not_give_is_reported(hub, monkeypatch, tmp_path):

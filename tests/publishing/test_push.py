@@ -107,7 +107,7 @@ def test_an_adapter_is_published_in_one_commit_and_answers_as_here(finished, pro
 def test_a_merged_model_is_published_and_pulled_whole(finished, project, hub, tmp_path):
     result = finetune.push(finished, "me/whole", merged=True, private=False)
     assert not hub.repositories["me/whole"].private
-    folder = finetune.pull("me/whole", tmp_path / "whole", revision=result.commit)
+    folder = finetune.pull("me/whole", tmp_path / "whole", revision=result.commit).path
     for name in ("model.safetensors", "tokenizer.json"):
         assert (folder / name).read_bytes() == (finished / "merged" / name).read_bytes()
     assert str(project) not in (folder / "config.json").read_text()

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from finetune.commands._init.columns import HAN, IDENTIFIERS, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError, given, option
+from finetune.data.metrics.text import words
 from finetune.data.tasks._columns import number_from, numbers_in
 
 Yaml: TypeAlias = dict[str, object]  # a part of a recipe, as it is written
@@ -43,6 +44,7 @@ BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "
 NUMBERED = "|".join(sorted({*IDENTIFIERS, "name", "code", "number", "num", "uid", "hash"}, key=len, reverse=True))
 LONG = 6  # letters of a word that is looked for within others
 FEWEST_GROUPS = 10  # of rows that are held out together
+SENTENCE = 5  # words, at least
 MOST_CHOICES = 20  # labels of which each is tried for every answer
 FITTING: dict[str, tuple[Kind, ...]] = {  # kinds of answers of a task
     "answer": ("text", "label", "number"),
@@ -255,16 +257,22 @@ def _kind(answer: Column, asked: Column | None, named: bool, media: tuple[str, .
     several = answer.kind in ("labels", "texts") or bool(answer.separator)
     if answer.kind in ("messages", "json") or (answer.kind == "boxes" and "image" in media):
         return {"messages": "chat", "json": "extract", "boxes": "ground"}[answer.kind]
-    labels = answer.kind in ("label", "labels") and not called(answer.name, REPLIES)
+    reply = called(answer.name, REPLIES)
+    labels = answer.kind in ("label", "labels") and not reply
     if asked and (named or media or not labels):
         return "vqa" if several and "image" in media else "answer"
     if answer.kind == "number":
         return "classify" if answer.name.lower() in LABEL_NAMES or len(answer.texts) <= 2 else "score"
-    if answer.kind in ("label", "labels"):
+    if answer.kind in ("label", "labels") and not (reply and _are_sentences(answer.texts)):
         return "classify"
-    if not media or called(answer.name, REPLIES):
+    if not media or reply:
         return "answer"
     return "transcribe" if media == ("audio",) else "caption"
+
+
+def _are_sentences(texts: Sequence[str]) -> bool:
+    """Whether most of them have more words than a label; each Chinese character counts as one."""
+    return 2 * sum(len(words(text)) >= SENTENCE for text in texts) > len(texts)
 
 
 def _text_before(
