@@ -7,8 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from finetune.common.errors import DataError, MissingColumn, option
 from finetune.data.check.lenient import lenient_rows
@@ -99,18 +98,9 @@ def read_splits(
     folder = kept_rows.sources_folder(sources, max_bytes)
     table = kept_rows.kept_table(folder)
     if table is None:
-<<<<<<< HEAD
-        table = keep_table(folder, sources, _columns(sources, max_bytes, recipe_file))
-    samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
-    kept = kept_split(folder, sources, seed)
-    split, together = kept or _held_out(samples, sources, seed)
-    if kept is None:
-        keep_split(folder, sources, seed, (split, together))
-=======
-        table = kept_rows.keep_table(folder, sources, _columns(sources, max_bytes))
+        table = kept_rows.keep_table(folder, sources, _columns(sources, max_bytes, recipe_file))
     samples = SampleTable(table, task_names(sources), [source.weight for source in sources])
     split, together = kept_rows.held_out(folder, samples, sources, seed)
->>>>>>> g1
     train, validation, test = (samples.select(split == number) for number in range(len(SPLITS)))
     splits = Splits(train, validation, test, together)
     _refuse_shared(splits)
