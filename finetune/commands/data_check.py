@@ -287,7 +287,7 @@ def rewriting(recipe: RecipeLike, overrides: Sequence[str]) -> Callable[[Recipe]
     """
     if overrides or isinstance(recipe, Recipe):
         return dump_recipe
-    path, text = str(recipe), read_text(recipe)
+    path, text = str(recipe), read_text(Path(recipe))
 
     def write(recipe: Recipe) -> str:
         written = read_yaml(text, path).value

@@ -50,7 +50,7 @@ def serve(
             f"{option('--host', 'host')} {host} opens the server to other machines: set "
             f"{option('--api-key', 'api_key=')} or FINETUNE_API_KEY, or leave out {option('--host', 'host=')}"
         )
-    several = [models] if isinstance(models, RunFolder | Path | str) else models
+    several = [models] if isinstance(models, RunFolder | os.PathLike | str) else models
     sources = parse_models([os.fspath(model) for model in several])
     _check_installed()
     with listening_socket(host, port) as listener:  # before the models, which may take minutes to load
