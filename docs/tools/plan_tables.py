@@ -63,10 +63,24 @@ MODELS = {
     "Qwen/Qwen2.5-0.5B-Instruct": _llm("qwen2", 896, 24, 4864, (14, 2), 151_936, tie_word_embeddings=True),
     "Qwen/Qwen2.5-1.5B-Instruct": _llm("qwen2", 1536, 28, 8960, (12, 2), 151_936, tie_word_embeddings=True),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": _llm("llama", 2048, 24, 8192, (32, 32), 49_152, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-7B-Instruct": _llm("qwen2", 3584, 28, 18_944, (28, 4), 152_064, tie_word_embeddings=False),
     "google/siglip-base-patch16-224": _vision(768, 12, 3072, 12, 16, 224),
+    "google/siglip2-base-patch16-224": _vision(768, 12, 3072, 12, 16, 224),
+    "google/siglip2-base-patch16-384": _vision(768, 12, 3072, 12, 16, 384),
+    "google/siglip-so400m-patch14-384": _vision(1152, 27, 4304, 16, 14, 384),
     "openai/whisper-small": Sizes("whisper", {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12}),
 }
-RECIPES = ("transcribe-speech", "gpu-8gb", "colab-t4")
+RECIPES = (
+    "transcribe-speech",
+    "gpu-8gb",
+    "colab-t4",
+    "read-documents",
+    "video-questions",
+    "speech-reply",
+    "image-and-speech",
+    "cross-attention",
+    "gpu-16gb",
+)
 
 
 def folder_of(name: str, into: Path) -> Path:
