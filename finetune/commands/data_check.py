@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.data.check.fix import check_target, clean_copy
 from finetune.data.check.ledger import CODES, ERRORS, Examined, Finding, Ledger, SplitCounts, Summary
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import findings_page
+from finetune.data.read import file_names
 from finetune.data.sample import Row
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe
 from finetune.recipe.schema import Source
@@ -97,7 +99,7 @@ def data_check(
         check_target(Path(fix), loaded.name, sources)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        ledger = Ledger(Path(temporary) / "ledger.sqlite", names_of(sources))
+        ledger = Ledger(Path(temporary) / "ledger.sqlite", names_of(sources), files_of(sources))
         try:
             rows = fill(ledger, loaded, workers)
             compare(ledger)
@@ -213,6 +215,15 @@ def _examine(chunk: list[NumberedRow]) -> list[Examined]:
     if _reader is None:
         raise _failure
     return [_reader.examine(*row) for row in chunk]
+
+
+def files_of(sources: Sequence[Source]) -> dict[int, list[str]]:
+    """{source: names of its rows}, where each is a file that can be read."""
+    files: dict[int, list[str]] = {}
+    for number, source in enumerate(sources):
+        with suppress(DataError):
+            files[number] = file_names(source)
+    return files
 
 
 def names_of(sources: Sequence[Source]) -> list[str]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from finetune.common.errors import DataError
 from finetune.common.registry import load_part, part_names
-from finetune.data.sample import Row
+from finetune.data.formats import Columns
+from finetune.data.sample import KINDS, Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
@@ -17,10 +18,29 @@ def read_rows(file: RowFile, max_bytes: int) -> Iterator[Row]:
     """
     part = file.format or detected(file.path)
     folder, hosts = file.folder_of_media, tuple(file.hosts)
-    root = os.path.realpath(folder)
+    root, of_files = os.path.realpath(folder), _rows_are_files(part)
     for number, columns in part.module.rows(file.path, part.options):
+        own = _file_of(columns) if of_files else ""
         columns = columns | {ours: columns[theirs] for ours, theirs in file.columns.items() if theirs in columns}
-        yield Row(file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes, file.columns, root)
+        yield Row(
+            file.path, number, columns, folder, file.outside_media_folder, hosts, max_bytes, file.columns, root, own
+        )
+
+
+def file_names(file: RowFile) -> list[str]:
+    """Of a folder whose rows are files: `Row.where` of each, in their order; else []. Raises DataError."""
+    part = file.format or detected(file.path)
+    if not _rows_are_files(part):
+        return []
+    return [f"{file.path.name}/{_file_of(columns)}" for _, columns in part.module.rows(file.path, part.options)]
+
+
+def _rows_are_files(part: FormatPart) -> bool:
+    return getattr(part.module, "ROWS_ARE_FILES", False)
+
+
+def _file_of(columns: Columns) -> str:
+    return next(str(columns[kind]) for kind in KINDS if kind in columns)
 
 
 def detected(path: Path) -> FormatPart:

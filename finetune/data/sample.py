@@ -29,7 +29,7 @@ class Row:
 
     Media are files in `media_folder`, anywhere with `outside_media_folder`, or addresses of `hosts`; `max_bytes` limits
     embedded and downloaded ones. `names`: the task's column -> the file's, where they differ. `root`: the media folder
-    with its links followed, where that is known.
+    with its links followed, where that is known. `file`: relative to `path`, of a row that is one file of that folder.
     """
 
     path: Path
@@ -41,10 +41,12 @@ class Row:
     max_bytes: int = Limits().max_bytes
     names: Mapping[str, str] = field(default_factory=dict)
     root: str = ""
+    file: str = ""
 
     @property
     def where(self) -> str:
-        return f"{self.path.name}:{self.number}"
+        """ "rows.csv:12", or "pictures/cats/1.jpg"."""
+        return f"{self.path.name}/{self.file}" if self.file else f"{self.path.name}:{self.number}"
 
     def called(self, column: str) -> str:
         """A column as messages name it: by the file's own name, with the task's where that is another."""

@@ -1,7 +1,7 @@
 """Findings about rows in SQLite on disk: memory doesn't grow with the rows, and rows are compared by joins."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -111,10 +111,10 @@ class Summary(TypedDict):
 
 
 class Ledger:
-    """`names`: of the sources, as findings show them."""
+    """`names`: of the sources, as findings show them; `files`: {source: names of its rows}, where each is a file."""
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self.names = names
+    def __init__(self, path: Path, names: Sequence[str], files: Mapping[int, Sequence[str]] = {}) -> None:
+        self.names, self.files = names, files
         self.base = sqlite3.connect(path)
         self.base.execute("pragma journal_mode = off")
         self.base.execute("pragma synchronous = off")
@@ -164,7 +164,9 @@ class Ledger:
             yield Finding(*values)
 
     def where(self, source: int, number: int) -> str:
-        """ "rows.csv:12", or for line 0 the file alone."""
+        """ "rows.csv:12", or for line 0 the file alone; "pictures/cats/1.jpg" for the row of a folder."""
+        if number and (files := self.files.get(source)):
+            return files[number - 1]
         return f"{self.names[source]}:{number}" if number else self.names[source]
 
 

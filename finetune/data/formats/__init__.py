@@ -12,6 +12,7 @@ data URI, bytes, {"bytes": ..., "path": ...}, a `pathlib.Path` if the format its
 these. Modules beginning with an underscore know nothing of tasks.
 
 May define: REMOTE = True                           `path` may be a Hub id
+            ROWS_ARE_FILES = True                   each row is one file of a folder, and is named after it
 """
 
 from collections.abc import Iterator

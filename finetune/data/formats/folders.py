@@ -10,6 +10,7 @@ from finetune.common.errors import DataError
 from finetune.common.registry import PartOptions
 from finetune.data.formats import NumberedRows, _media
 
+ROWS_ARE_FILES = True
 SHOWN = 10  # files in an error
 ROWS = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar", ".scp"}  # beside folders: another format
 
