@@ -189,7 +189,9 @@ def test_pictures_of_all_forms_give_the_answer_of_their_file(here, page):
     def features(form: object) -> torch.Tensor:
         seen = []
         original = assistant.model.generate
-        assistant.model.generate = lambda **batch: seen.append(batch["features"]["image"]) or original(**batch)
+        assistant.model.generate = lambda ids, mask, features, **options: (
+            seen.append(features["image"]) or original(ids, mask, features, **options)
+        )
         try:
             assistant.answer("Which shelf?", image=form, max_new_tokens=1)
         finally:
