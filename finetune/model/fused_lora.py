@@ -68,7 +68,8 @@ class _LinearWithLora(torch.autograd.Function):
         rows = (x if dropped is None else dropped).flatten(0, -2)
         inner = rows @ first.to(x.dtype).t()
         result.view(-1, result.shape[-1]).addmm_(inner, second.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(rows, inner, first, second)
+        _, _, learns_first, learns_second, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if learns_first else None, inner if learns_second else None, first, second)
         ctx.scaling, ctx.base, ctx.shape, ctx.is_dropped = scaling, base, x.shape, dropped is not None
         return result
 

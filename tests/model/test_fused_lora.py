@@ -97,6 +97,26 @@ def test_activation_checkpoints_compute_the_same_gradients(folder, calls):
     assert max(distances(gradients, others).values()) == 0
 
 
+def test_what_only_lora_learns_from_is_not_kept_where_it_stands_still():
+    """As while the projectors are aligned: bytes kept for the backward pass."""
+    _, fused = pair_of(tiny_llm())
+    kept = []
+    for learns in (True, False):
+        for name, parameter in fused.named_parameters():
+            parameter.requires_grad_(learns and "lora_" in name)
+        sizes = {}
+        embeddings = fused.get_input_embeddings()(IDS).detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.setdefault(tensor.data_ptr(), tensor.nbytes) and tensor,
+            lambda tensor: tensor,
+        ):
+            logits = fused(inputs_embeds=embeddings, use_cache=False).logits
+        logits.square().mean().backward()
+        assert embeddings.grad.abs().max() > 0
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.9 * kept[0]
+
+
 def test_less_is_kept_and_copied_than_by_peft():
     """Bytes of tensors made in a step, in both directions."""
     plain, fused = pair_of(tiny_llm(hidden_size=64))
