@@ -190,7 +190,10 @@ def ranked(rows: Sequence[PredictedRow], inputs: Sequence[Input], task: TaskPart
     """
     if task is None or not _ranks(task):
         return [*rows]
-    groups = [(one.row.path, task.module.group_of(one.row, task.options)) for one in inputs]
+    groups = [
+        (one.row.path, "" if row.error else task.module.group_of(one.row, task.options))
+        for one, row in zip(inputs, rows, strict=True)
+    ]
     answers: dict[tuple[Path, str], list[float]] = defaultdict(list)
     for row, group in zip(rows, groups, strict=True):
         if isinstance(row.answer, int | float):

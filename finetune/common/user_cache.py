@@ -6,4 +6,5 @@ from pathlib import Path
 
 def user_cache(name: str) -> Path:
     """The folder for cached files of one kind: 'features', 'media'."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetune" / name
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "finetune" / name

@@ -34,7 +34,8 @@ class Stamp(NamedTuple):
     def of(cls, path: Path | str) -> "Stamp":
         """Raises OSError."""
         status = os.stat(path)
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        # Network file systems number inodes up to 2^64, which neither SQLite nor an int64 holds.
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1))
 
     @property
     def settled(self) -> bool:

@@ -22,13 +22,13 @@ SCHEMA = pa.schema(
     {
         "where": pa.binary(),
         "source": pa.int32(),
-        "answer": pa.string(),
+        "answer": pa.large_string(),
         "media": pa.list_(pa.string()),
         "files": pa.list_(pa.binary()),
         "stamps": pa.list_(pa.int64()),
         "key": pa.binary(16),
         "stays": pa.list_(pa.string()),
-        "sample": pa.string(),
+        "sample": pa.large_string(),  # large: all of them together may have more than 2 GiB
     }
 )
 Numbers = npt.NDArray[np.int64]

@@ -23,6 +23,7 @@ from finetune.training.cache_choice import FULLEST, free_bytes
 ENCODED_FIRST = 8  # media encoded to estimate the size of the cache
 MANY = 256  # media for which processes that decode, and batches that are tried first, pay
 FEW_TOGETHER = 4  # in a batch; on a CPU more are slower
+MOST_DECODERS = 16
 HANDED_OVER = 3  # media of each decoding process that wait
 LINE_SECONDS = 30.0
 
@@ -81,7 +82,10 @@ class Pace:
 def equal_batch(features: Features, kind: str, prepared: Sequence[Prepared]) -> int:
     """FEW_TOGETHER if so many media together have the features, to the bit, that each has alone; else 1."""
     alike = [one for one in prepared if one.values.shape == prepared[0].values.shape][:FEW_TOGETHER]
-    alone, together = (features.compute(kind, alike, batch) for batch in (1, FEW_TOGETHER))
+    try:
+        alone, together = (features.compute(kind, alike, batch) for batch in (1, FEW_TOGETHER))
+    except torch.OutOfMemoryError:
+        return 1
     equal = all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
     return FEW_TOGETHER if equal and len(alike) == FEW_TOGETHER else 1
 
@@ -93,6 +97,7 @@ def decoders(prepared: Sequence[Prepared]) -> int:
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if shared.is_dir() else 0
     forks = get_start_method() == "fork"  # others would load torch anew, and need all that they get pickled
+    cores = min(cores, MOST_DECODERS)  # a container may have fewer than it shows
     return cores if forks and cores > 1 and 2 * HANDED_OVER * cores * largest < free else 0
 
 

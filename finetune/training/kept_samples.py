@@ -39,10 +39,8 @@ class RowsDigest:
 def tokenized_samples(samples: SampleTable, run: Run) -> tuple[TokenizedSamples, str]:
     """(samples as tokens, the digest of them all). Raises DataError with all rows that can't be used."""
     folder = _folder(samples, run)
-    if folder is not None and (table := opened(folder)) is not None and (folder / DIGEST).is_file():
-        kept = TokenizedSamples(table)
-        if max(kept.lengths) <= int(run.recipe.train.tokens_per_batch):
-            return kept, (folder / DIGEST).read_text(encoding="utf-8")
+    if (found := _kept(folder)) is not None and max(found[0].lengths) <= int(run.recipe.train.tokens_per_batch):
+        return found
     digest = RowsDigest()
 
     def finish(writing: Path) -> bool:
@@ -50,6 +48,18 @@ def tokenized_samples(samples: SampleTable, run: Run) -> tuple[TokenizedSamples,
         return True
 
     return TokenizedSamples(keep(folder, SCHEMA, map(vars, digest.read(tokenized(samples, run))), finish)), str(digest)
+
+
+def _kept(folder: Path | None) -> tuple[TokenizedSamples, str] | None:
+    try:
+        table = opened(folder) if folder else None
+        return (
+            None
+            if table is None or folder is None
+            else (TokenizedSamples(table), (folder / DIGEST).read_text(encoding="utf-8"))
+        )
+    except OSError:  # another process replaces it
+        return None
 
 
 def _folder(samples: SampleTable, run: Run) -> Path | None:

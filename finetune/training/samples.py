@@ -64,8 +64,8 @@ class TokenizedSample:
 
 SCHEMA = pa.schema(
     {
-        "input_ids": pa.list_(pa.int32()),
-        "labels": pa.list_(pa.int32()),
+        "input_ids": pa.large_list(pa.int32()),  # large: all of them together may have more than 2^31 tokens
+        "labels": pa.large_list(pa.int32()),
         "where": pa.string(),
         "media_kinds": pa.list_(pa.string()),
         "media_paths": pa.list_(pa.string()),
@@ -76,8 +76,8 @@ SCHEMA = pa.schema(
         "target": pa.list_(pa.float64()),
         "group": pa.string(),
         "loss_weight": pa.float64(),
-        "teacher_input_ids": pa.list_(pa.int32()),
-        "teacher_labels": pa.list_(pa.int32()),
+        "teacher_input_ids": pa.large_list(pa.int32()),
+        "teacher_labels": pa.large_list(pa.int32()),
     }
 )
 

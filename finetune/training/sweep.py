@@ -201,6 +201,8 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
         return False
 
     recipe = with_measured_dtype(recipe)
+    if recipe.train.cache == "auto":
+        recipe = recipe.with_(**{"train.cache": True})  # the trials read the same features
     shared = parts.of(recipe)
     try:
         folder = train_in(place, recipe, shared=shared, on_validation=prune)

@@ -673,7 +673,7 @@ def test_a_card_by_its_memory(memory, name):
     assert cards.card_of(memory).name == name
 
 
-@pytest.mark.parametrize("name", ["5090", "x", "201 GB"])
+@pytest.mark.parametrize("name", ["5090", "x", "rtx", "gb", "201 GB"])
 def test_a_card_that_is_neither_a_name_nor_a_memory_is_refused(name):
     with pytest.raises(RecipeError, match="rtx3060-12gb"):
         cards.card_of(name)

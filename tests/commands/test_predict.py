@@ -229,13 +229,13 @@ def test_every_head_answers_a_table_without_answers(task, heads, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_ranks_are_within_groups_and_written_once_all_rows_are_answered(suffix, tmp_path):
-    """Of two users, one with equal answers; a row that failed has no rank."""
+    """Of two users, one with equal answers, one called 0; rows that failed have no rank, or have no user."""
     task = TaskPart("rank", load_part("tasks", "rank").Options())
     inputs = [
-        Input(f"t.csv:{number}", Row(tmp_path / "t.csv", number, {"group": user}, tmp_path), {"group": user})
-        for number, user in enumerate("aabbbb", 2)
+        Input(f"t.csv:{number}", Row(tmp_path / "t.csv", number, {"group": user}, tmp_path), {"group": str(user)})
+        for number, user in enumerate([0, 0, *"bbbb", "  "], 2)
     ]
-    answers = [0.1, 0.7, 2.5, 0.5, 2.5, None]
+    answers = [0.1, 0.7, 2.5, 0.5, 2.5, None, None]
     rows = [
         PredictedRow(one.name, one.columns, answer, error="" if answer is not None else "torn")
         for one, answer in zip(inputs, answers, strict=True)
@@ -246,7 +246,7 @@ def test_ranks_are_within_groups_and_written_once_all_rows_are_answered(suffix, 
     done = file.answered()
     assert [row.rank for row in done.values()] == [None] * 5
     ranked = predicting.ranked(rows, inputs, task)
-    assert [row.rank for row in ranked] == [2, 1, 1, 3, 1, None]
+    assert [row.rank for row in ranked] == [2, 1, 1, 3, 1, None, None]
     with file.appending(ranked):
         pass
     assert [*file.answered().values()] == ranked[:5]

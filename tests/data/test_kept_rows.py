@@ -151,3 +151,20 @@ def test_hashes_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     (tmp_path / "cache" / "index.sqlite").write_text("no database")
     an_hour_ago(file)
     assert hashed() == real(file)
+
+
+def test_inodes_of_network_drives_fit_where_they_are_kept(data, read, monkeypatch):
+    """They have 64 bits without a sign."""
+    stat = os.stat
+
+    class Status:
+        def __init__(self, status):
+            self.status = status
+
+        def __getattr__(self, name):
+            return self.status.st_ino + 2**63 if name == "st_ino" else getattr(self.status, name)
+
+    monkeypatch.setattr(os, "stat", lambda path, **options: Status(stat(path, **options)))
+    chosen = sources(data)
+    splits, count = read(chosen)
+    assert count == COUNT and content(splits) == content(read(chosen)[0])

@@ -98,7 +98,9 @@ def card_of(name: str) -> InitCard:
     number = re.fullmatch(r"(\d+(?:\.\d+)?)(?:gi?b)?", text)
     if number and float(number[1]) <= MOST_MEMORY:
         return _of_memory(float(number[1]))
-    known = [gpu.memory * GIB / 1e9 for gpu in GPUS.values() if len(text) > 1 and text in gpu.name.replace("-", "")]
+    known = [
+        gpu.memory * GIB / 1e9 for gpu in GPUS.values() if re.search(r"\d", text) and text in gpu.name.replace("-", "")
+    ]
     if known:
         return _of_memory(min(known) + RESERVED)
     raise RecipeError(

@@ -58,12 +58,16 @@ def sample(row: Row, options: Options) -> Sample:
 
 
 def stand_in(row: Row, options: Options) -> Columns:
-    return {options.relevance: 0} | ({} if row.columns.get(options.group) else {options.group: "?"})
+    return {options.relevance: 0} | ({} if _has_group(row, options) else {options.group: "?"})
 
 
 def group_of(row: Row, options: Options) -> str:
     """Rows without one, whose answers aren't known, are ranked together."""
-    return row.text(options.group) if row.columns.get(options.group) else "?"
+    return row.text(options.group) if _has_group(row, options) else "?"
+
+
+def _has_group(row: Row, options: Options) -> bool:
+    return row.columns.get(options.group) not in (None, "")
 
 
 def read(answer: Answer, options: Options) -> float | None:
