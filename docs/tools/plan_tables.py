@@ -70,17 +70,7 @@ MODELS = {
     "google/siglip-so400m-patch14-384": _vision(1152, 27, 4304, 16, 14, 384),
     "openai/whisper-small": Sizes("whisper", {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12}),
 }
-RECIPES = (
-    "transcribe-speech",
-    "gpu-8gb",
-    "colab-t4",
-    "read-documents",
-    "video-questions",
-    "speech-reply",
-    "image-and-speech",
-    "cross-attention",
-    "gpu-16gb",
-)
+RECIPES = ("transcribe-speech", "gpu-8gb", "colab-t4")
 
 
 def folder_of(name: str, into: Path) -> Path:

@@ -18,7 +18,7 @@ IDS = torch.tensor([[5, 9, 30, 7, 61, 12, 40], [8, 3, 22, 91, 17, 33, 2]])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_llm_folder(tmp_path_factory.mktemp("llm"), hidden_size=64, intermediate_size=96)
+    return tiny_llm_folder(tmp_path_factory.mktemp("fused") / "llm", hidden_size=64, intermediate_size=96)
 
 
 @pytest.fixture
