@@ -27,7 +27,7 @@ INNER = 3  # times the width, between the two products of a feed-forward block
 RANK = 16
 # How many times as fast a layer must be: attention, head, projectors and optimizer gain less than it (LOG, 2026-11-29),
 # and runs of one machine shouldn't differ by chance.
-CLEARLY = 2.0
+CLEARLY = 3.0
 Step = Callable[[], None]
 
 

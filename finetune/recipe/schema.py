@@ -66,7 +66,7 @@ class Llm(Section):
     dtype: Dtype = Field(
         "auto",
         description="Dtype of the computation; auto: bfloat16 where the GPU has it, float16 on older GPUs, float32 on "
-        "a CPU, unless a new run measures that another is at least twice as fast.",
+        "a CPU, unless a new run measures that another is at least three times as fast.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "auto",
