@@ -68,7 +68,7 @@ def in_this_process(name: str, folder: Path) -> int:
     step, setting = next(step for step in STEPS if step.name == name), Setting.load(folder)
     try:
         module = import_module(f"benchmarks.gpu.checks.{step.file}")
-    except Exception as error:  # told when its turn comes
+    except Exception as error:  # reported when its turn comes
         traceback.print_exc()
         module = error
     if sys.stdin.readline():

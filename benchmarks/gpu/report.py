@@ -39,7 +39,7 @@ class Timed:
 
 def report(setting: Setting, outcomes: Sequence[Outcome]) -> str:
     """Markdown: a heading with card and date, a table of the checks and one of the timed trainings."""
-    machine = next((one.told for one in outcomes if one.name == "machine"), "")
+    machine = next((one.detail for one in outcomes if one.name == "machine"), "")
     card = machine.partition(";")[0] or setting.device
     command = "python -m benchmarks.gpu" + (f" --device {setting.device}" if setting.device != "cuda" else "")
     command += " --toy" if setting.toy else ""
@@ -47,7 +47,9 @@ def report(setting: Setting, outcomes: Sequence[Outcome]) -> str:
     if setting.toy:
         lines += ["Everything at toy size: its figures tell nothing.", ""]
     lines += ["| check | result | seconds | found |", "|---|---|---:|---|"]
-    lines += [f"| {o.name} | {o.result} | {o.seconds:.1f} | {cell(o.told)} |" for o in outcomes if o.name != "machine"]
+    lines += [
+        f"| {o.name} | {o.result} | {o.seconds:.1f} | {cell(o.detail)} |" for o in outcomes if o.name != "machine"
+    ]
     passed = {one.name for one in outcomes if one.result == "pass"}
     runs = [timed for step in STEPS if step.name in passed and (timed := timed_run(setting, step.timed))]
     if runs:

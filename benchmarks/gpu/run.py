@@ -22,15 +22,15 @@ LINES = 15  # of the output of what failed
 
 @dataclass(frozen=True)
 class Outcome:
-    """`told`: figures, or why a step failed or was skipped."""
+    """`detail`: figures, or why a step failed or was skipped."""
 
     name: str
     result: Literal["pass", "fail", "skip"]
-    told: str
+    detail: str
     seconds: float = 0.0
 
     def line(self) -> str:
-        return f"{self.result}  {self.name:20} {self.seconds:6.1f} s  {self.told}"
+        return f"{self.result}  {self.name:20} {self.seconds:6.1f} s  {self.detail}"
 
 
 class Waiting:
@@ -65,7 +65,7 @@ class Waiting:
         if not self.found.is_file():
             return Outcome(self.step.name, "fail", f"its process ended with {self.process.returncode}", seconds)
         outcome = Outcome(**json.loads(self.found.read_text(encoding="utf-8")))
-        return Outcome(outcome.name, outcome.result, outcome.told, seconds)
+        return Outcome(outcome.name, outcome.result, outcome.detail, seconds)
 
     def stop(self) -> None:
         self.process.kill()

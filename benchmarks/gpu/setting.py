@@ -1,4 +1,4 @@
-"""What each check is told."""
+"""Options of a run, which each check gets."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -31,7 +31,7 @@ LIBRARIES = ("pyarrow", "datasets", "openpyxl")  # that read rows
 
 
 def sources_folder(sources: Sequence[Source], max_bytes: int) -> Path | None:
-    """Where the samples of these sources are kept; None where it can't be told whether a source has changed."""
+    """Where the samples of these sources are kept; None where nothing shows whether a source has changed."""
     content: list[object] = [code_hash("data"), [_version(name) for name in LIBRARIES], max_bytes]
     for source in sources:
         stamps = stamps_of(source.path)

@@ -148,7 +148,7 @@ def keep_layout(model: torch.nn.Module) -> None:
 
 
 def quantization(llm: Llm, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers is told of the LLM's quantization; `dtype` is that of the computation."""
+    """transformers' settings of the LLM's quantization; `dtype` is that of the computation."""
     if llm.quantize == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,

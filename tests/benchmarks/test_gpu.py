@@ -25,7 +25,8 @@ if name == "dies":
     os.kill(os.getpid(), 9)
 if name == "hangs":
     time.sleep(60)
-json.dump({"name": name, "result": "pass", "told": "well", "seconds": 0.0}, open(f"{folder}/{name}.outcome.json", "w"))
+outcome = {"name": name, "result": "pass", "detail": "well", "seconds": 0.0}
+json.dump(outcome, open(f"{folder}/{name}.outcome.json", "w"))
 """
 
 
@@ -40,11 +41,11 @@ def loud_again(monkeypatch):
     monkeypatch.setattr(console, "quiet", False)
 
 
-def told(setting, name):
+def detail(setting, name):
     step = next(step for step in STEPS if step.name == name)
     outcome = perform(step, setting, import_module(f"benchmarks.gpu.checks.{step.file}"))
-    assert outcome.result == "pass", outcome.told
-    return outcome.told
+    assert outcome.result == "pass", outcome.detail
+    return outcome.detail
 
 
 @pytest.mark.slow
@@ -61,17 +62,17 @@ def told(setting, name):
     ],
 )
 def test_a_check_at_toy_size(name, expected, setting):
-    assert expected in told(setting, name)
+    assert expected in detail(setting, name)
 
 
 @pytest.mark.slow
 def test_training_beside_trl_at_toy_size(setting):
-    assert "16 tokens of a picture" in told(setting, "weights")
+    assert "16 tokens of a picture" in detail(setting, "weights")
     llm = setting.folder / "llm"
     assert json.loads((llm / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
-    assert "of 970 tokens ours reads 666" in told(setting, "k=5 prepare")
+    assert "of 970 tokens ours reads 666" in detail(setting, "k=5 prepare")
     for name in ("ours-compiled", "trl-compiled"):
-        assert "samples/s" in told(setting, f"k=5 {name}")
+        assert "samples/s" in detail(setting, f"k=5 {name}")
     training = import_module("benchmarks.gpu.checks.training")
     with pytest.raises(Skipped, match="need a GPU"):
         training.check(setting, "5", "ours-liger")
@@ -95,7 +96,7 @@ def test_what_dies_or_hangs_leaves_the_others(tmp_path, capsys):
         ("too long", "skip"),
         ("hangs", "fail"),
     ]
-    assert "ended with -9" in outcomes[0].told and "took too long" in outcomes[4].told
+    assert "ended with -9" in outcomes[0].detail and "took too long" in outcomes[4].detail
 
 
 def test_a_check_that_fails_tells_why(setting, capsys):
@@ -105,7 +106,7 @@ def test_a_check_that_fails_tells_why(setting, capsys):
             raise AssertionError("errors of\n gradients 0.3")
 
     assert perform(STEPS[0], setting, Check) == Outcome("machine", "fail", "AssertionError: errors of gradients 0.3")
-    assert perform(STEPS[0], setting, ImportError("no such")).told == "ImportError: no such"
+    assert perform(STEPS[0], setting, ImportError("no such")).detail == "ImportError: no such"
 
 
 def test_what_a_chosen_check_needs_comes_along():

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / "weights/minimind2-small").is_dir(), reason="needs the quickstart's weights"),
-]
+pytestmark = pytest.mark.slow
 
 
 def test_a_second_start_reads_and_encodes_nothing_anew(tmp_path):

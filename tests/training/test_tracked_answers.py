@@ -96,10 +96,10 @@ def test_rows_come_from_all_over_each_task_with_small_pictures(tmp_path, counts,
 def test_a_stage_that_validates_shows_answers(tmp_path, monkeypatch):
     wandb = tracker("wandb", monkeypatch)
     run = finetune.train(recipe_of(tmp_path, "tensorboard", "wandb"), tmp_path / "run")
-    for stage, told in zip(STAGES, wandb.told, strict=True):
+    for stage, logged in zip(STAGES, wandb.logged, strict=True):
         written = events(run.path / "tensorboard" / stage["name"])
         passes = [one.step for one in written.Scalars("eval/score")]
         assert [one.step for one in written.Tensors("eval/answers/text_summary")] == passes
-        assert [step for step, values in told.items() if "eval/answers" in values] == passes
+        assert [step for step, values in logged.items() if "eval/answers" in values] == passes
         pictures = [tag for tag in written.Tags()["images"] if tag.startswith("eval/answers/image/")]
         assert 0 < len(pictures) <= 8

@@ -22,23 +22,23 @@ STAGES = [
 
 
 class Runs(MagicMock):
-    """A tracker's log: `told` has an entry for each run that begins, {step: its values}."""
+    """A tracker's log: `logged` has an entry for each run that begins, {step: its values}."""
 
-    told: list[dict[int, dict[str, float]]]
+    logged: list[dict[int, dict[str, float]]]
 
 
 def tracker(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module that stands for a tracker; only what transformers calls of it does something."""
-    module = Runs(name=name, __spec__=ModuleSpec(name, None, origin=name), __version__="9.0", told=[], run=None)
+    module = Runs(name=name, __spec__=ModuleSpec(name, None, origin=name), __version__="9.0", logged=[], run=None)
 
     def begin(**names: str) -> None:
-        module.told.append({})
+        module.logged.append({})
         module.run = MagicMock()
 
     def log(values: dict[str, float], step: int | None = None) -> None:
         assert module.run is not None, "logged outside a run"
         step = int(values["train/global_step"]) if step is None else step
-        module.told[-1].setdefault(step, {}).update(values)
+        module.logged[-1].setdefault(step, {}).update(values)
 
     def end() -> None:
         module.run = None
@@ -75,7 +75,7 @@ def test_tensorboard_has_every_step_of_an_interrupted_run_once(tmp_path, monkeyp
 
     def interrupting(values: dict[str, float]) -> None:
         log(values)
-        if len(trackio.told) == 2 and values["train/global_step"] == 3:
+        if len(trackio.logged) == 2 and values["train/global_step"] == 3:
             signal.raise_signal(signal.SIGTERM)
 
     trackio.log = interrupting
@@ -84,23 +84,23 @@ def test_tensorboard_has_every_step_of_an_interrupted_run_once(tmp_path, monkeyp
     trackio.log = log
     run = finetune.train(recipe, tmp_path / "run", resume=True)
     for stage in STAGES:
-        told = scalars(run.path / "tensorboard" / stage["name"])
-        steps = [step for step, _ in told["train/loss"]]
+        logged = scalars(run.path / "tensorboard" / stage["name"])
+        steps = [step for step, _ in logged["train/loss"]]
         assert steps == [*range(1, 2 * stage["epochs"] + 1)]
-        assert [step for step, _ in told["train/learning_rate"]] == steps
-        assert max(rate for _, rate in told["train/learning_rate"]) <= stage["learning_rate"] * 1.0001
-        assert len(told["train/tokens_per_second"]) >= len(steps) - 2  # a process's first step has none
-        assert [step for step, _ in told["eval/score"]] == [0, *steps[1::2]] and "eval/classify/accuracy" in told
-    assert len(trackio.told) == 3 and trackio.run is None  # align, tune, tune resumed
+        assert [step for step, _ in logged["train/learning_rate"]] == steps
+        assert max(rate for _, rate in logged["train/learning_rate"]) <= stage["learning_rate"] * 1.0001
+        assert len(logged["train/tokens_per_second"]) >= len(steps) - 2  # a process's first step has none
+        assert [step for step, _ in logged["eval/score"]] == [0, *steps[1::2]] and "eval/classify/accuracy" in logged
+    assert len(trackio.logged) == 3 and trackio.run is None  # align, tune, tune resumed
 
 
 def test_each_stage_is_a_run_of_each_tracker(tmp_path, monkeypatch):
     modules = {name: tracker(name, monkeypatch) for name in ("wandb", "mlflow", "trackio")}
     finetune.train(recipe_of(tmp_path, *modules), tmp_path / "run")
     for name, module in modules.items():
-        assert len(module.told) == len(STAGES) and module.run is None, name
+        assert len(module.logged) == len(STAGES) and module.run is None, name
         prefix, score = ("", "eval_score") if name == "mlflow" else ("train/", "eval/score")
-        for steps in module.told:
+        for steps in module.logged:
             assert all(f"{prefix}loss" in steps[step] and f"{prefix}learning_rate" in steps[step] for step in (1, 2, 3))
             assert f"{prefix}tokens_per_second" in steps[2] and 0 <= steps[2][score] <= 1
 

@@ -27,7 +27,7 @@ EQUAL = 0.9  # share of answers: in another batch, single ones may take another 
 
 
 def check(setting: Setting) -> str:
-    told = [
+    figures = [
         f"{name} {generated(setting, quantize, dtype):.1e}"
         for name, quantize, dtype in (
             ("float32", "none", torch.float32),
@@ -35,7 +35,7 @@ def check(setting: Setting) -> str:
             ("nf4 in float16", "nf4", torch.float16),
         )
     ]
-    short = f"most that a token falls short of the likeliest, in deviations of logits: {', '.join(told)}"
+    short = f"most that a token falls short of the likeliest, in deviations of logits: {', '.join(figures)}"
     return f"{short}; {asked(setting)}"
 
 

@@ -55,8 +55,8 @@ def check(setting: Setting) -> str:
         worst[dtype] = max(worst[dtype], (max(errors), max(usual)))
     capable = setting.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     assert kernel == capable, "PyTorch's kernel for many lengths is missing, or takes other arguments"
-    told = "; ".join(f"{str(d)[6:]} {one:.1e}, SDPA {other:.1e}" for d, (one, other) in worst.items())
-    return f"{'one kernel' if kernel else 'a segment a call'}; greatest error of output and gradients: {told}"
+    figures = "; ".join(f"{str(d)[6:]} {one:.1e}, SDPA {other:.1e}" for d, (one, other) in worst.items())
+    return f"{'one kernel' if kernel else 'a segment a call'}; greatest error of output and gradients: {figures}"
 
 
 def uneven(one: int, many: int) -> RowPlan:

@@ -30,12 +30,12 @@ def check(setting: Setting) -> str:
     run = trained(setting, setting.folder / "merge")
     roomy, seconds = timed_merge(run)
     size = sum(path.stat().st_size for path in (run / "merged").glob("*.safetensors"))
-    told = [f"{size / 2**20:.0f} MiB into {roomy.merged_into}: with room {closeness(roomy)} in {seconds:.1f} s"]
+    figures = [f"{size / 2**20:.0f} MiB into {roomy.merged_into}: with room {closeness(roomy)} in {seconds:.1f} s"]
     if setting.device == "cuda":
         with filled((1 + ROOM) / 2 * size):
             beside, seconds = timed_merge(run)
-        told.append(f"beside the full GPU {closeness(beside)} in {seconds:.1f} s")
-    return "; ".join(told)
+        figures.append(f"beside the full GPU {closeness(beside)} in {seconds:.1f} s")
+    return "; ".join(figures)
 
 
 def closeness(certificate: Certificate) -> str:

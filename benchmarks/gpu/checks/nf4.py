@@ -13,7 +13,7 @@ BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # rel
 
 def check(setting: Setting) -> str:
     llm, device = Llm(name=str(llm_folder(setting, "llama"))), torch.device(setting.device)
-    told = []
+    figures = []
     for dtype, bound in BOUNDS.items():
         expected = composite(load_language_model(llm, dtype, device).dequantize().float())
         exact = apart(expected, setting, torch.float32)
@@ -26,5 +26,5 @@ def check(setting: Setting) -> str:
         found["checkpoints"] = in_one_row(model.train(), setting, dtype, RowKind.SHARED)
         errors = {name: one.errors(exact) for name, one in found.items()}
         assert max(map(max, errors.values())) <= bound, f"{dtype}: errors of losses and gradients {errors}"
-        told.append(f"{str(dtype)[6:]} {max(error for _, error in errors.values()):.1e}")
-    return f"greatest error of gradients: {', '.join(told)}"
+        figures.append(f"{str(dtype)[6:]} {max(error for _, error in errors.values()):.1e}")
+    return f"greatest error of gradients: {', '.join(figures)}"

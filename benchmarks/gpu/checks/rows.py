@@ -15,7 +15,7 @@ LEAST = {torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
 
 def check(setting: Setting) -> str:
-    told = []
+    figures = []
     for family, changes in list(FAMILIES.items())[: 2 if setting.toy else None]:
         folder = llm_folder(setting, family, family, **changes)
         for dtype in LEAST:
@@ -33,5 +33,5 @@ def check(setting: Setting) -> str:
                 assert all(e <= WORSE * u + LEAST[dtype] for e, u in zip(errors, usual, strict=True)), (
                     f"{family} in {dtype}, {kind}: errors of losses and gradients {errors}, of separate rows {usual}"
                 )
-            told.append(f"{family} {str(dtype)[6:]} {errors[1]:.1e} ({usual[1]:.1e})")
-    return f"errors of gradients in shared rows (in separate ones): {', '.join(told)}"
+            figures.append(f"{family} {str(dtype)[6:]} {errors[1]:.1e} ({usual[1]:.1e})")
+    return f"errors of gradients in shared rows (in separate ones): {', '.join(figures)}"
