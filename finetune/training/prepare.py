@@ -118,7 +118,7 @@ def stage_rows(
     run, training = prepared.run, prepared.training
     chosen = samples_of(stage, training)
     own = picked(training, chosen)
-    if stage.distill:
+    if stage.objective.needs == "texts":
         samples = TokenizedSamples.of(distilled(own, stage, run, model))
     else:
         samples = prepared.samples.select(chosen)

@@ -195,10 +195,11 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
     if errors:
         headline = f"stage {stage.name!r} distills: the task's `transcript` names the column with the media's text"
         raise DataError(error_list(errors, headline))
-    if stage.distill is not None and stage.distill.answers == "own":
+    options: Any = stage.objective.options
+    if options.answers == "own":
         path = run.folder.data / f"answers-{stage.name}.json"
         if PartialState().is_main_process and not path.is_file():
-            write_json(path, {"answers": own_answers(samples, run.assistant(model), stage.distill.max_new_tokens)})
+            write_json(path, {"answers": own_answers(samples, run.assistant(model), options.max_new_tokens)})
         PartialState().wait_for_everyone()
         answers = read_json(path)["answers"]
         # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.

@@ -155,7 +155,7 @@ def train_stages(
             field="features" if settings.cache else "media",
             kind=kind,
             pad_token_id=components.tokenizer.pad_token_id,
-            heads=prepared.head_outputs if prepared.weighted and not stage.distill else None,
+            heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
         )
         training = StageTraining(
             model=model,

@@ -19,6 +19,7 @@ from finetune.model.features import Features
 from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
+from finetune.recipe.parts import ObjectivePart
 from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import Row, Sharing, plan_rows
@@ -132,8 +133,8 @@ class PlannedRun:
         training, recipe = self.rows.training, self.run.recipe
         chosen = samples_of(stage, training)
         samples = self.samples.select(chosen)
-        if stage.distill:  # the LLM's own answers aren't known yet
-            given = stage.model_copy(update={"distill": stage.distill.model_copy(update={"answers": "given"})})
+        if stage.objective.needs == "texts":  # the LLM's own answers aren't known yet
+            given = stage.model_copy(update={"objective": ObjectivePart.of(stage.objective.kind, answers="given")})
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         lengths = samples.taught_lengths
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
