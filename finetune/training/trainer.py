@@ -30,6 +30,7 @@ from finetune.training.checkpoints import STAGING, WholeCheckpoints, seconds_of,
 from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
+from finetune.training.reference import Reference
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
@@ -40,7 +41,7 @@ SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each 
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE.
+    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`.
     """
 
     model: MultimodalModel
@@ -52,6 +53,7 @@ class StageTraining:
     folder: Path
     seed: int
     dtype: torch.dtype
+    origin: str = ""
 
     @property
     def steps(self) -> int:
@@ -71,11 +73,11 @@ def train_stage(
     Raises Interrupted where `stop` was asked to end it before its last step, with a whole checkpoint on disk, and
     TrainingError on a value that isn't finite.
     """
-    parts = trained_parts(training.model, training.stage.trains)
+    stage, parts = training.stage, trained_parts(training.model, training.stage.trains)
     track, run = training.settings.track, training.folder.parents[1]
     first_step = 1 + (step_of(resume_from) if resume_from else 0)
     # `stop` comes last: what is asked while another callback validates holds for this step.
-    boards = tensorboard_callbacks(track, run / "tensorboard" / training.stage.name, first_step)
+    boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
     callbacks = [
         *boards,
         FiniteGradients(parts),
@@ -84,7 +86,7 @@ def train_stage(
         stop,
     ]
     trainer = StageTrainer(
-        training.stage,
+        stage,
         parts,
         model=training.model,
         args=trainer_arguments(training),
@@ -100,6 +102,12 @@ def train_stage(
         if hasattr(callback, "show"):
             callback.show = partial(show_answers, track, boards)
     try:
+        if stage.objective.reference:
+            path = run / "data" / f"reference-{stage.name}.safetensors"
+            reference = Reference(path, training.origin, training.model, training.collator)
+            training.collator.reference = reference.log_probs(
+                training.rows, trainer.accelerator.autocast(), resumed=resume_from is not None
+            )
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(

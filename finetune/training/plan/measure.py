@@ -138,6 +138,8 @@ def step_of(
     weighted = any(b.trained for b in bindings) or any(source.loss_weight != 1 for source in recipe.data)
     rows = planned.stage_rows(stage, model, kind, seed)
     collator = planned.collator(rows.samples, weighted and stage.objective.heads, kind)
+    if stage.objective.reference:
+        collator.reference = [torch.zeros(rows.samples[number].learned) for number in range(len(rows.samples))]
     training = StageTraining(
         model=model,
         tokenizer=planned.run.components.tokenizer,
