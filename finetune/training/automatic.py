@@ -53,13 +53,16 @@ class AutoNumbers:
 
 
 def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> int:
-    """Tokens of the longest sample, or of what a stage that distills puts in its place."""
+    """Tokens of the longest sample, or of what a stage that distills or compares answers puts in its place."""
     longest = estimated.longest
     objectives = [stage.objective for stage in recipe.train.stages]
     distilling: list[Any] = [objective.options for objective in objectives if objective.needs == "texts"]
     if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples])):
         longest = max(longest, words.longest)
         longest += max(one.max_new_tokens for one in distilling if one.answers == "own")
+    if any(objective.compares for objective in objectives):
+        rejected = estimate(recipe.model, [sample.answered(sample.rejected or sample.answer) for sample in samples])
+        longest += max(estimated.longest, rejected.longest if rejected else 0)
     return ceil(ROOM * longest)
 
 
