@@ -12,6 +12,7 @@ runs/NAME/
   merged/            a self-contained checkpoint; certificate.json beside it
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -270,11 +271,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    to_disk(partial)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
+    flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def to_disk(folder: Path) -> None:
+    """Wait until all that the folder holds is on the disk: names that appear before it would survive a power cut, their
+    content wouldn't.
+    """
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; on Windows folders can't be waited for."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives and FUSE
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_hashes(folder: Path) -> None:
@@ -331,4 +356,5 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
+    flush(partial)
     os.replace(partial, path)

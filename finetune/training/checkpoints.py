@@ -12,7 +12,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from finetune.common.errors import OVERWRITE, RESUME, TrainingError, option
 from finetune.common.progress import console
-from finetune.common.run_folder import RunFolder, damage, read_json, write_hashes, write_json
+from finetune.common.run_folder import RunFolder, damage, flush, read_json, to_disk, write_hashes, write_json
 
 STAGING = "writing.partial"  # where checkpoints are written before they appear under their own names
 
@@ -46,10 +46,12 @@ class WholeCheckpoints(TrainerCallback):
             written = self.folder / STAGING / f"checkpoint-{state.global_step}"
             write_json(written / SECONDS, {"stage": perf_counter() - self.begin})
             write_hashes(written)
+            to_disk(written)
             for path in self.folder.glob("checkpoint-*"):
                 if step_of(path) >= state.global_step:
                     shutil.rmtree(path)
             os.replace(written, self.folder / written.name)
+            flush(self.folder)
             rotate_checkpoints(str(self.folder), args.save_total_limit)
         PartialState().wait_for_everyone()
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import Any
 
@@ -115,6 +116,12 @@ def train_stage(
             "(with more train.accumulate), optimizer: paged_adamw_8bit, model.llm.quantize: nf4. "
             f"{option(*RESUME)} needs the same recipe: begin anew with {option(*RUN)}"
         ) from error
+    except UnpicklingError:  # transformers loads them with weights_only
+        raise TrainingError(
+            f"{resume_from}: optimizer.pt, scheduler.pt or rng_state.pth holds something else than tensors and "
+            "numbers, and isn't loaded: it wasn't written by a training. Remove this folder; "
+            f"{option(*RESUME)} goes on from the checkpoint before"
+        ) from None
     finally:
         for callback in callbacks:
             getattr(callback, "close", lambda: None)()
