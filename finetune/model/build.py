@@ -55,12 +55,12 @@ def load_components(
 ) -> Components:
     """Load tokenizer and encoders. The same seed gives the same new weights."""
     device = device or default_device()
-    dtype = resolve_dtype(model.llm.dtype, device)
+    dtype = resolve_dtype(model.language_model.dtype, device)
     tokenizer = load_tokenizer(
-        model.llm.name,
-        revision=model.llm.revision,
-        chat_template=model.llm.chat_template,
-        trust_remote_code=model.llm.trust_remote_code,
+        model.language_model.name,
+        revision=model.language_model.revision,
+        chat_template=model.language_model.chat_template,
+        trust_remote_code=model.language_model.trust_remote_code,
     )
     encoders = {name: part.build(dtype, device) for name, part in model.encoders.items()}
     set_seed(seed)
@@ -71,7 +71,7 @@ def load_components(
 
 def load_llm(components: Components) -> Any:
     """The LLM, quantized as the recipe says."""
-    return load_language_model(components.model.llm, components.dtype, components.device)
+    return load_language_model(components.model.language_model, components.dtype, components.device)
 
 
 def build_model(

@@ -182,7 +182,7 @@ def _assistant_spans(
         if not after.startswith(before) or not text.startswith(after):
             raise DataError(
                 f"{sample.where}: the chat template renders turn {number} otherwise in a longer conversation, so the "
-                "answer's tokens can't be found; give a simpler `model.llm.chat_template`"
+                "answer's tokens can't be found; give a simpler `chat_template`"
             )
         end = len(after)
         stripped = after.rstrip()

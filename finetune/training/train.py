@@ -33,7 +33,7 @@ from finetune.recipe.schema import Model, Stage, Train
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
-from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
+from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
@@ -134,7 +134,7 @@ def with_measured_dtype(recipe: Recipe) -> Recipe:
     """The recipe with the dtype that a new run computes in on this machine, or with `auto` where that is the device's
     usual one. Raises ModelError.
     """
-    return recipe.with_(**{DTYPE: measured_dtype(recipe.model.llm, default_device())})
+    return with_dtype_of_run(recipe, measured_dtype(recipe.model.language_model, default_device()))
 
 
 def train_stages(
@@ -187,10 +187,12 @@ def train_stages(
 
 def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
     """How this LLM's rows are laid out; what it can't take is printed."""
-    attention, share = recipe.model.llm.attention, recipe.train.share_prefixes
+    attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
     if attention != "auto":
-        console.print(f"rows are {kind}, without shared prefixes: model.llm.attention is {attention}, not auto")
+        console.print(
+            f"rows are {kind}, without shared prefixes: {recipe.model.language_key}.attention is {attention}, not auto"
+        )
     elif kind is RowKind.PADDED:
         console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
     elif kind is RowKind.PACKED:
@@ -271,9 +273,9 @@ def record_versions(path: Path, processes: int) -> None:
 def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
     """What the adapter folder needs to be rebuilt: LLM and encoders by the commits that were loaded."""
     recipe = run.recipe
-    llm = recipe.model.llm.model_copy(
+    llm = recipe.model.language_model.model_copy(
         update={
-            "revision": commit_of(model.causal_lm, recipe.model.llm.revision),
+            "revision": commit_of(model.causal_lm, recipe.model.language_model.revision),
             "attention": "auto",
             "chat_template": None,  # the tokenizer holds it
             "trust_remote_code": False,
