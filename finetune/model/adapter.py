@@ -147,11 +147,9 @@ def _copy(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 def save_adapter_folder(model: MultimodalModel, tokenizer: Any, folder: Path, manifest: AdapterManifest) -> None:
     """Write the publishable folder."""
+    llm = manifest.model.language_model
     for config in getattr(model.language_model, "peft_config", {}).values():
-        config.base_model_name_or_path, config.revision = (
-            manifest.model.language_model.name,
-            manifest.model.language_model.revision,
-        )
+        config.base_model_name_or_path, config.revision = llm.name, llm.revision
     save_trained(model, folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))

@@ -18,6 +18,7 @@ from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import LanguageModel, Model
 
 LLM_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+BASE_FILES = (*LLM_FILES, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 ENCODER_FILES = ("config.json", "preprocessor_config.json")
 COUNTED = 1000  # samples; the others are taken to be as long
 LONGEST = 50  # samples with the most text, media or bytes, counted too
@@ -56,10 +57,8 @@ def fetch_settings(model: Model) -> dict[str, str]:
     """Download into the Hub's cache what tells how long the rows are, where it isn't there: settings and tokenizers, no
     weights; without a network, nothing. Returns why the Hub refuses: {model: reason}.
     """
-    parts: list[Any] = [
-        (model.language_model, LLM_FILES),
-        *((part.options, ENCODER_FILES) for part in model.encoders.values()),
-    ]
+    parts: list[Any] = [(part.options, ENCODER_FILES) for part in model.encoders.values()]
+    parts.insert(0, (model.language_model, BASE_FILES if model.base else LLM_FILES))
     refused = {source.name: fetch(source.name, source.revision, files) for source, files in parts}
     return {name: why for name, why in refused.items() if why}
 

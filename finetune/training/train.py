@@ -190,9 +190,8 @@ def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
     attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
     if attention != "auto":
-        console.print(
-            f"rows are {kind}, without shared prefixes: {recipe.model.language_key}.attention is {attention}, not auto"
-        )
+        key = f"{recipe.model.language_key}.attention"
+        console.print(f"rows are {kind}, without shared prefixes: {key} is {attention}, not auto")
     elif kind is RowKind.PADDED:
         console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
     elif kind is RowKind.PACKED:

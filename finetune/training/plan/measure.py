@@ -52,9 +52,8 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
     planned = PlannedRun(recipe, rows)
     components, dtype = planned.run.components, planned.run.components.dtype
     model = composed(planned, recipe, dtype)
-    row_kind = likely_row_kind(
-        model.causal_lm, recipe.train.share_prefixes, recipe.model.language_model.attention == "auto"
-    )
+    by_segments = recipe.model.language_model.attention == "auto"
+    row_kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes, by_segments)
     weights_16bit = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
     with Rehearsal() as meter:
         without_data(model, dtype)
