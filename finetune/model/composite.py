@@ -26,15 +26,21 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.common.errors import ModelError
 from finetune.common.registry import kind_of
+from finetune.data.media import example
+from finetune.data.sample import Values
+from finetune.model.base.encoder import BaseEncoder
+from finetune.model.base.existing import modules_beside
+from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, SavedEncoder, SavedProjector
-from finetune.model.encoders import Encoder
+from finetune.model.encoders import Encoder, together
 from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
 from finetune.model.row_plan import RowPlan, following
 from finetune.recipe.parts import FusionPart, ProjectorPart
 
 Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
+Media = Mapping[str, Sequence[Values]]  # {medium: prepared for its encoder}
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ class MultimodalModel(PreTrainedModel):
             dtype = torch.get_default_dtype()
             encoders = {name: saved.restore(dtype) for name, saved in self.composition.encoders.items()}
         self.language_model = language_model
-        self.encoders = nn.ModuleDict({name: encoder.module for name, encoder in encoders.items()})
+        own = {} if self.composition.base else encoders  # a base holds its own
+        self.encoders = nn.ModuleDict({name: encoder.module for name, encoder in own.items()})
         self.encoder_parts = dict(encoders)
         width = config.text_config.hidden_size
         with torch.device(next(language_model.parameters()).device):
@@ -113,9 +120,10 @@ class MultimodalModel(PreTrainedModel):
                     if binding.trained
                 }
             )
-        self.fusion.attach(decoder_layers(self.causal_lm))
+        self.fusion.attach(decoder_layers(self.causal_lm, self.decoder))
         self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
+        self.live: dict[str, list[nn.Parameter]] = {}  # parameters of a base that train, by the media they're for
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
@@ -124,7 +132,23 @@ class MultimodalModel(PreTrainedModel):
         """Frozen encoders stay in evaluation mode: their batch norms and dropout must not see that others train."""
         super().train(mode)
         self.encoders.eval()
+        for name in self.beside_decoder:
+            self.causal_lm.get_submodule(name).eval()
         return self
+
+    @cached_property
+    def beside_decoder(self) -> list[str]:
+        """Names of a base's modules that aren't in its decoder."""
+        return modules_beside(self.causal_lm, self.decoder) if self.composition.base else []
+
+    @cached_property
+    def roles(self) -> dict[str, MediumRoles]:
+        """{medium: the parameters of a base that its features come from}, tried."""
+        lm, tried = self.causal_lm, {}
+        for name, encoder in self.encoder_parts.items():
+            prepared = encoder.prepare(example(name))
+            tried[name] = roles_of(lm, name, lambda e=encoder, p=prepared: e.encode(p.values))
+        return tried
 
     def init_weights(self) -> None:
         """Parts come with their weights, or are initialised by their own builders; only ties are made here."""
@@ -141,6 +165,11 @@ class MultimodalModel(PreTrainedModel):
         language_model = self.language_model
         return language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
 
+    @property
+    def decoder(self) -> Any:
+        """The LLM without its output head; of a base the part that reads text and features."""
+        return self.causal_lm.get_decoder() if self.composition.base else self.causal_lm.base_model
+
     def llm_takes(self, argument: str) -> bool:
         """Whether the LLM's `forward` has an argument of this name."""
         return argument in signature(self.causal_lm.forward).parameters
@@ -151,14 +180,14 @@ class MultimodalModel(PreTrainedModel):
     def get_output_embeddings(self) -> Any:
         return self.causal_lm.get_output_embeddings()
 
-    def encode(self, name: str, media: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, name: str, media: Sequence[Values]) -> list[Tensor]:
         """Prepared media -> features, each (S, L, W). One at a time unless `encode_batch` says otherwise: then a
         medium's features don't depend on its neighbours, to the bit.
         """
         begin = perf_counter()
-        trained = name in self.tuned
+        trained = name in self.tuned or name in self.live
         # Frozen ones outside autocast, as for the cache, evaluation and serving: a medium gives the same features.
-        device = next(self.encoders[name].parameters()).device.type
+        device = self.get_input_embeddings().weight.device.type
         frozen = nullcontext() if trained else torch.autocast(device, enabled=False)
         with frozen, torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = encode_all(self.encoder_parts[name], media, self.encode_batch)
@@ -167,6 +196,11 @@ class MultimodalModel(PreTrainedModel):
 
     def project(self, name: str, features: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Features, each (S, L, W) -> projected rows (M, D), float32, and the rows of each segment, in order."""
+        if self.composition.base:  # features are projected already
+            width, device = self.config.text_config.hidden_size, self.get_input_embeddings().weight.device
+            rows = [one.flatten(0, -2).to(device, torch.float32) for one in features]
+            idle = sum(0.0 * p.sum() for p in self.live.get(name, ())) if not features else 0.0
+            return torch.cat([torch.zeros(0, width, device=device) + idle, *rows]), [len(row) for row in rows]
         projector = self.projectors[name]
         first = next(projector.parameters())
         if not features:  # an empty pass keeps the weights in the graph, so that all processes reduce the same ones
@@ -190,7 +224,7 @@ class MultimodalModel(PreTrainedModel):
         self,
         input_ids: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) with features, or with prepared media that are encoded here -> embeddings (B, T, D).
@@ -199,7 +233,8 @@ class MultimodalModel(PreTrainedModel):
         differ in number.
         """
         placeholder_ids = self.composition.placeholders
-        is_medium = {name: input_ids == placeholder_ids[name] for name in self.projectors}
+        names = self.projectors or placeholder_ids
+        is_medium = {name: input_ids == placeholder_ids[name] for name in names}
         text = input_ids
         for mask in is_medium.values():  # placeholder ids may lie behind the LLM's table: they're never looked up
             text = text.masked_fill(mask, 0)
@@ -216,7 +251,8 @@ class MultimodalModel(PreTrainedModel):
                     f"({len(rows)} projected rows)"
                 )
             projected[name] = Projected(mask, rows, lengths)
-        samples = torch.zeros_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(-1)
+        first = position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0]
+        samples = torch.zeros_like(input_ids) if first is None else (first == 0).cumsum(-1)
         fused: Tensor = self.fusion(self.get_input_embeddings()(text), projected, samples)
         return fused
 
@@ -224,7 +260,7 @@ class MultimodalModel(PreTrainedModel):
         self,
         input_ids: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
         label_rows: Tensor | None = None,
         head_rows: Mapping[str, Tensor] | None = None,
         row_plan: RowPlan | None = None,
@@ -250,7 +286,7 @@ class MultimodalModel(PreTrainedModel):
         self,
         input_ids: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
@@ -328,7 +364,7 @@ class MultimodalModel(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T'). With `past_key_values` of P tokens before the
@@ -348,17 +384,34 @@ class MultimodalModel(PreTrainedModel):
             self.fusion.forget()
 
 
-def encode_all(encoder: Encoder, media: Sequence[Tensor], batch: int) -> list[Tensor]:
+def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list[Tensor]:
     """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once. All are
     computed when it returns, also on an accelerator.
     """
     features: list[Tensor] = []
-    for _, alike in groupby(media, lambda medium: medium.shape):
-        while group := list(islice(alike, batch)):
-            features.extend(encoder.encode(torch.stack(group)))
+    for shape, alike in groupby(media, lambda medium: None if isinstance(medium, Mapping) else medium.shape):
+        while group := list(islice(alike, 1 if shape is None else batch)):
+            features.extend(encoder.encode(together(group)))
     if features and features[0].is_cuda:
         torch.cuda.synchronize(features[0].device)
     return features
+
+
+def compose_base(
+    encoders: Mapping[str, BaseEncoder], bindings: Mapping[str, TaskBinding] | None = None, language_model: Any = None
+) -> MultimodalModel:
+    """A base as the composite's LLM. `encoders`: {medium: of this base}; `language_model`: its weights, where they
+    aren't those that the encoders load.
+    """
+    existing = next(iter(encoders.values())).existing
+    composition = Composition(
+        base=True,
+        placeholders={name: placeholder.id for name, placeholder in existing.placeholders().items()},
+        bindings=dict(bindings or {}),
+    )
+    text_config = existing.model.config.get_text_config()
+    config = MultimodalConfig(text_config=text_config, parts=composition.model_dump(mode="json"))
+    return MultimodalModel(config, language_model or existing.model, encoders)
 
 
 def compose(

@@ -40,15 +40,17 @@ class Placement:
 
     def tokens(self, medium: str, rows: int) -> int:
         """Placeholder tokens for a segment of `rows` feature rows. Raises ModelError where they can't be projected."""
+        projector = self.projectors.get(medium)  # a base has none of ours
         try:
-            projected = self.projectors[medium].length(rows)
+            projected = rows if projector is None else projector.length(rows)
         except ModelError as error:
             raise ModelError(f"model.projectors.{medium}: {error}") from None
         return self.fusion.placeholders(projected)
 
     def segments(self, medium: str, layout: Layout) -> list[Segment]:
         count = self.tokens(medium, layout.rows)
-        return [Segment(mark, count) for mark in layout.marks]
+        end = [Segment(layout.end, 0)] if layout.end else []
+        return [*(Segment(mark, count) for mark in layout.marks), *end]
 
     def segments_by(self, layout: Callable[[Medium], Layout]) -> Segments:
         """The segments of a medium whose layout `layout` gives."""
@@ -75,11 +77,14 @@ class SavedProjector(Section):
 
 
 class Composition(Section, strict=False):
-    """`placeholders`: medium -> token id; `media`: bounds of what is decoded; `format`: of a merged folder; `order`: of
-    the media in the fusion, where one reads what those before it have added (the keys of a config are sorted).
+    """`base`: whether the LLM is an existing model with encoders and projectors of its own, so that there are none
+    here. `placeholders`: medium -> token id; `media`: bounds of what is decoded; `format`: of a merged folder;
+    `order`: of the media in the fusion, where one reads what those before it have added (the keys of a config are
+    sorted).
     """
 
     format: int = MERGED_FORMAT
+    base: bool = False
     encoders: dict[str, SavedEncoder] = Field({})
     projectors: dict[str, SavedProjector] = Field({})
     order: tuple[str, ...] = ()

@@ -209,10 +209,12 @@ def without_adapter(language_model: Any) -> Iterator[None]:
         parameter.requires_grad_(trained)
 
 
-def decoder_layers(causal_lm: Any) -> nn.ModuleList:
-    """The LLM's layers: the outermost list of as many modules as its config has layers. Raises ModelError."""
+def decoder_layers(causal_lm: Any, decoder: Any = None) -> nn.ModuleList:
+    """The LLM's layers: the outermost list of as many modules as its config has layers. `decoder`: where they are, if
+    the model has other layers too. Raises ModelError.
+    """
     count = causal_lm.config.get_text_config().num_hidden_layers
-    for module in causal_lm.base_model.modules():
+    for module in (causal_lm.base_model if decoder is None else decoder).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(f"{type(causal_lm).__name__} has no list of {count} decoder layers")
