@@ -36,7 +36,7 @@ class Components:
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.model.projectors, self.model.fusion)
+        return Placement(self.model.projectors, self.model.fusion, self.base.rope if self.base else None)
 
     def compose(
         self, language_model: Any, bindings: Mapping[str, TaskBinding], with_encoders: bool = True

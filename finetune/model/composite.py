@@ -11,7 +11,7 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from itertools import groupby, islice
@@ -32,7 +32,7 @@ from finetune.model.base.encoder import BaseEncoder
 from finetune.model.base.existing import modules_beside
 from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
-from finetune.model.composition import Composition, SavedEncoder, SavedProjector
+from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
 from finetune.model.encoders import Encoder, together
 from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
@@ -166,6 +166,13 @@ class MultimodalModel(PreTrainedModel):
         return language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
 
     @property
+    def placement(self) -> Placement:
+        """How media are placed in the text."""
+        base = next((e.existing for e in self.encoder_parts.values() if isinstance(e, BaseEncoder)), None)
+        placement = self.composition.placement
+        return placement if base is None else replace(placement, rope=base.rope)
+
+    @property
     def decoder(self) -> Any:
         """The LLM without its output head; of a base the part that reads text and features."""
         return self.causal_lm.get_decoder() if self.composition.base else self.causal_lm.base_model
@@ -256,6 +263,27 @@ class MultimodalModel(PreTrainedModel):
         fused: Tensor = self.fusion(self.get_input_embeddings()(text), projected, samples)
         return fused
 
+    def beside_embeddings(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, rope_positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What a base reads beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
+        samples apart, then the three of `rope_positions` (3, B, T), or these alone; and where its attention in media
+        goes both ways, `token_type_ids` (B, T).
+        """
+        found: dict[str, Tensor] = {}
+        if rope_positions is not None:
+            whole = rope_positions if position_ids is None else torch.cat([position_ids[None], rope_positions])
+            found["position_ids"] = whole
+        if self.both_ways:
+            ids = torch.tensor(list(self.composition.placeholders.values()), device=input_ids.device)
+            found["token_type_ids"] = torch.isin(input_ids, ids).long()
+        return found
+
+    @cached_property
+    def both_ways(self) -> bool:
+        """Whether a base's attention in media goes both ways: it then asks where they are."""
+        return self.composition.base and "token_type_ids" in signature(self.causal_lm.forward).parameters
+
     def backbone(
         self,
         input_ids: Tensor,
@@ -264,13 +292,15 @@ class MultimodalModel(PreTrainedModel):
         label_rows: Tensor | None = None,
         head_rows: Mapping[str, Tensor] | None = None,
         row_plan: RowPlan | None = None,
+        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D). With `head_rows`
         {name: (K,)} the heads' scores of these, each (K, outputs), float32, are kept in `head_scores`. `row_plan`: of a
-        packed row whose attention goes by segments.
+        packed row whose attention goes by segments; `rope_positions` (3, B, T): see `beside_embeddings`.
         """
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
+        kwargs |= self.beside_embeddings(input_ids, kwargs.get("position_ids"), rope_positions)
         with following(row_plan, self.causal_lm):
             outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
         self.forget_media()
@@ -291,6 +321,7 @@ class MultimodalModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         row_plan: RowPlan | None = None,
+        rope_positions: Tensor | None = None,
         teacher: Teacher | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -308,12 +339,14 @@ class MultimodalModel(PreTrainedModel):
                 "attention_mask": attention_mask,
             }
             student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"], "row_plan": row_plan}
+            student["rope_positions"] = rope_positions
             return self.imitate(student, teacher)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         embeddings = self.embed(input_ids, features, media, position_ids)
+        kwargs |= self.beside_embeddings(input_ids, position_ids, rope_positions)
         with following(row_plan, self.causal_lm):
             outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
         self.forget_media()
@@ -365,12 +398,15 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor,
         features: Tensors | None = None,
         media: Media | None = None,
+        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T'). With `past_key_values` of P tokens before the
-        prompts, `attention_mask` is (B, P + T).
+        prompts, `attention_mask` is (B, P + T), and `rope_positions` (3, B, P + T).
         """
         embeddings = self.embed(input_ids, features, media)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0) if rope_positions is not None else None
+        kwargs |= self.beside_embeddings(input_ids, positions, rope_positions)
         if known := attention_mask.shape[1] - embeddings.shape[1]:
             # The LLM's `generate` wants embeddings of all tokens, and leaves out those that the memory holds.
             embeddings = torch.cat([embeddings.new_zeros(len(embeddings), known, embeddings.shape[2]), embeddings], 1)

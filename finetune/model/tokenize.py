@@ -7,12 +7,12 @@ and a number of placeholder tokens. Labels are the assistant's tokens, its end-o
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
-from finetune.model.composition import Segment, Segments
+from finetune.model.composition import PlacedMedia, Segment, Segments
 from finetune.model.prefixes import IGNORED, Beginning
 
 WORD = "qzq"  # that no chat template holds
@@ -33,7 +33,7 @@ class Placeholder:
 @dataclass(frozen=True)
 class Tokens:
     """`input_ids` and `labels` are equally long; `media` in the order of their placeholders, `media_begins` and
-    `media_ends` where in `input_ids` each begins and ends.
+    `media_ends` where in `input_ids` each begins and ends. `positions` (3, T): where they have three dimensions.
     """
 
     input_ids: list[int]
@@ -41,6 +41,7 @@ class Tokens:
     media: tuple[Medium, ...]
     media_begins: tuple[int, ...]
     media_ends: tuple[int, ...]
+    positions: list[list[int]] | None = None
 
     @property
     def beginning(self) -> Beginning:
@@ -48,17 +49,25 @@ class Tokens:
         media = tuple((medium.kind, medium.path, id(medium.content)) for medium in self.media)
         return Beginning(self.input_ids, len(self.input_ids) - 1, media, self.media_begins, self.media_ends)
 
+    def with_positions(self) -> "Tokens":
+        """The same with its positions written out."""
+        plain = [list(range(len(self.input_ids)))] * 3
+        return self if self.positions else replace(self, positions=plain)
+
     def before(self, tokens: int) -> "Tokens":
         """The first tokens, with the media among them."""
         count = sum(begin < tokens for begin in self.media_begins)
         media = (self.media[:count], self.media_begins[:count], self.media_ends[:count])
-        return Tokens(self.input_ids[:tokens], self.labels[:tokens], *media)
+        positions = self.positions and [row[:tokens] for row in self.positions]
+        return Tokens(self.input_ids[:tokens], self.labels[:tokens], *media, positions)
 
     def after(self, tokens: int) -> "Tokens":
         """What follows the first tokens."""
         count = sum(begin < tokens for begin in self.media_begins)
         begins, ends = ([place - tokens for place in places[count:]] for places in (self.media_begins, self.media_ends))
-        return Tokens(self.input_ids[tokens:], self.labels[tokens:], self.media[count:], tuple(begins), tuple(ends))
+        positions = self.positions and [row[tokens:] for row in self.positions]
+        media = (self.media[count:], tuple(begins), tuple(ends))
+        return Tokens(self.input_ids[tokens:], self.labels[tokens:], *media, positions)
 
 
 def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, str]) -> dict[str, Placeholder]:
@@ -252,7 +261,9 @@ def _native(
     ends = tuple(bisect_left(lefts, end) for _, end in places)
     for begin, end in zip(begins, ends, strict=True):
         labels[begin:end] = [IGNORED] * (end - begin)
-    return Tokens(encoded["input_ids"], labels, tuple(media), begins, ends)
+    input_ids = encoded["input_ids"]
+    positions = segments.positions(input_ids, media) if isinstance(segments, PlacedMedia) else None
+    return Tokens(input_ids, labels, tuple(media), begins, ends, positions)
 
 
 def _assistant_spans(

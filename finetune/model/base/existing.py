@@ -1,6 +1,6 @@
 """A base: its config and processor, and its weights when they are asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
+from finetune.data.sample import Layout
 from finetune.model.base.config import media_in_config
+from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
 from finetune.model.tokenize import WORD, Placeholder, takes_parts
 from finetune.recipe.schema import Base
@@ -97,6 +99,27 @@ class ExistingModel:
         if config is not None:
             config.llm_int8_skip_modules = modules_beside(self.skeleton, self.skeleton.get_decoder())
         return config
+
+    @property
+    def rope(self) -> Rope | None:
+        """See `Placement.rope`."""
+        return self.positions if hasattr(self.skeleton.base_model, "get_rope_index") else None
+
+    def positions(self, input_ids: Sequence[int], media: Sequence[tuple[str, Layout]]) -> list[list[int]]:
+        """The positions (3, T) of one sample, by the model's own rule."""
+        ids = torch.tensor([list(input_ids)])
+        kinds = torch.zeros_like(ids)
+        given: dict[str, Any] = {}
+        for number, kind in enumerate(("image", "video"), 1):
+            if kind in self.media:
+                kinds[ids == self.token_id(kind)] = number
+            if layouts := [layout for other, layout in media if other == kind]:
+                given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
+                if layouts[0].grid_seconds is not None:
+                    given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
+        found, _ = self.skeleton.base_model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, **given)
+        result: list[list[int]] = found[:, 0].tolist()
+        return result
 
     def token_id(self, kind: str) -> int:
         """Of the placeholder that stands for a row of features."""
