@@ -36,6 +36,7 @@ from finetune.model.composition import Composition, Placement, SavedEncoder, Sav
 from finetune.model.encoders import Encoder, together
 from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
+from finetune.model.module_names import is_lora
 from finetune.model.row_plan import RowPlan, following
 from finetune.recipe.parts import FusionPart, ProjectorPart
 
@@ -123,7 +124,11 @@ class MultimodalModel(PreTrainedModel):
         self.fusion.attach(decoder_layers(self.causal_lm, self.decoder))
         self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
-        self.live: dict[str, list[nn.Parameter]] = {}  # parameters of a base that train, by the media they're for
+        # Names of a base's parameters beside its decoder: those of encoders that may train, those that train now, by
+        # their media, and all that have been trained.
+        self.tuned_in_base: dict[str, list[str]] = {}
+        self.live: dict[str, list[str]] = {}
+        self.changed: list[str] = []
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
@@ -164,6 +169,11 @@ class MultimodalModel(PreTrainedModel):
         """The LLM itself, under PEFT's wrapper or without one."""
         language_model = self.language_model
         return language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
+
+    def train_in_base(self, name: str, parameters: Sequence[str]) -> None:
+        """Take note of parameters of a base that train, for features of the medium `name`."""
+        self.live[name] = [*dict.fromkeys([*self.live.get(name, ()), *parameters])]
+        self.changed = [*dict.fromkeys([*self.changed, *(one for one in parameters if not is_lora(one))])]
 
     @property
     def placement(self) -> Placement:
@@ -206,7 +216,8 @@ class MultimodalModel(PreTrainedModel):
         if self.composition.base:  # features are projected already
             width, device = self.config.text_config.hidden_size, self.get_input_embeddings().weight.device
             rows = [one.flatten(0, -2).to(device, torch.float32) for one in features]
-            idle = sum(0.0 * p.sum() for p in self.live.get(name, ())) if not features else 0.0
+            trained = [self.causal_lm.get_parameter(one) for one in self.live.get(name, ())]
+            idle = sum(0.0 * p.sum() for p in trained if p.requires_grad) if not features else 0.0
             return torch.cat([torch.zeros(0, width, device=device) + idle, *rows]), [len(row) for row in rows]
         projector = self.projectors[name]
         first = next(projector.parameters())
@@ -407,12 +418,30 @@ class MultimodalModel(PreTrainedModel):
         embeddings = self.embed(input_ids, features, media)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0) if rope_positions is not None else None
         kwargs |= self.beside_embeddings(input_ids, positions, rope_positions)
+        if self.composition.base and not self._generates_from_embeddings:
+            return self._generate_from_memory(input_ids, embeddings, attention_mask, **kwargs)
         if known := attention_mask.shape[1] - embeddings.shape[1]:
             # The LLM's `generate` wants embeddings of all tokens, and leaves out those that the memory holds.
             embeddings = torch.cat([embeddings.new_zeros(len(embeddings), known, embeddings.shape[2]), embeddings], 1)
         tokens: Tensor = self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
         self.forget_media()
         return tokens
+
+    @cached_property
+    def _generates_from_embeddings(self) -> bool:
+        return "inputs_embeds" in signature(self.causal_lm.prepare_inputs_for_generation).parameters
+
+    def _generate_from_memory(self, input_ids: Tensor, embeddings: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        """Read all of the prompts but their last tokens, which are text, and let the base's `generate` go on."""
+        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
+        beside = {name: kwargs[name][..., :-1] for name in ("position_ids", "token_type_ids") if name in kwargs}
+        reading = {"attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True, **beside}
+        self.causal_lm.base_model(inputs_embeds=embeddings[:, :-1], **reading)
+        kwargs.pop("token_type_ids", None)
+        tokens: Tensor = self.language_model.generate(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs
+        )
+        return tokens[:, input_ids.shape[1] :]
 
     def forget_media(self) -> None:
         """Let go of the last batch's media, unless activation checkpoints ask for them in the backward pass."""

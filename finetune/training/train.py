@@ -29,7 +29,7 @@ from finetune.model.module_names import module_shapes
 from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
-from finetune.recipe.schema import Model, Stage, Train
+from finetune.recipe.schema import Stage, Train
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
@@ -204,7 +204,7 @@ def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
 def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
     """The model to be trained; encoders whose features are cached are put away."""
     settings = run.recipe.train
-    if settings.cache:
+    if settings.cache and run.components.base is None:
         for encoder in run.components.encoders.values():
             encoder.module.to("cpu")  # not needed while the LLM trains
     language_model = shared.language_model if shared else language_model_for(settings, run.components)
@@ -277,7 +277,7 @@ def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
             "revision": commit_of(model.causal_lm, recipe.model.language_model.revision),
             "attention": "auto",
             "chat_template": None,  # the tokenizer holds it
-            "trust_remote_code": False,
+            **({} if recipe.model.base else {"trust_remote_code": False}),
         }
     )
     encoders = {}
@@ -286,7 +286,9 @@ def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
         revision = commit_of(run.components.encoders[name].module, requested.revision)
         encoders[name] = type(part)(part.kind, requested.model_copy(update={"revision": revision}))
     return AdapterManifest(
-        model=Model(llm=llm, encoders=encoders, projectors=recipe.model.projectors, fusion=recipe.model.fusion),
+        model=recipe.model.model_copy(
+            update={recipe.model.language_key.removeprefix("model."): llm, "encoders": encoders}
+        ),
         llm_sha256=weights_hashes(llm.name),
         tune_encoders=recipe.tune_encoders,
         placeholders=model.composition.placeholders,
