@@ -38,6 +38,7 @@ class TokenizedSample:
     `group` are compared. With a teacher, `teacher_*` are the same row with each medium's text in its place. `role`, of
     an answer that is compared with others of its `group`: "chosen" or "rejected"; "desirable" or "undesirable"; "other"
     for another row's answer.
+    `positions` (3, T): of bases whose positions have three dimensions, where the row has media.
     """
 
     input_ids: list[int]
@@ -55,6 +56,7 @@ class TokenizedSample:
     teacher_input_ids: list[int] | None = None
     teacher_labels: list[int] | None = None
     role: str = ""
+    positions: list[list[int]] | None = None
 
     @property
     def learned(self) -> int:
@@ -89,6 +91,7 @@ SCHEMA = pa.schema(
         "teacher_input_ids": pa.large_list(pa.int32()),
         "teacher_labels": pa.large_list(pa.int32()),
         "role": pa.string(),
+        "positions": pa.list_(pa.large_list(pa.int32())),
     }
 )
 
@@ -191,6 +194,7 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
         target=target,
         group=f"{sample.source}/{sample.group}" if grouped else "",  # two files may both have a user 1
         loss_weight=run.recipe.data[sample.source].loss_weight,
+        positions=tokens.positions,
     )
 
 
