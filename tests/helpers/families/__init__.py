@@ -7,11 +7,18 @@ import PIL.Image
 
 from families.family import Family, write_family
 from families.gemma import GEMMA3
-from families.llava import LLAVA
+from families.idefics import IDEFICS3, SMOLVLM
+from families.internvl import INTERNVL
+from families.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
 from families.native import Conversation
-from families.qwen_vl import QWEN2_5_VL
+from families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
-ZOO: dict[str, Family] = {"llava": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "gemma3": GEMMA3}
+ZOO: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, INTERNVL, IDEFICS3, SMOLVLM, GEMMA3),
+    )
+}
 
 
 def family_folder(name: str, folder: Path) -> Path:

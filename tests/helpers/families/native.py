@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
 Conversation = list[dict[str, Any]]
 
@@ -22,14 +23,25 @@ def native_processor(folder: Path) -> Any:
         return transformers.AutoProcessor.from_pretrained(folder)
     except ImportError:
         config = transformers.AutoConfig.from_pretrained(folder)
-        return _without_videos(PROCESSOR_MAPPING[type(config)]).from_pretrained(folder)
+        processor_class = _without_videos(PROCESSOR_MAPPING[type(config)])
+        settings, _ = processor_class.get_processor_dict(folder)
+        parts = [
+            None if name == "video_processor" else MODALITY_TO_AUTOPROCESSOR_MAPPING[name].from_pretrained(folder)
+            for name in processor_class.get_attributes()
+        ]
+        return processor_class.from_args_and_dict(parts, settings)
 
 
 def _without_videos(processor_class: Any) -> Any:
-    def get_attributes(cls: Any) -> list[str]:
-        return [name for name in processor_class.get_attributes() if name != "video_processor"]
+    def check_argument_for_proper_class(self: Any, name: str, value: Any) -> Any:
+        return None if value is None else processor_class.check_argument_for_proper_class(self, name, value)
 
-    return type(processor_class.__name__, (processor_class,), {"get_attributes": classmethod(get_attributes)})
+    # SmolVLM's own `apply_chat_template` asks the video processor for its frames, also where there is no video.
+    methods = {
+        "check_argument_for_proper_class": check_argument_for_proper_class,
+        "apply_chat_template": transformers.ProcessorMixin.apply_chat_template,
+    }
+    return type(processor_class.__name__, (processor_class,), methods)
 
 
 def native_inputs(processor: Any, conversation: Conversation, **options: Any) -> Any:
