@@ -24,6 +24,7 @@ from finetune.model.fusion import Fusion, FusionContract, Projected
 from finetune.model.heads import HeadContract, TrainedHeadContract
 from finetune.model.projectors import ProjectorContract
 from finetune.recipe.parts import TaskPart
+from finetune.training.objectives import ObjectiveContract
 
 # What the right answers of the rows below reach, where it isn't 1.
 BEST = {"vqa_accuracy": (2 / 3 + 1) / 2}
@@ -33,6 +34,7 @@ CONTRACTS = {
     "projectors": ProjectorContract,
     "fusion": FusionContract,
     "tasks": TaskContract,
+    "objectives": ObjectiveContract,
 }
 # Numbers of rows that a projector refuses. All others take any.
 REFUSED = {"pixel_shuffle": {1, 7, 17, 25}}  # no square grids of an even side
@@ -44,7 +46,11 @@ def every(folder: str):
 
 @pytest.mark.parametrize(
     "folder, name",
-    [(f, n) for f in ("encoders", "projectors", "fusion", "heads", "tasks", "formats") for n in part_names(f)],
+    [
+        (f, n)
+        for f in ("encoders", "projectors", "fusion", "heads", "tasks", "formats", "objectives")
+        for n in part_names(f)
+    ],
 )
 def test_options_are_strict_and_survive_json(folder, name):
     part = load_part(folder, name)

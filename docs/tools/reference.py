@@ -22,7 +22,14 @@ Every key of a recipe with its type, default and meaning, then the options of ea
 of the whole, which gives editors completion and checks. A key without a default must be written. `N` stands for the
 number of an entry, from 0, `NAME` for a name that you choose: `--set train.stages.1.epochs=3`.
 """
-SINGULAR = {"encoders": "encoder", "projectors": "projector", "heads": "head", "tasks": "task", "formats": "format"}
+SINGULAR = {
+    "encoders": "encoder",
+    "projectors": "projector",
+    "heads": "head",
+    "tasks": "task",
+    "formats": "format",
+    "objectives": "objective",
+}
 PLURAL = {"section": "sections", "text": "texts", "integer": "integers", "path": "paths", "any": "anything"}
 Schema = dict[str, Any]
 

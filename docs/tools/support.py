@@ -314,7 +314,7 @@ def projected(trials: Trials, label: str, projector: ProjectorPart) -> str:
 
 
 def heads(trials: Trials) -> list[str]:
-    distill = {"stage": {"distill": {"max_new_tokens": 2}}}
+    distill = {"stage": {"objective": {"kind": "distill", "max_new_tokens": 2}}}
     kinds = {"next token": {}, "`distill`": distill}
     rows = {}
     for head, source in HEADS.items():

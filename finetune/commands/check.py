@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 from finetune.common import display
 from finetune.common.errors import RecipeError
-from finetune.data.rows import Splits, SplitSummary, few_rows, read_splits, refuse_empty_splits, summary, unlearned
+from finetune.data.rows import (
+    Splits,
+    SplitSummary,
+    few_rows,
+    read_splits,
+    refuse_empty_splits,
+    refuse_unfit,
+    summary,
+    unlearned,
+)
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import Llm, Train
@@ -73,6 +82,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm, refused.get(loaded.model.llm.name))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
+    refuse_unfit(splits, loaded)
     warnings = [*few_rows(splits, loaded), *unlearned(splits, loaded)]
     stages: tuple[StageSteps, ...] = ()
     estimated = estimate(loaded.model, splits.train)

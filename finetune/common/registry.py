@@ -32,6 +32,7 @@ FOLDERS = {
     "tasks": "data.tasks",
     "formats": "data.formats",
     "export": "export",
+    "objectives": "training.objectives",
 }
 
 

@@ -14,6 +14,7 @@ from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import SPLITS, holds_out, keys_of, sample_key
 from finetune.data.metrics import share_interval
+from finetune.data.preferences import sample_of, unfit
 from finetune.data.sample import KINDS, Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
@@ -57,7 +58,7 @@ def _usable_rows(source: Source, max_bytes: int, faults: Faults) -> Iterator[tup
     usable = 0
     for row in lenient_rows(source, faults.unreadable, max_bytes):
         try:
-            sample, group = source.task.sample(row), group_of(row, source)
+            sample, group = sample_of(row, source.task), group_of(row, source)
         except DataError as error:
             faults.unusable(row, error)
             continue
@@ -169,6 +170,19 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
                 f"train.stages.{number}.sources: all rows of {files} are held out, none is left for stage "
                 f"{stage.name}: lower their hold_out, or give the stage other sources"
             )
+
+
+def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
+    """Raises DataError, with all of them, where training rows lack what a stage's objective compares."""
+    for stage in recipe.train.stages:
+        if stage.objective.needs in ("pairs", "verdicts"):
+            used = stage.sources or [*range(len(recipe.data))]
+            chosen = [number for number, source in enumerate(sources_of(splits.train)) if source in used]
+            if errors := list(unfit(picked(splits.train, chosen), stage.objective.needs)):
+                rows = f"{len(errors):,} of {len(chosen):,} rows can't be used"
+                raise DataError(
+                    error_list(errors, f"stage {stage.name!r} has the objective {stage.objective.kind!r}: {rows}")
+                )
 
 
 def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:

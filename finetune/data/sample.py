@@ -205,7 +205,8 @@ class Sample:
     """A conversation whose last message is the answer. `where`: the row that it comes from. `task`: the name of its
     task binding. `target`: what predictions are scored against, as JSON holds it, where that is more than the answer.
     Samples of one `group` are compared with each other. `source`: the number of its source; `weight`: times it is used
-    per epoch.
+    per epoch. `rejected`: a worse answer; `desirable`: whether the answer is a good one; None where the row tells
+    neither.
     """
 
     messages: tuple[Message, ...]
@@ -215,6 +216,8 @@ class Sample:
     group: str = ""
     source: int = 0
     weight: float = 1.0
+    rejected: str | None = None
+    desirable: bool | None = None
     media: tuple[Medium, ...] = field(init=False)
 
     def __post_init__(self) -> None:

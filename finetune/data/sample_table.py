@@ -47,7 +47,15 @@ def columns_of(sample: Sample, source: int, stays: Sequence[str]) -> dict[str, o
         "stamps": stamps,
         "key": sample_key(sample),
         "stays": list(stays),
-        "sample": json.dumps([sample.group, sample.target, [[m.role, _parts(m)] for m in sample.messages]]),
+        "sample": json.dumps(
+            [
+                sample.group,
+                sample.target,
+                [[m.role, _parts(m)] for m in sample.messages],
+                sample.rejected,
+                sample.desirable,
+            ]
+        ),
     }
 
 
@@ -94,7 +102,7 @@ class SampleTable(Sequence[Sample]):
 
     def _sample(self, where: bytes, source: int, text: str) -> Sample:
         place = where.decode("utf-8", "surrogateescape")
-        group, target, messages = json.loads(text)
+        group, target, messages, rejected, desirable = json.loads(text)
         turns = tuple(
             Message(
                 role,
@@ -107,7 +115,8 @@ class SampleTable(Sequence[Sample]):
             )
             for role, parts in messages
         )
-        return Sample(turns, place, self.tasks[source], target, group, source, self.weights[source])
+        task, weight = self.tasks[source], self.weights[source]
+        return Sample(turns, place, task, target, group, source, weight, rejected, desirable)
 
     def at(self, numbers: Numbers) -> "SampleTable":
         """The samples in these rows of the table."""

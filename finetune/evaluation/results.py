@@ -27,6 +27,9 @@ class ValidationPass(Result):
 class StageResult(Result):
     losses: list[float] = Field(default=[], description="Of each optimizer step, in nats per answer token.")
     token_accuracy: list[float] = Field(default=[], description="Of each optimizer step: share of tokens predicted.")
+    figures: dict[str, list[Value]] = Field(
+        default={}, description="What else the objective reports of each optimizer step: name -> values."
+    )
     steps: int = 0
     samples: int | None = Field(default=None, description="Rows trained on, counted once per epoch.")
     tokens: int | None = None

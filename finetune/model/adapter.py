@@ -90,6 +90,12 @@ def _own_tensors(model: MultimodalModel) -> dict[str, Tensor]:
     }
 
 
+def trained_tensors(model: MultimodalModel) -> dict[str, Tensor]:
+    """All weights that `save_trained` writes, under the model's own names."""
+    lora = {name: p for name, p in model.language_model.named_parameters() if is_lora(name)}
+    return _own_tensors(model) | {f"language_model.{name}": p for name, p in lora.items()}
+
+
 def save_trained(model: MultimodalModel, folder: Path) -> None:
     """Write `adapter_model.safetensors` (PEFT's own) and `projectors.safetensors`: all that can have been trained."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -114,8 +114,11 @@ def _head_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
             if not any("heads" in stage.trains for stage in recipe.train.stages):
                 yield Problem(where, f"{head.kind!r} has weights that no stage trains: add 'heads' to one.")
             for stage in recipe.train.stages:
-                if stage.distill and (stage.sources is None or index in stage.sources):
-                    message = f"stage {stage.name!r} distills, which needs the head 'language': write its sources."
+                if not stage.objective.heads and (stage.sources is None or index in stage.sources):
+                    message = (
+                        f"stage {stage.name!r} has the objective {stage.objective.kind!r}, which needs the head "
+                        "'language': write its sources."
+                    )
                     yield Problem(where, message)
     metric = recipe.train.validation.metric if recipe.train.validation else "mean"
     if metric != "mean" and metric.partition(".")[0] not in names:
@@ -172,9 +175,10 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
             if source not in training:
                 message = f"got {source}; write numbers of training sources: {', '.join(map(str, training))}."
                 yield Problem((*where, "sources", number), message)
-        if stage.distill:
-            if "heads" in stage.trains:
-                yield Problem((*where, "trains"), "this stage distills, which only the LLM can: heads learn nothing.")
+        if not stage.objective.heads and "heads" in stage.trains:
+            message = f"the objective {stage.objective.kind!r} is for the LLM alone: heads learn nothing."
+            yield Problem((*where, "trains"), message)
+        if stage.objective.needs == "texts":
             for source in stage.sources or training:
                 if source in training and getattr(recipe.data[source].task.options, "transcript", None) == "":
                     message = f"stage {stage.name!r} distills: name the column of the captions or transcripts."

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 
 JsonSchema: TypeAlias = dict[str, Any]
+# What an objective asks of a row: an answer; its media's text, for a teacher; a chosen and a rejected answer; an answer
+# and whether it is desirable; or the question alone.
+Needs: TypeAlias = Literal["answers", "texts", "pairs", "verdicts", "questions"]
 
 
 @dataclass(frozen=True)
@@ -207,3 +210,23 @@ class FormatPart(Part):
     def remote(self) -> bool:
         """Whether a source's path may be the Hub id of a dataset."""
         return getattr(self.module, "REMOTE", False)
+
+
+class ObjectivePart(Part):
+    folder = "objectives"
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of each row."""
+        result: Needs = self.module.NEEDS
+        return result
+
+    @property
+    def reference(self) -> bool:
+        """Whether it compares with what the weights gave as the stage found them."""
+        return bool(self.module.REFERENCE)
+
+    @property
+    def heads(self) -> bool:
+        """Whether heads with weights learn by it."""
+        return bool(self.module.HEADS)

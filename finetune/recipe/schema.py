@@ -22,6 +22,7 @@ from finetune.recipe.parts import (
     FusionPart,
     HeadPart,
     JsonSchema,
+    ObjectivePart,
     ProjectorPart,
     TaskPart,
     any_kind_schema,
@@ -198,14 +199,6 @@ class Limits(Section):
     max_frames: int = Field(256, ge=1, description="Frames taken from a video; an encoder that needs more is refused.")
 
 
-class Distill(Section):
-    answers: Literal["own", "given"] = Field(
-        "own", description="Answers to imitate: the LLM's own answers to the text (own), or those of the rows (given)."
-    )
-    temperature: float = Field(2.0, gt=0, description="Softmax temperature of both distributions.")
-    max_new_tokens: int = Field(32, ge=1, description="Length limit of an own answer, in tokens.")
-
-
 class Stage(Section):
     name: str = Field(pattern="^[a-z][a-z0-9_-]*$", description="Name of the stage, unique in the recipe.")
     trains: list[str] = Field(
@@ -216,10 +209,7 @@ class Stage(Section):
         {}, description="Peak rates of single parts: an entry of `trains` -> rate."
     )
     sources: list[int] | None = Field(None, min_length=1, description="Numbers of the sources it uses; null: all.")
-    distill: Distill | None = Field(
-        None,
-        description="Imitate the LLM's answers to captions or transcripts of the media, instead of the rows' answers.",
-    )
+    objective: ObjectivePart = Field("next_token", validate_default=True, description="What it minimises.")
     epochs: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1,
         description="Passes over the training rows; auto: 1 to 30, so that all stages have about 100 optimizer steps "

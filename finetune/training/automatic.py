@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
+from typing import Any
 
 from finetune.data.rows import read_splits, refuse_empty_splits
 from finetune.data.sample import Sample
@@ -54,7 +55,8 @@ class AutoNumbers:
 def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> int:
     """Tokens of the longest sample, or of what a stage that distills puts in its place."""
     longest = estimated.longest
-    distilling = [stage.distill for stage in recipe.train.stages if stage.distill]
+    objectives = [stage.objective for stage in recipe.train.stages]
+    distilling: list[Any] = [objective.options for objective in objectives if objective.needs == "texts"]
     if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples])):
         longest = max(longest, words.longest)
         longest += max(one.max_new_tokens for one in distilling if one.answers == "own")

@@ -10,7 +10,7 @@ from finetune.data.sample import Medium
 from finetune.model.prefixes import most_shared, shared_beginning, shared_tokens
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment
 from finetune.model.tokenize import IGNORED
-from finetune.training.samples import TokenizedSample, TokenizedSamples
+from finetune.training.samples import COUNTED, TokenizedSample, TokenizedSamples
 
 
 class PackedRow(TypedDict):
@@ -49,10 +49,23 @@ class HeadBatch(TypedDict):
     weights: Tensor
 
 
+class ComparedBatch(TypedDict, total=False):
+    """S answers that are compared, in the order of their tokens: how many `tokens` of each are learned, K in all;
+    `roles`, see `TokenizedSample`; `weights` (S,) of their losses; `reference` (K,), log-probabilities of the learned
+    tokens as the stage found the weights.
+    """
+
+    tokens: list[int]
+    roles: list[str]
+    weights: Tensor
+    reference: Tensor
+
+
 class Batch(TokenBatch, total=False):
     """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
-    a stage distills. Where losses are weighted: `loss_weights` (1, K), `items`, the number of learned tokens and of
-    samples that heads answer, and `heads` {name: HeadBatch}.
+    a stage distills; `compared`, where answers are. `items`: what the loss is a mean over, where that isn't the learned
+    tokens: pairs, or answers with a verdict. Where losses are weighted: `loss_weights` (1, K), `heads` {name:
+    HeadBatch}, and `items` counts learned tokens and samples that heads answer.
     """
 
     features: dict[str, list[Tensor]]
@@ -61,6 +74,7 @@ class Batch(TokenBatch, total=False):
     loss_weights: Tensor
     items: int
     heads: dict[str, HeadBatch]
+    compared: ComparedBatch
 
 
 class LabelledTokens(NamedTuple):
@@ -79,7 +93,8 @@ class Collator:
     """Samples one after the other in one row, or padded in rows of their own, as `kind` says.
 
     `read(medium)` gives a medium's features (S, L, W), or its prepared tensor where nothing is cached; `field` says
-    which. `heads`, {name: outputs}, where losses are weighted: see `Batch`.
+    which. `heads`, {name: outputs}, where losses are weighted: see `Batch`. `reference`, to be set before it is used
+    where the objective asks for one: of each sample, the log-probabilities of its learned tokens (K,).
     """
 
     def __init__(
@@ -98,9 +113,11 @@ class Collator:
         self.kind = kind
         self.pad_token_id = pad_token_id
         self.heads = heads
+        self.reference: Sequence[Tensor] | None = None
 
     def __call__(self, rows: Sequence[PackedRow]) -> Batch:
-        groups = [[self.samples[number] for number in group] for row in rows for group in row["groups"]]
+        numbers = [group for row in rows for group in row["groups"]]
+        groups = [[self.samples[number] for number in group] for group in numbers]
         if self.kind is not RowKind.SHARED:
             groups = [[sample] for group in groups for sample in group]
         prefixes = [
@@ -116,6 +133,8 @@ class Collator:
             self._add_heads(batch, [sample for group in groups for sample in group], layout.ends, self.heads)
         if groups[0][0].teacher_input_ids:
             batch["teacher"] = self._lay_out_teachers(groups)
+        if groups[0][0].role:
+            self._add_compared(batch, [number for group in numbers for number in group])
         if any(row.get("filler") for row in rows):
             _ignore(batch)
         return batch
@@ -123,7 +142,7 @@ class Collator:
     def _add_heads(
         self, batch: Batch, chosen: Sequence[TokenizedSample], ends: Sequence[int], heads: Mapping[str, int]
     ) -> None:
-        learned = [sum(label != IGNORED for label in sample.labels[1:]) for sample in chosen]
+        learned = [sample.learned for sample in chosen]
         weights = [sample.loss_weight for sample, count in zip(chosen, learned, strict=True) for _ in range(count)]
         if not weights:  # the LLM's own head needs a row, even if nothing is learned from it
             batch["label_rows"], batch["shift_labels"] = torch.tensor([0]), torch.tensor([[IGNORED]])
@@ -140,6 +159,17 @@ class Collator:
                 weights=torch.tensor([chosen[i].loss_weight for i in numbers]),
             )
         batch["items"] = sum(learned) + sum(sample.head != "" for sample in chosen)
+
+    def _add_compared(self, batch: Batch, numbers: Sequence[int]) -> None:
+        answers = [self.samples[number] for number in numbers]
+        batch["compared"] = ComparedBatch(
+            tokens=[answer.learned for answer in answers],
+            roles=[answer.role for answer in answers],
+            weights=torch.tensor([answer.loss_weight for answer in answers]),
+        )
+        if self.reference is not None:
+            batch["compared"]["reference"] = torch.cat([self.reference[number] for number in numbers])
+        batch["items"] = sum(answer.role in COUNTED for answer in answers)
 
     def _lay_out_teachers(self, groups: Sequence[Sequence[TokenizedSample]]) -> TokenBatch:
         rows = [[LabelledTokens(s.teacher_input_ids or (), s.teacher_labels or ()) for s in group] for group in groups]
@@ -227,6 +257,10 @@ def _ignore(batch: Batch) -> None:
     if "teacher" in batch:
         batch["label_rows"] = batch["label_rows"][:0]
         batch["teacher"]["label_rows"] = batch["teacher"]["label_rows"][:0]
+    if "compared" in batch:
+        batch["items"] = 0
+        batch["label_rows"], batch["shift_labels"] = batch["label_rows"][:0], batch["shift_labels"][:, :0]
+        batch["compared"] = ComparedBatch(tokens=[], roles=[], weights=torch.empty(0))
     if "heads" in batch:
         batch["items"] = 0
         batch["loss_weights"].zero_()

@@ -20,10 +20,10 @@ DIGEST = "sha256"
 
 
 class RowsDigest:
-    """SHA-256 of training rows, wherever their files are."""
+    """SHA-256 of training rows, wherever their files are, behind those of the digest `before`."""
 
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+    def __init__(self, before: str = "") -> None:
+        self._digest = hashlib.sha256(before.encode())
 
     def read(self, rows: Iterable[TokenizedSample]) -> Iterator[TokenizedSample]:
         """Pass rows on."""

@@ -1,6 +1,6 @@
 """All that is ready before the LLM is loaded, and the rows that each stage uses."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -9,7 +9,15 @@ from accelerate import PartialState
 from finetune.common.errors import RUN, TrainingError, option
 from finetune.common.progress import Stopwatch, console
 from finetune.common.run_folder import RunFolder, write_json, write_text
-from finetune.data.rows import by_task, picked, refuse_empty_splits, sampling_weights, subset, summary
+from finetune.data.rows import (
+    by_task,
+    picked,
+    refuse_empty_splits,
+    refuse_unfit,
+    sampling_weights,
+    subset,
+    summary,
+)
 from finetune.data.run_rows import keep_rows, splits_of_run
 from finetune.data.sample import Sample
 from finetune.model.bindings import bindings_of
@@ -19,24 +27,25 @@ from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.feature_cache import fill_cache
-from finetune.training.kept_samples import tokenized_samples
+from finetune.training.kept_samples import RowsDigest, tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
-from finetune.training.samples import TokenizedSamples, distilled
+from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """`training` and `validation` samples; `samples`: the training samples as tokens; `watch`: what it took to get
-    them.
+    """`training` and `validation` samples; `samples`: the training samples as tokens; `compared`: all answers
+    that a stage compares, by its name; `watch`: what it took to get them.
     """
 
     run: Run
     training: Sequence[Sample]
     validation: list[Sample]
     samples: TokenizedSamples
+    compared: dict[str, TokenizedSamples]
     watch: Stopwatch
 
     @property
@@ -63,6 +72,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     with watch("read"):
         splits = splits_of_run(folder, recipe)
     refuse_empty_splits(splits, recipe)
+    refuse_unfit(splits, recipe)
     limit = recipe.train.validation.limit if recipe.train.validation else 0
     validation = [
         sample
@@ -90,6 +100,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     run.features.refresh()
     with watch("tokenize"):
         samples, digest = tokenized_samples(splits.train, run)
+        compared_by_stage, digest = compared_samples(splits.train, run, digest)
         if first:
             refuse_other_rows(folder, digest)
     lengths = samples.lengths
@@ -97,7 +108,21 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
     )
-    return PreparedRun(run, splits.train, validation, samples, watch)
+    return PreparedRun(run, splits.train, validation, samples, compared_by_stage, watch)
+
+
+def compared_samples(training: Sequence[Sample], run: Run, digest: str) -> tuple[dict[str, TokenizedSamples], str]:
+    """The answers that each stage compares, by its name; and the digest of them and of what `digest` is of. Raises
+    DataError.
+    """
+    result: dict[str, TokenizedSamples] = {}
+    for stage in run.recipe.train.stages:
+        if stage.objective.needs in ("pairs", "verdicts"):
+            rows = RowsDigest(digest)
+            own = picked(training, samples_of(stage, training))
+            result[stage.name] = TokenizedSamples.of(rows.read(compared(own, stage.objective.needs, run)))
+            digest = str(rows)
+    return result, digest
 
 
 def refuse_other_rows(folder: RunFolder, digest: str) -> None:
@@ -118,20 +143,21 @@ def stage_rows(
     run, training = prepared.run, prepared.training
     chosen = samples_of(stage, training)
     own = picked(training, chosen)
-    if stage.distill:
+    weights = sampling_weights(own, run.recipe.train.mixing_temperature)
+    if stage.objective.needs == "texts":
         samples = TokenizedSamples.of(distilled(own, stage, run, model))
+    elif stage.name in prepared.compared:
+        samples = prepared.compared[stage.name]
+        weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
     else:
         samples = prepared.samples.select(chosen)
-    groups: dict[Hashable, list[int]] = {}
-    for number, group in enumerate(samples.column("group")):
-        groups.setdefault(group or number, []).append(number)
     rows = plan_rows(
         samples.taught_lengths,
-        sampling_weights(own, run.recipe.train.mixing_temperature),
+        weights,
         capacity=int(run.recipe.train.tokens_per_batch),
         epochs=int(stage.epochs),
         seed=seed,
-        groups=list(groups.values()),
+        groups=groups_of(samples),
         sharing=sharing_of(samples, model.composition.fusion.by_sample) if kind is RowKind.SHARED else None,
     )
     return samples, rows

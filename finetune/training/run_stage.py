@@ -73,6 +73,7 @@ def _finished(
         steps=steps,
         samples=len(trained_on),
         tokens=sum(lengths[number] for number in trained_on),
+        figures={name: [entry.get(name) for entry in log] for name in training.stage.objective.module.FIGURES},
         trained_weights=trained,
         validation=validation.history if validation else [],
         best_step=best_step,

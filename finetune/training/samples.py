@@ -1,9 +1,9 @@
-"""Training rows as token ids, with a teacher's beside them where a stage distills."""
+"""Training rows as token ids, with a teacher's beside them where a stage distills, or all answers that are compared."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +15,19 @@ from finetune.common.errors import DataError
 from finetune.common.kept_tables import keep
 from finetune.common.progress import bar
 from finetune.common.run_folder import read_json, write_json
-from finetune.data.rows import error_list
+from finetune.data.rows import answers_of, error_list
 from finetune.data.sample import Medium, Sample
 from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import without_adapter
-from finetune.model.prefixes import Beginning, most_shared
+from finetune.model.prefixes import IGNORED, Beginning, most_shared
 from finetune.model.run import Run
 from finetune.model.tokenize import tokenize, tokenize_prompt
+from finetune.recipe.parts import Needs
 from finetune.recipe.schema import Stage
 
 DISTILL_BATCH = 16  # questions answered at once
+COUNTED = ("chosen", "desirable", "undesirable")  # roles: of each pair, and of each answer with a verdict, one
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class TokenizedSample:
     """A training row, as an Arrow table holds it. `labels`: -100 where nothing is learned; `media_*`: its media in the
     order of their placeholders, and where in `input_ids` each begins and ends. With a head that has weights,
     `input_ids` are the question alone, `head` names the head, `target` is what it learns, and samples of an equal
-    `group` are compared. With a teacher, `teacher_*` are the same row with each medium's text in its place.
+    `group` are compared. With a teacher, `teacher_*` are the same row with each medium's text in its place. `role`, of
+    an answer that is compared with others of its `group`: "chosen" or "rejected"; "desirable" or "undesirable"; "other"
+    for another row's answer.
     """
 
     input_ids: list[int]
@@ -50,6 +54,12 @@ class TokenizedSample:
     loss_weight: float = 1.0
     teacher_input_ids: list[int] | None = None
     teacher_labels: list[int] | None = None
+    role: str = ""
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
     @property
     def media(self) -> list[Medium]:
@@ -78,6 +88,7 @@ SCHEMA = pa.schema(
         "loss_weight": pa.float64(),
         "teacher_input_ids": pa.large_list(pa.int32()),
         "teacher_labels": pa.large_list(pa.int32()),
+        "role": pa.string(),
     }
 )
 
@@ -125,23 +136,34 @@ class TokenizedSamples:
         return [max(length, other) for length, other in zip(self.lengths, teachers, strict=True)]
 
 
+def groups_of(samples: TokenizedSamples) -> list[list[int]]:
+    """Numbers of the samples that share a packed row: those that are compared, and each other one alone."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, group in enumerate(samples.column("group")):
+        groups.setdefault(group or number, []).append(number)
+    return list(groups.values())
+
+
 def tokenized(samples: Iterable[Sample], run: Run) -> Iterator[TokenizedSample]:
     """Raises DataError, at the end, with all rows that can't be used."""
-    return _each(samples, lambda sample: _tokenized(sample, run))
+    return _each(samples, lambda sample: (_tokenized(sample, run),))
 
 
-def _each(samples: Iterable[Sample], row_of: Callable[[Sample], TokenizedSample]) -> Iterator[TokenizedSample]:
+Item = TypeVar("Item")
+
+
+def _each(items: Iterable[Item], rows_of: Callable[[Item], Sequence[TokenizedSample]]) -> Iterator[TokenizedSample]:
     errors: list[str] = []
     count = 0
-    for sample in samples:
+    for item in items:
         count += 1
         try:
-            row = row_of(sample)
+            rows = rows_of(item)
         except DataError as error:
             errors.append(str(error))
             continue
         if not errors:
-            yield row
+            yield from rows
     if errors:
         raise DataError(error_list(errors, f"{len(errors)} of {count} training rows can't be used"))
 
@@ -195,15 +217,16 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
     if errors:
         headline = f"stage {stage.name!r} distills: the task's `transcript` names the column with the media's text"
         raise DataError(error_list(errors, headline))
-    if stage.distill is not None and stage.distill.answers == "own":
+    options: Any = stage.objective.options
+    if options.answers == "own":
         path = run.folder.data / f"answers-{stage.name}.json"
         if PartialState().is_main_process and not path.is_file():
-            write_json(path, {"answers": own_answers(samples, run.assistant(model), stage.distill.max_new_tokens)})
+            write_json(path, {"answers": own_answers(samples, run.assistant(model), options.max_new_tokens)})
         PartialState().wait_for_everyone()
         answers = read_json(path)["answers"]
         # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
         samples = [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
-    return _each(samples, lambda sample: _with_teacher(sample, run))
+    return _each(samples, lambda sample: (_with_teacher(sample, run),))
 
 
 def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
@@ -211,6 +234,38 @@ def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
     teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, lambda medium: [])
     _refuse_too_long(teacher.input_ids, sample, run)
     return replace(row, teacher_input_ids=teacher.input_ids, teacher_labels=teacher.labels)
+
+
+def compared(samples: Sequence[Sample], needs: Needs, run: Run) -> Iterator[TokenizedSample]:
+    """Training rows with the answers that an objective compares: of each the chosen and the rejected one ("pairs"), or
+    its own with its verdict, and that of the row before ("verdicts"). Raises DataError, at the end, with all rows that
+    can't be used.
+    """
+    if needs == "pairs":
+        return _each(enumerate(samples), lambda row: _pair(*row, run))
+    others = answers_of(samples)
+    return _each(enumerate(samples), lambda row: _verdict(*row, others[row[0] - 1], run))
+
+
+def _pair(number: int, sample: Sample, run: Run) -> list[TokenizedSample]:
+    return _together(number, {"chosen": sample, "rejected": sample.answered(sample.rejected or "")}, run)
+
+
+def _verdict(number: int, sample: Sample, other: str, run: Run) -> list[TokenizedSample]:
+    own = "desirable" if sample.desirable else "undesirable"
+    return _together(number, {own: sample, "other": sample.answered(other)}, run)
+
+
+def _together(number: int, answers: Mapping[str, Sample], run: Run) -> list[TokenizedSample]:
+    """Answers to one question, by their roles, which share a packed row."""
+    rows = [replace(_tokenized(one, run), role=role, group=str(number)) for role, one in answers.items()]
+    tokens, limit = sum(len(row.input_ids) for row in rows), int(run.recipe.train.tokens_per_batch)
+    if tokens > limit:
+        raise DataError(
+            f"{rows[0].where}: the {' and the '.join(answers)} answer with their question have {tokens} tokens, more "
+            f"than a row holds: raise train.tokens_per_batch (now {limit}) or shorten them; a medium is never cut"
+        )
+    return rows
 
 
 def own_answers(samples: Sequence[Sample], assistant: Assistant, max_new_tokens: int) -> list[str]:

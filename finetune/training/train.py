@@ -1,5 +1,6 @@
 """Train: recipe -> rows -> tokens -> features -> packed rows -> the stages, on one loaded LLM -> adapter folder."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -23,6 +24,7 @@ from finetune.evaluation.scores import Scores, answers_to, measures_by_task, sel
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.computing_dtype import measured_dtype
+from finetune.model.features import features_key
 from finetune.model.language_model import default_device
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
@@ -155,7 +157,7 @@ def train_stages(
             field="features" if settings.cache else "media",
             kind=kind,
             pad_token_id=components.tokenizer.pad_token_id,
-            heads=prepared.head_outputs if prepared.weighted and not stage.distill else None,
+            heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
         )
         training = StageTraining(
             model=model,
@@ -167,6 +169,7 @@ def train_stages(
             folder=run.folder.checkpoints / stage.name,
             seed=run.recipe.seed,
             dtype=components.dtype,
+            origin=origin_of(run, model) if stage.objective.reference else "",
         )
         results[stage.name] = run_stage(
             run.folder, training, validation_callback(prepared, stage, model, on_validation)
@@ -183,6 +186,20 @@ def train_stages(
     tokens = sum(prepared.samples.lengths)
     result = TrainingResult(stages=results, rows=len(prepared.training), tokens_per_epoch=tokens, row_kind=kind)
     return result, seconds
+
+
+def origin_of(run: Run, model: MultimodalModel) -> str:
+    """What tells the LLM and the encoders of a run from others, as JSON."""
+    recipe, llm = run.recipe, run.recipe.model.llm
+    content = [
+        recipe.model.model_dump(mode="json"),
+        commit_of(model.causal_lm, llm.revision),
+        weights_hashes(llm.name),
+        {kind: features_key(kind, encoder) for kind, encoder in run.components.encoders.items()},
+        recipe.media.model_dump(mode="json"),
+        str(run.components.dtype),
+    ]
+    return json.dumps(content)
 
 
 def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:

@@ -22,13 +22,15 @@ from trl import SFTConfig, SFTTrainer
 from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
 from finetune.common.run_folder import read_json
 from finetune.model.adapter import load_trained, save_trained
-from finetune.model.composite import MultimodalModel, Teacher
+from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import by_segments
 from finetune.model.trainable import trained_parts
 from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import STAGING, WholeCheckpoints, seconds_of, step_of
 from finetune.training.collate import Batch, Collator
+from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
+from finetune.training.reference import Reference
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
@@ -39,7 +41,7 @@ SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each 
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE.
+    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`.
     """
 
     model: MultimodalModel
@@ -51,6 +53,7 @@ class StageTraining:
     folder: Path
     seed: int
     dtype: torch.dtype
+    origin: str = ""
 
     @property
     def steps(self) -> int:
@@ -70,11 +73,11 @@ def train_stage(
     Raises Interrupted where `stop` was asked to end it before its last step, with a whole checkpoint on disk, and
     TrainingError on a value that isn't finite.
     """
-    parts = trained_parts(training.model, training.stage.trains)
+    stage, parts = training.stage, trained_parts(training.model, training.stage.trains)
     track, run = training.settings.track, training.folder.parents[1]
     first_step = 1 + (step_of(resume_from) if resume_from else 0)
     # `stop` comes last: what is asked while another callback validates holds for this step.
-    boards = tensorboard_callbacks(track, run / "tensorboard" / training.stage.name, first_step)
+    boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
     callbacks = [
         *boards,
         FiniteGradients(parts),
@@ -83,7 +86,7 @@ def train_stage(
         stop,
     ]
     trainer = StageTrainer(
-        training.stage,
+        stage,
         parts,
         model=training.model,
         args=trainer_arguments(training),
@@ -99,6 +102,12 @@ def train_stage(
         if hasattr(callback, "show"):
             callback.show = partial(show_answers, track, boards)
     try:
+        if stage.objective.reference:
+            path = run / "data" / f"reference-{stage.name}.safetensors"
+            reference = Reference(path, training.origin, training.model, training.collator)
+            training.collator.reference = reference.log_probs(
+                training.rows, trainer.accelerator.autocast(), resumed=resume_from is not None
+            )
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -185,7 +194,8 @@ class StageTrainer(SFTTrainer):
         self.stage = stage
         self.parts = parts
         self.accuracies: list[float] = []
-        self.tokens = 0  # of all processes so far, in the branches of `compute_loss` that aren't trl's
+        self.figures: dict[str, list[tuple[float, int]]] = {}  # of the batches since the last log, with their items
+        self.tokens = 0  # of all processes so far, where the loss isn't trl's own
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
 
@@ -205,52 +215,26 @@ class StageTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over learned tokens of the cross-entropy (trl's own, with logits of these tokens only); with a
-        teacher, of the KL divergence from it; with heads or weighted losses, the weighted mean over tokens and samples.
-        """
+        """The mean over items of the stage's objective; trl's own loss where the objective leaves it to trl."""
         batch: Batch = inputs
-        if "teacher" in batch:
-            assert self.stage.distill is not None
-            teacher = Teacher(batch["teacher"], self.stage.distill.temperature)
-            outputs = model(**{**batch, "teacher": teacher})
-            total, right, count = outputs["loss"], float(outputs["agreement"]), batch["label_rows"].numel()
-            items = count
-        elif "heads" in batch:
-            total, right, count = self._weighted_loss(model, batch)
-            items = batch["items"]
-        else:
+        objective = self.stage.objective
+        found: BatchLoss | None = objective.module.loss(
+            model, self.accelerator.unwrap_model(model), batch, objective.options
+        )
+        if found is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.accuracies.append(right / max(count, 1))
+        self.accuracies.append(found.right / max(found.count, 1))
+        for name, value in found.figures.items():
+            self.figures.setdefault(name, []).append((value, found.items))
         tokens = torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
         self.tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
         # As in trl: items are counted over all processes, and gradients are averaged over them.
-        loss = total / (num_items_in_batch if num_items_in_batch else max(items, 1))
+        loss = found.total / (num_items_in_batch if num_items_in_batch else max(found.items, 1))
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _weighted_loss(self, model: Any, batch: Batch) -> tuple[Tensor, float, int]:
-        """(the weighted sum of the losses of tokens and samples, how many tokens and labels are right, of how many).
-        Numbers and sets of labels aren't right or wrong.
-        """
-        inputs = {key: value for key, value in batch.items() if key not in ("heads", "loss_weights", "items")}
-        rows = {name: head["rows"] for name, head in batch["heads"].items()}
-        outputs = model(**inputs, head_rows=rows, use_cache=False, fused_lm_head=True)
-        total = -(outputs.log_probs * batch["loss_weights"]).sum()
-        right, count = float(outputs.is_top1.sum()), int(outputs.label_mask.sum())
-        composite: MultimodalModel = self.accelerator.unwrap_model(model)
-        for name, head in batch["heads"].items():
-            scores, binding = composite.head_scores[name], composite.bindings[name]
-            losses = binding.head.module.loss(
-                scores, head["targets"], head["groups"], binding.settings, binding.head.options
-            )
-            total = total + (losses * head["weights"]).sum()
-            if scores.shape[1] > 1 and not binding.settings.several:
-                right += float((scores.argmax(1) == head["targets"].argmax(1)).sum())
-                count += len(scores)
-        return total, right, count
-
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
-        """transformers' count of learned tokens; with heads, also of the samples that these answer."""
+        """transformers' count of learned tokens, or the items that the collator has counted."""
         if not batch_samples or "items" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.tensor(sum(batch["items"] for batch in batch_samples), device=device)
@@ -277,6 +261,9 @@ class StageTrainer(SFTTrainer):
             logs["mean_token_accuracy"] = sum(self.accuracies) / len(self.accuracies)
             logs["num_tokens"] = self.tokens
             self.accuracies.clear()
+        for name, values in self.figures.items():
+            logs[name] = sum(value * items for value, items in values) / max(sum(items for _, items in values), 1)
+        self.figures.clear()
         if "loss" in logs:
             self._add_speed_and_rates(logs)
         super().log(logs, start_time)

@@ -321,11 +321,13 @@ def test_held_out_shares_of_the_same_rows_agree(folder):
 
 
 def test_a_stage_that_distills_names_the_texts_and_trains_no_heads(folder):
-    distills = ["train.stages.1.distill={}", "data.0.task=classify"]
+    distills = ["train.stages.1.objective=distill", "data.0.task=classify"]
     texts = "data.0.task.transcript: stage 'tune' distills: name the column of the captions or transcripts."
     assert_conflicts([texts], distills)
     load_recipe("x.yaml", [*distills, "data.0.task.transcript=caption"])
     heads = ["data.0.head=label", "train.stages.1.trains=[adapter, heads]", "data.0.task.transcript=caption"]
-    language = "data.0.head: stage 'tune' distills, which needs the head 'language': write its sources."
-    trains = "train.stages.1.trains: this stage distills, which only the LLM can: heads learn nothing."
+    language = (
+        "data.0.head: stage 'tune' has the objective 'distill', which needs the head 'language': write its sources."
+    )
+    trains = "train.stages.1.trains: the objective 'distill' is for the LLM alone: heads learn nothing."
     assert_conflicts([language, trains], [*distills, *heads])

@@ -137,7 +137,7 @@ def test_the_longest_row_is_found_among_more_than_are_tokenized(recipe, tmp_path
 
 def test_what_a_teacher_reads_and_answers_fits_a_row(recipe):
     alone = AutoNumbers(recipe).longest
-    distilling = TUNE | {"distill": {"max_new_tokens": 100}}
+    distilling = TUNE | {"objective": {"kind": "distill", "max_new_tokens": 100}}
     taught = recipe.train.model_validate({"stages": [distilling]})
     assert AutoNumbers(recipe.model_copy(update={"train": taught})).longest >= alone + 100
 

@@ -84,7 +84,7 @@ def test_a_pupil_that_reads_the_text_itself_has_nothing_to_learn():
 
 def distilling(folder, answers: str, transcript: str = "label", **changes):
     stage = {"name": "listen", "trains": ["projectors"], "learning_rate": 1.0e-2, "epochs": 25}
-    stage["distill"] = {"answers": answers, "max_new_tokens": 3}
+    stage["objective"] = {"kind": "distill", "answers": answers, "max_new_tokens": 3}
     task = {"kind": "classify", "transcript": transcript}
     data = [
         {"path": str(folder / "data" / f"{split}.csv"), "task": task, "split": split} for split in ("train", "test")
@@ -95,7 +95,7 @@ def distilling(folder, answers: str, transcript: str = "label", **changes):
 def test_rows_hold_what_the_teacher_reads_too(tmp_path, monkeypatch):
     """A picture is one token under cross-attention, its caption many: rows are planned by the longer of the two."""
     stage = {"name": "listen", "trains": ["projectors", "fusion"], "learning_rate": 1.0e-2}
-    stage["distill"] = {"answers": "given"}
+    stage["objective"] = {"kind": "distill", "answers": "given"}
     fusion = {"kind": "cross_attention", "every": 1, "heads": 2, "head_width": 8}
     path = distilling(tmp_path, "given", "words", model__fusion=fusion, train__stages=[stage])
     for split in ("train", "test"):

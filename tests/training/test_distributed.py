@@ -38,7 +38,7 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
         task = {"kind": "classify", "transcript": "label"}
         data.append({"path": str(folder / "data" / "train.csv"), "task": task})
         first = {"name": "listen", "trains": ["projectors"], "learning_rate": 5e-3, "max_grad_norm": 0.05}
-        stages.insert(0, first | {"sources": [2], "distill": {"answers": "given"}, "epochs": 3})
+        stages.insert(0, first | {"sources": [2], "objective": {"kind": "distill", "answers": "given"}, "epochs": 3})
     if heads:  # some rows have nothing for the LLM to learn, others nothing for the head
         data[1] |= {"split": "validation", "head": "label"}
         test = {"path": str(folder / "data" / "train.csv"), "task": "classify", "head": "label", "loss_weight": 2.0}

@@ -137,7 +137,9 @@ def step_of(
     recipe, bindings = planned.run.recipe, planned.rows.bindings.values()
     weighted = any(b.trained for b in bindings) or any(source.loss_weight != 1 for source in recipe.data)
     rows = planned.stage_rows(stage, model, kind, seed)
-    collator = planned.collator(rows.samples, weighted and not stage.distill, kind)
+    collator = planned.collator(rows.samples, weighted and stage.objective.heads, kind)
+    if stage.objective.reference:
+        collator.reference = [torch.zeros(rows.samples[number].learned) for number in range(len(rows.samples))]
     training = StageTraining(
         model=model,
         tokenizer=planned.run.components.tokenizer,

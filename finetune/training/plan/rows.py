@@ -19,12 +19,13 @@ from finetune.model.features import Features
 from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
+from finetune.recipe.parts import ObjectivePart
 from finetune.recipe.schema import Llm, Stage
 from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
 from finetune.training.prefixes import sharing_of
-from finetune.training.samples import TokenizedSamples, distilled, tokenized
+from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, tokenized
 from finetune.training.steps import samples_of
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
@@ -132,15 +133,21 @@ class PlannedRun:
         training, recipe = self.rows.training, self.run.recipe
         chosen = samples_of(stage, training)
         samples = self.samples.select(chosen)
-        if stage.distill:  # the LLM's own answers aren't known yet
-            given = stage.model_copy(update={"distill": stage.distill.model_copy(update={"answers": "given"})})
+        if stage.objective.needs == "texts":  # the LLM's own answers aren't known yet
+            given = stage.model_copy(update={"objective": ObjectivePart.of(stage.objective.kind, answers="given")})
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
-        lengths = samples.taught_lengths
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
+        if stage.objective.needs in ("pairs", "verdicts"):
+            own = [training[i] for i in chosen]
+            samples = TokenizedSamples.of(compared(own, stage.objective.needs, self.run))
+            weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
+        lengths = samples.taught_lengths
         shares = kind is RowKind.SHARED
         sharing = sharing_of(samples, model.composition.fusion.by_sample) if shares else Sharing.none(len(lengths))
         capacity = int(recipe.train.tokens_per_batch)
-        packed = plan_rows(lengths, weights, capacity=capacity, epochs=1, seed=seed, sharing=sharing)
+        packed = plan_rows(
+            lengths, weights, capacity=capacity, epochs=1, seed=seed, groups=groups_of(samples), sharing=sharing
+        )
         used = {training[i].source for i in chosen}
         stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
         tokens = [sum(sharing.tokens(group, lengths) for group in row) for row in packed]

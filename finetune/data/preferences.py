@@ -1,0 +1,50 @@
+"""What rows say of their answers: a chosen and a rejected one, or whether an answer is desirable."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from finetune.data.sample import Row, Sample
+from finetune.recipe.parts import Needs, TaskPart
+
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def sample_of(row: Row, task: TaskPart) -> Sample:
+    """The task's sample of a row, with the answer of its column `rejected`, or the verdict of `desirable`. A column
+    `chosen` is the answer where the row has no other. Raises DataError.
+    """
+    columns = row.columns
+    if isinstance(chosen := columns.get("chosen"), str) and not isinstance(columns.get("messages"), list):
+        own = task.module.stand_in(row, task.options)
+        answer = {name: [chosen] if isinstance(value, list) else chosen for name, value in own.items()}
+        row = replace(row, columns=answer | {name: value for name, value in columns.items() if value not in (None, "")})
+    sample: Sample = task.sample(row)
+    rejected, verdict = _text(columns.get("rejected")), _verdict(columns.get("desirable"))
+    if rejected is None and verdict is None:
+        return sample
+    return replace(sample, rejected=rejected, desirable=verdict)
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bool | int | float | dict | list):
+        value = json.dumps(value, ensure_ascii=False)
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def _verdict(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else WORDS.get(str(value).strip().lower())
+
+
+def unfit(samples: Iterable[Sample], needs: Needs) -> Iterator[str]:
+    """Which samples an objective with these needs can't learn from, and why."""
+    for sample in samples:
+        if needs == "verdicts" and sample.desirable is None:
+            yield f"{sample.where}: no verdict; write true or false in a column 'desirable'"
+        if needs != "pairs":
+            continue
+        if sample.rejected is None:
+            yield f"{sample.where}: no rejected answer; write one in a column 'rejected'"
+        elif sample.rejected == sample.answer.strip():
+            yield f"{sample.where}: chosen and rejected are the same answer, {sample.answer[:40]!r}; leave the row out"

@@ -1,0 +1,43 @@
+"""Objectives: what a stage minimises. Each file is an `ObjectiveContract` and imports no torch at module level."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from finetune.common.registry import PartOptions
+from finetune.recipe.parts import Needs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finetune.model.composite import MultimodalModel
+    from finetune.training.collate import Batch
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """`total`: the loss summed over `items`, a scalar with its gradient. The trainer divides it by the items of all
+    batches and processes of an optimizer step. `right` of `count` tokens and labels are predicted. `figures`: means
+    over the items, by the names in the file's `FIGURES`.
+    """
+
+    total: "Tensor"
+    items: int
+    right: float
+    count: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class ObjectiveContract(Protocol):
+    """What the file of an objective defines."""
+
+    NEEDS: Needs  # what it asks of each row
+    REFERENCE: bool  # whether it compares with what the weights gave as the stage found them: `batch["reference"]`
+    HEADS: bool  # whether heads with weights learn by it
+    FIGURES: tuple[str, ...]  # what is logged in each step besides the loss and the accuracy
+    Options: type[PartOptions]
+
+    def loss(self, model: Any, composite: "MultimodalModel", batch: "Batch", options: Any) -> BatchLoss | None:
+        """The loss of a batch. `model` is to be called: `composite` as accelerate wraps it, with trl's fused head that
+        gives `log_probs` (1, K) of the K learned tokens. None: trl's own cross-entropy.
+        """
