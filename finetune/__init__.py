@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from finetune.commands.chat import chat
     from finetune.commands.check import check
     from finetune.commands.data_check import data_check
+    from finetune.commands.data_describe import data_describe
     from finetune.commands.data_label import data_label
     from finetune.commands.data_preview import data_preview
     from finetune.commands.doctor import doctor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from finetune.commands.run import run
     from finetune.common.run_folder import RunFolder
     from finetune.data.check.split import SplitPlan, data_split
+    from finetune.data.describe.options import DescribeOptions
     from finetune.evaluation.evaluate import evaluate
     from finetune.evaluation.report.report import report
     from finetune.export._run import export_run
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from finetune.training.train import train
 
 _HOME = {
+    "DescribeOptions": "data.describe.options",
     "PredictOptions": "commands.predict",
     "Recipe": "recipe.load",
     "RunFolder": "common.run_folder",
@@ -41,6 +44,7 @@ _HOME = {
     "chat": "commands.chat",
     "check": "commands.check",
     "data_check": "commands.data_check",
+    "data_describe": "commands.data_describe",
     "data_label": "commands.data_label",
     "data_preview": "commands.data_preview",
     "data_split": "data.check.split",
@@ -65,6 +69,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DescribeOptions",
     "PredictOptions",
     "Recipe",
     "RunFolder",
@@ -72,6 +77,7 @@ __all__ = [
     "chat",
     "check",
     "data_check",
+    "data_describe",
     "data_label",
     "data_preview",
     "data_split",

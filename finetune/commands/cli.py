@@ -33,7 +33,7 @@ app = typer.Typer(
     help="Fine-tune a frozen LLM with encoders for images, sound and video: train, merge, export, serve, publish.",
 )
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at rows, split them, label them.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at rows, split, label and write them.")
 app.add_typer(data_app, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, a YAML file.", show_default=False)]
@@ -606,21 +606,85 @@ def data_split(
         print(f"  - {{path: {file}, media_folder: {result.media_folder}, split: {split}, task: ...}}")
 
 
+@data_app.command("describe")
+def data_describe(
+    folder: Annotated[Path, typer.Argument(help="Pictures, recordings or videos.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(metavar="RUN|FOLDER|URL", help="A model of ours, or an OpenAI-compatible endpoint.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The rows; continued if there. Default: FOLDER/described.jsonl.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="Whose columns the rows get: caption, transcribe, answer or vqa.")
+    ] = "caption",
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="In place of the usual one.")] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Questions that the model asks and answers about each file.")
+    ] = None,
+    language: Annotated[str, typer.Option(metavar="NAME", help="Of what it writes: Chinese, German, ...")] = "",
+    media: Annotated[
+        str | None, typer.Option(metavar="KIND", help="image, audio or video, if there are several.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Files described at most.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Files asked about at once.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 512,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the model at the URL; default: the only one there.")
+    ] = None,
+    key_variable: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable with the key of the URL.")
+    ] = "FINETUNE_API_KEY",
+    retries: Annotated[int, typer.Option(min=0, help="Of a request that the URL is too busy for.")] = 5,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger pictures are scaled down for the URL.")] = 1_000_000,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Send so many pictures of a video to the URL, not the file.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the file exists.")] = False,
+) -> None:
+    """Write captions, transcripts, or questions with answers, for media. Exit status 1 where some have none."""
+    from finetune.commands.data_describe import data_describe
+    from finetune.commands.tables import print_descriptions
+    from finetune.data.describe.options import DescribeOptions
+
+    options = DescribeOptions(
+        language=language,
+        media=media,
+        limit=limit,
+        concurrency=concurrency,
+        max_new_tokens=max_new_tokens,
+        overwrite=overwrite,
+        model_name=model_name,
+        key_variable=key_variable,
+        retries=retries,
+        max_pixels=max_pixels,
+        frames=frames,
+    )
+    result = data_describe(folder, model, out, task=task, prompt=prompt, questions=questions, options=options)
+    print_descriptions(result)
+    if result.errors:
+        raise typer.Exit(1)
+
+
 @data_app.command("label")
 def data_label(
     rows: Annotated[Path, typer.Argument(metavar="RECIPE|FILE", help="Rows to label.", show_default=False)],
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A run, merged or adapter folder: it proposes.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="CSV of the labels; continued if it is there.")] = Path(
-        "labels.csv"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The labels, continued if it is there; default: labels.csv, of described rows NAME-reviewed.jsonl.",
+        ),
+    ] = None,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,
     labels: Annotated[str, typer.Option(metavar="A,B,...", help="The labels there are.")] = "",
     page: Annotated[bool, typer.Option("--page", help="Decide on a page, on this machine only.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
 ) -> None:
-    """Label rows: a trained run proposes, you decide, in a CSV or on a page."""
+    """Label rows: a trained run proposes, you decide, in a CSV or on a page; or review rows of `data describe`."""
     from finetune.commands._asking import task_of
     from finetune.commands.data_label import data_label
     from finetune.model.trained_for import bindings_at, refuse_missing

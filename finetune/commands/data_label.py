@@ -5,13 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune.commands._asking import ask_each, source_of_run, task_of
 from finetune.common import display
 from finetune.common.errors import DataError, RecipeError, option
 from finetune.common.run_folder import RunFolder, RunLike
 from finetune.data.check.page import InlineMedium, embedded, render
+from finetune.data.describe.review import ReviewedRows
+from finetune.data.describe.rows_file import is_described
 from finetune.data.new_files import RowsAs, file_like
 from finetune.data.questions import question_about_media, question_of
 from finetune.data.read import read_rows
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 ANSWER_COLUMNS = ("label", "answer", "caption", "text")  # options of tasks that name the column of the answer
 BUTTONS = 24  # labels; more are a list
 HOST = "127.0.0.1"
+OUT = "labels.csv"
+REJECT = "reject this row"
 INSTALL = "the page needs Gradio: pip install 'finetune-kit[label]'; without {} the labels are written into a CSV"
 
 
@@ -80,6 +84,8 @@ class Labelling:
     items: list[Item]
     labels: list[str] = field(default_factory=list)
     limits: Limits = field(default_factory=Limits)
+    save_words: ClassVar[str] = "Save the written label"
+    field_words: ClassVar[str] = "another label"
 
     @property
     def done(self) -> int:
@@ -109,26 +115,73 @@ class Labelling:
         os.replace(partial, self.path)
 
 
+@dataclass
+class Review(Labelling):
+    """Rows that a model has described. `path`: of those that a person has kept."""
+
+    reviewed: ReviewedRows = field(kw_only=True)
+    save_words = "Accept, as it stands above"
+    field_words = "answer, to be edited"
+
+    @classmethod
+    def of(cls, described: Path, out: Path) -> "Review":
+        """Raises DataError."""
+        if out.suffix.lower() != ".jsonl" or out.resolve() == described.resolve():
+            raise DataError(f"{out}: for the rows you keep, write another .jsonl file than {described.name}")
+        reviewed = ReviewedRows(described, out)
+        folder = file_like(RowFile(path=described), described, RowsAs()).folder_of_media
+        items = []
+        for number, line in enumerate(reviewed.lines):
+            kind, name = reviewed.medium(number)
+            (medium,) = Row(described, line, {kind: name}, folder).media([kind])
+            shown = Line(f"{described.name}:{line}", str(medium.path), reviewed.question(number))
+            items.append(Item((medium,), (), shown))
+        review = cls(out, items, [REJECT], reviewed=reviewed)
+        for number in range(len(items)):
+            review._show(number)
+        return review
+
+    def _show(self, number: int) -> None:
+        line, decision = self.items[number].line, self.reviewed.decision(number)
+        line.proposed = self.reviewed.proposed(number)
+        line.label = REJECT if decision == "rejected" else self.reviewed.answer(number) if decision else ""
+
+    def decide(self, number: int, label: str) -> int:
+        label = label.strip()
+        self.reviewed.decide(number, None if label == REJECT else label)
+        self._show(number)
+        return self.open_from((number + 1) % len(self.items) if label else number)
+
+    def save(self) -> None:
+        self.reviewed.save()
+
+
 def data_label(
     rows: RecipeLike,
     run: RunLike | None = None,
     *,
-    out: Path | str = "labels.csv",
+    out: Path | str | None = None,
     task: str | None = None,
     labels: Sequence[str] = (),
     batch: int = 16,
     max_new_tokens: int = 32,
     page_port: int | None = None,
 ) -> LabelResult:
-    """Propose labels for the rows of a recipe or of a file, and write OUT with the columns row, media, text, proposed,
-    confidence (if the model gives probabilities) and label, which a person fills in. Labels in the rows and in an
-    earlier OUT stay; rows that have a proposal in OUT don't get another.
+    """Propose labels for the rows of a recipe or of a file, and write OUT, default labels.csv, with the columns row,
+    media, text, proposed, confidence (if the model gives probabilities) and label, which a person fills in. Labels in
+    the rows and in an earlier OUT stay; rows that have a proposal in OUT don't get another.
+
+    Of rows that `data_describe` has written, without a `run`, a person accepts, edits or rejects each on the page. The
+    decision is kept in the row, and OUT, default NAME-reviewed.jsonl, has the rows that were accepted or edited.
 
     `run`: run, merged or adapter folder; None: nothing is proposed. `task`: the name of one of several tasks that it
     was trained for. `labels`: default: those that the task or the rows name. `page_port`: open a page at
     http://127.0.0.1:PAGE_PORT and return when it is closed. Raises RecipeError, DataError, ArtifactError.
     """
     gradio = _gradio() if page_port is not None else None
+    if run is None and not isinstance(rows, Recipe) and is_described(described := Path(rows)):
+        review = Review.of(described, Path(out or described.with_name(f"{described.stem}-reviewed.jsonl")))
+        return _labelled(review, gradio, page_port)
     assistant = None
     if run is not None:
         from finetune.model.load import load
@@ -136,10 +189,14 @@ def data_label(
         assistant = load(run)
     name, trained_for = task_of(assistant.model.bindings if assistant else {}, task)
     known = source_of_run(RunFolder(Path(run)), name) if run is not None else None
-    labelling = read_rows_to_label(rows, Path(out), name, trained_for, labels, known)
+    labelling = read_rows_to_label(rows, Path(out or OUT), name, trained_for, labels, known)
     _resume(labelling)
     if assistant is not None:
         propose(labelling, assistant, name, batch, max_new_tokens)
+    return _labelled(labelling, gradio, page_port)
+
+
+def _labelled(labelling: Labelling, gradio: Any, page_port: int | None) -> LabelResult:
     labelling.save()
     if gradio is not None:
         theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no downloads
@@ -309,7 +366,7 @@ def build_page(gradio: Any, labelling: Labelling) -> Any:
         media = gradio.HTML()
         text = gradio.Textbox(label="text", interactive=False, lines=1)
         state = gradio.Markdown()
-        label_field = gradio.Textbox(label="another label", interactive=True)
+        label_field = gradio.Textbox(label=labelling.field_words, interactive=True)
         parts = [number, head, media, text, state, label_field]
         if len(labelling.labels) <= BUTTONS:
             with gradio.Row():
@@ -320,7 +377,7 @@ def build_page(gradio: Any, labelling: Labelling) -> Any:
             choice = gradio.Dropdown(labelling.labels, label="label", value=None)
             choice.input(lambda label, number: decide(label or "", number), [choice, number], parts)
         with gradio.Row():
-            gradio.Button("Save the written label", variant="primary").click(decide, [label_field, number], parts)
+            gradio.Button(labelling.save_words, variant="primary").click(decide, [label_field, number], parts)
             gradio.Button("Back").click(lambda number: step(-1, number), number, parts)
             gradio.Button("Skip").click(lambda number: step(1, number), number, parts)
         label_field.submit(decide, [label_field, number], parts)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_preview import Previews
     from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
+    from finetune.data.describe.run import Descriptions
     from finetune.evaluation.evaluation_result import EvaluationResult
     from finetune.export._contract import ExportResult
     from finetune.publishing.push import Pushed
@@ -49,6 +50,14 @@ def print_predictions(result: "Predictions") -> None:
             )
         )
     print(f"{result.out}: {len(result.rows) - len(errors):,} of {len(result.rows):,} rows answered")
+
+
+def print_descriptions(result: "Descriptions") -> None:
+    if result.errors:
+        print(
+            error_list(result.errors, f"{len(result.errors):,} file{'s' * (len(result.errors) > 1)} without an answer")
+        )
+    print(result, "data:", f"  {result.source}", sep="\n")
 
 
 def print_run(result: "RunResult") -> None:

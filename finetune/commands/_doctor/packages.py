@@ -17,6 +17,7 @@ EXTRAS = {
     "serve": "finetune serve",
     "gguf": "finetune export --to gguf, for tokenizers of SentencePiece",
     "label": "finetune data label --page",
+    "describe": "finetune data describe --model URL",
     "dicom": "DICOM pictures",
     "quickstart": "the weights of the quickstart",
     "docs": "make docs",
