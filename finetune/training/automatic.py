@@ -59,7 +59,9 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
     distilling: list[Any] = [objective.options for objective in objectives if objective.needs == "texts"]
     if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples])):
         longest = max(longest, words.longest)
-        longest += max(one.max_new_tokens for one in distilling if one.answers == "own")
+        longest += max((one.max_new_tokens for one in distilling if one.answers == "own"), default=0)
+    taught: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
+    longest = max([longest, *(estimated.longest + one.max_new_tokens for one in taught if one.answers == "own")])
     return ceil(ROOM * longest)
 
 
