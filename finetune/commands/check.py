@@ -15,6 +15,7 @@ from finetune.data.rows import (
     summary,
     unlearned,
 )
+from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import LanguageModel, Train
@@ -78,6 +79,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     """
     loaded = as_recipe(recipe, overrides)
     refuse_missing_packages(loaded)
+    refuse_unfit_teachers(loaded)
     refused, llm = fetch_settings(loaded.model), loaded.model.language_model
     notes = [*remarks(loaded), *refuse_multimodal(llm, refused.get(llm.name))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)

@@ -1,7 +1,5 @@
 """Rows for media without any: an endpoint, or a model in this process, describes them or asks and answers questions."""
 
-import hashlib
-import json
 import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.commands._asking import ask_each
-from finetune.common.certificate import NAME, file_hashes, read_certificate
 from finetune.common.errors import DataError, RecipeError, given
 from finetune.common.run_folder import RunLike
 from finetune.data.describe.assignment import Assignment
@@ -17,7 +14,7 @@ from finetune.data.describe.endpoint import Endpoint, is_address
 from finetune.data.describe.options import DescribeOptions
 from finetune.data.describe.run import Descriptions, MediaFolder, Said, describe
 from finetune.data.sample import KINDS, Message
-from finetune.model.trained_for import folder_of_model, parts_at, refuse_missing
+from finetune.model.trained_for import fingerprint, folder_of_model, parts_at, refuse_missing
 
 if TYPE_CHECKING:
     from finetune.model.assistant import Assistant
@@ -79,7 +76,9 @@ class LocalModel:
 
         quiet_libraries()
         self.assistant: Assistant = load(model)
-        self.name, self.revision, self.options = os.fspath(model), _fingerprint(Path(model)), options
+        folder = folder_of_model(Path(model))
+        self.name, self.revision = os.fspath(model), fingerprint(folder) if folder.is_dir() else ""
+        self.options = options
 
     def trained_prompt(self, task: str) -> str | None:
         """Of a caption or transcript, as the model was trained to write them."""
@@ -96,13 +95,3 @@ class LocalModel:
             ).items():
                 said = answer if isinstance(answer, DataError) else Said(answer.text, self.name, self.revision)
                 yield name, said
-
-
-def _fingerprint(model: Path) -> str:
-    """Of a model's files; '' for one of the Hub."""
-    folder = folder_of_model(model)
-    if not folder.is_dir():
-        return ""
-    certified = (folder / NAME).is_file()
-    hashes = read_certificate(folder).sha256 if certified else file_hashes(folder)
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -36,13 +36,16 @@ def keep(
     schema: pa.Schema,
     rows: Iterable[Mapping[str, object]],
     finish: Callable[[Path], bool] = lambda folder: True,
+    *,
+    least: int = BATCH,
 ) -> pa.Table:
     """Rows as a table, kept in `folder`; None keeps nothing. `finish` may write more files into the folder, and says
-    whether it is kept. Raises DataError where it can't be written, and what `rows` raise.
+    whether it is kept. Fewer than `least` rows, of the first BATCH, stay in memory. Raises DataError where it can't be
+    written, and what `rows` raise.
     """
     batches = _batches(schema, rows)
     first = list(islice(batches, 1))
-    writing = _new_folder(folder) if folder and first and first[0].num_rows == BATCH else None
+    writing = _new_folder(folder) if folder and first and first[0].num_rows >= least else None
     if folder is None or writing is None:
         return pa.Table.from_batches([*first, *batches], schema)
     try:

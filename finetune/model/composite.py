@@ -38,6 +38,7 @@ from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
 from finetune.model.module_names import is_lora
 from finetune.model.row_plan import RowPlan, following
+from finetune.model.taught import Taught
 from finetune.recipe.parts import FusionPart, ProjectorPart
 
 Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
@@ -333,7 +334,7 @@ class MultimodalModel(PreTrainedModel):
         labels: Tensor | None = None,
         row_plan: RowPlan | None = None,
         rope_positions: Tensor | None = None,
-        teacher: Teacher | None = None,
+        teacher: Teacher | Taught | None = None,
         **kwargs: Any,
     ) -> Any:
         """Token ids (B, T), features {name: N tensors (S, L, W)} or prepared media -> the LLM's own output.
@@ -363,18 +364,22 @@ class MultimodalModel(PreTrainedModel):
         self.forget_media()
         return outputs
 
-    def imitate(self, student: Mapping[str, Any], teacher: Teacher) -> dict[str, Tensor]:
-        """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers.
+    def imitate(self, student: Mapping[str, Any], teacher: Teacher | Taught) -> dict[str, Tensor]:
+        """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers; or from
+        what another model has `taught`.
 
         `student`: keywords of `forward`, with as many `label_rows` (K,) as the teacher's; the teacher without adapter.
         Returns `loss`, the KL divergence of next-token distributions softened by the temperature, summed over K
         (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens are
         equal.
         """
+        if isinstance(teacher, Taught):
+            logits = self.label_logits(**student)
+            return {"loss": teacher.divergence(logits), "agreement": teacher.agreement(logits)}
         training = self.training
         with torch.no_grad(), without_adapter(self.language_model):
-            target = self.eval()._label_logits(**teacher.batch)
-        logits = self.train(training)._label_logits(**student)
+            target = self.eval().label_logits(**teacher.batch)
+        logits = self.train(training).label_logits(**student)
         loss = functional.kl_div(
             (logits / teacher.temperature).log_softmax(-1),
             (target / teacher.temperature).log_softmax(-1),
@@ -383,7 +388,7 @@ class MultimodalModel(PreTrainedModel):
         )
         return {"loss": loss, "agreement": (logits.argmax(-1) == target.argmax(-1)).sum()}
 
-    def _label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
+    def label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
         """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learned token."""
         selects = self.llm_takes("logits_to_keep") and len(batch["input_ids"]) == 1
         selection: dict[str, Any] = {"logits_to_keep": label_rows} if selects else {}

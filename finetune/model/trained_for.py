@@ -1,15 +1,22 @@
 """What a model was trained for, from the texts in its folder. Imports no torch."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.common.certificate import NAME as CERTIFICATE
+from finetune.common.certificate import file_hashes, read_certificate
+from finetune.common.errors import RecipeError
 from finetune.common.hub import is_repository
 from finetune.common.run_folder import RunFolder, RunLike, missing_run, read_json, refuse_file
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition
 from finetune.model.manifest import MANIFEST, AdapterManifest
+from finetune.recipe.schema import RecipeSections
 
 CONFIG = "config.json"  # of a merged model
 
@@ -38,6 +45,32 @@ def bindings_at(source: RunLike) -> dict[str, TaskBinding] | None:
     """{name: task binding} of a model in a folder; None where only loading it tells. Raises ArtifactError."""
     parts = parts_at(source)
     return parts.bindings if parts else None
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model's files, hexadecimal: from its certificate where it has one."""
+    certified = (folder / CERTIFICATE).is_file()
+    hashes = read_certificate(folder).sha256 if certified else file_hashes(folder)
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_unfit_teachers(recipe: RecipeSections) -> None:
+    """Raises ArtifactError for a teacher that isn't there, RecipeError for one that doesn't read a stage's media."""
+    for number, stage in enumerate(recipe.train.stages):
+        if stage.objective.needs != "teacher":
+            continue
+        options: Any = stage.objective.options
+        refuse_missing(options.teacher)
+        if (parts := parts_at(options.teacher)) is None:
+            continue  # loading it tells
+        for index, source in enumerate(recipe.data):
+            used = source.split == "train" and index in (stage.sources or [index])
+            if used and (unread := [kind for kind in source.task.media if kind not in parts.placeholders]):
+                reads = ", ".join(parts.placeholders) or "text only"
+                raise RecipeError(
+                    f"train.stages.{number}.objective.teacher: {options.teacher} reads {reads}, but rows of "
+                    f"data.{index} hold {', '.join(unread)}: take another teacher, or write the stage's sources"
+                )
 
 
 def parts_at(source: RunLike) -> AdapterManifest | Composition | None:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 JsonSchema: TypeAlias = dict[str, Any]
-# What an objective asks of a row: an answer; its media's text, for a teacher; a chosen and a rejected answer; an answer
-# and whether it is desirable; or the question alone.
-Needs: TypeAlias = Literal["answers", "texts", "pairs", "verdicts", "questions"]
+# What an objective asks of a row: an answer; its media's text, for the LLM itself as teacher; what another model says
+# to it; a chosen and a rejected answer; an answer and whether it is desirable; or the question alone.
+Needs: TypeAlias = Literal["answers", "texts", "teacher", "pairs", "verdicts", "questions"]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class ObjectivePart(Part):
     @property
     def needs(self) -> Needs:
         """What it asks of each row."""
-        result: Needs = self.module.NEEDS
+        result: Needs = getattr(self.options, "needs", self.module.NEEDS)
         return result
 
     @property

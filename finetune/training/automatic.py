@@ -59,10 +59,12 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
     distilling: list[Any] = [objective.options for objective in objectives if objective.needs == "texts"]
     if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples])):
         longest = max(longest, words.longest)
-        longest += max(one.max_new_tokens for one in distilling if one.answers == "own")
+        longest += max((one.max_new_tokens for one in distilling if one.answers == "own"), default=0)
     if any(objective.compares for objective in objectives):
         rejected = estimate(recipe.model, [sample.answered(sample.rejected or sample.answer) for sample in samples])
         longest += max(estimated.longest, rejected.longest if rejected else 0)
+    taught: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
+    longest = max([longest, *(estimated.longest + one.max_new_tokens for one in taught if one.answers == "own")])
     return ceil(ROOM * longest)
 
 

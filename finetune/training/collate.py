@@ -1,7 +1,7 @@
 """A packed row of samples -> the tensors of one training step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.nn import functional
 from finetune.data.sample import Medium, Values
 from finetune.model.prefixes import most_shared, shared_beginning, shared_tokens
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment
+from finetune.model.taught import Taught
 from finetune.model.tokenize import IGNORED
 from finetune.training.samples import COUNTED, TokenizedSample, TokenizedSamples
 
@@ -64,20 +65,33 @@ class ComparedBatch(TypedDict, total=False):
     reference: Tensor
 
 
+class TaughtBatch(TypedDict):
+    """What another model says of the K learned tokens: see `Taught`."""
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+
 class Batch(TokenBatch, total=False):
     """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
-    a stage distills; `compared`, where answers are. `items`: what the loss is a mean over, where that isn't the learned
-    tokens: pairs, or answers with a verdict. Where losses are weighted: `loss_weights` (1, K), `heads` {name:
-    HeadBatch}, and `items` counts learned tokens and samples that heads answer.
+    a stage distills; `taught`, where another model teaches it; `compared`, where answers are. `items`: what the loss is
+    a mean over, where that isn't the learned tokens: pairs, or answers with a verdict. Where losses are weighted:
+    `loss_weights` (1, K), `heads` {name: HeadBatch}, and `items` counts learned tokens and samples that heads answer.
     """
 
     features: dict[str, list[Tensor]]
     media: dict[str, list[Values]]
     teacher: TokenBatch
+    taught: TaughtBatch
     loss_weights: Tensor
     items: int
     heads: dict[str, HeadBatch]
     compared: ComparedBatch
+
+
+class SupportsTaught(Protocol):
+    def __getitem__(self, number: int, /) -> Taught: ...
 
 
 class LabelledTokens(NamedTuple):
@@ -100,7 +114,8 @@ class Collator:
 
     `read(medium)` gives a medium's features (S, L, W), or its prepared tensor where nothing is cached; `field` says
     which. `heads`, {name: outputs}, where losses are weighted: see `Batch`. `reference`, to be set before it is used
-    where the objective asks for one: of each sample, the log-probabilities of its learned tokens (K,).
+    where the objective asks for one: of each sample, the log-probabilities of its learned tokens (K,). `taught`: of
+    each sample, what another model says of these.
     """
 
     def __init__(
@@ -112,6 +127,7 @@ class Collator:
         kind: RowKind,
         pad_token_id: int = 0,
         heads: Mapping[str, int] | None = None,
+        taught: SupportsTaught | None = None,
     ) -> None:
         self.samples = samples
         self.read = read
@@ -119,6 +135,7 @@ class Collator:
         self.kind = kind
         self.pad_token_id = pad_token_id
         self.heads = heads
+        self.taught = taught
         self.reference: Sequence[Tensor] | None = None
 
     def __call__(self, rows: Sequence[PackedRow]) -> Batch:
@@ -141,6 +158,8 @@ class Collator:
             self._add_heads(batch, [sample for group in groups for sample in group], layout.ends, self.heads)
         if groups[0][0].teacher_input_ids:
             batch["teacher"] = self._lay_out_teachers(groups)
+        if self.taught is not None:
+            batch["taught"] = _taught([self.taught[number] for group in numbers for number in group])
         if groups[0][0].role:
             self._add_compared(batch, [number for group in numbers for number in group])
         if any(row.get("filler") for row in rows):
@@ -200,6 +219,14 @@ class Collator:
                 _rope_padded(samples) if self.kind is RowKind.PADDED else _rope_in_one_row(groups, prefixes)
             )
         return layout
+
+
+def _taught(samples: Sequence[Taught]) -> TaughtBatch:
+    return TaughtBatch(
+        ids=torch.cat([one.ids for one in samples]),
+        log_probs=torch.cat([one.log_probs for one in samples]),
+        rest=torch.cat([one.rest for one in samples]),
+    )
 
 
 def _media(groups: Sequence[Sequence[TokenizedSample]], prefixes: Sequence[int]) -> Iterator[Medium]:
@@ -294,6 +321,9 @@ def _ignore(batch: Batch) -> None:
     if "teacher" in batch:
         batch["label_rows"] = batch["label_rows"][:0]
         batch["teacher"]["label_rows"] = batch["teacher"]["label_rows"][:0]
+    if "taught" in batch:
+        batch["label_rows"], taught = batch["label_rows"][:0], batch["taught"]
+        batch["taught"] = TaughtBatch(ids=taught["ids"][:0], log_probs=taught["log_probs"][:0], rest=taught["rest"][:0])
     if "compared" in batch:
         batch["items"] = 0
         batch["label_rows"], batch["shift_labels"] = batch["label_rows"][:0], batch["shift_labels"][:, :0]

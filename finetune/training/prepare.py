@@ -24,6 +24,7 @@ from finetune.model.bindings import bindings_of
 from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
+from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.feature_cache import fill_cache
@@ -33,12 +34,13 @@ from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
+from finetune.training.teachers import Lesson, lesson
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """`training` and `validation` samples; `samples`: the training samples as tokens; `compared`: all answers
-    that a stage compares, by its name; `watch`: what it took to get them.
+    """`training` and `validation` samples; `samples`: the training samples as tokens; `compared`: all answers that a
+    stage compares, by its name; `lessons`: what other models teach, by the stage; `watch`: what it took to get them.
     """
 
     run: Run
@@ -46,6 +48,7 @@ class PreparedRun:
     validation: list[Sample]
     samples: TokenizedSamples
     compared: dict[str, TokenizedSamples]
+    lessons: dict[str, Lesson]
     watch: Stopwatch
 
     @property
@@ -69,6 +72,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
     watch = Stopwatch()
+    refuse_unfit_teachers(recipe)
     with watch("read"):
         splits = splits_of_run(folder, recipe)
     refuse_empty_splits(splits, recipe)
@@ -104,12 +108,18 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         compared_by_stage, digest = compared_samples(splits.train, run, digest)
         if first:
             refuse_other_rows(folder, digest)
+    with watch("teacher"):
+        lessons = {
+            stage.name: lesson(number, picked(splits.train, samples_of(stage, splits.train)), run)
+            for number, stage in enumerate(recipe.train.stages)
+            if stage.objective.needs == "teacher"
+        }
     lengths = samples.lengths
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
     )
-    return PreparedRun(run, splits.train, validation, samples, compared_by_stage, watch)
+    return PreparedRun(run, splits.train, validation, samples, compared_by_stage, lessons, watch)
 
 
 def compared_samples(training: Sequence[Sample], run: Run, digest: str) -> tuple[dict[str, TokenizedSamples], str]:
@@ -147,6 +157,8 @@ def stage_rows(
     weights = sampling_weights(own, run.recipe.train.mixing_temperature)
     if stage.objective.needs == "texts":
         samples = TokenizedSamples.of(distilled(own, stage, run, model))
+    elif stage.name in prepared.lessons:
+        samples = prepared.lessons[stage.name].samples
     elif stage.name in prepared.compared:
         samples = prepared.compared[stage.name]
         weights = [weight for weight in weights for _ in range(len(samples) // len(own))]

@@ -158,6 +158,7 @@ def train_stages(
             kind=kind,
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
+            taught=prepared.lessons[stage.name].outputs if stage.name in prepared.lessons else None,
         )
         training = StageTraining(
             model=model,

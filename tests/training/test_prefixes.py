@@ -49,7 +49,7 @@ def laid_out(samples, groups, kind, **options):
 
 def token_losses(model, batch):
     """The loss of every learned token, by sample in the order of the row."""
-    logits = model._label_logits(**{key: value for key, value in batch.items() if key != "shift_labels"})
+    logits = model.label_logits(**{key: value for key, value in batch.items() if key != "shift_labels"})
     return torch.nn.functional.cross_entropy(logits, batch["shift_labels"][0], reduction="none")
 
 

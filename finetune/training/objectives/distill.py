@@ -1,11 +1,14 @@
-"""Imitate the LLM's answers to captions or transcripts of the media, by KL divergence, instead of the rows' answers."""
+"""Imitate what the LLM itself says to captions or transcripts of the media, or what another model, the teacher, says to
+the media, instead of learning the rows' answers.
+"""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune.common.registry import PartOptions
 from finetune.recipe.parts import Needs
+from finetune.recipe.schema import PATH_OR_HUB_ID
 from finetune.training.objectives import BatchLoss
 
 if TYPE_CHECKING:
@@ -19,17 +22,54 @@ FIGURES: tuple[str, ...] = ()
 
 
 class Options(PartOptions):
+    teacher: str | None = Field(
+        None,
+        description="Another model that teaches: a run, a merged or adapter folder, or a Hub id; null: the LLM itself.",
+        json_schema_extra=PATH_OR_HUB_ID,
+    )
+    revision: str | None = Field(None, description="Commit, branch or tag of a teacher on the Hub.")
+    by: Literal["kl", "answers"] = Field(
+        "kl",
+        description="What is imitated of a teacher: its next-token distributions, for which it needs the LLM's "
+        "vocabulary (kl), or the answers that it writes (answers).",
+    )
     answers: Literal["own", "given"] = Field(
-        "own", description="Answers to imitate: the LLM's own answers to the text (own), or those of the rows (given)."
+        "own",
+        description="Answers to imitate: those of the LLM to the text, or of the teacher (own), or those of the rows "
+        "(given).",
     )
     temperature: float = Field(2.0, gt=0, description="Softmax temperature of both distributions.")
+    top_k: int = Field(
+        64, ge=1, description="Tokens that are kept of each of a teacher's distributions; all others count as one."
+    )
     max_new_tokens: int = Field(32, ge=1, description="Length limit of an own answer, in tokens.")
 
+    @property
+    def needs(self) -> Needs:
+        return "texts" if self.teacher is None else "teacher"
 
-def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Options) -> BatchLoss:
-    """The KL divergence from the teacher over the answer's tokens: see `MultimodalModel.imitate`."""
+    @model_validator(mode="after")
+    def _teaches(self) -> Self:
+        if self.by == "answers" and self.teacher is None:
+            raise ValueError("by: answers is for a teacher: name one, or leave it out.")
+        if self.by == "answers" and self.answers == "given":
+            raise ValueError("nothing is taught by the rows' own answers: write answers: own, or by: kl.")
+        return self
+
+
+def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Options) -> BatchLoss | None:
+    """The KL divergence from the LLM that reads text (`MultimodalModel.imitate`), or from another model
+    (`Taught.divergence`), over the answer's tokens; trl's cross-entropy of a teacher's answers.
+    """
     from finetune.model.composite import Teacher
+    from finetune.model.taught import Taught
 
-    outputs = model(**{**batch, "teacher": Teacher(batch["teacher"], options.temperature)})
+    if options.by == "answers":
+        return None
+    inputs: Any = dict(batch)
+    taught = inputs.pop("taught", None)
+    text = None if taught is not None else Teacher(batch["teacher"], options.temperature)
+    teacher = text or Taught(**taught, temperature=options.temperature)
+    outputs = model(**{**inputs, "teacher": teacher})
     count = batch["label_rows"].numel()
     return BatchLoss(outputs["loss"], count, float(outputs["agreement"]), count)

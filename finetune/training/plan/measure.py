@@ -8,6 +8,7 @@ import torch
 
 from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import RowKind, likely_row_kind
+from finetune.model.taught import Taught
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.collate import Batch, PackedRow
@@ -16,6 +17,7 @@ from finetune.training.plan.result import Phase
 from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
 from finetune.training.plan.shapes import language_model_on_meta, without_data
 from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
+from finetune.training.samples import TokenizedSamples
 from finetune.training.train import set_up
 from finetune.training.trainer import StageTraining
 
@@ -141,6 +143,8 @@ def step_of(
     collator = planned.collator(rows.samples, weighted and stage.objective.heads, kind)
     if stage.objective.reference:
         collator.reference = [torch.zeros(rows.samples[number].learned) for number in range(len(rows.samples))]
+    if stage.objective.needs == "teacher":
+        collator.taught = taught_on_paper(rows.samples, stage)
     training = StageTraining(
         model=model,
         tokenizer=planned.run.components.tokenizer,
@@ -153,6 +157,19 @@ def step_of(
         dtype=planned.run.components.dtype,
     )
     return training, collator([PackedRow(groups=rows.fullest, filler=False)]), rows
+
+
+def taught_on_paper(samples: TokenizedSamples, stage: Stage) -> list[Taught] | None:
+    """What a teacher would say; None where its answers alone teach."""
+    options: Any = stage.objective.options
+    if options.by == "answers":
+        return None
+    learned = [samples[number].learned for number in range(len(samples))]
+    number, share = torch.zeros((), dtype=torch.long), torch.zeros(())
+    return [
+        Taught(number.expand(count, options.top_k), share.expand(count, options.top_k), share.expand(count), 1.0)
+        for count in learned
+    ]
 
 
 def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tuple[Phase, int, int]:

@@ -1,0 +1,336 @@
+"""What another model says to a stage's rows. It is written down before the student's LLM is loaded, so that the two are
+never in memory together, and kept for other runs in the user's cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+
+from finetune.common.errors import RUN, DataError, RecipeError, TrainingError, option
+from finetune.common.kept_tables import keep, opened
+from finetune.common.progress import bar, console, fresh_memory
+from finetune.common.run_folder import read_json, write_json
+from finetune.common.user_cache import user_cache
+from finetune.data.rows import error_list
+from finetune.data.sample import Medium, Sample
+from finetune.model.assistant import Assistant
+from finetune.model.composition import PLACEHOLDERS
+from finetune.model.features import Features
+from finetune.model.language_model import context_length, load_tokenizer
+from finetune.model.load import load_folder, model_folder
+from finetune.model.prefixes import IGNORED
+from finetune.model.row_plan import RowKind, by_segments, row_kind
+from finetune.model.run import Run
+from finetune.model.taught import Taught
+from finetune.model.tokenize import tokenize
+from finetune.model.trained_for import fingerprint
+from finetune.recipe.schema import Stage
+from finetune.training.collate import Collator, PackedRow
+from finetune.training.pack import plan_rows
+from finetune.training.prefixes import sharing_of
+from finetune.training.samples import DISTILL_BATCH, TokenizedSample, TokenizedSamples, tokenized
+
+ANSWERS = pa.schema({"answer": pa.string()})
+OUTPUTS = pa.schema(
+    {
+        "number": pa.int32(),  # of the sample: rows are in the order in which they were computed
+        "tokens": pa.large_list(pa.int32()),
+        "ids": pa.large_list(pa.int32()),  # of each token the likeliest, one token after the other
+        "log_probs": pa.large_list(pa.float32()),
+        "rest": pa.large_list(pa.float32()),
+    }
+)
+
+
+class TeacherOutputs:
+    """The distributions of the learned tokens of each sample, read one sample at a time."""
+
+    def __init__(self, table: pa.Table, temperature: float) -> None:
+        self.table, self.temperature = table, temperature
+        self.places = np.argsort(table.column("number").to_numpy())
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> Taught:
+        row = {name: self._values(name, number) for name in ("ids", "log_probs", "rest")}
+        tokens = len(row["rest"])
+        ids = torch.tensor(row["ids"], dtype=torch.long).view(tokens, -1)
+        return Taught(ids, torch.tensor(row["log_probs"]).view(tokens, -1), torch.tensor(row["rest"]), self.temperature)
+
+    def tokens(self, number: int) -> list[int]:
+        """The tokens that they are the distributions of."""
+        result: list[int] = self._values("tokens", number).tolist()
+        return result
+
+    def _values(self, name: str, number: int) -> Any:
+        return self.table.column(name)[int(self.places[number])].values.to_numpy()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stage's rows as tokens, with the answers that it learns, and the teacher's distributions of these; None where
+    the answers alone teach.
+    """
+
+    samples: TokenizedSamples
+    outputs: TeacherOutputs | None
+
+
+def lesson(number: int, samples: Sequence[Sample], run: Run) -> Lesson:
+    """What the teacher of stage `number` says to its rows: from an earlier run, or by the teacher, which is loaded for
+    it and let go. Raises RecipeError for a teacher of another vocabulary, DataError with the rows that it can't read,
+    TrainingError where it has changed since the run began.
+    """
+    stage = run.recipe.train.stages[number]
+    teacher = StageTeacher(number, run)
+    options: Any = stage.objective.options
+    try:
+        if PartialState().is_main_process:
+            teacher.refuse_changed(run.folder.data / f"teacher-{stage.name}.json")
+            if options.by == "kl":
+                teacher.refuse_other_vocabulary()
+        if options.answers == "own":
+            samples = _answered(samples, stage, run, teacher)
+        tokens = TokenizedSamples.of(tokenized(samples, run))
+        if options.by == "answers":
+            return Lesson(tokens, None)
+        content = [options.temperature, options.top_k]
+        table = teacher.kept("distributions", content, OUTPUTS, samples, teacher.distributions)
+        outputs = TeacherOutputs(table, options.temperature)
+    finally:
+        teacher.release()
+    _refuse_other_tokens(tokens, outputs, teacher.name)
+    return Lesson(tokens, outputs)
+
+
+def _answered(samples: Sequence[Sample], stage: Stage, run: Run, teacher: "StageTeacher") -> list[Sample]:
+    """The rows with the teacher's answers, as this run has begun with them."""
+    options: Any = stage.objective.options
+    path = run.folder.data / f"answers-{stage.name}.json"
+    if PartialState().is_main_process and not path.is_file():
+        table = teacher.kept("answers", [options.max_new_tokens], ANSWERS, samples, teacher.answers, waits=False)
+        write_json(path, {"answers": table.column("answer").to_pylist()})
+    PartialState().wait_for_everyone()
+    # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
+    answers = read_json(path)["answers"]
+    return [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
+
+
+def _refuse_other_tokens(samples: TokenizedSamples, outputs: TeacherOutputs, name: str) -> None:
+    """Raises DataError where the teacher's answers end or are split otherwise than the student's."""
+    wrong = []
+    for number in range(len(samples)):
+        sample = samples[number]
+        if [label for label in sample.labels[1:] if label != IGNORED] != outputs.tokens(number):
+            wrong.append(sample.where)
+    if wrong:
+        headline = (
+            f"{name} writes the answers of {len(wrong):,} of {len(samples):,} rows in other tokens, as where its chat "
+            "template ends them otherwise: write by: answers"
+        )
+        raise DataError(error_list(wrong, headline))
+
+
+class StageTeacher:
+    """The teacher of a stage, loaded when it is first asked."""
+
+    def __init__(self, number: int, run: Run) -> None:
+        self.run, self.where = run, f"train.stages.{number}.objective"
+        self.options: Any = run.recipe.train.stages[number].objective.options
+        self.name = self.options.teacher
+        self.loaded: Assistant | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        return model_folder(self.name, self.options.revision)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.folder)
+
+    @property
+    def assistant(self) -> Assistant:
+        if self.loaded is None:
+            console.print(f"teacher: {self.name}")
+            self.loaded = load_folder(self.folder)
+        return self.loaded
+
+    def release(self) -> None:
+        if self.loaded is not None:
+            self.loaded = None
+            fresh_memory()
+
+    @cached_property
+    def features(self) -> Features:
+        """Of its own encoders."""
+        return Features(self.assistant.encoders, self.run.recipe.train.feature_folder, self.run.recipe.media)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        return vocabulary_of(load_tokenizer(str(self.folder)))
+
+    def refuse_changed(self, path: Path) -> None:
+        """Keep what it is. Raises TrainingError where a resumed run began with another."""
+        if path.is_file() and read_json(path)["fingerprint"] != self.fingerprint:
+            raise TrainingError(
+                f"{self.where}.teacher: {self.name} has changed since this run began; begin anew with {option(*RUN)}"
+            )
+        write_json(path, {"teacher": self.name, "fingerprint": self.fingerprint})
+
+    def refuse_other_vocabulary(self) -> None:
+        """Raises RecipeError."""
+        own, theirs = vocabulary_of(self.run.components.tokenizer), self.vocabulary
+        if own != theirs:
+            common, llm = len(own.items() & theirs.items()), self.run.recipe.model.llm.name
+            raise RecipeError(
+                f"{self.where}.by: {self.name} has a vocabulary of {len(theirs):,} tokens, {llm} one of {len(own):,}, "
+                f"and {common:,} are the same: next tokens can't be compared; write by: answers"
+            )
+
+    def kept(
+        self,
+        what: str,
+        content: Sequence[object],
+        schema: pa.Schema,
+        samples: Sequence[Sample],
+        compute: Callable[[Sequence[Sample]], Iterator[Mapping[str, object]]],
+        *,
+        waits: bool = True,
+    ) -> pa.Table:
+        """The table of what `compute` gives, computed by the main process where no earlier run has; `waits`: all
+        processes call it.
+        """
+        versions = [version(name) for name in ("torch", "transformers", "peft")]
+        limits = self.run.recipe.media.model_dump(mode="json")
+        made_by = [
+            what,
+            self.fingerprint,
+            *content,
+            rows_digest(samples),
+            limits,
+            versions,
+            self.run.components.device.type,
+        ]
+        folder = user_cache("teachers") / hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
+        table = opened(folder)
+        if table is None and PartialState().is_main_process:
+            table = keep(folder, schema, compute(samples), least=1)
+        if waits:
+            PartialState().wait_for_everyone()
+        if table is None and (table := opened(folder)) is None:
+            raise TrainingError(f"{folder}: the teacher's output of the main process isn't there: all need one cache")
+        return table
+
+    def answers(self, samples: Sequence[Sample]) -> Iterator[Mapping[str, object]]:
+        """Its greedy answers, a row each."""
+        self.assistant.model.eval()
+        with bar("the teacher's answers", len(samples)) as step:
+            for start in range(0, len(samples), DISTILL_BATCH):
+                chunk = [sample.question for sample in samples[start : start + DISTILL_BATCH]]
+                for text in self.assistant.answers(
+                    chunk, max_new_tokens=self.options.max_new_tokens, view=self.features
+                ):
+                    yield {"answer": text}
+                    step()
+
+    @torch.no_grad()
+    def distributions(self, samples: Sequence[Sample]) -> Iterator[Mapping[str, object]]:
+        """Of each learned token, in packed rows as where it trains."""
+        model, tokenizer = self.assistant.model.eval(), self.assistant.tokenizer
+        vocabulary = 1 + max(self.vocabulary.values())
+        rows = TokenizedSamples.of(self._tokenized(samples))
+        lengths, kind = rows.lengths, row_kind(model.causal_lm)
+        collator = Collator(
+            rows, self.features.features, field="features", kind=kind, pad_token_id=tokenizer.pad_token_id
+        )
+        planned = plan_rows(
+            lengths,
+            [1.0] * len(lengths),
+            capacity=max(int(self.run.recipe.train.tokens_per_batch), *lengths),
+            epochs=1,
+            seed=0,
+            sharing=sharing_of(rows, model.composition.fusion.by_sample) if kind is RowKind.SHARED else None,
+        )
+        device = model.get_input_embeddings().weight.device
+        with bar("the teacher's tokens", len(planned)) as step:
+            for row in planned:
+                batch: Any = send_to_device(collator([PackedRow(groups=row, filler=False)]), device)
+                with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
+                    logits = model.label_logits(**batch)
+                taught = Taught.of(logits, self.options.temperature, self.options.top_k, vocabulary)
+                numbers = [number for group in row for number in group]
+                yield from _as_rows(taught, batch["shift_labels"][0], numbers, [rows[n].learned for n in numbers])
+                step()
+
+    def _tokenized(self, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
+        """Raises DataError with all rows that it can't read."""
+        assistant = self.assistant
+        segments = assistant.model.composition.placement.segments_by(self.features.layout)
+        limit = context_length(assistant.model.causal_lm)
+        errors: list[str] = []
+        for sample in samples:
+            try:
+                tokens = tokenize(sample, assistant.tokenizer, assistant.placeholders, segments)
+                if limit and len(tokens.input_ids) > limit:
+                    raise DataError(f"{sample.where}: {len(tokens.input_ids)} tokens, but {self.name} reads {limit}")
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            yield TokenizedSample(
+                input_ids=tokens.input_ids,
+                labels=tokens.labels,
+                where=sample.where,
+                media_kinds=[medium.kind for medium in tokens.media],
+                media_paths=[str(medium.path) for medium in tokens.media],
+                media_keys=[medium.key for medium in tokens.media],
+                media_begins=list(tokens.media_begins),
+                media_ends=list(tokens.media_ends),
+            )
+        if errors:
+            raise DataError(error_list(errors, f"{len(errors)} of {len(samples)} rows can't be read by the teacher"))
+
+
+def _as_rows(
+    taught: Taught, tokens: torch.Tensor, numbers: Sequence[int], sizes: Sequence[int]
+) -> Iterator[Mapping[str, object]]:
+    begin = 0
+    for number, size in zip(numbers, sizes, strict=True):
+        own = slice(begin, begin + size)
+        yield {
+            "number": number,
+            "tokens": tokens[own].int().cpu().numpy(),
+            "ids": taught.ids[own].int().cpu().numpy().ravel(),
+            "log_probs": taught.log_probs[own].cpu().numpy().ravel(),
+            "rest": taught.rest[own].cpu().numpy(),
+        }
+        begin += size
+
+
+def vocabulary_of(tokenizer: Any) -> dict[str, int]:
+    """{token: id}, without the placeholders of media, which no answer has."""
+    return {token: number for token, number in tokenizer.get_vocab().items() if token not in PLACEHOLDERS.values()}
+
+
+def rows_digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 of conversations and of their media's content, whatever reads them."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        turns = [
+            [turn.role, [[part.kind, part.key] if isinstance(part, Medium) else part for part in turn.content]]
+            for turn in sample.messages
+        ]
+        digest.update(json.dumps(turns).encode())
+    return digest.hexdigest()
