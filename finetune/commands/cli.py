@@ -733,6 +733,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer after Ctrl-C, without a word
+            print("stopped", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

