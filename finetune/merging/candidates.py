@@ -31,7 +31,7 @@ from finetune.model.features import Features
 from finetune.model.language_model import decoder_layers, load_language_model
 from finetune.model.load import load_exactly
 from finetune.model.run import Run
-from finetune.recipe.schema import Llm, Quantize
+from finetune.recipe.schema import LanguageModel, Quantize
 
 ROOM = 1.2  # memory that a model takes, over the size of its files
 BATCH_ON_DISK = 8  # samples compared at once where each pass reads the LLM from disk
@@ -74,8 +74,8 @@ class MergeJob:
     dtype: torch.dtype
 
     @property
-    def llm(self) -> Llm:
-        return self.run.recipe.model.llm
+    def llm(self) -> LanguageModel:
+        return self.run.recipe.model.language_model
 
     @property
     def reference(self) -> str:
@@ -106,9 +106,8 @@ class MergeJob:
 
     def untrained(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:
         """The same parts with new weights."""
-        llm = self.llm.model_copy(update={"quantize": quantize})
         return build_model(
-            replace(components, model=components.model.model_copy(update={"llm": llm})),
+            replace(components, model=components.model.with_language_model(quantize=quantize)),
             self.run.recipe.adapter,
             seed=self.run.recipe.seed,
             bindings=self.run.bindings,

@@ -21,7 +21,7 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.encoders import Encoder
 from finetune.model.features import MediaView, encode_one, read_medium
 from finetune.model.language_model import context_length
-from finetune.model.padding import left_padded
+from finetune.model.padding import left_padded, left_padded_positions
 from finetune.model.prefixes import shared_beginning
 from finetune.model.prompts import (
     PromptBatch,
@@ -287,8 +287,10 @@ class Assistant:
     ) -> list[Tokens]:
         absent = [kind for kind, strength in strengths.items() if strength == 0]
         conversations = [without_kinds(messages, absent) for messages in conversations]
-        segments = self.model.composition.placement.segments_by(view.layout)
+        segments = self.model.placement.segments_by(view.layout)
         prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
+        if any(prompt.positions for prompt in prompts):  # a part of a text would begin at 0 again
+            prompts = [prompt.with_positions() for prompt in prompts]
         context, longest = context_length(self.model.causal_lm), max(len(prompt.input_ids) for prompt in prompts)
         if context and longest + room >= context:
             raise DataError(f"a prompt of {longest} tokens, but the LLM reads {context}: fewer media, or shorter text")
@@ -301,7 +303,8 @@ class Assistant:
         for prompt in prompts:
             for medium in prompt.media:
                 features.setdefault(medium.kind, []).append(view.features(medium))
-        return PromptBatch(input_ids, mask, features)
+        rope = left_padded_positions([prompt.positions for prompt in prompts], mask)
+        return PromptBatch(input_ids, mask, features, rope_positions=rope)
 
     def _together(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch:
         """Prompts as a batch: behind what they share, where that pays, or whole."""

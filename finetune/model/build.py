@@ -9,8 +9,10 @@ from transformers import set_seed
 
 from finetune.data.media import example
 from finetune.model import adapter as adapters
+from finetune.model.base.encoder import BaseEncoder
+from finetune.model.base.existing import ExistingModel
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalModel, compose
+from finetune.model.composite import MultimodalModel, compose, compose_base
 from finetune.model.composition import PLACEHOLDERS, Placement
 from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
@@ -30,15 +32,19 @@ class Components:
     dtype: torch.dtype
     device: torch.device
     tuned: dict[str, TunedEncoder]
+    base: ExistingModel | None = None
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.model.projectors, self.model.fusion)
+        return Placement(self.model.projectors, self.model.fusion, self.base.rope if self.base else None)
 
     def compose(
         self, language_model: Any, bindings: Mapping[str, TaskBinding], with_encoders: bool = True
     ) -> MultimodalModel:
         """See `finetune.model.composite.compose`."""
+        if self.base is not None:
+            encoders = {name: one for name, one in self.encoders.items() if isinstance(one, BaseEncoder)}
+            return compose_base(encoders, bindings, language_model)
         return compose(
             language_model,
             encoders=self.encoders,
@@ -55,12 +61,16 @@ def load_components(
 ) -> Components:
     """Load tokenizer and encoders. The same seed gives the same new weights."""
     device = device or default_device()
-    dtype = resolve_dtype(model.llm.dtype, device)
+    dtype = resolve_dtype(model.language_model.dtype, device)
+    if model.base is not None:
+        base = ExistingModel.load(model.base, dtype, device)
+        of_base: dict[str, Encoder] = {name: BaseEncoder(base, name) for name in base.media}
+        return Components(model, base.tokenizer, base.placeholders(), of_base, dtype, device, {}, base)
     tokenizer = load_tokenizer(
-        model.llm.name,
-        revision=model.llm.revision,
-        chat_template=model.llm.chat_template,
-        trust_remote_code=model.llm.trust_remote_code,
+        model.language_model.name,
+        revision=model.language_model.revision,
+        chat_template=model.language_model.chat_template,
+        trust_remote_code=model.language_model.trust_remote_code,
     )
     encoders = {name: part.build(dtype, device) for name, part in model.encoders.items()}
     set_seed(seed)
@@ -71,7 +81,9 @@ def load_components(
 
 def load_llm(components: Components) -> Any:
     """The LLM, quantized as the recipe says."""
-    return load_language_model(components.model.llm, components.dtype, components.device)
+    if components.base is not None:
+        return components.base.model
+    return load_language_model(components.model.language_model, components.dtype, components.device)
 
 
 def build_model(

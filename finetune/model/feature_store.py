@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ SHARD_BYTES = 256 * 2**20
 
 class FeatureStore:
     """Features on disk, each (S, L, W), in the dtype that the encoder gave: read back, equal to the bit. The marks of
-    their segments stand in the files' metadata.
+    their segments, or all of their layout where that is more, stand in the files' metadata.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder / fingerprint[:32]
         self._files: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}
-        self._marks: dict[str, tuple[str, ...]] = {}
+        self._marks: dict[str, list[str] | dict[str, Any]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -37,7 +38,7 @@ class FeatureStore:
                 with safe_open(path, "pt") as file:
                     self._files.update(dict.fromkeys(file.keys(), path))
                     marks = json.loads((file.metadata() or {}).get("marks", "{}"))
-                    self._marks.update({key: tuple(texts) for key, texts in marks.items()})
+                    self._marks.update(marks)
             except SafetensorError as error:
                 raise ArtifactError(f"{path} is damaged ({error}); delete it, it will be computed anew") from None
 
@@ -53,7 +54,8 @@ class FeatureStore:
 
     def layout(self, key: str) -> Layout:
         segments, rows, _ = self._open(key).get_slice(key).get_shape()
-        return Layout(rows, self._marks.get(key, ("",) * segments))
+        kept = self._marks.get(key, [""] * segments)
+        return Layout(rows, tuple(kept)) if isinstance(kept, list) else _layout(kept)
 
     def _open(self, key: str) -> Any:
         path = self._files[key]
@@ -61,11 +63,11 @@ class FeatureStore:
             self._handles[path] = safe_open(path, "pt")
         return self._handles[path]
 
-    def fill(self, computed: Iterable[tuple[str, Tensor, tuple[str, ...]]], done: Callable[[], None]) -> None:
-        """Keep (key, features (S, L, W), marks) as they come, in files of about 256 MB, each whole or absent."""
+    def fill(self, computed: Iterable[tuple[str, Tensor, Layout]], done: Callable[[], None]) -> None:
+        """Keep (key, features (S, L, W), layout) as they come, in files of about 256 MB, each whole or absent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         shard: dict[str, Tensor] = {}
-        marks: dict[str, tuple[str, ...]] = {}
+        marks: dict[str, list[str] | dict[str, Any]] = {}
 
         def write() -> None:
             if not shard:
@@ -78,13 +80,20 @@ class FeatureStore:
             marks.clear()
 
         try:
-            for key, features, texts in computed:
+            for key, features, layout in computed:
                 shard[key] = features.detach().cpu().contiguous()
-                if any(texts):
-                    marks[key] = texts
+                if layout.end or layout.grid:
+                    marks[key] = asdict(layout)
+                elif any(layout.marks):
+                    marks[key] = list(layout.marks)
                 done()
                 if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
                     write()
         finally:
             write()  # interrupted: what is computed is kept
         self.refresh()
+
+
+def _layout(kept: dict[str, Any]) -> Layout:
+    grid = kept["grid"]
+    return Layout(kept["rows"], tuple(kept["marks"]), kept["end"], grid and tuple(grid), kept["grid_seconds"])

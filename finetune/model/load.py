@@ -131,11 +131,12 @@ def load_adapter(
     components, and may put other encoders of equal weights into them.
     """
     manifest = AdapterManifest.read(folder)
-    llm = manifest.model.llm
+    llm = manifest.model.language_model
     if trust_remote_code and not re.fullmatch(COMMIT, llm.revision or ""):
         raise ArtifactError(f"{folder}: names no commit of {llm.name!r}, so its code isn't run")
-    llm = llm.model_copy(update={"trust_remote_code": trust_remote_code})
-    model = manifest.model.model_copy(update={"llm": llm})
+    model = manifest.model
+    if trust_remote_code:
+        model = model.with_language_model(trust_remote_code=True)
     components = load_components(model, manifest.tune_encoders, manifest.seed, device)
     components.tokenizer = load_tokenizer(str(folder))
     language_model = (shared_llm or load_llm)(components)

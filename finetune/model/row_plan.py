@@ -77,18 +77,24 @@ _current: ContextVar[RowPlan | None] = ContextVar("row_plan", default=None)
 @contextmanager
 def by_segments(causal_lm: Any) -> Iterator[None]:
     """Let an LLM attend by segments. To last until the backward pass is over: activation checkpoints attend again."""
-    before = causal_lm.config._attn_implementation
-    causal_lm.set_attn_implementation(NAME)
+    attending = _attending(causal_lm)
+    before = attending.config._attn_implementation
+    attending.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        causal_lm.set_attn_implementation(before)
+        attending.set_attn_implementation(before)
+
+
+def _attending(causal_lm: Any) -> Any:
+    """Whose attention is chosen: the LLM's; of a base its decoder's, for its encoders have their own."""
+    return causal_lm if causal_lm.config.get_text_config() is causal_lm.config else causal_lm.get_decoder()
 
 
 @contextmanager
 def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
     """A forward pass over a row with this plan, within `by_segments`; without a plan, by the LLM's own attention."""
-    if (plan is None) == (causal_lm.config._attn_implementation == NAME):
+    if (plan is None) == (_attending(causal_lm).config._attn_implementation == NAME):
         raise AssertionError("a row's plan and attention by segments go together")
     token = _current.set(plan)
     try:
@@ -261,7 +267,7 @@ def likely_row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True
     """As `row_kind`, by what the LLM's class takes: of an LLM without weights, which can't be tried."""
     if "position_ids" not in signature(causal_lm.forward).parameters:
         return RowKind.PADDED
-    if by_segments and causal_lm._can_set_attn_implementation():
+    if by_segments and _attending(causal_lm)._can_set_attn_implementation():
         return RowKind.SHARED if share else RowKind.SEGMENTS
     return RowKind.PACKED
 
@@ -280,7 +286,7 @@ def attends_by_segments(causal_lm: Any) -> bool:
     and its hidden states must be those that it has alone, by the LLM's own attention, sliding windows included. LLMs
     with another attention (ALiBi), whose positions can't be given, or with a recurrent state fail.
     """
-    return causal_lm._can_set_attn_implementation() and _keeps_apart(causal_lm, plan=True)
+    return _attending(causal_lm)._can_set_attn_implementation() and _keeps_apart(causal_lm, plan=True)
 
 
 def _keeps_apart(causal_lm: Any, plan: bool) -> bool:

@@ -66,7 +66,7 @@ def feature_bytes(recipe: Recipe, rows: "PlannedRows | None" = None) -> Sequence
     rows = rows or PlannedRows.of(recipe)
     if not rows.media:
         return ()
-    dtype = str(resolve_dtype(recipe.model.llm.dtype, default_device())).removeprefix("torch.")
+    dtype = str(resolve_dtype(recipe.model.language_model.dtype, default_device())).removeprefix("torch.")
     planned = PlannedRun(with_dtype(recipe, dtype), rows)
     sizes: dict[str, list[int]] = {}
     for medium in {medium: None for sample in rows.training for medium in sample.media}:

@@ -73,8 +73,9 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         bindings = bindings_of(recipe.data, splits.train)
     with watch("components"):
         run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
-    for encoder in run.components.encoders.values():
-        encoder.module.to(run.components.device)  # an earlier training may have put it away
+    if run.components.base is None:
+        for encoder in run.components.encoders.values():
+            encoder.module.to(run.components.device)  # an earlier training may have put it away
     if first:
         with watch("read"):
             keep_rows(folder, splits, recipe)

@@ -34,6 +34,7 @@ class TokenizedSample:
     order of their placeholders, and where in `input_ids` each begins and ends. With a head that has weights,
     `input_ids` are the question alone, `head` names the head, `target` is what it learns, and samples of an equal
     `group` are compared. With a teacher, `teacher_*` are the same row with each medium's text in its place.
+    `positions` (3, T): of bases whose positions have three dimensions, where the row has media.
     """
 
     input_ids: list[int]
@@ -50,6 +51,7 @@ class TokenizedSample:
     loss_weight: float = 1.0
     teacher_input_ids: list[int] | None = None
     teacher_labels: list[int] | None = None
+    positions: list[list[int]] | None = None
 
     @property
     def media(self) -> list[Medium]:
@@ -78,6 +80,7 @@ SCHEMA = pa.schema(
         "loss_weight": pa.float64(),
         "teacher_input_ids": pa.large_list(pa.int32()),
         "teacher_labels": pa.large_list(pa.int32()),
+        "positions": pa.list_(pa.large_list(pa.int32())),
     }
 )
 
@@ -169,6 +172,7 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
         target=target,
         group=f"{sample.source}/{sample.group}" if grouped else "",  # two files may both have a user 1
         loss_weight=run.recipe.data[sample.source].loss_weight,
+        positions=tokens.positions,
     )
 
 

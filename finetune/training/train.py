@@ -29,11 +29,11 @@ from finetune.model.module_names import module_shapes
 from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
-from finetune.recipe.schema import Model, Stage, Train
+from finetune.recipe.schema import Stage, Train
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
-from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
+from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
@@ -134,7 +134,7 @@ def with_measured_dtype(recipe: Recipe) -> Recipe:
     """The recipe with the dtype that a new run computes in on this machine, or with `auto` where that is the device's
     usual one. Raises ModelError.
     """
-    return recipe.with_(**{DTYPE: measured_dtype(recipe.model.llm, default_device())})
+    return with_dtype_of_run(recipe, measured_dtype(recipe.model.language_model, default_device()))
 
 
 def train_stages(
@@ -187,10 +187,11 @@ def train_stages(
 
 def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
     """How this LLM's rows are laid out; what it can't take is printed."""
-    attention, share = recipe.model.llm.attention, recipe.train.share_prefixes
+    attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
     if attention != "auto":
-        console.print(f"rows are {kind}, without shared prefixes: model.llm.attention is {attention}, not auto")
+        key = f"{recipe.model.language_key}.attention"
+        console.print(f"rows are {kind}, without shared prefixes: {key} is {attention}, not auto")
     elif kind is RowKind.PADDED:
         console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
     elif kind is RowKind.PACKED:
@@ -203,7 +204,7 @@ def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
 def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
     """The model to be trained; encoders whose features are cached are put away."""
     settings = run.recipe.train
-    if settings.cache:
+    if settings.cache and run.components.base is None:
         for encoder in run.components.encoders.values():
             encoder.module.to("cpu")  # not needed while the LLM trains
     language_model = shared.language_model if shared else language_model_for(settings, run.components)
@@ -271,12 +272,12 @@ def record_versions(path: Path, processes: int) -> None:
 def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
     """What the adapter folder needs to be rebuilt: LLM and encoders by the commits that were loaded."""
     recipe = run.recipe
-    llm = recipe.model.llm.model_copy(
+    llm = recipe.model.language_model.model_copy(
         update={
-            "revision": commit_of(model.causal_lm, recipe.model.llm.revision),
+            "revision": commit_of(model.causal_lm, recipe.model.language_model.revision),
             "attention": "auto",
             "chat_template": None,  # the tokenizer holds it
-            "trust_remote_code": False,
+            **({} if recipe.model.base else {"trust_remote_code": False}),
         }
     )
     encoders = {}
@@ -285,7 +286,9 @@ def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
         revision = commit_of(run.components.encoders[name].module, requested.revision)
         encoders[name] = type(part)(part.kind, requested.model_copy(update={"revision": revision}))
     return AdapterManifest(
-        model=Model(llm=llm, encoders=encoders, projectors=recipe.model.projectors, fusion=recipe.model.fusion),
+        model=recipe.model.model_copy(
+            update={recipe.model.language_key.removeprefix("model."): llm, "encoders": encoders}
+        ),
         llm_sha256=weights_hashes(llm.name),
         tune_encoders=recipe.tune_encoders,
         placeholders=model.composition.placeholders,

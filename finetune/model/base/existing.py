@@ -1,0 +1,197 @@
+"""A base: its config and processor, and its weights when they are asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+from finetune.common.errors import ModelError
+from finetune.common.hub import loading
+from finetune.data.sample import Layout
+from finetune.model.base.config import media_in_config
+from finetune.model.composition import Rope
+from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
+from finetune.model.tokenize import WORD, Placeholder, takes_parts
+from finetune.recipe.schema import Base
+
+# At the end of a conversation, for templates that end answers with nothing that could be learned.
+END = "{% if messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+PLAIN_PARTS = PLAIN_TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else tokens[part['type']] }}"
+    "{% endfor %}",
+)
+
+
+@dataclass
+class ExistingModel:
+    """`media`: the kinds that it takes. `dtype`: of the weights that aren't quantized, and of the computation."""
+
+    settings: Base
+    config: Any
+    processor: Any
+    media: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def load(cls, settings: Base, dtype: torch.dtype, device: torch.device) -> "ExistingModel":
+        """Read its config and processor, no weights. Raises ModelError where it isn't a model that takes media, or
+        can't be loaded without running code of its repository.
+        """
+        what = f"base {settings.name!r}"
+        with loading(what, settings.name) as local_only:
+            options: dict[str, Any] = {"revision": settings.revision, "local_files_only": local_only}
+            config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False, **options)
+            if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+                raise ModelError(
+                    f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
+                    "it as model.llm if it is a text-only LLM"
+                )
+            processor = _processor(settings.name, config, options)
+        media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
+        if not media:
+            raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
+        _complete_template(processor, settings, media)
+        return cls(settings, config, processor, media, dtype, device)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The model on the meta device: names and shapes."""
+        with torch.device("meta"), no_init_weights():
+            return AutoModelForMultimodalLM.from_config(self.config, dtype=self.dtype)
+
+    @cached_property
+    def model(self) -> Any:
+        """The weights, frozen, in evaluation mode; the decoder's quantized as the settings say. Raises ModelError."""
+        if self.device.type == "meta":
+            return self.skeleton.eval().requires_grad_(False)
+        settings = self.settings
+        options: dict[str, Any] = {"device_map": {"": self.device}, "dtype": self.dtype, "use_safetensors": True}
+        if settings.attention != "auto":
+            options["attn_implementation"] = settings.attention
+        with loading(f"base {settings.name!r}", settings.name) as local_only:
+            model = AutoModelForMultimodalLM.from_pretrained(
+                settings.name,
+                revision=settings.revision,
+                quantization_config=self.quantization(),
+                local_files_only=local_only,
+                adapter_kwargs={"local_files_only": local_only},
+                **options,
+            )
+        keep_layout(model)
+        return model.eval().requires_grad_(False)
+
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """transformers' settings, which leave all modules alone that aren't the decoder's."""
+        config = quantization(self.settings, self.dtype)
+        if config is not None:
+            config.llm_int8_skip_modules = modules_beside(self.skeleton, self.skeleton.get_decoder())
+        return config
+
+    @property
+    def rope(self) -> Rope | None:
+        """See `Placement.rope`."""
+        return self.positions if hasattr(self.skeleton.base_model, "get_rope_index") else None
+
+    def positions(self, input_ids: Sequence[int], media: Sequence[tuple[str, Layout]]) -> list[list[int]]:
+        """The positions (3, T) of one sample, by the model's own rule."""
+        ids = torch.tensor([list(input_ids)])
+        kinds = torch.zeros_like(ids)
+        given: dict[str, Any] = {}
+        for number, kind in enumerate(("image", "video"), 1):
+            if kind in self.media:
+                kinds[ids == self.token_id(kind)] = number
+            if layouts := [layout for other, layout in media if other == kind]:
+                given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
+                if layouts[0].grid_seconds is not None:
+                    given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
+        found, _ = self.skeleton.base_model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, **given)
+        result: list[list[int]] = found[:, 0].tolist()
+        return result
+
+    def token_id(self, kind: str) -> int:
+        """Of the placeholder that stands for a row of features."""
+        for key in (f"{kind}_token_id", f"{kind}_token_index"):
+            for config in (self.config, getattr(self.config, "thinker_config", None)):
+                if isinstance(number := getattr(config, key, None), int):
+                    return number
+        raise ModelError(f"base {self.settings.name!r}: its config names no token for {kind}")
+
+    def placeholders(self) -> dict[str, Placeholder]:
+        """{medium: the token that its chat template writes, and the id of those that stand for features}"""
+        found = {}
+        for kind in self.media:
+            number = self.token_id(kind)
+            token = getattr(self.processor, f"{kind}_token", None) or self.tokenizer.convert_ids_to_tokens(number)
+            found[kind] = Placeholder(token, number, native=True)
+        return found
+
+
+def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
+    """Names of the outermost modules that don't hold `part`, nor are in it."""
+    if whole is part:
+        return []
+    if not any(module is part for module in whole.modules()):
+        return [name]
+    inner = (modules_beside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
+    return [beside for names in inner for beside in names]
+
+
+def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
+    """Of all media that can be read here: transformers reads videos with torchvision only."""
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **options)
+    except ImportError:
+        whole = PROCESSOR_MAPPING[type(config)]
+        kept = [part for part in whole.get_attributes() if part != "video_processor"]
+        without = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: kept)})
+        processor = without.from_pretrained(name, **options)
+    if getattr(processor, "tokenizer", None) is None:
+        raise ModelError(
+            f"base {name!r}: there is no processor of its media in it, only a {type(processor).__name__}: take the "
+            "repository that has preprocessor_config.json, or copy it from there"
+        )
+    return processor
+
+
+def _reads_videos(processor: Any) -> bool:
+    return getattr(processor, "video_processor", None) is not None
+
+
+def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -> None:
+    """Give the tokenizer the processor's chat template, with the tokens at both ends that training needs."""
+    tokenizer = processor.tokenizer
+    if tokenizer.eos_token is None:
+        raise ModelError(f"tokenizer of {settings.name!r} has no end-of-text token: an answer could never end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    if settings.chat_template is not None:
+        template = settings.chat_template.read_text(encoding="utf-8")
+    if template is None:
+        tokens = {kind: getattr(processor, f"{kind}_token", f"<{kind}>") for kind in media}
+        template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
+    tokenizer.chat_template = template
+    content: Any = [{"type": "text", "text": WORD}] if takes_parts(tokenizer) else WORD
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    question, whole = (
+        tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=count == 1)
+        for count in (1, 2)
+    )
+    if not whole.rpartition(WORD)[2].strip():  # nothing ends the answer
+        tokenizer.chat_template += END
+    first = tokenizer(question)["input_ids"][0]
+    if first == tokenizer.bos_token_id and not question.startswith(tokenizer.bos_token):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
