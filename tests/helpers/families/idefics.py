@@ -95,4 +95,5 @@ SMOLVLM = replace(
         "size": {"longest_edge": 32},
         "video_processor_type": "SmolVLMVideoProcessor",
     },
+    needs=("num2words",),
 )
