@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from finetune.data.formats import Columns
 from finetune.data.sample import Row, Sample
 from finetune.recipe.parts import Needs, TaskPart
 
@@ -16,15 +17,24 @@ def sample_of(row: Row, task: TaskPart) -> Sample:
     `chosen` is the answer where the row has no other. Raises DataError.
     """
     columns = row.columns
-    if isinstance(chosen := columns.get("chosen"), str) and not isinstance(columns.get("messages"), list):
-        own = task.module.stand_in(row, task.options)
-        answer = {name: [chosen] if isinstance(value, list) else chosen for name, value in own.items()}
-        row = replace(row, columns=answer | {name: value for name, value in columns.items() if value not in (None, "")})
+    if isinstance(chosen := columns.get("chosen"), str):
+        row = replace(row, columns=_answered(row, task, chosen))
     sample: Sample = task.sample(row)
     rejected, verdict = _text(columns.get("rejected")), _verdict(columns.get("desirable"))
     if rejected is None and verdict is None:
         return sample
     return replace(sample, rejected=rejected, desirable=verdict)
+
+
+def _answered(row: Row, task: TaskPart, chosen: str) -> Columns:
+    """The columns of a row with the chosen answer in the place of one that is missing."""
+    answer: Columns = {}
+    for name, value in task.module.stand_in(row, task.options).items():
+        if name == "messages":
+            answer[name] = [*value[:-1], {"role": "assistant", "content": chosen}]
+        else:
+            answer[name] = [chosen] if isinstance(value, list) else chosen
+    return answer | {name: value for name, value in row.columns.items() if value not in (None, "")}
 
 
 def _text(value: Any) -> str | None:

@@ -175,7 +175,7 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
 def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
     """Raises DataError, with all of them, where training rows lack what a stage's objective compares."""
     for stage in recipe.train.stages:
-        if stage.objective.needs in ("pairs", "verdicts"):
+        if stage.objective.compares:
             used = stage.sources or [*range(len(recipe.data))]
             chosen = [number for number, source in enumerate(sources_of(splits.train)) if source in used]
             if errors := list(unfit(picked(splits.train, chosen), stage.objective.needs)):

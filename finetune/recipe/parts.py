@@ -222,6 +222,11 @@ class ObjectivePart(Part):
         return result
 
     @property
+    def compares(self) -> bool:
+        """Whether two answers to each row share a packed row."""
+        return self.needs in ("pairs", "verdicts")
+
+    @property
     def reference(self) -> bool:
         """Whether it compares with what the weights gave as the stage found them."""
         return bool(self.module.REFERENCE)

@@ -53,7 +53,7 @@ class AutoNumbers:
 
 
 def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> int:
-    """Tokens of the longest sample, or of what a stage that distills puts in its place."""
+    """Tokens of the longest sample, or of what a stage that distills or compares answers puts in its place."""
     longest = estimated.longest
     objectives = [stage.objective for stage in recipe.train.stages]
     distilling: list[Any] = [objective.options for objective in objectives if objective.needs == "texts"]
@@ -62,6 +62,9 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
         longest += max((one.max_new_tokens for one in distilling if one.answers == "own"), default=0)
     taught: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
     longest = max([longest, *(estimated.longest + one.max_new_tokens for one in taught if one.answers == "own")])
+    if any(objective.compares for objective in objectives):
+        rejected = estimate(recipe.model, [sample.answered(sample.rejected or sample.answer) for sample in samples])
+        longest += max(estimated.longest, rejected.longest if rejected else 0)
     return ceil(ROOM * longest)
 
 

@@ -127,7 +127,7 @@ def compared_samples(training: Sequence[Sample], run: Run, digest: str) -> tuple
     """
     result: dict[str, TokenizedSamples] = {}
     for stage in run.recipe.train.stages:
-        if stage.objective.needs in ("pairs", "verdicts"):
+        if stage.objective.compares:
             rows = RowsDigest(digest)
             own = picked(training, samples_of(stage, training))
             result[stage.name] = TokenizedSamples.of(rows.read(compared(own, stage.objective.needs, run)))

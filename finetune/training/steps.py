@@ -45,7 +45,8 @@ def steps_of(train: Train, samples: Sequence[Sample], lengths: Sequence[int]) ->
         chosen = samples_of(stage, samples)
         weights = sampling_weights(picked(samples, chosen), train.mixing_temperature) if chosen else []
         capacity = int(train.tokens_per_batch)
-        rows = plan_rows([min(lengths[i], capacity) for i in chosen], weights, capacity=capacity, epochs=1, seed=0)
+        apart = [min((2 if stage.objective.compares else 1) * lengths[i], capacity) for i in chosen]
+        rows = plan_rows(apart, weights, capacity=capacity, epochs=1, seed=0)
         stages.append(StageSteps(stage.name, len(chosen), int(stage.epochs), len(rows) / train.accumulate))
     return tuple(stages)
 

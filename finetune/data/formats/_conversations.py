@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.formats import Columns
+from finetune.data.formats._preferences import with_answers
 
 KINDS = {"image": ("image", "images"), "audio": ("audio", "audios"), "video": ("video", "videos")}
 MARKER = re.compile(r"\n?<(image|audio|video)>\n?")
@@ -84,7 +85,8 @@ def with_messages(where: str, item: Columns, strict: bool) -> Columns:
         if messages and messages[0]["role"] == "system":
             raise DataError(f"{where}: 'system' is beside the turns and the first of them; keep one")
         messages.insert(0, {"role": "system", "content": system})
-    return {key: value for key, value in item.items() if key != "conversations"} | {"messages": messages}
+    rest = {key: value for key, value in item.items() if key != "conversations"}
+    return with_answers(where, rest | {"messages": messages})
 
 
 def _message(place: str, turn: Any, media: dict[str, list[Any]]) -> Columns:
@@ -105,6 +107,7 @@ def with_parts(where: str, columns: Columns) -> Columns:
     media listed beside the messages are put into them. Malformed messages and parts are left to the task to report.
     Raises DataError.
     """
+    columns = with_answers(where, columns)
     if not isinstance(columns.get("messages"), list):
         return columns
     media = media_beside(columns)

@@ -137,7 +137,7 @@ class PlannedRun:
             given = stage.model_copy(update={"objective": ObjectivePart.of(stage.objective.kind, answers="given")})
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
-        if stage.objective.needs in ("pairs", "verdicts"):
+        if stage.objective.compares:
             own = [training[i] for i in chosen]
             samples = TokenizedSamples.of(compared(own, stage.objective.needs, self.run))
             weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
