@@ -40,7 +40,7 @@ def keep(
     always: bool = False,
 ) -> pa.Table:
     """Rows as a table, kept in `folder`; None keeps nothing. `finish` may write more files into the folder, and says
-    whether it is kept. Fewer than `least` rows, of the first BATCH, stay in memory. Raises DataError where it can't be
+    whether it is kept. Fewer than BATCH rows are only kept where `always` says so. Raises DataError where it can't be
     written, and what `rows` raise.
     """
     batches = _batches(schema, rows)

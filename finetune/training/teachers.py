@@ -149,8 +149,8 @@ class StageTeacher:
 
     def __init__(self, number: int, run: Run) -> None:
         self.run, self.where = run, f"train.stages.{number}.objective"
-        self.options: Any = run.recipe.train.stages[number].objective.options
-        self.name = self.options.teacher
+        options: Any = run.recipe.train.stages[number].objective.options
+        self.options, self.name = options, str(options.teacher)
         self.loaded: Assistant | None = None
 
     @cached_property
