@@ -37,15 +37,15 @@ def keep(
     rows: Iterable[Mapping[str, object]],
     finish: Callable[[Path], bool] = lambda folder: True,
     *,
-    least: int = BATCH,
+    always: bool = False,
 ) -> pa.Table:
     """Rows as a table, kept in `folder`; None keeps nothing. `finish` may write more files into the folder, and says
-    whether it is kept. Fewer than `least` rows, of the first BATCH, stay in memory. Raises DataError where it can't be
+    whether it is kept. Fewer than BATCH rows are only kept where `always` says so. Raises DataError where it can't be
     written, and what `rows` raise.
     """
     batches = _batches(schema, rows)
     first = list(islice(batches, 1))
-    writing = _new_folder(folder) if folder and first and first[0].num_rows >= least else None
+    writing = _new_folder(folder) if folder and first and (always or first[0].num_rows == BATCH) else None
     if folder is None or writing is None:
         return pa.Table.from_batches([*first, *batches], schema)
     try:

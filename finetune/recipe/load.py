@@ -184,6 +184,7 @@ _FOUND: dict[Any, tuple[Callable[[str], bool], str]] = {
     "file": (os.path.isfile, "file"),
     "folder": (os.path.isdir, "folder"),
     "new": (lambda path: True, ""),
+    "once": (lambda path: True, ""),
 }
 
 
@@ -204,7 +205,7 @@ def _with_paths(value: Any, folder: str, location: Location, problems: list[Prob
         new = _with_paths(old, folder, here, problems)
         if marker == "maybe" and not getattr(value, "may_be_remote", True):
             marker = "local"
-        if marker and old is not None and (marker != "maybe" or _looks_local(str(old), folder)):
+        if marker and old is not None and (marker not in ("maybe", "once") or _looks_local(str(old), folder)):
             new = type(old)(os.path.abspath(os.path.join(folder, os.path.expanduser(old))))
             found, what = _FOUND[marker]
             if not found(str(new)):

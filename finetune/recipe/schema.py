@@ -4,6 +4,7 @@ A field's description is its documentation: `finetune schema` prints it. Fields 
 (here and in any part's `Options`) hold paths: relative ones are relative to the recipe's folder and become absolute on
 reading. The marker is {"path": X}: "file", "folder", "new" for one that needn't exist, "maybe" for a name that is a Hub
 id unless it looks local; where the section has a `may_be_remote` that is false, it is a file or folder that exists.
+"once" is as "maybe", of what only training needs: it may be gone when the recipe of a run is read.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ PATH_FILE: JsonDict = {"path": "file"}
 PATH_FOLDER: JsonDict = {"path": "folder"}
 PATH_NEW: JsonDict = {"path": "new"}
 PATH_OR_HUB_ID: JsonDict = {"path": "maybe"}
+PATH_OR_HUB_ID_TO_TRAIN: JsonDict = {"path": "once"}
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]

@@ -60,11 +60,11 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
     if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples])):
         longest = max(longest, words.longest)
         longest += max((one.max_new_tokens for one in distilling if one.answers == "own"), default=0)
+    taught: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
+    longest = max([longest, *(estimated.longest + int(one.max_new_tokens) for one in taught if one.answers == "own")])
     if any(objective.compares for objective in objectives):
         rejected = estimate(recipe.model, [sample.answered(sample.rejected or sample.answer) for sample in samples])
         longest += max(estimated.longest, rejected.longest if rejected else 0)
-    taught: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
-    longest = max([longest, *(estimated.longest + one.max_new_tokens for one in taught if one.answers == "own")])
     return ceil(ROOM * longest)
 
 

@@ -149,8 +149,8 @@ class StageTeacher:
 
     def __init__(self, number: int, run: Run) -> None:
         self.run, self.where = run, f"train.stages.{number}.objective"
-        self.options: Any = run.recipe.train.stages[number].objective.options
-        self.name = self.options.teacher
+        options: Any = run.recipe.train.stages[number].objective.options
+        self.options, self.name = options, str(options.teacher)
         self.loaded: Assistant | None = None
 
     @cached_property
@@ -227,7 +227,7 @@ class StageTeacher:
         folder = user_cache("teachers") / hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
         table = opened(folder)
         if table is None and PartialState().is_main_process:
-            table = keep(folder, schema, compute(samples), least=1)
+            table = keep(folder, schema, compute(samples), always=True)
         if waits:
             PartialState().wait_for_everyone()
         if table is None and (table := opened(folder)) is None:

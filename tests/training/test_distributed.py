@@ -17,7 +17,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parents[1
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **changes) -> Path:
+def recipe_of(folder: Path, distill: bool = False, heads: bool = False, teacher: Path | None = None, **changes) -> Path:
     """Rows of 0 to 3 pictures, anywhere in the question; some packed rows hold no picture at all."""
     path = tiny_recipe(folder)
     pictures = [f"images/train{number}.png" for number in range(4)]
@@ -39,6 +39,8 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
         data.append({"path": str(folder / "data" / "train.csv"), "task": task})
         first = {"name": "listen", "trains": ["projectors"], "learning_rate": 5e-3, "max_grad_norm": 0.05}
         stages.insert(0, first | {"sources": [2], "objective": {"kind": "distill", "answers": "given"}, "epochs": 3})
+    if teacher:  # asked by one process, and heard by both
+        stages[0]["objective"] = {"kind": "distill", "teacher": str(teacher), "top_k": 8, "max_new_tokens": 4}
     if heads:  # some rows have nothing for the LLM to learn, others nothing for the head
         data[1] |= {"split": "validation", "head": "label"}
         test = {"path": str(folder / "data" / "train.csv"), "task": "classify", "head": "label", "loss_weight": 2.0}
@@ -55,6 +57,7 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
 KINDS = {
     "distill": {"distill": True},
     "heads": {"heads": True, "train__cache": False, "train__checkpoint_every_n_layers": 1},
+    "taught": {},
 }
 CROSS_ATTENTION = ", ".join(f"{key}: {value}" for key, value in FUSIONS["cross_attention"].items())
 SETS = {
@@ -64,6 +67,7 @@ SETS = {
         "train.stages.1.trains=[projectors, fusion, adapter]",
     ],
     "heads": [],
+    "taught": [],
 }
 TRAIN = """
 import sys
@@ -83,17 +87,20 @@ def trained_by_two(tmp_path_factory) -> dict[str, Path]:
     """Kind -> the folder of its recipe, with the run of two processes in TWO and of one in ONE."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, folder in folders.items():
-        path = recipe_of(folder, **KINDS[kind])
+        teacher = folders["distill"] / "one" if kind == "taught" else None
+        path = recipe_of(folder, teacher=teacher, **KINDS[kind])
         sets = ["train.tokens_per_batch=128", *SETS[kind]]
         # The rows of a step are those of one process with twice the accumulation.
-        finetune.train(finetune.load_recipe(path, [*sets, "train.accumulate=2"]), folder / "one")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder / "cache-of-one"))
+            finetune.train(finetune.load_recipe(path, [*sets, "train.accumulate=2"]), folder / "one")
         arguments = [str(path), "--run", str(folder / "two"), *(part for one in sets for part in ("--set", one))]
         (folder / "arguments").write_text("\n".join(arguments))
     script = folders["heads"] / "script.py"
     script.write_text(TRAIN)
     done = subprocess.run(
         [*LAUNCH, str(script), *map(str, folders.values())], cwd=script.parent,
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=240,
+        capture_output=True, text=True, env=ENVIRONMENT | {"XDG_CACHE_HOME": str(script.parent)}, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("adapter: ") == len(KINDS)  # one of them speaks

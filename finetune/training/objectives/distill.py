@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from finetune.common.registry import PartOptions
 from finetune.recipe.parts import Needs
-from finetune.recipe.schema import PATH_OR_HUB_ID
+from finetune.recipe.schema import PATH_OR_HUB_ID_TO_TRAIN
 from finetune.training.objectives import BatchLoss
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Options(PartOptions):
     teacher: str | None = Field(
         None,
         description="Another model that teaches: a run, a merged or adapter folder, or a Hub id; null: the LLM itself.",
-        json_schema_extra=PATH_OR_HUB_ID,
+        json_schema_extra=PATH_OR_HUB_ID_TO_TRAIN,
     )
     revision: str | None = Field(None, description="Commit, branch or tag of a teacher on the Hub.")
     by: Literal["kl", "answers"] = Field(
