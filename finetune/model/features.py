@@ -1,7 +1,7 @@
 """Media to features: decoded, encoded, kept on disk."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -138,6 +138,12 @@ class Features:
     def known(self, kind: str, key: str) -> bool:
         """Whether the cache has the features of a medium, or keeps none of its kind."""
         return kind not in self.stores or key in self.stores[kind]
+
+    def check(self, media: Iterable[tuple[str, str]]) -> None:
+        """Remove files of the cache that hold features of these media, (kind, key), and are damaged."""
+        named = list(media)
+        for kind, store in self.stores.items():
+            store.check(key for other, key in named if other == kind)
 
     def missing(self, media: Sequence[Medium]) -> dict[str, list[Medium]]:
         """{kind: media whose features the cache lacks, each content once}."""

@@ -332,6 +332,11 @@ class Train(Section):
         "package liger-kernel. How much they save has not been measured here.",
     )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
+    skip_bad_rows: bool = Field(
+        False,
+        description="Leave out rows whose loss or gradients aren't finite, in place of stopping, and list them in "
+        "RUN/data/suspects.jsonl.",
+    )
     track: list[Tracker] = Field(
         [], description="Where losses, rates and validation scores are shown live; tensorboard: in RUN/tensorboard."
     )

@@ -96,6 +96,8 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
             write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
         if run.features.stores:
             with watch("encode"):
+                held_out = ((medium.kind, medium.key) for sample in validation for medium in sample.media)
+                run.features.check([*splits.train.media_keys(), *held_out])
                 media = [
                     *splits.train.different_media(run.features.known),
                     *(medium for sample in validation for medium in sample.media),

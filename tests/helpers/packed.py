@@ -1,6 +1,6 @@
 """Samples with a picture, batches of them, and a composite trained on them by one stage's trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,12 @@ def training_of(
     trains: Any = ("projectors", "adapter"),
     rows: list[list[list[int]]] = ROWS,
     collator: Collator | None = None,
+    settings: Mapping[str, Any] | None = None,
     accumulate: int = 1,
     save_every_n_steps: int = 2,
     **changes: Any,
 ) -> StageTraining:
-    """A stage to train; without a collator over SAMPLES. `changes`: other keys of the stage."""
+    """A stage to train; without a collator over SAMPLES. `settings`: other keys of `train`, `changes`: of the stage."""
     options = {"learning_rate": 1e-2, "warmup": 0.1, "weight_decay": 0.01}
     stage = Stage(name="tune", trains=list(trains), **(options | changes))
     set_trainable(model, stage.trains)
@@ -114,7 +115,9 @@ def training_of(
         model=model,
         tokenizer=tiny_tokenizer(),
         stage=stage,
-        settings=Train(accumulate=accumulate, save_every_n_steps=save_every_n_steps, stages=[stage]),
+        settings=Train(
+            accumulate=accumulate, save_every_n_steps=save_every_n_steps, stages=[stage], **(settings or {})
+        ),
         collator=collator or collator_of(SAMPLES),
         rows=rows,
         folder=folder,

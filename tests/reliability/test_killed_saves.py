@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import composite_with_lora, train_composite, training_of, weights_of
+from packed import composite_with_lora, train_composite, training_of
 from safetensors.torch import load_file
 
 from finetune.common.errors import FinetuneError
@@ -80,7 +80,9 @@ def test_killed_at_a_file_boundary(whole, tmp_path, full, tried):
         for path in RunFolder(folder).checkpoints_of("tune")[:2]:  # an older one may be half removed
             assert damage(path) is None, (place, damage(path))
         assert in_a_fork(folder) == 0 and same_as(expected, folder), place
-    tried(f"killed at {len(places)} of {writes} file operations of a stage, and resumed", "the same weights, to the bit")
+    tried(
+        f"killed at {len(places)} of {writes} file operations of a stage, and resumed", "the same weights, to the bit"
+    )
 
 
 def test_killed_at_any_time(whole, tmp_path, full, tried):
@@ -91,7 +93,7 @@ def test_killed_at_any_time(whole, tmp_path, full, tried):
         while kills < 3 and in_a_fork(folder, killed_after=generator.uniform(0.3, 1.0) * seconds) != 0:
             kills += 1
         assert in_a_fork(folder) == 0 and same_as(expected, folder), number
-    tried(f"{times} stages killed at random times, up to three times each, and resumed", "the same weights, to the bit")
+    tried(f"{times} stages killed at random times, up to three times each, resumed", "the same weights, to the bit")
 
 
 class Planted:

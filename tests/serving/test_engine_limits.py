@@ -391,6 +391,7 @@ def test_waiting_media_are_bounded(assistant, paths):
 def test_a_request_that_arrives_while_the_worker_tidies_is_kept():
     """Readers hand over through the worker's inbox; its queues are the worker's alone."""
     worker = Worker(PrefixCache(0), EngineLimits())
+
     class Cancelled(HeadQuery):
         @property
         def done(self):

@@ -121,7 +121,7 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Accepted requests that are neither in a batch nor answered, by what is there: nothing has to be given back."""
+        """Accepted requests that are neither in a batch nor answered, by what is there."""
         with self.wake:
             queued = sum(len(model.ready) + len(model.queries) for model in self.models)
             return len(self.reading) + len(self._inbox) + queued

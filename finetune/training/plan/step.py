@@ -14,7 +14,7 @@ from finetune.model.row_plan import by_segments
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Batch
 from finetune.training.plan.meter import AutocastOnGpu, Meter, gpu_autocasts
-from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, trainer_arguments
+from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, suspects_of, trainer_arguments
 
 OWN_ROLES = ("encoders", "projectors", "fusion", "heads")
 
@@ -51,6 +51,7 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     trainer = StageTrainer(
         stage,
         parts,
+        suspects_of(training),
         model=model,
         args=arguments,
         train_dataset=packed_rows(training.rows),
