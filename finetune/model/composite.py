@@ -295,6 +295,18 @@ class MultimodalModel(PreTrainedModel):
         """Whether a base's attention in media goes both ways: it then asks where they are."""
         return self.composition.base and "token_type_ids" in signature(self.causal_lm.forward).parameters
 
+    def _with_media(self, plan: RowPlan | None, input_ids: Tensor) -> RowPlan | None:
+        """The plan of a row (1, T) of a base, with the media in it where its attention goes both ways."""
+        if plan is None or not self.both_ways:
+            return plan
+        is_medium = self.beside_embeddings(input_ids)["token_type_ids"][0].tolist()
+        places = [place for place, medium in enumerate(is_medium) if medium]
+        starts = {segment.begin for segment in plan.segments}
+        begins = [place for place in places if place in starts or not place or not is_medium[place - 1]]
+        last = len(is_medium) - 1
+        ends = [place + 1 for place in places if place + 1 in starts or place == last or not is_medium[place + 1]]
+        return replace(plan, both_ways=tuple(zip(begins, ends, strict=True)))
+
     def backbone(
         self,
         input_ids: Tensor,
@@ -312,7 +324,7 @@ class MultimodalModel(PreTrainedModel):
         """
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
         kwargs |= self.beside_embeddings(input_ids, kwargs.get("position_ids"), rope_positions)
-        with following(row_plan, self.causal_lm):
+        with following(self._with_media(row_plan, input_ids), self.causal_lm):
             outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
         self.forget_media()
         if head_rows is not None:
@@ -358,7 +370,7 @@ class MultimodalModel(PreTrainedModel):
             kwargs["position_ids"] = position_ids
         embeddings = self.embed(input_ids, features, media, position_ids)
         kwargs |= self.beside_embeddings(input_ids, position_ids, rope_positions)
-        with following(row_plan, self.causal_lm):
+        with following(self._with_media(row_plan, input_ids), self.causal_lm):
             outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
         self.forget_media()
         return outputs

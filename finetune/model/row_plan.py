@@ -55,9 +55,12 @@ class RowSegment(NamedTuple):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The segments of a packed row, in their order, without gaps."""
+    """The segments of a packed row, in their order, without gaps. `both_ways`: tokens [begin, end), each within one
+    segment, that also attend to those behind them up to the end.
+    """
 
     segments: tuple[RowSegment, ...]
+    both_ways: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,23 +109,32 @@ def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
 def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
     plan = _current.get()
     assert plan is not None
-    return _PlanAsMask(plan, local_size, tuple(_visible(segment, local_size, device) for segment in plan.segments))
+    return _PlanAsMask(plan, local_size, tuple(_visible(one, plan, local_size, device) for one in plan.segments))
 
 
-def _visible(segment: RowSegment, window: int | None, device: Any) -> Tensor | None:
+def _visible(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor | None:
     """As `_visible_to`; None where it is plainly causal."""
-    if segment.prefix or (window is not None and window < segment.length):
-        return _visible_to(segment, window, device)
+    if segment.prefix or (window is not None and window < segment.length) or _within(plan, segment):
+        return _visible_to(segment, plan, window, device)
     return None
 
 
-def _visible_to(segment: RowSegment, window: int | None, device: Any) -> Tensor:
+def _within(plan: RowPlan, segment: RowSegment) -> list[tuple[int, int]]:
+    return [span for span in plan.both_ways if segment.begin <= span[0] < segment.end]
+
+
+def _visible_to(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor:
     """(Q, P + Q): whether a token attends to one of its prefix and segment."""
     whole = segment.prefix + segment.length
     query = torch.arange(segment.prefix, whole, device=device)[:, None]
     key = torch.arange(whole, device=device)
     visible = key <= query
-    return visible if window is None else visible & (key > query - window)
+    if window is not None:
+        visible = visible & (key > query - window)
+    for begin, end in _within(plan, segment):
+        first, last = (place - segment.begin + segment.prefix for place in (begin, end))
+        visible = visible | ((query >= first) & (query < last) & (key >= first) & (key < last))
+    return visible
 
 
 def _attend(
@@ -138,7 +150,7 @@ def _attend(
     """Queries (1, H, T, W), keys and values (1, G, T, W) -> (1, T, H, W)."""
     plan, window = attention_mask.plan, attention_mask.window
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
-    if not own and not dropout and _has_flash_kernel(query, value):
+    if not own and not dropout and not plan.both_ways and _has_flash_kernel(query, value):
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
     parts = []
     own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))
@@ -147,7 +159,7 @@ def _attend(
         keys, values = _behind_prefix(own_keys, segment), _behind_prefix(own_values, segment)
         if own:
             eager = sys.modules[type(module).__module__].eager_attention_forward
-            mask = _visible_to(segment, window, query.device)
+            mask = _visible_to(segment, plan, window, query.device)
             added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
             part = eager(module, queries, keys, values, added[None, None], dropout=dropout, scaling=scaling, **options)
         else:

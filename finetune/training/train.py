@@ -30,6 +30,7 @@ from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
 from finetune.recipe.schema import Stage, Train
+from finetune.training.base_trial import base_row_kind
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
@@ -144,7 +145,7 @@ def train_stages(
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
-    kind = layout_of(model, run.recipe)
+    kind = layout_of(model, run)
     begin = perf_counter()
     results: dict[str, StageResult] = {}
     for number, stage in enumerate(settings.stages):
@@ -185,9 +186,15 @@ def train_stages(
     return result, seconds
 
 
-def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
+def layout_of(model: MultimodalModel, run: Run) -> RowKind:
     """How this LLM's rows are laid out; what it can't take is printed."""
+    recipe = run.recipe
     attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
+    if recipe.model.base is not None:
+        media = list(dict.fromkeys(medium for source in recipe.data for medium in source.task.media))
+        kind, line = base_row_kind(model, run.components, media, share, attention == "auto")
+        console.print(line)
+        return kind
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
     if attention != "auto":
         key = f"{recipe.model.language_key}.attention"
