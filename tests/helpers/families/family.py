@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ MEANS = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 @dataclass(frozen=True)
 class Family:
     """`config`: of the model, with tokens written out where the config has their ids. `special`: the tokens beside the
-    learned ones. `named`: the tokenizer's attributes. The other mappings are the files of that name as they are
-    published.
+    learned ones. `named`: the tokenizer's attributes. `recipe_template`: the chat template that a recipe gives where
+    none is published. `needs`: packages without which the family's processor doesn't load. The other mappings are the
+    files of that name as they are published.
     """
 
     model_type: str
@@ -51,6 +53,12 @@ class Family:
     processor_config: Mapping[str, Any]
     video_preprocessor_config: Mapping[str, Any] = field(default_factory=dict)
     begins_with: str | None = None
+    recipe_template: str | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(name for name in self.needs if find_spec(name) is None)
 
     @property
     def model_class(self) -> Any:
@@ -67,7 +75,8 @@ def write_family(family: Family, folder: Path) -> Path:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(family.chat_template)
+    if family.chat_template:
+        (folder / "chat_template.jinja").write_text(family.chat_template)
     for name in ("preprocessor_config", "processor_config", "video_preprocessor_config"):
         if content := getattr(family, name):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2))

@@ -1,4 +1,5 @@
 from families.family import MEANS, TEXT, VISION, Family
+from families.tokenizers_of import SIZE
 
 SPECIAL = (
     *("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
@@ -107,4 +108,44 @@ GEMMA3 = Family(
         "size": {"height": 32, "width": 32},
     },
     processor_config={"image_seq_length": 4, "processor_class": "Gemma3Processor"},
+)
+
+PALIGEMMA = Family(
+    model_type="paligemma",
+    architecture="PaliGemmaForConditionalGeneration",
+    media=("image",),
+    config={
+        "image_token_index": "<image>",
+        "projection_dim": 64,
+        "hidden_size": 64,
+        "vocab_size": SIZE,
+        "text_config": {
+            "model_type": "gemma",
+            **TEXT,
+            "head_dim": 16,
+            "pad_token_id": "<pad>",
+            "bos_token_id": "<bos>",
+            "eos_token_id": "<eos>",
+        },
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
+    },
+    tokenizer="metaspace",
+    special=("<pad>", "<eos>", "<bos>", "<image>"),
+    named={key: value for key, value in NAMED.items() if not key.endswith(("image_token", "boi_token", "eoi_token"))},
+    chat_template="",
+    preprocessor_config={
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "SiglipImageProcessor",
+        "image_seq_length": 16,
+        "processor_class": "PaliGemmaProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 32, "width": 32},
+    },
+    processor_config={},
 )

@@ -51,6 +51,14 @@ def _metaspace() -> str:
     return tokenizer.to_str()
 
 
+def _specials_first(special: Sequence[str]) -> str:
+    """As Mistral's Tekken has it: byte-level, the special tokens numbered from 0."""
+    content = json.loads(_byte_level())
+    pieces = [*special, *content["model"]["vocab"]]
+    content["model"]["vocab"] = {piece: number for number, piece in enumerate(pieces)}
+    return json.dumps(content)
+
+
 KINDS = {"byte_level": _byte_level, "metaspace": _metaspace}
 
 
@@ -60,7 +68,8 @@ def tokenizer_of(
     """`named`: attribute of the tokenizer (`eos_token`, `image_token`, ...) → one of the `special` tokens.
     `begins_with`: the token that is put before every text.
     """
-    tokenizer = Tokenizer.from_str(KINDS[kind]())
+    text = _specials_first(special) if kind == "specials_first" else KINDS[kind]()
+    tokenizer = Tokenizer.from_str(text)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     if begins_with is not None:
         number = tokenizer.token_to_id(begins_with)
