@@ -1,7 +1,7 @@
 """From the sections of a recipe to the model in memory: the same for training, evaluation and merging."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
 from finetune.model.tokenize import Placeholder, add_placeholders
 from finetune.model.tuned_encoder import TunedEncoder, tune_encoder
-from finetune.recipe.schema import Adapter, EncoderTuning, Model
+from finetune.recipe.schema import Adapter, EncoderTuning, Model, Quantize
 
 
 @dataclass
@@ -77,6 +77,14 @@ def load_components(
     tuned = {name: tune_encoder(encoders[name], example(name), tuning) for name, tuning in tune_encoders.items()}
     placeholders = add_placeholders(tokenizer, sorted(encoders), PLACEHOLDERS)
     return Components(model, tokenizer, placeholders, encoders, dtype, device, tuned)
+
+
+def with_base_anew(components: Components, quantize: Quantize, device: torch.device) -> Components:
+    """The same components over a base that is loaded another time."""
+    assert components.base is not None
+    base = components.base.anew(quantize, device)
+    encoders: dict[str, Encoder] = {name: BaseEncoder(base, name) for name in base.media}
+    return replace(components, base=base, encoders=encoders, device=device)
 
 
 def load_llm(components: Components) -> Any:

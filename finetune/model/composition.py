@@ -17,6 +17,8 @@ from finetune.recipe.schema import Limits, Section
 if TYPE_CHECKING:
     import torch
 
+BASE_FILE = "finetune.json"  # of a merged base: its composition, which its own config has no place for
+HEADS_FILE = "heads.finetune"  # safetensors, under a name that engines don't take for weights of theirs
 MERGED_FORMAT = 1  # of merged folders
 PLACEHOLDERS = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
 

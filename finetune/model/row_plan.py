@@ -109,7 +109,12 @@ def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
 def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
     plan = _current.get()
     assert plan is not None
-    return _PlanAsMask(plan, local_size, tuple(_visible(one, plan, local_size, device) for one in plan.segments))
+    return _PlanAsMask(plan, local_size, _masks(plan, local_size, device))
+
+
+@lru_cache(maxsize=4)  # layers ask for the same ones
+def _masks(plan: RowPlan, window: int | None, device: Any) -> tuple[Tensor | None, ...]:
+    return tuple(_visible(segment, plan, window, device) for segment in plan.segments)
 
 
 def _visible(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor | None:
@@ -129,12 +134,10 @@ def _visible_to(segment: RowSegment, plan: RowPlan, window: int | None, device: 
     query = torch.arange(segment.prefix, whole, device=device)[:, None]
     key = torch.arange(whole, device=device)
     visible = key <= query
-    if window is not None:
-        visible = visible & (key > query - window)
     for begin, end in _within(plan, segment):
         first, last = (place - segment.begin + segment.prefix for place in (begin, end))
         visible = visible | ((query >= first) & (query < last) & (key >= first) & (key < last))
-    return visible
+    return visible if window is None else visible & (key > query - window)
 
 
 def _attend(
@@ -148,13 +151,16 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Queries (1, H, T, W), keys and values (1, G, T, W) -> (1, T, H, W)."""
-    plan, window = attention_mask.plan, attention_mask.window
+    plan, window, masks = attention_mask.plan, attention_mask.window, attention_mask.masks
+    if plan.both_ways:  # with them a window comes as a function, not as a number
+        window = module.config.sliding_window if options.get("sliding_window") else None
+        masks = _masks(plan, window, query.device)
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
     if not own and not dropout and not plan.both_ways and _has_flash_kernel(query, value):
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
     parts = []
     own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))
-    for segment, visible in zip(plan.segments, attention_mask.masks, strict=True):
+    for segment, visible in zip(plan.segments, masks, strict=True):
         queries = own_queries[segment.begin]
         keys, values = _behind_prefix(own_keys, segment), _behind_prefix(own_values, segment)
         if own:
@@ -304,7 +310,7 @@ def attends_by_segments(causal_lm: Any) -> bool:
 def _keeps_apart(causal_lm: Any, plan: bool) -> bool:
     other, sample = torch.arange(20, 25), torch.arange(4, 11)
     behind = RowPlan((RowSegment(0, 5), RowSegment(5, 12))) if plan else None
-    with _short_windows(causal_lm):
+    with short_windows(causal_lm):
         packed = _tried(causal_lm, [other, sample], [0, 0], behind)
         alone = _tried(causal_lm, [sample], [0], None)
     return _equal(packed, alone) and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
@@ -317,7 +323,7 @@ def shares_prefixes(causal_lm: Any) -> bool:
     """
     prefix, first, second = torch.arange(30, 36), torch.arange(20, 25), torch.arange(4, 11)
     plan = RowPlan((RowSegment(0, 6), RowSegment(6, 11, 0, 6), RowSegment(11, 18, 0, 6)))
-    with _short_windows(causal_lm):
+    with short_windows(causal_lm):
         shared = _tried(causal_lm, [prefix, first, second], [0, 6, 6], plan)
         alone = _tried(causal_lm, [prefix, second], [0, 6], None)
     if shared is None or not _equal(shared, alone):
@@ -358,7 +364,7 @@ def _equal(one: _Tried | None, other: _Tried | None) -> bool:
 
 
 @contextmanager
-def _short_windows(causal_lm: Any) -> Iterator[None]:
+def short_windows(causal_lm: Any) -> Iterator[None]:
     """Sliding windows of a few tokens, so that a short row is longer than they are."""
     config = causal_lm.config.get_text_config()
     names = [name for name in WINDOWS if isinstance(getattr(config, name, None), int)]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from finetune.common.hub import is_repository
 from finetune.common.run_folder import RunFolder, RunLike, missing_run, read_json, refuse_file
 from finetune.model.bindings import TaskBinding
-from finetune.model.composition import Composition
+from finetune.model.composition import BASE_FILE, Composition
 from finetune.model.manifest import MANIFEST, AdapterManifest
 
 CONFIG = "config.json"  # of a merged model
@@ -48,6 +48,8 @@ def parts_at(source: RunLike) -> AdapterManifest | Composition | None:
     if not (folder / CONFIG).is_file():
         return None
     try:
+        if (folder / BASE_FILE).is_file():
+            return Composition.model_validate(read_json(folder / BASE_FILE))
         return Composition.model_validate(read_json(folder / CONFIG).get("parts"))
     except ValidationError:  # loading says what is wrong with it
         return None

@@ -18,7 +18,7 @@ from finetune.data.media.video import Clip
 from finetune.data.sample import Medium, Message, Prepared, Sample
 from finetune.model.build import Components
 from finetune.model.composite import MultimodalModel
-from finetune.model.row_plan import RowKind, by_segments
+from finetune.model.row_plan import RowKind, by_segments, short_windows
 from finetune.model.tokenize import Tokens, tokenize
 from finetune.training.collate import Collator, PackedRow
 from finetune.training.samples import TokenizedSample, TokenizedSamples
@@ -56,7 +56,8 @@ def base_row_kind(
     model.eval()
     try:
         for medium in kinds:
-            allowed = list(_exact(model, components, medium, allowed))
+            with short_windows(model.causal_lm):
+                allowed = list(_exact(model, components, medium, allowed))
             if not allowed:
                 raise ModelError(
                     f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: what its "

@@ -1,9 +1,11 @@
 """A base: its config and processor, and its weights when they are asked for."""
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from finetune.model.base.config import media_in_config
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
 from finetune.model.tokenize import WORD, Placeholder, takes_parts
-from finetune.recipe.schema import Base
+from finetune.recipe.schema import Base, Quantize
 
 # At the end of a conversation, for templates that end answers with nothing that could be learned.
 END = "{% if messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -89,16 +91,41 @@ class ExistingModel:
         if settings.attention != "auto":
             options["attn_implementation"] = settings.attention
         with loading(f"base {settings.name!r}", settings.name) as local_only:
-            model = _model_class(self.config).from_pretrained(
+            model, report = _model_class(self.config).from_pretrained(
                 settings.name,
                 revision=settings.revision,
                 quantization_config=self.quantization(),
                 local_files_only=local_only,
                 adapter_kwargs={"local_files_only": local_only},
+                output_loading_info=True,
                 **options,
+            )
+        if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:  # transformers would draw them at random
+            raise ModelError(
+                f"base {settings.name!r}: {len(wrong)} weights of {type(model).__name__} aren't in its files, or have "
+                f"another shape: {sorted(map(str, wrong))[0]}"
             )
         keep_layout(model)
         return model.eval().requires_grad_(False)
+
+    def anew(self, quantize: Quantize, device: torch.device) -> "ExistingModel":
+        """The same, to be loaded another time, otherwise quantized."""
+        return replace(self, settings=self.settings.model_copy(update={"quantize": quantize}), device=device)
+
+    def forget(self) -> None:
+        """Let go of the weights."""
+        self.__dict__.pop("model", None)
+
+    def save_processor(self, folder: Path) -> None:
+        """Write the processor as it came, with what of it can't be read here."""
+        own, completed = getattr(self.processor, "chat_template", None), self.tokenizer.chat_template
+        self.tokenizer.chat_template = own or completed
+        self.processor.save_pretrained(folder)
+        self.tokenizer.chat_template = completed
+        source = Path(self.settings.name)
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            if source.is_dir() and (source / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(source / name, folder / name)
 
     def quantization(self) -> BitsAndBytesConfig | None:
         """transformers' settings, which leave all modules alone that aren't the decoder's."""
@@ -236,6 +263,7 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template
     if settings.chat_template is not None:
         template = settings.chat_template.read_text(encoding="utf-8")
+        processor.chat_template = template
     if template is None:
         tokens = {kind: getattr(processor, f"{kind}_token", f"<{kind}>") for kind in media}
         template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
