@@ -88,6 +88,8 @@ class BaseEncoder(Encoder):
             raise MediaError(f"the base's processor refuses this {self.kind}: {str(error).splitlines()[0]}") from None
         (replaced,) = inputs["text_replacement_offsets"][0]
         values = {name: value for name, value in inputs.items() if name not in OF_TEXT and isinstance(value, Tensor)}
+        if self.features is None:
+            values["text_ids"] = inputs["input_ids"]
         return Prepared(values, self._layout(replaced["replacement"], values))
 
     def _layout(self, text: str, values: dict[str, Tensor]) -> Layout:
@@ -120,16 +122,43 @@ class BaseEncoder(Encoder):
         rows = self._rows(model, inputs)
         return rows[None, None]
 
+    @property
+    def features(self) -> Any:
+        """The base's method that gives projected features, if it has one."""
+        return getattr(self.existing.skeleton.base_model, f"get_{self.kind}_features", None)
+
     def _rows(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        method = getattr(model.base_model, f"get_{self.kind}_features", None)
-        if method is None:
-            raise ModelError(f"this {type(model).__name__} has no get_{self.kind}_features")
+        if self.features is None:
+            return self._given_to_decoder(model, inputs)
+        method = getattr(model.base_model, f"get_{self.kind}_features")
         taken = signature(method).parameters
         output = method(**{name: value for name, value in inputs.items() if name in taken}, return_dict=True)
         rows = output.pooler_output
         if not isinstance(rows, Tensor):
             rows = torch.cat([row.flatten(0, -2) for row in rows])
         return rows.flatten(0, -2)
+
+    def _given_to_decoder(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Qwen2-Audio has no such method: rows (L, D) that stand for the medium where its text alone is read."""
+        given: list[Tensor] = []
+
+        def take(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            given.append(kwargs["inputs_embeds"])
+            raise _Taken
+
+        ids, taken = inputs["text_ids"], signature(model.base_model.forward).parameters
+        handle = model.get_decoder().register_forward_pre_hook(take, with_kwargs=True)
+        try:
+            model.base_model(input_ids=ids, **{name: value for name, value in inputs.items() if name in taken})
+        except _Taken:
+            pass
+        finally:
+            handle.remove()
+        return given[0][ids == self.existing.token_id(self.kind)]
+
+
+class _Taken(Exception):
+    """Ends a forward pass whose decoder isn't asked."""
 
 
 RATE = 16_000

@@ -4,15 +4,22 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
@@ -52,7 +59,7 @@ class ExistingModel:
         with loading(what, settings.name) as local_only:
             options: dict[str, Any] = {"revision": settings.revision, "local_files_only": local_only}
             config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False, **options)
-            if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            if _model_class(config) is None:
                 raise ModelError(
                     f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
                     "it as model.llm if it is a text-only LLM"
@@ -72,7 +79,7 @@ class ExistingModel:
     def skeleton(self) -> Any:
         """The model on the meta device: names and shapes."""
         with torch.device("meta"), no_init_weights():
-            return AutoModelForMultimodalLM.from_config(self.config, dtype=self.dtype)
+            return _model_class(self.config)._from_config(self.config, dtype=self.dtype)
 
     @cached_property
     def model(self) -> Any:
@@ -84,7 +91,7 @@ class ExistingModel:
         if settings.attention != "auto":
             options["attn_implementation"] = settings.attention
         with loading(f"base {settings.name!r}", settings.name) as local_only:
-            model, report = AutoModelForMultimodalLM.from_pretrained(
+            model, report = _model_class(self.config).from_pretrained(
                 settings.name,
                 revision=settings.revision,
                 quantization_config=self.quantization(),
@@ -136,7 +143,7 @@ class ExistingModel:
         """The positions (3, T) of one sample, by the model's own rule."""
         ids = torch.tensor([list(input_ids)])
         kinds = torch.zeros_like(ids)
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
         for number, kind in enumerate(("image", "video"), 1):
             if kind in self.media:
                 kinds[ids == self.token_id(kind)] = number
@@ -144,7 +151,11 @@ class ExistingModel:
                 given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
                 if layouts[0].grid_seconds is not None:
                     given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
-        found, _ = self.skeleton.base_model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, **given)
+        if sounds := [layout for other, layout in media if other == "audio"]:
+            given["audio_seqlens"] = torch.tensor([4 * one.rows * len(one.marks) for one in sounds])  # frames
+        rule = self.skeleton.base_model.get_rope_index
+        taken = signature(rule).parameters
+        found, _ = rule(**{name: value for name, value in given.items() if name in taken})
         result: list[list[int]] = found[:, 0].tolist()
         return result
 
@@ -166,6 +177,16 @@ class ExistingModel:
         return found
 
 
+def _model_class(config: Any) -> Any:
+    """The class of a model that takes media and writes text; None where transformers has none for this config."""
+    for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            # AudioFlamingo 3 is listed among translators, which take no media.
+            return found if any(kind in ("image", "audio") for kind in found.input_modalities) else None
+    return None
+
+
 def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
     """Names of the outermost modules that don't hold `part`, nor are in it."""
     if whole is part:
@@ -177,20 +198,55 @@ def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[st
 
 
 def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
-    """Of all media that can be read here: transformers reads videos with torchvision only."""
+    """Of all media that can be read here: transformers reads videos with torchvision only. Raises ModelError."""
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **options)
-    except ImportError:
-        whole = PROCESSOR_MAPPING[type(config)]
-        kept = [part for part in whole.get_attributes() if part != "video_processor"]
-        without = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: kept)})
-        processor = without.from_pretrained(name, **options)
+    except ImportError as missing:
+        whole = _processor_class(name, config, options)
+        if whole is None or "video_processor" not in whole.get_attributes():
+            raise ModelError(f"processor of base {name!r}: {' '.join(str(missing).split())}") from None
+        processor = _without_videos(whole, name, options)
     if getattr(processor, "tokenizer", None) is None:
         raise ModelError(
             f"base {name!r}: there is no processor of its media in it, only a {type(processor).__name__}: take the "
             "repository that has preprocessor_config.json, or copy it from there"
         )
     return processor
+
+
+def _processor_class(name: str, config: Any, options: Mapping[str, Any]) -> Any:
+    """By the files of a base, as AutoProcessor finds it, or by its config."""
+    of_pictures, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
+    named = getattr(transformers, str(of_pictures.get("processor_class")), None)
+    return named or PROCESSOR_MAPPING.get(type(config))
+
+
+def _without_videos(whole: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """A base's processor for all its media but videos. Raises ModelError where another package is missing."""
+
+    def check_argument_for_proper_class(self: Any, part: str, value: Any) -> Any:
+        return None if value is None else whole.check_argument_for_proper_class(self, part, value)
+
+    processor_class = type(
+        whole.__name__,  # which its files name
+        (whole,),
+        {
+            "check_argument_for_proper_class": check_argument_for_proper_class,
+            # SmolVLM's own asks the video processor for its frames, also where there is no video.
+            "apply_chat_template": transformers.ProcessorMixin.apply_chat_template,
+        },
+    )
+    settings, _ = processor_class.get_processor_dict(name, **options)
+    try:
+        parts = [
+            None
+            if part == "video_processor"
+            else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+            for part in processor_class.get_attributes()
+        ]
+        return processor_class.from_args_and_dict(parts, settings)
+    except (ImportError, AttributeError) as missing:  # MiniCPM-V's reads its settings at once
+        raise ModelError(f"processor of base {name!r} needs a package: {' '.join(str(missing).split())}") from None
 
 
 def _reads_videos(processor: Any) -> bool:
