@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
 from finetune.common.run_folder import read_json
@@ -31,17 +33,20 @@ from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
 from finetune.training.reference import Reference
+from finetune.training.rollouts import KeepRollouts, Rollouts
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
+FUSED = ("log_probs", "entropy", "is_top1")  # what trl's SFTTrainer asks of its head
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
 
 
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`.
+    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the model is asked
+    the questions of the rows and learns from its own answers.
     """
 
     model: MultimodalModel
@@ -54,6 +59,7 @@ class StageTraining:
     seed: int
     dtype: torch.dtype
     origin: str = ""
+    rollouts: Rollouts | None = None
 
     @property
     def steps(self) -> int:
@@ -78,9 +84,11 @@ def train_stage(
     first_step = 1 + (step_of(resume_from) if resume_from else 0)
     # `stop` comes last: what is asked while another callback validates holds for this step.
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
+    rollouts = training.rollouts
     callbacks = [
         *boards,
         FiniteGradients(parts),
+        *([KeepRollouts(rollouts, training.folder)] if rollouts else []),
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
         stop,
@@ -88,10 +96,11 @@ def train_stage(
     trainer = StageTrainer(
         stage,
         parts,
+        rollouts,
         model=training.model,
         args=trainer_arguments(training),
         train_dataset=packed_rows(training.rows),
-        data_collator=training.collator,
+        data_collator=list if rollouts else training.collator,
         processing_class=training.tokenizer,
         callbacks=callbacks,
     )
@@ -102,6 +111,10 @@ def train_stage(
         if hasattr(callback, "show"):
             callback.show = partial(show_answers, track, boards)
     try:
+        if rollouts:
+            rollouts.begin([parameter for own in parts.values() for parameter in own])
+            if resume_from:
+                rollouts.resume(resume_from)
         if stage.objective.reference:
             path = run / "data" / f"reference-{stage.name}.safetensors"
             reference = Reference(path, training.origin, training.model, training.collator)
@@ -189,15 +202,30 @@ class StageTrainer(SFTTrainer):
     args: Any
     accelerator: Any
 
-    def __init__(self, stage: Stage, parts: dict[str, list[nn.Parameter]], **kwargs: Any) -> None:
+    def __init__(
+        self, stage: Stage, parts: dict[str, list[nn.Parameter]], rollouts: Rollouts | None, **kwargs: Any
+    ) -> None:
         """`parts`: {role: parameters that train}; the others are trl's arguments."""
         self.stage = stage
         self.parts = parts
+        self.rollouts = rollouts
         self.accuracies: list[float] = []
         self.figures: dict[str, list[tuple[float, int]]] = {}  # of the batches since the last log, with their items
         self.tokens = 0  # of all processes so far, where the loss isn't trl's own
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
+        if rollouts and rollouts.options.temperature != 1:  # that at which answers are sampled
+            add_fused_lm_head(self.model, rollouts.options.temperature, outputs=FUSED)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimizer step; where the objective asks questions, their rows with answers of now."""
+        if self.rollouts is not None:
+            rows = [row for batch in islice(epoch_iterator, num_batches) for row in batch]
+            model = self.accelerator.unwrap_model(self.model)
+            epoch_iterator = iter(
+                self.rollouts.batches(rows, self.state.global_step, model, self.accelerator.autocast())
+            )
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         planned = "row_plan" in inputs
@@ -224,8 +252,9 @@ class StageTrainer(SFTTrainer):
         if found is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.accuracies.append(found.right / max(found.count, 1))
+        weight = found.items if found.weight is None else found.weight
         for name, value in found.figures.items():
-            self.figures.setdefault(name, []).append((value, found.items))
+            self.figures.setdefault(name, []).append((value, weight))
         tokens = torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
         self.tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
         # As in trl: items are counted over all processes, and gradients are averaged over them.
