@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from finetune.commands.check import check
     from finetune.commands.data_check import data_check
     from finetune.commands.data_label import data_label
+    from finetune.commands.data_pairs import PairOptions, data_pairs
     from finetune.commands.data_preview import data_preview
     from finetune.commands.doctor import doctor
     from finetune.commands.init import init
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from finetune.training.train import train
 
 _HOME = {
+    "PairOptions": "commands.data_pairs",
     "PredictOptions": "commands.predict",
     "Recipe": "recipe.load",
     "RunFolder": "common.run_folder",
@@ -42,6 +44,7 @@ _HOME = {
     "check": "commands.check",
     "data_check": "commands.data_check",
     "data_label": "commands.data_label",
+    "data_pairs": "commands.data_pairs",
     "data_preview": "commands.data_preview",
     "data_split": "data.check.split",
     "evaluate": "evaluation.evaluate",
@@ -65,6 +68,7 @@ _HOME = {
 }
 
 __all__ = [
+    "PairOptions",
     "PredictOptions",
     "Recipe",
     "RunFolder",
@@ -73,6 +77,7 @@ __all__ = [
     "check",
     "data_check",
     "data_label",
+    "data_pairs",
     "data_preview",
     "data_split",
     "doctor",

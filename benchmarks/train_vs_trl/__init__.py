@@ -4,15 +4,16 @@
     python -m benchmarks.train_vs_trl questions --questions 5
     python -m benchmarks.train_vs_trl small-llm --rounds 1             # a quick try
 
-Workloads are the files of `workloads/`. Every run is a fresh process with pinned threads; runs alternate, and each
-ratio is formed within a round.
+Workloads are the files of `workloads/`; `preferences` compares with trl's DPOTrainer. Every run is a fresh process with
+pinned threads; runs alternate, and each ratio is formed within a round.
 
 ours   what `finetune train` does, loading left out: rows read and tokenized, each picture encoded once, rows planned
        by what the LLM takes and what samples share, `train_stage`.
 peer   trl's SFTTrainer on transformers' LlavaForConditionalGeneration (without media on the LLM itself), with its own
        collator and fused head, lengths grouped, activation checkpoints off (slower wherever memory doesn't ask for
        them: `peer-checkpointed` shows it), and Liger's layer kernels where they run. Each question about a picture is a
-       row of its own. As many samples a step as ours have on average.
+       row of its own. As many samples a step as ours have on average. trl's DPOTrainer asks the reference in each step:
+       with pictures it refuses to do so once.
 
 peer-compact       only learned positions are scored, as trl itself does on a GPU; on a CPU it scores every position.
 peer-turns         the questions about a picture are turns of one conversation, as in LLaVA's data. Another loss: each

@@ -49,7 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if parsed.workers is None:
         parsed.workers = 0 if on_cpu else 2
     if parsed.runs is None:
-        parsed.runs = ["ours", "peer", *(["peer-compact"] if on_cpu else []), *chosen.runs]
+        parsed.runs = ["ours", "peer", *(["peer-compact"] if on_cpu and chosen.variants else []), *chosen.runs]
     if parsed.once is None:
         parsed.once = ["peer-steps", "peer-checkpointed"]
     return parsed

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.train_vs_trl.kernels import compile_layers
 from benchmarks.train_vs_trl.measure import Clock, Memory, Watcher
@@ -41,16 +41,12 @@ from finetune.model.run import Run
 from finetune.training.samples import TokenizedSample, tokenized
 
 
-class Peer(SFTTrainer):
-    """trl's trainer. `steps`: the numbers of the samples of each step, in place of its sampler. `compact`: the head
-    scores only positions whose next token is learned.
-    """
+class InSteps:
+    """A trainer with `steps`, the numbers of the samples of each step, in place of its sampler."""
 
-    def __init__(self, *, steps: list[list[int]] | None, compact: bool, **kwargs: Any) -> None:
-        self.steps, self.compact = steps, compact
-        super().__init__(**kwargs)
+    steps: list[list[int]] | None
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self: Any) -> Any:
         if self.steps is None:
             return super().get_train_dataloader()
         loader = DataLoader(
@@ -60,6 +56,22 @@ class Peer(SFTTrainer):
             num_workers=self.args.dataloader_num_workers,
         )
         return self.accelerator.prepare(loader)
+
+
+class PairsPeer(InSteps, DPOTrainer):
+    """trl's trainer of preferences."""
+
+    def __init__(self, *, steps: list[list[int]] | None, compact: bool, **kwargs: Any) -> None:
+        self.steps = steps
+        super().__init__(**kwargs)
+
+
+class Peer(InSteps, SFTTrainer):
+    """trl's trainer. `compact`: the head scores only positions whose next token is learned."""
+
+    def __init__(self, *, steps: list[list[int]] | None, compact: bool, **kwargs: Any) -> None:
+        self.steps, self.compact = steps, compact
+        super().__init__(**kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -99,8 +111,10 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         memory.start()
 
         clock = Clock()
-        dataset = dataset_of(samples, [len(row.input_ids) for row in rows] or None)
-        trainer = Peer(
+        lengths = [len(row.input_ids) for row in rows] or None
+        dataset = pairs_of(samples, lengths) if options.chosen.objective == "dpo" else dataset_of(samples, lengths)
+        pairs = options.chosen.objective == "dpo"
+        trainer = (PairsPeer if pairs else Peer)(
             steps=steps if "steps" in kind else None,
             compact="compact" in kind,
             model=model,
@@ -133,11 +147,14 @@ def prefix(options: Options) -> str:
     return "language_model." if options.chosen.media else ""
 
 
-def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) -> SFTConfig:
+def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) -> Any:
     """trl's defaults, but for what makes both sides comparable, or the peer better."""
     stage = recipe_of(options, Path(folder)).train.stages[0]
     on_gpu = options.device == "cuda"
-    return SFTConfig(
+    dpo = options.chosen.objective == "dpo"
+    config, own = (DPOConfig, {"beta": 0.1}) if dpo else (SFTConfig, {"assistant_only_loss": True})
+    return config(
+        **own,
         output_dir=folder,
         per_device_train_batch_size=batch,
         num_train_epochs=1 if "steps" in kind else options.epochs,  # the plan of steps holds all epochs
@@ -145,7 +162,6 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
         remove_unused_columns=False,  # the lengths are a column
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=on_gpu,
-        assistant_only_loss=True,
         learning_rate=stage.learning_rate,
         lr_scheduler_type=stage.scheduler,
         warmup_steps=stage.warmup if stage.warmup * steps >= 1 else 0.0,  # as ours
@@ -178,6 +194,22 @@ def dataset_of(samples: Sequence[Sample], lengths: Sequence[int] | None) -> Data
     if not any(sample.media for sample in samples):
         return Dataset.from_dict(columns)
     columns["images"] = [[str(medium.path) for medium in sample.media] for sample in samples]
+    return Dataset.from_dict(columns).cast_column("images", List(Image(mode="RGB")))
+
+
+def pairs_of(samples: Sequence[Sample], lengths: Sequence[int] | None) -> Dataset:
+    """trl's rows of preferences."""
+
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    columns = {
+        "prompt": [said("user", text_of(sample.messages[0])) for sample in samples],
+        "chosen": [said("assistant", sample.answer) for sample in samples],
+        "rejected": [said("assistant", str(sample.rejected)) for sample in samples],
+        "images": [[str(medium.path) for medium in sample.media] for sample in samples],
+        "length": list(lengths or [0] * len(samples)),
+    }
     return Dataset.from_dict(columns).cast_column("images", List(Image(mode="RGB")))
 
 
@@ -283,12 +315,16 @@ def check_equal_inputs(trainer: Any, samples: Sequence[Sample], rows: Sequence[T
     """Raises AssertionError where trl's collator and ours make other tokens, labels or features of some samples."""
     few = list(range(min(8, len(rows))))
     batch = trainer.data_collator([trainer.train_dataset[number] for number in few])
+    labels = batch.get("labels")
+    if labels is None:  # of pairs, the chosen answers come first
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     for place, number in enumerate(few):
         real = batch["attention_mask"][place] == 1
         assert batch["input_ids"][place][real].tolist() == rows[number].input_ids, "other token ids"
-        assert batch["labels"][place][real].tolist() == rows[number].labels, "other labels"
+        assert labels[place][real].tolist() == rows[number].labels, "other labels"
     if "pixel_values" not in batch:
         return
+    batch["pixel_values"] = batch["pixel_values"][: len(few)]
     encoder = parts.encoders["image"]
     pictures = [decode("image", samples[number].media[0].path) for number in few]
     prepared = torch.cat([encoder.prepare(picture).values for picture in pictures])  # a segment each
@@ -317,6 +353,11 @@ def load_first_weights(model: Any, options: Options) -> dict[str, Any]:
     assert trained.keys() == saved.keys(), f"the peer trains other weights: {sorted(trained.keys() ^ saved.keys())[:4]}"
     for name, tensor in saved.items():
         trained[name].data = tensor.to(trained[name].device, torch.float32)  # trl has made those of QLoRA bfloat16
+    # A reference is the model without what PEFT has added: then with the projector that it keeps beside its own.
+    kept = dict(model.named_parameters())
+    for name, tensor in saved.items():
+        if (before := name.replace("modules_to_save.default", "original_module")) != name:
+            kept[before].data = tensor.clone().to(kept[before].device, kept[before].dtype)
     watched = {"lora_B": next(p for name, p in trained.items() if "lora_B" in name)}
     if options.chosen.media:
         watched["projector"] = trained[f"{projector}.linear_1.weight"]

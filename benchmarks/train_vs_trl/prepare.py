@@ -70,8 +70,10 @@ def write_all(options: Options) -> dict[str, Any]:
         cache = Path(name)
         ours = OurTraining.of(options, Shared.load(recipe_of(options, cache)), cache)
         save_trained(ours.model, options.first_weights)
+        answers = len(ours.samples) // len(ours.prepared.training)
         steps = [[number for group in row for number in group] for row in ours.rows]
-        (options.folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+        by_row = [[number // answers for number in step if number % answers == 0] for step in steps]
+        (options.folder / "steps.json").write_text(json.dumps(by_row), encoding="utf-8")
         return facts_of(ours, steps)
 
 
@@ -80,7 +82,8 @@ def write_rows(options: Options) -> None:
     found = chosen.rows(workload.emoji(options.pictures, options.seed), options.questions, random.Random(options.seed))
     with options.rows.open("w", encoding="utf-8") as stream:
         for one in found:
-            print(json.dumps({"messages": messages_of(one)}, ensure_ascii=False), file=stream)
+            rejected = {"rejected": one.rejected} if one.rejected else {}
+            print(json.dumps({"messages": messages_of(one)} | rejected, ensure_ascii=False), file=stream)
     unused = {"messages": messages_of(workload.Conversation(None, [("?", "!")]))}
     options.unused_rows.write_text(json.dumps(unused) + "\n", encoding="utf-8")
 
@@ -184,6 +187,7 @@ def recipe_of(options: Options, cache: Path) -> Recipe:
                     "trains": trains,
                     "learning_rate": options.learning_rate,
                     "epochs": options.epochs,
+                    "objective": options.chosen.objective,
                 }
             ],
         },

@@ -27,10 +27,13 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A training row: turns of a question and an answer, all of which are learned. `image` stands before the first."""
+    """A training row: turns of a question and an answer, all of which are learned. `image` stands before the first;
+    `rejected`: a worse answer than the last.
+    """
 
     image: str | None
     turns: Sequence[tuple[str, str]]
+    rejected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Workload:
 
     `pictures`, `epochs` and `tokens_per_batch` are defaults; `vision`: the shape of a SigLIP with random weights that
     takes the encoder's place; `runs`: of each round, beside ours and the usual peers; `media`: whether there are
-    pictures.
+    pictures; `variants`: whether the peer has one that scores learned positions only.
     """
 
     rows: Callable[[Sequence[Emoji], int, random.Random], list[Conversation]]
@@ -49,6 +52,8 @@ class Workload:
     media: bool = True
     vision: dict[str, Any] | None = None
     runs: tuple[str, ...] = ()
+    objective: str = "next_token"
+    variants: bool = True
 
 
 def names() -> list[str]:

@@ -617,6 +617,7 @@ def data_label(
     ),
     task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,
     labels: Annotated[str, typer.Option(metavar="A,B,...", help="The labels there are.")] = "",
+    media_folder: MediaFolder = None,
     page: Annotated[bool, typer.Option("--page", help="Decide on a page, on this machine only.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
 ) -> None:
@@ -624,14 +625,46 @@ def data_label(
     from finetune.commands._asking import task_of
     from finetune.commands.data_label import data_label
     from finetune.model.trained_for import bindings_at, refuse_missing
+    from finetune.recipe.schema import RowFile
 
     if run is not None:  # so that a mistake is reported before torch is imported
         refuse_missing(run)
         if bindings := bindings_at(run):
             task_of(bindings, task)
     names = [label.strip() for label in labels.split(",") if label.strip()]
-    result = data_label(rows, run, out=out, task=task, labels=names, page_port=port if page else None)
+    file = RowFile(path=rows, media_folder=media_folder) if media_folder else rows
+    result = data_label(file, run, out=out, task=task, labels=names, page_port=port if page else None)
     print(result)
+
+
+@data_app.command("pairs")
+def data_pairs(
+    run: Run,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE|FOLDER", help="Ask about these rows, not the run's training rows.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines of the pairs.")] = Path("pairs.jsonl"),
+    by: Annotated[str, typer.Option(help="Who chooses: score, the task's own, or person.")] = "score",
+    answers: Annotated[int, typer.Option(min=2, help="Answers sampled to each question.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax that tokens are drawn from.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to ask about; default: all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks.")] = None,
+    columns: Columns = None,
+    media_folder: MediaFolder = None,
+    encoding: Encoding = None,
+) -> None:
+    """Sample answers and pair the best with the worst, for objectives that learn from preferences."""
+    from finetune.commands.data_pairs import PairOptions, data_pairs
+    from finetune.data.new_files import RowsAs
+
+    if by not in ("score", "person"):
+        raise RecipeError(f"--by {by}: write score or person")
+    if data is None and (columns or media_folder or encoding):
+        raise RecipeError("--columns, --media-folder and --encoding are about other rows: name them with --data")
+    rows_as = RowsAs(columns_of(columns or []) or None, media_folder, encoding)
+    options = PairOptions(answers, temperature, max_new_tokens, limit, "person" if by == "person" else "score")
+    print(data_pairs(run, data, out=out, task=task, rows_as=rows_as, options=options))
 
 
 def strength_of(given: list[str]) -> float | dict[str, float] | None:

@@ -148,7 +148,10 @@ class Assistant:
         self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}, temperature: float = 0.0
     ) -> Tensor:
         """Answers, new tokens only (B, T'); they end where the LLM's context does. `temperature`: as in `answers`."""
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        sampling: dict[str, Any] = {}
+        if temperature:
+            media = [placeholder.id for placeholder in self.placeholders.values()]
+            sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "suppress_tokens": media or None}
         longest, context = batch.whole_mask.shape[1], context_length(self.model.causal_lm)
         with self.with_strengths(strengths):
             return generate(
@@ -157,7 +160,6 @@ class Assistant:
                 max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
                 do_sample=bool(temperature),
                 **sampling,
-                suppress_tokens=[one.id for one in self.placeholders.values()] if temperature else None,
                 repetition_penalty=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),

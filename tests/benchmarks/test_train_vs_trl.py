@@ -43,7 +43,7 @@ def test_the_losses_are_those_of_trl_over_the_same_steps(name, tmp_path):
     assert found["spread"] == [found["ratio"]] * 2 and found["memory_ratio"] > 0
     assert facts["samples"] == sum(map(len, runs[0]["steps"]))
     shared = facts["ours"]["tokens"] < facts["peer"]["tokens"]
-    assert shared == (name in ("questions", "text")) and facts["ours"]["encoded"] == 4 * (name != "text")
+    assert shared == (name in ("preferences", "questions", "text")) and facts["ours"]["encoded"] == 4 * (name != "text")
 
 
 def test_other_peers_learn(tmp_path):
