@@ -148,7 +148,10 @@ class Assistant:
         self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}, temperature: float = 0.0
     ) -> Tensor:
         """Answers, new tokens only (B, T'); they end where the LLM's context does. `temperature`: as in `answers`."""
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        sampling: dict[str, Any] = {}
+        if temperature:
+            media = [placeholder.id for placeholder in self.placeholders.values()]
+            sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "suppress_tokens": media or None}
         longest, context = batch.whole_mask.shape[1], context_length(self.model.causal_lm)
         with self.with_strengths(strengths):
             return generate(
@@ -161,6 +164,20 @@ class Assistant:
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
             )
+
+    def draw(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        view: MediaView,
+    ) -> list[list[int]]:
+        """As `answers`, drawn at a temperature above 0: token ids up to the one that ends the answer, if it comes."""
+        prompts = self._prompts(conversations, self.strengths(None), view)
+        tokens = self.generate(self._together(prompts, view, max_new_tokens), max_new_tokens, temperature=temperature)
+        ends = answer_ends(self.tokenizer, self.model.causal_lm.generation_config)
+        return [up_to_end(one, ends) for one in tokens.tolist()]
 
     def probabilities(
         self,
@@ -362,6 +379,11 @@ class Assistant:
             yield
         finally:
             fusion.strength = before
+
+
+def up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens of an answer with the first that ends it; what follows is padding."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 class FileView:

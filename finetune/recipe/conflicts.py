@@ -196,6 +196,8 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
         if not stage.objective.heads and "heads" in stage.trains:
             message = f"the objective {stage.objective.kind!r} is for the LLM alone: heads learn nothing."
             yield Problem((*where, "trains"), message)
+        if stage.objective.asks:
+            yield from _asking_conflicts(recipe, stage, where)
         if stage.objective.needs == "texts":
             for source in stage.sources or training:
                 if source in training and getattr(recipe.data[source].task.options, "transcript", None) == "":
@@ -205,6 +207,21 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     if fusion.trained and "fusion" not in recipe.train.stages[0].trains:
         message = f"the fusion {fusion.kind!r} starts closed, so nothing else gets a gradient: add 'fusion'."
         yield Problem(("train", "stages", 0, "trains"), message)
+
+
+def _asking_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:
+    """What a stage needs whose model is asked the rows' questions."""
+    kind = stage.objective.kind
+    if "adapter" not in stage.trains:
+        message = f"the objective {kind!r} changes what the LLM writes: add 'adapter'."
+        yield Problem((*where, "trains"), message)
+    for number, source in enumerate(recipe.data):
+        labels = getattr(source.head.options, "answers", "") == "labels"
+        if source.split == "train" and labels and (stage.sources is None or number in stage.sources):
+            message = (
+                f"stage {stage.name!r} has the objective {kind!r}, which needs written answers: leave `answers` out."
+            )
+            yield Problem(("data", number, "head", "answers"), message)
 
 
 def _target_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:

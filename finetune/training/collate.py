@@ -73,10 +73,24 @@ class TaughtBatch(TypedDict):
     rest: Tensor
 
 
+class RolloutBatch(TypedDict, total=False):
+    """Answers that the model itself has given, and how many of them are in the batch: S of `answers`, of `tokens`
+    together; the others teach nothing. `advantages` (S,); `before` (K,): log-probabilities as they were sampled;
+    `figures`: of all of them.
+    """
+
+    advantages: Tensor
+    before: Tensor
+    answers: int
+    tokens: int
+    figures: dict[str, float]
+
+
 class Batch(TokenBatch, total=False):
     """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
-    a stage distills; `taught`, where another model teaches it; `compared`, where answers are. `items`: what the loss is
-    a mean over, where that isn't the learned tokens: pairs, or answers with a verdict. Where losses are weighted:
+    a stage distills; `taught`, where another model teaches it; `compared`, where answers are; `rollout`, where these are
+    the model's own. `items`: what the loss is a mean over, where that isn't the learned tokens: pairs, or answers with
+    a verdict. Where losses are weighted:
     `loss_weights` (1, K), `heads` {name: HeadBatch}, and `items` counts learned tokens and samples that heads answer.
     """
 
@@ -88,6 +102,7 @@ class Batch(TokenBatch, total=False):
     items: int
     heads: dict[str, HeadBatch]
     compared: ComparedBatch
+    rollout: RolloutBatch
 
 
 class SupportsTaught(Protocol):
@@ -327,7 +342,10 @@ def _ignore(batch: Batch) -> None:
     if "compared" in batch:
         batch["items"] = 0
         batch["label_rows"], batch["shift_labels"] = batch["label_rows"][:0], batch["shift_labels"][:, :0]
-        batch["compared"] = ComparedBatch(tokens=[], roles=[], weights=torch.empty(0))
+        nothing = ComparedBatch(tokens=[], roles=[], weights=torch.empty(0))
+        if "reference" in batch["compared"]:
+            nothing["reference"] = torch.empty(0)
+        batch["compared"] = nothing
     if "heads" in batch:
         batch["items"] = 0
         batch["loss_weights"].zero_()

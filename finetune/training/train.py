@@ -14,9 +14,10 @@ from accelerate import PartialState
 
 from finetune.common.certificate import weights_hashes
 from finetune.common.energy import EnergyMeter
-from finetune.common.errors import TrainingError
+from finetune.common.errors import RecipeError, TrainingError
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, read_json, whole_folder, write_json
+from finetune.data.rows import picked
 from finetune.evaluation import plots
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics, StageResult, TrainingResult
@@ -38,8 +39,10 @@ from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
 from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
+from finetune.training.rollouts import Reward, Rollouts, own_sampler, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
+from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
 from finetune.training.trainer import StageTraining, refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
@@ -55,16 +58,21 @@ def train(
     *,
     overrides: Sequence[str] = (),
     on_validation: OnValidation | None = None,
+    reward: Reward | None = None,
 ) -> RunFolder:
     """Train a recipe's stages and write the adapter folder into `run`, by default runs/NAME. `overwrite` removes a run
     that is there.
 
     Ctrl-C, SIGTERM and SIGHUP leave a whole checkpoint and raise Interrupted; `resume` goes on from it. `overrides`:
     'full.dotted.key=value'. `on_validation(score)` runs after each validation pass; return True to stop the stage.
+    `reward(sample, answer)`: what a sampled answer to a row's question is worth, a number, in stages with the objective
+    grpo; by default what the row's task measures.
     Raises RecipeError, DataError, ModelError, TrainingError.
     """
     recipe = as_recipe(recipe, overrides)
-    return train_in(Path(run or Path("runs") / recipe.name), recipe, resume, overwrite, on_validation=on_validation)
+    return train_in(
+        Path(run or Path("runs") / recipe.name), recipe, resume, overwrite, on_validation=on_validation, reward=reward
+    )
 
 
 def train_in(
@@ -75,8 +83,11 @@ def train_in(
     *,
     shared: Shared | None = None,
     on_validation: OnValidation | None = None,
+    reward: Reward | None = None,
 ) -> RunFolder:
     """As `train`. `shared`: components that are loaded already."""
+    if reward is not None and not any(stage.objective.asks for stage in recipe.train.stages):
+        raise RecipeError("reward: no stage of the recipe samples answers: give one `objective: grpo`")
     quiet_libraries()
     fresh_memory()
     refuse_several_gpus()
@@ -106,7 +117,7 @@ def train_in(
                 prepared = prepare(folder, recipe, shared)
                 preparing = {**prepared.run.features.seconds, "train": perf_counter() - begin}
                 before = seconds_before(folder, preparing) if processes.is_main_process else {}
-                result, seconds = train_stages(prepared, shared, on_validation)
+                result, seconds = train_stages(prepared, shared, on_validation, reward)
             seconds["train"] = perf_counter() - begin + sum(one.seconds_before for one in result.stages.values())
             figures = finish(WAIT_SECONDS) or {}
         if not processes.is_main_process:
@@ -141,7 +152,10 @@ def with_measured_dtype(recipe: Recipe) -> Recipe:
 
 
 def train_stages(
-    prepared: PreparedRun, shared: Shared | None = None, on_validation: OnValidation | None = None
+    prepared: PreparedRun,
+    shared: Shared | None = None,
+    on_validation: OnValidation | None = None,
+    reward: Reward | None = None,
 ) -> tuple[TrainingResult, dict[str, float]]:
     """Load the LLM, train the stages in order, and write the adapter folder. Returns results and seconds by part."""
     run = prepared.run
@@ -172,6 +186,7 @@ def train_stages(
             seed=run.recipe.seed,
             dtype=components.dtype,
             origin=origin_of(run, model) if stage.objective.reference else "",
+            rollouts=rollouts_of(prepared, stage, collator, model, reward) if stage.objective.asks else None,
         )
         results[stage.name] = run_stage(
             run.folder, training, validation_callback(prepared, stage, model, on_validation)
@@ -188,6 +203,23 @@ def train_stages(
     tokens = sum(prepared.samples.lengths)
     result = TrainingResult(stages=results, rows=len(prepared.training), tokens_per_epoch=tokens, row_kind=kind)
     return result, seconds
+
+
+def rollouts_of(
+    prepared: PreparedRun, stage: Stage, collator: Collator, model: MultimodalModel, reward: Reward | None
+) -> Rollouts:
+    """What a stage learns from that samples answers: see `train` for the reward."""
+    run, options = prepared.run, stage.objective.options
+    tokenizer: Any = run.components.tokenizer
+    return Rollouts(
+        stage,
+        picked(prepared.training, samples_of(stage, prepared.training)),
+        collator,
+        sampler=own_sampler(run.assistant(model), run.features),
+        decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+        reward=reward or task_reward(run.bindings, getattr(options, "reward", "good")),
+        seed=run.recipe.seed,
+    )
 
 
 def origin_of(run: Run, model: MultimodalModel) -> str:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from time import perf_counter
@@ -20,6 +21,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
 from finetune.common.progress import console
@@ -34,11 +36,13 @@ from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
 from finetune.training.reference import Reference
+from finetune.training.rollouts import KeepRollouts, Rollouts
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.suspects import FILE, Suspects, without
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
+FUSED = ("log_probs", "entropy", "is_top1")  # what trl's SFTTrainer asks of its head
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
 
 
@@ -52,7 +56,8 @@ class NotFinite(TrainingError):
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`.
+    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the model is asked
+    the questions of the rows and learns from its own answers.
     """
 
     model: MultimodalModel
@@ -65,6 +70,7 @@ class StageTraining:
     seed: int
     dtype: torch.dtype
     origin: str = ""
+    rollouts: Rollouts | None = None
 
     @property
     def steps(self) -> int:
@@ -90,9 +96,11 @@ def train_stage(
     # `stop` comes last: what is asked while another callback validates holds for this step.
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
     gradients = FiniteGradients(parts)
+    rollouts = training.rollouts
     callbacks = [
         *boards,
         gradients,
+        *([KeepRollouts(rollouts, training.folder)] if rollouts else []),
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
         stop,
@@ -101,11 +109,12 @@ def train_stage(
         stage,
         parts,
         suspects_of(training),
+        rollouts,
         skip_bad_rows=training.settings.skip_bad_rows,
         model=training.model,
         args=trainer_arguments(training),
         train_dataset=packed_rows(training.rows),
-        data_collator=training.collator,
+        data_collator=list if rollouts else training.collator,
         processing_class=training.tokenizer,
         callbacks=callbacks,
     )
@@ -117,6 +126,10 @@ def train_stage(
         if hasattr(callback, "show"):
             callback.show = partial(show_answers, track, boards)
     try:
+        if rollouts:
+            rollouts.begin([parameter for own in parts.values() for parameter in own])
+            if resume_from:
+                rollouts.resume(resume_from)
         if stage.objective.reference:
             path = run / "data" / f"reference-{stage.name}.safetensors"
             reference = Reference(path, training.origin, training.model, training.collator)
@@ -223,6 +236,7 @@ class StageTrainer(SFTTrainer):
         stage: Stage,
         parts: dict[str, list[nn.Parameter]],
         suspects: Suspects,
+        rollouts: Rollouts | None,
         *,
         skip_bad_rows: bool = False,
         **kwargs: Any,
@@ -233,11 +247,24 @@ class StageTrainer(SFTTrainer):
         self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
         self.lost = 0  # packed rows in succession of which nothing was learned
         self.parts = parts
+        self.rollouts = rollouts
         self.accuracies: list[float] = []
         self.figures: dict[str, list[tuple[float, int]]] = {}  # of the batches since the last log, with their items
         self.tokens = 0  # of all processes so far, where the loss isn't trl's own
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
+        if rollouts and rollouts.options.temperature != 1:  # that at which answers are sampled
+            add_fused_lm_head(self.model, rollouts.options.temperature, outputs=FUSED)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimizer step; where the objective asks questions, their rows with answers of now."""
+        if self.rollouts is not None:
+            rows = [row for batch in islice(epoch_iterator, num_batches) for row in batch]
+            model = self.accelerator.unwrap_model(self.model)
+            epoch_iterator = iter(
+                self.rollouts.batches(rows, self.state.global_step, model, self.accelerator.autocast())
+            )
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         steps, part = self.row
@@ -361,8 +388,9 @@ class StageTrainer(SFTTrainer):
         if found is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.accuracies.append(found.right / max(found.count, 1))
+        weight = found.items if found.weight is None else found.weight
         for name, value in found.figures.items():
-            self.figures.setdefault(name, []).append((value, found.items))
+            self.figures.setdefault(name, []).append((value, weight))
         tokens = torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
         self.tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
         # As in trl: items are counted over all processes, and gradients are averaged over them.
