@@ -88,10 +88,10 @@ class RolloutBatch(TypedDict, total=False):
 
 class Batch(TokenBatch, total=False):
     """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
-    a stage distills; `taught`, where another model teaches it; `compared`, where answers are; `rollout`, where these are
-    the model's own. `items`: what the loss is a mean over, where that isn't the learned tokens: pairs, or answers with
-    a verdict. Where losses are weighted:
-    `loss_weights` (1, K), `heads` {name: HeadBatch}, and `items` counts learned tokens and samples that heads answer.
+    a stage distills; `taught`, where another model teaches it; `compared`, where answers are; `rollout`, where these
+    are the model's own. `items`: what the loss is a mean over, where that isn't the learned tokens: pairs, or answers
+    with a verdict. Where losses are weighted: `loss_weights` (1, K), `heads` {name: HeadBatch}, and `items` counts
+    learned tokens and samples that heads answer.
     """
 
     features: dict[str, list[Tensor]]

@@ -106,11 +106,8 @@ def train_stage(
         stop,
     ]
     trainer = StageTrainer(
-        stage,
+        training,
         parts,
-        suspects_of(training),
-        rollouts,
-        skip_bad_rows=training.settings.skip_bad_rows,
         model=training.model,
         args=trainer_arguments(training),
         train_dataset=packed_rows(training.rows),
@@ -231,30 +228,20 @@ class StageTrainer(SFTTrainer):
     args: Any
     accelerator: Any
 
-    def __init__(
-        self,
-        stage: Stage,
-        parts: dict[str, list[nn.Parameter]],
-        suspects: Suspects,
-        rollouts: Rollouts | None,
-        *,
-        skip_bad_rows: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """`parts`: {role: parameters that train}; the others are trl's arguments."""
-        self.stage = stage
-        self.suspects, self.skip_bad_rows = suspects, skip_bad_rows
+    def __init__(self, training: StageTraining, parts: dict[str, list[nn.Parameter]], **kwargs: Any) -> None:
+        """`parts`: {role: parameters that train}; `kwargs`: trl's own."""
+        self.stage, self.rollouts = training.stage, training.rollouts
+        self.suspects, self.skip_bad_rows = suspects_of(training), training.settings.skip_bad_rows
         self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
         self.lost = 0  # packed rows in succession of which nothing was learned
         self.parts = parts
-        self.rollouts = rollouts
         self.accuracies: list[float] = []
         self.figures: dict[str, list[tuple[float, int]]] = {}  # of the batches since the last log, with their items
         self.tokens = 0  # of all processes so far, where the loss isn't trl's own
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
-        if rollouts and rollouts.options.temperature != 1:  # that at which answers are sampled
-            add_fused_lm_head(self.model, rollouts.options.temperature, outputs=FUSED)
+        if self.rollouts and self.rollouts.options.temperature != 1:  # that at which answers are sampled
+            add_fused_lm_head(self.model, self.rollouts.options.temperature, outputs=FUSED)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of an optimizer step; where the objective asks questions, their rows with answers of now."""

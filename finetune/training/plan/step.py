@@ -14,7 +14,7 @@ from finetune.model.row_plan import by_segments
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Batch
 from finetune.training.plan.meter import AutocastOnGpu, Meter, gpu_autocasts
-from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, suspects_of, trainer_arguments
+from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, trainer_arguments
 
 OWN_ROLES = ("encoders", "projectors", "fusion", "heads")
 
@@ -49,9 +49,8 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     arguments.bf16_full_eval = True  # so that the Trainer leaves the model where it is: without data it can't be moved
     arguments.output_dir, arguments.report_to = gettempdir(), []  # the Trainer makes the folder, and asks for trackers
     trainer = StageTrainer(
-        stage,
+        training,
         parts,
-        suspects_of(training),
         model=model,
         args=arguments,
         train_dataset=packed_rows(training.rows),
