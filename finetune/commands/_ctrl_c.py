@@ -1,0 +1,14 @@
+"""What Ctrl-C does while a command imports, and afterwards."""
+
+import os
+from types import FrameType
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler: ends the process where it is importing, otherwise raises KeyboardInterrupt."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"stopped\n")
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
