@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finetune.commands.data_check import data_check
     from finetune.commands.data_describe import data_describe
     from finetune.commands.data_label import data_label
+    from finetune.commands.data_pairs import PairOptions, data_pairs
     from finetune.commands.data_preview import data_preview
     from finetune.commands.doctor import doctor
     from finetune.commands.init import init
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DescribeOptions": "data.describe.options",
+    "PairOptions": "commands.data_pairs",
     "PredictOptions": "commands.predict",
     "Recipe": "recipe.load",
     "RunFolder": "common.run_folder",
@@ -46,6 +48,7 @@ _HOME = {
     "data_check": "commands.data_check",
     "data_describe": "commands.data_describe",
     "data_label": "commands.data_label",
+    "data_pairs": "commands.data_pairs",
     "data_preview": "commands.data_preview",
     "data_split": "data.check.split",
     "evaluate": "evaluation.evaluate",
@@ -70,6 +73,7 @@ _HOME = {
 
 __all__ = [
     "DescribeOptions",
+    "PairOptions",
     "PredictOptions",
     "Recipe",
     "RunFolder",
@@ -79,6 +83,7 @@ __all__ = [
     "data_check",
     "data_describe",
     "data_label",
+    "data_pairs",
     "data_preview",
     "data_split",
     "doctor",

@@ -27,6 +27,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
 FUNCTIONS = {name: value for name in finetune.__all__ if inspect.isfunction(value := getattr(finetune, name))}
 PUBLIC = {
     finetune.DescribeOptions,
+    finetune.PairOptions,
     finetune.PredictOptions,
     finetune.Recipe,
     finetune.RunFolder,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -696,6 +696,35 @@ def data_label(
     names = [label.strip() for label in labels.split(",") if label.strip()]
     result = data_label(rows, run, out=out, task=task, labels=names, page_port=port if page else None)
     print(result)
+
+
+@data_app.command("pairs")
+def data_pairs(
+    run: Run,
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE|FOLDER", help="Ask about these rows, not the run's training rows.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines of the pairs.")] = Path("pairs.jsonl"),
+    by: Annotated[str, typer.Option(help="Who chooses: score, the task's own, or person.")] = "score",
+    answers: Annotated[int, typer.Option(min=2, help="Answers sampled to each question.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax that tokens are drawn from.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to ask about; default: all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks.")] = None,
+    columns: Columns = None,
+    media_folder: MediaFolder = None,
+    encoding: Encoding = None,
+) -> None:
+    """Sample answers and pair the best with the worst, for objectives that learn from preferences."""
+    from finetune.commands.data_pairs import PairOptions, data_pairs
+
+    if by not in ("score", "person"):
+        raise RecipeError(f"--by {by}: write score or person")
+    if data is None and (columns or media_folder or encoding):
+        raise RecipeError("--columns, --media-folder and --encoding are about other rows: name them with --data")
+    chooser: Literal["score", "person"] = "person" if by == "person" else "score"
+    options = PairOptions(answers, temperature, max_new_tokens, limit, chooser, media_folder, encoding)
+    print(data_pairs(run, data, out=out, task=task, columns=columns_of(columns or []) or None, options=options))
 
 
 def strength_of(given: list[str]) -> float | dict[str, float] | None:

@@ -129,28 +129,34 @@ class Assistant:
         max_new_tokens: int,
         view: MediaView | None = None,
         strength: Strength = None,
+        temperature: float = 0.0,
     ) -> list[str]:
-        """Conversations that end on the user's turn -> the assistant's next turns, greedily, as one batch.
+        """Conversations that end on the user's turn -> the assistant's next turns, as one batch.
 
-        `view`: how media are shown; by default their files are read and encoded.
+        `view`: how media are shown; by default their files are read and encoded. `temperature`: 0 for greedy answers,
+        else of the softmax that tokens are drawn from.
         """
         if max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {max_new_tokens}; write 1 or more")
         strengths = self.strengths(strength)
         view = view or FileView(self.encoders, self.limits)
         prompts = self._prompts(conversations, strengths, view)
-        tokens = self.generate(self._together(prompts, view, max_new_tokens), max_new_tokens, strengths)
+        tokens = self.generate(self._together(prompts, view, max_new_tokens), max_new_tokens, strengths, temperature)
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    def generate(self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}) -> Tensor:
-        """Greedy answers, new tokens only (B, T'); they end where the LLM's context does."""
+    def generate(
+        self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}, temperature: float = 0.0
+    ) -> Tensor:
+        """Answers, new tokens only (B, T'); they end where the LLM's context does. `temperature`: as in `answers`."""
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         longest, context = batch.whole_mask.shape[1], context_length(self.model.causal_lm)
         with self.with_strengths(strengths):
             return generate(
                 self.model,
                 batch,
                 max_new_tokens=min(max_new_tokens, context - longest) if context else max_new_tokens,
-                do_sample=False,
+                do_sample=bool(temperature),
+                **sampling,
                 repetition_penalty=1.0,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),

@@ -168,12 +168,13 @@ def calibration(predictions: Sequence[Prediction]) -> list[tuple[float, float, i
 @dataclass(frozen=True)
 class StageRow:
     """A stage of the recipe, and its result if it has been trained. `loss`: mean of the first and the last tenth of the
-    steps.
+    steps; `figures`: the same of what else its objective reports.
     """
 
     stage: Stage
     result: StageResult | None
     loss: tuple[float, float] | None
+    figures: dict[str, tuple[float, float]]
 
     @property
     def weights(self) -> str:
@@ -186,11 +187,17 @@ def stages(content: Content) -> list[StageRow]:
     rows = []
     for stage in content.recipe.train.stages if content.recipe else ():
         result = content.metrics.train.stages.get(stage.name)
-        losses = result.losses if result else []
-        tenth = max(1, len(losses) // 10)
-        loss = (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth) if losses else None
-        rows.append(StageRow(stage, result, loss))
+        figures = {name: _from_to(values) for name, values in (result.figures if result else {}).items()}
+        known = {name: both for name, both in figures.items() if both is not None}
+        rows.append(StageRow(stage, result, _from_to(result.losses if result else []), known))
     return rows
+
+
+def _from_to(steps: Sequence[float | None]) -> tuple[float, float] | None:
+    """Means of the first and of the last tenth of the steps that have a value."""
+    values = [value for value in steps if value is not None]
+    tenth = max(1, len(values) // 10)
+    return (sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth) if values else None
 
 
 @dataclass(frozen=True)
