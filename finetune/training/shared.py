@@ -1,6 +1,7 @@
 """What several trainings of one sweep have in common."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from finetune.common.run_folder import RunFolder
@@ -22,18 +23,25 @@ def language_model_for(settings: Train, components: Components) -> Any:
 
 @dataclass
 class Shared:
-    """Encoders, features, and the quantized LLM without adapter. `composite`: of the training that uses them now."""
+    """Encoders, features, and the quantized LLM without adapter, which is loaded when a training first builds its
+    model: after teachers have been asked. `composite`: of the training that uses them now.
+    """
 
     components: Components
     features: Features
-    language_model: Any
+    settings: Train
     composite: MultimodalModel | None = None
+
+    @cached_property
+    def language_model(self) -> Any:
+        """Raises ModelError."""
+        return language_model_for(self.settings, self.components)
 
     @classmethod
     def load(cls, recipe: Recipe) -> "Shared":
         components = load_components(recipe.model, recipe.tune_encoders, recipe.seed)
         features = Features(components.encoders, recipe.train.feature_folder, recipe.media)
-        return cls(components, features, language_model_for(recipe.train, components))
+        return cls(components, features, recipe.train)
 
     def run(self, folder: RunFolder, recipe: Recipe, bindings: dict[str, TaskBinding]) -> Run:
         """A run over these components, with the projectors and fusion of its own recipe."""
@@ -47,5 +55,5 @@ class Shared:
                 self.composite.language_model.unload()
             if self.language_model.is_activation_checkpointing:
                 self.language_model.activation_checkpointing_disable()
+            self.language_model.requires_grad_(False)
         self.composite = None
-        self.language_model.requires_grad_(False)

@@ -179,7 +179,9 @@ class SharedParts:
             return None
         model = recipe.model.model_dump(mode="json", include={"llm", "encoders"})
         settings = [str(recipe.train.feature_folder), recipe.train.dequantize_once]
-        fixed = [model, *settings, recipe.media.model_dump()]
+        taught = [[s.objective.dump(), s.sources] for s in recipe.train.stages if s.objective.needs == "teacher"]
+        rows = recipe.model_dump(mode="json", include={"data"}) if taught else {}  # the LLM makes room for a teacher
+        fixed = [model, *settings, recipe.media.model_dump(), taught, rows]
         key = json.dumps(fixed, sort_keys=True)
         if key != self.key or self.shared is None:
             self.shared = None  # let go of the old LLM before the new one is loaded

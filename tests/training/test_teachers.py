@@ -21,7 +21,7 @@ from finetune.model.adapter import load_trained
 from finetune.model.assistant import FileView
 from finetune.model.row_plan import by_segments
 from finetune.model.tokenize import tokenize
-from finetune.training import teachers, train
+from finetune.training import shared, teachers, train
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,20 @@ def test_a_student_comes_nearer_and_is_never_loaded_beside_its_teacher(teacher, 
         finetune.load_recipe(run.recipe)
     assert alive == [False] and sum(losses[-3:]) < 0.5 * sum(losses[:3])
     assert log_of(run)["token_accuracy"][-1] > log_of(run)["token_accuracy"][0]
+
+
+def test_in_a_sweep_too_the_llm_is_loaded_when_the_teacher_is_gone(teacher, tmp_path, monkeypatch):
+    events = []
+    ask, load = teachers.load_folder, shared.load_llm
+    monkeypatch.setattr(teachers, "load_folder", lambda folder: events.append("teacher") or ask(folder))
+    monkeypatch.setattr(shared, "load_llm", lambda components: events.append("student") or load(components))
+    recipe = student(tmp_path, teacher).with_(**{"data.1.split": "validation", "evaluate.split": "validation"})
+    recipe = recipe.with_(**{"train.validation": {"every_n_steps": 10}})
+    key = "train.stages.0.learning_rate"
+    finetune.sweep(recipe, [f"{key}=0.01,0.02"], run=tmp_path / "sweep")
+    assert events == ["teacher", "student"]
+    finetune.sweep(recipe, ["train.stages.0.objective.top_k=4,5"], run=tmp_path / "other")
+    assert events[2:] == ["teacher", "student"] * 2
 
 
 def test_its_outputs_are_computed_once(teacher, tmp_path, cache, monkeypatch):

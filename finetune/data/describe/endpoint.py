@@ -52,7 +52,7 @@ class Endpoint:
             max_retries=options.retries,
             timeout=options.timeout_seconds,
         )
-        self.settings: dict[str, float] = {"temperature": 0, "max_tokens": options.max_new_tokens}
+        self.settings: Any = {"temperature": 0, "max_tokens": options.max_new_tokens}
         self.model = options.model_name or self._only_model()
 
     def _only_model(self) -> str:
@@ -82,29 +82,15 @@ class Endpoint:
     def _request(self, messages: Any) -> Any:
         import openai
 
-        try:
-            return self.client.chat.completions.create(model=self.model, messages=messages, **self._settings())
-        except openai.BadRequestError as error:
-            if not self._without(error.param):
-                raise
-        return self._request(messages)
-
-    def _settings(self) -> Any:
-        return dict(self.settings)
-
-    def _without(self, param: str | None) -> bool:
-        """Whether what an endpoint refuses could be left out: reasoning models have no temperature, and another name
-        for the length limit.
-        """
         settings = self.settings
-        if param == "temperature" and param in settings:
-            self.settings = {key: value for key, value in settings.items() if key != param}
-        elif param == "max_tokens" and param in settings:
-            others = {key: value for key, value in settings.items() if key != param}
-            self.settings = others | {"max_completion_tokens": settings[param]}
-        else:
-            return False
-        return True
+        try:
+            return self.client.chat.completions.create(model=self.model, messages=messages, **settings)
+        except openai.BadRequestError as error:
+            if self.settings is settings:  # else another thread has changed them meanwhile
+                if error.param not in {"temperature", "max_tokens"} & settings.keys():
+                    raise
+                self.settings = _without(settings, error.param)
+        return self._request(messages)
 
     def _asked(self, request: Any) -> Any:
         """Raises ModelError for what another question would meet too, DataError for what may be this one's."""
@@ -169,6 +155,12 @@ class Endpoint:
         content = io.BytesIO()
         picture.save(content, "jpeg", quality=QUALITY)
         return data_uri("image/jpeg", content.getvalue())
+
+
+def _without(settings: Mapping[str, Any], refused: str) -> dict[str, Any]:
+    """Settings without one that reasoning models refuse: they have no temperature, and another length limit."""
+    others = {key: value for key, value in settings.items() if key != refused}
+    return others | ({"max_completion_tokens": settings[refused]} if refused == "max_tokens" else {})
 
 
 def _address(kind: str, uri: str) -> dict[str, Any]:
