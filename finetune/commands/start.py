@@ -1,10 +1,8 @@
-"""Where the `finetune` command starts. Ctrl-C may come while it imports, which takes seconds: libraries that are
-interrupted there catch the exception, or go on half imported.
-"""
+"""Where the `finetune` command starts."""
 
-import os
 import signal
-from types import FrameType
+
+from finetune.commands._importing import interrupt
 
 
 def main() -> None:
@@ -13,13 +11,3 @@ def main() -> None:
     from finetune.commands.cli import main as run
 
     run()
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """A handler: ends the process where it is importing, otherwise raises KeyboardInterrupt."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"stopped\n")
-            os._exit(128 + number)
-        frame = frame.f_back
-    raise KeyboardInterrupt
