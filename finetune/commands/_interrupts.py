@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from finetune.commands._ctrl_c import interrupt
+from finetune.commands._importing import interrupt
 from finetune.common.errors import Interrupted
 from finetune.common.run_folder import RunFolder
 

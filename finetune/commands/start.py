@@ -1,10 +1,8 @@
-"""Where the `finetune` command starts. Ctrl-C may come while it imports, which takes seconds: libraries that are
-interrupted there catch the exception, or go on half imported.
-"""
+"""Where the `finetune` command starts."""
 
 import signal
 
-from finetune.commands._ctrl_c import interrupt
+from finetune.commands._importing import interrupt
 
 
 def main() -> None:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from finetune.common.console import IN_NOTEBOOK
+from finetune.common.disk import free_bytes, writing
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, console
 from finetune.data.rows import error_list
 from finetune.data.sample import Medium, Prepared
 from finetune.model.features import Features
 from finetune.recipe.schema import Train
-from finetune.training.cache_choice import FULLEST, free_bytes
+from finetune.training.cache_choice import FULLEST
 
 ENCODED_FIRST = 8  # media encoded to estimate the size of the cache
 MANY = 256  # media for which processes that decode, and batches that are tried first, pay
@@ -56,7 +57,7 @@ def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> Non
         if len(missing) >= MANY:
             batch = batch if batch > 1 else equal_batch(features, kind, prepared)
             workers = workers or decoders(prepared)
-        with bar(f"encode {kind}", len(missing)) as step:
+        with bar(f"encode {kind}", len(missing)) as step, writing(folder, "the features"):
             features.fill(missing, Pace(kind, len(missing), step), batch, workers)
 
 

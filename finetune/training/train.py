@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import PartialState
 
 from finetune.common.certificate import weights_hashes
+from finetune.common.disk import writing
 from finetune.common.energy import EnergyMeter
 from finetune.common.errors import RecipeError, TrainingError
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
@@ -193,8 +194,8 @@ def train_stages(
         )
     seconds_training = perf_counter() - begin
     if PartialState().is_main_process:
-        with whole_folder(run.folder.adapter) as writing:
-            save_adapter_folder(model, components.tokenizer, writing, manifest_of(run, model))
+        with writing(run.folder.path, "the adapter"), whole_folder(run.folder.adapter) as partial:
+            save_adapter_folder(model, components.tokenizer, partial, manifest_of(run, model))
     PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
     seconds = {**features.seconds, "encode": features.seconds["encode"] + model.encode_seconds}

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from finetune.common.disk import writing
 from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
 from finetune.common.progress import console
 from finetune.common.run_folder import read_json
@@ -31,7 +32,7 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import by_segments
 from finetune.model.trainable import trained_parts
 from finetune.recipe.schema import Stage, Train
-from finetune.training.checkpoints import STAGING, WholeCheckpoints, seconds_of, step_of
+from finetune.training.checkpoints import KEPT, STAGING, WholeCheckpoints, seconds_of, step_of
 from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
@@ -201,7 +202,7 @@ def trainer_arguments(training: StageTraining) -> SFTConfig:
         gradient_checkpointing=False,  # switched on in the LLM, where it belongs
         save_strategy="steps",
         save_steps=settings.save_every_n_steps,
-        save_total_limit=2,  # where the newest is damaged, the one before is there
+        save_total_limit=KEPT,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -260,7 +261,7 @@ class StageTrainer(SFTTrainer):
             return self._without_bad_rows(model, inputs, num_items_in_batch)
         loss = self._loss_and_gradients(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise self.not_finite(f"the loss is {loss.item()}", whole_step=False)
+            raise self.not_finite(f"the loss is {loss.item()} at step {self.row[0] + 1}", whole_step=False)
         return loss
 
     def _loss_and_gradients(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -344,7 +345,7 @@ class StageTrainer(SFTTrainer):
         names = self.suspects.note(bad, steps + 1, what, alone=alone, left_out=False)
         together = "" if alone else "no row by itself; together "
         return NotFinite(
-            f"{what} at step {steps + 1}, from {together}{names} (all: {self.suspects.path}); the weights are those of "
+            f"{what}, from {together}{names} (all: {self.suspects.path}); the weights are those of "
             f"the step before. {self._advice()}"
         )
 
@@ -435,6 +436,10 @@ class StageTrainer(SFTTrainer):
         """Show values to trackers beside the log, of which an entry is a step."""
         self.callback_handler.on_log(self.args, self.state, TrainerControl(), logs=values)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(self.args.output_dir).parent, "a checkpoint"):
+            super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
             if not all(bool(torch.isfinite(p).all()) for p in self._trained()):
@@ -491,8 +496,9 @@ class FiniteGradients(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.fp16 and not finite_gradients([p for parameters in self.parts.values() for p in parameters]):
-            raise self.error("a gradient isn't finite")  # of which part is unknown: they were clipped together
+        parameters = [p for parameters in self.parts.values() for p in parameters]
+        if not args.fp16 and not finite_gradients(parameters):  # of which part is unknown: they were clipped together
+            raise self.error(f"a gradient isn't finite at step {state.global_step + 1}")
 
 
 def finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:

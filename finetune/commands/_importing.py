@@ -1,4 +1,6 @@
-"""What Ctrl-C does while a command imports, and afterwards."""
+"""Signals that come while the program imports, which takes seconds: libraries that are interrupted there catch the
+exception, or go on half imported.
+"""
 
 import os
 from types import FrameType
