@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
+from transformers.video_processing_utils import VideoProcessorMixin
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
@@ -216,41 +217,41 @@ def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
 
 def _processor_class(name: str, config: Any, options: Mapping[str, Any]) -> Any:
     """By the files of a base, as AutoProcessor finds it, or by its config."""
+    settings, _ = transformers.ProcessorMixin.get_processor_dict(name, **options)
     of_pictures, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
-    named = getattr(transformers, str(of_pictures.get("processor_class")), None)
-    return named or PROCESSOR_MAPPING.get(type(config))
+    named = settings.get("processor_class") or of_pictures.get("processor_class")
+    return getattr(transformers, str(named), None) or PROCESSOR_MAPPING.get(type(config))
+
+
+class _UnreadVideos(VideoProcessorMixin):
+    """The settings of a video processor, which can't run without torchvision."""
 
 
 def _without_videos(whole: Any, name: str, options: Mapping[str, Any]) -> Any:
     """A base's processor for all its media but videos. Raises ModelError where another package is missing."""
 
     def check_argument_for_proper_class(self: Any, part: str, value: Any) -> Any:
-        return None if value is None else whole.check_argument_for_proper_class(self, part, value)
+        videos = isinstance(value, _UnreadVideos)
+        return _UnreadVideos if videos else whole.check_argument_for_proper_class(self, part, value)
 
-    processor_class = type(
-        whole.__name__,  # which its files name
-        (whole,),
-        {
-            "check_argument_for_proper_class": check_argument_for_proper_class,
-            # SmolVLM's own asks the video processor for its frames, also where there is no video.
-            "apply_chat_template": transformers.ProcessorMixin.apply_chat_template,
-        },
-    )
+    def load(part: str) -> Any:
+        if part != "video_processor":
+            return MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+        settings, _ = VideoProcessorMixin.get_video_processor_dict(name, **options)
+        return type(str(settings["video_processor_type"]), (_UnreadVideos,), {})(**settings)
+
+    # Its files name its class, and that of each part.
+    methods = {"check_argument_for_proper_class": check_argument_for_proper_class}
+    processor_class = type(whole.__name__, (whole,), methods)
     settings, _ = processor_class.get_processor_dict(name, **options)
     try:
-        parts = [
-            None
-            if part == "video_processor"
-            else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
-            for part in processor_class.get_attributes()
-        ]
-        return processor_class.from_args_and_dict(parts, settings)
-    except (ImportError, AttributeError) as missing:  # MiniCPM-V's reads its settings at once
-        raise ModelError(f"processor of base {name!r} needs a package: {' '.join(str(missing).split())}") from None
+        return processor_class.from_args_and_dict([load(part) for part in whole.get_attributes()], settings)
+    except (ImportError, AttributeError) as missing:
+        raise ModelError(f"processor of base {name!r}: {' '.join(str(missing).split())}") from None
 
 
 def _reads_videos(processor: Any) -> bool:
-    return getattr(processor, "video_processor", None) is not None
+    return not isinstance(getattr(processor, "video_processor", None), _UnreadVideos | None)
 
 
 def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -> None:
