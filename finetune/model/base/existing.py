@@ -65,6 +65,11 @@ class ExistingModel:
                     f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
                     "it as model.llm if it is a text-only LLM"
                 )
+            if getattr(config.get_text_config(), "use_bidirectional_attention", False):
+                raise ModelError(
+                    f"{what} is a {config.model_type!r}, which reads questions both ways and answers one way: it can't "
+                    "be trained here; take one that reads text one way, such as Gemma 3"
+                )
             processor = _processor(settings.name, config, options)
         media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
         if not media:
@@ -78,9 +83,15 @@ class ExistingModel:
 
     @cached_property
     def skeleton(self) -> Any:
-        """The model on the meta device: names and shapes."""
+        """The model on the meta device: names and shapes. Raises ModelError."""
         with torch.device("meta"), no_init_weights():
-            return _model_class(self.config)._from_config(self.config, dtype=self.dtype)
+            model = _model_class(self.config)._from_config(self.config, dtype=self.dtype)
+        if model.get_decoder() is model.base_model:
+            raise ModelError(
+                f"model.base: in a {type(model).__name__} the language model can't be told from its encoders: it can't "
+                "be trained here"
+            )
+        return model
 
     @cached_property
     def model(self) -> Any:
