@@ -75,7 +75,14 @@ class ExistingModel:
         if not media:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
         _complete_template(processor, settings, media)
-        return cls(settings, config, processor, media, dtype, device)
+        existing = cls(settings, config, processor, media, dtype, device)
+        decoder = existing.skeleton.get_decoder()
+        if decoder is existing.skeleton.base_model:
+            raise ModelError(
+                f"{what}: in a {type(existing.skeleton).__name__} the language model can't be told from its encoders: "
+                "it can't be trained here"
+            )
+        return existing
 
     @property
     def tokenizer(self) -> Any:
@@ -83,15 +90,9 @@ class ExistingModel:
 
     @cached_property
     def skeleton(self) -> Any:
-        """The model on the meta device: names and shapes. Raises ModelError."""
+        """The model on the meta device: names and shapes."""
         with torch.device("meta"), no_init_weights():
-            model = _model_class(self.config)._from_config(self.config, dtype=self.dtype)
-        if model.get_decoder() is model.base_model:
-            raise ModelError(
-                f"model.base: in a {type(model).__name__} the language model can't be told from its encoders: it can't "
-                "be trained here"
-            )
-        return model
+            return _model_class(self.config)._from_config(self.config, dtype=self.dtype)
 
     @cached_property
     def model(self) -> Any:
