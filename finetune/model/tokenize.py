@@ -190,6 +190,11 @@ def takes_parts(tokenizer: Any) -> bool:
     return _PARTS[template]
 
 
+def text_content(tokenizer: Any, text: str) -> Any:
+    """The content of a message that is only text, as the chat template takes it."""
+    return [{"type": "text", "text": text}] if takes_parts(tokenizer) else text
+
+
 def _renders(tokenizer: Any, content: Any) -> bool:
     turns = [{"role": "user", "content": content}]
     try:
@@ -208,7 +213,8 @@ def template_options(tokenizer: Any) -> dict[str, bool]:
     """
     template = str(tokenizer.chat_template)
     if template not in _OPTIONS:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        texts = {"user": "a", "assistant": "b"}
+        turns = [{"role": role, "content": text_content(tokenizer, text)} for role, text in texts.items()]
         off = {"enable_thinking": False}
         before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, **off)
         after = tokenizer.apply_chat_template(turns, tokenize=False, **off)

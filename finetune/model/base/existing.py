@@ -1,5 +1,6 @@
 """A base: its config and processor, and its weights when they are asked for."""
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin, ProcessorMixin
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
@@ -20,7 +23,7 @@ from finetune.data.sample import Layout
 from finetune.model.base.config import media_in_config
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
-from finetune.model.tokenize import WORD, Placeholder, takes_parts
+from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
 # At the end of a conversation, for templates that end answers with nothing that could be learned.
@@ -40,6 +43,7 @@ class ExistingModel:
     config: Any
     processor: Any
     media: tuple[str, ...]
+    model_class: Any
     dtype: torch.dtype
     device: torch.device
 
@@ -52,7 +56,7 @@ class ExistingModel:
         with loading(what, settings.name) as local_only:
             options: dict[str, Any] = {"revision": settings.revision, "local_files_only": local_only}
             config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False, **options)
-            if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+            if (model_class := _class_of(config)) is None:
                 raise ModelError(
                     f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
                     "it as model.llm if it is a text-only LLM"
@@ -62,7 +66,7 @@ class ExistingModel:
         if not media:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
         _complete_template(processor, settings, media)
-        return cls(settings, config, processor, media, dtype, device)
+        return cls(settings, config, processor, media, model_class, dtype, device)
 
     @property
     def tokenizer(self) -> Any:
@@ -72,7 +76,7 @@ class ExistingModel:
     def skeleton(self) -> Any:
         """The model on the meta device: names and shapes."""
         with torch.device("meta"), no_init_weights():
-            return AutoModelForMultimodalLM.from_config(self.config, dtype=self.dtype)
+            return self.model_class._from_config(copy.deepcopy(self.config), dtype=self.dtype)
 
     @cached_property
     def model(self) -> Any:
@@ -84,7 +88,7 @@ class ExistingModel:
         if settings.attention != "auto":
             options["attn_implementation"] = settings.attention
         with loading(f"base {settings.name!r}", settings.name) as local_only:
-            model, report = AutoModelForMultimodalLM.from_pretrained(
+            model, report = self.model_class.from_pretrained(
                 settings.name,
                 revision=settings.revision,
                 quantization_config=self.quantization(),
@@ -176,21 +180,47 @@ def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[st
     return [beside for names in inner for beside in names]
 
 
+def _class_of(config: Any) -> Any:
+    """The class of transformers for a model that takes media; None where there is none."""
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    takes_media = isinstance(named, type) and issubclass(named, GenerationMixin) and media_in_config(config.to_dict())
+    return named if takes_media else None
+
+
 def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
     """Of all media that can be read here: transformers reads videos with torchvision only."""
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **options)
-    except ImportError:
-        whole = PROCESSOR_MAPPING[type(config)]
-        kept = [part for part in whole.get_attributes() if part != "video_processor"]
-        without = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: kept)})
-        processor = without.from_pretrained(name, **options)
+    except ImportError as error:
+        processor = _without_videos(name, config, options, error)
     if getattr(processor, "tokenizer", None) is None:
         raise ModelError(
             f"base {name!r}: there is no processor of its media in it, only a {type(processor).__name__}: take the "
             "repository that has preprocessor_config.json, or copy it from there"
         )
     return processor
+
+
+def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: ImportError) -> Any:
+    settings, _ = ProcessorMixin.get_processor_dict(name, **options)
+    found = getattr(transformers, str(settings.get("processor_class")), None)
+    found = found or PROCESSOR_MAPPING.get(type(config), None)
+    if found is None or "video_processor" not in found.get_attributes():
+        raise ModelError(
+            f"base {name!r}: its processor can't be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+    def check(self: Any, argument: str, value: Any) -> Any:
+        return None if value is None else found.check_argument_for_proper_class(self, argument, value)
+
+    parts = [
+        None if part == "video_processor" else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+        for part in found.get_attributes()
+    ]
+    processor: Any = type(found.__name__, (found,), {"check_argument_for_proper_class": check})
+    return processor.from_args_and_dict(parts, settings)
 
 
 def _reads_videos(processor: Any) -> bool:
@@ -212,14 +242,22 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         tokens = {kind: getattr(processor, f"{kind}_token", f"<{kind}>") for kind in media}
         template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
     tokenizer.chat_template = template
-    content: Any = [{"type": "text", "text": WORD}] if takes_parts(tokenizer) else WORD
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-    question, whole = (
-        tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=count == 1)
-        for count in (1, 2)
-    )
+    question, whole = _rendered(tokenizer, 1, True), _rendered(tokenizer, 2, False)
+    if not whole.startswith(question):  # an answer is written otherwise than it is asked for
+        alone = len(_rendered(tokenizer, 1, False))
+        written, asked = whole[alone : whole.rindex(WORD)], question[alone:]
+        template = tokenizer.chat_template
+        tokenizer.chat_template = f"{{% filter replace({written!r}, {asked!r}) %}}{template}{{% endfilter %}}"
+        whole = _rendered(tokenizer, 2, False)
     if not whole.rpartition(WORD)[2].strip():  # nothing ends the answer
         tokenizer.chat_template += END
     first = tokenizer(question)["input_ids"][0]
     if first == tokenizer.bos_token_id and not question.startswith(tokenizer.bos_token):
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+
+
+def _rendered(tokenizer: Any, turns: int, asked: bool) -> str:
+    """The first turns of a conversation, each of WORD; `asked`: up to where the answer begins."""
+    conversation = [{"role": role, "content": text_content(tokenizer, WORD)} for role in ("user", "assistant")]
+    result: str = tokenizer.apply_chat_template(conversation[:turns], tokenize=False, add_generation_prompt=asked)
+    return result
