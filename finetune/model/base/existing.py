@@ -1,5 +1,6 @@
 """A base: its config and processor, and its weights when they are asked for."""
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +12,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 from transformers.video_processing_utils import VideoProcessorMixin
@@ -28,7 +26,7 @@ from finetune.data.sample import Layout
 from finetune.model.base.config import media_in_config
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
-from finetune.model.tokenize import WORD, Placeholder, takes_parts
+from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
 # At the end of a conversation, for templates that end answers with nothing that could be learned.
@@ -48,6 +46,7 @@ class ExistingModel:
     config: Any
     processor: Any
     media: tuple[str, ...]
+    model_class: Any
     dtype: torch.dtype
     device: torch.device
 
@@ -60,7 +59,7 @@ class ExistingModel:
         with loading(what, settings.name) as local_only:
             options: dict[str, Any] = {"revision": settings.revision, "local_files_only": local_only}
             config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False, **options)
-            if _model_class(config) is None:
+            if (model_class := _class_of(config)) is None:
                 raise ModelError(
                     f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
                     "it as model.llm if it is a text-only LLM"
@@ -75,7 +74,7 @@ class ExistingModel:
         if not media:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
         _complete_template(processor, settings, media)
-        existing = cls(settings, config, processor, media, dtype, device)
+        existing = cls(settings, config, processor, media, model_class, dtype, device)
         decoder = existing.skeleton.get_decoder()
         if decoder is existing.skeleton.base_model:
             raise ModelError(
@@ -92,7 +91,7 @@ class ExistingModel:
     def skeleton(self) -> Any:
         """The model on the meta device: names and shapes."""
         with torch.device("meta"), no_init_weights():
-            return _model_class(self.config)._from_config(self.config, dtype=self.dtype)
+            return self.model_class._from_config(copy.deepcopy(self.config), dtype=self.dtype)
 
     @cached_property
     def model(self) -> Any:
@@ -104,7 +103,7 @@ class ExistingModel:
         if settings.attention != "auto":
             options["attn_implementation"] = settings.attention
         with loading(f"base {settings.name!r}", settings.name) as local_only:
-            model, report = _model_class(self.config).from_pretrained(
+            model, report = self.model_class.from_pretrained(
                 settings.name,
                 revision=settings.revision,
                 quantization_config=self.quantization(),
@@ -190,16 +189,6 @@ class ExistingModel:
         return found
 
 
-def _model_class(config: Any) -> Any:
-    """The class of a model that takes media and writes text; None where transformers has none for this config."""
-    for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            # AudioFlamingo 3 is listed among translators, which take no media.
-            return found if any(kind in ("image", "audio") for kind in found.input_modalities) else None
-    return None
-
-
 def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
     """Names of the outermost modules that don't hold `part`, nor are in it."""
     if whole is part:
@@ -208,6 +197,15 @@ def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[st
         return [name]
     inner = (modules_beside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
     return [beside for names in inner for beside in names]
+
+
+def _class_of(config: Any) -> Any:
+    """The class of transformers for a model that takes media; None where there is none."""
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    takes_media = isinstance(named, type) and issubclass(named, GenerationMixin) and media_in_config(config.to_dict())
+    return named if takes_media else None
 
 
 def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
@@ -232,7 +230,7 @@ def _processor_class(name: str, config: Any, options: Mapping[str, Any]) -> Any:
     settings, _ = transformers.ProcessorMixin.get_processor_dict(name, **options)
     of_pictures, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
     named = settings.get("processor_class") or of_pictures.get("processor_class")
-    return getattr(transformers, str(named), None) or PROCESSOR_MAPPING.get(type(config))
+    return getattr(transformers, str(named), None) or PROCESSOR_MAPPING.get(type(config), None)
 
 
 class _UnreadVideos(VideoProcessorMixin):
@@ -281,14 +279,22 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         tokens = {kind: getattr(processor, f"{kind}_token", f"<{kind}>") for kind in media}
         template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
     tokenizer.chat_template = template
-    content: Any = [{"type": "text", "text": WORD}] if takes_parts(tokenizer) else WORD
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-    question, whole = (
-        tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=count == 1)
-        for count in (1, 2)
-    )
+    question, whole = _rendered(tokenizer, 1, True), _rendered(tokenizer, 2, False)
+    if not whole.startswith(question):  # an answer is written otherwise than it is asked for
+        alone = len(_rendered(tokenizer, 1, False))
+        written, asked = whole[alone : whole.rindex(WORD)], question[alone:]
+        template = tokenizer.chat_template
+        tokenizer.chat_template = f"{{% filter replace({written!r}, {asked!r}) %}}{template}{{% endfilter %}}"
+        whole = _rendered(tokenizer, 2, False)
     if not whole.rpartition(WORD)[2].strip():  # nothing ends the answer
         tokenizer.chat_template += END
     first = tokenizer(question)["input_ids"][0]
     if first == tokenizer.bos_token_id and not question.startswith(tokenizer.bos_token):
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+
+
+def _rendered(tokenizer: Any, turns: int, asked: bool) -> str:
+    """The first turns of a conversation, each of WORD; `asked`: up to where the answer begins."""
+    conversation = [{"role": role, "content": text_content(tokenizer, WORD)} for role in ("user", "assistant")]
+    result: str = tokenizer.apply_chat_template(conversation[:turns], tokenize=False, add_generation_prompt=asked)
+    return result
