@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -140,7 +142,9 @@ class ExistingModel:
         """The positions (3, T) of one sample, by the model's own rule."""
         ids = torch.tensor([list(input_ids)])
         kinds = torch.zeros_like(ids)
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
+        if lengths := [layout.grid for kind, layout in media if kind == "audio" and layout.grid]:
+            given["audio_seqlens"] = torch.tensor(lengths)[:, 0]
         for number, kind in enumerate(("image", "video"), 1):
             if kind in self.media:
                 kinds[ids == self.token_id(kind)] = number
@@ -148,7 +152,9 @@ class ExistingModel:
                 given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
                 if layouts[0].grid_seconds is not None:
                     given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
-        found, _ = self.skeleton.base_model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, **given)
+        rule = self.skeleton.base_model.get_rope_index
+        taken = signature(rule).parameters
+        found, _ = rule(input_ids=ids, **{name: value for name, value in given.items() if name in taken})
         result: list[list[int]] = found[:, 0].tolist()
         return result
 
@@ -205,7 +211,8 @@ def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
 
 def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: ImportError) -> Any:
     settings, _ = ProcessorMixin.get_processor_dict(name, **options)
-    found = getattr(transformers, str(settings.get("processor_class")), None)
+    pictures, _ = BaseImageProcessor.get_image_processor_dict(name, **options)
+    found = getattr(transformers, str(settings.get("processor_class", pictures.get("processor_class"))), None)
     found = found or PROCESSOR_MAPPING.get(type(config), None)
     if found is None or "video_processor" not in found.get_attributes():
         raise ModelError(
