@@ -156,7 +156,7 @@ def _render(
                     takes = ", ".join(placeholders) or "text only"
                     raise DataError(f"{where}: holds {part.kind}, but this model takes {takes}")
                 text += placeholders[part.kind].token
-                parts.append({"type": part.kind, part.kind: ""})  # templates look for either
+                parts.append({"type": part.kind, part.kind: ""})  # some templates ask for the key
             else:
                 inside = [p.token for p in placeholders.values() if p.token in part]
                 if inside:

@@ -75,11 +75,10 @@ class ExistingModel:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
         _complete_template(processor, settings, media)
         existing = cls(settings, config, processor, media, model_class, dtype, device)
-        decoder = existing.skeleton.get_decoder()
-        if decoder is existing.skeleton.base_model:
+        if existing.skeleton.get_decoder() is existing.skeleton.base_model:
             raise ModelError(
-                f"{what}: in a {type(existing.skeleton).__name__} the language model can't be told from its encoders: "
-                "it can't be trained here"
+                f"{what}: in a {model_class.__name__} the language model can't be told from its encoders: it can't be "
+                "trained here"
             )
         return existing
 
@@ -155,7 +154,9 @@ class ExistingModel:
         """The positions (3, T) of one sample, by the model's own rule."""
         ids = torch.tensor([list(input_ids)])
         kinds = torch.zeros_like(ids)
-        given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
+        given: dict[str, Any] = {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
+        if lengths := [layout.grid for kind, layout in media if kind == "audio" and layout.grid]:
+            given["audio_seqlens"] = torch.tensor(lengths)[:, 0]
         for number, kind in enumerate(("image", "video"), 1):
             if kind in self.media:
                 kinds[ids == self.token_id(kind)] = number
@@ -163,11 +164,9 @@ class ExistingModel:
                 given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
                 if layouts[0].grid_seconds is not None:
                     given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
-        if sounds := [layout for other, layout in media if other == "audio"]:
-            given["audio_seqlens"] = torch.tensor([4 * one.rows * len(one.marks) for one in sounds])  # frames
         rule = self.skeleton.base_model.get_rope_index
         taken = signature(rule).parameters
-        found, _ = rule(**{name: value for name, value in given.items() if name in taken})
+        found, _ = rule(input_ids=ids, **{name: value for name, value in given.items() if name in taken})
         result: list[list[int]] = found[:, 0].tolist()
         return result
 
