@@ -169,8 +169,8 @@ class Medium:
 class Layout:
     """What a medium becomes before projection: `len(marks)` segments (tiles of a picture, frames of a clip, windows of
     a recording) of `rows` rows of features each. `marks`: the text put before each segment, '' for none; `end`: that
-    behind the last. Where positions have three dimensions, `grid` (frames, height, width) in patches, and of a clip
-    `grid_seconds`, those from one row of frames to the next.
+    behind the last. Where positions have three dimensions, `grid`: (frames, height, width) in patches, or (frames,) of
+    a recording, and of a clip `grid_seconds`, those from one row of frames to the next.
     """
 
     rows: int

@@ -35,6 +35,7 @@ from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
 from finetune.model.encoders import Encoder, together
 from finetune.model.fusion import Projected
+from finetune.model.fusion._deepstack import DeepStack
 from finetune.model.language_model import decoder_layers, without_adapter
 from finetune.model.module_names import is_lora
 from finetune.model.row_plan import RowPlan, following
@@ -122,6 +123,8 @@ class MultimodalModel(PreTrainedModel):
                     if binding.trained
                 }
             )
+        if self.composition.base and "deepstack_visual_embeds" in signature(self.decoder.forward).parameters:
+            self.fusion = DeepStack()
         self.fusion.attach(decoder_layers(self.causal_lm, self.decoder))
         self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
@@ -217,9 +220,11 @@ class MultimodalModel(PreTrainedModel):
         if self.composition.base:  # features are projected already
             width, device = self.config.text_config.hidden_size, self.get_input_embeddings().weight.device
             rows = [one.flatten(0, -2).to(device, torch.float32) for one in features]
+            if rows:
+                return torch.cat(rows), [len(row) for row in rows]
             trained = [self.causal_lm.get_parameter(one) for one in self.live.get(name, ())]
-            idle = sum(0.0 * p.sum() for p in trained if p.requires_grad) if not features else 0.0
-            return torch.cat([torch.zeros(0, width, device=device) + idle, *rows]), [len(row) for row in rows]
+            idle = sum(0.0 * p.sum() for p in trained if p.requires_grad)
+            return torch.zeros(0, width, device=device) + idle, []
         projector = self.projectors[name]
         first = next(projector.parameters())
         if not features:  # an empty pass keeps the weights in the graph, so that all processes reduce the same ones

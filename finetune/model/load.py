@@ -159,8 +159,8 @@ def load_adapter(
     if trust_remote_code and not re.fullmatch(COMMIT, llm.revision or ""):
         raise ArtifactError(f"{folder}: names no commit of {llm.name!r}, so its code isn't run")
     model = manifest.model
-    if trust_remote_code:
-        model = model.with_language_model(trust_remote_code=True)
+    if model.llm is not None:
+        model = model.with_language_model(trust_remote_code=trust_remote_code)
     components = load_components(model, manifest.tune_encoders, manifest.seed, device)
     if components.base is None:
         components.tokenizer = load_tokenizer(str(folder))

@@ -151,5 +151,5 @@ def _native_states(model: MultimodalModel, tokens: Tokens, shown: _Shown) -> Ten
     given |= {"mm_token_type_ids": types, "token_type_ids": (types > 0).long(), "attention_mask": torch.ones_like(ids)}
     taken = signature(base.forward).parameters
     given = {name: value for name, value in given.items() if name in taken}
-    states: Tensor = base(input_ids=ids, use_cache=False, **given).last_hidden_state[0]
+    states: Tensor = base(**{**given, "input_ids": ids}, use_cache=False).last_hidden_state[0]
     return states

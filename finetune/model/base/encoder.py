@@ -4,6 +4,7 @@ methods, in the width of its language model.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from inspect import signature
 from pathlib import Path
@@ -26,14 +27,13 @@ ARGUMENT = {"image": "images", "audio": "audio", "video": "videos"}
 
 
 class BaseEncoder(Encoder):
-    """Of one kind of media. Features are (1, S, L, D): segments of the text that the processor writes for a medium."""
+    """Of one kind of media. Features (1, R, D) are one segment, whatever the text has between them."""
 
     def __init__(self, existing: ExistingModel, kind: str) -> None:
         self.existing, self.kind = existing, kind
         self.processor = existing.processor
         self.options = None  # type: ignore[assignment]
         self.layout_of_size = lru_cache(PICTURES)(self._layout_of_size)
-        self.runs: Any = None
 
     @property
     def module(self) -> Any:  # type: ignore[override]
@@ -76,6 +76,8 @@ class BaseEncoder(Encoder):
 
     def prepare(self, decoded: Any) -> Prepared:
         """A decoded medium -> what the base's processor makes of it alone."""
+        if ARGUMENT[self.kind] not in signature(type(self.processor).__call__).parameters:
+            return self._extracted(decoded)
         given: dict[str, Any] = {ARGUMENT[self.kind]: [decoded]}
         if self.kind == "audio":
             given |= {"sampling_rate": RATE}
@@ -87,10 +89,18 @@ class BaseEncoder(Encoder):
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise MediaError(f"the base's processor refuses this {self.kind}: {str(error).splitlines()[0]}") from None
         (replaced,) = inputs["text_replacement_offsets"][0]
-        values = {name: value for name, value in inputs.items() if name not in OF_TEXT and isinstance(value, Tensor)}
-        if self.features is None:
-            values["text_ids"] = inputs["input_ids"]
+        left_out = OF_TEXT if self._method is not None else OF_TEXT[1:]
+        values = {name: value for name, value in inputs.items() if name not in left_out and isinstance(value, Tensor)}
         return Prepared(values, self._layout(replaced["replacement"], values))
+
+    def _extracted(self, decoded: Any) -> Prepared:
+        """Voxtral's processor takes recordings in conversations only, by a tokenizer of Mistral's."""
+        settings = dict(self.processor.audio_kwargs)
+        frames = settings.pop("max_source_positions")
+        features = self.processor.feature_extractor(decoded, **settings)["input_features"]
+        windows = features.unflatten(-1, (-1, frames)).transpose(1, 2).flatten(0, 1)
+        rows = self._rows(self.existing.skeleton, {"input_features": windows.to("meta", self.existing.dtype)})
+        return Prepared({"input_features": windows}, Layout(rows=len(rows)))
 
     def _layout(self, text: str, values: dict[str, Tensor]) -> Layout:
         """Of the text that stands for a medium: runs of the placeholder, and what is before, between and behind."""
@@ -104,6 +114,8 @@ class BaseEncoder(Encoder):
         if len({count for _, count in runs}) > 1:  # segments of one row each
             runs = [(mark if not row else "", 1) for mark, count in runs for row in range(count)]
         grid = values.get(f"{self.kind}_grid_thw")
+        if self.kind == "audio" and self.existing.rope is not None and "feature_attention_mask" in values:
+            grid = values["feature_attention_mask"].sum(-1, keepdim=True)
         seconds = values.get("second_per_grid_ts")
         return Layout(
             rows=runs[0][1],
@@ -114,51 +126,69 @@ class BaseEncoder(Encoder):
         )
 
     def encode(self, batch: Values) -> Tensor:
-        """One prepared medium -> features (1, S, L, D), in the dtype of the base."""
+        """One prepared medium -> features (1, 1, R, D), in the dtype of the base; wider where they're of several
+        depths.
+        """
         assert not isinstance(batch, Tensor)
         model = self.existing.model
+        half = self.existing.dtype != torch.float32
+        kinds = {p.dtype for name in modules_beside(model, model.get_decoder()) for p in _floats(model, name)}
+        # Where projectors have trained, they are float32.
+        with torch.autocast(self.existing.device.type, self.existing.dtype, enabled=half and len(kinds) > 1):
+            return self._encoded(model, batch)
+
+    def _encoded(self, model: Any, batch: Any) -> Tensor:
         inputs = {name: value.to(self.existing.device) for name, value in batch.items()}
         inputs = {n: v.to(self.existing.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
         rows = self._rows(model, inputs)
         return rows[None, None]
 
-    @property
-    def features(self) -> Any:
-        """The base's method that gives projected features, if it has one."""
-        return getattr(self.existing.skeleton.base_model, f"get_{self.kind}_features", None)
-
     def _rows(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        if self.features is None:
+        if self._method is None:
             return self._given_to_decoder(model, inputs)
-        method = getattr(model.base_model, f"get_{self.kind}_features")
+        method = getattr(model.base_model, self._method)
         taken = signature(method).parameters
         output = method(**{name: value for name, value in inputs.items() if name in taken}, return_dict=True)
-        rows = output.pooler_output
-        if not isinstance(rows, Tensor):
-            rows = torch.cat([row.flatten(0, -2) for row in rows])
-        return rows.flatten(0, -2)
+        return torch.cat([_rows(one) for one in (output.pooler_output, *getattr(output, "deepstack_features", ()))], 1)
+
+    @property
+    def _method(self) -> str | None:
+        name = f"get_{self.kind}_features"
+        return name if hasattr(self.existing.skeleton.base_model, name) else None
 
     def _given_to_decoder(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Qwen2-Audio has no such method: rows (L, D) that stand for the medium where its text alone is read."""
+        """Of a base without a method for its features: what it gives its decoder in the place of the placeholders."""
         given: list[Tensor] = []
 
-        def take(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        def stop(module: Any, args: Any, kwargs: Any) -> None:
             given.append(kwargs["inputs_embeds"])
-            raise _Taken
+            raise _Stop
 
-        ids, taken = inputs["text_ids"], signature(model.base_model.forward).parameters
-        handle = model.get_decoder().register_forward_pre_hook(take, with_kwargs=True)
+        handle = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            model.base_model(input_ids=ids, **{name: value for name, value in inputs.items() if name in taken})
-        except _Taken:
+            taken = signature(model.forward).parameters
+            model(
+                attention_mask=torch.ones_like(inputs["input_ids"]), **{n: v for n, v in inputs.items() if n in taken}
+            )
+        except _Stop:
             pass
         finally:
             handle.remove()
-        return given[0][ids == self.existing.token_id(self.kind)]
+        return given[0][inputs["input_ids"] == self.existing.token_id(self.kind)]
 
 
-class _Taken(Exception):
-    """Ends a forward pass whose decoder isn't asked."""
+def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """(R, D)."""
+    whole = features if isinstance(features, Tensor) else torch.cat([part.flatten(0, -2) for part in features])
+    return whole.flatten(0, -2)
+
+
+def _floats(model: Any, name: str) -> list[Tensor]:
+    return [p for p in model.get_submodule(name).parameters() if p.is_floating_point()]
+
+
+class _Stop(Exception):
+    """The decoder needn't run."""
 
 
 RATE = 16_000

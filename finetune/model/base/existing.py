@@ -1,5 +1,6 @@
 """A base: its config and processor, and its weights when they are asked for."""
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +12,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
+from transformers.video_processing_utils import VideoProcessorMixin
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
@@ -27,7 +26,7 @@ from finetune.data.sample import Layout
 from finetune.model.base.config import media_in_config
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
-from finetune.model.tokenize import WORD, Placeholder, takes_parts
+from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
 # At the end of a conversation, for templates that end answers with nothing that could be learned.
@@ -47,6 +46,7 @@ class ExistingModel:
     config: Any
     processor: Any
     media: tuple[str, ...]
+    model_class: Any
     dtype: torch.dtype
     device: torch.device
 
@@ -59,17 +59,28 @@ class ExistingModel:
         with loading(what, settings.name) as local_only:
             options: dict[str, Any] = {"revision": settings.revision, "local_files_only": local_only}
             config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False, **options)
-            if _model_class(config) is None:
+            if (model_class := _class_of(config)) is None:
                 raise ModelError(
                     f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
                     "it as model.llm if it is a text-only LLM"
+                )
+            if getattr(config.get_text_config(), "use_bidirectional_attention", False):
+                raise ModelError(
+                    f"{what} is a {config.model_type!r}, which reads questions both ways and answers one way: it can't "
+                    "be trained here; take one that reads text one way, such as Gemma 3"
                 )
             processor = _processor(settings.name, config, options)
         media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
         if not media:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
         _complete_template(processor, settings, media)
-        return cls(settings, config, processor, media, dtype, device)
+        existing = cls(settings, config, processor, media, model_class, dtype, device)
+        if existing.skeleton.get_decoder() is existing.skeleton.base_model:
+            raise ModelError(
+                f"{what}: in a {model_class.__name__} the language model can't be told from its encoders: it can't be "
+                "trained here"
+            )
+        return existing
 
     @property
     def tokenizer(self) -> Any:
@@ -79,7 +90,7 @@ class ExistingModel:
     def skeleton(self) -> Any:
         """The model on the meta device: names and shapes."""
         with torch.device("meta"), no_init_weights():
-            return _model_class(self.config)._from_config(self.config, dtype=self.dtype)
+            return self.model_class._from_config(copy.deepcopy(self.config), dtype=self.dtype)
 
     @cached_property
     def model(self) -> Any:
@@ -91,7 +102,7 @@ class ExistingModel:
         if settings.attention != "auto":
             options["attn_implementation"] = settings.attention
         with loading(f"base {settings.name!r}", settings.name) as local_only:
-            model, report = _model_class(self.config).from_pretrained(
+            model, report = self.model_class.from_pretrained(
                 settings.name,
                 revision=settings.revision,
                 quantization_config=self.quantization(),
@@ -143,7 +154,9 @@ class ExistingModel:
         """The positions (3, T) of one sample, by the model's own rule."""
         ids = torch.tensor([list(input_ids)])
         kinds = torch.zeros_like(ids)
-        given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
+        given: dict[str, Any] = {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
+        if lengths := [layout.grid for kind, layout in media if kind == "audio" and layout.grid]:
+            given["audio_seqlens"] = torch.tensor(lengths)[:, 0]
         for number, kind in enumerate(("image", "video"), 1):
             if kind in self.media:
                 kinds[ids == self.token_id(kind)] = number
@@ -151,11 +164,9 @@ class ExistingModel:
                 given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
                 if layouts[0].grid_seconds is not None:
                     given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
-        if sounds := [layout for other, layout in media if other == "audio"]:
-            given["audio_seqlens"] = torch.tensor([4 * one.rows * len(one.marks) for one in sounds])  # frames
         rule = self.skeleton.base_model.get_rope_index
         taken = signature(rule).parameters
-        found, _ = rule(**{name: value for name, value in given.items() if name in taken})
+        found, _ = rule(input_ids=ids, **{name: value for name, value in given.items() if name in taken})
         result: list[list[int]] = found[:, 0].tolist()
         return result
 
@@ -177,16 +188,6 @@ class ExistingModel:
         return found
 
 
-def _model_class(config: Any) -> Any:
-    """The class of a model that takes media and writes text; None where transformers has none for this config."""
-    for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            # AudioFlamingo 3 is listed among translators, which take no media.
-            return found if any(kind in ("image", "audio") for kind in found.input_modalities) else None
-    return None
-
-
 def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
     """Names of the outermost modules that don't hold `part`, nor are in it."""
     if whole is part:
@@ -195,6 +196,15 @@ def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[st
         return [name]
     inner = (modules_beside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
     return [beside for names in inner for beside in names]
+
+
+def _class_of(config: Any) -> Any:
+    """The class of transformers for a model that takes media; None where there is none."""
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    takes_media = isinstance(named, type) and issubclass(named, GenerationMixin) and media_in_config(config.to_dict())
+    return named if takes_media else None
 
 
 def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
@@ -216,41 +226,41 @@ def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
 
 def _processor_class(name: str, config: Any, options: Mapping[str, Any]) -> Any:
     """By the files of a base, as AutoProcessor finds it, or by its config."""
+    settings, _ = transformers.ProcessorMixin.get_processor_dict(name, **options)
     of_pictures, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
-    named = getattr(transformers, str(of_pictures.get("processor_class")), None)
-    return named or PROCESSOR_MAPPING.get(type(config))
+    named = settings.get("processor_class") or of_pictures.get("processor_class")
+    return getattr(transformers, str(named), None) or PROCESSOR_MAPPING.get(type(config), None)
+
+
+class _UnreadVideos(VideoProcessorMixin):
+    """The settings of a video processor, which can't run without torchvision."""
 
 
 def _without_videos(whole: Any, name: str, options: Mapping[str, Any]) -> Any:
     """A base's processor for all its media but videos. Raises ModelError where another package is missing."""
 
     def check_argument_for_proper_class(self: Any, part: str, value: Any) -> Any:
-        return None if value is None else whole.check_argument_for_proper_class(self, part, value)
+        videos = isinstance(value, _UnreadVideos)
+        return _UnreadVideos if videos else whole.check_argument_for_proper_class(self, part, value)
 
-    processor_class = type(
-        whole.__name__,  # which its files name
-        (whole,),
-        {
-            "check_argument_for_proper_class": check_argument_for_proper_class,
-            # SmolVLM's own asks the video processor for its frames, also where there is no video.
-            "apply_chat_template": transformers.ProcessorMixin.apply_chat_template,
-        },
-    )
+    def load(part: str) -> Any:
+        if part != "video_processor":
+            return MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+        settings, _ = VideoProcessorMixin.get_video_processor_dict(name, **options)
+        return type(str(settings["video_processor_type"]), (_UnreadVideos,), {})(**settings)
+
+    # Its files name its class, and that of each part.
+    methods = {"check_argument_for_proper_class": check_argument_for_proper_class}
+    processor_class = type(whole.__name__, (whole,), methods)
     settings, _ = processor_class.get_processor_dict(name, **options)
     try:
-        parts = [
-            None
-            if part == "video_processor"
-            else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
-            for part in processor_class.get_attributes()
-        ]
-        return processor_class.from_args_and_dict(parts, settings)
-    except (ImportError, AttributeError) as missing:  # MiniCPM-V's reads its settings at once
-        raise ModelError(f"processor of base {name!r} needs a package: {' '.join(str(missing).split())}") from None
+        return processor_class.from_args_and_dict([load(part) for part in whole.get_attributes()], settings)
+    except (ImportError, AttributeError) as missing:
+        raise ModelError(f"processor of base {name!r}: {' '.join(str(missing).split())}") from None
 
 
 def _reads_videos(processor: Any) -> bool:
-    return getattr(processor, "video_processor", None) is not None
+    return not isinstance(getattr(processor, "video_processor", None), _UnreadVideos | None)
 
 
 def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -> None:
@@ -268,14 +278,22 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         tokens = {kind: getattr(processor, f"{kind}_token", f"<{kind}>") for kind in media}
         template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
     tokenizer.chat_template = template
-    content: Any = [{"type": "text", "text": WORD}] if takes_parts(tokenizer) else WORD
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-    question, whole = (
-        tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=count == 1)
-        for count in (1, 2)
-    )
+    question, whole = _rendered(tokenizer, 1, True), _rendered(tokenizer, 2, False)
+    if not whole.startswith(question):  # an answer is written otherwise than it is asked for
+        alone = len(_rendered(tokenizer, 1, False))
+        written, asked = whole[alone : whole.rindex(WORD)], question[alone:]
+        template = tokenizer.chat_template
+        tokenizer.chat_template = f"{{% filter replace({written!r}, {asked!r}) %}}{template}{{% endfilter %}}"
+        whole = _rendered(tokenizer, 2, False)
     if not whole.rpartition(WORD)[2].strip():  # nothing ends the answer
         tokenizer.chat_template += END
     first = tokenizer(question)["input_ids"][0]
     if first == tokenizer.bos_token_id and not question.startswith(tokenizer.bos_token):
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+
+
+def _rendered(tokenizer: Any, turns: int, asked: bool) -> str:
+    """The first turns of a conversation, each of WORD; `asked`: up to where the answer begins."""
+    conversation = [{"role": role, "content": text_content(tokenizer, WORD)} for role in ("user", "assistant")]
+    result: str = tokenizer.apply_chat_template(conversation[:turns], tokenize=False, add_generation_prompt=asked)
+    return result

@@ -1,0 +1,200 @@
+"""Existing models as bases, family by family: token ids, positions, logits, answers and losses are those of transformers'
+own processors and forwards.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import ZOO, conversation, family_folder
+from families.native import native_inputs, native_model, native_processor
+
+from finetune.data.sample import Medium, Message, Sample
+from finetune.model.assistant import FileView
+from finetune.model.base.config import media_in_config
+from finetune.model.build import build_model, load_components
+from finetune.model.padding import left_padded_positions
+from finetune.model.prompts import PromptBatch, answer_log_probabilities, generate
+from finetune.model.row_plan import RowKind
+from finetune.model.tokenize import tokenize, tokenize_prompt
+from finetune.recipe.schema import Adapter, Base, Limits, Model
+from finetune.training.base_trial import base_row_kind
+
+CPU = torch.device("cpu")
+# Not bases yet: a prefix that is read both ways, a processor without `__call__` for text with media.
+NOT_YET = {"paligemma", "voxtral"}
+# Ours ends what the template leaves open, or asks as the template answers.
+ENDED_BY_US = {"llava"}
+ASKED_AS_ANSWERED = {"llava_onevision"}
+
+
+class Opened:
+    """A family's folder as a base, and as transformers has it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, family_folder(name, folder)
+        model = Model(base=Base(name=str(folder), quantize="none"))
+        self.components = load_components(model, {}, 0, CPU)
+        self.model = build_model(self.components, None, seed=0, bindings={}, with_encoders=False)
+        self.view = FileView(self.components.encoders, Limits())
+        self.native, self.processor = native_model(self.folder), native_processor(self.folder)
+
+    @property
+    def media(self) -> list[str]:
+        return [medium for medium in self.components.base.media if medium != "video"]
+
+    def sample(self, medium: str, seed: int = 0) -> Sample:
+        shown = conversation(self.name, medium, seed=seed)[0]["content"][0][medium]
+        content = (shown, 16_000) if medium == "audio" else shown
+        question = (Medium(medium, Path("shown"), content=content), "What is this?")
+        return Sample((Message("user", question), Message("assistant", ("a red square",))), "row")
+
+    def tokens(self, sample: Sample):
+        parts = self.components
+        segments = parts.placement.segments_by(self.view.layout)
+        return tokenize(sample, parts.tokenizer, parts.placeholders, segments)
+
+    def batch(self, tokens) -> PromptBatch:
+        mask = torch.ones(1, len(tokens.input_ids), dtype=torch.long)
+        features: dict = {}
+        for medium in tokens.media:
+            features.setdefault(medium.kind, []).append(self.view.features(medium))
+        positions = left_padded_positions([tokens.positions], mask)
+        return PromptBatch(torch.tensor([tokens.input_ids]), mask, features, rope_positions=positions)
+
+
+@pytest.fixture(scope="module", params=[name for name in ZOO if name not in NOT_YET])
+def opened(request, tmp_path_factory) -> Opened:
+    if missing := ZOO[request.param].missing:
+        pytest.skip(f"its processor needs {', '.join(missing)}")
+    return Opened(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_media_are_told_by_the_config_alone(opened):
+    config = opened.components.base.config.to_dict()
+    assert set(media_in_config(config)) == set(ZOO[opened.name].media)
+
+
+def test_token_ids_are_those_of_the_native_processor(opened):
+    for medium in opened.media:
+        native = native_inputs(opened.processor, conversation(opened.name, medium))["input_ids"][0].tolist()
+        ours = opened.tokens(opened.sample(medium)).input_ids
+        if opened.name in ENDED_BY_US:
+            assert ours.pop() == opened.components.tokenizer.eos_token_id
+        if opened.name in ASKED_AS_ANSWERED:  # up to the answer
+            native = native_inputs(opened.processor, conversation(opened.name, medium)[:1], add_generation_prompt=True)[
+                "input_ids"
+            ][0].tolist()
+            ours = ours[: len(native)]
+        assert ours == native
+
+
+def test_logits_are_those_of_the_native_forward(opened):
+    for medium in opened.media:
+        inputs = native_inputs(opened.processor, conversation(opened.name, medium))
+        tokens = opened.tokens(opened.sample(medium)).before(inputs["input_ids"].shape[1])
+        if opened.name in ASKED_AS_ANSWERED:
+            continue  # compared by the trial, on ids of ours
+        batch = opened.batch(tokens)
+        with torch.no_grad():
+            theirs = opened.native(**inputs).logits
+            ours = opened.model(
+                batch.input_ids,
+                batch.features,
+                attention_mask=batch.attention_mask,
+                rope_positions=batch.rope_positions,
+            ).logits
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_answers_are_those_of_the_native_class(opened):
+    for medium in opened.media:
+        question = conversation(opened.name, medium)[:1]
+        inputs = native_inputs(opened.processor, question, add_generation_prompt=True)
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": []}
+        theirs = opened.native.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
+        parts = opened.components
+        sample = opened.sample(medium)
+        segments = parts.placement.segments_by(opened.view.layout)
+        prompt = tokenize_prompt(sample.question, parts.tokenizer, parts.placeholders, segments)
+        batch = opened.batch(prompt)
+        assert generate(opened.model, batch, **options)[0].tolist() == theirs
+        # The likelihood of an answer from shared keys and values is that of the text as a whole.
+        answer = theirs[:3]
+        whole = prompt.input_ids + answer
+        positions = prompt.positions
+        if positions:
+            positions = [[*row, *(row[-1] + 1 + step for step in range(len(answer)))] for row in positions]
+        mask = torch.ones(1, len(whole), dtype=torch.long)
+        with torch.no_grad():
+            logits = opened.model(
+                torch.tensor([whole]),
+                batch.features,
+                attention_mask=mask,
+                rope_positions=left_padded_positions([positions], mask),
+            ).logits[0, len(prompt.input_ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
+        torch.testing.assert_close(
+            answer_log_probabilities(opened.model, batch, [answer])[0, 0], expected, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_rows_are_shared_where_they_are_exact(opened):
+    for medium in opened.media:
+        kind, line = base_row_kind(opened.model, opened.components, [medium], share=True, segments=True)
+        assert kind is RowKind.SHARED and type(opened.native).__name__ in line
+
+
+def test_a_leak_between_samples_is_noticed(opened, monkeypatch):
+    """The trial with a plan in which each sample sees the one before it."""
+    from finetune.training import base_trial
+
+    def leaking(*args, **kwargs):
+        batch = collate(*args, **kwargs)
+        plan = batch.get("row_plan")
+        if plan is not None:
+            first, *others = plan.segments
+            batch["row_plan"] = type(plan)((first, *(one._replace(prefix_end=one.begin) for one in others)))
+        return batch
+
+    collate = base_trial.Collator.__call__
+    monkeypatch.setattr(base_trial.Collator, "__call__", leaking)
+    medium = opened.media[0]
+    kind, _ = base_row_kind(opened.model, opened.components, [medium], share=True, segments=True)
+    assert kind in (RowKind.PACKED, RowKind.PADDED)
+
+
+def test_roles_cover_what_features_come_from(opened):
+    for medium, roles in opened.model.roles.items():
+        if medium == "video":
+            continue
+        names = dict(opened.model.causal_lm.named_parameters())
+        decoder = {id(parameter) for parameter in opened.model.decoder.parameters()}
+        assert roles.encoder and roles.projector and not set(roles.encoder) & set(roles.projector)
+        assert not any(id(names[name]) in decoder for name in (*roles.encoder, *roles.projector))
+        # Moving any of the projector's weights moves the features; a whole number of layers is the encoder's.
+        prepared = opened.components.encoders[medium].prepare(_example(medium))
+        before = opened.model.encode(medium, [prepared.values])[0].clone()
+        kept = names[roles.projector[0]].detach().clone()
+        with torch.no_grad():
+            names[roles.projector[0]].add_(torch.randn_like(kept))
+        assert not torch.equal(opened.model.encode(medium, [prepared.values])[0], before)
+        with torch.no_grad():
+            names[roles.projector[0]].copy_(kept)
+        assert math.isfinite(float(before.sum()))
+
+
+def _example(medium):
+    from finetune.data.media import example
+
+    return example(medium)
+
+
+def test_an_adapter_lies_in_the_decoder_alone(tmp_path):
+    folder = family_folder("gemma3", tmp_path / "base")
+    components = load_components(Model(base=Base(name=str(folder), quantize="none")), {}, 0, CPU)
+    model = build_model(components, Adapter(rank=4), seed=0, bindings={}, with_encoders=False)
+    inside = {id(parameter) for parameter in model.decoder.parameters()}
+    lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert len(lora) == 2 * 7 * 2 and all(id(parameter) in inside for parameter in lora)
