@@ -222,11 +222,15 @@ def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: I
     def check(self: Any, argument: str, value: Any) -> Any:
         return None if value is None else found.check_argument_for_proper_class(self, argument, value)
 
+    def saved(cls: Any) -> list[str]:
+        return [part for part in found.get_attributes() if part != "video_processor"]
+
     parts = [
         None if part == "video_processor" else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
         for part in found.get_attributes()
     ]
-    processor: Any = type(found.__name__, (found,), {"check_argument_for_proper_class": check})
+    methods = {"check_argument_for_proper_class": check, "get_attributes": classmethod(saved)}
+    processor: Any = type(found.__name__, (found,), methods)
     return processor.from_args_and_dict(parts, settings)
 
 
