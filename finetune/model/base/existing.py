@@ -222,16 +222,18 @@ def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: I
     def check(self: Any, argument: str, value: Any) -> Any:
         return None if value is None else found.check_argument_for_proper_class(self, argument, value)
 
-    def saved(cls: Any) -> list[str]:
-        return [part for part in found.get_attributes() if part != "video_processor"]
+    def attributes(cls: Any) -> list[str]:
+        return [part for part in found.get_attributes() if not cls.built or part != "video_processor"]
 
     parts = [
         None if part == "video_processor" else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
         for part in found.get_attributes()
     ]
-    methods = {"check_argument_for_proper_class": check, "get_attributes": classmethod(saved)}
-    processor: Any = type(found.__name__, (found,), methods)
-    return processor.from_args_and_dict(parts, settings)
+    methods = {"check_argument_for_proper_class": check, "get_attributes": classmethod(attributes), "built": False}
+    without: Any = type(found.__name__, (found,), methods)
+    processor = without.from_args_and_dict(parts, settings)
+    without.built = True  # from here on, when it is saved, there is no such part
+    return processor
 
 
 def _reads_videos(processor: Any) -> bool:
