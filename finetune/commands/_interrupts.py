@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from finetune.commands._importing import interrupt
 from finetune.common.errors import Interrupted
 from finetune.common.run_folder import RunFolder
 
@@ -74,7 +75,7 @@ def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         received.append(number)
-        raise KeyboardInterrupt
+        interrupt(number, frame)
 
     before = signal.getsignal(signal.SIGTERM)
     if before is not signal.SIG_IGN:

@@ -13,7 +13,7 @@ from finetune.data.rows import group_of
 from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import Llm, task_names
+from finetune.recipe.schema import LanguageModel, task_names
 
 CACHED_MEDIA = 512  # media whose view is kept: questions about one picture follow each other
 
@@ -33,7 +33,7 @@ class Reader:
         # Tuning an encoder doesn't change what it reads.
         self.components = load_components(recipe.model, {}, recipe.seed, torch.device("cpu"))
         self.segments = self.components.placement.segments_by(lambda medium: self.inspected(medium)[1])
-        self.context = context_of(recipe.model.llm)
+        self.context = context_of(recipe.model.language_model)
         self.inspected = lru_cache(CACHED_MEDIA)(self._inspected)
 
     def sample(self, source: int, row: Row) -> Sample:
@@ -133,7 +133,7 @@ def held_out(recipe: Recipe) -> dict[tuple[int, int], str]:
     return dict(zip(places, splits, strict=True))
 
 
-def context_of(llm: Llm) -> int | None:
+def context_of(llm: LanguageModel) -> int | None:
     """Tokens of the LLM's context, by its config; None if it names none. Raises ModelError."""
     from transformers import AutoConfig
 

@@ -18,7 +18,7 @@ from finetune.data.rows import (
 from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 from finetune.recipe.remarks import remarks
-from finetune.recipe.schema import Llm, Train
+from finetune.recipe.schema import LanguageModel, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
 from finetune.training.cache_choice import choice_at_hand
 from finetune.training.lengths import estimate, fetch_settings, settings_of
@@ -80,8 +80,8 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     loaded = as_recipe(recipe, overrides)
     refuse_missing_packages(loaded)
     refuse_unfit_teachers(loaded)
-    refused = fetch_settings(loaded.model)
-    notes = [*remarks(loaded), *refuse_multimodal(loaded.model.llm, refused.get(loaded.model.llm.name))]
+    refused, llm = fetch_settings(loaded.model), loaded.model.language_model
+    notes = [*remarks(loaded), *refuse_multimodal(llm, refused.get(llm.name))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
     refuse_unfit(splits, loaded)
@@ -132,7 +132,7 @@ def _few_steps(
     yield f"few optimizer steps to learn from ({steps}): {', '.join(changes)} would give about {more}"
 
 
-def refuse_multimodal(llm: Llm, why: str | None = None) -> Iterator[str]:
+def refuse_multimodal(llm: LanguageModel, why: str | None = None) -> Iterator[str]:
     """Notes, where the LLM's config isn't at hand. Raises RecipeError where it is that of a model with encoders of its
     own, or of one that isn't a causal LM. `why`: the Hub gives no config.
     """

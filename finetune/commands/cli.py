@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finetune.commands._interrupts import how_to_begin_again, how_to_go_on
+from finetune.common.disk import FULL
 from finetune.common.errors import DataError, FinetuneError, RecipeError, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
@@ -759,9 +760,18 @@ def main() -> None:
             raise
         print(OUT_OF_MEMORY, file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"{error.filename or 'writing'}: {error.strerror}: make room, and try again", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer after Ctrl-C, without a word
+            print("stopped", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

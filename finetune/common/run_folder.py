@@ -12,12 +12,15 @@ runs/NAME/
   merged/            a self-contained checkpoint; certificate.json beside it
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -36,6 +39,8 @@ RunPart = Literal["recipe", "adapter", "metrics", "merged"]
 HASHES = "sha256.json"  # in each checkpoint
 SHOWN_RUNS = 8  # in an error
 SHOWN_KEYS = 4
+# What a resumed run may be given anew: neither the rows of its steps nor its weights hang on it.
+MAY_CHANGE = re.compile(r"train\.(skip_bad_rows|stages\.\d+\.(max_grad_norm|learning_rates?(\..+)?))")
 UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
 
@@ -89,15 +94,32 @@ class RunFolder:
         if overwrite and path.exists():
             run._remove()
         if resume and (began := run.recipe.read_text(encoding="utf-8")) != recipe_text:
-            raise TrainingError(
-                f"{path}: the recipe isn't the one that this run began with ({_changed(began, recipe_text)}); "
-                f"resume with the same recipe and {option('--set', 'overrides=')}, or choose another {option(*RUN)}"
-            )
+            run._change(began, recipe_text)
         if not resume:
             shutil.rmtree(run.data, ignore_errors=True)
         path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, recipe_text)
         return run
+
+    def _change(self, began: str, recipe_text: str) -> None:
+        """Note what a resumed run goes on with in the place of what it began with. Raises TrainingError for what can't
+        change on the way.
+        """
+        from finetune.common.progress import console
+
+        changes = _changes(began, recipe_text)
+        if fixed := [change for change in changes if not MAY_CHANGE.fullmatch(change.key)]:
+            more = f"; {len(fixed) - SHOWN_KEYS} more" if len(fixed) > SHOWN_KEYS else ""
+            raise TrainingError(
+                f"{self.path}: the recipe isn't the one that this run began with "
+                f"({'; '.join(map(str, fixed[:SHOWN_KEYS]))}{more}); resume with the same recipe and "
+                f"{option('--set', 'overrides=')}, or choose another {option(*RUN)}"
+            )
+        for change in changes:
+            console.print(f"from here on: {change.key} is {change.now}, was {change.before}")
+        path = self.data / "changes.jsonl"
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        write_text(path, before + "".join(json.dumps(asdict(change)) + "\n" for change in changes))
 
     def _refused_before_a_step(self) -> bool:
         """Whether the folder is empty, or holds only what is written before the first step."""
@@ -210,14 +232,25 @@ class RunFolder:
         return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
-def _changed(there: str, here: str) -> str:
-    """'model.llm.name: a there, b here; ...' of two recipes."""
+@dataclass(frozen=True)
+class Change:
+    """Of a recipe's value, as text."""
+
+    key: str
+    before: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} there, {self.now} here"
+
+
+def _changes(there: str, here: str) -> list[Change]:
+    """The values in which two recipes differ."""
     import yaml  # which an environment that only serves has no need of
 
     before, now = (dict(_leaves(yaml.load(text, yaml.BaseLoader))) for text in (there, here))
     keys = [key for key in before | now if before.get(key) != now.get(key)]
-    values = [f"{key}: {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} here" for key in keys]
-    return "; ".join(values[:SHOWN_KEYS]) + (f"; {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")
+    return [Change(key, before.get(key, "nothing"), now.get(key, "nothing")) for key in keys]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -270,11 +303,35 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    to_disk(partial)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
+    flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def to_disk(folder: Path) -> None:
+    """Wait until all that the folder holds is on the disk: names that appear before it would survive a power cut, their
+    content wouldn't.
+    """
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; on Windows folders can't be waited for."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives and FUSE
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_hashes(folder: Path) -> None:
@@ -331,4 +388,5 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
+    flush(partial)
     os.replace(partial, path)

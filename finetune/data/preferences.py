@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.data.formats import Columns
-from finetune.data.sample import Row, Sample
+from finetune.data.sample import Answer, Row, Sample
 from finetune.recipe.parts import Needs, TaskPart
 
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -45,6 +45,15 @@ def _text(value: Any) -> str | None:
 
 def _verdict(value: Any) -> bool | None:
     return value if isinstance(value, bool) else WORDS.get(str(value).strip().lower())
+
+
+def without_reward(sample: Sample, task: TaskPart, name: str) -> str | None:
+    """Which numbers the sample's task measures, where none of them has this name."""
+    right = task.read(Answer(sample.answer))
+    measure = task.measure(right, right if sample.target is None else sample.target)
+    numbers = [key for key, value in measure.items() if isinstance(value, int | float)]
+    known = ", ".join(numbers)
+    return None if name in numbers else f"the task {task.kind!r} measures no {name!r}; write reward: {known}"
 
 
 def unfit(samples: Iterable[Sample], needs: Needs) -> Iterator[str]:

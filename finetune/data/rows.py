@@ -14,11 +14,11 @@ from finetune.data.check.lenient import lenient_rows
 from finetune.data.faults import SHOWN, Faults
 from finetune.data.hold_out import SPLITS, holds_out, keys_of, sample_key
 from finetune.data.metrics import share_interval
-from finetune.data.preferences import sample_of, unfit
+from finetune.data.preferences import sample_of, unfit, without_reward
 from finetune.data.sample import KINDS, Row, Sample
 from finetune.recipe.conflicts import HOLD_OUT_KEYS
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import Limits, Source, task_names
+from finetune.recipe.schema import Limits, Source, Stage, task_names
 
 if TYPE_CHECKING:
     from finetune.data.sample_table import SampleTable
@@ -173,8 +173,10 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
 
 
 def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
-    """Raises DataError, with all of them, where training rows lack what a stage's objective compares."""
+    """Raises DataError, with all of them, where training rows lack what a stage's objective compares, or a reward."""
     for stage in recipe.train.stages:
+        if stage.objective.asks:
+            refuse_without_reward(splits, recipe, stage)
         if stage.objective.compares:
             used = stage.sources or [*range(len(recipe.data))]
             chosen = [number for number, source in enumerate(sources_of(splits.train)) if source in used]
@@ -183,6 +185,17 @@ def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
                 raise DataError(
                     error_list(errors, f"stage {stage.name!r} has the objective {stage.objective.kind!r}: {rows}")
                 )
+
+
+def refuse_without_reward(splits: Splits, recipe: Recipe, stage: Stage) -> None:
+    """Raises DataError where a task of the stage's rows measures nothing that is the reward of an answer."""
+    name = getattr(stage.objective.options, "reward", "good")
+    firsts = {source: number for number, source in reversed([*enumerate(sources_of(splits.train))])}
+    for source, number in sorted(firsts.items()):
+        if stage.sources is None or source in stage.sources:
+            error = without_reward(splits.train[number], recipe.data[source].task, name)
+            if error:
+                raise DataError(f"data.{source}: stage {stage.name!r} learns from rewards, and {error}")
 
 
 def few_rows(splits: Splits, recipe: Recipe) -> Iterator[str]:

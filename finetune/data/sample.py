@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finetune.common.errors import DataError, MediaError, MissingColumn
 from finetune.data.fetch import fetched
@@ -18,6 +18,8 @@ from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Values: TypeAlias = "Tensor | Mapping[str, Tensor]"
 
 
 KINDS = ("image", "audio", "video")
@@ -166,19 +168,30 @@ class Medium:
 @dataclass(frozen=True)
 class Layout:
     """What a medium becomes before projection: `len(marks)` segments (tiles of a picture, frames of a clip, windows of
-    a recording) of `rows` rows of features each. `marks`: the text put before each segment, '' for none.
+    a recording) of `rows` rows of features each. `marks`: the text put before each segment, '' for none; `end`: that
+    behind the last. Where positions have three dimensions, `grid` (frames, height, width) in patches, and of a clip
+    `grid_seconds`, those from one row of frames to the next.
     """
 
     rows: int
     marks: tuple[str, ...] = ("",)
+    end: str = ""
+    grid: tuple[int, ...] | None = None
+    grid_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A decoded medium as its encoder reads it: float32 `values` of any shape, without batch axis."""
+    """A decoded medium as its encoder reads it: float32 `values` of any shape, without batch axis; or, for encoders of
+    several inputs, all of them by name, as a batch of one.
+    """
 
-    values: "Tensor"
+    values: "Values"
     layout: Layout
+
+    @property
+    def tensors(self) -> list["Tensor"]:
+        return list(self.values.values()) if isinstance(self.values, Mapping) else [self.values]
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,13 @@ class SampleTable(Sequence[Sample]):
         """{kind: how many media}, in the order in which they come."""
         return Counter(name.partition(" ")[0] for names in _values(self.column("media")) for name in names)
 
+    def media_keys(self) -> Iterator[tuple[str, str]]:
+        """(kind, key) of all media, each content once."""
+        names = dict.fromkeys(name for names in _values(self.column("media")) for name in names)
+        for name in names:
+            kind, _, key = name.partition(" ")
+            yield kind, key
+
     def different_media(self, known: Callable[[str, str], bool]) -> Iterator[Medium]:
         """Media of which `known(kind, key)` isn't true, each content once."""
         seen: set[str] = set()

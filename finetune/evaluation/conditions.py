@@ -64,8 +64,9 @@ class BlankMedia:
         decoded = decode_for(encoder, medium.kind, medium.path, self._features.limits, medium.place)
         prepared = encoder.prepare(blank(medium.kind, decoded))
         # Most blanks are alike: the same grey, the same silence.
-        digest = hashlib.sha256(f"{medium.kind}{prepared.values.shape}".encode())
-        digest.update(prepared.values.contiguous().numpy().data)
+        digest = hashlib.sha256(f"{medium.kind}{[tensor.shape for tensor in prepared.tensors]}".encode())
+        for tensor in prepared.tensors:
+            digest.update(tensor.contiguous().numpy().data)
         key = digest.hexdigest()
         if key not in self._blanks:
             if len(self._blanks) >= BLANKS_KEPT:  # recordings of many lengths

@@ -41,7 +41,7 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     from finetune.model.manifest import AdapterManifest
     from finetune.model.tokenize import template_options
 
-    llm = AdapterManifest.read(folder).model.llm
+    llm = AdapterManifest.read(folder).model.language_model
     if llm.name.endswith(".gguf"):
         raise EngineMissing(f"its base is {llm.name}: peft takes folders and Hub names, no GGUF files")
     device = default_device()

@@ -23,15 +23,16 @@ from finetune.merging.lora_weights import (
     merged_whole,
     unties,
 )
-from finetune.merging.merged_folder import write_merged
+from finetune.merging.merged_folder import write_merged, write_merged_base
 from finetune.model.adapter import added_weights, load_trained
-from finetune.model.build import Components, build_model
+from finetune.model.base.existing import ExistingModel
+from finetune.model.build import Components, build_model, with_base_anew
 from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.features import Features
 from finetune.model.language_model import decoder_layers, load_language_model
-from finetune.model.load import load_exactly
+from finetune.model.load import load_exactly, load_merged_base
 from finetune.model.run import Run
-from finetune.recipe.schema import Llm, Quantize
+from finetune.recipe.schema import LanguageModel, Quantize
 
 ROOM = 1.2  # memory that a model takes, over the size of its files
 BATCH_ON_DISK = 8  # samples compared at once where each pass reads the LLM from disk
@@ -74,8 +75,8 @@ class MergeJob:
     dtype: torch.dtype
 
     @property
-    def llm(self) -> Llm:
-        return self.run.recipe.model.llm
+    def llm(self) -> LanguageModel:
+        return self.run.recipe.model.language_model
 
     @property
     def reference(self) -> str:
@@ -106,9 +107,8 @@ class MergeJob:
 
     def untrained(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:
         """The same parts with new weights."""
-        llm = self.llm.model_copy(update={"quantize": quantize})
         return build_model(
-            replace(components, model=components.model.model_copy(update={"llm": llm})),
+            replace(components, model=components.model.with_language_model(quantize=quantize)),
             self.run.recipe.adapter,
             seed=self.run.recipe.seed,
             bindings=self.run.bindings,
@@ -146,6 +146,8 @@ class MergeJob:
     def write(self, place: Path, scratch: Path, trained: Trained, quantized: bool) -> str:
         """Write a candidate's folder; says how it was merged. `quantized`: see `Candidate`."""
         fresh_memory()
+        if self.run.components.base is not None:
+            return self._write_base(place, self.run.components.base, quantized)
         # 16-bit weights needn't fit where 4-bit ones do.
         on_cpu = replace(self.run.components, device=torch.device("cpu"))
         lora, quantization = self.lora, trained.quantization if quantized else None
@@ -166,10 +168,29 @@ class MergeJob:
         write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.parts, self.run)
         return method
 
+    def _write_base(self, place: Path, base: ExistingModel, quantized: bool) -> str:
+        base.forget()
+        components = with_base_anew(
+            self.run.components, self.llm.quantize if quantized else "none", torch.device("cpu")
+        )
+        model = self.composite(components, components.model.language_model.quantize)
+        whole: Any = model.language_model
+        if self.lora is not None:
+            whole = into_dequantized(whole, self.dtype) if quantized else merged_whole(whole)
+        elif quantized:
+            whole = whole.dequantize(dtype=self.dtype)
+        refuse_without_room(place.parent, sum(p.numel() for p in whole.parameters()) * self.dtype.itemsize)
+        prepare_config(whole.config, self.dtype, untie=False)
+        write_merged_base(place, whole.to(self.dtype), model, components, self.run)
+        return "all at once, in memory, with the base's own encoders and projectors"
+
     def measure(self, place: Path, scratch: Path, comparison: ComparedSamples, trained: Trained) -> Measures:
         """The measures of a candidate, read back from disk with its own encoders."""
         fresh_memory()
-        model, on_disk = read_back(place, self.run.components.device, scratch)
+        if self.run.components.base is not None:
+            model, on_disk = load_merged_base(place, self.run.components.device).model, False
+        else:
+            model, on_disk = read_back(place, self.run.components.device, scratch)
         model.language_model.generation_config = GenerationConfig.from_pretrained(place)
         features = Features(model.encoder_parts, None, self.run.recipe.media)
         view = EncodedOnce(features)

@@ -18,7 +18,7 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features, MediaView
 from finetune.model.heads import HeadSettings
 from finetune.model.language_model import without_adapter
-from finetune.model.padding import left_padded
+from finetune.model.padding import left_padded, left_padded_positions
 from finetune.model.prompts import PromptBatch, head_outputs
 from finetune.model.run import Run
 from finetune.model.tokenize import IGNORED, Tokens, tokenize, tokenize_prompt
@@ -87,7 +87,7 @@ class ComparedSamples:
     def _tokens(self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None) -> Tokens:
         """A sample as it is trained; without its answer where a head gives it."""
         tokenizer, placeholders = self.run.components.tokenizer, self.run.components.placeholders
-        segments = composite.composition.placement.segments_by(view.layout)
+        segments = composite.placement.segments_by(view.layout)
         if head:
             return tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)
         return tokenize(sample, tokenizer, placeholders, segments)
@@ -103,9 +103,10 @@ class ComparedSamples:
         features: dict[str, list[Tensor]] = {}
         for medium in (medium for tokens in samples for medium in tokens.media):
             features.setdefault(medium.kind, []).append(view.features(medium))
+        rope = left_padded_positions([tokens.positions for tokens in samples], mask)
         if head:
             settings = composite.bindings[head].settings
-            for row in head_outputs(composite, head, PromptBatch(ids, mask, features)):
+            for row in head_outputs(composite, head, PromptBatch(ids, mask, features, rope_positions=rope)):
                 yield head_logits(row, settings).float().log_softmax(-1).cpu()
             return
         positions = [  # of the states that predict the answer, counted from the end
@@ -113,7 +114,7 @@ class ComparedSamples:
             for tokens in samples
         ]
         count = -min(map(min, positions))  # of the last positions, whose logits are computed
-        options: dict[str, Any] = {"use_cache": False}
+        options: dict[str, Any] = {"use_cache": False, "rope_positions": rope}
         if composite.llm_takes("logits_to_keep"):
             options["logits_to_keep"] = count
         if len(ids) > 1:

@@ -29,7 +29,7 @@ from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.hub import loading
 from finetune.common.run_folder import read_json
 from finetune.model import module_names
-from finetune.recipe.schema import Llm
+from finetune.recipe.schema import LanguageModel
 
 GARBAGE_BYTES = 2**25
 LEAF = "leaf"
@@ -64,7 +64,7 @@ class LoraFile:
         return module_names.matched(str(self.path), list(self.tensors), blocks(llm), llm)
 
 
-def load_on_disk(llm: Llm, dtype: torch.dtype, scratch: Path) -> Any:
+def load_on_disk(llm: LanguageModel, dtype: torch.dtype, scratch: Path) -> Any:
     """The LLM with its weights left in its files; those to be converted lie in `scratch`. Raises ModelError."""
     options: dict[str, Any] = {"trust_remote_code": llm.trust_remote_code, "revision": llm.revision}
     with loading(f"LLM {llm.name!r}", llm.name) as local_only:

@@ -31,7 +31,7 @@ from finetune.model.language_model import resolve_dtype
 from finetune.model.manifest import AdapterManifest
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, load_recipe
-from finetune.recipe.schema import Llm
+from finetune.recipe.schema import LanguageModel
 
 SAME = 1e-6  # nats: a merged model nearer than this to the base has learned nothing
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -49,7 +49,7 @@ def merge(run: RunLike) -> Certificate:
     fresh_memory()
     folder = RunFolder.open(run, needs="adapter")
     recipe = load_recipe(folder.recipe)
-    llm_files = checked_adapter(folder.adapter, recipe.model.llm)
+    llm_files = checked_adapter(folder.adapter, recipe.model.language_model)
     lora = None
     if recipe.adapter is not None:  # as it was trained, whatever the recipe says by now
         lora = LoraFile(folder.adapter)
@@ -142,12 +142,12 @@ def bounds_of(recipe: Recipe) -> Bounds:
     )
 
 
-def checked_adapter(folder: Path, llm: Llm) -> LanguageModelFiles:
+def checked_adapter(folder: Path, llm: LanguageModel) -> LanguageModelFiles:
     """The LLM that the adapter was trained over: name, revision, hashes of weights that are local.
     Raises ArtifactError where files are missing or damaged, or where it was trained over another LLM than `llm`.
     """
     manifest = AdapterManifest.read(folder)
-    trained = manifest.model.llm
+    trained = manifest.model.language_model
     local = Path(llm.name).exists()  # a folder may have moved; a name of the Hub is the same everywhere
     agrees = {
         "name": Path(llm.name).name == Path(trained.name).name if local else llm.name == trained.name,

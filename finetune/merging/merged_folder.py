@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.common.errors import ArtifactError
+from finetune.common.run_folder import write_json
+from finetune.model.composition import BASE_FILE, HEADS_FILE
 from finetune.model.run import Run
 from finetune.model.tokenize import answer_ends
 
@@ -86,6 +88,21 @@ def write_merged(
     generation.eos_token_id = answer_ends(components.tokenizer, generation)
     generation.save_pretrained(folder)
     components.tokenizer.save_pretrained(folder)
+
+
+def write_merged_base(folder: Path, whole: Any, model: Any, components: Any, run: Run) -> None:
+    """A base with its adapter merged, as the class of transformers that it is, with its processor; and beside them
+    what it was trained for, and the weights of heads. `model`: the composite, for these.
+    """
+    whole.config._name_or_path = without_paths(whole.config._name_or_path)
+    whole.generation_config.eos_token_id = answer_ends(components.tokenizer, whole.generation_config)
+    whole.save_pretrained(folder)
+    components.base.save_processor(folder)
+    composition = model.composition.model_copy(update={"media": run.recipe.media})
+    write_json(folder / BASE_FILE, composition.model_dump(mode="json"))
+    if model.heads:
+        heads = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
+        save_file(heads, folder / HEADS_FILE)
 
 
 def without_paths(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.run_folder import read_json, write_json
+from finetune.model.base.roles import linear_layers
 from finetune.model.composite import MultimodalModel
 from finetune.model.fused_lora import fuse
 from finetune.model.manifest import MANIFEST, AdapterManifest
@@ -22,12 +23,15 @@ from finetune.recipe.schema import Adapter
 def attach(model: MultimodalModel, adapter: Adapter) -> None:
     """Wrap `model.language_model`, and nothing else, with LoRA. Raises ModelError."""
     initialization: Any = True if adapter.initialization == "default" else adapter.initialization
+    targets: Any = adapter.targets
+    if model.composition.base:  # by full names, so that no encoder has LoRA
+        targets = linear_layers(model.language_model, adapter.targets)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
+        target_modules=targets,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         init_lora_weights=initialization,
@@ -76,9 +80,12 @@ def fitted_adapter(folder: Path, language_model: Any) -> Adapter | None:
 
 
 def added_weights(model: MultimodalModel) -> dict[str, Tensor]:
-    """The weights of projectors, fusion and heads."""
+    """The weights of projectors, fusion and heads; of a base, those of its projectors and encoders that train, under
+    their names in it.
+    """
     groups = ("projectors", "fusion", "heads")
-    return {f"{group}.{name}": t for group in groups for name, t in getattr(model, group).state_dict().items()}
+    own = {f"base.{name}": model.causal_lm.get_parameter(name) for name in model.changed}
+    return own | {f"{group}.{name}": t for group in groups for name, t in getattr(model, group).state_dict().items()}
 
 
 def _own_tensors(model: MultimodalModel) -> dict[str, Tensor]:
@@ -124,6 +131,8 @@ def load_trained(model: MultimodalModel, folder: Path) -> None:
         _copy(path, {name.replace(old := module_of(name), names[old], 1): t for name, t in saved.items()}, own)
     path = folder / "projectors.safetensors"
     saved = tensors(path)
+    if model.composition.base:
+        _take_changed(model, path, saved)
     if not model.tuned:
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith("encoders.")}
     for medium, names_in_model in model.tuned.items():
@@ -132,6 +141,15 @@ def load_trained(model: MultimodalModel, folder: Path) -> None:
         for old, new in renamed(weights, names_in_model, model.encoders[medium]).items():
             saved[f"{prefix}{new}"] = saved.pop(f"{prefix}{old}")
     _copy(path, saved, _own_tensors(model))
+
+
+def _take_changed(model: MultimodalModel, path: Path, saved: dict[str, Tensor]) -> None:
+    """Take note of a base's own parameters in a file, under the names that they have by now. Raises ArtifactError."""
+    names = [name.removeprefix("base.") for name in saved if name.startswith("base.")]
+    current = matched(str(path), names, [name for name, _ in model.causal_lm.named_parameters()], model.causal_lm)
+    for old, new in current.items():
+        saved[f"base.{new}"] = saved.pop(f"base.{old}")
+    model.changed = [*dict.fromkeys([*model.changed, *current.values()])]
 
 
 @torch.no_grad()
@@ -153,8 +171,9 @@ def _copy(path: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 def save_adapter_folder(model: MultimodalModel, tokenizer: Any, folder: Path, manifest: AdapterManifest) -> None:
     """Write the publishable folder."""
+    llm = manifest.model.language_model
     for config in getattr(model.language_model, "peft_config", {}).values():
-        config.base_model_name_or_path, config.revision = manifest.model.llm.name, manifest.model.llm.revision
+        config.base_model_name_or_path, config.revision = llm.name, llm.revision
     save_trained(model, folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))

@@ -21,7 +21,7 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.encoders import Encoder
 from finetune.model.features import MediaView, encode_one, read_medium
 from finetune.model.language_model import context_length
-from finetune.model.padding import left_padded
+from finetune.model.padding import left_padded, left_padded_positions
 from finetune.model.prefixes import shared_beginning
 from finetune.model.prompts import (
     PromptBatch,
@@ -148,7 +148,10 @@ class Assistant:
         self, batch: PromptBatch, max_new_tokens: int, strengths: Mapping[str, float] = {}, temperature: float = 0.0
     ) -> Tensor:
         """Answers, new tokens only (B, T'); they end where the LLM's context does. `temperature`: as in `answers`."""
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        sampling: dict[str, Any] = {}
+        if temperature:
+            media = [placeholder.id for placeholder in self.placeholders.values()]
+            sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "suppress_tokens": media or None}
         longest, context = batch.whole_mask.shape[1], context_length(self.model.causal_lm)
         with self.with_strengths(strengths):
             return generate(
@@ -161,6 +164,20 @@ class Assistant:
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=answer_ends(self.tokenizer, self.model.causal_lm.generation_config),
             )
+
+    def draw(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        view: MediaView,
+    ) -> list[list[int]]:
+        """As `answers`, drawn at a temperature above 0: token ids up to the one that ends the answer, if it comes."""
+        prompts = self._prompts(conversations, self.strengths(None), view)
+        tokens = self.generate(self._together(prompts, view, max_new_tokens), max_new_tokens, temperature=temperature)
+        ends = answer_ends(self.tokenizer, self.model.causal_lm.generation_config)
+        return [up_to_end(one, ends) for one in tokens.tolist()]
 
     def probabilities(
         self,
@@ -293,8 +310,10 @@ class Assistant:
     ) -> list[Tokens]:
         absent = [kind for kind, strength in strengths.items() if strength == 0]
         conversations = [without_kinds(messages, absent) for messages in conversations]
-        segments = self.model.composition.placement.segments_by(view.layout)
+        segments = self.model.placement.segments_by(view.layout)
         prompts = [tokenize_prompt(messages, self.tokenizer, self.placeholders, segments) for messages in conversations]
+        if any(prompt.positions for prompt in prompts):  # a part of a text would begin at 0 again
+            prompts = [prompt.with_positions() for prompt in prompts]
         context, longest = context_length(self.model.causal_lm), max(len(prompt.input_ids) for prompt in prompts)
         if context and longest + room >= context:
             raise DataError(f"a prompt of {longest} tokens, but the LLM reads {context}: fewer media, or shorter text")
@@ -307,7 +326,8 @@ class Assistant:
         for prompt in prompts:
             for medium in prompt.media:
                 features.setdefault(medium.kind, []).append(view.features(medium))
-        return PromptBatch(input_ids, mask, features)
+        rope = left_padded_positions([prompt.positions for prompt in prompts], mask)
+        return PromptBatch(input_ids, mask, features, rope_positions=rope)
 
     def _together(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch:
         """Prompts as a batch: behind what they share, where that pays, or whole."""
@@ -359,6 +379,11 @@ class Assistant:
             yield
         finally:
             fusion.strength = before
+
+
+def up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens of an answer with the first that ends it; what follows is padding."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 class FileView:

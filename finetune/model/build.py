@@ -1,7 +1,7 @@
 """From the sections of a recipe to the model in memory: the same for training, evaluation and merging."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,14 +9,16 @@ from transformers import set_seed
 
 from finetune.data.media import example
 from finetune.model import adapter as adapters
+from finetune.model.base.encoder import BaseEncoder
+from finetune.model.base.existing import ExistingModel
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalModel, compose
+from finetune.model.composite import MultimodalModel, compose, compose_base
 from finetune.model.composition import PLACEHOLDERS, Placement
 from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
 from finetune.model.tokenize import Placeholder, add_placeholders
 from finetune.model.tuned_encoder import TunedEncoder, tune_encoder
-from finetune.recipe.schema import Adapter, EncoderTuning, Model
+from finetune.recipe.schema import Adapter, EncoderTuning, Model, Quantize
 
 
 @dataclass
@@ -30,15 +32,19 @@ class Components:
     dtype: torch.dtype
     device: torch.device
     tuned: dict[str, TunedEncoder]
+    base: ExistingModel | None = None
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.model.projectors, self.model.fusion)
+        return Placement(self.model.projectors, self.model.fusion, self.base.rope if self.base else None)
 
     def compose(
         self, language_model: Any, bindings: Mapping[str, TaskBinding], with_encoders: bool = True
     ) -> MultimodalModel:
         """See `finetune.model.composite.compose`."""
+        if self.base is not None:
+            encoders = {name: one for name, one in self.encoders.items() if isinstance(one, BaseEncoder)}
+            return compose_base(encoders, bindings, language_model)
         return compose(
             language_model,
             encoders=self.encoders,
@@ -55,12 +61,16 @@ def load_components(
 ) -> Components:
     """Load tokenizer and encoders. The same seed gives the same new weights."""
     device = device or default_device()
-    dtype = resolve_dtype(model.llm.dtype, device)
+    dtype = resolve_dtype(model.language_model.dtype, device)
+    if model.base is not None:
+        base = ExistingModel.load(model.base, dtype, device)
+        of_base: dict[str, Encoder] = {name: BaseEncoder(base, name) for name in base.media}
+        return Components(model, base.tokenizer, base.placeholders(), of_base, dtype, device, {}, base)
     tokenizer = load_tokenizer(
-        model.llm.name,
-        revision=model.llm.revision,
-        chat_template=model.llm.chat_template,
-        trust_remote_code=model.llm.trust_remote_code,
+        model.language_model.name,
+        revision=model.language_model.revision,
+        chat_template=model.language_model.chat_template,
+        trust_remote_code=model.language_model.trust_remote_code,
     )
     encoders = {name: part.build(dtype, device) for name, part in model.encoders.items()}
     set_seed(seed)
@@ -69,9 +79,19 @@ def load_components(
     return Components(model, tokenizer, placeholders, encoders, dtype, device, tuned)
 
 
+def with_base_anew(components: Components, quantize: Quantize, device: torch.device) -> Components:
+    """The same components over a base that is loaded another time."""
+    assert components.base is not None
+    base = components.base.anew(quantize, device)
+    encoders: dict[str, Encoder] = {name: BaseEncoder(base, name) for name in base.media}
+    return replace(components, base=base, encoders=encoders, device=device)
+
+
 def load_llm(components: Components) -> Any:
     """The LLM, quantized as the recipe says."""
-    return load_language_model(components.model.llm, components.dtype, components.device)
+    if components.base is not None:
+        return components.base.model
+    return load_language_model(components.model.language_model, components.dtype, components.device)
 
 
 def build_model(

@@ -11,7 +11,7 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from itertools import groupby, islice
@@ -26,16 +26,23 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.common.errors import ModelError
 from finetune.common.registry import kind_of
+from finetune.data.media import example
+from finetune.data.sample import Values
+from finetune.model.base.encoder import BaseEncoder
+from finetune.model.base.existing import modules_beside
+from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
-from finetune.model.composition import Composition, SavedEncoder, SavedProjector
-from finetune.model.encoders import Encoder
+from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
+from finetune.model.encoders import Encoder, together
 from finetune.model.fusion import Projected
 from finetune.model.language_model import decoder_layers, without_adapter
+from finetune.model.module_names import is_lora
 from finetune.model.row_plan import RowPlan, following
 from finetune.model.taught import Taught
 from finetune.recipe.parts import FusionPart, ProjectorPart
 
 Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
+Media = Mapping[str, Sequence[Values]]  # {medium: prepared for its encoder}
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ class MultimodalModel(PreTrainedModel):
             dtype = torch.get_default_dtype()
             encoders = {name: saved.restore(dtype) for name, saved in self.composition.encoders.items()}
         self.language_model = language_model
-        self.encoders = nn.ModuleDict({name: encoder.module for name, encoder in encoders.items()})
+        own = {} if self.composition.base else encoders  # a base holds its own
+        self.encoders = nn.ModuleDict({name: encoder.module for name, encoder in own.items()})
         self.encoder_parts = dict(encoders)
         width = config.text_config.hidden_size
         with torch.device(next(language_model.parameters()).device):
@@ -114,9 +122,14 @@ class MultimodalModel(PreTrainedModel):
                     if binding.trained
                 }
             )
-        self.fusion.attach(decoder_layers(self.causal_lm))
+        self.fusion.attach(decoder_layers(self.causal_lm, self.decoder))
         self.head_scores: dict[str, Tensor] = {}  # of the last `backbone` that was given `head_rows`
         self.tuned: dict[str, list[str]] = {}  # encoders that train: names of their parameters that do
+        # Names of a base's parameters beside its decoder: those of encoders that may train, those that train now, by
+        # their media, and all that have been trained.
+        self.tuned_in_base: dict[str, list[str]] = {}
+        self.live: dict[str, list[str]] = {}
+        self.changed: list[str] = []
         self.encode_batch = 1
         self.encode_seconds = 0.0  # spent in `encode` so far
         self.post_init()
@@ -125,7 +138,23 @@ class MultimodalModel(PreTrainedModel):
         """Frozen encoders stay in evaluation mode: their batch norms and dropout must not see that others train."""
         super().train(mode)
         self.encoders.eval()
+        for name in self.beside_decoder:
+            self.causal_lm.get_submodule(name).eval()
         return self
+
+    @cached_property
+    def beside_decoder(self) -> list[str]:
+        """Names of a base's modules that aren't in its decoder."""
+        return modules_beside(self.causal_lm, self.decoder) if self.composition.base else []
+
+    @cached_property
+    def roles(self) -> dict[str, MediumRoles]:
+        """{medium: the parameters of a base that its features come from}, tried."""
+        lm, tried = self.causal_lm, {}
+        for name, encoder in self.encoder_parts.items():
+            prepared = encoder.prepare(example(name))
+            tried[name] = roles_of(lm, name, lambda e=encoder, p=prepared: e.encode(p.values))
+        return tried
 
     def init_weights(self) -> None:
         """Parts come with their weights, or are initialised by their own builders; only ties are made here."""
@@ -142,6 +171,23 @@ class MultimodalModel(PreTrainedModel):
         language_model = self.language_model
         return language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
 
+    def train_in_base(self, name: str, parameters: Sequence[str]) -> None:
+        """Take note of parameters of a base that train, for features of the medium `name`."""
+        self.live[name] = [*dict.fromkeys([*self.live.get(name, ()), *parameters])]
+        self.changed = [*dict.fromkeys([*self.changed, *(one for one in parameters if not is_lora(one))])]
+
+    @property
+    def placement(self) -> Placement:
+        """How media are placed in the text."""
+        base = next((e.existing for e in self.encoder_parts.values() if isinstance(e, BaseEncoder)), None)
+        placement = self.composition.placement
+        return placement if base is None else replace(placement, rope=base.rope)
+
+    @property
+    def decoder(self) -> Any:
+        """The LLM without its output head; of a base the part that reads text and features."""
+        return self.causal_lm.get_decoder() if self.composition.base else self.causal_lm.base_model
+
     def llm_takes(self, argument: str) -> bool:
         """Whether the LLM's `forward` has an argument of this name."""
         return argument in signature(self.causal_lm.forward).parameters
@@ -152,14 +198,14 @@ class MultimodalModel(PreTrainedModel):
     def get_output_embeddings(self) -> Any:
         return self.causal_lm.get_output_embeddings()
 
-    def encode(self, name: str, media: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, name: str, media: Sequence[Values]) -> list[Tensor]:
         """Prepared media -> features, each (S, L, W). One at a time unless `encode_batch` says otherwise: then a
         medium's features don't depend on its neighbours, to the bit.
         """
         begin = perf_counter()
-        trained = name in self.tuned
+        trained = name in self.tuned or name in self.live
         # Frozen ones outside autocast, as for the cache, evaluation and serving: a medium gives the same features.
-        device = next(self.encoders[name].parameters()).device.type
+        device = self.get_input_embeddings().weight.device.type
         frozen = nullcontext() if trained else torch.autocast(device, enabled=False)
         with frozen, torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = encode_all(self.encoder_parts[name], media, self.encode_batch)
@@ -168,6 +214,12 @@ class MultimodalModel(PreTrainedModel):
 
     def project(self, name: str, features: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Features, each (S, L, W) -> projected rows (M, D), float32, and the rows of each segment, in order."""
+        if self.composition.base:  # features are projected already
+            width, device = self.config.text_config.hidden_size, self.get_input_embeddings().weight.device
+            rows = [one.flatten(0, -2).to(device, torch.float32) for one in features]
+            trained = [self.causal_lm.get_parameter(one) for one in self.live.get(name, ())]
+            idle = sum(0.0 * p.sum() for p in trained if p.requires_grad) if not features else 0.0
+            return torch.cat([torch.zeros(0, width, device=device) + idle, *rows]), [len(row) for row in rows]
         projector = self.projectors[name]
         first = next(projector.parameters())
         if not features:  # an empty pass keeps the weights in the graph, so that all processes reduce the same ones
@@ -191,7 +243,7 @@ class MultimodalModel(PreTrainedModel):
         self,
         input_ids: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) with features, or with prepared media that are encoded here -> embeddings (B, T, D).
@@ -200,7 +252,8 @@ class MultimodalModel(PreTrainedModel):
         differ in number.
         """
         placeholder_ids = self.composition.placeholders
-        is_medium = {name: input_ids == placeholder_ids[name] for name in self.projectors}
+        names = self.projectors or placeholder_ids
+        is_medium = {name: input_ids == placeholder_ids[name] for name in names}
         text = input_ids
         for mask in is_medium.values():  # placeholder ids may lie behind the LLM's table: they're never looked up
             text = text.masked_fill(mask, 0)
@@ -217,26 +270,62 @@ class MultimodalModel(PreTrainedModel):
                     f"({len(rows)} projected rows)"
                 )
             projected[name] = Projected(mask, rows, lengths)
-        samples = torch.zeros_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(-1)
+        first = position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0]
+        samples = torch.zeros_like(input_ids) if first is None else (first == 0).cumsum(-1)
         fused: Tensor = self.fusion(self.get_input_embeddings()(text), projected, samples)
         return fused
+
+    def beside_embeddings(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, rope_positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What a base reads beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
+        samples apart, then the three of `rope_positions` (3, B, T), or these alone; and where its attention in media
+        goes both ways, `token_type_ids` (B, T).
+        """
+        found: dict[str, Tensor] = {}
+        if rope_positions is not None:
+            whole = rope_positions if position_ids is None else torch.cat([position_ids[None], rope_positions])
+            found["position_ids"] = whole
+        if self.both_ways:
+            ids = torch.tensor(list(self.composition.placeholders.values()), device=input_ids.device)
+            found["token_type_ids"] = torch.isin(input_ids, ids).long()
+        return found
+
+    @cached_property
+    def both_ways(self) -> bool:
+        """Whether a base's attention in media goes both ways: it then asks where they are."""
+        return self.composition.base and "token_type_ids" in signature(self.causal_lm.forward).parameters
+
+    def _with_media(self, plan: RowPlan | None, input_ids: Tensor) -> RowPlan | None:
+        """The plan of a row (1, T) of a base, with the media in it where its attention goes both ways."""
+        if plan is None or not self.both_ways:
+            return plan
+        is_medium = self.beside_embeddings(input_ids)["token_type_ids"][0].tolist()
+        places = [place for place, medium in enumerate(is_medium) if medium]
+        starts = {segment.begin for segment in plan.segments}
+        begins = [place for place in places if place in starts or not place or not is_medium[place - 1]]
+        last = len(is_medium) - 1
+        ends = [place + 1 for place in places if place + 1 in starts or place == last or not is_medium[place + 1]]
+        return replace(plan, both_ways=tuple(zip(begins, ends, strict=True)))
 
     def backbone(
         self,
         input_ids: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
         label_rows: Tensor | None = None,
         head_rows: Mapping[str, Tensor] | None = None,
         row_plan: RowPlan | None = None,
+        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D). With `head_rows`
         {name: (K,)} the heads' scores of these, each (K, outputs), float32, are kept in `head_scores`. `row_plan`: of a
-        packed row whose attention goes by segments.
+        packed row whose attention goes by segments; `rope_positions` (3, B, T): see `beside_embeddings`.
         """
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
-        with following(row_plan, self.causal_lm):
+        kwargs |= self.beside_embeddings(input_ids, kwargs.get("position_ids"), rope_positions)
+        with following(self._with_media(row_plan, input_ids), self.causal_lm):
             outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
         self.forget_media()
         if head_rows is not None:
@@ -251,11 +340,12 @@ class MultimodalModel(PreTrainedModel):
         self,
         input_ids: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         row_plan: RowPlan | None = None,
+        rope_positions: Tensor | None = None,
         teacher: Teacher | Taught | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -273,13 +363,15 @@ class MultimodalModel(PreTrainedModel):
                 "attention_mask": attention_mask,
             }
             student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"], "row_plan": row_plan}
+            student["rope_positions"] = rope_positions
             return self.imitate(student, teacher)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         embeddings = self.embed(input_ids, features, media, position_ids)
-        with following(row_plan, self.causal_lm):
+        kwargs |= self.beside_embeddings(input_ids, position_ids, rope_positions)
+        with following(self._with_media(row_plan, input_ids), self.causal_lm):
             outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
         self.forget_media()
         return outputs
@@ -333,13 +425,18 @@ class MultimodalModel(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         features: Tensors | None = None,
-        media: Tensors | None = None,
+        media: Media | None = None,
+        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T'). With `past_key_values` of P tokens before the
-        prompts, `attention_mask` is (B, P + T).
+        prompts, `attention_mask` is (B, P + T), and `rope_positions` (3, B, P + T).
         """
         embeddings = self.embed(input_ids, features, media)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0) if rope_positions is not None else None
+        kwargs |= self.beside_embeddings(input_ids, positions, rope_positions)
+        if self.composition.base and not self._generates_from_embeddings:
+            return self._generate_from_memory(input_ids, embeddings, attention_mask, **kwargs)
         if known := attention_mask.shape[1] - embeddings.shape[1]:
             # The LLM's `generate` wants embeddings of all tokens, and leaves out those that the memory holds.
             embeddings = torch.cat([embeddings.new_zeros(len(embeddings), known, embeddings.shape[2]), embeddings], 1)
@@ -347,23 +444,56 @@ class MultimodalModel(PreTrainedModel):
         self.forget_media()
         return tokens
 
+    @cached_property
+    def _generates_from_embeddings(self) -> bool:
+        return "inputs_embeds" in signature(self.causal_lm.prepare_inputs_for_generation).parameters
+
+    def _generate_from_memory(self, input_ids: Tensor, embeddings: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        """Read all of the prompts but their last tokens, which are text, and let the base's `generate` go on."""
+        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
+        beside = {name: kwargs[name][..., :-1] for name in ("position_ids", "token_type_ids") if name in kwargs}
+        reading = {"attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True, **beside}
+        self.causal_lm.base_model(inputs_embeds=embeddings[:, :-1], **reading)
+        kwargs.pop("token_type_ids", None)
+        tokens: Tensor = self.language_model.generate(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs
+        )
+        return tokens[:, input_ids.shape[1] :]
+
     def forget_media(self) -> None:
         """Let go of the last batch's media, unless activation checkpoints ask for them in the backward pass."""
         if not (torch.is_grad_enabled() and self.causal_lm.is_activation_checkpointing):
             self.fusion.forget()
 
 
-def encode_all(encoder: Encoder, media: Sequence[Tensor], batch: int) -> list[Tensor]:
+def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list[Tensor]:
     """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once. All are
     computed when it returns, also on an accelerator.
     """
     features: list[Tensor] = []
-    for _, alike in groupby(media, lambda medium: medium.shape):
-        while group := list(islice(alike, batch)):
-            features.extend(encoder.encode(torch.stack(group)))
+    for shape, alike in groupby(media, lambda medium: None if isinstance(medium, Mapping) else medium.shape):
+        while group := list(islice(alike, 1 if shape is None else batch)):
+            features.extend(encoder.encode(together(group)))
     if features and features[0].is_cuda:
         torch.cuda.synchronize(features[0].device)
     return features
+
+
+def compose_base(
+    encoders: Mapping[str, BaseEncoder], bindings: Mapping[str, TaskBinding] | None = None, language_model: Any = None
+) -> MultimodalModel:
+    """A base as the composite's LLM. `encoders`: {medium: of this base}; `language_model`: its weights, where they
+    aren't those that the encoders load.
+    """
+    existing = next(iter(encoders.values())).existing
+    composition = Composition(
+        base=True,
+        placeholders={name: placeholder.id for name, placeholder in existing.placeholders().items()},
+        bindings=dict(bindings or {}),
+    )
+    text_config = existing.model.config.get_text_config()
+    config = MultimodalConfig(text_config=text_config, parts=composition.model_dump(mode="json"))
+    return MultimodalModel(config, language_model or existing.model, encoders)
 
 
 def compose(

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from finetune.common.progress import console
 from finetune.model.language_model import read_config, resolve_dtype
-from finetune.recipe.schema import Llm, Quantize
+from finetune.recipe.schema import LanguageModel, Quantize
 
 SECONDS = 1.0  # that a measurement may take, from its second round on
 ROUNDS = 7
@@ -31,7 +31,7 @@ CLEARLY = 3.0
 Step = Callable[[], None]
 
 
-def measured_dtype(llm: Llm, device: torch.device) -> str:
+def measured_dtype(llm: LanguageModel, device: torch.device) -> str:
     """`llm.dtype`, or in the place of `auto` the dtype to train in: still 'auto' where it is the device's usual one.
     What was measured is printed, once in a process. Raises ModelError where the LLM's config can't be read.
     """

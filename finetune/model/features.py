@@ -1,7 +1,7 @@
 """Media to features: decoded, encoded, kept on disk."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from finetune.data.media import decode, decoding
 from finetune.data.rows import error_list
 from finetune.data.sample import Layout, Medium, Prepared
 from finetune.model.composite import encode_all
-from finetune.model.encoders import Encoder
+from finetune.model.encoders import Encoder, together
 from finetune.model.feature_store import FeatureStore
 from finetune.recipe.schema import Limits
 
@@ -31,7 +31,7 @@ class MediaView(Protocol):
 def encode_one(encoder: Encoder, prepared: Prepared) -> Tensor:
     """One prepared medium -> its features (S, L, W)."""
     with torch.no_grad():
-        return encoder.encode(prepared.values[None])[0]
+        return encoder.encode(together([prepared.values]))[0]
 
 
 def decode_for(encoder: Encoder, kind: str, source: object, limits: Limits, where: str = "") -> Any:
@@ -82,7 +82,7 @@ class Features:
         return prepared
 
     def layout(self, medium: Medium) -> Layout:
-        """Known without decoding where it is the same for all media, or in the cache."""
+        """Known without decoding where it is the same for all media, told by the file's header, or in the cache."""
         if (always := self.encoders[medium.kind].layout) is not None:
             return always
         store = self.stores.get(medium.kind)
@@ -90,7 +90,8 @@ class Features:
             return store.layout(medium.key)
         content = (medium.kind, medium.key)
         if content not in self._layouts:
-            self._layouts[content] = self.prepared(medium).layout
+            known = self.encoders[medium.kind].layout_at(medium)
+            self._layouts[content] = known or self.prepared(medium).layout
         return self._layouts[content]
 
     def features(self, medium: Medium) -> Tensor:
@@ -116,7 +117,7 @@ class Features:
         kind = media[0].kind
         wrong: list[str] = []
 
-        def computed() -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+        def computed() -> Iterator[tuple[str, Tensor, Layout]]:
             waiting: list[tuple[Medium, Prepared]] = []
             loader: Any = DataLoader(_Decoding(self, media), batch_size=None, num_workers=workers)
             for number, prepared in enumerate(loader):
@@ -127,7 +128,7 @@ class Features:
                 if waiting and (len(waiting) == batch or number == len(media) - 1):
                     features = self.compute(kind, [prepared for _, prepared in waiting], batch)
                     for (medium, prepared), rows in zip(waiting, features, strict=True):
-                        yield medium.key, rows, prepared.layout.marks
+                        yield medium.key, rows, prepared.layout
                     waiting.clear()
 
         self.stores[kind].fill(computed(), done)
@@ -137,6 +138,12 @@ class Features:
     def known(self, kind: str, key: str) -> bool:
         """Whether the cache has the features of a medium, or keeps none of its kind."""
         return kind not in self.stores or key in self.stores[kind]
+
+    def check(self, media: Iterable[tuple[str, str]]) -> None:
+        """Remove files of the cache that hold features of these media, (kind, key), and are damaged."""
+        named = list(media)
+        for kind, store in self.stores.items():
+            store.check(key for other, key in named if other == kind)
 
     def missing(self, media: Sequence[Medium]) -> dict[str, list[Medium]]:
         """{kind: media whose features the cache lacks, each content once}."""

@@ -23,7 +23,7 @@ from transformers import (
 from finetune.common.errors import ModelError
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.hub import loading
-from finetune.recipe.schema import Llm
+from finetune.recipe.schema import LanguageModel
 
 ROOM = 0.75  # of the free memory, for weights that are dequantized once: a step needs the rest
 # For base models, whose tokenizers carry no chat template. An answer begins on a new line: a space before it would melt
@@ -52,7 +52,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_bfloat16(device) else torch.float16
 
 
-def read_config(llm: Llm) -> Any:
+def read_config(llm: LanguageModel) -> Any:
     """The LLM's config, without its weights. Raises ModelError."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": llm.name, "revision": llm.revision}
     if llm.name.endswith(".gguf"):
@@ -64,7 +64,7 @@ def read_config(llm: Llm) -> Any:
         )
 
 
-def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+def load_language_model(llm: LanguageModel, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
     """Load a causal LM, frozen, in evaluation mode.
 
     `dtype` is that of the weights that aren't quantized and of the computation. A `.gguf` file is read to `dtype`
@@ -94,7 +94,7 @@ def load_language_model(llm: Llm, dtype: torch.dtype, device: torch.device | Non
     return ready(model, llm)
 
 
-def ready(model: PreTrainedModel, llm: Llm) -> PreTrainedModel:
+def ready(model: PreTrainedModel, llm: LanguageModel) -> PreTrainedModel:
     """A loaded LLM, frozen, in evaluation mode. Raises ModelError for one with encoders of its own."""
     if model.config.get_text_config() is not model.config:
         raise ModelError(
@@ -147,7 +147,7 @@ def keep_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def quantization(llm: Llm, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization(llm: LanguageModel, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """transformers' settings of the LLM's quantization; `dtype` is that of the computation."""
     if llm.quantize == "nf4":
         return BitsAndBytesConfig(
@@ -180,7 +180,7 @@ def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return result
 
 
-def _load_gguf(llm: Llm, options: dict[str, Any]) -> PreTrainedModel:
+def _load_gguf(llm: LanguageModel, options: dict[str, Any]) -> PreTrainedModel:
     path = Path(llm.name)
     plain = {**options, "device_map": {"": "cpu"} if llm.quantize != "none" else options["device_map"]}
     model = AutoModelForCausalLM.from_pretrained(
@@ -209,10 +209,12 @@ def without_adapter(language_model: Any) -> Iterator[None]:
         parameter.requires_grad_(trained)
 
 
-def decoder_layers(causal_lm: Any) -> nn.ModuleList:
-    """The LLM's layers: the outermost list of as many modules as its config has layers. Raises ModelError."""
+def decoder_layers(causal_lm: Any, decoder: Any = None) -> nn.ModuleList:
+    """The LLM's layers: the outermost list of as many modules as its config has layers. `decoder`: where they are, if
+    the model has other layers too. Raises ModelError.
+    """
     count = causal_lm.config.get_text_config().num_hidden_layers
-    for module in causal_lm.base_model.modules():
+    for module in (causal_lm.base_model if decoder is None else decoder).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(f"{type(causal_lm).__name__} has no list of {count} decoder layers")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import GenerationConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, GenerationConfig
 
 from finetune.common import certificate, hub
 from finetune.common.errors import ArtifactError, ModelError
@@ -16,13 +17,16 @@ from finetune.common.progress import quiet_libraries
 from finetune.common.run_folder import RunLike, damaged, read_json
 from finetune.model.adapter import fitted_adapter, load_trained
 from finetune.model.assistant import Assistant
+from finetune.model.base.encoder import BaseEncoder
+from finetune.model.base.existing import ExistingModel
 from finetune.model.build import Components, build_model, load_components, load_llm
-from finetune.model.composite import MultimodalModel
-from finetune.model.composition import MERGED_FORMAT, PLACEHOLDERS, Composition
+from finetune.model.composite import MultimodalModel, compose_base
+from finetune.model.composition import BASE_FILE, HEADS_FILE, MERGED_FORMAT, PLACEHOLDERS, Composition
 from finetune.model.language_model import default_device, load_tokenizer
 from finetune.model.manifest import MANIFEST, AdapterManifest, refuse_format
 from finetune.model.tokenize import Placeholder
 from finetune.model.trained_for import folder_of_model, refuse_missing
+from finetune.recipe.schema import Base
 
 COMMIT = "[0-9a-f]{40}"
 
@@ -72,6 +76,8 @@ def load_folder(path: Path, device: torch.device | None = None, trust_remote_cod
 def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     """A folder that `merge` wrote, from its own files alone."""
     device = device or default_device()
+    if (folder / BASE_FILE).is_file():
+        return load_merged_base(folder, device)
     with hub.reading(folder / "config.json"):
         composition = read_composition(folder)
         hub.verify_weights(folder)
@@ -82,6 +88,24 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
             model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
     placeholders = {name: Placeholder(PLACEHOLDERS[name], id) for name, id in composition.placeholders.items()}
     return Assistant(model, load_tokenizer(str(folder)), placeholders, model.encoder_parts, composition.media)
+
+
+def load_merged_base(folder: Path, device: torch.device) -> Assistant:
+    """A merged base: an ordinary folder of transformers, with what it was trained for beside. Raises ArtifactError,
+    ModelError.
+    """
+    with hub.reading(folder / BASE_FILE):
+        content = read_json(folder / BASE_FILE)
+        refuse_format(folder, content.get("format"), MERGED_FORMAT, "merge")
+        composition = Composition.model_validate(content)
+    hub.verify_weights(folder)
+    dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
+    base = ExistingModel.load(Base(name=str(folder), quantize="none"), dtype, device)
+    encoders = {name: BaseEncoder(base, name) for name in composition.placeholders if name in base.media}
+    model = compose_base(encoders, composition.bindings).eval()
+    if model.heads:
+        model.heads.load_state_dict(load_file(folder / HEADS_FILE))
+    return Assistant(model, base.tokenizer, base.placeholders(), encoders, composition.media)
 
 
 def load_exactly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
@@ -131,13 +155,15 @@ def load_adapter(
     components, and may put other encoders of equal weights into them.
     """
     manifest = AdapterManifest.read(folder)
-    llm = manifest.model.llm
+    llm = manifest.model.language_model
     if trust_remote_code and not re.fullmatch(COMMIT, llm.revision or ""):
         raise ArtifactError(f"{folder}: names no commit of {llm.name!r}, so its code isn't run")
-    llm = llm.model_copy(update={"trust_remote_code": trust_remote_code})
-    model = manifest.model.model_copy(update={"llm": llm})
+    model = manifest.model
+    if trust_remote_code:
+        model = model.with_language_model(trust_remote_code=True)
     components = load_components(model, manifest.tune_encoders, manifest.seed, device)
-    components.tokenizer = load_tokenizer(str(folder))
+    if components.base is None:
+        components.tokenizer = load_tokenizer(str(folder))
     language_model = (shared_llm or load_llm)(components)
     composite = build_model(
         components,

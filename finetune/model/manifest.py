@@ -49,7 +49,10 @@ class AdapterManifest(Section, strict=False):
     @model_validator(mode="after")
     def _media_agree(self) -> Self:
         """An encoder, a projector and a placeholder for each medium."""
-        if not self.model.encoders.keys() == self.model.projectors.keys() == self.placeholders.keys():
+        if (
+            self.model.base is None
+            and not self.model.encoders.keys() == self.model.projectors.keys() == self.placeholders.keys()
+        ):
             raise ValueError("encoders, projectors and placeholders are for different media")
         return self
 

@@ -6,6 +6,19 @@ import torch
 from torch import Tensor
 
 
+def left_padded_positions(positions: Sequence[Sequence[Sequence[int]] | None], mask: Tensor) -> Tensor | None:
+    """Positions (3, T) of rows, or None for 0, 1, 2, ..., as `left_padded` lays them out: (3, rows, longest row), 0
+    where `mask` is. None where no row has its own.
+    """
+    if not any(positions):
+        return None
+    plain = (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1).clone()
+    for number, own in enumerate(positions):
+        if own is not None:
+            plain[:, number, plain.shape[2] - len(own[0]) :] = torch.tensor(own, device=mask.device)
+    return plain
+
+
 def left_padded(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:

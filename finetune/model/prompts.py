@@ -20,13 +20,14 @@ from finetune.model.composite import MultimodalModel, Tensors
 @dataclass(frozen=True)
 class PromptBatch:
     """`input_ids` and `attention_mask` (B, T), padded on the left; `features` {medium: each (S, L, W)}. `prefix`: what
-    the prompts begin with, if that isn't in them.
+    the prompts begin with, if that isn't in them. `rope_positions` (3, B, T): where positions have three dimensions.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     features: Tensors
     prefix: "PromptPrefix | None" = None
+    rope_positions: Tensor | None = None
 
     @property
     def whole_mask(self) -> Tensor:
@@ -39,6 +40,15 @@ class PromptBatch:
     def position_ids(self) -> Tensor:
         """(B, T); they go on from the prefixes."""
         return (self.whole_mask.cumsum(-1) - 1).clamp(min=0)[:, -self.input_ids.shape[1] :]
+
+    @property
+    def whole_rope(self) -> Tensor | None:
+        """`rope_positions` with those of the prefixes before them, (3, B, P + T)."""
+        if self.prefix is None or self.rope_positions is None:
+            return self.rope_positions
+        before = self.prefix.prompts.rope_positions
+        assert before is not None
+        return torch.cat([before[:, self.prefix.owner], self.rope_positions], 2)
 
 
 @dataclass(frozen=True)
@@ -56,20 +66,29 @@ def reads_on(model: MultimodalModel, tokens: int) -> bool:
     given, and no sliding window counts the padding.
     """
     window = getattr(model.causal_lm.config.get_text_config(), "sliding_window", None)
-    return model.shares_memory and model.llm_takes("position_ids") and (window is None or tokens <= window)
+    return (
+        model.shares_memory
+        and not model.both_ways
+        and model.llm_takes("position_ids")
+        and (window is None or tokens <= window)
+    )
 
 
 @torch.no_grad()
 def logits(model: MultimodalModel, batch: PromptBatch) -> Tensor:
     """Of the token after each of the prompts' tokens (B, T, vocabulary); the prompts have no prefix."""
-    found: Tensor = model(batch.input_ids, batch.features, attention_mask=batch.attention_mask).logits
+    found: Tensor = model(
+        batch.input_ids, batch.features, attention_mask=batch.attention_mask, rope_positions=batch.rope_positions
+    ).logits
     return found
 
 
 def generate(model: MultimodalModel, batch: PromptBatch, **options: Any) -> Tensor:
     """New tokens only (B, T'). `options`: of transformers' `generate`."""
     memory: dict[str, Any] = {} if batch.prefix is None else {"past_key_values": _read(model, batch.prefix)}
-    return model.generate(batch.input_ids, batch.whole_mask, batch.features, **memory, **options)
+    return model.generate(
+        batch.input_ids, batch.whole_mask, batch.features, rope_positions=batch.whole_rope, **memory, **options
+    )
 
 
 @torch.no_grad()
@@ -85,6 +104,7 @@ def head_outputs(model: MultimodalModel, name: str, batch: PromptBatch) -> Tenso
         batch.features,
         attention_mask=batch.whole_mask,
         head_rows={other: last if other == name else last[:0] for other in model.heads},
+        rope_positions=batch.rope_positions,
         **memory,
         **_at(model, batch.position_ids),
     )
@@ -113,17 +133,21 @@ def answer_log_probabilities(model: MultimodalModel, batch: PromptBatch, answers
         attention_mask=batch.whole_mask,
         past_key_values=cache,
         use_cache=True,
-        **_at(model, batch.position_ids),
+        **_beside(model, batch),
         **({"logits_to_keep": 1} if model.llm_takes("logits_to_keep") else {}),
     ).logits[:, -1:]
     cache.batch_repeat_interleave(count)
     after = batch.position_ids[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(longest, device=device)
+    rope_after = {}
+    if (rope := batch.rope_positions) is not None:
+        rope = rope[..., -1:].repeat_interleave(count, 1) + 1 + torch.arange(longest, device=device)
+        rope_after["position_ids"] = torch.cat([after[None], rope])
     logits = model.causal_lm(
         inputs_embeds=model.get_input_embeddings()(ids).repeat(prompts, 1, 1),
         attention_mask=torch.cat([batch.whole_mask.repeat_interleave(count, 0), real.repeat(prompts, 1)], 1),
         past_key_values=cache,
         use_cache=True,
-        **_at(model, after),
+        **{**_at(model, after), **rope_after},
     ).logits
     model.forget_media()
     logits = torch.cat([first.repeat_interleave(count, 0), logits[:, :-1]], 1).float()
@@ -137,7 +161,12 @@ def _each_in_full(model: MultimodalModel, batch: PromptBatch, answers: Sequence[
     for answer in answers:
         tokens = torch.tensor(answer, device=prompt.device)
         whole = torch.cat([prompt, tokens])[None]
-        logits = model(whole, batch.features, attention_mask=torch.ones_like(whole), use_cache=False).logits
+        rope = {}
+        if batch.rope_positions is not None:
+            new = batch.rope_positions[..., -1:] + 1 + torch.arange(len(tokens), device=prompt.device)
+            rope["rope_positions"] = torch.cat([batch.rope_positions, new], -1)
+        options = {"attention_mask": torch.ones_like(whole), "use_cache": False, **rope}
+        logits = model(whole, batch.features, **options).logits
         log_probabilities = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         sums.append(log_probabilities.gather(-1, tokens[:, None]).sum())
     return torch.stack(sums)[None]
@@ -151,7 +180,7 @@ def _read(model: MultimodalModel, prefix: PromptPrefix) -> DynamicCache:
         attention_mask=prompts.attention_mask,
         past_key_values=cache,
         use_cache=True,
-        **_at(model, prompts.position_ids),
+        **_beside(model, prompts),
     )
     cache.batch_select_indices(prefix.owner)
     return cache
@@ -159,6 +188,11 @@ def _read(model: MultimodalModel, prefix: PromptPrefix) -> DynamicCache:
 
 def _empty_cache(model: MultimodalModel) -> DynamicCache:
     return DynamicCache(config=model.causal_lm.config.get_text_config())
+
+
+def _beside(model: MultimodalModel, batch: PromptBatch) -> dict[str, Any]:
+    beside = model.beside_embeddings(batch.input_ids, batch.position_ids, batch.rope_positions)
+    return {**_at(model, batch.position_ids), **beside}
 
 
 def _at(model: MultimodalModel, position_ids: Tensor) -> dict[str, Any]:

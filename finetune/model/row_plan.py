@@ -55,9 +55,12 @@ class RowSegment(NamedTuple):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The segments of a packed row, in their order, without gaps."""
+    """The segments of a packed row, in their order, without gaps. `both_ways`: tokens [begin, end), each within one
+    segment, that also attend to those behind them up to the end.
+    """
 
     segments: tuple[RowSegment, ...]
+    both_ways: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,18 +80,24 @@ _current: ContextVar[RowPlan | None] = ContextVar("row_plan", default=None)
 @contextmanager
 def by_segments(causal_lm: Any) -> Iterator[None]:
     """Let an LLM attend by segments. To last until the backward pass is over: activation checkpoints attend again."""
-    before = causal_lm.config._attn_implementation
-    causal_lm.set_attn_implementation(NAME)
+    attending = _attending(causal_lm)
+    before = attending.config._attn_implementation
+    attending.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        causal_lm.set_attn_implementation(before)
+        attending.set_attn_implementation(before)
+
+
+def _attending(causal_lm: Any) -> Any:
+    """Whose attention is chosen: the LLM's; of a base its decoder's, for its encoders have their own."""
+    return causal_lm if causal_lm.config.get_text_config() is causal_lm.config else causal_lm.get_decoder()
 
 
 @contextmanager
 def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
     """A forward pass over a row with this plan, within `by_segments`; without a plan, by the LLM's own attention."""
-    if (plan is None) == (causal_lm.config._attn_implementation == NAME):
+    if (plan is None) == (_attending(causal_lm).config._attn_implementation == NAME):
         raise AssertionError("a row's plan and attention by segments go together")
     token = _current.set(plan)
     try:
@@ -100,22 +109,34 @@ def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
 def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
     plan = _current.get()
     assert plan is not None
-    return _PlanAsMask(plan, local_size, tuple(_visible(segment, local_size, device) for segment in plan.segments))
+    return _PlanAsMask(plan, local_size, _masks(plan, local_size, device))
 
 
-def _visible(segment: RowSegment, window: int | None, device: Any) -> Tensor | None:
+@lru_cache(maxsize=4)  # layers ask for the same ones
+def _masks(plan: RowPlan, window: int | None, device: Any) -> tuple[Tensor | None, ...]:
+    return tuple(_visible(segment, plan, window, device) for segment in plan.segments)
+
+
+def _visible(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor | None:
     """As `_visible_to`; None where it is plainly causal."""
-    if segment.prefix or (window is not None and window < segment.length):
-        return _visible_to(segment, window, device)
+    if segment.prefix or (window is not None and window < segment.length) or _within(plan, segment):
+        return _visible_to(segment, plan, window, device)
     return None
 
 
-def _visible_to(segment: RowSegment, window: int | None, device: Any) -> Tensor:
+def _within(plan: RowPlan, segment: RowSegment) -> list[tuple[int, int]]:
+    return [span for span in plan.both_ways if segment.begin <= span[0] < segment.end]
+
+
+def _visible_to(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor:
     """(Q, P + Q): whether a token attends to one of its prefix and segment."""
     whole = segment.prefix + segment.length
     query = torch.arange(segment.prefix, whole, device=device)[:, None]
     key = torch.arange(whole, device=device)
     visible = key <= query
+    for begin, end in _within(plan, segment):
+        first, last = (place - segment.begin + segment.prefix for place in (begin, end))
+        visible = visible | ((query >= first) & (query < last) & (key >= first) & (key < last))
     return visible if window is None else visible & (key > query - window)
 
 
@@ -130,18 +151,21 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Queries (1, H, T, W), keys and values (1, G, T, W) -> (1, T, H, W)."""
-    plan, window = attention_mask.plan, attention_mask.window
+    plan, window, masks = attention_mask.plan, attention_mask.window, attention_mask.masks
+    if plan.both_ways:  # with them a window comes as a function, not as a number
+        window = module.config.sliding_window if options.get("sliding_window") else None
+        masks = _masks(plan, window, query.device)
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
-    if not own and not dropout and _has_flash_kernel(query, value):
+    if not own and not dropout and not plan.both_ways and _has_flash_kernel(query, value):
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
     parts = []
     own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))
-    for segment, visible in zip(plan.segments, attention_mask.masks, strict=True):
+    for segment, visible in zip(plan.segments, masks, strict=True):
         queries = own_queries[segment.begin]
         keys, values = _behind_prefix(own_keys, segment), _behind_prefix(own_values, segment)
         if own:
             eager = sys.modules[type(module).__module__].eager_attention_forward
-            mask = _visible_to(segment, window, query.device)
+            mask = _visible_to(segment, plan, window, query.device)
             added = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
             part = eager(module, queries, keys, values, added[None, None], dropout=dropout, scaling=scaling, **options)
         else:
@@ -261,7 +285,7 @@ def likely_row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True
     """As `row_kind`, by what the LLM's class takes: of an LLM without weights, which can't be tried."""
     if "position_ids" not in signature(causal_lm.forward).parameters:
         return RowKind.PADDED
-    if by_segments and causal_lm._can_set_attn_implementation():
+    if by_segments and _attending(causal_lm)._can_set_attn_implementation():
         return RowKind.SHARED if share else RowKind.SEGMENTS
     return RowKind.PACKED
 
@@ -280,13 +304,13 @@ def attends_by_segments(causal_lm: Any) -> bool:
     and its hidden states must be those that it has alone, by the LLM's own attention, sliding windows included. LLMs
     with another attention (ALiBi), whose positions can't be given, or with a recurrent state fail.
     """
-    return causal_lm._can_set_attn_implementation() and _keeps_apart(causal_lm, plan=True)
+    return _attending(causal_lm)._can_set_attn_implementation() and _keeps_apart(causal_lm, plan=True)
 
 
 def _keeps_apart(causal_lm: Any, plan: bool) -> bool:
     other, sample = torch.arange(20, 25), torch.arange(4, 11)
     behind = RowPlan((RowSegment(0, 5), RowSegment(5, 12))) if plan else None
-    with _short_windows(causal_lm):
+    with short_windows(causal_lm):
         packed = _tried(causal_lm, [other, sample], [0, 0], behind)
         alone = _tried(causal_lm, [sample], [0], None)
     return _equal(packed, alone) and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
@@ -299,7 +323,7 @@ def shares_prefixes(causal_lm: Any) -> bool:
     """
     prefix, first, second = torch.arange(30, 36), torch.arange(20, 25), torch.arange(4, 11)
     plan = RowPlan((RowSegment(0, 6), RowSegment(6, 11, 0, 6), RowSegment(11, 18, 0, 6)))
-    with _short_windows(causal_lm):
+    with short_windows(causal_lm):
         shared = _tried(causal_lm, [prefix, first, second], [0, 6, 6], plan)
         alone = _tried(causal_lm, [prefix, second], [0, 6], None)
     if shared is None or not _equal(shared, alone):
@@ -340,7 +364,7 @@ def _equal(one: _Tried | None, other: _Tried | None) -> bool:
 
 
 @contextmanager
-def _short_windows(causal_lm: Any) -> Iterator[None]:
+def short_windows(causal_lm: Any) -> Iterator[None]:
     """Sliding windows of a few tokens, so that a short row is longer than they are."""
     config = causal_lm.config.get_text_config()
     names = [name for name in WINDOWS if isinstance(getattr(config, name, None), int)]

@@ -4,26 +4,36 @@ A medium is one placeholder in the rendered text; in the ids it becomes its segm
 and a number of placeholder tokens. Labels are the assistant's tokens, its end-of-turn token included; media have none.
 """
 
+import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
-from finetune.model.composition import Segment, Segments
+from finetune.model.composition import PlacedMedia, Segment, Segments
 from finetune.model.prefixes import IGNORED, Beginning
+
+WORD = "qzq"  # that no chat template holds
 
 
 @dataclass(frozen=True)
 class Placeholder:
+    """`token`: in the rendered text; `id`: of the tokens that stand for features. `native`: a base's chat template
+    writes the token for a part of this kind, and its processor writes the medium's segments into the text, which is
+    tokenized as a whole.
+    """
+
     token: str
     id: int
+    native: bool = False
 
 
 @dataclass(frozen=True)
 class Tokens:
     """`input_ids` and `labels` are equally long; `media` in the order of their placeholders, `media_begins` and
-    `media_ends` where in `input_ids` each begins and ends.
+    `media_ends` where in `input_ids` each begins and ends. `positions` (3, T): where they have three dimensions.
     """
 
     input_ids: list[int]
@@ -31,6 +41,7 @@ class Tokens:
     media: tuple[Medium, ...]
     media_begins: tuple[int, ...]
     media_ends: tuple[int, ...]
+    positions: list[list[int]] | None = None
 
     @property
     def beginning(self) -> Beginning:
@@ -38,17 +49,25 @@ class Tokens:
         media = tuple((medium.kind, medium.path, id(medium.content)) for medium in self.media)
         return Beginning(self.input_ids, len(self.input_ids) - 1, media, self.media_begins, self.media_ends)
 
+    def with_positions(self) -> "Tokens":
+        """The same with its positions written out."""
+        plain = [list(range(len(self.input_ids)))] * 3
+        return self if self.positions else replace(self, positions=plain)
+
     def before(self, tokens: int) -> "Tokens":
         """The first tokens, with the media among them."""
         count = sum(begin < tokens for begin in self.media_begins)
         media = (self.media[:count], self.media_begins[:count], self.media_ends[:count])
-        return Tokens(self.input_ids[:tokens], self.labels[:tokens], *media)
+        positions = self.positions and [row[:tokens] for row in self.positions]
+        return Tokens(self.input_ids[:tokens], self.labels[:tokens], *media, positions)
 
     def after(self, tokens: int) -> "Tokens":
         """What follows the first tokens."""
         count = sum(begin < tokens for begin in self.media_begins)
         begins, ends = ([place - tokens for place in places[count:]] for places in (self.media_begins, self.media_ends))
-        return Tokens(self.input_ids[tokens:], self.labels[tokens:], self.media[count:], tuple(begins), tuple(ends))
+        positions = self.positions and [row[tokens:] for row in self.positions]
+        media = (self.media[count:], tuple(begins), tuple(ends))
+        return Tokens(self.input_ids[tokens:], self.labels[tokens:], *media, positions)
 
 
 def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, str]) -> dict[str, Placeholder]:
@@ -66,14 +85,19 @@ def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placehol
     Raises DataError, with the row, where nothing would be learned, the text holds a placeholder, or the chat template
     doesn't render a conversation as a prefix of its continuation.
     """
-    text = _render(tokenizer, sample.messages, placeholders, sample.where)
+    text, spans = _conversation(tokenizer, sample, placeholders)
+    if any(placeholder.native for placeholder in placeholders.values()):
+        tokens = _native(sample, tokenizer, placeholders, segments, text, spans)
+        return _refuse_empty(tokens, sample)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = _assistant_spans(tokenizer, sample, placeholders, text)
     labels = [
         token if any(begin <= left and right <= end and right > begin for begin, end in spans) else IGNORED
         for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
-    tokens = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
+    return _refuse_empty(_expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments), sample)
+
+
+def _refuse_empty(tokens: Tokens, sample: Sample) -> Tokens:
     if all(label == IGNORED for label in tokens.labels[1:]):
         raise DataError(f"{sample.where}: no token would be learned from this row: the chat template drops the answer")
     return tokens
@@ -88,8 +112,10 @@ def tokenize_prompt(
 ) -> Tokens:
     """A conversation up to where the assistant's turn begins."""
     text = _render(tokenizer, messages, placeholders, where, add_generation_prompt=True)
-    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     sample = Sample(tuple(messages), where)
+    if any(placeholder.native for placeholder in placeholders.values()):
+        return _native(sample, tokenizer, placeholders, segments, text, ())
+    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments)
 
 
@@ -122,18 +148,21 @@ def _render(
     turns = []
     for message in messages:
         text = ""
+        parts: list[dict[str, str]] = []
         for part in message.content:
             if isinstance(part, Medium):
                 if part.kind not in placeholders:
                     takes = ", ".join(placeholders) or "text only"
                     raise DataError(f"{where}: holds {part.kind}, but this model takes {takes}")
                 text += placeholders[part.kind].token
+                parts.append({"type": part.kind, part.kind: ""})  # templates look for either
             else:
                 inside = [p.token for p in placeholders.values() if p.token in part]
                 if inside:
                     raise DataError(f"{where}: the text holds {inside[0]!r}, which stands for media only")
                 text += part
-        turns.append({"role": message.role, "content": text})
+                parts.append({"type": "text", "text": part})
+        turns.append({"role": message.role, "content": parts if takes_parts(tokenizer) else text})
     try:
         result: str = tokenizer.apply_chat_template(
             turns,
@@ -146,6 +175,29 @@ def _render(
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
 
 
+_PARTS: dict[str, bool] = {}
+
+
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether the chat template wants a message as a list of its parts, text and media: those of bases do. Templates
+    that render both are given parts only if they know of media.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _PARTS:
+        known = re.search(r"""['"](image|audio|video)['"]""", template) is not None
+        _PARTS[template] = known and _renders(tokenizer, [{"type": "text", "text": WORD}])
+    return _PARTS[template]
+
+
+def _renders(tokenizer: Any, content: Any) -> bool:
+    turns = [{"role": "user", "content": content}]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # of whatever kind the template raises
+        return False
+    return WORD in text and "'type'" not in text
+
+
 _OPTIONS: dict[str, dict[str, bool]] = {}
 
 
@@ -155,7 +207,8 @@ def template_options(tokenizer: Any) -> dict[str, bool]:
     """
     template = str(tokenizer.chat_template)
     if template not in _OPTIONS:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        word: Any = [{"type": "text", "text": WORD}] if takes_parts(tokenizer) else WORD
+        turns = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
         off = {"enable_thinking": False}
         before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, **off)
         after = tokenizer.apply_chat_template(turns, tokenize=False, **off)
@@ -163,15 +216,72 @@ def template_options(tokenizer: Any) -> dict[str, bool]:
     return _OPTIONS[template]
 
 
-def _assistant_spans(
-    tokenizer: Any, sample: Sample, placeholders: Mapping[str, Placeholder], text: str
-) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns: what each adds to the prompt that asks for it."""
-    spans = []
+def _native(
+    sample: Sample,
+    tokenizer: Any,
+    placeholders: Mapping[str, Placeholder],
+    segments: Segments,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+) -> Tokens:
+    """The text with the segments of each medium in the place of its token, tokenized as a whole, as processors of
+    transformers do. `spans`: of the answers, in `text`. Media come in the order of the text.
+    """
+    waiting = {kind: [medium for medium in sample.media if medium.kind == kind] for kind in placeholders}
+    kinds = {placeholder.token: kind for kind, placeholder in placeholders.items()}
+    written = {kind: tokenizer.convert_ids_to_tokens(placeholder.id) for kind, placeholder in placeholders.items()}
+    pieces: list[str] = []
+    media: list[Medium] = []
+    places: list[tuple[int, int]] = []  # of the media, in the whole text
+    moves = [(0, 0)]  # (place in `text`, how much further what follows it stands in the whole)
+    length = last = 0
+    for match in re.finditer("|".join(map(re.escape, kinds)), text):
+        kind = kinds[match[0]]
+        if not waiting[kind]:
+            break
+        medium = waiting[kind].pop(0)
+        stands = "".join(mark + written[kind] * count for mark, count in segments(medium))
+        before = text[last : match.start()]
+        pieces += [before, stands]
+        places.append((length + len(before), length + len(before) + len(stands)))
+        length, last = places[-1][1], match.end()
+        moves.append((last, length - last))
+        media.append(medium)
+    if len(media) != len(sample.media) or re.search("|".join(map(re.escape, kinds)), text[last:]):
+        raise DataError(f"{sample.where}: {len(sample.media)} media, but the chat template kept another number of them")
+    encoded = tokenizer("".join([*pieces, text[last:]]), add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    answers = [tuple(place + [by for begin, by in moves if begin <= place][-1] for place in span) for span in spans]
+    labels = [
+        token if any(begin <= left and right <= end and right > begin for begin, end in answers) else IGNORED
+        for token, (left, right) in zip(encoded["input_ids"], offsets, strict=True)
+    ]
+    lefts, rights = [left for left, _ in offsets], [right for _, right in offsets]
+    begins = tuple(bisect_right(rights, begin) for begin, _ in places)
+    ends = tuple(bisect_left(lefts, end) for _, end in places)
+    for begin, end in zip(begins, ends, strict=True):
+        labels[begin:end] = [IGNORED] * (end - begin)
+    input_ids = encoded["input_ids"]
+    positions = segments.positions(input_ids, media) if isinstance(segments, PlacedMedia) else None
+    return Tokens(input_ids, labels, tuple(media), begins, ends, positions)
+
+
+def _conversation(
+    tokenizer: Any, sample: Sample, placeholders: Mapping[str, Placeholder]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and character spans of the assistant's turns in it: what each adds to the prompt that asks for it.
+
+    LLaVA-OneVision's template writes other white space before an answer than where it asks for one: answers are learned
+    as they are asked for.
+    """
+    text = _render(tokenizer, sample.messages, placeholders, sample.where)
+    spans: list[tuple[int, int]] = []
+    whole, taken = "", 0  # the text so far, and how much of `text` is in it
     for number, message in enumerate(sample.messages):
         if message.role != "assistant":
             continue
-        if not "".join(part for part in message.content if isinstance(part, str)).strip():
+        answer = "".join(part for part in message.content if isinstance(part, str)).strip()
+        if not answer:
             raise DataError(
                 f"{sample.where}: turn {number}, the assistant's, is empty: there is nothing to learn from it"
             )
@@ -179,18 +289,22 @@ def _assistant_spans(
         after = _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
         if not text.startswith(after):  # Phi-3 closes a whole conversation with one more token
             after = after.removesuffix(tokenizer.eos_token)
-        if not after.startswith(before) or not text.startswith(after):
+        header = len(before.rstrip())
+        begin = len(before) if after.startswith(before) else after.find(answer, header)
+        if after[:header] != before[:header] or after[header:begin].strip() or not text.startswith(after):
             raise DataError(
                 f"{sample.where}: the chat template renders turn {number} otherwise in a longer conversation, so the "
-                "answer's tokens can't be found; give a simpler `model.llm.chat_template`"
+                "answer's tokens can't be found; give a simpler `chat_template`"
             )
         end = len(after)
         stripped = after.rstrip()
         # Templates end a turn with "<end>\n": the line break belongs to the next turn, generation stops before it.
         if stripped.endswith(tuple(tokenizer.get_added_vocab())):
             end = len(stripped)
-        spans.append((len(before), end))
-    return spans
+        whole += text[taken:header] + before[header:]
+        spans.append((len(whole), len(whole) + end - begin))
+        whole, taken = whole + text[begin:end], end
+    return whole + text[taken:], spans
 
 
 def _expand(

@@ -14,7 +14,7 @@ from finetune.common.errors import RecipeError
 from finetune.common.hub import is_repository
 from finetune.common.run_folder import RunFolder, RunLike, missing_run, read_json, refuse_file
 from finetune.model.bindings import TaskBinding
-from finetune.model.composition import Composition
+from finetune.model.composition import BASE_FILE, Composition
 from finetune.model.manifest import MANIFEST, AdapterManifest
 from finetune.recipe.schema import RecipeSections
 
@@ -81,6 +81,8 @@ def parts_at(source: RunLike) -> AdapterManifest | Composition | None:
     if not (folder / CONFIG).is_file():
         return None
     try:
+        if (folder / BASE_FILE).is_file():
+            return Composition.model_validate(read_json(folder / BASE_FILE))
         return Composition.model_validate(read_json(folder / CONFIG).get("parts"))
     except ValidationError:  # loading says what is wrong with it
         return None

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from finetune.common.errors import ModelError
+from finetune.model.encoders import together
 from finetune.model.module_names import is_lora
 from finetune.recipe.schema import EncoderTuning
 
@@ -65,7 +66,7 @@ def _used(encoder: Any, decoded: Any) -> set[str]:
     parameters = {name: p for name, p in encoder.module.named_parameters() if p.is_floating_point()}
     encoder.module.requires_grad_(True)
     with torch.enable_grad():
-        features = encoder.encode(encoder.prepare(decoded).values[None])
+        features = encoder.encode(together([encoder.prepare(decoded).values]))
         gradients = torch.autograd.grad(features.float().sum(), list(parameters.values()), allow_unused=True)
     encoder.module.requires_grad_(False)
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}

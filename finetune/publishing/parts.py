@@ -55,7 +55,7 @@ class Publication:
 
 def bases_of(recipe: Recipe, commits: Mapping[str, str | None]) -> list[Base]:
     """The LLM and the encoders of a resolved recipe. `commits`: by `Base.key`, as they were trained over."""
-    paths = {"llm": recipe.model.llm.name}
+    paths = {"llm": recipe.model.language_model.name}
     for medium, encoder in recipe.model.encoders.items():
         paths[f"encoders.{medium}"] = str(getattr(encoder.options, "name", encoder.kind))
     hub_names = recipe.publish.hub_names

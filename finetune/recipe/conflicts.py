@@ -9,6 +9,7 @@ from finetune.recipe.schema import Model, RecipeSections, Source, Stage, task_na
 from finetune.recipe.words import Location, Problem, describe, shorten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MEDIA = ("image", "audio", "video")
 HOLD_OUT_KEYS = {"validation": "hold_out_validation", "test": "hold_out"}
 
 
@@ -23,8 +24,12 @@ def conflicts(recipe: RecipeSections) -> Iterator[Problem]:
 
 
 def _model_conflicts(model: Model) -> Iterator[Problem]:
-    if model.llm.trust_remote_code and not COMMIT.fullmatch(model.llm.revision or ""):
-        message = f"needs model.llm.revision to be a commit of 40 hex digits; it is {describe(model.llm.revision)}."
+    if model.base is not None:
+        yield from _base_conflicts(model)
+        return
+    llm = model.language_model
+    if llm.trust_remote_code and not COMMIT.fullmatch(llm.revision or ""):
+        message = f"needs model.llm.revision to be a commit of 40 hex digits; it is {describe(llm.revision)}."
         yield Problem(("model", "llm", "trust_remote_code"), message)
     unmatched = model.projectors.keys() - _media(model)
     for name, encoder in model.encoders.items():
@@ -40,6 +45,16 @@ def _model_conflicts(model: Model) -> Iterator[Problem]:
         yield Problem(("model", "projectors", name), f"no encoder has this name. {advice}")
 
 
+def _base_conflicts(model: Model) -> Iterator[Problem]:
+    for key in ("encoders", "projectors"):
+        if getattr(model, key):
+            yield Problem(("model", key), f"model.base has its own {key}: leave these out.")
+    if "fusion" in model.model_fields_set and model.fusion.kind != "prefix":
+        yield Problem(("model", "fusion"), "model.base has its own way to read media: leave it out.")
+    if model.language_model.name.endswith(".gguf"):
+        yield Problem(("model", "base", "name"), "got a .gguf file; write a folder or Hub id of safetensors.")
+
+
 def _media(model: Model) -> set[str]:
     """The media that have encoders. One under a wrong name counts under both names, so that it is reported once."""
     return {*model.encoders, *(encoder.medium for encoder in model.encoders.values())}
@@ -51,7 +66,7 @@ def _source_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     firsts: dict[tuple[str, str], int] = {}
     for index, source in enumerate(recipe.data):
         for medium in source.task.media:
-            if medium not in media:
+            if medium not in media and recipe.model.base is None:  # a base's own are known from its config
                 encoders = shorten(", ".join(recipe.model.encoders) or "none")
                 takes = ", ".join(sorted(media & {encoder.medium for encoder in recipe.model.encoders.values()}))
                 message = (
@@ -140,7 +155,7 @@ def _nearly_trained(recipe: RecipeSections, source: Source) -> str:
 def _tuning_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     for name, tuning in recipe.tune_encoders.items():
         where: Location = ("tune_encoders", name)
-        if name not in recipe.model.encoders:
+        if name not in (MEDIA if recipe.model.base else recipe.model.encoders):
             yield Problem(where, "no encoder has this name.")
         elif (tuning.last_layers is None) == (tuning.rank is None):
             yield Problem(where, "write either last_layers, or rank for LoRA.")
@@ -149,14 +164,17 @@ def _tuning_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     if recipe.tune_encoders and recipe.train.cache is True:
         message = "stores features of frozen encoders, but tune_encoders trains one: set train.cache: false."
         yield Problem(("train", "cache"), message)
+    elif recipe.trains_base_projectors and recipe.train.cache is True:
+        message = "stores projected features, but a stage trains projectors of model.base: set train.cache: false."
+        yield Problem(("train", "cache"), message)
 
 
 def _dequantize_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     where: Location = ("train", "dequantize_once")
     if not recipe.train.dequantize_once:
         return
-    if recipe.model.llm.quantize != "nf4":
-        yield Problem(where, f"is for an LLM in nf4; model.llm.quantize is {recipe.model.llm.quantize!r}.")
+    if (quantize := recipe.model.language_model.quantize) != "nf4":
+        yield Problem(where, f"is for an LLM in nf4; {recipe.model.language_key}.quantize is {quantize!r}.")
     beginning = recipe.adapter.initialization if recipe.adapter else "default"
     if beginning not in ("default", "gaussian"):  # it would change weights that aren't those of the LLM in nf4
         yield Problem(where, f"is for LoRA that begins with zeros; adapter.initialization is {beginning!r}.")
@@ -178,6 +196,8 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
         if not stage.objective.heads and "heads" in stage.trains:
             message = f"the objective {stage.objective.kind!r} is for the LLM alone: heads learn nothing."
             yield Problem((*where, "trains"), message)
+        if stage.objective.asks:
+            yield from _asking_conflicts(recipe, stage, where)
         if stage.objective.needs == "texts":
             for source in stage.sources or training:
                 if source in training and getattr(recipe.data[source].task.options, "transcript", None) == "":
@@ -187,6 +207,21 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
     if fusion.trained and "fusion" not in recipe.train.stages[0].trains:
         message = f"the fusion {fusion.kind!r} starts closed, so nothing else gets a gradient: add 'fusion'."
         yield Problem(("train", "stages", 0, "trains"), message)
+
+
+def _asking_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:
+    """What a stage needs whose model is asked the rows' questions."""
+    kind = stage.objective.kind
+    if "adapter" not in stage.trains:
+        message = f"the objective {kind!r} changes what the LLM writes: add 'adapter'."
+        yield Problem((*where, "trains"), message)
+    for number, source in enumerate(recipe.data):
+        labels = getattr(source.head.options, "answers", "") == "labels"
+        if source.split == "train" and labels and (stage.sources is None or number in stage.sources):
+            message = (
+                f"stage {stage.name!r} has the objective {kind!r}, which needs written answers: leave `answers` out."
+            )
+            yield Problem(("data", number, "head", "answers"), message)
 
 
 def _target_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:
@@ -216,7 +251,7 @@ def _target_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> 
 
 def _targets(recipe: RecipeSections) -> list[str]:
     """What the stages of this recipe may train."""
-    projectors = [f"projectors.{name}" for name in recipe.model.projectors]
+    projectors = [f"projectors.{name}" for name in (MEDIA if recipe.model.base else recipe.model.projectors)]
     encoders = [f"encoders.{name}" for name in recipe.tune_encoders]
     return [
         *(["projectors", *projectors] if projectors else []),

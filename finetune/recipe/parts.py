@@ -227,6 +227,21 @@ class ObjectivePart(Part):
         return self.needs in ("pairs", "verdicts")
 
     @property
+    def asks(self) -> bool:
+        """Whether the model is asked the rows' questions while it trains, and learns from its own answers."""
+        return self.needs == "questions"
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps that each row is used for in an epoch."""
+        return int(getattr(self.options, "iterations", 1))
+
+    def tokens_of(self, length: int) -> int:
+        """About how many tokens of a packed row a sample of this length takes."""
+        options: Any = self.options
+        return length + options.answers * options.max_new_tokens if self.asks else (1 + self.compares) * length
+
+    @property
     def reference(self) -> bool:
         """Whether it compares with what the weights gave as the stage found them."""
         return bool(self.module.REFERENCE)

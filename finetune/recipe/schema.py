@@ -10,9 +10,9 @@ id unless it looks local; where the section has a `may_be_remote` that is false,
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic.config import JsonDict
 
 from finetune.common.errors import RecipeError, given, option
@@ -59,7 +59,7 @@ def _not_empty(path: Any) -> Any:
 RecipePath = Annotated[Path, Strict(False), BeforeValidator(_not_empty)]
 
 
-class Llm(Section):
+class _Weights(Section):
     name: str = Field(
         min_length=1, description="Hub id, folder, or path of a .gguf file.", json_schema_extra=PATH_OR_HUB_ID
     )
@@ -79,16 +79,68 @@ class Llm(Section):
     chat_template: RecipePath | None = Field(
         None, description="Jinja file to use in place of the tokenizer's chat template.", json_schema_extra=PATH_FILE
     )
+
+
+class Llm(_Weights):
     trust_remote_code: bool = Field(
         False, description="Run code from the Hub repository; `revision` must then be a commit."
     )
 
 
+class Base(_Weights):
+    name: str = Field(
+        min_length=1,
+        description="Hub id or folder of a model of transformers that takes media.",
+        json_schema_extra=PATH_OR_HUB_ID,
+    )
+    quantize: Quantize = Field(
+        "nf4", description="Storage of the language model's frozen weights: 4 bits, 8 bits, or none (16 or 32)."
+    )
+    trust_remote_code: ClassVar[bool] = False
+
+
+LanguageModel: TypeAlias = Llm | Base
+
+
+def _named(base: Any) -> Any:
+    return {"name": base} if isinstance(base, str) else base
+
+
 class Model(Section):
-    llm: Llm = Field(description="The frozen language model.")
+    """Either `llm` with its own encoders and projectors, or a `base` that has them."""
+
+    llm: Llm | None = Field(None, description="The frozen language model.")
+    base: Annotated[Base | None, BeforeValidator(_named)] = Field(
+        None,
+        description="A model that takes media already, or its name, in place of llm, encoders, projectors and fusion.",
+    )
     encoders: dict[MediumName, EncoderPart] = Field({}, description="Medium -> its frozen encoder.")
     projectors: dict[MediumName, ProjectorPart] = Field({}, description="Medium -> its trained projector to the LLM.")
     fusion: FusionPart = Field("prefix", validate_default=True, description="How projected media meet the text.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.llm is None) == (self.base is None):
+            raise problem("write llm, with encoders and projectors, or base, a model that takes media already.")
+        return self
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The settings of the LLM, or of the existing model around one."""
+        settings = self.llm or self.base
+        assert settings is not None
+        return settings
+
+    @property
+    def language_key(self) -> str:
+        """The key of these settings in a recipe."""
+        return "model.base" if self.base else "model.llm"
+
+    def with_language_model(self, **changes: Any) -> "Model":
+        """A copy with other settings of the LLM, or of the existing model."""
+        return self.model_copy(
+            update={self.language_key.removeprefix("model."): self.language_model.model_copy(update=changes)}
+        )
 
 
 class EncoderTuning(Section):
@@ -280,6 +332,11 @@ class Train(Section):
         "package liger-kernel. How much they save has not been measured here.",
     )
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
+    skip_bad_rows: bool = Field(
+        False,
+        description="Leave out rows whose loss or gradients aren't finite, in place of stopping, and list them in "
+        "RUN/data/suspects.jsonl.",
+    )
     track: list[Tracker] = Field(
         [], description="Where losses, rates and validation scores are shown live; tensorboard: in RUN/tensorboard."
     )
@@ -364,6 +421,12 @@ class RecipeSections(Section):
     def trains_adapter(self) -> bool:
         """Whether a stage trains LoRA on the LLM."""
         return self.adapter is not None and any("adapter" in stage.trains for stage in self.train.stages)
+
+    @property
+    def trains_base_projectors(self) -> bool:
+        """Whether a stage trains projectors of an existing model."""
+        trained = (target for stage in self.train.stages for target in stage.trains)
+        return self.model.base is not None and any(target.partition(".")[0] == "projectors" for target in trained)
 
 
 @cache

@@ -53,7 +53,7 @@ class AutoNumbers:
 
 
 def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> int:
-    """Tokens of the longest sample, or of what a stage that distills or compares answers puts in its place."""
+    """Tokens of the longest sample, or of what a stage that distills, compares or samples answers puts in its place."""
     longest = estimated.longest
     objectives = [stage.objective for stage in recipe.train.stages]
     distilling: list[Any] = [objective.options for objective in objectives if objective.needs == "texts"]
@@ -65,6 +65,7 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
     if any(objective.compares for objective in objectives):
         rejected = estimate(recipe.model, [sample.answered(sample.rejected or sample.answer) for sample in samples])
         longest += max(estimated.longest, rejected.longest if rejected else 0)
+    longest = max([longest, *(one.tokens_of(estimated.longest) for one in objectives if one.asks)])
     return ceil(ROOM * longest)
 
 

@@ -2,12 +2,11 @@
 tell.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.common.disk import free_bytes
 from finetune.recipe.load import Recipe
 from finetune.training.plan.result import size
 
@@ -26,11 +25,6 @@ class CacheChoice:
 
     def of(self, recipe: Recipe) -> Recipe:
         return recipe.model_copy(update={"train": recipe.train.model_copy(update={"cache": self.cache})})
-
-
-def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder, which need not exist yet, is on."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def choice_at_hand(recipe: Recipe) -> CacheChoice | None:
@@ -66,7 +60,7 @@ def feature_bytes(recipe: Recipe, rows: "PlannedRows | None" = None) -> Sequence
     rows = rows or PlannedRows.of(recipe)
     if not rows.media:
         return ()
-    dtype = str(resolve_dtype(recipe.model.llm.dtype, default_device())).removeprefix("torch.")
+    dtype = str(resolve_dtype(recipe.model.language_model.dtype, default_device())).removeprefix("torch.")
     planned = PlannedRun(with_dtype(recipe, dtype), rows)
     sizes: dict[str, list[int]] = {}
     for medium in {medium: None for sample in rows.training for medium in sample.media}:

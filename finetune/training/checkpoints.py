@@ -10,14 +10,16 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from finetune.common.disk import writing
 from finetune.common.errors import OVERWRITE, RESUME, TrainingError, option
 from finetune.common.progress import console
-from finetune.common.run_folder import RunFolder, damage, read_json, write_hashes, write_json
+from finetune.common.run_folder import RunFolder, damage, flush, read_json, to_disk, write_hashes, write_json
 
 STAGING = "writing.partial"  # where checkpoints are written before they appear under their own names
 
 
 SECONDS = "seconds.json"
+KEPT = 2  # where the newest is damaged, the one before is there
 
 
 def seconds_of(checkpoint: Path | None) -> float:
@@ -44,12 +46,15 @@ class WholeCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # every process adds its own random state
         if PartialState().is_main_process:
             written = self.folder / STAGING / f"checkpoint-{state.global_step}"
-            write_json(written / SECONDS, {"stage": perf_counter() - self.begin})
-            write_hashes(written)
+            with writing(self.folder, "a checkpoint"):
+                write_json(written / SECONDS, {"stage": perf_counter() - self.begin})
+                write_hashes(written)
+                to_disk(written)
             for path in self.folder.glob("checkpoint-*"):
                 if step_of(path) >= state.global_step:
                     shutil.rmtree(path)
             os.replace(written, self.folder / written.name)
+            flush(self.folder)
             rotate_checkpoints(str(self.folder), args.save_total_limit)
         PartialState().wait_for_everyone()
 

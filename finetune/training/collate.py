@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from finetune.data.sample import Medium
+from finetune.data.sample import Medium, Values
 from finetune.model.prefixes import most_shared, shared_beginning, shared_tokens
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment
 from finetune.model.taught import Taught
@@ -26,13 +27,15 @@ class PackedRow(TypedDict):
 class TokenBatch(TypedDict, total=False):
     """Token ids (B, T) with their labels, -100 where nothing is learned. Packed rows (1, T) have `position_ids` that
     restart with each sample and go on from its prefix, and a `row_plan` where attention goes by segments; padded ones
-    have an `attention_mask`. `label_rows` (K,), indices into B*T of the states before a learned token, and
-    `shift_labels` (1, K), those tokens: the output head is applied to them only.
+    have an `attention_mask`. `rope_positions` (3, B, T): where positions have three dimensions. `label_rows` (K,),
+    indices into B*T of the states before a learned token, and `shift_labels` (1, K), those tokens: the output head is
+    applied to them only.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
+    rope_positions: Tensor
     row_plan: RowPlan
     attention_mask: Tensor
     label_rows: Tensor
@@ -70,21 +73,36 @@ class TaughtBatch(TypedDict):
     rest: Tensor
 
 
+class RolloutBatch(TypedDict, total=False):
+    """Answers that the model itself has given, and how many of them are in the batch: S of `answers`, of `tokens`
+    together; the others teach nothing. `advantages` (S,); `before` (K,): log-probabilities as they were sampled;
+    `figures`: of all of them.
+    """
+
+    advantages: Tensor
+    before: Tensor
+    answers: int
+    tokens: int
+    figures: dict[str, float]
+
+
 class Batch(TokenBatch, total=False):
     """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
-    a stage distills; `taught`, where another model teaches it; `compared`, where answers are. `items`: what the loss is
-    a mean over, where that isn't the learned tokens: pairs, or answers with a verdict. Where losses are weighted:
-    `loss_weights` (1, K), `heads` {name: HeadBatch}, and `items` counts learned tokens and samples that heads answer.
+    a stage distills; `taught`, where another model teaches it; `compared`, where answers are; `rollout`, where these
+    are the model's own. `items`: what the loss is a mean over, where that isn't the learned tokens: pairs, or answers
+    with a verdict. Where losses are weighted: `loss_weights` (1, K), `heads` {name: HeadBatch}, and `items` counts
+    learned tokens and samples that heads answer.
     """
 
     features: dict[str, list[Tensor]]
-    media: dict[str, list[Tensor]]
+    media: dict[str, list[Values]]
     teacher: TokenBatch
     taught: TaughtBatch
     loss_weights: Tensor
     items: int
     heads: dict[str, HeadBatch]
     compared: ComparedBatch
+    rollout: RolloutBatch
 
 
 class SupportsTaught(Protocol):
@@ -92,8 +110,11 @@ class SupportsTaught(Protocol):
 
 
 class LabelledTokens(NamedTuple):
+    """`positions` (3, T), where they have three dimensions."""
+
     input_ids: Sequence[int]
     labels: Sequence[int]
+    positions: Sequence[Sequence[int]] | None = None
 
 
 class Layout(NamedTuple):
@@ -115,7 +136,7 @@ class Collator:
     def __init__(
         self,
         samples: TokenizedSamples,
-        read: Callable[[Medium], Tensor],
+        read: Callable[[Medium], Values],
         *,
         field: Literal["features", "media"],
         kind: RowKind,
@@ -140,9 +161,11 @@ class Collator:
         prefixes = [
             shared_beginning([sample.beginning for sample in group]) if len(group) > 1 else 0 for group in groups
         ]
-        layout = self._lay_out([[LabelledTokens(s.input_ids, s.labels) for s in group] for group in groups], prefixes)
+        layout = self._lay_out(
+            [[LabelledTokens(s.input_ids, s.labels, s.positions) for s in group] for group in groups], prefixes
+        )
         batch = Batch(**layout.batch)
-        media: dict[str, list[Tensor]] = {}
+        media: dict[str, list[Values]] = {}
         for medium in _media(groups, prefixes):
             media.setdefault(medium.kind, []).append(self.read(medium))
         batch[self.field] = media
@@ -201,9 +224,16 @@ class Collator:
         return self._lay_out(rows, prefixes).batch
 
     def _lay_out(self, groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[int]) -> Layout:
+        samples = [sample for group in groups for sample in group]
         if self.kind is RowKind.PADDED:
-            return _padded([sample for group in groups for sample in group], self.pad_token_id)
-        return _in_one_row(groups, prefixes, planned=self.kind is not RowKind.PACKED)
+            layout = _padded(samples, self.pad_token_id)
+        else:
+            layout = _in_one_row(groups, prefixes, planned=self.kind is not RowKind.PACKED)
+        if any(sample.positions for sample in samples):
+            layout.batch["rope_positions"] = (
+                _rope_padded(samples) if self.kind is RowKind.PADDED else _rope_in_one_row(groups, prefixes)
+            )
+        return layout
 
 
 def _taught(samples: Sequence[Taught]) -> TaughtBatch:
@@ -259,22 +289,44 @@ def _in_one_row(groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[i
     return Layout(batch, ends)
 
 
+def _rope(sample: LabelledTokens) -> Tensor:
+    """(3, T)."""
+    if sample.positions is None:
+        return torch.arange(len(sample.input_ids)).expand(3, -1)
+    return torch.tensor(sample.positions)
+
+
+def _rope_in_one_row(groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[int]) -> Tensor:
+    """(3, 1, T), in the order of `_in_one_row`. Positions of a sample go on from those of its prefix by themselves."""
+    pieces = []
+    for group, prefix in zip(groups, prefixes, strict=True):
+        pieces.append(_rope(group[0])[:, :prefix])
+        pieces += [_rope(sample)[:, prefix:] for sample in group]
+    return torch.cat(pieces, 1)[:, None]
+
+
+def _rope_padded(samples: Sequence[LabelledTokens]) -> Tensor:
+    """(3, B, T)."""
+    width = max(len(sample.input_ids) for sample in samples)
+    return torch.stack([functional.pad(_rope(s), (0, width - len(s.input_ids))) for s in samples], 1)
+
+
 def _padded(samples: Sequence[LabelledTokens], pad_token_id: int) -> Layout:
-    width = max(len(ids) for ids, _ in samples)
+    width = max(len(sample.input_ids) for sample in samples)
 
     def pad(values: Sequence[int], filler: int) -> list[int]:
         return [*values, *[filler] * (width - len(values))]
 
-    labels = torch.tensor([pad([IGNORED, *labels[1:]], IGNORED) for _, labels in samples])
+    labels = torch.tensor([pad([IGNORED, *sample.labels[1:]], IGNORED) for sample in samples])
     learned = torch.nonzero(labels.flatten() != IGNORED).flatten()
     batch = TokenBatch(
-        input_ids=torch.tensor([pad(ids, pad_token_id) for ids, _ in samples]),
+        input_ids=torch.tensor([pad(sample.input_ids, pad_token_id) for sample in samples]),
         labels=labels,
-        attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in samples]),
+        attention_mask=torch.tensor([pad([1] * len(sample.input_ids), 0) for sample in samples]),
         label_rows=learned - 1,
         shift_labels=labels.flatten()[learned][None],
     )
-    return Layout(batch, [number * width + len(ids) - 1 for number, (ids, _) in enumerate(samples)])
+    return Layout(batch, [number * width + len(sample.input_ids) - 1 for number, sample in enumerate(samples)])
 
 
 def _ignore(batch: Batch) -> None:
@@ -290,7 +342,10 @@ def _ignore(batch: Batch) -> None:
     if "compared" in batch:
         batch["items"] = 0
         batch["label_rows"], batch["shift_labels"] = batch["label_rows"][:0], batch["shift_labels"][:, :0]
-        batch["compared"] = ComparedBatch(tokens=[], roles=[], weights=torch.empty(0))
+        nothing = ComparedBatch(tokens=[], roles=[], weights=torch.empty(0))
+        if "reference" in batch["compared"]:
+            nothing["reference"] = torch.empty(0)
+        batch["compared"] = nothing
     if "heads" in batch:
         batch["items"] = 0
         batch["loss_weights"].zero_()

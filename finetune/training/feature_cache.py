@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from finetune.common.console import IN_NOTEBOOK
+from finetune.common.disk import free_bytes, writing
 from finetune.common.errors import DataError
 from finetune.common.progress import bar, console
 from finetune.data.rows import error_list
 from finetune.data.sample import Medium, Prepared
 from finetune.model.features import Features
 from finetune.recipe.schema import Train
-from finetune.training.cache_choice import FULLEST, free_bytes
+from finetune.training.cache_choice import FULLEST
 
 ENCODED_FIRST = 8  # media encoded to estimate the size of the cache
 MANY = 256  # media for which processes that decode, and batches that are tried first, pay
@@ -56,7 +57,7 @@ def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> Non
         if len(missing) >= MANY:
             batch = batch if batch > 1 else equal_batch(features, kind, prepared)
             workers = workers or decoders(prepared)
-        with bar(f"encode {kind}", len(missing)) as step:
+        with bar(f"encode {kind}", len(missing)) as step, writing(folder, "the features"):
             features.fill(missing, Pace(kind, len(missing), step), batch, workers)
 
 
@@ -81,7 +82,8 @@ class Pace:
 
 def equal_batch(features: Features, kind: str, prepared: Sequence[Prepared]) -> int:
     """FEW_TOGETHER if so many media together have the features, to the bit, that each has alone; else 1."""
-    alike = [one for one in prepared if one.values.shape == prepared[0].values.shape][:FEW_TOGETHER]
+    shapes = [[tensor.shape for tensor in one.tensors] for one in prepared]
+    alike = [one for one, shape in zip(prepared, shapes, strict=True) if shape == shapes[0]][:FEW_TOGETHER]
     try:
         alone, together = (features.compute(kind, alike, batch) for batch in (1, FEW_TOGETHER))
     except torch.OutOfMemoryError:
@@ -93,7 +95,7 @@ def equal_batch(features: Features, kind: str, prepared: Sequence[Prepared]) -> 
 def decoders(prepared: Sequence[Prepared]) -> int:
     """As many processes as there are cores; none where what they hand over doesn't fit into shared memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    largest = max(one.values.nbytes for one in prepared)
+    largest = max(sum(tensor.nbytes for tensor in one.tensors) for one in prepared)
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if shared.is_dir() else 0
     forks = get_start_method() == "fork"  # others would load torch anew, and need all that they get pickled

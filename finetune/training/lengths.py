@@ -15,9 +15,10 @@ from finetune.common.hub import PROBE_SECONDS, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.parts import EncoderPart
-from finetune.recipe.schema import Llm, Model
+from finetune.recipe.schema import LanguageModel, Model
 
 LLM_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+BASE_FILES = (*LLM_FILES, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 ENCODER_FILES = ("config.json", "preprocessor_config.json")
 COUNTED = 1000  # samples; the others are taken to be as long
 LONGEST = 50  # samples with the most text, media or bytes, counted too
@@ -56,7 +57,8 @@ def fetch_settings(model: Model) -> dict[str, str]:
     """Download into the Hub's cache what tells how long the rows are, where it isn't there: settings and tokenizers, no
     weights; without a network, nothing. Returns why the Hub refuses: {model: reason}.
     """
-    parts: list[Any] = [(model.llm, LLM_FILES), *((part.options, ENCODER_FILES) for part in model.encoders.values())]
+    parts: list[Any] = [(part.options, ENCODER_FILES) for part in model.encoders.values()]
+    parts.insert(0, (model.language_model, BASE_FILES if model.base else LLM_FILES))
     refused = {source.name: fetch(source.name, source.revision, files) for source, files in parts}
     return {name: why for name, why in refused.items() if why}
 
@@ -90,7 +92,7 @@ def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
     """The lengths of samples; None where there are none."""
     if not samples:
         return None
-    tokenizer = _tokenizer(model.llm)
+    tokenizer = _tokenizer(model.language_model)
     counter = _Counter(model, tokenizer, _Template(model))
     numbers = random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
     known = {number: counter.tokens(samples[number]) for number in {*numbers, *likely_longest(samples)}}
@@ -99,7 +101,7 @@ def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
     return Estimate(lengths, longest, tuple(sorted(counter.unknown)), by_characters=tokenizer is None)
 
 
-def _tokenizer(llm: Llm) -> Any:
+def _tokenizer(llm: LanguageModel) -> Any:
     """Of the library tokenizers; None where its file isn't at hand."""
     path = local_file(llm.name, llm.revision, "tokenizer.json")
     if path is None:
@@ -164,9 +166,9 @@ class _Template:
     """The LLM's chat template, rendered as transformers does; where it has none, turns of plain text."""
 
     def __init__(self, model: Model) -> None:
-        name, revision = model.llm.name, model.llm.revision
+        name, revision = model.language_model.name, model.language_model.revision
         settings = settings_of(name, revision, "tokenizer_config.json")
-        file = model.llm.chat_template or local_file(name, revision, "chat_template.jinja")
+        file = model.language_model.chat_template or local_file(name, revision, "chat_template.jinja")
         text = file.read_text(encoding="utf-8") if file else settings.get("chat_template")
         self.tokens = {key: _text(settings.get(key)) for key in ("bos_token", "eos_token")}
         self.template: Any = None

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from accelerate import PartialState
 
-from finetune.common.errors import RUN, TrainingError, option
+from finetune.common.errors import RUN, DataError, TrainingError, option
 from finetune.common.progress import Stopwatch, console
 from finetune.common.run_folder import RunFolder, write_json, write_text
 from finetune.data.rows import (
@@ -31,7 +32,7 @@ from finetune.training.feature_cache import fill_cache
 from finetune.training.kept_samples import RowsDigest, tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
-from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of
+from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
 from finetune.training.teachers import Lesson, lesson
@@ -40,7 +41,8 @@ from finetune.training.teachers import Lesson, lesson
 @dataclass(frozen=True)
 class PreparedRun:
     """`training` and `validation` samples; `samples`: the training samples as tokens; `compared`: all answers that a
-    stage compares, by its name; `lessons`: what other models teach, by the stage; `watch`: what it took to get them.
+    stage compares, or the questions that it asks, by its name; `lessons`: what other models teach, by the stage;
+    `watch`: what it took to get them.
     """
 
     run: Run
@@ -87,14 +89,17 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         bindings = bindings_of(recipe.data, splits.train)
     with watch("components"):
         run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
-    for encoder in run.components.encoders.values():
-        encoder.module.to(run.components.device)  # an earlier training may have put it away
+    if run.components.base is None:
+        for encoder in run.components.encoders.values():
+            encoder.module.to(run.components.device)  # an earlier training may have put it away
     if first:
         with watch("read"):
             keep_rows(folder, splits, recipe)
             write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
         if run.features.stores:
             with watch("encode"):
+                held_out = ((medium.kind, medium.key) for sample in validation for medium in sample.media)
+                run.features.check([*splits.train.media_keys(), *held_out])
                 media = [
                     *splits.train.different_media(run.features.known),
                     *(medium for sample in validation for medium in sample.media),
@@ -122,15 +127,17 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
 
 
 def compared_samples(training: Sequence[Sample], run: Run, digest: str) -> tuple[dict[str, TokenizedSamples], str]:
-    """The answers that each stage compares, by its name; and the digest of them and of what `digest` is of. Raises
-    DataError.
+    """The answers that each stage compares, or the questions that it asks, by its name; and the digest of them and of
+    what `digest` is of. Raises DataError.
     """
     result: dict[str, TokenizedSamples] = {}
     for stage in run.recipe.train.stages:
-        if stage.objective.compares:
+        objective = stage.objective
+        if objective.compares or objective.asks:
             rows = RowsDigest(digest)
             own = picked(training, samples_of(stage, training))
-            result[stage.name] = TokenizedSamples.of(rows.read(compared(own, stage.objective.needs, run)))
+            found = questions(own, objective, run) if objective.asks else compared(own, objective.needs, run)
+            result[stage.name] = TokenizedSamples.of(rows.read(found))
             digest = str(rows)
     return result, digest
 
@@ -163,6 +170,9 @@ def stage_rows(
         weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
     else:
         samples = prepared.samples.select(chosen)
+    if stage.objective.asks:
+        shares = kind is RowKind.SHARED and not model.composition.fusion.by_sample
+        return samples, asked_rows(run, stage, samples.lengths, weights, seed, shares)
     rows = plan_rows(
         samples.taught_lengths,
         weights,
@@ -173,3 +183,26 @@ def stage_rows(
         sharing=sharing_of(samples, model.composition.fusion.by_sample) if kind is RowKind.SHARED else None,
     )
     return samples, rows
+
+
+def asked_rows(
+    run: Run, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, shares: bool
+) -> list[Row]:
+    """The rows of questions whose sampled answers fit a packed row, in which they share their question or not: those of
+    an optimizer step as often as the objective learns from them. Raises DataError.
+    """
+    train, objective = run.recipe.train, stage.objective
+    options: Any = objective.options
+    capacity = int(train.tokens_per_batch)
+    tokens = [objective.tokens_of(length) + (options.answers - 1) * length * (not shares) for length in lengths]
+    if max(tokens) > capacity:
+        raise DataError(
+            f"stage {stage.name!r}: with this LLM each of the {options.answers} answers needs its question beside it, "
+            f"{max(tokens):,} tokens: raise train.tokens_per_batch (now {capacity:,})"
+        )
+    rows = plan_rows(tokens, weights, capacity=capacity, epochs=int(stage.epochs), seed=seed)
+    step = train.accumulate * PartialState().num_processes
+    if objective.iterations > 1:
+        rows += [[]] * (-len(rows) % step)
+    steps = [rows[start : start + step] for start in range(0, len(rows), step)]
+    return [row for own in steps for _ in range(objective.iterations) for row in own]

@@ -22,7 +22,7 @@ from finetune.common.user_cache import user_cache
 from finetune.model.adapter import trained_tensors
 from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import by_segments
-from finetune.training.collate import Collator, PackedRow
+from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.kept_samples import RowsDigest
 from finetune.training.pack import Row
 
@@ -81,9 +81,7 @@ class Reference:
         with torch.no_grad(), autocast, bar("reference", len(chosen)) as step:
             for row in chosen:
                 batch = send_to_device(self.collator([PackedRow(groups=row, filler=False)]), device)
-                inputs = {key: value for key, value in batch.items() if key not in ("compared", "items")}
-                with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
-                    log_probs = model(**inputs, use_cache=False, fused_lm_head=True).log_probs[0].float().cpu()
+                log_probs = learned_log_probs(model, batch)
                 numbers = [number for group in row for number in group]
                 own += zip(numbers, log_probs.split([sizes[number] for number in numbers]), strict=True)
                 step()
@@ -104,6 +102,14 @@ class Reference:
         content = [str(rows), self.collator.kind, device, *(version(name) for name in ("torch", "transformers"))]
         digest.update(json.dumps(content).encode())
         return digest.hexdigest()[:32]
+
+
+def learned_log_probs(model: MultimodalModel, batch: Batch) -> Tensor:
+    """Of a batch's learned tokens (K,), float32, on the CPU. `model`: with trl's fused head."""
+    inputs = {key: value for key, value in batch.items() if key not in ("compared", "items", "rollout")}
+    with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
+        found: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs[0].float().cpu()
+    return found
 
 
 def _first_times(rows: Sequence[Row]) -> Iterator[Row]:

@@ -1,19 +1,21 @@
 """One stage of training, or what is left of it."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from accelerate import PartialState
 
+from finetune.common.disk import refuse_full, writing
 from finetune.common.errors import Interrupted
 from finetune.common.progress import TrainingBar, console
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_hashes, write_json
 from finetune.evaluation.results import StageResult
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.trainable import set_trainable
-from finetune.training.checkpoints import newest_whole, seconds_of, step_of
+from finetune.training.checkpoints import KEPT, newest_whole, seconds_of, step_of
 from finetune.training.live_curve import LiveCurve
 from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
@@ -37,6 +39,9 @@ def run_stage(folder: RunFolder, training: StageTraining, validation: Validation
         done = StageResult.model_validate(read_json(checkpoint / "result.json"))
         return done.model_copy(update={"seconds_before": done.seconds or 0.0})
     announce(training, trained)
+    if processes.is_main_process:
+        needed = room_needed(training, trained, len(folder.checkpoints_of(name)))
+        refuse_full(training.folder, needed, "the checkpoints of this stage")
     begin, before = perf_counter(), seconds_of(checkpoint)
     with StopBetweenSteps() as stop:
         try:
@@ -47,7 +52,8 @@ def run_stage(folder: RunFolder, training: StageTraining, validation: Validation
         result = _finished(training, trained, log, validation)
         result = result.model_copy(update={"seconds": before + perf_counter() - begin, "seconds_before": before})
         if processes.is_main_process:
-            finish(training, result)
+            with writing(training.folder, "the stage's weights"):
+                finish(training, result)
         processes.wait_for_everyone()
     if stop.agreed():  # too late for this stage; the next one isn't begun
         raise Interrupted(f"{name}: stopped when it was done", stop.signal_number, folder.path)
@@ -78,6 +84,15 @@ def _finished(
         validation=validation.history if validation else [],
         best_step=best_step,
     )
+
+
+def room_needed(training: StageTraining, trained: Mapping[str, int], there: int) -> int:
+    """Bytes that a stage writes while `KEPT` checkpoints, one more and the adapter are on the disk; `there`: how many
+    are already. Weights have 4 bytes, and the optimizer's two states as many, or one each.
+    """
+    weights = 4 * sum(trained.values())
+    checkpoint = weights + 2 * sum(trained.values()) * (1 if "8bit" in training.stage.optimizer else 4)
+    return max(1, KEPT + 1 - there) * checkpoint + weights
 
 
 def announce(training: StageTraining, trained: dict[str, int]) -> None:

@@ -23,7 +23,7 @@ from finetune.model.language_model import without_adapter
 from finetune.model.prefixes import IGNORED, Beginning, most_shared
 from finetune.model.run import Run
 from finetune.model.tokenize import tokenize, tokenize_prompt
-from finetune.recipe.parts import Needs
+from finetune.recipe.parts import Needs, ObjectivePart
 from finetune.recipe.schema import Stage
 
 DISTILL_BATCH = 16  # questions answered at once
@@ -37,7 +37,8 @@ class TokenizedSample:
     `input_ids` are the question alone, `head` names the head, `target` is what it learns, and samples of an equal
     `group` are compared. With a teacher, `teacher_*` are the same row with each medium's text in its place. `role`, of
     an answer that is compared with others of its `group`: "chosen" or "rejected"; "desirable" or "undesirable"; "other"
-    for another row's answer.
+    for another row's answer; "sampled" for one of the model's own.
+    `positions` (3, T): of bases whose positions have three dimensions, where the row has media.
     """
 
     input_ids: list[int]
@@ -55,6 +56,7 @@ class TokenizedSample:
     teacher_input_ids: list[int] | None = None
     teacher_labels: list[int] | None = None
     role: str = ""
+    positions: list[list[int]] | None = None
 
     @property
     def learned(self) -> int:
@@ -89,6 +91,7 @@ SCHEMA = pa.schema(
         "teacher_input_ids": pa.large_list(pa.int32()),
         "teacher_labels": pa.large_list(pa.int32()),
         "role": pa.string(),
+        "positions": pa.list_(pa.large_list(pa.int32())),
     }
 )
 
@@ -191,6 +194,7 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
         target=target,
         group=f"{sample.source}/{sample.group}" if grouped else "",  # two files may both have a user 1
         loss_weight=run.recipe.data[sample.source].loss_weight,
+        positions=tokens.positions,
     )
 
 
@@ -245,6 +249,31 @@ def compared(samples: Sequence[Sample], needs: Needs, run: Run) -> Iterator[Toke
         return _each(enumerate(samples), lambda row: _pair(*row, run))
     others = answers_of(samples)
     return _each(enumerate(samples), lambda row: _verdict(*row, others[row[0] - 1], run))
+
+
+def questions(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> Iterator[TokenizedSample]:
+    """The questions of training rows, without their answers. Raises DataError, at the end, with all rows whose sampled
+    answers no packed row would hold.
+    """
+    components = run.components
+    segments = components.placement.segments_by(run.features.layout)
+
+    def asked(sample: Sample) -> list[TokenizedSample]:
+        row = _tokenized(sample, run)
+        prompt = tokenize_prompt(
+            sample.question, components.tokenizer, components.placeholders, segments, sample.where
+        ).input_ids
+        tokens, limit = objective.tokens_of(len(prompt)), int(run.recipe.train.tokens_per_batch)
+        if tokens > limit:
+            options: Any = objective.options
+            raise DataError(
+                f"{sample.where}: the question and {options.answers} answers of {options.max_new_tokens} tokens have "
+                f"{tokens}, more than a row holds: raise train.tokens_per_batch (now {limit}), or lower the "
+                "objective's answers or max_new_tokens"
+            )
+        return [replace(row, input_ids=prompt, labels=[IGNORED] * len(prompt))]
+
+    return _each(samples, asked)
 
 
 def _pair(number: int, sample: Sample, run: Run) -> list[TokenizedSample]:

@@ -45,9 +45,10 @@ def steps_of(train: Train, samples: Sequence[Sample], lengths: Sequence[int]) ->
         chosen = samples_of(stage, samples)
         weights = sampling_weights(picked(samples, chosen), train.mixing_temperature) if chosen else []
         capacity = int(train.tokens_per_batch)
-        apart = [min((2 if stage.objective.compares else 1) * lengths[i], capacity) for i in chosen]
+        apart = [min(stage.objective.tokens_of(lengths[i]), capacity) for i in chosen]
         rows = plan_rows(apart, weights, capacity=capacity, epochs=1, seed=0)
-        stages.append(StageSteps(stage.name, len(chosen), int(stage.epochs), len(rows) / train.accumulate))
+        steps = stage.objective.iterations * len(rows) / train.accumulate
+        stages.append(StageSteps(stage.name, len(chosen), int(stage.epochs), steps))
     return tuple(stages)
 
 

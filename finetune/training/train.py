@@ -13,10 +13,12 @@ from typing import Any
 from accelerate import PartialState
 
 from finetune.common.certificate import weights_hashes
+from finetune.common.disk import writing
 from finetune.common.energy import EnergyMeter
-from finetune.common.errors import TrainingError
+from finetune.common.errors import RecipeError, TrainingError
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, read_json, whole_folder, write_json
+from finetune.data.rows import picked
 from finetune.evaluation import plots
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics, StageResult, TrainingResult
@@ -31,14 +33,17 @@ from finetune.model.module_names import module_shapes
 from finetune.model.row_plan import RowKind, row_kind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
-from finetune.recipe.schema import Model, Stage, Train
+from finetune.recipe.schema import Stage, Train
+from finetune.training.base_trial import base_row_kind
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
-from finetune.training.plan.apart import DTYPE, WAIT_SECONDS, as_begun, planning, without_auto
+from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
+from finetune.training.rollouts import Reward, Rollouts, own_sampler, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
+from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
 from finetune.training.trainer import StageTraining, refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
@@ -54,16 +59,21 @@ def train(
     *,
     overrides: Sequence[str] = (),
     on_validation: OnValidation | None = None,
+    reward: Reward | None = None,
 ) -> RunFolder:
     """Train a recipe's stages and write the adapter folder into `run`, by default runs/NAME. `overwrite` removes a run
     that is there.
 
     Ctrl-C, SIGTERM and SIGHUP leave a whole checkpoint and raise Interrupted; `resume` goes on from it. `overrides`:
     'full.dotted.key=value'. `on_validation(score)` runs after each validation pass; return True to stop the stage.
+    `reward(sample, answer)`: what a sampled answer to a row's question is worth, a number, in stages with the objective
+    grpo; by default what the row's task measures.
     Raises RecipeError, DataError, ModelError, TrainingError.
     """
     recipe = as_recipe(recipe, overrides)
-    return train_in(Path(run or Path("runs") / recipe.name), recipe, resume, overwrite, on_validation=on_validation)
+    return train_in(
+        Path(run or Path("runs") / recipe.name), recipe, resume, overwrite, on_validation=on_validation, reward=reward
+    )
 
 
 def train_in(
@@ -74,8 +84,11 @@ def train_in(
     *,
     shared: Shared | None = None,
     on_validation: OnValidation | None = None,
+    reward: Reward | None = None,
 ) -> RunFolder:
     """As `train`. `shared`: components that are loaded already."""
+    if reward is not None and not any(stage.objective.asks for stage in recipe.train.stages):
+        raise RecipeError("reward: no stage of the recipe samples answers: give one `objective: grpo`")
     quiet_libraries()
     fresh_memory()
     refuse_several_gpus()
@@ -105,7 +118,7 @@ def train_in(
                 prepared = prepare(folder, recipe, shared)
                 preparing = {**prepared.run.features.seconds, "train": perf_counter() - begin}
                 before = seconds_before(folder, preparing) if processes.is_main_process else {}
-                result, seconds = train_stages(prepared, shared, on_validation)
+                result, seconds = train_stages(prepared, shared, on_validation, reward)
             seconds["train"] = perf_counter() - begin + sum(one.seconds_before for one in result.stages.values())
             figures = finish(WAIT_SECONDS) or {}
         if not processes.is_main_process:
@@ -136,17 +149,20 @@ def with_measured_dtype(recipe: Recipe) -> Recipe:
     """The recipe with the dtype that a new run computes in on this machine, or with `auto` where that is the device's
     usual one. Raises ModelError.
     """
-    return recipe.with_(**{DTYPE: measured_dtype(recipe.model.llm, default_device())})
+    return with_dtype_of_run(recipe, measured_dtype(recipe.model.language_model, default_device()))
 
 
 def train_stages(
-    prepared: PreparedRun, shared: Shared | None = None, on_validation: OnValidation | None = None
+    prepared: PreparedRun,
+    shared: Shared | None = None,
+    on_validation: OnValidation | None = None,
+    reward: Reward | None = None,
 ) -> tuple[TrainingResult, dict[str, float]]:
     """Load the LLM, train the stages in order, and write the adapter folder. Returns results and seconds by part."""
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
-    kind = layout_of(model, run.recipe)
+    kind = layout_of(model, run)
     begin = perf_counter()
     results: dict[str, StageResult] = {}
     for number, stage in enumerate(settings.stages):
@@ -171,14 +187,15 @@ def train_stages(
             seed=run.recipe.seed,
             dtype=components.dtype,
             origin=origin_of(run, model) if stage.objective.reference else "",
+            rollouts=rollouts_of(prepared, stage, collator, model, reward) if stage.objective.asks else None,
         )
         results[stage.name] = run_stage(
             run.folder, training, validation_callback(prepared, stage, model, on_validation)
         )
     seconds_training = perf_counter() - begin
     if PartialState().is_main_process:
-        with whole_folder(run.folder.adapter) as writing:
-            save_adapter_folder(model, components.tokenizer, writing, manifest_of(run, model))
+        with writing(run.folder.path, "the adapter"), whole_folder(run.folder.adapter) as partial:
+            save_adapter_folder(model, components.tokenizer, partial, manifest_of(run, model))
     PartialState().wait_for_everyone()
     # Cached, media are decoded and encoded before the LLM trains; otherwise in between.
     seconds = {**features.seconds, "encode": features.seconds["encode"] + model.encode_seconds}
@@ -189,9 +206,26 @@ def train_stages(
     return result, seconds
 
 
+def rollouts_of(
+    prepared: PreparedRun, stage: Stage, collator: Collator, model: MultimodalModel, reward: Reward | None
+) -> Rollouts:
+    """What a stage learns from that samples answers: see `train` for the reward."""
+    run, options = prepared.run, stage.objective.options
+    tokenizer: Any = run.components.tokenizer
+    return Rollouts(
+        stage,
+        picked(prepared.training, samples_of(stage, prepared.training)),
+        collator,
+        sampler=own_sampler(run.assistant(model), run.features),
+        decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+        reward=reward or task_reward(run.bindings, getattr(options, "reward", "good")),
+        seed=run.recipe.seed,
+    )
+
+
 def origin_of(run: Run, model: MultimodalModel) -> str:
     """What tells the LLM and the encoders of a run from others, as JSON."""
-    recipe, llm = run.recipe, run.recipe.model.llm
+    recipe, llm = run.recipe, run.recipe.model.language_model
     content = [
         recipe.model.model_dump(mode="json"),
         commit_of(model.causal_lm, llm.revision),
@@ -203,12 +237,19 @@ def origin_of(run: Run, model: MultimodalModel) -> str:
     return json.dumps(content)
 
 
-def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
+def layout_of(model: MultimodalModel, run: Run) -> RowKind:
     """How this LLM's rows are laid out; what it can't take is printed."""
-    attention, share = recipe.model.llm.attention, recipe.train.share_prefixes
+    recipe = run.recipe
+    attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
+    if recipe.model.base is not None:
+        media = list(dict.fromkeys(medium for source in recipe.data for medium in source.task.media))
+        kind, line = base_row_kind(model, run.components, media, share, attention == "auto")
+        console.print(line)
+        return kind
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
     if attention != "auto":
-        console.print(f"rows are {kind}, without shared prefixes: model.llm.attention is {attention}, not auto")
+        key = f"{recipe.model.language_key}.attention"
+        console.print(f"rows are {kind}, without shared prefixes: {key} is {attention}, not auto")
     elif kind is RowKind.PADDED:
         console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
     elif kind is RowKind.PACKED:
@@ -221,7 +262,7 @@ def layout_of(model: MultimodalModel, recipe: Recipe) -> RowKind:
 def load_composite(run: Run, shared: Shared | None = None) -> MultimodalModel:
     """The model to be trained; encoders whose features are cached are put away."""
     settings = run.recipe.train
-    if settings.cache:
+    if settings.cache and run.components.base is None:
         for encoder in run.components.encoders.values():
             encoder.module.to("cpu")  # not needed while the LLM trains
     language_model = shared.language_model if shared else language_model_for(settings, run.components)
@@ -289,12 +330,12 @@ def record_versions(path: Path, processes: int) -> None:
 def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
     """What the adapter folder needs to be rebuilt: LLM and encoders by the commits that were loaded."""
     recipe = run.recipe
-    llm = recipe.model.llm.model_copy(
+    llm = recipe.model.language_model.model_copy(
         update={
-            "revision": commit_of(model.causal_lm, recipe.model.llm.revision),
+            "revision": commit_of(model.causal_lm, recipe.model.language_model.revision),
             "attention": "auto",
             "chat_template": None,  # the tokenizer holds it
-            "trust_remote_code": False,
+            **({} if recipe.model.base else {"trust_remote_code": False}),
         }
     )
     encoders = {}
@@ -303,7 +344,9 @@ def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:
         revision = commit_of(run.components.encoders[name].module, requested.revision)
         encoders[name] = type(part)(part.kind, requested.model_copy(update={"revision": revision}))
     return AdapterManifest(
-        model=Model(llm=llm, encoders=encoders, projectors=recipe.model.projectors, fusion=recipe.model.fusion),
+        model=recipe.model.model_copy(
+            update={recipe.model.language_key.removeprefix("model."): llm, "encoders": encoders}
+        ),
         llm_sha256=weights_hashes(llm.name),
         tune_encoders=recipe.tune_encoders,
         placeholders=model.composition.placeholders,

@@ -4,11 +4,14 @@ isn't finite reaches the weights.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import Any
 
@@ -18,30 +21,44 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
+from finetune.common.disk import writing
 from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
+from finetune.common.progress import console
 from finetune.common.run_folder import read_json
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import by_segments
 from finetune.model.trainable import trained_parts
 from finetune.recipe.schema import Stage, Train
-from finetune.training.checkpoints import STAGING, WholeCheckpoints, seconds_of, step_of
+from finetune.training.checkpoints import KEPT, STAGING, WholeCheckpoints, seconds_of, step_of
 from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
 from finetune.training.reference import Reference
+from finetune.training.rollouts import KeepRollouts, Rollouts
 from finetune.training.stopping import StopBetweenSteps
+from finetune.training.suspects import FILE, Suspects, without
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
+FUSED = ("log_probs", "entropy", "is_top1")  # what trl's SFTTrainer asks of its head
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
+
+
+LOGGED = ("_metrics", "_total_train_tokens", "accuracies", "tokens")  # by trl and here, from batch to batch
+
+
+class NotFinite(TrainingError):
+    """The weights are those of the last whole step."""
 
 
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`.
+    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the model is asked
+    the questions of the rows and learns from its own answers.
     """
 
     model: MultimodalModel
@@ -54,6 +71,7 @@ class StageTraining:
     seed: int
     dtype: torch.dtype
     origin: str = ""
+    rollouts: Rollouts | None = None
 
     @property
     def steps(self) -> int:
@@ -78,30 +96,38 @@ def train_stage(
     first_step = 1 + (step_of(resume_from) if resume_from else 0)
     # `stop` comes last: what is asked while another callback validates holds for this step.
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
+    gradients = FiniteGradients(parts)
+    rollouts = training.rollouts
     callbacks = [
         *boards,
-        FiniteGradients(parts),
+        gradients,
+        *([KeepRollouts(rollouts, training.folder)] if rollouts else []),
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
         stop,
     ]
     trainer = StageTrainer(
-        stage,
+        training,
         parts,
         model=training.model,
         args=trainer_arguments(training),
         train_dataset=packed_rows(training.rows),
-        data_collator=training.collator,
+        data_collator=list if rollouts else training.collator,
         processing_class=training.tokenizer,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    gradients.error = trainer.not_finite
     for callback in callbacks:
         if hasattr(callback, "report"):
             callback.report = trainer.report
         if hasattr(callback, "show"):
             callback.show = partial(show_answers, track, boards)
     try:
+        if rollouts:
+            rollouts.begin([parameter for own in parts.values() for parameter in own])
+            if resume_from:
+                rollouts.resume(resume_from)
         if stage.objective.reference:
             path = run / "data" / f"reference-{stage.name}.safetensors"
             reference = Reference(path, training.origin, training.model, training.collator)
@@ -115,6 +141,15 @@ def train_stage(
             "(with more train.accumulate), optimizer: paged_adamw_8bit, model.llm.quantize: nf4. "
             f"{option(*RESUME)} needs the same recipe: begin anew with {option(*RUN)}"
         ) from error
+    except NotFinite:
+        trainer.save_at_once()
+        raise
+    except UnpicklingError:  # transformers loads them with weights_only
+        raise TrainingError(
+            f"{resume_from}: optimizer.pt, scheduler.pt or rng_state.pth holds something else than tensors and "
+            "numbers, and isn't loaded: it wasn't written by a training. Remove this folder; "
+            f"{option(*RESUME)} goes on from the checkpoint before"
+        ) from None
     finally:
         for callback in callbacks:
             getattr(callback, "close", lambda: None)()
@@ -127,6 +162,11 @@ def train_stage(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.signal_number
         )
     return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
+
+
+def suspects_of(training: StageTraining) -> Suspects:
+    path = training.folder.parents[1] / "data" / FILE
+    return Suspects(path, training.stage.name, training.rows, training.collator, training.settings.accumulate)
 
 
 def packed_rows(rows: Sequence[Row]) -> Dataset:
@@ -162,7 +202,7 @@ def trainer_arguments(training: StageTraining) -> SFTConfig:
         gradient_checkpointing=False,  # switched on in the LLM, where it belongs
         save_strategy="steps",
         save_steps=settings.save_every_n_steps,
-        save_total_limit=2,  # where the newest is damaged, the one before is there
+        save_total_limit=KEPT,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -189,28 +229,140 @@ class StageTrainer(SFTTrainer):
     args: Any
     accelerator: Any
 
-    def __init__(self, stage: Stage, parts: dict[str, list[nn.Parameter]], **kwargs: Any) -> None:
-        """`parts`: {role: parameters that train}; the others are trl's arguments."""
-        self.stage = stage
+    def __init__(self, training: StageTraining, parts: dict[str, list[nn.Parameter]], **kwargs: Any) -> None:
+        """`parts`: {role: parameters that train}; `kwargs`: trl's own."""
+        self.stage, self.rollouts = training.stage, training.rollouts
+        self.suspects, self.skip_bad_rows = suspects_of(training), training.settings.skip_bad_rows
+        self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
+        self.lost = 0  # packed rows in succession of which nothing was learned
         self.parts = parts
         self.accuracies: list[float] = []
         self.figures: dict[str, list[tuple[float, int]]] = {}  # of the batches since the last log, with their items
         self.tokens = 0  # of all processes so far, where the loss isn't trl's own
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
+        if self.rollouts and self.rollouts.options.temperature != 1:  # that at which answers are sampled
+            add_fused_lm_head(self.model, self.rollouts.options.temperature, outputs=FUSED)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimizer step; where the objective asks questions, their rows with answers of now."""
+        if self.rollouts is not None:
+            rows = [row for batch in islice(epoch_iterator, num_batches) for row in batch]
+            model = self.accelerator.unwrap_model(self.model)
+            epoch_iterator = iter(
+                self.rollouts.batches(rows, self.state.global_step, model, self.accelerator.autocast())
+            )
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        steps, part = self.row
+        self.row = (steps, part + 1) if steps == self.state.global_step else (self.state.global_step, 0)
+        if self.skip_bad_rows:
+            return self._without_bad_rows(model, inputs, num_items_in_batch)
+        loss = self._loss_and_gradients(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise self.not_finite(f"the loss is {loss.item()} at step {self.row[0] + 1}", whole_step=False)
+        return loss
+
+    def _loss_and_gradients(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         planned = "row_plan" in inputs
         with by_segments(self.accelerator.unwrap_model(model).causal_lm) if planned else nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the weights are those of the step "
-                f"before. Lower the learning rate, or train in bfloat16; {option(*RESUME)} goes on from "
-                "the last checkpoint"
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _without_bad_rows(self, model: Any, inputs: Any, items: Any) -> Tensor:
+        """A packed row's loss and gradients; those of its samples that make them infinite are noted and left out."""
+        logged = self._logged()
+        gradients = {p: p.grad.clone() for p in self._trained() if p.grad is not None}
+        loss = self._loss_and_gradients(model, inputs, items)
+        if self._finite(loss):
+            self.lost = 0
+            return loss
+        steps, row = self.row[0], self.suspects.row_of(*self.row)
+        bad, alone = self._bad_samples(model, row)
+        rest = without(row, bad)
+        if rest:
+            self._restore(gradients, logged)
+            batch = self._prepare_inputs(self.suspects.batch(rest))
+            if items is not None:
+                items = self._get_num_items_in_batch([batch], self.args.device)
+            loss = self._loss_and_gradients(model, batch, items)
+        if rest and self._finite(loss):
+            self.lost = 0
+        else:
+            bad, alone, self.lost = [number for group in row for number in group], False, self.lost + 1
+            self._restore(gradients, None)
+            loss = torch.zeros_like(loss)
+        names = self.suspects.note(bad, steps + 1, "loss or gradient not finite", alone=alone, left_out=True)
+        console.print(f"{self.stage.name}: step {steps + 1}: left out, their loss isn't finite: {names}")
+        if self.lost >= SKIPPED:
+            raise NotFinite(
+                f"from none of the last {SKIPPED} packed rows up to step {steps + 1} a finite loss was had: the rows "
+                f"aren't the cause. {self._advice()}"
             )
-        result: Tensor = loss
-        return result
+        return loss
+
+    def _bad_samples(self, model: Any, row: Row) -> tuple[list[int], bool]:
+        """The samples of a packed row whose loss or gradients aren't finite when each is alone, and True; all of them,
+        and False, where each alone is fine, or can't be tried beside other processes. Gradients are lost.
+        """
+        numbers = [number for group in row for number in group]
+        found = []
+        logged = self._logged()
+        for number in numbers if self.accelerator.num_processes == 1 else ():
+            self._restore({}, None)
+            loss = self._loss_and_gradients(model, self._prepare_inputs(self.suspects.batch([[number]])))
+            if not self._finite(loss):
+                found.append(number)
+        self._restore({}, logged)
+        return found or numbers, bool(found)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameters in self.parts.values() for parameter in parameters]
+
+    def _finite(self, loss: Tensor) -> bool:
+        """Under fp16 the scaler looks at gradients."""
+        if not torch.isfinite(loss):
+            return False
+        return self.args.fp16 or finite_gradients(self._trained())
+
+    def _logged(self) -> dict[str, Any]:
+        """What a batch adds to the log."""
+        return {name: deepcopy(getattr(self, name)) for name in LOGGED}
+
+    def _restore(self, gradients: Mapping[nn.Parameter, Tensor], logged: Mapping[str, Any] | None) -> None:
+        for parameter in self._trained():
+            parameter.grad = gradients[parameter].clone() if parameter in gradients else None
+        for name, value in (logged or {}).items():
+            setattr(self, name, deepcopy(value))
+
+    def not_finite(self, what: str, whole_step: bool = True) -> "NotFinite":
+        """What to raise: names the rows of the packed row at hand, or of the whole step, that give such values."""
+        steps, part = self.row
+        parts = range(part + 1) if whole_step else (part,)
+        row = [group for each in parts for group in self.suspects.row_of(steps, each)]
+        bad, alone = self._bad_samples(self.model_wrapped, row)
+        names = self.suspects.note(bad, steps + 1, what, alone=alone, left_out=False)
+        together = "" if alone else "no row by itself; together "
+        return NotFinite(
+            f"{what}, from {together}{names} (all: {self.suspects.path}); the weights are those of "
+            f"the step before. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        assignment = option("--set", "overrides=")
+        return (
+            f"{option(*RESUME)} goes on from there: with {assignment} train.skip_bad_rows=true without such rows, or "
+            f"with a lower learning_rate or max_grad_norm of the stage {self.stage.name}"
+        )
+
+    def save_at_once(self) -> None:
+        """Write a checkpoint of the last whole step, if there is none yet: what was learnt so far is kept."""
+        step = self.state.global_step
+        there = Path(self.args.output_dir).with_name(f"checkpoint-{step}").exists()
+        if step and not there and self.accelerator.num_processes == 1:
+            self._save_checkpoint(self.model, trial=None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -224,8 +376,9 @@ class StageTrainer(SFTTrainer):
         if found is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.accuracies.append(found.right / max(found.count, 1))
+        weight = found.items if found.weight is None else found.weight
         for name, value in found.figures.items():
-            self.figures.setdefault(name, []).append((value, found.items))
+            self.figures.setdefault(name, []).append((value, weight))
         tokens = torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device)
         self.tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
         # As in trl: items are counted over all processes, and gradients are averaged over them.
@@ -283,8 +436,17 @@ class StageTrainer(SFTTrainer):
         """Show values to trackers beside the log, of which an entry is a step."""
         self.callback_handler.on_log(self.args, self.state, TrainerControl(), logs=values)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(self.args.output_dir).parent, "a checkpoint"):
+            super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
+            if not all(bool(torch.isfinite(p).all()) for p in self._trained()):
+                raise TrainingError(
+                    f"a weight isn't finite after step {self.state.global_step}; no checkpoint was written. "
+                    f"{self._advice()}"
+                )
             save_trained(self.model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -292,6 +454,19 @@ class StageTrainer(SFTTrainer):
         load_trained(self.model, checkpoint)
         counts = [entry["num_tokens"] for entry in read_json(checkpoint / "trainer_state.json")["log_history"]]
         self.tokens = self._total_train_tokens = int(counts[-1])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """With other rates than the checkpoint's, where the recipe has been given others since."""
+        if checkpoint is None or self.optimizer is None or self.lr_scheduler is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] *= rate / group["initial_lr"]
+            group["initial_lr"] = rate
+        self.lr_scheduler.base_lrs = rates
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written once, where the adapter is published."""
@@ -310,6 +485,7 @@ class FiniteGradients(TrainerCallback):
     def __init__(self, parts: dict[str, list[nn.Parameter]]) -> None:
         self.parts = parts
         self.skipped = 0
+        self.error: Callable[[str], TrainingError] = TrainingError  # what to raise, by what was seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.skipped = self.skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
@@ -320,14 +496,14 @@ class FiniteGradients(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.fp16:
-            return
-        norms = [p.grad.norm() for parameters in self.parts.values() for p in parameters if p.grad is not None]
-        if not all(torch.isfinite(norm) for norm in norms):  # of which part is unknown: they were clipped together
-            raise TrainingError(
-                f"a gradient isn't finite at step {state.global_step + 1}; the weights are those of the step before. "
-                f"Lower the learning rate; {option(*RESUME)} goes on from the last checkpoint"
-            )
+        parameters = [p for parameters in self.parts.values() for p in parameters]
+        if not args.fp16 and not finite_gradients(parameters):  # of which part is unknown: they were clipped together
+            raise self.error(f"a gradient isn't finite at step {state.global_step + 1}")
+
+
+def finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
+    norms = [p.grad.norm() for p in parameters if p.grad is not None]
+    return all(bool(torch.isfinite(norm)) for norm in norms)
 
 
 def refuse_several_gpus() -> None:

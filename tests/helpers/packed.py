@@ -1,6 +1,6 @@
 """Samples with a picture, batches of them, and a composite trained on them by one stage's trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,34 +95,42 @@ def composite_with_lora() -> MultimodalModel:
     return model
 
 
-def train_composite(
+def training_of(
     model: MultimodalModel,
     folder: Path,
     *,
     trains: Any = ("projectors", "adapter"),
     rows: list[list[list[int]]] = ROWS,
     collator: Collator | None = None,
-    callbacks: Any = (),
-    resume_from: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     accumulate: int = 1,
     save_every_n_steps: int = 2,
     **changes: Any,
-) -> list[dict[str, float]]:
-    """The log of one stage of training; without a collator over SAMPLES. `changes`: other keys of the stage."""
+) -> StageTraining:
+    """A stage to train; without a collator over SAMPLES. `settings`: other keys of `train`, `changes`: of the stage."""
     options = {"learning_rate": 1e-2, "warmup": 0.1, "weight_decay": 0.01}
     stage = Stage(name="tune", trains=list(trains), **(options | changes))
     set_trainable(model, stage.trains)
-    training = StageTraining(
+    return StageTraining(
         model=model,
         tokenizer=tiny_tokenizer(),
         stage=stage,
-        settings=Train(accumulate=accumulate, save_every_n_steps=save_every_n_steps, stages=[stage]),
+        settings=Train(
+            accumulate=accumulate, save_every_n_steps=save_every_n_steps, stages=[stage], **(settings or {})
+        ),
         collator=collator or collator_of(SAMPLES),
         rows=rows,
         folder=folder,
         seed=11,
         dtype=torch.float32,
     )
+
+
+def train_composite(
+    model: MultimodalModel, folder: Path, *, callbacks: Any = (), resume_from: Path | None = None, **options: Any
+) -> list[dict[str, float]]:
+    """The log of one stage of training; `options`: those of `training_of`."""
+    training = training_of(model, folder, **options)
     with StopBetweenSteps() as stop:
         return train_stage(training, stop, resume_from, callbacks)
 

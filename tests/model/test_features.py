@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_composite, tiny_dataset, tiny_encoder
 
-from finetune.common.errors import ArtifactError, DataError
+from finetune.common.errors import DataError
 from finetune.data.media import decode
 from finetune.data.sample import Layout, Medium
 from finetune.model import feature_store as module
@@ -115,13 +115,13 @@ def test_what_changes_features_changes_the_fingerprint():
     assert len({encoder.fingerprint, *(other.fingerprint for other in others)}) == 1 + len(others)
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_a_damaged_file_is_named_and_removed(tmp_path, capsys):
     store = FeatureStore(tmp_path, "f")
     store.fill([("a", torch.ones(1, 1, 64), ("",))], lambda: None)
     (path,) = store.folder.iterdir()
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ArtifactError, match=f"{path} is damaged"):
-        FeatureStore(tmp_path, "f")
+    assert FeatureStore(tmp_path, "f").missing(["a"]) == ["a"] and not path.exists()
+    assert path.name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -391,12 +391,11 @@ def test_waiting_media_are_bounded(assistant, paths):
 def test_a_request_that_arrives_while_the_worker_tidies_is_kept():
     """Readers hand over through the worker's inbox; its queues are the worker's alone."""
     worker = Worker(PrefixCache(0), EngineLimits())
-    worker.waiting = 2
 
     class Cancelled(HeadQuery):
         @property
         def done(self):
-            worker.deliver(model, late)  # at the worst moment
+            worker.deliver(model, late, late)  # at the worst moment
             return True
 
     model = HostedModel(None, None, SimpleNamespace(generations=[], keep=lambda _: None), frozenset(), None, 32, 0)

@@ -246,6 +246,7 @@ def test_pupil_and_teacher_share_what_each_begins_with():
 def test_a_mask_for_all_tokens_is_never_made(monkeypatch):
     made = []
     visible = row_plan._visible
+    row_plan._masks.cache_clear()
     monkeypatch.setattr(row_plan, "_visible", lambda *args: made.append(visible(*args)) or made[-1])
     model = composite()
     batch = laid_out(QUESTIONS, GROUPS, RowKind.SHARED)
@@ -253,6 +254,13 @@ def test_a_mask_for_all_tokens_is_never_made(monkeypatch):
         token_losses(model, batch)
     longest = max(len(sample.input_ids) for sample in QUESTIONS)
     assert made and max(mask.shape[1] for mask in made if mask is not None) <= longest < batch["input_ids"].shape[1]
+
+
+def attending_by_segments():
+    """What `following` asks of an LLM."""
+    config = SimpleNamespace(_attn_implementation=row_plan.NAME)
+    config.get_text_config = lambda: config
+    return SimpleNamespace(config=config)
 
 
 @pytest.mark.parametrize("asks_for_groups", [True, False], ids=["", "PyTorch 2.11"])
@@ -283,7 +291,7 @@ def test_one_kernel_for_all_segments_is_given_the_same(asks_for_groups):
         return kernel(*inputs, scale=scale, window_size=window_size, enable_gqa=True)
 
     for window in (None, 3, 6):
-        with row_plan.following(plan, SimpleNamespace(config=SimpleNamespace(_attn_implementation=row_plan.NAME))):
+        with row_plan.following(plan, attending_by_segments()):
             mask = row_plan._mask(device=None, local_size=window)
         expected, _ = row_plan._attend(module, query, key, value, mask, scaling=0.3)
         found = row_plan.at_once(query, key, value, plan, window, 0.3, kernel if asks_for_groups else older)

@@ -213,7 +213,7 @@ class ComponentRow:
 def components(content: Content) -> list[ComponentRow]:
     if (recipe := content.recipe) is None:
         return []
-    llm = recipe.model.llm
+    llm = recipe.model.language_model
     options = words.options(llm.model_dump(mode="json", exclude={"name", "revision"}))
     commit = content.commits.get("llm") or llm.revision or ""
     rows = [ComponentRow("LLM", words.short_path(llm.name), options, commit)]

@@ -6,13 +6,14 @@ Shapes: N media, each of S segments of L rows of width W.
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol
 
 from typing_extensions import TypedDict  # pydantic takes no other one before Python 3.12
 
 from finetune.common.registry import PartOptions
-from finetune.data.sample import Layout, Prepared
+from finetune.data.sample import Layout, Medium, Prepared, Values
 
 if TYPE_CHECKING:
     import torch
@@ -50,14 +51,18 @@ class Encoder(ABC):
         """The layout of every medium; None if it depends on the medium."""
         return None
 
+    def layout_at(self, medium: Medium) -> Layout | None:
+        """The layout of one medium by the header of its file; None where only decoding tells. Raises MediaError."""
+        return None
+
     @abstractmethod
     def prepare(self, decoded: Any) -> Prepared:
         """A decoded medium -> float32 values on the CPU, without batch axis, and their layout. Runs in data workers."""
 
     @abstractmethod
-    def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
-        """Stacked `Prepared.values` (N, ...) -> features (N, S, L, W) as their layout says, in the module's dtype and
-        on its device.
+    def encode(self, batch: Any) -> "torch.Tensor":
+        """Stacked `Prepared.values` (N, ...), or named ones of one medium -> features (N, S, L, W) as their layout
+        says, in the module's dtype and on its device.
         """
 
     def settings(self) -> EncoderSettings:
@@ -67,6 +72,14 @@ class Encoder(ABC):
             "config": json.loads(self.module.config.to_json_string(use_diff=False)),
             "processor": json.loads(self.processor.to_json_string()),
         }
+
+
+def together(values: Sequence[Values]) -> Values:
+    """Values of the same shapes as one batch; named ones are a batch of one already, and come alone."""
+    import torch
+
+    first = values[0]
+    return first if isinstance(first, Mapping) else torch.stack([one for one in values if not isinstance(one, Mapping)])
 
 
 class EncoderContract(Protocol):

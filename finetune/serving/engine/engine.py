@@ -14,7 +14,7 @@ from finetune.model.tokenize import answer_ends
 from finetune.serving.engine.answer_stream import AnswerStream
 from finetune.serving.engine.batch import GenerationBatch
 from finetune.serving.engine.cache import PrefixCache
-from finetune.serving.engine.contract import Busy, EngineLimits, ModelInfo, Request, Stats, TaskInfo, TimedOut
+from finetune.serving.engine.contract import EngineLimits, ModelInfo, Request, Stats, TaskInfo, TimedOut
 from finetune.serving.engine.generation import Generation
 from finetune.serving.engine.prompt import DecodedMedia, FeatureCache, MediaPool, MediaReader, read_prompt
 from finetune.serving.engine.sampling import Vocabulary
@@ -63,13 +63,13 @@ class BatchingEngine:
         """Raises Busy; DataError for an unknown model or an invalid strength."""
         model = self._model(request.model)
         strengths = model.assistant.strengths(request.strength, model.strengths)
-        self._enter_queue()
         stream = AnswerStream(request.timeout_seconds, self._worker.notify)
+        self._worker.accept(stream)
 
         def read() -> None:
-            self._worker.deliver(model, self._generation(model, request, stream, strengths))
+            self._worker.deliver(model, self._generation(model, request, stream, strengths), stream)
 
-        self._readers.submit(self._read, read, stream.put, lambda: stream.cancelled)
+        self._readers.submit(self._read, stream, read, stream.put, lambda: stream.cancelled)
         return stream
 
     async def ask(self, model: str, task: str, messages: tuple[Message, ...], timeout_seconds: float) -> Answer:
@@ -78,14 +78,14 @@ class BatchingEngine:
         if task not in self.models[model].tasks:
             tasks = ", ".join(self.models[model].tasks) or "none"
             raise DataError(f"the model {model!r} has no task {task!r}; there are: {tasks}")
-        self._enter_queue()
         query = HeadQuery(task, messages)
+        self._worker.accept(query)
 
         def read() -> None:
             query.view = DecodedMedia(hosted.media, messages)
-            self._worker.deliver(hosted, query)
+            self._worker.deliver(hosted, query, query)
 
-        self._readers.submit(self._read, read, query.fail, query.future.done)
+        self._readers.submit(self._read, query, read, query.fail, query.future.done)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(query.future), timeout_seconds)
         except TimeoutError:
@@ -112,28 +112,18 @@ class BatchingEngine:
             raise DataError(f"there is no model {name!r}; there are: {', '.join(self._hosted)}")
         return self._hosted[name]
 
-    def _enter_queue(self) -> None:
-        worker = self._worker
-        with worker.wake:
-            if worker.draining or worker.waiting >= self.limits.queue_limit:
-                worker.count("requests_refused")
-                rounds = 1 + worker.waiting // self.limits.max_batch
-                raise Busy(max(1.0, rounds * worker.seconds))
-            worker.waiting += 1
-            worker.count("requests")
-
-    def _read(self, read: Callable[[], None], fail: Fail, is_cancelled: Callable[[], bool]) -> None:
-        """In a reader thread: `read` delivers a request to the worker, or the request fails."""
+    def _read(self, request: object, read: Callable[[], None], fail: Fail, is_cancelled: Callable[[], bool]) -> None:
+        """In a reader thread: `read` delivers an accepted request to the worker, or the request fails."""
         if is_cancelled():
+            self._worker.drop(request)
             self._worker.count("requests_cancelled")
-            self._worker.leave_queue()
             return
         try:
             if self._worker.stopped:
                 raise STOPPED
             read()
         except Exception as error:  # whatever a decoder raises for a client's file, the client gets it
-            self._worker.leave_queue()
+            self._worker.drop(request)
             self._worker.fail(error, fail)
 
     def _generation(

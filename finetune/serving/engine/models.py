@@ -45,7 +45,7 @@ def _base_of(folder: Path) -> str | None:
     """A key of an adapter's LLM and its quantization; None if its weights can't be shared."""
     if not (folder / MANIFEST).is_file():
         return None
-    llm, adapter = AdapterManifest.read(folder).model.llm, saved_adapter(folder)
+    llm, adapter = AdapterManifest.read(folder).model.language_model, saved_adapter(folder)
     # bitsandbytes moves 8-bit weights out of their parameters at first use.
     if llm.quantize == "int8" or (adapter is not None and adapter.initialization not in BASE_UNCHANGED):
         return None

@@ -53,7 +53,7 @@ class MediaPool:
     def waiting_bytes(self, exclude: Collection[SharedMedium] = ()) -> int:
         with self._lock:
             waiting = [medium.prepared for medium in self._media.values() if medium not in exclude]
-        return sum(prepared.values.nbytes for prepared in waiting if prepared is not None)
+        return sum(tensor.nbytes for prepared in waiting if prepared is not None for tensor in prepared.tensors)
 
 
 @dataclass
@@ -128,7 +128,7 @@ def read_prompt(
     """
     messages = without_kinds(messages, [kind for kind in strengths if strengths[kind] == 0])
     media = reader.decode(messages)
-    segments = assistant.model.composition.placement.segments_by(lambda medium: _layout(media[medium]))
+    segments = assistant.model.placement.segments_by(lambda medium: _layout(media[medium]))
     tokens = tokenize_prompt(messages, assistant.tokenizer, assistant.placeholders, segments)
     length, context = len(tokens.input_ids), context_length(assistant.model.causal_lm)
     if context and length >= context:

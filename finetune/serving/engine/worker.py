@@ -80,8 +80,8 @@ class HostedModel:
 
 
 class Worker:
-    """`waiting`: accepted requests that are neither in a batch nor answered; changed under `wake`. Reader threads
-    hand over requests by `deliver`.
+    """Reader threads take requests by `accept` and hand them over by `deliver`; all queues behind these are the
+    worker's own. `reading`: what has been accepted and not handed over yet, under `wake`.
     """
 
     def __init__(self, prefixes: PrefixCache, limits: EngineLimits) -> None:
@@ -90,7 +90,7 @@ class Worker:
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.seconds = 1.0  # moving average of an answer's duration
         self.wake = threading.Condition()
-        self.waiting = 0
+        self.reading: set[object] = set()
         self.draining = self.stopped = False
         self._inbox: list[tuple[HostedModel, Generation | HeadQuery]] = []  # under `wake`
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
@@ -119,10 +119,34 @@ class Worker:
                     generation.stream.deadline = 0.0
             self._thread.join(0.1)
 
-    def deliver(self, model: HostedModel, item: Generation | HeadQuery) -> None:
-        """Hand over a request that has been read."""
+    @property
+    def waiting(self) -> int:
+        """Accepted requests that are neither in a batch nor answered, by what is there."""
         with self.wake:
+            queued = sum(len(model.ready) + len(model.queries) for model in self.models)
+            return len(self.reading) + len(self._inbox) + queued
+
+    def accept(self, request: object) -> None:
+        """`request` is to be read. Raises Busy."""
+        with self.wake:
+            if self.draining or self.waiting >= self.limits.queue_limit:
+                self.count("requests_refused")
+                rounds = 1 + self.waiting // self.limits.max_batch
+                raise Busy(max(1.0, rounds * self.seconds))
+            self.reading.add(request)
+            self.count("requests")
+
+    def deliver(self, model: HostedModel, item: Generation | HeadQuery, request: object) -> None:
+        """Hand over an accepted request that has been read: as `item`."""
+        with self.wake:
+            self.reading.discard(request)
             self._inbox.append((model, item))
+            self.wake.notify_all()
+
+    def drop(self, request: object) -> None:
+        """An accepted request that won't be handed over."""
+        with self.wake:
+            self.reading.discard(request)
             self.wake.notify_all()
 
     def notify(self) -> None:
@@ -132,11 +156,6 @@ class Worker:
     def count(self, name: str, number: int = 1) -> None:
         with self.wake:
             self.counters[name] += number
-
-    def leave_queue(self, number: int = 1) -> None:
-        with self.wake:
-            self.waiting -= number
-            self.wake.notify_all()
 
     def fail(self, error: Exception, *requests: Fail) -> None:
         """Report an error to the requests that it concerns, each given by its `fail`."""
@@ -155,6 +174,8 @@ class Worker:
         for model in self.models:
             self.fail(STOPPED, *(one.fail for one in (*model.running, *model.ready) if not one.done))
             self.fail(STOPPED, *(query.fail for query in model.queries))
+            model.ready.clear()
+            model.queries.clear()
 
     def _work(self) -> None:
         while self._wait():
@@ -213,7 +234,6 @@ class Worker:
                 break
             if joining and model.static and new.strengths != joining[0].strengths:
                 break
-            self.leave_queue()
             joining.append(model.ready.popleft())
             if not self._encode_media(model, new):
                 joining.pop()
@@ -243,10 +263,8 @@ class Worker:
             return
         model.batch_size = max(1, len(unfinished) // 2) if _is_memory(error) else 1
         model.ready.extendleft(reversed(unfinished))
-        self.leave_queue(-len(unfinished))
 
     def _answer_query(self, model: HostedModel, query: HeadQuery) -> None:
-        self.leave_queue()
         if not query.future.set_running_or_notify_cancel():
             self.count("requests_cancelled")
             return
@@ -269,9 +287,8 @@ class Worker:
         ready = deque(generation for generation in model.ready if not generation.done)
         queries = deque(query for query in model.queries if not query.done)
         if dropped := len(model.ready) - len(ready) + len(model.queries) - len(queries):
-            self.leave_queue(dropped)
-            self.count("requests_cancelled", dropped)
             model.ready, model.queries = ready, queries
+            self.count("requests_cancelled", dropped)
 
     def _finish(self, model: HostedModel, ended: Sequence[Generation]) -> None:
         """Count answers before their last pieces are sent: a client that has a whole answer finds it counted."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class BatchLoss:
     """`total`: the loss summed over `items`, a scalar with its gradient. The trainer divides it by the items of all
     batches and processes of an optimizer step. `right` of `count` tokens and labels are predicted. `figures`: means
-    over the items, by the names in the file's `FIGURES`.
+    over the items, or over `weight` of them where that is another number, by the names in the file's `FIGURES`.
     """
 
     total: "Tensor"
@@ -26,6 +26,7 @@ class BatchLoss:
     right: float
     count: int
     figures: Mapping[str, float] = field(default_factory=dict)
+    weight: int | None = None
 
 
 class ObjectiveContract(Protocol):
@@ -36,6 +37,9 @@ class ObjectiveContract(Protocol):
     HEADS: bool  # whether heads with weights learn by it
     FIGURES: tuple[str, ...]  # what is logged in each step besides the loss and the accuracy
     Options: type[PartOptions]
+
+    # With `NEEDS` "questions" also `items_of(options, tokens, answers) -> int`: what a batch with so many sampled
+    # answers, of so many tokens together, adds to the items.
 
     def loss(self, model: Any, composite: "MultimodalModel", batch: "Batch", options: Any) -> BatchLoss | None:
         """The loss of a batch. `model` is to be called: `composite` as accelerate wraps it, with trl's fused head that

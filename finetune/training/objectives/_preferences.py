@@ -64,7 +64,7 @@ def answers_of(model: Any, batch: "Batch") -> Answers:
     import torch
 
     compared = batch["compared"]
-    inputs = {key: value for key, value in batch.items() if key not in ("compared", "items")}
+    inputs = {key: value for key, value in batch.items() if key not in ("compared", "items", "rollout")}
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     by_token = outputs.log_probs[0].float()
     counts = compared["tokens"]

@@ -20,7 +20,6 @@ from finetune.training.steps import has_auto
 
 LINE_SECONDS = 60.0
 WAIT_SECONDS = 300.0
-DTYPE = "model.llm.dtype"
 # What torchrun tells its processes; a plan isn't one of them.
 OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -57,15 +56,20 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
+def with_dtype_of_run(recipe: Recipe, dtype: str) -> Recipe:
+    """The recipe with the dtype that a run computes in."""
+    return recipe.with_(**{f"{recipe.model.language_key}.dtype": dtype})
+
+
 def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe with the dtype and the numbers that a run began with in the place of `auto`. Raises RecipeError."""
-    train, llm = recipe.train, recipe.model.llm
+    train, llm = recipe.train, recipe.model.language_model
     keys = [key for key in ("tokens_per_batch", "checkpoint_every_n_layers", "cache") if getattr(train, key) == "auto"]
     if not (keys or has_auto(train) or llm.dtype == "auto") or not folder.recipe.is_file():
         return recipe
     before = load_recipe(folder.recipe)
     if llm.dtype == "auto":
-        recipe = recipe.with_(**{DTYPE: before.model.llm.dtype})
+        recipe = with_dtype_of_run(recipe, before.model.language_model.dtype)
     begun = before.train
     if len(begun.stages) != len(train.stages):
         return recipe

@@ -54,7 +54,8 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
     planned = PlannedRun(recipe, rows)
     components, dtype = planned.run.components, planned.run.components.dtype
     model = composed(planned, recipe, dtype)
-    row_kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes, recipe.model.llm.attention == "auto")
+    by_segments = recipe.model.language_model.attention == "auto"
+    row_kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes, by_segments)
     weights_16bit = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
     with Rehearsal() as meter:
         without_data(model, dtype)
@@ -100,7 +101,7 @@ def composed(planned: PlannedRun, recipe: Recipe, dtype: torch.dtype) -> Multimo
     """
     adapter = recipe.adapter and recipe.adapter.model_copy(update={"initialization": "default"})
     planned.run.recipe = recipe.model_copy(update={"adapter": adapter})
-    llm = recipe.model.llm.model_copy(update={"quantize": "none"} if recipe.train.dequantize_once else {})
+    llm = recipe.model.language_model.model_copy(update={"quantize": "none"} if recipe.train.dequantize_once else {})
     language_model = language_model_on_meta(llm, dtype)
     model = planned.run.build(with_encoders=not recipe.train.cache, language_model=language_model)
     set_up(model, recipe.train)

@@ -36,7 +36,7 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     quiet_libraries()
     card = card_named(gpu) if gpu else own_card() or CARDS[DEFAULT]
     card = card if rent is None else replace(card, rent=rent)
-    dtype = recipe.model.llm.dtype
+    dtype = recipe.model.language_model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if card.bfloat16 else "float16"
     recipe = with_dtype(recipe, dtype)
@@ -99,7 +99,7 @@ def _automatic(recipe: Recipe, rows: PlannedRows, card: Card) -> tuple[Recipe, M
 
     chosen = 0 if fits(0) else 1
     if chosen and fits(1):
-        layers = read_config(recipe.model.llm).get_text_config().num_hidden_layers
+        layers = read_config(recipe.model.language_model).get_text_config().num_hidden_layers
         each = (needed[0] - needed[1]) / layers  # about what a checkpoint saves
         likely = (n for n in range(layers, 1, -1) if not status(round(needed[0] - each * ceil(layers / n)), memory))
         chosen = next((n for n in likely if fits(n)), 1)
@@ -184,8 +184,8 @@ def _steps(recipe: Recipe, measured: Measured) -> Iterator[dict[str, Any]]:
         yield {"train.dequantize_once": False}
     if fullest.startswith("train") and train.checkpoint_every_n_layers != 1:
         yield {CHECKPOINTS: 1}
-    if recipe.model.llm.quantize != "nf4":
-        yield {"model.llm.quantize": "nf4"}
+    if recipe.model.language_model.quantize != "nf4":
+        yield {f"{recipe.model.language_key}.quantize": "nf4"}
     if fullest.startswith("train"):
         if any(stage.optimizer == "adamw_torch" for stage in train.stages):
             yield {f"train.stages.{n}.optimizer": "paged_adamw_8bit" for n in range(len(train.stages))}
@@ -211,7 +211,7 @@ def _disk(recipe: Recipe, measured: Measured) -> dict[str, int]:
         "checkpoints": 2 * measured.checkpoint + (stages - 1) * measured.trained,
         "adapter": measured.trained,
         # Two candidates are compared where the LLM was trained in 4 bits; one is kept.
-        "merged model": measured.weights_16bit * (2 if recipe.model.llm.quantize == "nf4" else 1),
+        "merged model": measured.weights_16bit * (2 if recipe.model.language_model.quantize == "nf4" else 1),
     }
 
 
@@ -246,6 +246,6 @@ def _notes(recipe: Recipe, rows: PlannedRows, measured: Measured, card: Card) ->
         notes.append(f"{len(rows.training)} of {rows.count:,} training rows were tokenized")
     if measured.row_kind is RowKind.PADDED:
         notes.append("this LLM takes no positions: samples were planned in padded rows")
-    if recipe.model.llm.attention not in ("auto", "sdpa", "eager"):
-        notes.append(f"{recipe.model.llm.attention} was planned as torch's own fused attention")
+    if recipe.model.language_model.attention not in ("auto", "sdpa", "eager"):
+        notes.append(f"{recipe.model.language_model.attention} was planned as torch's own fused attention")
     return tuple(notes)

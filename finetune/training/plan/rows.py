@@ -20,7 +20,7 @@ from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.parts import ObjectivePart
-from finetune.recipe.schema import Llm, Stage
+from finetune.recipe.schema import Stage
 from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
@@ -66,8 +66,7 @@ class PlannedRows:
 
 def with_dtype(recipe: Recipe, dtype: str, **llm: Any) -> Recipe:
     """The recipe with the dtype of its LLM named."""
-    changed: Llm = recipe.model.llm.model_copy(update={"dtype": dtype, **llm})
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"llm": changed})})
+    return recipe.model_copy(update={"model": recipe.model.with_language_model(dtype=dtype, **llm)})
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:

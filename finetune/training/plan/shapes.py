@@ -11,12 +11,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.common.hub import loading
 from finetune.model.language_model import quantization, read_config, ready
-from finetune.recipe.schema import Llm
+from finetune.recipe.schema import LanguageModel
 
 META = torch.device("meta")
 
 
-def language_model_on_meta(llm: Llm, dtype: torch.dtype) -> Any:
+def language_model_on_meta(llm: LanguageModel, dtype: torch.dtype) -> Any:
     """The LLM as `load_language_model` gives it, from its config alone. Raises ModelError."""
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": llm.trust_remote_code}
     if llm.attention == "eager":  # the other implementations keep what torch's own fused attention keeps

@@ -49,7 +49,7 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     arguments.bf16_full_eval = True  # so that the Trainer leaves the model where it is: without data it can't be moved
     arguments.output_dir, arguments.report_to = gettempdir(), []  # the Trainer makes the folder, and asks for trackers
     trainer = StageTrainer(
-        stage,
+        training,
         parts,
         model=model,
         args=arguments,

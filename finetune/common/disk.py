@@ -1,0 +1,47 @@
+"""Room on disks: looked at before much is written, and told about when there is none."""
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.common.errors import RESUME, FinetuneError, TrainingError, option
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Of safetensors and torch, which raise errors of their own: by the system's number, or for any write that failed.
+SAID = re.compile(rf"os error ({'|'.join(map(str, sorted(FULL)))})\b|PytorchStreamWriter|iostream error|unexpected pos")
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder, which need not exist yet, is on."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def refuse_full(folder: Path, needed: int, what: str) -> None:
+    """Raises TrainingError where `needed` bytes for `what` don't fit onto the folder's disk."""
+    free = free_bytes(folder)
+    if needed > free:
+        raise TrainingError(
+            f"{folder}: {what} need {needed:,} bytes ({needed / 2**30:.2f} GiB), and {free:,} are free "
+            f"({free / 2**30:.2f} GiB): make room, or choose another disk"
+        )
+
+
+@contextmanager
+def writing(folder: Path, what: str) -> Iterator[None]:
+    """Raises TrainingError where the disk gets full in the block."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in FULL and not SAID.search(str(error)):
+            raise
+        free = free_bytes(folder)
+        raise TrainingError(
+            f"{folder}: no room for {what}: {free:,} bytes are free, and a file may be no larger than the system "
+            f"allows. What was there before is whole: make room, and {option(*RESUME)} goes on"
+        ) from error

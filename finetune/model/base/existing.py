@@ -1,0 +1,281 @@
+"""A base: its config and processor, and its weights when they are asked for."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
+
+from finetune.common.errors import ModelError
+from finetune.common.hub import loading
+from finetune.data.sample import Layout
+from finetune.model.base.config import media_in_config
+from finetune.model.composition import Rope
+from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
+from finetune.model.tokenize import WORD, Placeholder, takes_parts
+from finetune.recipe.schema import Base, Quantize
+
+# At the end of a conversation, for templates that end answers with nothing that could be learned.
+END = "{% if messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+PLAIN_PARTS = PLAIN_TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else tokens[part['type']] }}"
+    "{% endfor %}",
+)
+
+
+@dataclass
+class ExistingModel:
+    """`media`: the kinds that it takes. `dtype`: of the weights that aren't quantized, and of the computation."""
+
+    settings: Base
+    config: Any
+    processor: Any
+    media: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def load(cls, settings: Base, dtype: torch.dtype, device: torch.device) -> "ExistingModel":
+        """Read its config and processor, no weights. Raises ModelError where it isn't a model that takes media, or
+        can't be loaded without running code of its repository.
+        """
+        what = f"base {settings.name!r}"
+        with loading(what, settings.name) as local_only:
+            options: dict[str, Any] = {"revision": settings.revision, "local_files_only": local_only}
+            config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False, **options)
+            if _model_class(config) is None:
+                raise ModelError(
+                    f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
+                    "it as model.llm if it is a text-only LLM"
+                )
+            processor = _processor(settings.name, config, options)
+        media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
+        if not media:
+            raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
+        _complete_template(processor, settings, media)
+        return cls(settings, config, processor, media, dtype, device)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The model on the meta device: names and shapes."""
+        with torch.device("meta"), no_init_weights():
+            return _model_class(self.config)._from_config(self.config, dtype=self.dtype)
+
+    @cached_property
+    def model(self) -> Any:
+        """The weights, frozen, in evaluation mode; the decoder's quantized as the settings say. Raises ModelError."""
+        if self.device.type == "meta":
+            return self.skeleton.eval().requires_grad_(False)
+        settings = self.settings
+        options: dict[str, Any] = {"device_map": {"": self.device}, "dtype": self.dtype, "use_safetensors": True}
+        if settings.attention != "auto":
+            options["attn_implementation"] = settings.attention
+        with loading(f"base {settings.name!r}", settings.name) as local_only:
+            model, report = _model_class(self.config).from_pretrained(
+                settings.name,
+                revision=settings.revision,
+                quantization_config=self.quantization(),
+                local_files_only=local_only,
+                adapter_kwargs={"local_files_only": local_only},
+                output_loading_info=True,
+                **options,
+            )
+        if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:  # transformers would draw them at random
+            raise ModelError(
+                f"base {settings.name!r}: {len(wrong)} weights of {type(model).__name__} aren't in its files, or have "
+                f"another shape: {sorted(map(str, wrong))[0]}"
+            )
+        keep_layout(model)
+        return model.eval().requires_grad_(False)
+
+    def anew(self, quantize: Quantize, device: torch.device) -> "ExistingModel":
+        """The same, to be loaded another time, otherwise quantized."""
+        return replace(self, settings=self.settings.model_copy(update={"quantize": quantize}), device=device)
+
+    def forget(self) -> None:
+        """Let go of the weights."""
+        self.__dict__.pop("model", None)
+
+    def save_processor(self, folder: Path) -> None:
+        """Write the processor as it came, with what of it can't be read here."""
+        own, completed = getattr(self.processor, "chat_template", None), self.tokenizer.chat_template
+        self.tokenizer.chat_template = own or completed
+        self.processor.save_pretrained(folder)
+        self.tokenizer.chat_template = completed
+        source = Path(self.settings.name)
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            if source.is_dir() and (source / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(source / name, folder / name)
+
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """transformers' settings, which leave all modules alone that aren't the decoder's."""
+        config = quantization(self.settings, self.dtype)
+        if config is not None:
+            config.llm_int8_skip_modules = modules_beside(self.skeleton, self.skeleton.get_decoder())
+        return config
+
+    @property
+    def rope(self) -> Rope | None:
+        """See `Placement.rope`."""
+        return self.positions if hasattr(self.skeleton.base_model, "get_rope_index") else None
+
+    def positions(self, input_ids: Sequence[int], media: Sequence[tuple[str, Layout]]) -> list[list[int]]:
+        """The positions (3, T) of one sample, by the model's own rule."""
+        ids = torch.tensor([list(input_ids)])
+        kinds = torch.zeros_like(ids)
+        given: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
+        for number, kind in enumerate(("image", "video"), 1):
+            if kind in self.media:
+                kinds[ids == self.token_id(kind)] = number
+            if layouts := [layout for other, layout in media if other == kind]:
+                given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
+                if layouts[0].grid_seconds is not None:
+                    given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
+        if sounds := [layout for other, layout in media if other == "audio"]:
+            given["audio_seqlens"] = torch.tensor([4 * one.rows * len(one.marks) for one in sounds])  # frames
+        rule = self.skeleton.base_model.get_rope_index
+        taken = signature(rule).parameters
+        found, _ = rule(**{name: value for name, value in given.items() if name in taken})
+        result: list[list[int]] = found[:, 0].tolist()
+        return result
+
+    def token_id(self, kind: str) -> int:
+        """Of the placeholder that stands for a row of features."""
+        for key in (f"{kind}_token_id", f"{kind}_token_index"):
+            for config in (self.config, getattr(self.config, "thinker_config", None)):
+                if isinstance(number := getattr(config, key, None), int):
+                    return number
+        raise ModelError(f"base {self.settings.name!r}: its config names no token for {kind}")
+
+    def placeholders(self) -> dict[str, Placeholder]:
+        """{medium: the token that its chat template writes, and the id of those that stand for features}"""
+        found = {}
+        for kind in self.media:
+            number = self.token_id(kind)
+            token = getattr(self.processor, f"{kind}_token", None) or self.tokenizer.convert_ids_to_tokens(number)
+            found[kind] = Placeholder(token, number, native=True)
+        return found
+
+
+def _model_class(config: Any) -> Any:
+    """The class of a model that takes media and writes text; None where transformers has none for this config."""
+    for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            # AudioFlamingo 3 is listed among translators, which take no media.
+            return found if any(kind in ("image", "audio") for kind in found.input_modalities) else None
+    return None
+
+
+def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
+    """Names of the outermost modules that don't hold `part`, nor are in it."""
+    if whole is part:
+        return []
+    if not any(module is part for module in whole.modules()):
+        return [name]
+    inner = (modules_beside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
+    return [beside for names in inner for beside in names]
+
+
+def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
+    """Of all media that can be read here: transformers reads videos with torchvision only. Raises ModelError."""
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **options)
+    except ImportError as missing:
+        whole = _processor_class(name, config, options)
+        if whole is None or "video_processor" not in whole.get_attributes():
+            raise ModelError(f"processor of base {name!r}: {' '.join(str(missing).split())}") from None
+        processor = _without_videos(whole, name, options)
+    if getattr(processor, "tokenizer", None) is None:
+        raise ModelError(
+            f"base {name!r}: there is no processor of its media in it, only a {type(processor).__name__}: take the "
+            "repository that has preprocessor_config.json, or copy it from there"
+        )
+    return processor
+
+
+def _processor_class(name: str, config: Any, options: Mapping[str, Any]) -> Any:
+    """By the files of a base, as AutoProcessor finds it, or by its config."""
+    of_pictures, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
+    named = getattr(transformers, str(of_pictures.get("processor_class")), None)
+    return named or PROCESSOR_MAPPING.get(type(config))
+
+
+def _without_videos(whole: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """A base's processor for all its media but videos. Raises ModelError where another package is missing."""
+
+    def check_argument_for_proper_class(self: Any, part: str, value: Any) -> Any:
+        return None if value is None else whole.check_argument_for_proper_class(self, part, value)
+
+    processor_class = type(
+        whole.__name__,  # which its files name
+        (whole,),
+        {
+            "check_argument_for_proper_class": check_argument_for_proper_class,
+            # SmolVLM's own asks the video processor for its frames, also where there is no video.
+            "apply_chat_template": transformers.ProcessorMixin.apply_chat_template,
+        },
+    )
+    settings, _ = processor_class.get_processor_dict(name, **options)
+    try:
+        parts = [
+            None
+            if part == "video_processor"
+            else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+            for part in processor_class.get_attributes()
+        ]
+        return processor_class.from_args_and_dict(parts, settings)
+    except (ImportError, AttributeError) as missing:  # MiniCPM-V's reads its settings at once
+        raise ModelError(f"processor of base {name!r} needs a package: {' '.join(str(missing).split())}") from None
+
+
+def _reads_videos(processor: Any) -> bool:
+    return getattr(processor, "video_processor", None) is not None
+
+
+def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -> None:
+    """Give the tokenizer the processor's chat template, with the tokens at both ends that training needs."""
+    tokenizer = processor.tokenizer
+    if tokenizer.eos_token is None:
+        raise ModelError(f"tokenizer of {settings.name!r} has no end-of-text token: an answer could never end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    if settings.chat_template is not None:
+        template = settings.chat_template.read_text(encoding="utf-8")
+        processor.chat_template = template
+    if template is None:
+        tokens = {kind: getattr(processor, f"{kind}_token", f"<{kind}>") for kind in media}
+        template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
+    tokenizer.chat_template = template
+    content: Any = [{"type": "text", "text": WORD}] if takes_parts(tokenizer) else WORD
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+    question, whole = (
+        tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=count == 1)
+        for count in (1, 2)
+    )
+    if not whole.rpartition(WORD)[2].strip():  # nothing ends the answer
+        tokenizer.chat_template += END
+    first = tokenizer(question)["input_ids"][0]
+    if first == tokenizer.bos_token_id and not question.startswith(tokenizer.bos_token):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template

@@ -1,0 +1,122 @@
+"""Which parameters of a base are its language model, its encoders and its projectors."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.common.errors import ModelError
+
+
+@dataclass(frozen=True)
+class MediumRoles:
+    """Names, in the base, of the parameters that the features of one medium come from."""
+
+    encoder: tuple[str, ...]
+    projector: tuple[str, ...]
+
+
+def linear_layers(model: Any, targets: str | list[str]) -> list[str]:
+    """Full names of the decoder's linear layers: all, or those whose names end in one of `targets`. Raises ModelError
+    where there are none.
+    """
+    inside = {id(module) for module in model.get_decoder().modules()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, nn.Linear) and _matches(name, targets)
+    ]
+    if not names:
+        wanted = "linear layers" if targets == "all-linear" else f"modules {', '.join(targets)}"
+        raise ModelError(f"adapter.targets: the decoder of this {type(model).__name__} has no {wanted}")
+    return names
+
+
+def _matches(name: str, targets: str | list[str]) -> bool:
+    return targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def roles_of(model: Any, kind: str, features: Callable[[], Tensor]) -> MediumRoles:
+    """The roles of one medium's parameters, tried: `features()` computes the features of any medium of this kind.
+
+    What features depend on is the encoder's, if it is in the module that transformers gives as such, and otherwise the
+    projector's. Where the encoder's module holds all of it (Qwen's `merger`), the projector is what comes behind the
+    encoder's last layer: what no layer reads. Raises ModelError.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    tower = encoder_of(model, kind)
+    inputs: list[Tensor] = []
+    last = last_layer(tower)
+    handle = last.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    language = {id(p) for module in (model.get_decoder(), model.get_output_embeddings()) for p in module.parameters()}
+    tried = {id(p): p for p in model.parameters() if p.is_floating_point() and id(p) not in language}
+    before = {key: p.requires_grad for key, p in tried.items()}
+    try:
+        for p in tried.values():
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            used = _reached(features().float().sum(), tried, keep=True)
+            within = {id(p) for p in tower.parameters()}
+            outside = used - within
+            if not outside:
+                read = _reached(sum(one.float().sum() for one in inputs), tried)  # by the last layer
+                outside = used - read - {id(p) for p in last.parameters()}
+    finally:
+        handle.remove()
+        for key, p in tried.items():
+            p.requires_grad_(before[key])
+    encoder = tuple(name for key, name in names.items() if key in used - outside)
+    projector = tuple(name for key, name in names.items() if key in outside)
+    if not encoder or not projector:
+        raise ModelError(
+            f"in this {type(model).__name__} it can't be told what of {kind} is the encoder and what the projector: "
+            "train the adapter alone"
+        )
+    return MediumRoles(encoder, projector)
+
+
+def _reached(total: Any, parameters: dict[int, nn.Parameter], keep: bool = False) -> set[int]:
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=keep)
+    return {key for key, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def encoder_of(model: Any, kind: str) -> Any:
+    """The module that encodes media of a kind: transformers' accessor knows most; else the only model inside that isn't
+    the decoder. Raises ModelError.
+    """
+    decoder = model.get_decoder()
+    found = model.get_encoder(modality=kind)
+    if not any(module is decoder for module in found.modules()):
+        return found
+    from transformers import PreTrainedModel
+
+    others = [m for m in _outermost(model, decoder) if isinstance(m, PreTrainedModel)]
+    if len(others) == 1:
+        return others[0]
+    raise ModelError(f"this {type(model).__name__} doesn't tell which of its modules is the encoder of {kind}")
+
+
+def _outermost(whole: nn.Module, part: nn.Module) -> Iterable[nn.Module]:
+    for child in whole.children():
+        if child is part:
+            continue
+        if any(module is part for module in child.modules()):
+            yield from _outermost(child, part)
+        else:
+            yield child
+
+
+def layers_of(tower: Any) -> nn.ModuleList:
+    """An encoder's layers: its longest list of modules of one class. Raises ModelError."""
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len({type(one) for one in m}) == 1]
+    if not lists:
+        raise ModelError(f"{type(tower).__name__} has no list of layers")
+    return max(lists, key=len)
+
+
+def last_layer(tower: Any) -> nn.Module:
+    return layers_of(tower)[-1]

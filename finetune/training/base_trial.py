@@ -1,0 +1,155 @@
+"""Which way a base's training rows may be laid out: tried on two short samples with a medium, against the base's own
+forward of one of them alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from finetune.common.errors import ModelError
+from finetune.data.media.video import Clip
+from finetune.data.sample import Medium, Message, Prepared, Sample
+from finetune.model.build import Components
+from finetune.model.composite import MultimodalModel
+from finetune.model.row_plan import RowKind, by_segments, short_windows
+from finetune.model.tokenize import Tokens, tokenize
+from finetune.training.collate import Collator, PackedRow
+from finetune.training.samples import TokenizedSample, TokenizedSamples
+
+TOLERANCE = 1e-3  # of the norm of the hidden states
+HALF_TOLERANCE = 0.03  # rows of another length round otherwise in half precision, and over 8-bit weights
+KINDS = (RowKind.SHARED, RowKind.SEGMENTS, RowKind.PACKED, RowKind.PADDED)
+ANSWERS = ("a b c", "d e")
+TYPES = {"image": 1, "video": 2, "audio": 3}  # of tokens, in transformers
+
+
+class _Shown:
+    """The media of the trial, each prepared once."""
+
+    def __init__(self, components: Components) -> None:
+        self.encoders = components.encoders
+        self.prepared: dict[str, Prepared] = {}
+
+    def of(self, medium: Medium) -> Prepared:
+        if medium.kind not in self.prepared:
+            self.prepared[medium.kind] = self.encoders[medium.kind].prepare(medium.content)
+        return self.prepared[medium.kind]
+
+
+def base_row_kind(
+    model: MultimodalModel, components: Components, kinds: Sequence[str], share: bool, segments: bool
+) -> tuple[RowKind, str]:
+    """The best layout that is exact for samples with media of these `kinds`, and a line that says which it is. Without
+    `segments`, by the base's own attention. Raises ModelError where not even single samples are as they are alone in
+    the base's own forward.
+    """
+    allowed = [kind for kind in KINDS if (share or kind is not RowKind.SHARED)]
+    allowed = [kind for kind in allowed if segments or kind in (RowKind.PACKED, RowKind.PADDED)]
+    before = model.training
+    model.eval()
+    try:
+        for medium in kinds:
+            with short_windows(model.causal_lm):
+                allowed = list(_exact(model, components, medium, allowed))
+            if not allowed:
+                raise ModelError(
+                    f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: what its "
+                    "parts give in our rows isn't what its own forward gives"
+                )
+    finally:
+        model.train(before)
+    name = type(model.causal_lm).__name__
+    return allowed[0], f"{name} is opened: its decoder reads features as they are cached, in rows that are {allowed[0]}"
+
+
+@torch.no_grad()
+def _exact(model: MultimodalModel, components: Components, kind: str, allowed: Sequence[RowKind]) -> Iterator[RowKind]:
+    shown = _Shown(components)
+    samples = [_sample(model, components, kind, answer, shown) for answer in ANSWERS]
+    answered = _answered(samples[1])
+    native = _native_states(model, samples[1], shown)[-answered:]
+    half = native.dtype != torch.float32 or any(hasattr(p, "SCB") for p in model.causal_lm.parameters())
+    native, tolerance = native.float(), HALF_TOLERANCE if half else TOLERANCE
+    table = TokenizedSamples.of(_row(tokens, number) for number, tokens in enumerate(samples))
+    features = {medium: model.encode(medium, [prepared.values])[0] for medium, prepared in shown.prepared.items()}
+    for row_kind in allowed:
+        collator = Collator(
+            table, lambda medium: features[medium.kind], field="features", kind=row_kind, pad_token_id=0
+        )
+        groups = [[0, 1]] if row_kind is RowKind.SHARED else [[0], [1]]
+        batch: Any = collator([PackedRow(groups=groups, filler=False)])
+        device = model.get_input_embeddings().weight.device
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        taken = ("input_ids", "features", "position_ids", "rope_positions", "attention_mask", "row_plan")
+        given = {name: batch[name] for name in taken if name in batch}
+        try:
+            with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
+                states = model.backbone(**given, use_cache=False).last_hidden_state
+        except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or another mask
+            continue
+        own = states[-1, : len(samples[1].input_ids)] if row_kind is RowKind.PADDED else states[0]
+        if (own[-answered:].float() - native).norm() < tolerance * native.norm():
+            yield row_kind
+
+
+def _answered(tokens: Tokens) -> int:
+    """Tokens of the answer and what is behind it: they aren't shared."""
+    first = next(place for place, label in enumerate(tokens.labels) if place and label >= 0)
+    return len(tokens.labels) - first
+
+
+def _sample(model: MultimodalModel, components: Components, kind: str, answer: str, shown: _Shown) -> Tokens:
+    medium = Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=_noise(kind))
+    messages = (Message("user", (medium, "What is this?")), Message("assistant", (answer,)))
+    segments = components.placement.segments_by(lambda one: shown.of(one).layout)
+    return tokenize(Sample(messages, "trial"), components.tokenizer, components.placeholders, segments)
+
+
+def _noise(kind: str) -> Any:
+    """A medium of which no two parts are alike: in blank ones places could be confused unnoticed."""
+    random = np.random.default_rng(0)
+    if kind == "audio":
+        return 0.1 * random.standard_normal(16_000).astype(np.float32)
+    frames = [PIL.Image.fromarray(random.integers(0, 256, (48, 80, 3), dtype=np.uint8)) for _ in range(4)]
+    return frames[0] if kind == "image" else Clip(tuple(frames), (0.0, 0.5, 1.0, 1.5))
+
+
+def _row(tokens: Tokens, number: int) -> TokenizedSample:
+    return TokenizedSample(
+        input_ids=tokens.input_ids,
+        labels=tokens.labels,
+        where=f"trial {number}",
+        media_kinds=[medium.kind for medium in tokens.media],
+        media_paths=[str(medium.path) for medium in tokens.media],
+        media_keys=[medium.key for medium in tokens.media],
+        media_begins=list(tokens.media_begins),
+        media_ends=list(tokens.media_ends),
+        positions=tokens.positions,
+    )
+
+
+def _native_states(model: MultimodalModel, tokens: Tokens, shown: _Shown) -> Tensor:
+    """(T, D): of one sample, by the base's own forward of its prepared medium."""
+    base = model.causal_lm.base_model
+    device = model.get_input_embeddings().weight.device
+    (prepared,) = shown.prepared.values()
+    assert isinstance(prepared.values, Mapping)
+    dtype = model.get_input_embeddings().weight.dtype
+    given = {name: value.to(device) for name, value in prepared.values.items()}
+    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
+    ids = torch.tensor([tokens.input_ids], device=device)
+    types = torch.zeros_like(ids)
+    for name, number in model.composition.placeholders.items():
+        types[ids == number] = TYPES[name]
+    given |= {"mm_token_type_ids": types, "token_type_ids": (types > 0).long(), "attention_mask": torch.ones_like(ids)}
+    taken = signature(base.forward).parameters
+    given = {name: value for name, value in given.items() if name in taken}
+    states: Tensor = base(input_ids=ids, use_cache=False, **given).last_hidden_state[0]
+    return states

@@ -1,0 +1,87 @@
+"""Group relative policy optimization: the model answers each question several times, and answers with a higher reward
+than others to the same question become more likely (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from finetune.common.registry import PartOptions
+from finetune.recipe.parts import Needs
+from finetune.training.objectives import BatchLoss
+from finetune.training.objectives._preferences import answers_of
+
+if TYPE_CHECKING:
+    from finetune.model.composite import MultimodalModel
+    from finetune.training.collate import Batch
+
+NEEDS: Needs = "questions"
+REFERENCE = False  # answers change from step to step: there is none to be computed once
+HEADS = False
+FIGURES: tuple[str, ...] = ("reward", "reward_deviation", "no_signal", "answer_tokens", "clipped", "kl")
+
+
+class Options(PartOptions):
+    answers: int = Field(8, ge=2, description="Answers that are sampled to each question: a group.")
+    temperature: float = Field(1.0, gt=0, description="Softmax temperature of sampling and of the loss.")
+    max_new_tokens: int = Field(64, ge=1, description="Length limit of a sampled answer, in tokens.")
+    reward: str = Field(
+        "good",
+        min_length=1,
+        description="Which number of the task's measure of an answer is the reward: good, by which the task compares "
+        "answers, or another one, such as exact_match or json_valid.",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="Standard deviation that advantages are divided by: of the group, of the step, or none."
+    )
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field(
+        "dapo",
+        description="What the loss is a mean over, by trl's names: tokens of an answer, then answers (grpo); tokens of "
+        "a packed row, then rows (bnpo); answers of max_new_tokens each (dr_grpo); all tokens of the step (dapo).",
+    )
+    clip: float = Field(0.2, gt=0, lt=1, description="By how much the probability ratio of a token may fall from 1.")
+    clip_high: float | None = Field(None, gt=0, description="By how much it may rise; null: as much as `clip`.")
+    iterations: int = Field(1, ge=1, description="Optimizer steps on the same sampled answers.")
+    beta: float = Field(
+        0.0, ge=0, description="Weight of the KL divergence from the weights that the stage began with; 0: none."
+    )
+    sampler: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="Address of a vLLM server that samples the answers; null: the model that trains does it.",
+    )
+
+
+def items_of(options: Options, tokens: int, answers: int) -> int:
+    """What the loss of a packed row is a sum over, by its answers and their tokens."""
+    return {"grpo": answers, "dr_grpo": answers, "dapo": tokens, "bnpo": 1}[options.loss]
+
+
+def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Options) -> BatchLoss:
+    """As trl's GRPOTrainer. Answers without an advantage have no gradient where `beta` is 0: they may be left out of
+    the batch, but count among the items.
+    """
+    answers, rollout = answers_of(model, batch), batch["rollout"]
+    own, counts = answers.by_token, answers.tokens.long()
+    advantages = rollout["advantages"].repeat_interleave(counts)
+    ratio = (own - rollout.get("before", own.detach())).exp()
+    low, high = 1 - options.clip, 1 + (options.clip if options.clip_high is None else options.clip_high)
+    losses = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
+    clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
+    figures = dict(rollout["figures"])
+    if len(own):
+        figures["clipped"] = float(clipped.float().mean())
+    if options.beta:
+        distance = batch["compared"]["reference"] - own
+        divergence = distance.exp() - distance - 1
+        losses = losses + options.beta * divergence
+        if len(own):
+            figures["kl"] = float(divergence.detach().mean())
+    losses = losses * answers.weights.repeat_interleave(counts)
+    if options.loss == "grpo":
+        losses = losses / answers.tokens.repeat_interleave(counts)
+    elif options.loss == "dr_grpo":
+        losses = losses / options.max_new_tokens
+    elif options.loss == "bnpo":
+        losses = losses / max(rollout["tokens"], 1)
+    return BatchLoss(losses.sum(), batch["items"], answers.right, len(own), figures, weight=rollout["answers"])

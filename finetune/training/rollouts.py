@@ -1,0 +1,298 @@
+"""Answers that the model gives to a stage's questions while it trains, and what they are worth. They are sampled before
+an optimizer step, by the weights as they are then, and are the same for the same seed, step and weights.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from finetune.common.errors import TrainingError
+from finetune.common.run_folder import read_json, write_json
+from finetune.data.sample import Answer, Message, Sample
+from finetune.model.assistant import Assistant
+from finetune.model.bindings import TaskBinding
+from finetune.model.features import MediaView
+from finetune.model.prefixes import IGNORED
+from finetune.recipe.schema import Stage
+from finetune.training.checkpoints import STAGING, step_of
+from finetune.training.collate import Batch, Collator, PackedRow, RolloutBatch
+from finetune.training.reference import learned_log_probs
+from finetune.training.samples import TokenizedSample, TokenizedSamples
+
+Reward: TypeAlias = Callable[[Sample, str], float]
+"""What an answer to a sample's question is worth: a finite number, the more the better."""
+SMALLEST_DEVIATION = 1e-4  # added to the deviation of rewards, as in trl
+
+
+class Sampler(Protocol):
+    """Where answers come from."""
+
+    def __call__(self, questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[list[int]]]:
+        """`options.answers` answers to each question, as token ids with the one that ends them, if they come to it."""
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    """`tokens`: its ids. `before`, `reference`: log-probabilities of these by the weights that it was sampled with, and
+    by those that the stage began with; empty where the loss doesn't ask for them.
+    """
+
+    tokens: list[int]
+    reward: float
+    advantage: float = 0.0
+    before: Sequence[float] = ()
+    reference: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Answers to one question, `number` of the stage's samples."""
+
+    number: int
+    answers: list[SampledAnswer]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [answer.reward for answer in self.answers]
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether some answers are worth more than others."""
+        return max(self.rewards) > min(self.rewards)
+
+
+def own_sampler(assistant: Assistant, view: MediaView) -> Sampler:
+    """The model that trains, without its dropout."""
+
+    def sample(questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[list[int]]]:
+        device = assistant.model.get_input_embeddings().weight.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            drawn = assistant.draw(
+                [question for question in questions for _ in range(options.answers)],
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                view=view,
+            )
+        return [drawn[start : start + options.answers] for start in range(0, len(drawn), options.answers)]
+
+    return sample
+
+
+def task_reward(bindings: Mapping[str, TaskBinding], name: str) -> Reward:
+    """One number of what a sample's task measures of an answer."""
+
+    def reward(sample: Sample, text: str) -> float:
+        binding = bindings[sample.task]
+        return float(binding.task.measure(binding.task.read(Answer(text)), binding.target(sample))[name])
+
+    return reward
+
+
+def advantages(rewards: Sequence[Sequence[float]], scale: str) -> list[list[float]]:
+    """By how much each answer is worth more than its group is on average. `scale`: see `grpo.Options`; with "batch" the
+    groups of all processes count.
+    """
+    everywhere = [reward for group in gather_object(list(rewards)) for reward in group] if scale == "batch" else []
+    of_batch = stdev(everywhere) if everywhere else 0.0
+    found = []
+    for group in rewards:
+        deviation = {"group": stdev(group), "batch": of_batch}.get(scale, 1.0)
+        divisor = deviation + SMALLEST_DEVIATION * (scale != "none")
+        mean, equal = fmean(group), max(group) == min(group)
+        found.append([0.0 if equal else (reward - mean) / divisor for reward in group])
+    return found
+
+
+class Rollouts:
+    """What a stage whose objective asks questions learns from. `samples`: its rows, whose questions are the samples of
+    `collator`; `decode(tokens)`: an answer's text.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        samples: Sequence[Sample],
+        collator: Collator,
+        *,
+        sampler: Sampler,
+        decode: Callable[[Sequence[int]], str],
+        reward: Reward,
+        seed: int,
+    ) -> None:
+        self.stage, self.samples, self.collator = stage, samples, collator
+        self.sampler, self.decode, self.reward, self.seed = sampler, decode, reward, seed
+        self.options: Any = stage.objective.options
+        self.rows: list[list[Group]] = []  # of the step
+        self.began: list[tuple[nn.Parameter, Tensor]] = []
+
+    def begin(self, trained: Sequence[nn.Parameter]) -> None:
+        """Call with the weights as the stage begins: a copy of what trains is kept where the loss has the divergence
+        from it, so that no second model is needed.
+        """
+        if self.options.beta:
+            self.began = [(parameter, parameter.detach().clone()) for parameter in trained]
+
+    def batches(
+        self, rows: Sequence[PackedRow], step: int, model: Any, autocast: AbstractContextManager[None]
+    ) -> list[Batch]:
+        """The batches of an optimizer step. `model`: the composite with trl's fused head. Raises TrainingError."""
+        if step % self.options.iterations == 0:
+            training = model.training
+            model.eval()
+            with torch.no_grad():
+                self.rows = self._drawn(rows, step)
+                with autocast:
+                    self.rows = [self._with_log_probs(groups, model) for groups in self.rows]
+            model.train(training)
+        return [self._batch(groups) for groups in self.rows]
+
+    def _drawn(self, rows: Sequence[PackedRow], step: int) -> list[list[Group]]:
+        drawn = []
+        for place, row in enumerate(rows):
+            numbers = [] if row["filler"] else [number for group in row["groups"] for number in group]
+            drawn.append(self._answers_to(numbers, f"{step}/{place}") if numbers else [])
+        found = advantages([group.rewards for groups in drawn for group in groups], self.options.scale_rewards)
+        each = iter(found)
+        return [[_with(group, "advantage", next(each)) for group in groups] for groups in drawn]
+
+    def _answers_to(self, numbers: Sequence[int], place: str) -> list[Group]:
+        origin = f"{self.seed}/{self.stage.name}/{place}/{PartialState().process_index}"
+        seed = int.from_bytes(hashlib.sha256(origin.encode()).digest()[:4])
+        tokens = self.sampler([self.samples[number].question for number in numbers], self.options, seed)
+        return [
+            Group(number, [SampledAnswer(one, self._worth(self.samples[number], one)) for one in own])
+            for number, own in zip(numbers, tokens, strict=True)
+        ]
+
+    def _worth(self, sample: Sample, tokens: Sequence[int]) -> float:
+        text = self.decode(tokens)
+        value = float(self.reward(sample, text))
+        if not math.isfinite(value):
+            raise TrainingError(f"{sample.where}: the reward of {text[:40]!r} is {value}; return a finite number")
+        return value
+
+    def _with_log_probs(self, groups: list[Group], model: Any) -> list[Group]:
+        """With those that the loss asks for: `before` where several steps learn from the same answers."""
+        asked = {"before": self.options.iterations > 1, "reference": bool(self.began)}
+        for name in [name for name, needed in asked.items() if needed]:
+            batch = self._batch(groups)
+            counts = batch["compared"]["tokens"]
+            if not counts:
+                continue
+            with self._as_begun() if name == "reference" else nullcontext():
+                flat = learned_log_probs(model, send_to_device(batch, next(model.parameters()).device))
+            each = (own.tolist() for own in flat.split(counts))
+            groups = [
+                _with(group, name, [next(each) for _ in group.answers]) if self._teaches(group) else group
+                for group in groups
+            ]
+        return groups
+
+    @contextmanager
+    def _as_begun(self) -> Iterator[None]:
+        now = [parameter.data for parameter, _ in self.began]
+        try:
+            for parameter, before in self.began:
+                parameter.data = before
+            yield
+        finally:
+            for (parameter, _), data in zip(self.began, now, strict=True):
+                parameter.data = data
+
+    def _teaches(self, group: Group) -> bool:
+        """Whether it has a gradient: answers that are all worth the same have none but that of the divergence."""
+        return bool(self.options.beta) or group.has_signal
+
+    def _batch(self, groups: Sequence[Group]) -> Batch:
+        """What is learned from a row's groups; nothing, where none of them has a gradient."""
+        taught = [group for group in groups if self._teaches(group)]
+        answers = [answer for group in taught for answer in group.answers]
+        samples = [self._sample(group.number, answer.tokens) for group in taught for answer in group.answers]
+        stand_in = [] if samples else [self._sample(0, self.collator.samples[0].input_ids[-1:])]
+        collator = copy(self.collator)
+        collator.samples = TokenizedSamples.of(samples or stand_in)
+        if self.began:
+            collator.reference = [torch.tensor(answer.reference) for answer in answers] or [torch.zeros(1)]
+        count = self.options.answers
+        places = [[*range(start, start + count)] for start in range(0, len(samples), count)] or [[0]]
+        batch = collator([PackedRow(groups=places, filler=not samples)])
+        drawn = [answer for group in groups for answer in group.answers]
+        rollout = RolloutBatch(
+            advantages=torch.tensor([answer.advantage for answer in answers]),
+            answers=len(drawn),
+            tokens=sum(len(answer.tokens) for answer in drawn),
+            figures=figures_of(groups),
+        )
+        if self.options.iterations > 1:
+            rollout["before"] = torch.tensor([value for answer in answers for value in answer.before])
+        batch["rollout"] = rollout
+        items_of = self.stage.objective.module.items_of
+        batch["items"] = items_of(self.options, rollout["tokens"], len(drawn)) if drawn else 0
+        return batch
+
+    def _sample(self, number: int, answer: list[int]) -> TokenizedSample:
+        question = self.collator.samples[number]
+        return replace(
+            question,
+            input_ids=question.input_ids + answer,
+            labels=[IGNORED] * len(question.input_ids) + answer,
+            role="sampled",
+            group=str(number),
+        )
+
+    def save(self, path: Path) -> None:
+        write_json(path, [[asdict(group) for group in groups] for groups in self.rows])
+
+    def resume(self, checkpoint: Path) -> None:
+        """Where its step isn't the last one on the same answers, these are in the checkpoint."""
+        if step_of(checkpoint) % self.options.iterations:
+            self.rows = [
+                [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
+                for groups in read_json(checkpoint / file_name())
+            ]
+
+
+def _with(group: Group, name: str, values: Sequence[Any]) -> Group:
+    answers = [replace(answer, **{name: value}) for answer, value in zip(group.answers, values, strict=True)]
+    return replace(group, answers=answers)
+
+
+def figures_of(groups: Sequence[Group]) -> dict[str, float]:
+    """`reward_deviation`: within a group; `answer_tokens`: of an answer; `no_signal`: share of groups."""
+    if not groups:
+        return {}
+    return {
+        "reward": fmean(reward for group in groups for reward in group.rewards),
+        "reward_deviation": fmean(stdev(group.rewards) for group in groups),
+        "no_signal": fmean(not group.has_signal for group in groups),
+        "answer_tokens": fmean(len(answer.tokens) for group in groups for answer in group.answers),
+    }
+
+
+def file_name() -> str:
+    """Of this process's answers in a checkpoint."""
+    return f"rollouts-{PartialState().process_index}.json"
+
+
+class KeepRollouts(TrainerCallback):
+    """Answers that later steps learn from go into the checkpoint. To come before `WholeCheckpoints`."""
+
+    def __init__(self, rollouts: Rollouts, folder: Path) -> None:
+        self.rollouts, self.folder = rollouts, folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.rollouts.options.iterations:
+            self.rollouts.save(self.folder / STAGING / f"checkpoint-{state.global_step}" / file_name())

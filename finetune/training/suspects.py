@@ -1,0 +1,71 @@
+"""Rows of batches whose loss or gradients weren't finite: which ones, and where they are listed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from finetune.common.run_folder import write_text
+from finetune.training.collate import Batch, Collator
+from finetune.training.pack import Row
+
+SHOWN = 3
+FILE = "suspects.jsonl"  # in RUN/data
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """`row`: its file and line; `alone`: whether it gives such a value by itself; `left_out`: whether the training went
+    on without it.
+    """
+
+    stage: str
+    step: int
+    row: str
+    what: str
+    alone: bool
+    left_out: bool
+
+
+class Suspects:
+    """`rows`: of the collator's samples, in the order in which they train; `path`: the list, kept on a resume."""
+
+    def __init__(self, path: Path, stage: str, rows: Sequence[Row], collator: Collator, accumulate: int) -> None:
+        self.path, self.stage, self.rows, self.collator = path, stage, rows, collator
+        self.accumulate = accumulate
+
+    def row_of(self, steps: int, part: int) -> Row:
+        """What this process was given as the `part`th (from 0) of a step, after so many steps."""
+        processes = PartialState()
+        place = (steps * self.accumulate + part) * processes.num_processes + processes.process_index
+        return self.rows[place % len(self.rows)]
+
+    def batch(self, groups: Row) -> Batch:
+        return self.collator([{"groups": groups, "filler": False}])
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        return [self.collator.samples[number].where for number in numbers]
+
+    def note(self, numbers: Sequence[int], step: int, what: str, *, alone: bool, left_out: bool) -> str:
+        """Write them to the list, each once a step; gives the first of them by name."""
+        names = self.names(numbers)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        noted = [vars(Suspect(self.stage, step, name, what, alone, left_out)) for name in names]
+        lines += [json.dumps(one, ensure_ascii=False) for one in noted]
+        write_text(self.path, "\n".join(dict.fromkeys(lines)) + "\n")
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        return f"{', '.join(names[:SHOWN])}{more}"
+
+    def left_out(self) -> int:
+        """How many rows of this stage were left out, in all of its parts."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        found = [Suspect(**json.loads(line)) for line in lines]
+        return len({one.row for one in found if one.left_out and one.stage == self.stage})
+
+
+def without(groups: Row, numbers: Sequence[int]) -> Row:
+    """The samples of a packed row but these."""
+    kept = [[number for number in group if number not in numbers] for group in groups]
+    return [group for group in kept if group]
