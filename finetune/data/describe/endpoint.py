@@ -87,9 +87,10 @@ class Endpoint:
             return self.client.chat.completions.create(model=self.model, messages=messages, **settings)
         except openai.BadRequestError as error:
             if self.settings is settings:  # else another thread has changed them meanwhile
-                if error.param not in {"temperature", "max_tokens"} & settings.keys():
+                refused = error.param or ""
+                if refused not in {"temperature", "max_tokens"} & settings.keys():
                     raise
-                self.settings = _without(settings, error.param)
+                self.settings = _without(settings, refused)
         return self._request(messages)
 
     def _asked(self, request: Any) -> Any:
