@@ -2,6 +2,7 @@
 
 A medium is one placeholder in the rendered text; in the ids it becomes its segments, each a mark ("0.5s ", or nothing)
 and a number of placeholder tokens. Labels are the assistant's tokens, its end-of-turn token included; media have none.
+No text becomes a placeholder, or a token of the chat template: see `plain_text`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.composition import Segment, Segments
+from finetune.model.plain_text import cut, encode, joined
 from finetune.model.prefixes import IGNORED, Beginning
 
 
@@ -63,17 +65,17 @@ def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, 
 def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], segments: Segments) -> Tokens:
     """A whole conversation with labels.
 
-    Raises DataError, with the row, where nothing would be learned, the text holds a placeholder, or the chat template
-    doesn't render a conversation as a prefix of its continuation.
+    Raises DataError, with the row, where nothing would be learned, or the chat template doesn't render a conversation
+    as a prefix of its continuation.
     """
     text = _render(tokenizer, sample.messages, placeholders, sample.where)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids, offsets = encode(text, tokenizer)
     spans = _assistant_spans(tokenizer, sample, placeholders, text)
     labels = [
         token if any(begin <= left and right <= end and right > begin for begin, end in spans) else IGNORED
-        for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for token, (left, right) in zip(input_ids, offsets, strict=True)
     ]
-    tokens = _expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments)
+    tokens = _expand(sample, tokenizer, input_ids, labels, placeholders, segments)
     if all(label == IGNORED for label in tokens.labels[1:]):
         raise DataError(f"{sample.where}: no token would be learned from this row: the chat template drops the answer")
     return tokens
@@ -88,7 +90,7 @@ def tokenize_prompt(
 ) -> Tokens:
     """A conversation up to where the assistant's turn begins."""
     text = _render(tokenizer, messages, placeholders, where, add_generation_prompt=True)
-    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    input_ids, _ = encode(text, tokenizer)
     sample = Sample(tuple(messages), where)
     return _expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments)
 
@@ -122,17 +124,14 @@ def _render(
     turns = []
     for message in messages:
         text = ""
-        for part in message.content:
+        for part in joined(message.content):
             if isinstance(part, Medium):
                 if part.kind not in placeholders:
                     takes = ", ".join(placeholders) or "text only"
                     raise DataError(f"{where}: holds {part.kind}, but this model takes {takes}")
                 text += placeholders[part.kind].token
             else:
-                inside = [p.token for p in placeholders.values() if p.token in part]
-                if inside:
-                    raise DataError(f"{where}: the text holds {inside[0]!r}, which stands for media only")
-                text += part
+                text += cut(part, tokenizer)
         turns.append({"role": message.role, "content": text})
     try:
         result: str = tokenizer.apply_chat_template(
