@@ -2,6 +2,7 @@
 
 A medium is one placeholder in the rendered text; in the ids it becomes its segments, each a mark ("0.5s ", or nothing)
 and a number of placeholder tokens. Labels are the assistant's tokens, its end-of-turn token included; media have none.
+No text becomes a placeholder, or a token of the chat template: see `plain_text`.
 """
 
 import re
@@ -13,6 +14,7 @@ from typing import Any
 from finetune.common.errors import DataError
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.composition import PlacedMedia, Segment, Segments
+from finetune.model.plain_text import cut, encode, joined
 from finetune.model.prefixes import IGNORED, Beginning
 
 WORD = "qzq"  # that no chat template holds
@@ -82,20 +84,20 @@ def add_placeholders(tokenizer: Any, kinds: Sequence[str], tokens: Mapping[str, 
 def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placeholder], segments: Segments) -> Tokens:
     """A whole conversation with labels.
 
-    Raises DataError, with the row, where nothing would be learned, the text holds a placeholder, or the chat template
-    doesn't render a conversation as a prefix of its continuation.
+    Raises DataError, with the row, where nothing would be learned, or the chat template doesn't render a conversation
+    as a prefix of its continuation.
     """
     text = _render(tokenizer, sample.messages, placeholders, sample.where)
     spans = _assistant_spans(tokenizer, sample, placeholders, text)
     if any(placeholder.native for placeholder in placeholders.values()):
         tokens = _native(sample, tokenizer, placeholders, segments, text, spans)
         return _refuse_empty(tokens, sample)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids, offsets = encode(text, tokenizer)
     labels = [
         token if any(begin <= left and right <= end and right > begin for begin, end in spans) else IGNORED
-        for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for token, (left, right) in zip(input_ids, offsets, strict=True)
     ]
-    return _refuse_empty(_expand(sample, tokenizer, encoded["input_ids"], labels, placeholders, segments), sample)
+    return _refuse_empty(_expand(sample, tokenizer, input_ids, labels, placeholders, segments), sample)
 
 
 def _refuse_empty(tokens: Tokens, sample: Sample) -> Tokens:
@@ -116,7 +118,7 @@ def tokenize_prompt(
     sample = Sample(tuple(messages), where)
     if any(placeholder.native for placeholder in placeholders.values()):
         return _native(sample, tokenizer, placeholders, segments, text, ())
-    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    input_ids, _ = encode(text, tokenizer)
     return _expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments)
 
 
@@ -150,7 +152,7 @@ def _render(
     for message in messages:
         text = ""
         parts: list[dict[str, str]] = []
-        for part in message.content:
+        for part in joined(message.content):
             if isinstance(part, Medium):
                 if part.kind not in placeholders:
                     takes = ", ".join(placeholders) or "text only"
@@ -158,11 +160,12 @@ def _render(
                 text += placeholders[part.kind].token
                 parts.append({"type": part.kind, part.kind: ""})  # some templates ask for the key
             else:
-                inside = [p.token for p in placeholders.values() if p.token in part]
-                if inside:
+                plain = cut(part, tokenizer)
+                inside = [p.token for p in placeholders.values() if p.token in plain]
+                if inside:  # it is no token of its own in this tokenizer
                     raise DataError(f"{where}: the text holds {inside[0]!r}, which stands for media only")
-                text += part
-                parts.append({"type": "text", "text": part})
+                text += plain
+                parts.append({"type": "text", "text": plain})
         turns.append({"role": message.role, "content": parts if takes_parts(tokenizer) else text})
     try:
         result: str = tokenizer.apply_chat_template(
@@ -255,19 +258,17 @@ def _native(
         media.append(medium)
     if len(media) != len(sample.media) or re.search("|".join(map(re.escape, kinds)), text[last:]):
         raise DataError(f"{sample.where}: {len(sample.media)} media, but the chat template kept another number of them")
-    encoded = tokenizer("".join([*pieces, text[last:]]), add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+    input_ids, offsets = encode("".join([*pieces, text[last:]]), tokenizer)
     answers = [tuple(place + [by for begin, by in moves if begin <= place][-1] for place in span) for span in spans]
     labels = [
         token if any(begin <= left and right <= end and right > begin for begin, end in answers) else IGNORED
-        for token, (left, right) in zip(encoded["input_ids"], offsets, strict=True)
+        for token, (left, right) in zip(input_ids, offsets, strict=True)
     ]
     lefts, rights = [left for left, _ in offsets], [right for _, right in offsets]
     begins = tuple(bisect_right(rights, begin) for begin, _ in places)
     ends = tuple(bisect_left(lefts, end) for _, end in places)
     for begin, end in zip(begins, ends, strict=True):
         labels[begin:end] = [IGNORED] * (end - begin)
-    input_ids = encoded["input_ids"]
     positions = segments.positions(input_ids, media) if isinstance(segments, PlacedMedia) else None
     return Tokens(input_ids, labels, tuple(media), begins, ends, positions)
 

@@ -21,8 +21,10 @@ from finetune.data.rows import (
 )
 from finetune.data.run_rows import keep_rows, splits_of_run
 from finetune.data.sample import Sample
+from finetune.data.sample_table import SampleTable
 from finetune.model.bindings import bindings_of
 from finetune.model.composite import MultimodalModel
+from finetune.model.plain_text import spelled
 from finetune.model.row_plan import RowKind
 from finetune.model.run import Run
 from finetune.model.trained_for import refuse_unfit_teachers
@@ -89,6 +91,8 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         bindings = bindings_of(recipe.data, splits.train)
     with watch("components"):
         run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
+    if first:
+        name_control_tokens(splits.train, run.components.tokenizer)
     if run.components.base is None:
         for encoder in run.components.encoders.values():
             encoder.module.to(run.components.device)  # an earlier training may have put it away
@@ -140,6 +144,18 @@ def compared_samples(training: Sequence[Sample], run: Run, digest: str) -> tuple
             result[stage.name] = TokenizedSamples.of(rows.read(found))
             digest = str(rows)
     return result, digest
+
+
+def name_control_tokens(training: SampleTable, tokenizer: Any) -> None:
+    """Print how many answers spell control tokens of the LLM, and the first of them."""
+    answers = training.column("answer").to_pylist()
+    found = {number: tokens for number, answer in enumerate(answers) if (tokens := spelled(answer or "", tokenizer))}
+    if found:
+        first = min(found)
+        console.print(
+            f"{training[first].where}: the answer spells {', '.join(found[first])}, of which the LLM's chat is built; "
+            f"{len(found):,} answers do: they are learned as text, not as such tokens"
+        )
 
 
 def refuse_other_rows(folder: RunFolder, digest: str) -> None:

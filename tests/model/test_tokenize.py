@@ -118,11 +118,14 @@ def test_a_template_that_drops_the_answer_is_refused(tokenizer, placeholders):
 
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_text_that_holds_a_placeholder_is_refused(role, tokenizer, placeholders):
+def test_text_that_spells_a_placeholder_is_text(role, tokenizer, placeholders):
     turns = [("user", PICTURE, "What?"), ("assistant", "red")]
     turns.insert(0 if role == "system" else 1, (role, "see <|image|>"))
-    with pytest.raises(DataError, match=r"rows.csv:3: the text holds '<\|image\|>'"):
-        tokenize(sample_of(*turns, ("assistant", "x")), tokenizer, placeholders, segments)
+    tokens = tokenize(sample_of(*turns, ("assistant", "x")), tokenizer, placeholders, segments)
+    begin, end = tokens.media_begins[0], tokens.media_ends[0]
+    image = placeholders["image"].id
+    assert image not in tokens.input_ids[:begin] + tokens.input_ids[end:] and image in tokens.input_ids[begin:end]
+    assert tokenizer.decode(tokens.input_ids).count("see <|image|>") == 1
 
 
 def test_a_template_that_rewrites_history_is_refused(tokenizer, placeholders):
@@ -250,8 +253,8 @@ def test_an_ordinary_token_at_the_end_of_a_turn_ends_no_answer(tokenizer):
 
 
 def test_a_row_is_named_where_a_prompt_is_refused(tokenizer, placeholders):
-    with pytest.raises(DataError, match=r"^table:7: the text holds '<\|image\|>'"):
-        tokenize_prompt([Message("user", ("<|image|>",))], tokenizer, placeholders, segments, "table:7")
+    with pytest.raises(DataError, match=r"^table:7: holds image, but this model takes text only"):
+        tokenize_prompt([Message("user", (PICTURE,))], tokenizer, {}, segments, "table:7")
     prompt = tokenize_prompt(sample_of(*CONVERSATIONS["one turn"]).question, tokenizer, placeholders, segments)
     assert set(prompt.labels) == {IGNORED} and len(prompt.labels) == len(prompt.input_ids)
     assert prompt.media == (PICTURE,) and tokenizer.decode(prompt.input_ids).endswith("<|im_start|>assistant\n")
