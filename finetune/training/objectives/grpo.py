@@ -73,7 +73,8 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
         figures["clipped"] = float(clipped.float().mean())
     if options.beta:
         distance = batch["compared"]["reference"] - own
-        divergence = distance.exp() - distance - 1
+        # Times the ratio, for an unbiased gradient (https://arxiv.org/abs/2512.02556).
+        divergence = (distance.exp() - distance - 1) * ratio
         losses = losses + options.beta * divergence
         if len(own):
             figures["kl"] = float(divergence.detach().mean())
