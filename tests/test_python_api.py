@@ -25,7 +25,14 @@ from finetune.common.progress import quiet_libraries
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
 FUNCTIONS = {name: value for name in finetune.__all__ if inspect.isfunction(value := getattr(finetune, name))}
-PUBLIC = {finetune.PredictOptions, finetune.Recipe, finetune.RunFolder, finetune.SplitPlan, Choices}
+PUBLIC = {
+    finetune.PairOptions,
+    finetune.PredictOptions,
+    finetune.Recipe,
+    finetune.RunFolder,
+    finetune.SplitPlan,
+    Choices,
+}
 PLAIN = {
     "chat": "the answer's text",
     "schema": "a JSON schema",

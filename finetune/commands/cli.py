@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -617,7 +617,6 @@ def data_label(
     ),
     task: Annotated[str | None, typer.Option(metavar="NAME", help="What the run was trained for.")] = None,
     labels: Annotated[str, typer.Option(metavar="A,B,...", help="The labels there are.")] = "",
-    media_folder: MediaFolder = None,
     page: Annotated[bool, typer.Option("--page", help="Decide on a page, on this machine only.")] = False,
     port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
 ) -> None:
@@ -625,15 +624,13 @@ def data_label(
     from finetune.commands._asking import task_of
     from finetune.commands.data_label import data_label
     from finetune.model.trained_for import bindings_at, refuse_missing
-    from finetune.recipe.schema import RowFile
 
     if run is not None:  # so that a mistake is reported before torch is imported
         refuse_missing(run)
         if bindings := bindings_at(run):
             task_of(bindings, task)
     names = [label.strip() for label in labels.split(",") if label.strip()]
-    file = RowFile(path=rows, media_folder=media_folder) if media_folder else rows
-    result = data_label(file, run, out=out, task=task, labels=names, page_port=port if page else None)
+    result = data_label(rows, run, out=out, task=task, labels=names, page_port=port if page else None)
     print(result)
 
 
@@ -656,15 +653,14 @@ def data_pairs(
 ) -> None:
     """Sample answers and pair the best with the worst, for objectives that learn from preferences."""
     from finetune.commands.data_pairs import PairOptions, data_pairs
-    from finetune.data.new_files import RowsAs
 
     if by not in ("score", "person"):
         raise RecipeError(f"--by {by}: write score or person")
     if data is None and (columns or media_folder or encoding):
         raise RecipeError("--columns, --media-folder and --encoding are about other rows: name them with --data")
-    rows_as = RowsAs(columns_of(columns or []) or None, media_folder, encoding)
-    options = PairOptions(answers, temperature, max_new_tokens, limit, "person" if by == "person" else "score")
-    print(data_pairs(run, data, out=out, task=task, rows_as=rows_as, options=options))
+    chooser: Literal["score", "person"] = "person" if by == "person" else "score"
+    options = PairOptions(answers, temperature, max_new_tokens, limit, chooser, media_folder, encoding)
+    print(data_pairs(run, data, out=out, task=task, columns=columns_of(columns or []) or None, options=options))
 
 
 def strength_of(given: list[str]) -> float | dict[str, float] | None:

@@ -110,7 +110,7 @@ class Labelling:
 
 
 def data_label(
-    rows: RecipeLike | RowFile,
+    rows: RecipeLike,
     run: RunLike | None = None,
     *,
     out: Path | str = "labels.csv",
@@ -120,9 +120,9 @@ def data_label(
     max_new_tokens: int = 32,
     page_port: int | None = None,
 ) -> LabelResult:
-    """Propose labels for the rows of a recipe or of a file (a `RowFile` says how it is read), and write OUT with the
-    columns row, media, text, proposed, confidence (if the model gives probabilities) and label, which a person fills
-    in. Labels in the rows and in an earlier OUT stay; rows that have a proposal in OUT don't get another.
+    """Propose labels for the rows of a recipe or of a file, and write OUT with the columns row, media, text, proposed,
+    confidence (if the model gives probabilities) and label, which a person fills in. Labels in the rows and in an
+    earlier OUT stay; rows that have a proposal in OUT don't get another.
 
     `run`: run, merged or adapter folder; None: nothing is proposed. `task`: the name of one of several tasks that it
     was trained for. `labels`: default: those that the task or the rows name. `page_port`: open a page at
@@ -183,7 +183,7 @@ def propose(labelling: Labelling, assistant: "Assistant", name: str | None, batc
 
 
 def read_rows_to_label(
-    rows: RecipeLike | RowFile,
+    rows: RecipeLike,
     out: Path,
     name: str | None,
     trained_for: TaskPart | None,
@@ -195,9 +195,7 @@ def read_rows_to_label(
     """
     limits = Limits()
     files: list[tuple[RowFile, TaskPart | None]]
-    if isinstance(rows, RowFile):
-        files = [(rows, trained_for)]
-    elif isinstance(rows, Recipe) or Path(rows).suffix.lower() in (".yaml", ".yml"):
+    if isinstance(rows, Recipe) or Path(rows).suffix.lower() in (".yaml", ".yml"):
         recipe = as_recipe(rows)
         limits, names = recipe.media, task_names(recipe.data)
         sources = [source for source, its_name in zip(recipe.data, names, strict=True) if its_name == name]
@@ -217,8 +215,7 @@ def read_rows_to_label(
     if errors:
         raise DataError(error_list(errors, f"{len(errors)} unusable rows"))
     if not items:
-        where = rows.name if isinstance(rows, Recipe) else rows.path if isinstance(rows, RowFile) else rows
-        raise DataError(f"{where}: no rows")
+        raise DataError(f"{rows.name if isinstance(rows, Recipe) else rows}: no rows")
     of_tasks = [label for _, task in files if task for label in getattr(task.options, "labels", ())]
     of_rows = [] if labels else [item.line.label for item in items if item.line.label]
     return Labelling(out, items, list(dict.fromkeys([*labels, *of_tasks, *of_rows])), limits)

@@ -1,9 +1,11 @@
 """Pairs of answers to learn preferences from: a trained run answers several times, and its task or a person chooses."""
 
+import base64
 import csv
 import json
+import mimetypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +32,8 @@ BATCH = 16  # answers sampled at once, at least those to one question
 @dataclass(frozen=True)
 class PairOptions:
     """How answers are sampled. `answers`: to each question; `limit`: most rows that are asked, drawn at random; `by`:
-    who chooses, the task's own score or a person.
+    who chooses, the task's own score or a person; `media_folder`, `encoding`: of other rows than the run's, see
+    `predict`.
     """
 
     answers: int = 4
@@ -38,13 +41,15 @@ class PairOptions:
     max_new_tokens: int = 64
     limit: int | None = None
     by: Literal["score", "person"] = "score"
+    media_folder: Path | None = None
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
 class PairsResult:
     """`out`: the pairs, of `rows` rows; `ties`: rows whose answers are all equally good, or the same; `undecided`: rows
-    that wait for a person, with their answers in `candidates`; `media_folder`: that holds all media; `source`: the
-    entry of a recipe's `data` that reads `out`.
+    that wait for a person, with their answers in `candidates`; `source`: the entry of a recipe's `data` that reads
+    `out`.
     """
 
     out: Path
@@ -53,17 +58,15 @@ class PairsResult:
     ties: int
     undecided: int
     candidates: Path | None
-    media_folder: Path | None
     source: str
 
     def __str__(self) -> str:
         lines = [f"{self.out}: {self.pairs:,} pairs from {self.rows:,} rows; {self.ties:,} without a difference"]
         if self.candidates is not None:
             lines[0] += f", {self.undecided:,} undecided"
-            media = f" --media-folder {self.media_folder}" if self.media_folder else ""
             lines.append(
                 f"to decide: finetune data label {self.candidates} --labels {','.join(LETTERS)} "
-                f"--out {labels_of(self.out)}{media} --page; then the same command again"
+                f"--out {labels_of(self.out)} --page; then the same command again"
             )
         return "\n".join([*lines, *([f"in a recipe: {self.source}"] if self.pairs else [])])
 
@@ -86,7 +89,7 @@ def data_pairs(
     *,
     out: Path | str = "pairs.jsonl",
     task: str | None = None,
-    rows_as: RowsAs | None = None,
+    columns: Mapping[str, str] | None = None,
     options: PairOptions | None = None,
 ) -> PairsResult:
     """Sample answers of a trained run to its own training rows, or to those of a file, and write pairs that
@@ -94,7 +97,8 @@ def data_pairs(
     aren't asked. With `by: "person"` two different answers go to OUT.candidates.jsonl for `data label`; called again,
     the labels in OUT.labels.csv become pairs.
 
-    `run`: a run folder; `task`: one of several that it was trained for. Raises RecipeError, DataError, ArtifactError.
+    `run`: a run folder; `task`: one of several that it was trained for; `columns`: of `data`, the task's column -> the
+    file's. Raises RecipeError, DataError, ArtifactError.
     """
     options, out = options or PairOptions(), Path(out)
     if out.suffix.lower() != ".jsonl":
@@ -103,7 +107,9 @@ def data_pairs(
     if not folder.recipe.is_file():
         raise ArtifactError(f"{folder.path}: not a run folder: it has no recipe, whose rows would be asked")
     recipe = load_recipe(folder.recipe)
-    samples = rows_of(folder, recipe, Path(data) if data else None, task, rows_as or RowsAs())
+    samples = rows_of(
+        folder, recipe, Path(data) if data else None, task, RowsAs(columns, options.media_folder, options.encoding)
+    )
     samples = subset(samples, options.limit, recipe.seed)
     by_person = options.by == "person"
     decided = read_decided(out, samples) if by_person else None
@@ -128,7 +134,6 @@ def data_pairs(
         ties=len(samples) - len(found),
         undecided=len(found) - len(pairs),
         candidates=candidates_path(out) if by_person else None,
-        media_folder=root,
         source=f"- {{path: {out.resolve()}, task: {{kind: chat, media: [{', '.join(kinds)}]}}{media}}}",
     )
 
@@ -248,11 +253,15 @@ def _content(turn: Message, root: Path | None) -> list[dict[str, str]]:
 
 
 def _to_judge(one: Candidate) -> dict[str, Any]:
-    """A row of the labelling page: its media, its question and the two answers; the lists there aren't shown."""
+    """A row of the labelling page: its media, in the row itself as they may lie anywhere, its question and the two
+    answers; lists aren't shown.
+    """
     said = [part for turn in one.sample.question for part in turn.content if isinstance(part, str)]
     media: dict[str, list[str]] = {}
     for medium in one.sample.media:
-        media.setdefault(medium.kind, []).append(str(medium.path))
+        kind = mimetypes.guess_type(medium.path)[0] or "application/octet-stream"
+        content = base64.b64encode(medium.path.read_bytes()).decode()
+        media.setdefault(medium.kind, []).append(f"data:{kind};base64,{content}")
     choice = "\n".join(f"{letter}: {answer}" for letter, answer in zip(LETTERS, one.answers, strict=True))
     return {**media, "question": "\n".join(said), "answers": choice, "candidates": one.answers, "of": one.sample.where}
 

@@ -51,11 +51,11 @@ def tiny_parts(tmp_path_factory) -> Path:
             soundfile.write(folder / f"{name}.wav", tiny_sound(0.6, seed=number + 10 * (split == "test")), 16_000)
             write_video(folder / f"{name}.mp4", colour)
             media = {"image": f"{name}.png", "audio": f"{name}.wav", "video": f"{name}.mp4"}
-            words = ("label", "name_en", "name_zh", "answer", "intent", "thing", "reply")
+            words = ("label", "name_en", "answer", "intent", "thing", "reply")
             words += ("shelf", "finding", "report", "caption", "match", "end")
             own = ("text", "history", "offer", "record", "beginning")  # sources of text alone must not repeat a row
             ranked = {"user": f"{split}{number // 4}", "clicked": str(number % 2)}
-            said = dict.fromkeys(words, word) | dict.fromkeys(own, f"{word} {name}")
+            said = dict.fromkeys(words, word) | dict.fromkeys(own, f"{word} {name}") | {"name_zh": f"not {word}"}
             rows.append(media | {"question": "What is this?"} | said | ranked)
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -83,7 +83,7 @@ def test_there_is_one_for_each_promised_machine_and_each_medium():
     names = {path.stem for path in RECIPES}
     assert {"quickstart", "gpu-8gb", "gpu-16gb", "colab-t4"} <= names
     assert {"read-documents", "transcribe-speech", "speech-reply", "video-questions", "image-and-speech"} <= names
-    assert {"cross-attention", "mpt"} <= names
+    assert {"cross-attention", "mpt", "preferences"} <= names
 
 
 @every

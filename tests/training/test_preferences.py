@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from html_page import Page
 from safetensors.torch import load_file
 from tiny import tiny_recipe
 
 import finetune
 from finetune.common.errors import DataError, RecipeError, TrainingError
+from finetune.evaluation.report.words import number
 from finetune.training.reference import Reference
 from finetune.training.trainer import StageTrainer
 
@@ -152,3 +154,13 @@ def test_the_stage_is_planned(tmp_path):
         phases = {phase.name: phase for phase in plan.phases}
         activations.append(phases["train prefer"].parts["activations"])
     assert activations[0] < activations[1]
+
+
+def test_the_report_shows_what_the_objective_reports(tmp_path):
+    run = finetune.train(preferring(tmp_path, "dpo"), tmp_path / "run")
+    page = Page(finetune.report(run))
+    figures = stage_of(run)["figures"]
+    assert "Stage prefer, objective dpo" in page.text
+    for name in ("reward accuracy", "reward margin", "kl"):
+        values = figures[name.replace(" ", "_")]
+        assert f"{name} {number(values[0])} {number(values[-1])}" in page.text
