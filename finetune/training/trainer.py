@@ -203,7 +203,7 @@ class StageTrainer(SFTTrainer):
     accelerator: Any
 
     def __init__(
-        self, stage: Stage, parts: dict[str, list[nn.Parameter]], rollouts: Rollouts | None, **kwargs: Any
+        self, stage: Stage, parts: dict[str, list[nn.Parameter]], rollouts: Rollouts | None = None, **kwargs: Any
     ) -> None:
         """`parts`: {role: parameters that train}; the others are trl's arguments."""
         self.stage = stage

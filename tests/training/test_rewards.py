@@ -173,3 +173,13 @@ def test_what_cannot_be_rewarded_is_refused_by_the_recipe_alone(tmp_path):
 def test_a_reward_must_be_a_finite_number(tmp_path):
     with pytest.raises(TrainingError, match=r"train.jsonl:\d: the reward of '.*' is nan; return a finite number"):
         finetune.train(rewarded(tmp_path), tmp_path / "run", reward=lambda sample, answer: float("nan"))
+
+
+def test_the_stage_is_planned(tmp_path):
+    """With the answers as long as they may be: more of them take more memory."""
+    activations = []
+    for answers in (2, 8):
+        plan = finetune.plan(rewarded(tmp_path, {"answers": answers, "beta": 0.1, "iterations": 2}))
+        phases = {phase.name: phase for phase in plan.phases}
+        activations.append(phases["train reward"].parts["activations"])
+    assert 0 < activations[0] < activations[1]

@@ -63,7 +63,7 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     """
     answers, rollout = answers_of(model, batch), batch["rollout"]
     own, counts = answers.by_token, answers.tokens.long()
-    advantages = rollout["advantages"].repeat_interleave(counts)
+    advantages = rollout["advantages"].repeat_interleave(counts, output_size=len(own))
     ratio = (own - rollout.get("before", own.detach())).exp()
     low, high = 1 - options.clip, 1 + (options.clip if options.clip_high is None else options.clip_high)
     losses = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
@@ -78,9 +78,9 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
         losses = losses + options.beta * divergence
         if len(own):
             figures["kl"] = float(divergence.detach().mean())
-    losses = losses * answers.weights.repeat_interleave(counts)
+    losses = losses * answers.weights.repeat_interleave(counts, output_size=len(own))
     if options.loss == "grpo":
-        losses = losses / answers.tokens.repeat_interleave(counts)
+        losses = losses / answers.tokens.repeat_interleave(counts, output_size=len(own))
     elif options.loss == "dr_grpo":
         losses = losses / options.max_new_tokens
     elif options.loss == "bnpo":
