@@ -1,9 +1,9 @@
-"""What a stage of rewards adds to a tuned model: the quickstart, trained on every other picture, then on the pictures
-between them, by the rewards of its own sampled answers (grpo) or by their right answers (next_token).
+"""What a stage of rewards adds to a tuned model: the quickstart, trained on every other picture, then on some of the
+pictures between them, by the rewards of its own sampled answers (grpo) or by their right answers (next_token).
 
     python benchmarks/rewards.py --seeds 1 2 3 --into runs/rewards    # keep the runs, read those there
 
-Both third stages begin with the same weights and see the same rows. The score is the accuracy on pictures that training
+Both last stages begin with the same weights and see the same rows. The score is the accuracy on pictures that training
 never saw, before and after this stage, with the CPU seconds that it took.
 """
 
@@ -39,9 +39,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """Accuracy before and after the third stage; the share of its groups without signal and the mean reward in the
-    first and the last tenth of its steps, where it has rewards; CPU seconds of the whole run, and the share of the time
-    that the stage took.
+    """Accuracy before and after the last stage; the share of its groups without signal and the mean reward in the
+    first and the last tenth of its steps, where it has rewards; `cpu_minutes`: those of the run, by the stage's share
+    of its time.
     """
 
     before: float
@@ -55,25 +55,25 @@ class Found:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, default=1, help="of the third stage")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the third stage")
+    parser.add_argument("--rows", type=int, default=435, help="of the last stage, 435 at most")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the last stage")
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--into", type=Path, help="folder of runs (default: a temporary one)")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.into or Path(temporary)
-        recipe = write_recipe(folder, chosen.epochs, chosen.rate)
+        recipe = write_recipe(folder, chosen.rows, chosen.rate)
         found = {(seed, name): run(recipe, folder, seed, name) for seed in chosen.seeds for name in chosen.objectives}
     show(found)
     return 0
 
 
-def write_recipe(folder: Path, epochs: int, rate: float) -> Path:
+def write_recipe(folder: Path, count: int, rate: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (EMOJI / "train.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     data: list[dict[str, Any]] = []
-    for name, part in (("first", rows[::2]), ("between", rows[1::2])):
+    for name, part in (("first", rows[::2]), ("between", rows[1 :: 2 * (435 // count)][:count])):
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["image", "label"])
@@ -83,10 +83,9 @@ def write_recipe(folder: Path, epochs: int, rate: float) -> Path:
     recipe = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
     recipe["model"]["llm"]["name"] = str(ROOT / "weights/minimind2-small")
     recipe["model"]["encoders"]["image"]["name"] = str(ROOT / "weights/mobilenet-v2")
-    for stage in recipe["train"]["stages"]:
-        stage["sources"] = [0]
-    third = {"name": "third", "trains": ["projectors", "adapter"], "learning_rate": rate, "epochs": epochs}
-    recipe["train"]["stages"].append(third | {"scheduler": "constant", "sources": [1]})
+    tune = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 4e-4, "epochs": 3, "sources": [0]}
+    last = {"name": "last", "trains": ["projectors", "adapter"], "learning_rate": rate, "scheduler": "constant"}
+    recipe["train"]["stages"] = [tune | {"learning_rates": {"projectors": 1e-3}}, last | {"sources": [1]}]
     recipe["train"]["validation"] = {"every_n_steps": 1_000_000, "limit": None}  # as a stage begins and ends
     recipe["evaluate"]["split"] = "validation"
     path = folder / "rewards.yaml"
@@ -98,12 +97,12 @@ def run(recipe: Path, folder: Path, seed: int, objective: str) -> Found:
     """Train in a process of its own."""
     into, spent = folder / f"seed-{seed}-{objective}", folder / f"seed-{seed}-{objective}.json"
     if not (into / "metrics.json").is_file():
-        settings = [f"seed={seed}", f"train.stages.2.objective={json.dumps(OBJECTIVES[objective])}"]
+        settings = [f"seed={seed}", f"train.stages.1.objective={json.dumps(OBJECTIVES[objective])}"]
         before = cpu_seconds()
         finetune("train", str(recipe), "--run", str(into), *[part for one in settings for part in ("--set", one)])
         spent.write_text(json.dumps(cpu_seconds() - before))
     train = json.loads((into / "metrics.json").read_text(encoding="utf-8"))["train"]["stages"]
-    stage = train["third"]
+    stage = train["last"]
     passes, rewards = stage["validation"], stage["figures"].get("reward")
     tenth = max(len(rewards) // 10, 1) if rewards else 0
     share = stage["seconds"] / sum(one["seconds"] for one in train.values())
@@ -132,7 +131,7 @@ def show(found: Mapping[tuple[int, str], Found]) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
     console.print(f"{date.today()}, {platform.machine()}, {threads} threads, Python {platform.python_version()}")
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("seed", "third stage", "before", "after", "reward", "no signal", "steps", "CPU"):
+    for heading in ("seed", "last stage", "before", "after", "reward", "no signal", "steps", "CPU"):
         table.add_column(heading, justify="right")
     for (seed, name), one in found.items():
         rewards = "{:.2f} to {:.2f}".format(*one.rewards) if one.rewards else ""

@@ -45,11 +45,6 @@ class Options(PartOptions):
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL divergence from the weights that the stage began with; 0: none."
     )
-    sampler: str | None = Field(
-        None,
-        pattern="^https?://",
-        description="Address of a vLLM server that samples the answers; null: the model that trains does it.",
-    )
 
 
 def items_of(options: Options, tokens: int, answers: int) -> int:
