@@ -217,8 +217,9 @@ def asked_rows(
             f"{max(tokens):,} tokens: raise train.tokens_per_batch (now {capacity:,})"
         )
     rows = plan_rows(tokens, weights, capacity=capacity, epochs=int(stage.epochs), seed=seed)
+    if objective.iterations == 1:
+        return rows
     step = train.accumulate * PartialState().num_processes
-    if objective.iterations > 1:
-        rows += [[]] * (-len(rows) % step)
+    rows += [[]] * (-len(rows) % step)
     steps = [rows[start : start + step] for start in range(0, len(rows), step)]
     return [row for own in steps for _ in range(objective.iterations) for row in own]

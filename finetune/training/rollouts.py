@@ -28,6 +28,7 @@ from finetune.model.prefixes import IGNORED
 from finetune.recipe.schema import Stage
 from finetune.training.checkpoints import STAGING, step_of
 from finetune.training.collate import Batch, Collator, PackedRow, RolloutBatch
+from finetune.training.pack import Row
 from finetune.training.reference import learned_log_probs
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
@@ -157,7 +158,7 @@ class Rollouts:
                 with autocast:
                     self.rows = [self._with_log_probs(groups, model) for groups in self.rows]
             model.train(training)
-        return [self._batch(groups) for groups in self.rows]
+        return [batch_of(self.stage, self.collator, groups) for groups in self.rows]
 
     def _drawn(self, rows: Sequence[PackedRow], step: int) -> list[list[Group]]:
         drawn = []
@@ -186,9 +187,9 @@ class Rollouts:
 
     def _with_log_probs(self, groups: list[Group], model: Any) -> list[Group]:
         """With those that the loss asks for: `before` where several steps learn from the same answers."""
-        asked = {"before": self.options.iterations > 1, "reference": bool(self.began)}
+        asked = {"before": self.options.iterations > 1, "reference": self.options.beta > 0}
         for name in [name for name, needed in asked.items() if needed]:
-            batch = self._batch(groups)
+            batch = batch_of(self.stage, self.collator, groups)
             counts = batch["compared"]["tokens"]
             if not counts:
                 continue
@@ -196,7 +197,7 @@ class Rollouts:
                 flat = learned_log_probs(model, send_to_device(batch, next(model.parameters()).device))
             each = (own.tolist() for own in flat.split(counts))
             groups = [
-                _with(group, name, [next(each) for _ in group.answers]) if self._teaches(group) else group
+                _with(group, name, [next(each) for _ in group.answers]) if teaches(group, self.options) else group
                 for group in groups
             ]
         return groups
@@ -212,47 +213,6 @@ class Rollouts:
             for (parameter, _), data in zip(self.began, now, strict=True):
                 parameter.data = data
 
-    def _teaches(self, group: Group) -> bool:
-        """Whether it has a gradient: answers that are all worth the same have none but that of the divergence."""
-        return bool(self.options.beta) or group.has_signal
-
-    def _batch(self, groups: Sequence[Group]) -> Batch:
-        """What is learned from a row's groups; nothing, where none of them has a gradient."""
-        taught = [group for group in groups if self._teaches(group)]
-        answers = [answer for group in taught for answer in group.answers]
-        samples = [self._sample(group.number, answer.tokens) for group in taught for answer in group.answers]
-        stand_in = [] if samples else [self._sample(0, self.collator.samples[0].input_ids[-1:])]
-        collator = copy(self.collator)
-        collator.samples = TokenizedSamples.of(samples or stand_in)
-        if self.began:
-            collator.reference = [torch.tensor(answer.reference) for answer in answers] or [torch.zeros(1)]
-        count = self.options.answers
-        places = [[*range(start, start + count)] for start in range(0, len(samples), count)] or [[0]]
-        batch = collator([PackedRow(groups=places, filler=not samples)])
-        drawn = [answer for group in groups for answer in group.answers]
-        rollout = RolloutBatch(
-            advantages=torch.tensor([answer.advantage for answer in answers]),
-            answers=len(drawn),
-            tokens=sum(len(answer.tokens) for answer in drawn),
-            figures=figures_of(groups),
-        )
-        if self.options.iterations > 1:
-            rollout["before"] = torch.tensor([value for answer in answers for value in answer.before])
-        batch["rollout"] = rollout
-        items_of = self.stage.objective.module.items_of
-        batch["items"] = items_of(self.options, rollout["tokens"], len(drawn)) if drawn else 0
-        return batch
-
-    def _sample(self, number: int, answer: list[int]) -> TokenizedSample:
-        question = self.collator.samples[number]
-        return replace(
-            question,
-            input_ids=question.input_ids + answer,
-            labels=[IGNORED] * len(question.input_ids) + answer,
-            role="sampled",
-            group=str(number),
-        )
-
     def save(self, path: Path) -> None:
         write_json(path, [[asdict(group) for group in groups] for groups in self.rows])
 
@@ -263,6 +223,64 @@ class Rollouts:
                 [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
                 for groups in read_json(checkpoint / file_name())
             ]
+
+
+def teaches(group: Group, options: Any) -> bool:
+    """Whether it has a gradient: answers that are all worth the same have none but that of the divergence."""
+    return bool(options.beta) or group.has_signal
+
+
+def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batch:
+    """What is learned from a row's groups; nothing, where none of them has a gradient."""
+    options: Any = stage.objective.options
+    taught = [group for group in groups if teaches(group, options)]
+    answers = [answer for group in taught for answer in group.answers]
+    samples = [
+        _answered(questions.samples[group.number], answer.tokens, group.number)
+        for group in taught
+        for answer in group.answers
+    ]
+    places = [[*range(start, start + options.answers)] for start in range(0, len(samples), options.answers)]
+    collator = copy(questions)
+    collator.reference = [torch.tensor(answer.reference) for answer in answers] if options.beta else None
+    if not samples:
+        first = questions.samples[0]
+        samples, places = [_answered(first, first.input_ids[-1:], 0)], [[0]]
+        collator.reference = [torch.zeros(1)] if options.beta else None
+    collator.samples = TokenizedSamples.of(samples)
+    batch = collator([PackedRow(groups=places, filler=not taught)])
+    drawn = [answer for group in groups for answer in group.answers]
+    batch["rollout"] = RolloutBatch(
+        advantages=torch.tensor([answer.advantage for answer in answers]),
+        answers=len(drawn),
+        tokens=sum(len(answer.tokens) for answer in drawn),
+        figures=figures_of(groups),
+    )
+    if options.iterations > 1:
+        batch["rollout"]["before"] = torch.tensor([value for answer in answers for value in answer.before])
+    count = stage.objective.module.items_of(options, batch["rollout"]["tokens"], len(drawn))
+    batch["items"] = count if drawn else 0
+    return batch
+
+
+def _answered(question: TokenizedSample, tokens: list[int], number: int) -> TokenizedSample:
+    return replace(
+        question,
+        input_ids=question.input_ids + tokens,
+        labels=[IGNORED] * len(question.input_ids) + tokens,
+        role="sampled",
+        group=str(number),
+    )
+
+
+def longest_answers(stage: Stage, collator: Collator, row: Row) -> Batch:
+    """The batch of a row's questions if no answer ended before its limit, as a plan needs it."""
+    options: Any = stage.objective.options
+    tokens = collator.samples[0].input_ids[-1:] * options.max_new_tokens
+    zeros = [0.0] * len(tokens)
+    answers = [SampledAnswer(tokens, float(number), 0.0, zeros, zeros) for number in range(options.answers)]
+    groups = [Group(number, answers) for group in row for number in group]
+    return batch_of(stage, collator, groups)
 
 
 def _with(group: Group, name: str, values: Sequence[Any]) -> Group:

@@ -77,8 +77,9 @@ def _finished(
         losses=[round(entry["loss"], 6) for entry in log],
         token_accuracy=[round(entry["mean_token_accuracy"], 4) for entry in log],
         steps=steps,
-        samples=len(trained_on),
-        tokens=sum(lengths[number] for number in trained_on),
+        samples=len(trained_on) // training.stage.objective.iterations,
+        # With the answers that were sampled, which no row tells.
+        tokens=int(log[-1]["num_tokens"]) if training.rollouts else sum(lengths[number] for number in trained_on),
         figures={name: [entry.get(name) for entry in log] for name in training.stage.objective.module.FIGURES},
         trained_weights=trained,
         validation=validation.history if validation else [],

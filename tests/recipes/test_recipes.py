@@ -83,7 +83,7 @@ def test_there_is_one_for_each_promised_machine_and_each_medium():
     names = {path.stem for path in RECIPES}
     assert {"quickstart", "gpu-8gb", "gpu-16gb", "colab-t4"} <= names
     assert {"read-documents", "transcribe-speech", "speech-reply", "video-questions", "image-and-speech"} <= names
-    assert {"cross-attention", "mpt", "preferences"} <= names
+    assert {"cross-attention", "mpt", "preferences", "rewards"} <= names
 
 
 @every

@@ -1,6 +1,7 @@
 """Stages that learn from rewards, from rows of a file to the run folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from tiny import tiny_recipe
 
 import finetune
 from finetune.common.errors import DataError, RecipeError, TrainingError
+from finetune.data.sample import Row
+from finetune.model.bindings import TaskBinding
+from finetune.recipe.parts import HeadPart, TaskPart
+from finetune.training.rollouts import task_reward
 from finetune.training.trainer import StageTrainer
 
 STAGE = {"name": "reward", "trains": ["projectors", "adapter"], "learning_rate": 2e-2, "epochs": 2}
@@ -47,8 +52,134 @@ def shortness(sample, answer):
     return -float(len(answer))
 
 
+def early_letters(sample, answer):
+    """Between 0 and 1: how many characters come before n in the alphabet."""
+    return sum(letter < "n" for letter in answer.lower()) / max(len(answer), 1)
+
+
 def test_rewarded_answers_become_more_likely(tmp_path):
-    run = finetune.train(rewarded(tmp_path, stage={"epochs": 12}), tmp_path / "run", reward=shortness)
+    objective = {"answers": 16, "max_new_tokens": 2}
+    stage = {"trains": ["adapter"], "epochs": 10, "learning_rate": 5e-2, "scheduler": "constant"}
+    recipe = rewarded(tmp_path, objective, stage)
+    run = finetune.train(recipe, tmp_path / "run", reward=early_letters)
     figures = stage_of(run)["figures"]
-    print(figures)
-    assert figures["reward"][-1] > figures["reward"][0]
+    reward = figures["reward"]
+    assert sum(reward[-4:]) / 4 > sum(reward[:4]) / 4 + 0.2
+    assert figures["reward_deviation"][0] > 0 and 1 <= figures["answer_tokens"][0] <= 2
+    assert stage_of(run)["samples"] == 80
+
+
+def interrupted(recipe, folder, monkeypatch, at, **options):
+    step, calls = StageTrainer.training_step, []
+
+    def cut(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == at:
+            raise OSError("power cut")
+        return step(*arguments, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
+        patch.setattr(StageTrainer, "training_step", cut)
+        finetune.train(recipe, folder, **options)
+
+
+def test_an_interrupted_stage_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    """Between two steps on the same answers, of weights with dropout, and with the divergence from the beginning."""
+    objective = {"iterations": 2, "beta": 0.1}
+    recipe = rewarded(tmp_path, objective, train__save_every_n_steps=3)
+    whole = finetune.train(recipe, tmp_path / "whole", reward=shortness)
+    interrupted(recipe, tmp_path / "run", monkeypatch, 5, reward=shortness)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "reward").glob("checkpoint-*")] == [
+        "checkpoint-3"
+    ]
+    resumed = finetune.train(recipe, tmp_path / "run", resume=True, reward=shortness)
+    expected, found = weights_in(whole), weights_in(resumed)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert stage_of(resumed)["figures"] == stage_of(whole)["figures"]
+    kl = stage_of(whole)["figures"]["kl"]
+    assert kl[0] == pytest.approx(0, abs=1e-3) and kl[-1] > 0
+
+
+def test_weights_are_as_they_were_after_a_look_at_the_beginning(tmp_path, monkeypatch):
+    """With beta so small that the divergence is lost in rounding, the stage is the one without it."""
+    without = finetune.train(rewarded(tmp_path, stage={"epochs": 1}), tmp_path / "without", reward=shortness)
+    almost = finetune.train(rewarded(tmp_path, {"beta": 1e-30}, {"epochs": 1}), tmp_path / "almost", reward=shortness)
+    expected, found = weights_in(without), weights_in(almost)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def sample_of(task, columns):
+    row = Row(Path("rows.jsonl"), 1, columns, Path("."))
+    return replace(task.sample(row), task="here")
+
+
+@pytest.mark.parametrize(
+    "task, columns, answer, name, expected",
+    [
+        ("answer", {"question": "What?", "answer": "a red square"}, "a square", "good", 0.8),
+        ("answer", {"question": "What?", "answer": "a red square"}, "a square", "exact_match", 0.0),
+        ("extract", {"json": '{"total": 3, "name": "Li"}'}, '{"total": 3, "name": "Wu"}', "good", 0.5),
+        ("extract", {"json": '{"total": 3, "name": "Li"}'}, '{"total": 3', "json_valid", 0.0),
+        ("transcribe", {"text": "abcde"}, "abcxy", "good", 0.6),
+        ("classify", {"label": "red"}, "blue", "good", 0.0),
+        ("classify", {"label": "red"}, "red", "good", 1.0),
+    ],
+)
+def test_the_task_s_own_measure_is_the_reward(task, columns, answer, name, expected):
+    part = TaskPart.of(task, media=())
+    binding = TaskBinding(task=part, head=HeadPart.of("language"))
+    reward = task_reward({"here": binding}, name)
+    assert reward(sample_of(part, columns), answer) == pytest.approx(expected)
+
+
+def without_llm(folder, path):
+    recipe = finetune.load_recipe(path)
+    (folder / "llm" / "model.safetensors").unlink()
+    return recipe
+
+
+@pytest.mark.parametrize("name, known", [("loudness", "good, exact_match"), ("iou", "good, exact_match")])
+def test_a_reward_that_the_task_does_not_measure_is_refused(name, known, tmp_path):
+    recipe = without_llm(tmp_path, rewarded(tmp_path, {"reward": name}))
+    expected = rf"data.0: stage 'reward' learns from rewards, and the task 'answer' measures no '{name}'; .*{known}"
+    for begin in (finetune.check, lambda recipe: finetune.train(recipe, tmp_path / "run")):
+        with pytest.raises(DataError, match=expected):
+            begin(recipe)
+
+
+def test_questions_whose_answers_fit_no_row_are_refused(tmp_path):
+    recipe = without_llm(tmp_path, rewarded(tmp_path, {"answers": 16, "max_new_tokens": 32}))
+    with pytest.raises(
+        DataError, match=r"(?s)8 of 8 .*train.jsonl:1: the question and 16 answers of 32 tokens have 53"
+    ):
+        finetune.train(recipe, tmp_path / "run")
+
+
+def test_what_cannot_be_rewarded_is_refused_by_the_recipe_alone(tmp_path):
+    with pytest.raises(RecipeError, match="the objective 'grpo' changes what the LLM writes: add 'adapter'"):
+        finetune.load_recipe(rewarded(tmp_path, stage={"trains": ["projectors"]}))
+    labels = [f"data.{number}.{key}" for number in (0, 1) for key in ("task=classify", "head.kind=language")]
+    labels += [f"data.{number}.head.answers=labels" for number in (0, 1)]
+    with pytest.raises(RecipeError, match=r"data.0.head.answers: stage 'reward' .* needs written answers"):
+        finetune.load_recipe(rewarded(tmp_path), labels)
+    heads = [f"data.{number}.{key}" for number in (0, 1) for key in ("task=classify", "head=label")]
+    with pytest.raises(RecipeError, match="has the objective 'grpo', which needs the head 'language'"):
+        finetune.load_recipe(rewarded(tmp_path), heads)
+    with pytest.raises(RecipeError, match="reward: no stage of the recipe samples answers"):
+        finetune.train(tiny_recipe(tmp_path / "other"), tmp_path / "run", reward=shortness)
+
+
+def test_a_reward_must_be_a_finite_number(tmp_path):
+    with pytest.raises(TrainingError, match=r"train.jsonl:\d: the reward of '.*' is nan; return a finite number"):
+        finetune.train(rewarded(tmp_path), tmp_path / "run", reward=lambda sample, answer: float("nan"))
+
+
+def test_the_stage_is_planned(tmp_path):
+    """With the answers as long as they may be: more of them take more memory."""
+    activations = []
+    for answers in (2, 8):
+        plan = finetune.plan(rewarded(tmp_path, {"answers": answers, "beta": 0.1, "iterations": 2}))
+        phases = {phase.name: phase for phase in plan.phases}
+        activations.append(phases["train reward"].parts["activations"])
+    assert 0 < activations[0] < activations[1]

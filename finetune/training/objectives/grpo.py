@@ -45,11 +45,6 @@ class Options(PartOptions):
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL divergence from the weights that the stage began with; 0: none."
     )
-    sampler: str | None = Field(
-        None,
-        pattern="^https?://",
-        description="Address of a vLLM server that samples the answers; null: the model that trains does it.",
-    )
 
 
 def items_of(options: Options, tokens: int, answers: int) -> int:
@@ -63,7 +58,7 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     """
     answers, rollout = answers_of(model, batch), batch["rollout"]
     own, counts = answers.by_token, answers.tokens.long()
-    advantages = rollout["advantages"].repeat_interleave(counts)
+    advantages = rollout["advantages"].repeat_interleave(counts, output_size=len(own))
     ratio = (own - rollout.get("before", own.detach())).exp()
     low, high = 1 - options.clip, 1 + (options.clip if options.clip_high is None else options.clip_high)
     losses = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
@@ -73,13 +68,14 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
         figures["clipped"] = float(clipped.float().mean())
     if options.beta:
         distance = batch["compared"]["reference"] - own
-        divergence = distance.exp() - distance - 1
+        # Times the ratio, for an unbiased gradient (https://arxiv.org/abs/2512.02556).
+        divergence = (distance.exp() - distance - 1) * ratio
         losses = losses + options.beta * divergence
         if len(own):
             figures["kl"] = float(divergence.detach().mean())
-    losses = losses * answers.weights.repeat_interleave(counts)
+    losses = losses * answers.weights.repeat_interleave(counts, output_size=len(own))
     if options.loss == "grpo":
-        losses = losses / answers.tokens.repeat_interleave(counts)
+        losses = losses / answers.tokens.repeat_interleave(counts, output_size=len(own))
     elif options.loss == "dr_grpo":
         losses = losses / options.max_new_tokens
     elif options.loss == "bnpo":

@@ -25,7 +25,8 @@ from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
 from finetune.training.prefixes import sharing_of
-from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, tokenized
+from finetune.training.prepare import asked_rows
+from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions, tokenized
 from finetune.training.steps import samples_of
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
@@ -136,6 +137,8 @@ class PlannedRun:
             given = stage.model_copy(update={"objective": ObjectivePart.of(stage.objective.kind, answers="given")})
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
+        if stage.objective.asks:
+            return self._asked_rows(stage, chosen, weights, model, kind, seed)
         if stage.objective.compares:
             own = [training[i] for i in chosen]
             samples = TokenizedSamples.of(compared(own, stage.objective.needs, self.run))
@@ -150,6 +153,27 @@ class PlannedRun:
         used = {training[i].source for i in chosen}
         stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
         tokens = [sum(sharing.tokens(group, lengths) for group in row) for row in packed]
+        fullest = packed[tokens.index(max(tokens))]
+        return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(sum(tokens) * stretch))
+
+    def _asked_rows(
+        self,
+        stage: Stage,
+        chosen: Sequence[int],
+        weights: Sequence[float],
+        model: MultimodalModel,
+        kind: RowKind,
+        seed: int,
+    ) -> StageRows:
+        """Of a stage that samples answers: as many tokens as they may have."""
+        objective, own = stage.objective, [self.rows.training[i] for i in chosen]
+        samples = TokenizedSamples.of(questions(own, objective, self.run))
+        lengths, shares = samples.lengths, kind is RowKind.SHARED and not model.composition.fusion.by_sample
+        once = stage.model_copy(update={"epochs": 1})
+        packed = asked_rows(self.run, once, lengths, weights, seed, shares)
+        tokens = [sum(objective.tokens_of(lengths[number]) for (number,) in row) for row in packed]
+        used = {sample.source for sample in own}
+        stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
         fullest = packed[tokens.index(max(tokens))]
         return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(sum(tokens) * stretch))
 

@@ -1,0 +1,186 @@
+"""The loss of sampled answers beside trl's GRPOTrainer, on one text-only model and the same answers and rewards."""
+
+from contextlib import nullcontext
+from copy import deepcopy
+
+import pytest
+import torch
+from datasets import Dataset
+from packed import collator_of, shake, tokenized_sample
+from tiny import tiny_composite, tiny_tokenizer
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from finetune.model.adapter import attach
+from finetune.model.row_plan import RowKind, by_segments
+from finetune.recipe.parts import ObjectivePart
+from finetune.recipe.schema import Adapter, Stage
+from finetune.training.rollouts import Rollouts
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
+ANSWERS = [[[20, 21, 22], [30, 31, 32, 33, 34], [20]], [[40, 41, 42, 43], [44, 45], [46, 47, 48]]]
+REWARDS = [[1.0, 0.0, 0.25], [0.0, 0.5, 1.0]]
+LONGEST = 7
+
+
+class Ours:
+    """A composite that has changed since its stage began, and has sampled ANSWERS before that."""
+
+    def __init__(self, kind=RowKind.SHARED, rewards=REWARDS, **options):
+        torch.manual_seed(0)
+        self.model = tiny_composite()
+        attach(self.model, Adapter(rank=2, alpha=4.0))
+        self.base = deepcopy(self.model.language_model).merge_and_unload()
+        self.part = ObjectivePart.of("grpo", answers=3, max_new_tokens=LONGEST, **options)
+        add_fused_lm_head(self.model, self.part.options.temperature, outputs=("log_probs", "entropy", "is_top1"))
+        questions = [tokenized_sample(prompt, [-100] * len(prompt)) for prompt in PROMPTS]
+        given = iter([reward for group in rewards for reward in group])
+        self.rollouts = Rollouts(
+            Stage(name="reward", trains=["adapter"], learning_rate=1e-3, objective=self.part.dump()),
+            [Question() for _ in PROMPTS],
+            collator_of(questions, kind=kind),
+            sampler=lambda questions, options, seed: ANSWERS,
+            decode=str,
+            reward=lambda sample, answer: next(given),
+            seed=1,
+        )
+        trained = [p for name, p in self.model.named_parameters() if "lora_" in name]
+        self.rollouts.begin(trained)
+        shake(self.model)
+        self.model.train()
+        self.step = 0
+
+    def batches(self, rows=([[0], [1]],)):
+        """As the model is now at first, then with the same answers."""
+        packed = [{"groups": row, "filler": False} for row in rows]
+        found = self.rollouts.batches(packed, self.step, self.model, nullcontext())
+        self.step += 1
+        return found
+
+    def loss(self, batch):
+        with by_segments(self.model.causal_lm) if "row_plan" in batch else nullcontext():
+            return self.part.module.loss(self.model, self.model, batch, self.part.options)
+
+    @property
+    def policy(self):
+        return deepcopy(self.model.language_model).merge_and_unload()
+
+    def change(self):
+        """As by an optimizer step, so that ratios leave 1."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(0.25 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+
+
+class Question:
+    question = ()
+    where = "rows.csv:2"
+
+
+def trl_trainer(policy, base, folder, rewards=REWARDS, beta=0.0, **options):
+    """It is given the answers and the reference, and does all else itself."""
+    flat = [reward for group in rewards for reward in group]
+    trainer = GRPOTrainer(
+        model=policy.requires_grad_(True),
+        reward_funcs=lambda completions, **columns: flat,
+        args=GRPOConfig(
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            num_generations=3,
+            per_device_train_batch_size=6,
+            max_completion_length=LONGEST,
+            disable_dropout=False,
+            **options,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.beta, trainer.ref_model = beta, base
+    add_fused_lm_head(base, trainer.temperature)
+    answers = [answer for group in ANSWERS for answer in group]
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    trainer._generate = lambda texts: (prompts, answers, None, ["a"] * 6, None, {}, None, None)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer
+
+
+KINDS = [RowKind.SHARED, RowKind.SEGMENTS, RowKind.PADDED]
+
+
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("beta, temperature", [(0.0, 1.0), (0.3, 0.7)])
+def test_it_is_trl_s_where_ratios_are_clipped(loss, beta, temperature, tmp_path):
+    common = {"beta": beta, "temperature": temperature}
+    ours = Ours(loss=loss, iterations=2, clip=0.1, clip_high=0.15, **common)
+    ours.batches()
+    theirs = trl_trainer(
+        ours.policy, ours.base, tmp_path, loss_type=loss, num_iterations=2, epsilon=0.1, epsilon_high=0.15, **common
+    )
+    inputs = theirs._generate_and_score_completions([{"prompt": text} for text in "aaabbb"])
+    ours.change()
+    theirs.model.load_state_dict(ours.policy.state_dict())
+    (batch,) = ours.batches()
+    found = ours.loss(batch)
+    expected = theirs._compute_loss(theirs.model, inputs)
+    assert found.total.item() / batch["items"] == pytest.approx(expected.item(), abs=1e-5)
+    metrics = theirs._metrics["train"]
+    assert 0.1 < found.figures["clipped"] == pytest.approx(metrics["clip_ratio/region_mean"][0], abs=1e-6)
+    assert found.figures["reward"] == pytest.approx(metrics["reward"][0])
+    if beta:
+        assert 1e-3 < found.figures["kl"] == pytest.approx(metrics["kl"][0], abs=1e-5)
+    assert abs(expected.item()) > 1e-3
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_trl_s_for_answers_of_now(kind, scale, tmp_path):
+    """Its first step on them: rewards of one group are all equal, and have no gradient."""
+    rewards = [REWARDS[0], [0.5, 0.5, 0.5]]
+    ours = Ours(kind, rewards=rewards, loss="grpo", scale_rewards=scale)
+    theirs = trl_trainer(ours.policy, ours.base, tmp_path, rewards, loss_type="grpo", scale_rewards=scale)
+    inputs = theirs._generate_and_score_completions([{"prompt": text} for text in "aaabbb"])
+    theirs._compute_loss(theirs.model, inputs).backward()
+    (batch,) = ours.batches()
+    found = ours.loss(batch)
+    (found.total / batch["items"]).backward()
+    assert len(batch["compared"]["tokens"]) == 3 and batch["items"] == 6
+    assert found.figures["no_signal"] == 0.5
+    if scale != "batch":  # where trl counts all or none
+        assert theirs._metrics["train"]["frac_reward_zero_std"] == [0.5]
+    # The gradient of a merged weight W + s B A, sent on to A: s B^T G.
+    gradients = {name: p.grad for name, p in theirs.model.named_parameters()}
+    checked = 0
+    for name, module in ours.model.language_model.named_modules():
+        if hasattr(module, "lora_A"):
+            whole = gradients[name.removeprefix("base_model.model.") + ".weight"]
+            expected = module.scaling["default"] * module.lora_B["default"].weight.T @ whole
+            torch.testing.assert_close(module.lora_A["default"].weight.grad, expected, atol=1e-6, rtol=1e-3)
+            checked += float(expected.abs().sum()) > 0
+    assert checked > 5
+
+
+def test_a_row_without_signal_is_a_step_without_gradient():
+    ours = Ours(rewards=[[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    (batch,) = ours.batches()
+    found = ours.loss(batch)
+    found.total.backward()
+    assert found.total.item() == 0 and batch["items"] == sum(len(answer) for group in ANSWERS for answer in group)
+    assert found.figures == {"reward": 0.5, "reward_deviation": 0.0, "no_signal": 1.0, "answer_tokens": 3.0}
+    gradients = [p.grad for name, p in ours.model.named_parameters() if "lora_" in name]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+def test_a_step_of_several_rows_is_that_of_one_row(loss):
+    one, several = Ours(loss=loss), Ours(loss=loss)
+    (batch,) = one.batches()
+    expected = one.loss(batch)
+    several.rollouts.sampler = lambda questions, options, seed, left=[*ANSWERS]: [left.pop(0)]
+    batches = several.batches([[[0]], [[1]]])
+    found = [several.loss(batch) for batch in batches]
+    assert sum(batch["items"] for batch in batches) == batch["items"]
+    torch.testing.assert_close(found[0].total + found[1].total, expected.total)
