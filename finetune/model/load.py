@@ -22,7 +22,7 @@ from finetune.model.base.existing import ExistingModel
 from finetune.model.build import Components, build_model, load_components, load_llm
 from finetune.model.composite import MultimodalModel, compose_base
 from finetune.model.composition import BASE_FILE, HEADS_FILE, MERGED_FORMAT, PLACEHOLDERS, Composition
-from finetune.model.language_model import default_device, load_tokenizer
+from finetune.model.language_model import default_device, load_tokenizer, resolve_dtype
 from finetune.model.manifest import MANIFEST, AdapterManifest, refuse_format
 from finetune.model.tokenize import Placeholder
 from finetune.model.trained_for import folder_of_model, refuse_missing
@@ -106,6 +106,14 @@ def load_merged_base(folder: Path, device: torch.device) -> Assistant:
     if model.heads:
         model.heads.load_state_dict(load_file(folder / HEADS_FILE))
     return Assistant(model, base.tokenizer, base.placeholders(), encoders, composition.media)
+
+
+def load_base(settings: Base, device: torch.device | None = None) -> Assistant:
+    """A model of transformers that takes media, as it is. Raises ModelError."""
+    device = device or default_device()
+    base = ExistingModel.load(settings, resolve_dtype(settings.dtype, device), device)
+    encoders = {name: BaseEncoder(base, name) for name in base.media}
+    return Assistant(compose_base(encoders).eval(), base.tokenizer, base.placeholders(), encoders)
 
 
 def load_exactly(model_class: Any, folder: Path, **kwargs: Any) -> Any:

@@ -54,6 +54,13 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds a model that was trained here, not one that transformers loads as it is."""
+    if any((folder / one).is_file() for one in (MANIFEST, BASE_FILE)) or not (folder / CONFIG).is_file():
+        return True
+    return "parts" in read_json(folder / CONFIG)
+
+
 def refuse_unfit_teachers(recipe: RecipeSections) -> None:
     """Raises ArtifactError for a teacher that isn't there, RecipeError for one that doesn't read a stage's media."""
     for number, stage in enumerate(recipe.train.stages):

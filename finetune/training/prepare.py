@@ -37,7 +37,7 @@ from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
-from finetune.training.teachers import Lesson, lesson
+from finetune.training.teachers import Lesson, ask_teachers
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     ]
     with watch("read"):
         bindings = bindings_of(recipe.data, splits.train)
+    with watch("teacher"):
+        lessons = ask_teachers(recipe, splits.train, folder)
     with watch("components"):
         run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
     if first:
@@ -116,18 +118,13 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
         compared_by_stage, digest = compared_samples(splits.train, run, digest)
         if first:
             refuse_other_rows(folder, digest)
-    with watch("teacher"):
-        lessons = {
-            stage.name: lesson(number, picked(splits.train, samples_of(stage, splits.train)), run)
-            for number, stage in enumerate(recipe.train.stages)
-            if stage.objective.needs == "teacher"
-        }
+        taught = {name: lesson.tokenized(run) for name, lesson in lessons.items()}
     lengths = samples.lengths
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
     )
-    return PreparedRun(run, splits.train, validation, samples, compared_by_stage, lessons, watch)
+    return PreparedRun(run, splits.train, validation, samples, compared_by_stage | taught, lessons, watch)
 
 
 def compared_samples(training: Sequence[Sample], run: Run, digest: str) -> tuple[dict[str, TokenizedSamples], str]:
@@ -179,8 +176,6 @@ def stage_rows(
     weights = sampling_weights(own, run.recipe.train.mixing_temperature)
     if stage.objective.needs == "texts":
         samples = TokenizedSamples.of(distilled(own, stage, run, model))
-    elif stage.name in prepared.lessons:
-        samples = prepared.lessons[stage.name].samples
     elif stage.name in prepared.compared:
         samples = prepared.compared[stage.name]
         weights = [weight for weight in weights for _ in range(len(samples) // len(own))]

@@ -21,26 +21,28 @@ from accelerate.utils import send_to_device
 from finetune.common.errors import RUN, DataError, RecipeError, TrainingError, option
 from finetune.common.kept_tables import keep, opened
 from finetune.common.progress import bar, console, fresh_memory
-from finetune.common.run_folder import read_json, write_json
+from finetune.common.run_folder import RunFolder, read_json, write_json
 from finetune.common.user_cache import user_cache
-from finetune.data.rows import error_list
+from finetune.data.rows import error_list, picked
 from finetune.data.sample import Medium, Sample
 from finetune.model.assistant import Assistant
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.features import Features
-from finetune.model.language_model import context_length, load_tokenizer
-from finetune.model.load import load_folder, model_folder
+from finetune.model.language_model import context_length, default_device, load_tokenizer
+from finetune.model.load import load_base, load_folder, model_folder
 from finetune.model.prefixes import IGNORED
 from finetune.model.row_plan import RowKind, by_segments, row_kind
 from finetune.model.run import Run
 from finetune.model.taught import Taught
 from finetune.model.tokenize import tokenize
-from finetune.model.trained_for import fingerprint
-from finetune.recipe.schema import Stage
+from finetune.model.trained_for import fingerprint, is_own
+from finetune.recipe.load import Recipe
+from finetune.recipe.schema import Base
 from finetune.training.collate import Collator, PackedRow
 from finetune.training.pack import plan_rows
 from finetune.training.prefixes import sharing_of
 from finetune.training.samples import DISTILL_BATCH, TokenizedSample, TokenizedSamples, tokenized
+from finetune.training.steps import samples_of
 
 ANSWERS = pa.schema({"answer": pa.string()})
 OUTPUTS = pa.schema(
@@ -81,47 +83,69 @@ class TeacherOutputs:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A stage's rows as tokens, with the answers that it learns, and the teacher's distributions of these; None where
-    the answers alone teach.
+    """What a teacher says to a stage's rows: these with the answers to learn, and the distributions of their tokens,
+    None where the answers alone teach.
     """
 
-    samples: TokenizedSamples
+    teacher: str
+    samples: list[Sample]
     outputs: TeacherOutputs | None
 
+    def tokenized(self, run: Run) -> TokenizedSamples:
+        """The rows as tokens. Raises DataError where the teacher splits or ends answers otherwise than the student."""
+        tokens = TokenizedSamples.of(tokenized(self.samples, run))
+        wrong = []
+        for number in range(len(tokens) if self.outputs else 0):
+            sample = tokens[number]
+            learned = [label for label in sample.labels[1:] if label != IGNORED]
+            if self.outputs and learned != self.outputs.tokens(number):
+                wrong.append(sample.where)
+        if wrong:
+            headline = (
+                f"{self.teacher} writes the answers of {len(wrong):,} of {len(tokens):,} rows in other tokens, as "
+                "where its chat template ends them otherwise: write by: answers"
+            )
+            raise DataError(error_list(wrong, headline))
+        return tokens
 
-def lesson(number: int, samples: Sequence[Sample], run: Run) -> Lesson:
-    """What the teacher of stage `number` says to its rows: from an earlier run, or by the teacher, which is loaded for
-    it and let go. Raises RecipeError for a teacher of another vocabulary, DataError with the rows that it can't read,
-    TrainingError where it has changed since the run began.
+
+def ask_teachers(recipe: Recipe, training: Sequence[Sample], folder: RunFolder) -> dict[str, Lesson]:
+    """{stage: what its teacher says}, from an earlier run, or from the teacher, which is loaded for it and let go.
+    Raises RecipeError for a teacher of another vocabulary, DataError with the rows that it can't read, TrainingError
+    where it or its rows have changed since the run began.
     """
-    stage = run.recipe.train.stages[number]
-    teacher = StageTeacher(number, run)
+    return {
+        stage.name: _lesson(number, recipe, picked(training, samples_of(stage, training)), folder)
+        for number, stage in enumerate(recipe.train.stages)
+        if stage.objective.needs == "teacher"
+    }
+
+
+def _lesson(number: int, recipe: Recipe, rows: Sequence[Sample], folder: RunFolder) -> Lesson:
+    stage, teacher, samples = recipe.train.stages[number], StageTeacher(number, recipe), list(rows)
     options: Any = stage.objective.options
+    outputs = None
     try:
         if PartialState().is_main_process:
-            teacher.refuse_changed(run.folder.data / f"teacher-{stage.name}.json")
+            teacher.refuse_changed(folder.data / f"teacher-{stage.name}.json", samples)
             if options.by == "kl":
                 teacher.refuse_other_vocabulary()
         if options.answers == "own":
-            samples = _answered(samples, stage, run, teacher)
-        tokens = TokenizedSamples.of(tokenized(samples, run))
-        if options.by == "answers":
-            return Lesson(tokens, None)
-        content = [options.temperature, options.top_k]
-        table = teacher.kept("distributions", content, OUTPUTS, samples, teacher.distributions)
-        outputs = TeacherOutputs(table, options.temperature)
+            samples = _answered(samples, teacher, folder.data / f"answers-{stage.name}.json")
+        if options.by == "kl":
+            content = [options.temperature, options.top_k]
+            table = teacher.kept("distributions", content, OUTPUTS, samples, teacher.distributions)
+            outputs = TeacherOutputs(table, options.temperature)
     finally:
         teacher.release()
-    _refuse_other_tokens(tokens, outputs, teacher.name)
-    return Lesson(tokens, outputs)
+    return Lesson(teacher.name, samples, outputs)
 
 
-def _answered(samples: Sequence[Sample], stage: Stage, run: Run, teacher: "StageTeacher") -> list[Sample]:
-    """The rows with the teacher's answers, as this run has begun with them."""
-    options: Any = stage.objective.options
-    path = run.folder.data / f"answers-{stage.name}.json"
+def _answered(samples: Sequence[Sample], teacher: "StageTeacher", path: Path) -> list[Sample]:
+    """The rows with the teacher's answers; a run goes on with those that it has begun with."""
     if PartialState().is_main_process and not path.is_file():
-        table = teacher.kept("answers", [options.max_new_tokens], ANSWERS, samples, teacher.answers, waits=False)
+        content = [teacher.options.max_new_tokens]
+        table = teacher.kept("answers", content, ANSWERS, samples, teacher.answers, waits=False)
         write_json(path, {"answers": table.column("answer").to_pylist()})
     PartialState().wait_for_everyone()
     # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
@@ -129,27 +153,12 @@ def _answered(samples: Sequence[Sample], stage: Stage, run: Run, teacher: "Stage
     return [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
 
 
-def _refuse_other_tokens(samples: TokenizedSamples, outputs: TeacherOutputs, name: str) -> None:
-    """Raises DataError where the teacher's answers end or are split otherwise than the student's."""
-    wrong = []
-    for number in range(len(samples)):
-        sample = samples[number]
-        if [label for label in sample.labels[1:] if label != IGNORED] != outputs.tokens(number):
-            wrong.append(sample.where)
-    if wrong:
-        headline = (
-            f"{name} writes the answers of {len(wrong):,} of {len(samples):,} rows in other tokens, as where its chat "
-            "template ends them otherwise: write by: answers"
-        )
-        raise DataError(error_list(wrong, headline))
-
-
 class StageTeacher:
     """The teacher of a stage, loaded when it is first asked."""
 
-    def __init__(self, number: int, run: Run) -> None:
-        self.run, self.where = run, f"train.stages.{number}.objective"
-        options: Any = run.recipe.train.stages[number].objective.options
+    def __init__(self, number: int, recipe: Recipe) -> None:
+        self.recipe, self.where = recipe, f"train.stages.{number}.objective"
+        options: Any = recipe.train.stages[number].objective.options
         self.options, self.name = options, str(options.teacher)
         self.loaded: Assistant | None = None
 
@@ -165,7 +174,8 @@ class StageTeacher:
     def assistant(self) -> Assistant:
         if self.loaded is None:
             console.print(f"teacher: {self.name}")
-            self.loaded = load_folder(self.folder)
+            plain = Base(name=str(self.folder), quantize=self.options.quantize)
+            self.loaded = load_folder(self.folder) if is_own(self.folder) else load_base(plain)
         return self.loaded
 
     def release(self) -> None:
@@ -176,28 +186,34 @@ class StageTeacher:
     @cached_property
     def features(self) -> Features:
         """Of its own encoders."""
-        return Features(self.assistant.encoders, self.run.recipe.train.feature_folder, self.run.recipe.media)
+        return Features(self.assistant.encoders, self.recipe.train.feature_folder, self.recipe.media)
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         return vocabulary_of(load_tokenizer(str(self.folder)))
 
-    def refuse_changed(self, path: Path) -> None:
-        """Keep what it is. Raises TrainingError where a resumed run began with another."""
-        if path.is_file() and read_json(path)["fingerprint"] != self.fingerprint:
-            raise TrainingError(
-                f"{self.where}.teacher: {self.name} has changed since this run began; begin anew with {option(*RUN)}"
-            )
-        write_json(path, {"teacher": self.name, "fingerprint": self.fingerprint})
+    def refuse_changed(self, path: Path, samples: Sequence[Sample]) -> None:
+        """Keep what it is, and what it is asked. Raises TrainingError where a resumed run began with another."""
+        current = {"teacher": self.name, "fingerprint": self.fingerprint, "rows": rows_digest(samples)}
+        before = read_json(path) if path.is_file() else current
+        for key, what in (("fingerprint", self.name), ("rows", "what it is asked")):
+            if before[key] != current[key]:
+                raise TrainingError(
+                    f"{self.where}.teacher: {what} has changed since this run began; begin anew with {option(*RUN)}"
+                )
+        write_json(path, current)
 
     def refuse_other_vocabulary(self) -> None:
         """Raises RecipeError."""
-        own, theirs = vocabulary_of(self.run.components.tokenizer), self.vocabulary
+        student = self.recipe.model.language_model
+        known = load_tokenizer(student.name, revision=student.revision, trust_remote_code=student.trust_remote_code)
+        own = vocabulary_of(known)
+        theirs = self.vocabulary
         if own != theirs:
-            common, llm = len(own.items() & theirs.items()), self.run.recipe.model.llm.name
+            common = len(own.items() & theirs.items())
             raise RecipeError(
-                f"{self.where}.by: {self.name} has a vocabulary of {len(theirs):,} tokens, {llm} one of {len(own):,}, "
-                f"and {common:,} are the same: next tokens can't be compared; write by: answers"
+                f"{self.where}.by: {self.name} has a vocabulary of {len(theirs):,} tokens, {student.name} one of "
+                f"{len(own):,}, and {common:,} are the same: next tokens can't be compared; write by: answers"
             )
 
     def kept(
@@ -214,15 +230,16 @@ class StageTeacher:
         processes call it.
         """
         versions = [version(name) for name in ("torch", "transformers", "peft")]
-        limits = self.run.recipe.media.model_dump(mode="json")
+        limits = self.recipe.media.model_dump(mode="json")
         made_by = [
             what,
             self.fingerprint,
+            self.options.quantize,
             *content,
             rows_digest(samples),
             limits,
             versions,
-            self.run.components.device.type,
+            default_device().type,
         ]
         folder = user_cache("teachers") / hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
         table = opened(folder)
@@ -252,14 +269,15 @@ class StageTeacher:
         model, tokenizer = self.assistant.model.eval(), self.assistant.tokenizer
         vocabulary = 1 + max(self.vocabulary.values())
         rows = TokenizedSamples.of(self._tokenized(samples))
-        lengths, kind = rows.lengths, row_kind(model.causal_lm)
+        lengths = rows.lengths
+        kind = RowKind.PADDED if model.composition.base else row_kind(model.causal_lm)
         collator = Collator(
             rows, self.features.features, field="features", kind=kind, pad_token_id=tokenizer.pad_token_id
         )
         planned = plan_rows(
             lengths,
             [1.0] * len(lengths),
-            capacity=max(int(self.run.recipe.train.tokens_per_batch), *lengths),
+            capacity=max(int(self.recipe.train.tokens_per_batch), *lengths),
             epochs=1,
             seed=0,
             sharing=sharing_of(rows, model.composition.fusion.by_sample) if kind is RowKind.SHARED else None,
@@ -278,7 +296,7 @@ class StageTeacher:
     def _tokenized(self, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
         """Raises DataError with all rows that it can't read."""
         assistant = self.assistant
-        segments = assistant.model.composition.placement.segments_by(self.features.layout)
+        segments = assistant.model.placement.segments_by(self.features.layout)
         limit = context_length(assistant.model.causal_lm)
         errors: list[str] = []
         for sample in samples:
@@ -298,6 +316,7 @@ class StageTeacher:
                 media_keys=[medium.key for medium in tokens.media],
                 media_begins=list(tokens.media_begins),
                 media_ends=list(tokens.media_ends),
+                positions=tokens.positions,
             )
         if errors:
             raise DataError(error_list(errors, f"{len(errors)} of {len(samples)} rows can't be read by the teacher"))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import ZOO, family_folder
+from families.recipes import base_recipe
 from tiny import tiny_dataset, tiny_llm_folder, tiny_recipe, tiny_tokenizer, tiny_vision_folder
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -54,8 +56,8 @@ def student(folder: Path, taught_by: Path | str | None, epochs: int = 1, **optio
     return finetune.load_recipe(tiny_recipe(folder, train__stages=[stage | {"objective": objective}]))
 
 
-def log_of(run: finetune.RunFolder) -> dict:
-    return json.loads(run.metrics.read_text())["train"]["stages"]["learn"]
+def log_of(run: finetune.RunFolder, stage: str = "learn") -> dict:
+    return json.loads(run.metrics.read_text())["train"]["stages"][stage]
 
 
 class Learned(Exception):
@@ -265,3 +267,21 @@ def test_rows_are_known_by_what_they_hold(tmp_path):
     said = Message("user", (*one.question[0].content[:-1], "Otherwise?"))
     changed = type(one)((said, *one.messages[1:]), one.where)
     assert teachers.rows_digest([one]) != teachers.rows_digest([changed])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_base_teaches_a_base(family, tmp_path):
+    """The base itself has nothing to teach a student over it that hasn't learned yet; one that was tuned has."""
+    base = family_folder(family, tmp_path / "base")
+    recipe = finetune.load_recipe(base_recipe(tmp_path / "project", ZOO[family], base, "image"))
+    strong = {"train.stages.0.learning_rate": 5e-2, "train.stages.0.epochs": 6}
+    taught_by = finetune.train(recipe.with_(**strong), tmp_path / "teacher").path
+    first = []
+    for number, teacher in enumerate((base, taught_by)):
+        objective = {"kind": "distill", "teacher": str(teacher), "answers": "given", "temperature": 1.0}
+        changes = {"train.stages.0.objective": objective, "train.stages.0.epochs": 1 + 11 * number}
+        losses = log_of(finetune.train(recipe.with_(**changes), tmp_path / f"run{number}"), "tune")["losses"]
+        first.append(losses[0])
+    assert first[0] == pytest.approx(0, abs=1e-3) and first[1] > 0.1
+    assert losses[-1] < 0.7 * losses[0]

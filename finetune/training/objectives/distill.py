@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from finetune.common.registry import PartOptions
 from finetune.recipe.parts import Needs
-from finetune.recipe.schema import PATH_OR_HUB_ID_TO_TRAIN
+from finetune.recipe.schema import PATH_OR_HUB_ID_TO_TRAIN, Quantize
 from finetune.training.objectives import BatchLoss
 
 if TYPE_CHECKING:
@@ -24,10 +24,14 @@ FIGURES: tuple[str, ...] = ()
 class Options(PartOptions):
     teacher: str | None = Field(
         None,
-        description="Another model that teaches: a run, a merged or adapter folder, or a Hub id; null: the LLM itself.",
+        description="Another model that teaches: a run, a merged or adapter folder, a base of transformers that takes "
+        "media, or the Hub id of one of these; null: the LLM itself.",
         json_schema_extra=PATH_OR_HUB_ID_TO_TRAIN,
     )
     revision: str | None = Field(None, description="Commit, branch or tag of a teacher on the Hub.")
+    quantize: Quantize = Field(
+        "none", description="Storage of the frozen weights of a teacher that is a base; others are loaded as trained."
+    )
     by: Literal["kl", "answers"] = Field(
         "kl",
         description="What is imitated of a teacher: its next-token distributions, for which it needs the LLM's "
