@@ -14,6 +14,7 @@ from finetune.data.sample import Medium, Message, Sample
 from finetune.model.composition import Segment, Segments
 from finetune.model.plain_text import cut, encode, joined
 from finetune.model.prefixes import IGNORED, Beginning
+from finetune.model.template_limit import limited
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,13 @@ def _render(
                 text += cut(part, tokenizer)
         turns.append({"role": message.role, "content": text})
     try:
-        result: str = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_options(tokenizer),
-        )
+        with limited():
+            result: str = tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **template_options(tokenizer),
+            )
         return result
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error

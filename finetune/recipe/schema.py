@@ -6,12 +6,13 @@ reading. The marker is {"path": X}: "file", "folder", "new" for one that needn't
 id unless it looks local; where the section has a `may_be_remote` that is false, it is a file or folder that exists.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator
 from pydantic.config import JsonDict
 
 from finetune.common.errors import RecipeError, given, option
@@ -107,6 +108,13 @@ class Adapter(Section):
     rslora: bool = Field(False, description="Multiply by alpha / sqrt(rank) instead.")
     dora: bool = Field(False, description="Decompose weights into magnitude and direction (DoRA).")
     initialization: str = Field("default", min_length=1, description="A value of peft's init_lora_weights.")
+
+    @field_validator("initialization")
+    @classmethod
+    def _few_iterations(cls, value: str) -> str:
+        if re.search(r"\d{4}", value):
+            raise ValueError("at most 999 iterations")
+        return value
 
 
 class RowFile(Section):
