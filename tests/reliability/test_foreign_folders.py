@@ -79,7 +79,6 @@ ADAPTER = {
     "a list": text("adapter_config.json", "[]"),
     "a deep tokenizer": text("tokenizer_config.json", "[" * 200_000),
     "a tokenizer of a wrong type": text("tokenizer_config.json", "[1, 2]"),
-    "kernels that aren't here": named("llm", "config.json", "quantization_config", value={"quant_method": "awq"}),
     "an activation that isn't": named("llm", "config.json", "hidden_act", value="no such"),
     "heads of zero": named("llm", "config.json", "num_attention_heads", value=0),
 }
