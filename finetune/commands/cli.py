@@ -12,7 +12,7 @@ import typer
 
 from finetune.commands._interrupts import how_to_begin_again, how_to_go_on
 from finetune.common.disk import FULL
-from finetune.common.errors import DataError, FinetuneError, RecipeError, options_as_flags
+from finetune.common.errors import DataError, FinetuneError, RecipeError, escaped, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
@@ -752,7 +752,7 @@ def main() -> None:
         with options_as_flags():
             app()
     except FinetuneError as error:
-        print(error, file=sys.stderr)
+        print(escaped(str(error)), file=sys.stderr)
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         # By torch's allocators as a RuntimeError; where training itself runs out, the trainer says more.

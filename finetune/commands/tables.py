@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.common.console import plain_console
+from finetune.common.errors import escaped
 from finetune.data.check.ledger import CODES
 from finetune.data.rows import SHOWN, error_list
 
@@ -24,16 +25,20 @@ if TYPE_CHECKING:
     from finetune.training.sweep import SweepResult
 
 
+def say(text: object = "") -> None:
+    print(escaped(str(text)))
+
+
 def print_export(result: "ExportResult") -> None:
-    print(f"{result.target}: {result.model_class} ({result.reason})")
-    print(result.comparison)
-    print(result.folder)
+    say(f"{result.target}: {result.model_class} ({result.reason})")
+    say(result.comparison)
+    say(result.folder)
 
 
 def print_push(result: "Pushed") -> None:
     for line in result.checks:
-        print(line)
-    print(result.url or f"not uploaded; the files are in {result.folder}")
+        say(line)
+    say(result.url or f"not uploaded; the files are in {result.folder}")
 
 
 def print_predictions(result: "Predictions") -> None:
@@ -41,15 +46,15 @@ def print_predictions(result: "Predictions") -> None:
     if result.left_out:
         others = ", ".join(path.name for path in result.left_out[:SHOWN])
         more = f" and {len(result.left_out) - SHOWN:,} more" if len(result.left_out) > SHOWN else ""
-        print(f"{len(result.left_out):,} other files in the folders were left out: {others}{more}")
+        say(f"{len(result.left_out):,} other files in the folders were left out: {others}{more}")
     if errors:
-        print(
+        say(
             error_list(
                 [f"{row.row}: {row.error}" for row in errors],
                 f"{len(errors):,} row{'s' * (len(errors) > 1)} without an answer",
             )
         )
-    print(f"{result.out}: {len(result.rows) - len(errors):,} of {len(result.rows):,} rows answered")
+    say(f"{result.out}: {len(result.rows) - len(errors):,} of {len(result.rows):,} rows answered")
 
 
 def print_descriptions(result: "Descriptions") -> None:
@@ -65,13 +70,13 @@ def print_run(result: "RunResult") -> None:
 
     shown, folder = result.prediction, result.folder
     for medium in shown.media:
-        print(f"{medium.kind:<12} {medium.path}")
+        say(f"{medium.kind:<12} {medium.path}")
     for name, text in (("question", shown.question), ("answer", result.answer), ("right", readable(shown.target))):
-        print(f"{name:<12} {text}")
-    print()
+        say(f"{name:<12} {text}")
+    say()
     paths = {name: getattr(folder, name) for name in ("adapter", "metrics", "predictions", "plots", "merged")}
     for name, path in {**paths, "report": result.report}.items():
-        print(f"{name:<12} {path}")
+        say(f"{name:<12} {path}")
 
 
 def print_plan(result: "Plan") -> None:
@@ -103,7 +108,7 @@ def print_plan(result: "Plan") -> None:
         console.print(f"{what}: " + ", ".join(f"{name} {size(amount)}" for name, amount in amounts.items() if amount))
     for note in result.notes:
         console.print(f"({note})", style="dim")
-    print(result.line())
+    say(result.line())
 
 
 def print_trials(result: "SweepResult") -> None:
@@ -117,12 +122,12 @@ def print_trials(result: "SweepResult") -> None:
         table.add_row(*row)
     plain_console().print(table)
     if size := result.sample_size():
-        print(size)
+        say(size)
     if result.compared:
         certain = "" if verdict_of(result.compared, lower=False) == "yes" else "not certainly "
         difference = figures("accuracy", result.compared)
-        print(f"trial {result.best} is {certain}better than trial {result.second}, row by row: {difference}")
-    print(f"the best trial's recipe: {result.folder}/best.yaml")
+        say(f"trial {result.best} is {certain}better than trial {result.second}, row by row: {difference}")
+    say(f"the best trial's recipe: {result.folder}/best.yaml")
 
 
 def print_scores(result: "EvaluationResult") -> None:
@@ -147,15 +152,15 @@ def print_scores(result: "EvaluationResult") -> None:
                     cells.append(score.interval if score else "")
             table.add_row(row.metric + " ↓" * row.lower_is_better, *cells)
         lower = "; ↓ lower is better" if any(row.lower_is_better for row in scores.metrics) else ""
-        print(f"{scores.task}, n = {scores.rows:,}{lower}")
+        say(f"{scores.task}, n = {scores.rows:,}{lower}")
         plain_console().print(table)
-        print(f"{sentences.get(scores.task, '')}\n")
+        say(f"{sentences.get(scores.task, '')}\n")
 
 
 def print_findings(result: "CheckResult") -> None:
     summary = result.summary
     splits = ", ".join(f"{counts['rows']:,} {split}" for split, counts in summary["splits"].items()) or "none usable"
-    print(f"{summary['name']}: {summary['rows']:,} rows read ({splits})")
+    say(f"{summary['name']}: {summary['rows']:,} rows read ({splits})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     table.add_column("found", justify="right")
@@ -167,28 +172,28 @@ def print_findings(result: "CheckResult") -> None:
         table.add_row(Text(severity, colour), f"{count:,}", title, summary["examples"][code])
     if summary["findings"]:
         plain_console().print(table)
-    print(f"{_counted(result.errors, 'error')}, {_counted(result.warnings, 'warning')}: {result.html}, {result.json}")
+    say(f"{_counted(result.errors, 'error')}, {_counted(result.warnings, 'warning')}: {result.html}, {result.json}")
     if fixed := result.fixed:
-        print(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
+        say(f"cleaned: {fixed.rows:,} rows kept, {fixed.quarantined:,} in quarantine: {fixed.recipe}")
         if fixed.quarantined > fixed.rows:
-            print(f"more rows were left out than kept: {fixed.recipe.with_name('quarantine.jsonl')} says why")
+            say(f"more rows were left out than kept: {fixed.recipe.with_name('quarantine.jsonl')} says why")
 
 
 def print_previews(previews: "Previews") -> None:
     console = plain_console()
     for preview in previews:
-        console.print(Text(f"{preview.where}  {preview.summary}", "bold"))
-        text = Text(preview.problem, "red")
+        console.print(Text(escaped(f"{preview.where}  {preview.summary}"), "bold"))
+        text = Text(escaped(preview.problem), "red")
         for piece in preview.pieces:
             shown = piece.text
             if piece.medium:
                 shown = f"[{piece.medium.kind} {piece.text} × {piece.tokens}]"
             elif piece.ends:
                 shown = "".join(f"{shown[begin:end]}|" for begin, end in pairwise((0, *piece.ends)))
-            text.append(shown, "cyan" if piece.medium else "bold green" if piece.learned else "")
+            text.append(escaped(shown), "cyan" if piece.medium else "bold green" if piece.learned else "")
         console.print(text)
         if preview.answer:
-            console.print(Text(f"expected answer: {preview.answer}", "dim"))
+            console.print(Text(escaped(f"expected answer: {preview.answer}"), "dim"))
         console.print()
     console.print(Text.assemble(("green", "bold green"), ": learned; the rest is only read"))
 

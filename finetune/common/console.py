@@ -3,9 +3,19 @@
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
+
+from finetune.common.errors import escaped
 
 IN_NOTEBOOK = Console().is_jupyter
 NOTEBOOK_COLUMNS = 115
+
+
+class PlainConsole(Console):
+    """What is printed as text, in tables too, may come from files: characters that command a terminal are escaped."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escaped(text), **options)
 
 
 def plain_console(**options: Any) -> Console:
@@ -14,4 +24,4 @@ def plain_console(**options: Any) -> Console:
     """
     if IN_NOTEBOOK:
         options |= {"stderr": False, "force_jupyter": False, "width": NOTEBOOK_COLUMNS}
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
+    return PlainConsole(highlight=False, markup=False, emoji=False, soft_wrap=True, **options)

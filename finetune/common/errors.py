@@ -25,6 +25,7 @@ from pathlib import Path
 RESUME = ("--resume", "resume=True")
 OVERWRITE = ("--overwrite", "overwrite=True")
 RUN = ("--run DIR", "run=")
+KEPT_MARKS = "\n\t\u200c\u200d\u3000\xa0"
 _flags = False
 
 
@@ -47,6 +48,15 @@ def options_as_flags() -> Iterator[None]:
         yield
     finally:
         _flags = before
+
+
+def escaped(text: str) -> str:
+    """Text from files as a terminal may show it: escape sequences, marks that turn its direction and others that can't
+    be seen are spelled out; line breaks, tabs and joiners of letters stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in KEPT_MARKS else ascii(one)[1:-1] for one in text)
 
 
 class FinetuneError(Exception):

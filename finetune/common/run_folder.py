@@ -361,14 +361,16 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> JsonObject:
-    """Raises ArtifactError if the file is missing or isn't JSON."""
+    """Raises ArtifactError if the file is missing or isn't a JSON object."""
     try:
         content: JsonObject = json.loads(path.read_text(encoding="utf-8"))
-        return content
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} is damaged: {type(content).__name__} in place of an object")
+    return content
 
 
 def damaged(path: Path | str, error: ValidationError, advice: str, above: str = "") -> ArtifactError:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finetune.common.errors import DataError, MediaError, MissingColumn
+from finetune.common.errors import DataError, MediaError, MissingColumn, escaped
 from finetune.data.fetch import fetched
 from finetune.data.media_index import media_index
 from finetune.data.media_store import data_uri_content, stored
@@ -48,7 +48,8 @@ class Row:
     @property
     def where(self) -> str:
         """ "rows.csv:12", or "pictures/cats/1.jpg"."""
-        return f"{self.path.name}/{self.file}" if self.file else f"{self.path.name}:{self.number}"
+        place = f"{self.path.name}/{self.file}" if self.file else f"{self.path.name}:{self.number}"
+        return place if place.isprintable() else escaped(place).replace("\n", "\\n")
 
     def called(self, column: str) -> str:
         """A column as messages name it: by the file's own name, with the task's where that is another."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.common.errors import ArtifactError, ModelError
+from finetune.common.hub import reading
 from finetune.common.run_folder import read_json, write_json
 from finetune.model.base.roles import linear_layers
 from finetune.model.composite import MultimodalModel
@@ -53,16 +54,17 @@ def saved_adapter(folder: Path) -> Adapter | None:
     if not path.is_file():
         return None
     lora = read_json(path)
-    initialization = lora["init_lora_weights"]
-    return Adapter(
-        rank=lora["r"],
-        alpha=lora["lora_alpha"],
-        dropout=lora["lora_dropout"],
-        targets=lora["target_modules"],
-        rslora=lora["use_rslora"],
-        dora=lora["use_dora"],
-        initialization=initialization if isinstance(initialization, str) else "default",
-    )
+    with reading(path):
+        initialization = lora["init_lora_weights"]
+        return Adapter(
+            rank=lora["r"],
+            alpha=lora["lora_alpha"],
+            dropout=lora["lora_dropout"],
+            targets=lora["target_modules"],
+            rslora=lora["use_rslora"],
+            dora=lora["use_dora"],
+            initialization=initialization if isinstance(initialization, str) else "default",
+        )
 
 
 def fitted_adapter(folder: Path, language_model: Any) -> Adapter | None:

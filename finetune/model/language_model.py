@@ -3,10 +3,11 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import psutil
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from transformers import (
 from finetune.common.errors import ModelError
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.hub import loading
+from finetune.model.bounds import refuse_absurd
+from finetune.model.template_limit import TemplateTimeout, limited
 from finetune.recipe.schema import LanguageModel
 
 ROOM = 0.75  # of the free memory, for weights that are dequantized once: a step needs the rest
@@ -79,6 +82,7 @@ def load_language_model(llm: LanguageModel, dtype: torch.dtype, device: torch.de
     }
     if llm.attention != "auto":
         options["attn_implementation"] = llm.attention
+    refuse_absurd(read_config(llm).to_dict(), f"LLM {llm.name!r}")
     with loading(f"LLM {llm.name!r}", llm.name) as local_only:
         if llm.name.endswith(".gguf"):
             model = _load_gguf(llm, options)
@@ -124,6 +128,11 @@ def load_tokenizer(
         raise ModelError(f"tokenizer of {name!r} has no end-of-text token: an answer could never end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    try:
+        with limited(), suppress(jinja2.TemplateError, TypeError):  # what it refuses is told with the conversation
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateTimeout as error:
+        raise ModelError(f"the chat template of {name!r} can't be used: {error}") from None
     return tokenizer
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from finetune.data.sample import Medium
+from finetune.model.template_limit import limited
 
 CUT = "\ufdd0"  # a noncharacter of Unicode, which no text holds: where text is tokenized in two
 CONTEXTS = ("\n", ".", "0", "a")  # what a piece may stand behind, so that it isn't taken for a beginning
@@ -34,7 +35,8 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
 def _between_turns(tokenizer: Any) -> str:
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        with limited():
+            return str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # as it is told where a conversation is rendered
         return ""
 

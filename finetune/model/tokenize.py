@@ -16,6 +16,7 @@ from finetune.data.sample import Medium, Message, Sample
 from finetune.model.composition import PlacedMedia, Segment, Segments
 from finetune.model.plain_text import cut, encode, joined
 from finetune.model.prefixes import IGNORED, Beginning
+from finetune.model.template_limit import limited
 
 WORD = "qzq"  # that no chat template holds
 
@@ -168,12 +169,13 @@ def _render(
                 parts.append({"type": "text", "text": plain})
         turns.append({"role": message.role, "content": parts if takes_parts(tokenizer) else text})
     try:
-        result: str = tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_options(tokenizer),
-        )
+        with limited():
+            result: str = tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **template_options(tokenizer),
+            )
         return result
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error

@@ -7,12 +7,13 @@ id unless it looks local; where the section has a `may_be_remote` that is false,
 "once" is as "maybe", of what only training needs: it may be gone when the recipe of a run is read.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from finetune.common.errors import RecipeError, given, option
@@ -162,6 +163,13 @@ class Adapter(Section):
     rslora: bool = Field(False, description="Multiply by alpha / sqrt(rank) instead.")
     dora: bool = Field(False, description="Decompose weights into magnitude and direction (DoRA).")
     initialization: str = Field("default", min_length=1, description="A value of peft's init_lora_weights.")
+
+    @field_validator("initialization")
+    @classmethod
+    def _few_iterations(cls, value: str) -> str:
+        if re.search(r"\d{4}", value):
+            raise ValueError("at most 999 iterations")
+        return value
 
 
 class RowFile(Section):
