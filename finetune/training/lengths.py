@@ -173,7 +173,7 @@ class _Counter:
         if encoder is not None:
             with suppress(DataError):  # reported where media are read
                 layout = encoder.layout_at(medium)
-        if layout is None:
+        if encoder is None or layout is None:
             self.unknown.add(medium.kind)
             return 0, 0
         marks = encoder.existing.tokenizer("".join([*layout.marks, layout.end]), add_special_tokens=False)["input_ids"]

@@ -212,7 +212,7 @@ def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
 def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: ImportError) -> Any:
     settings, _ = ProcessorMixin.get_processor_dict(name, **options)
     pictures, _ = BaseImageProcessor.get_image_processor_dict(name, **options)
-    found = getattr(transformers, str(settings.get("processor_class", pictures.get("processor_class"))), None)
+    found: Any = getattr(transformers, str(settings.get("processor_class", pictures.get("processor_class"))), None)
     found = found or PROCESSOR_MAPPING.get(type(config), None)
     if found is None or "video_processor" not in found.get_attributes():
         raise ModelError(
