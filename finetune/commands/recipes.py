@@ -42,8 +42,8 @@ class RecipeList:
 
 
 def recipes(copy: str | None = None, to: Path | str = ".") -> RecipeList:
-    """The recipes that come with the package; with `copy`, that one is copied into the folder `to`, with its chat template. Raises
-    RecipeError.
+    """The recipes that come with the package; with `copy`, that one is copied into the folder `to`, with its chat
+    template. Raises RecipeError.
     """
     target = None
     paths = {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}

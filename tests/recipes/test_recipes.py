@@ -139,4 +139,4 @@ def test_a_recipe_is_copied_once_into_a_folder_that_may_be_new(tmp_path):
     with pytest.raises(RecipeError, match="no recipe is called 'quick'"):
         finetune.recipes("quick", tmp_path)
     finetune.recipes("voxtral-16gb", tmp_path / "new")
-    assert load_recipe(tmp_path / "new" / "voxtral-16gb.yaml").model.base.chat_template.is_file()
+    assert (tmp_path / "new" / "templates" / "voxtral.jinja").is_file()
