@@ -295,6 +295,11 @@ class MultimodalModel(PreTrainedModel):
             found["token_type_ids"] = torch.isin(input_ids, ids).long()
         return found
 
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether embeddings are all that the LLM reads, at positions 0, 1, 2, ...; some bases want more."""
+        return self.placement.rope is None and not self.both_ways and not isinstance(self.fusion, DeepStack)
+
     @cached_property
     def both_ways(self) -> bool:
         """Whether a base's attention in media goes both ways: it then asks where they are."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.common.errors import ModelError
 from finetune.common.run_folder import RunFolder
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
@@ -10,6 +11,16 @@ from finetune.model.build import Components, build_model, load_components
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
 from finetune.recipe.load import Recipe
+
+
+def refuse_foreign_media(recipe: Recipe, components: Components) -> None:
+    """Raises ModelError where rows have media that the base doesn't take: before its weights are read."""
+    for number, source in enumerate(recipe.data if components.base else ()):
+        if foreign := [medium for medium in source.task.media if medium not in components.encoders]:
+            raise ModelError(
+                f"model.base: {recipe.model.language_model.name!r} takes {' and '.join(components.encoders)}, and "
+                f"data.{number} has {foreign[0]}: take another base, or leave these rows out"
+            )
 
 
 @dataclass
@@ -24,6 +35,7 @@ class Run:
     def load(cls, folder: RunFolder, recipe: Recipe, bindings: dict[str, TaskBinding]) -> "Run":
         """Load tokenizer and encoders; not yet the LLM."""
         components = load_components(recipe.model, recipe.tune_encoders, recipe.seed)
+        refuse_foreign_media(recipe, components)
         features = Features(components.encoders, recipe.train.feature_folder, recipe.media)
         return cls(folder, recipe, components, features, bindings)
 

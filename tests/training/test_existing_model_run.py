@@ -1,0 +1,165 @@
+"""A base through a whole run: trained, scored, merged, loaded. Its adapter loads with plain PEFT on the native
+class.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import textwrap
+
+import PIL.Image
+import pytest
+import torch
+from families import family_folder
+from safetensors.torch import load_file
+
+import finetune
+from finetune.common.errors import ModelError, RecipeError
+from finetune.evaluation.evaluate import evaluate
+from finetune.merging.merge import merge
+from finetune.recipe.load import Recipe
+from finetune.training.train import train
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
+
+
+def rows(folder, name, count, offset=0):
+    with (folder / name).open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "question", "answers"])
+        for number in range(offset, offset + count):
+            colour = list(COLOURS)[number % 3]
+            shade = tuple(value - number for value in COLOURS[colour])  # no two rows are equal
+            PIL.Image.new("RGB", (48 + 8 * (number % 2), 40), shade).save(folder / f"{number}.png")
+            writer.writerow([f"{number}.png", "What is this?", colour])
+    return folder / name
+
+
+def recipe(folder, base, *, quantize="nf4", trains=("adapter",), **changes):
+    return Recipe(
+        name="base",
+        model={"base": {"name": str(base), "quantize": quantize}},
+        adapter={"rank": 4},
+        data=[
+            {"path": str(rows(folder, "train.csv", 12)), "task": "vqa"},
+            {"path": str(rows(folder, "test.csv", 4, 12)), "task": "vqa", "split": "test"},
+        ],
+        train={
+            "tokens_per_batch": 256,
+            "cache": "projectors" not in trains,
+            "cache_folder": str(folder / "features"),
+            "stages": [{"name": "tune", "trains": list(trains), "learning_rate": 2e-3, "epochs": 2}],
+        }
+        | changes,
+        evaluate={"max_new_tokens": 4},
+        merge={"rows": 4, "rows_scored": 2, "min_agreement": 0.5, "max_kl": 5.0},
+    )
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "gemma3"])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    base = family_folder(request.param, folder / "published")
+    trained = train(recipe(folder, base, trains=("projectors", "adapter")), run=folder / "run")
+    return folder, base, trained
+
+
+def test_what_trains_is_what_the_recipe_names(run):
+    _, base, trained = run
+    names = set(load_file(trained.adapter / "projectors.safetensors"))
+    before = load_file(base / "model.safetensors")
+    assert names and all(name.startswith("base.model.") and "vision_tower" not in name for name in names)
+    assert all("merger" in name or "multi_modal_projector" in name for name in names)
+    lora = set(load_file(trained.adapter / "adapter_model.safetensors"))
+    assert lora and all(".language_model.layers." in name for name in lora)
+    assert before  # the published folder is left alone
+
+
+def test_it_is_scored_merged_and_loads(run):
+    folder, base, trained = run
+    scores = evaluate(trained.path)
+    assert "vqa" in str(scores)
+    certificate = merge(trained.path)
+    assert certificate.saved.agreement == 1.0
+    config = json.loads((trained.merged / "config.json").read_text())
+    assert config["architectures"] == json.loads((base / "config.json").read_text())["architectures"]
+    assert "quantization_config" not in config
+    question = {"image": str(folder / "12.png"), "max_new_tokens": 4}
+    merged, adapter = finetune.load(trained.path), finetune.load(trained.adapter)
+    assert merged.answer("What is this?", **question) == adapter.answer("What is this?", **question)
+
+
+PLAIN = """
+    import json, sys
+    import torch, transformers
+    from peft import PeftModel
+
+    base, adapter, inputs, out = sys.argv[1:]
+    name = json.load(open(base + "/config.json"))["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(base, dtype=torch.float32).eval()
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        torch.save(model(**torch.load(inputs)).logits, out)
+    assert not any(module.split(".")[0] == "finetune" for module in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_adapter_loads_with_plain_peft_on_the_native_class(family, tmp_path):
+    from families import conversation
+    from families.native import native_inputs, native_processor
+
+    base = family_folder(family, tmp_path / "published")
+    trained = train(recipe(tmp_path, base, quantize="none"), run=tmp_path / "run")
+    inputs = dict(native_inputs(native_processor(base), conversation(family)))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    out = tmp_path / "logits.pt"
+    script = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(PLAIN),
+        str(base),
+        str(trained.adapter),
+        str(tmp_path / "inputs.pt"),
+    ]
+    subprocess.run([*script, str(out)], check=True, cwd=tmp_path)
+    ours = finetune.load(trained.adapter).model.language_model
+    with torch.no_grad():
+        tuned = ours(**inputs).logits
+        with ours.disable_adapter():
+            bare = ours(**inputs).logits
+    torch.testing.assert_close(torch.load(out), tuned, atol=1e-5, rtol=1e-5)
+    assert (tuned - bare).abs().max() > 1e-2
+
+
+def test_rows_of_a_medium_that_the_base_lacks_are_refused_before_weights_are_read(tmp_path):
+    base = family_folder("qwen2_audio", tmp_path / "published")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"takes audio, and data\.0 has image"):
+        train(recipe(tmp_path, base), run=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"base": "org/name", "encoders": {"image": {"kind": "vision", "name": "org/tower"}}}, "has its own encoders"),
+        ({"base": "org/name", "llm": {"name": "org/llm"}}, "write llm, with encoders and projectors, or base"),
+        ({"base": {"name": "org/name", "trust_remote_code": True}}, "unknown key"),
+        ({}, "write llm, with encoders and projectors, or base"),
+    ],
+)
+def test_conflicts_are_told_when_the_recipe_is_read(model, message, tmp_path):
+    path = rows(tmp_path, "train.csv", 3)
+    with pytest.raises(RecipeError, match=message):
+        Recipe(
+            name="base",
+            model=model,
+            data=[{"path": str(path), "task": "vqa", "hold_out": 0.3}],
+            train={"stages": [{"name": "tune", "trains": ["adapter"], "learning_rate": 1e-3}]},
+        )
+
+
+def test_features_of_projectors_that_train_are_not_cached(tmp_path):
+    with pytest.raises(RecipeError, match=r"stores projected features.*train.cache: false"):
+        recipe(tmp_path, "org/name", trains=("projectors",), cache=True)
