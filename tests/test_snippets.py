@@ -43,7 +43,8 @@ def full_recipe(fragment: dict[str, Any]) -> dict[str, Any]:
     }
     recipe = base | fragment
     for name in ("model", "train"):
-        recipe[name] = base[name] | fragment.get(name, {})
+        own = fragment.get(name, {})
+        recipe[name] = own if "base" in own else base[name] | own
     if not any(source.get("split") == "test" or "hold_out" in source for source in recipe["data"]):
         recipe["data"] = [*recipe["data"], {"path": "held-out.csv", "task": "caption", "split": "test"}]
     return recipe
