@@ -76,6 +76,8 @@ class BaseEncoder(Encoder):
 
     def prepare(self, decoded: Any) -> Prepared:
         """A decoded medium -> what the base's processor makes of it alone."""
+        if ARGUMENT[self.kind] not in signature(type(self.processor).__call__).parameters:
+            return self._extracted(decoded)
         given: dict[str, Any] = {ARGUMENT[self.kind]: [decoded]}
         if self.kind == "audio":
             given |= {"sampling_rate": RATE}
@@ -90,6 +92,15 @@ class BaseEncoder(Encoder):
         left_out = OF_TEXT if self._method is not None else OF_TEXT[1:]
         values = {name: value for name, value in inputs.items() if name not in left_out and isinstance(value, Tensor)}
         return Prepared(values, self._layout(replaced["replacement"], values))
+
+    def _extracted(self, decoded: Any) -> Prepared:
+        """Voxtral's processor takes recordings in conversations only, by a tokenizer of Mistral's."""
+        settings = dict(self.processor.audio_kwargs)
+        frames = settings.pop("max_source_positions")
+        features = self.processor.feature_extractor(decoded, **settings)["input_features"]
+        windows = features.unflatten(-1, (-1, frames)).transpose(1, 2).flatten(0, 1)
+        rows = self._rows(self.existing.skeleton, {"input_features": windows.to("meta", self.existing.dtype)})
+        return Prepared({"input_features": windows}, Layout(rows=len(rows)))
 
     def _layout(self, text: str, values: dict[str, Tensor]) -> Layout:
         """Of the text that stands for a medium: runs of the placeholder, and what is before, between and behind."""

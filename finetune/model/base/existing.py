@@ -63,12 +63,23 @@ class ExistingModel:
                     f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
                     "it as model.llm if it is a text-only LLM"
                 )
+            if getattr(config.get_text_config(), "use_bidirectional_attention", False):
+                raise ModelError(
+                    f"{what} is a {config.model_type!r}, which reads questions both ways and answers one way: it can't "
+                    "be trained here; take one that reads text one way, such as Gemma 3"
+                )
             processor = _processor(settings.name, config, options)
         media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
         if not media:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
         _complete_template(processor, settings, media)
-        return cls(settings, config, processor, media, model_class, dtype, device)
+        existing = cls(settings, config, processor, media, model_class, dtype, device)
+        if existing.skeleton.get_decoder() is existing.skeleton.base_model:
+            raise ModelError(
+                f"{what}: in a {model_class.__name__} the language model can't be told from its encoders: it can't be "
+                "trained here"
+            )
+        return existing
 
     @property
     def tokenizer(self) -> Any:
