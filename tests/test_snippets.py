@@ -30,7 +30,8 @@ IN_COLUMNS = re.compile(r"(?:^|\s)(?:data: +\[(.*)\]|- (\{path: .*\}))$", flags=
 def full_recipe(fragment: dict[str, Any]) -> dict[str, Any]:
     """A recipe around the sections of a fragment."""
     weighted = re.search(r"'head': (?:'|\{'kind': ')(?:label|score)", str(fragment))
-    trains = ["projectors", "adapter", *(["heads"] if weighted else [])]
+    own = [] if "base" in fragment.get("model", {}) else ["projectors"]  # a base's are rarely trained
+    trains = [*own, "adapter", *(["heads"] if weighted else [])]
     base = {
         "name": "whole",
         "model": {
@@ -43,7 +44,8 @@ def full_recipe(fragment: dict[str, Any]) -> dict[str, Any]:
     }
     recipe = base | fragment
     for name in ("model", "train"):
-        recipe[name] = base[name] | fragment.get(name, {})
+        given = fragment.get(name, {})
+        recipe[name] = given if "base" in given else base[name] | given
     if not any(source.get("split") == "test" or "hold_out" in source for source in recipe["data"]):
         recipe["data"] = [*recipe["data"], {"path": "held-out.csv", "task": "caption", "split": "test"}]
     return recipe

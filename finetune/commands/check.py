@@ -15,6 +15,7 @@ from finetune.data.rows import (
     summary,
     unlearned,
 )
+from finetune.model.base.config import media_in_config
 from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 from finetune.recipe.remarks import remarks
@@ -81,7 +82,8 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     refuse_missing_packages(loaded)
     refuse_unfit_teachers(loaded)
     refused, llm = fetch_settings(loaded.model), loaded.model.language_model
-    notes = [*remarks(loaded), *refuse_multimodal(llm, refused.get(llm.name))]
+    why = refused.get(llm.name)
+    notes = [*remarks(loaded), *(known_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
     refuse_unfit(splits, loaded)
@@ -130,6 +132,29 @@ def _few_steps(
     steps = " and ".join(f"{stage.steps} of {stage.stage}" for stage in few)
     more = ", ".join(f"{count.steps} of {count.stage}" for count in counts)
     yield f"few optimizer steps to learn from ({steps}): {', '.join(changes)} would give about {more}"
+
+
+def known_base(recipe: Recipe, why: str | None = None) -> Iterator[str]:
+    """Notes, where the base's config isn't at hand. Raises RecipeError where it is that of a model without media, or
+    without those of the rows. `why`: the Hub gives no config.
+    """
+    base = recipe.model.language_model
+    config = settings_of(base.name, base.revision, "config.json")
+    if not config:
+        because = f"{base.name!r}: {why}" if why else f"there is no config.json of {base.name!r} at hand"
+        yield f"which media model.base takes isn't known: {because}"
+        return
+    what, media = (config.get("architectures") or [config.get("model_type")])[0], media_in_config(config)
+    if "auto_map" in config and not media:
+        raise RecipeError(f"model.base.name: {base.name!r} is a {what} of its own code, which isn't run for a base")
+    if not media:
+        raise RecipeError(f"model.base.name: {base.name!r} is a {what} that takes no media: write it as model.llm")
+    for number, source in enumerate(recipe.data):
+        if foreign := [medium for medium in source.task.media if medium not in media]:
+            raise RecipeError(
+                f"data.{number}.task: {source.task.kind!r} reads {foreign[0]}; {base.name!r}, a {what}, takes "
+                f"{' and '.join(media)}"
+            )
 
 
 def refuse_multimodal(llm: LanguageModel, why: str | None = None) -> Iterator[str]:

@@ -42,8 +42,8 @@ class RecipeList:
 
 
 def recipes(copy: str | None = None, to: Path | str = ".") -> RecipeList:
-    """The recipes that come with the package; with `copy`, that one is copied into the folder `to`. Raises
-    RecipeError.
+    """The recipes that come with the package; with `copy`, that one is copied into the folder `to`, with its chat
+    template. Raises RecipeError.
     """
     target = None
     paths = {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
@@ -55,6 +55,9 @@ def recipes(copy: str | None = None, to: Path | str = ".") -> RecipeList:
             raise RecipeError(f"{target} exists already; choose another folder with {option('--to', 'to=')}")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(paths[copy], target)
+        for name in re.findall(r"^ *chat_template: (\S+)", target.read_text(encoding="utf-8"), re.MULTILINE):
+            (target.parent / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(paths[copy].parent / name, target.parent / name)
     return RecipeList({name: _first_comment(path) for name, path in paths.items()}, target)
 
 

@@ -54,6 +54,7 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
     """Write model.gguf, mmproj.gguf and Modelfile. Raises ExportRefused for what llama.cpp can't run as trained."""
     import torch
 
+    from finetune.export._base import is_base
     from finetune.export._gguf.language_model import CONVERTER_TYPES, write_language_model
     from finetune.export._gguf.media import media_models, write_media
     from finetune.export._gguf.modelfile import modelfile
@@ -66,11 +67,13 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
         quantizer = None if is_direct else find_program("llama-quantize", options.llama_cpp)
     except EngineMissing as error:
         raise ExportRefused(f"gguf: {options.quantization} needs it: {error}") from None
+    name = (model.adapter or model.folder).parent.name
+    if is_base(model.folder):
+        return _write_base(model, folder, name, sources, quantizer, options)
     assistant = load_merged(model.folder, torch.device("cpu"))
     media = media_models(assistant.model)
     if media:
         write_media(media, folder / MEDIA, half=options.quantization != "F32")
-    name = (model.adapter or model.folder).parent.name
     write_language_model(assistant, folder / LLM, name, sources, quantizer, options.quantization)
     text, note = modelfile(assistant, [LLM, MEDIA] if media else [LLM])
     (folder / MODELFILE).write_text(text, encoding="utf-8")
@@ -86,6 +89,27 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
         tuple(notes),
         {"projector_types": types, "quantization": options.quantization, "command": command},
     )
+
+
+def _write_base(
+    model: MergedModel, folder: Path, name: str, sources: Path, quantizer: str | None, options: Options
+) -> ExportedModel:
+    """By llama.cpp's converter alone, which writes both files. Raises ExportRefused with its message."""
+    import tempfile
+
+    from finetune.export._base import copy_base
+    from finetune.export._gguf.language_model import convert_folder
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        native = Path(scratch)
+        architecture = copy_base(model.folder, native)
+        convert_folder(native, folder / LLM, name, sources, quantizer, options.quantization)
+        media_type = "F32" if options.quantization == "F32" else "F16"
+        convert_folder(native, folder / MEDIA, name, sources, None, media_type, media=True)
+    command = "llama-server -m FOLDER/model.gguf --mmproj FOLDER/mmproj.gguf"
+    details = {"quantization": options.quantization, "command": command}
+    reason = f"{architecture} by llama.cpp's own converter"
+    return ExportedModel(f"{architecture} {options.quantization}", reason, (f"serve it with: {command}",), details)
 
 
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> EngineAnswers:

@@ -17,9 +17,12 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
     """Write a folder for transformers' Auto classes; the own class needs `import finetune.model.auto` first."""
     import torch
 
+    from finetune.export._base import copy_base, is_base
     from finetune.export._native import NotExact, write_native
     from finetune.model.load import load_merged
 
+    if is_base(model.folder):
+        return ExportedModel(copy_base(model.folder, folder), "the base is one of transformers' own classes")
     try:
         native = write_native(load_merged(model.folder, torch.device("cpu")), folder)
     except NotExact as error:

@@ -45,12 +45,20 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
     import torch
 
     from finetune.common.run_folder import read_json, write_json
+    from finetune.export._base import copy_base, is_base
     from finetune.export._native import NotExact, write_native
     from finetune.export._vllm.adapter import subtract_adapter, write_adapter
     from finetune.export._vllm.environment import INSTALL_PLUGIN
     from finetune.export._vllm.folder import write_served
     from finetune.model.load import load_merged
 
+    if is_base(model.folder):
+        if options.adapter:
+            raise ExportRefused("vllm: the option `adapter` isn't for bases: export without it")
+        name = copy_base(model.folder, folder)
+        command = f"vllm serve FOLDER --dtype {read_json(folder / 'config.json')['dtype']}"
+        details = {"command": command}
+        return ExportedModel(name, "vLLM's own class of this name", (f"to serve it: {command}",), details)
     assistant = load_merged(model.folder, torch.device("cpu"))
     if (reason := unsupported(assistant.model)) is not None:
         raise ExportRefused(f"{model.folder}: vLLM can't serve it: {reason}; `finetune serve` does")

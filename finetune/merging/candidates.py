@@ -175,7 +175,7 @@ class MergeJob:
         )
         model = self.composite(components, components.model.language_model.quantize)
         whole: Any = model.language_model
-        if self.lora is not None:
+        if hasattr(whole, "peft_config"):
             whole = into_dequantized(whole, self.dtype) if quantized else merged_whole(whole)
         elif quantized:
             whole = whole.dequantize(dtype=self.dtype)

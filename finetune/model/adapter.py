@@ -13,20 +13,29 @@ from torch import Tensor
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.hub import reading
 from finetune.common.run_folder import read_json, write_json
-from finetune.model.base.roles import linear_layers
+from finetune.model.base.roles import linear_layers, tower_layers
 from finetune.model.composite import MultimodalModel
 from finetune.model.fused_lora import fuse
 from finetune.model.manifest import MANIFEST, AdapterManifest
 from finetune.model.module_names import is_lora, matched, module_of, modules, names_in, renamed, tensors
-from finetune.recipe.schema import Adapter
+from finetune.recipe.schema import Adapter, EncoderTuning
 
 
-def attach(model: MultimodalModel, adapter: Adapter) -> None:
-    """Wrap `model.language_model`, and nothing else, with LoRA. Raises ModelError."""
+def attach(model: MultimodalModel, adapter: Adapter | None, tuning: Mapping[str, EncoderTuning] = {}) -> None:
+    """Wrap `model.language_model`, and nothing else, with LoRA. `tuning`: of a base's encoders, whose LoRA is part of
+    the same. Raises ModelError.
+    """
+    only_encoders, adapter = adapter is None, adapter or Adapter()
     initialization: Any = True if adapter.initialization == "default" else adapter.initialization
     targets: Any = adapter.targets
-    if model.composition.base:  # by full names, so that no encoder has LoRA
-        targets = linear_layers(model.language_model, adapter.targets)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    if model.composition.base:  # by full names, so that no other part has LoRA
+        targets = [] if only_encoders else linear_layers(model.language_model, adapter.targets)
+        for kind, tuned in tuning.items():
+            for name in tower_layers(model.language_model, kind, tuned.targets) if tuned.rank else ():
+                ranks[name], alphas[name] = tuned.rank or 0, tuned.alpha
+        targets = [*targets, *ranks]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -36,6 +45,8 @@ def attach(model: MultimodalModel, adapter: Adapter) -> None:
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         init_lora_weights=initialization,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,  # type: ignore[arg-type]
     )
     fuse(config, model.language_model)
     try:

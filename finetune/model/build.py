@@ -1,7 +1,7 @@
 """From the sections of a recipe to the model in memory: the same for training, evaluation and merging."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from finetune.data.media import example
 from finetune.model import adapter as adapters
 from finetune.model.base.encoder import BaseEncoder
 from finetune.model.base.existing import ExistingModel
+from finetune.model.base.roles import tuned_names
 from finetune.model.bindings import TaskBinding
 from finetune.model.composite import MultimodalModel, compose, compose_base
 from finetune.model.composition import PLACEHOLDERS, Placement
@@ -33,6 +34,7 @@ class Components:
     device: torch.device
     tuned: dict[str, TunedEncoder]
     base: ExistingModel | None = None
+    tuning: Mapping[str, EncoderTuning] = field(default_factory=dict)  # of a base's encoders
 
     @property
     def placement(self) -> Placement:
@@ -65,7 +67,7 @@ def load_components(
     if model.base is not None:
         base = ExistingModel.load(model.base, dtype, device)
         of_base: dict[str, Encoder] = {name: BaseEncoder(base, name) for name in base.media}
-        return Components(model, base.tokenizer, base.placeholders(), of_base, dtype, device, {}, base)
+        return Components(model, base.tokenizer, base.placeholders(), of_base, dtype, device, {}, base, tune_encoders)
     tokenizer = load_tokenizer(
         model.language_model.name,
         revision=model.language_model.revision,
@@ -109,7 +111,9 @@ def build_model(
     model = components.compose(language_model, bindings, with_encoders)
     if with_encoders:
         model.tuned = {name: tuned.names for name, tuned in components.tuned.items()}
-    if adapter is not None:
-        adapters.attach(model, adapter)
+    tuning = components.tuning
+    if adapter is not None or any(tuned.rank for tuned in tuning.values()):
+        adapters.attach(model, adapter, tuning)
+    model.tuned_in_base = {name: tuned_names(model.causal_lm, name, tuned) for name, tuned in tuning.items()}
     result: MultimodalModel = model.eval()
     return result

@@ -12,7 +12,7 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from itertools import groupby, islice
 from time import perf_counter
@@ -153,11 +153,11 @@ class MultimodalModel(PreTrainedModel):
     @cached_property
     def roles(self) -> dict[str, MediumRoles]:
         """{medium: the parameters of a base that its features come from}, tried."""
-        lm, tried = self.causal_lm, {}
-        for name, encoder in self.encoder_parts.items():
-            prepared = encoder.prepare(example(name))
-            tried[name] = roles_of(lm, name, lambda e=encoder, p=prepared: e.encode(p.values))
-        return tried
+        shown = {name: encoder.prepare(example(name)).values for name, encoder in self.encoder_parts.items()}
+        return {
+            name: roles_of(self.causal_lm, name, partial(encoder.encode, shown[name]))
+            for name, encoder in self.encoder_parts.items()
+        }
 
     def init_weights(self) -> None:
         """Parts come with their weights, or are initialised by their own builders; only ties are made here."""
@@ -295,6 +295,11 @@ class MultimodalModel(PreTrainedModel):
             ids = torch.tensor(list(self.composition.placeholders.values()), device=input_ids.device)
             found["token_type_ids"] = torch.isin(input_ids, ids).long()
         return found
+
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether embeddings are all that the LLM reads, at positions 0, 1, 2, ...; some bases want more."""
+        return self.placement.rope is None and not self.both_ways and not isinstance(self.fusion, DeepStack)
 
     @cached_property
     def both_ways(self) -> bool:
@@ -457,8 +462,8 @@ class MultimodalModel(PreTrainedModel):
         """Read all of the prompts but their last tokens, which are text, and let the base's `generate` go on."""
         cache = DynamicCache(config=self.causal_lm.config.get_text_config())
         beside = {name: kwargs[name][..., :-1] for name in ("position_ids", "token_type_ids") if name in kwargs}
-        reading = {"attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True, **beside}
-        self.causal_lm.base_model(inputs_embeds=embeddings[:, :-1], **reading)
+        reading: dict[str, Any] = {"attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True}
+        self.causal_lm.base_model(inputs_embeds=embeddings[:, :-1], **reading, **beside)
         kwargs.pop("token_type_ids", None)
         tokens: Tensor = self.language_model.generate(
             input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs

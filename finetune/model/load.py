@@ -95,10 +95,7 @@ def load_merged_base(folder: Path, device: torch.device) -> Assistant:
     """A merged base: an ordinary folder of transformers, with what it was trained for beside. Raises ArtifactError,
     ModelError.
     """
-    with hub.reading(folder / BASE_FILE):
-        content = read_json(folder / BASE_FILE)
-        refuse_format(folder, content.get("format"), MERGED_FORMAT, "merge")
-        composition = Composition.model_validate(content)
+    composition = read_base_composition(folder)
     hub.verify_weights(folder)
     dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
     base = ExistingModel.load(Base(name=str(folder), quantize="none"), dtype, device)
@@ -117,6 +114,14 @@ def load_base(settings: Base, device: torch.device | None = None) -> Assistant:
     return Assistant(compose_base(encoders).eval(), base.tokenizer, base.placeholders(), encoders)
 
 
+def read_base_composition(folder: Path) -> Composition:
+    """What a merged base was trained for. Raises ArtifactError."""
+    with hub.reading(folder / BASE_FILE):
+        content = read_json(folder / BASE_FILE)
+        refuse_format(folder, content.get("format"), MERGED_FORMAT, "merge")
+        return Composition.model_validate(content)
+
+
 def load_exactly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
     """`model_class.from_pretrained(folder, dtype="auto", **kwargs)`, refused if any of its weights don't fit.
 
@@ -132,6 +137,8 @@ def load_exactly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
 
 def read_composition(folder: Path) -> Composition:
     """What the config of a merged folder says. Raises ArtifactError where it isn't one, or of another format."""
+    if (folder / BASE_FILE).is_file():
+        return read_base_composition(folder)
     config = read_json(folder / "config.json")
     advice = "pull the model again, or merge again"
     refuse_absurd(config, str(folder))

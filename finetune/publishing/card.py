@@ -34,7 +34,7 @@ class CardSample:
 def write_card(folder: Path, publication: Publication) -> None:
     """Write README.md and samples/ into `folder`."""
     content, recipe = publication.content, publication.recipe
-    media = list(recipe.model.encoders)
+    media = list(recipe.model.encoders) or list(dict.fromkeys(m for source in recipe.data for m in source.task.media))
     chosen = samples(content, folder, recipe.publish.samples)
     card = ModelCard.from_template(
         card_data(publication, pipeline_tag(media, content.bindings.values())),

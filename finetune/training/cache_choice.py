@@ -32,6 +32,8 @@ def choice_at_hand(recipe: Recipe) -> CacheChoice | None:
     if recipe.tune_encoders:
         names = " and ".join(recipe.tune_encoders)
         return CacheChoice(False, f"cache: false, since the encoder of {names} trains")
+    if recipe.trains_base_projectors:
+        return CacheChoice(False, "cache: false, since the base's projectors train")
     if recipe.train.epochs == 1:
         return CacheChoice(False, "cache: false, since one epoch encodes each medium once anyway")
     return None

@@ -10,7 +10,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from finetune.common.errors import ModelError
+from finetune.common.errors import DataError, ModelError
 from finetune.common.hub import PROBE_SECONDS, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
@@ -140,6 +140,7 @@ class _Counter:
     tokenizer: Any
     template: "_Template"
     unknown: set[str] = field(default_factory=set)
+    encoders: dict[str, Any] | None = None
 
     def tokens(self, sample: Sample) -> tuple[int, int]:
         """About how many, and at most."""
@@ -152,6 +153,8 @@ class _Counter:
         return count + sum(usual for usual, _ in media), count + sum(most for _, most in media)
 
     def of_medium(self, medium: Medium) -> tuple[int, int]:
+        if self.model.base is not None:
+            return self._of_base(medium)
         part = self.model.encoders.get(medium.kind)
         if part is not None and (layout := _layout(part, medium)) is not None:
             segments, most, rows, marks = layout
@@ -160,6 +163,33 @@ class _Counter:
                 return segments * (placed + marks), most * (placed + marks)
         self.unknown.add(medium.kind)
         return 0, 0
+
+    def _of_base(self, medium: Medium) -> tuple[int, int]:
+        """By the base's own processor, where the file's header tells the size."""
+        if self.encoders is None:
+            self.encoders = _encoders_of_base(self.model.base)
+        encoder = self.encoders.get(medium.kind)
+        layout = None
+        if encoder is not None:
+            with suppress(DataError):  # reported where media are read
+                layout = encoder.layout_at(medium)
+        if encoder is None or layout is None:
+            self.unknown.add(medium.kind)
+            return 0, 0
+        marks = encoder.existing.tokenizer("".join([*layout.marks, layout.end]), add_special_tokens=False)["input_ids"]
+        count = layout.rows * len(layout.marks) + len(marks)
+        return count, count
+
+
+def _encoders_of_base(base: Any) -> dict[str, Any]:
+    """{medium: encoder}, without weights. Raises ModelError."""
+    import torch
+
+    from finetune.model.base.encoder import BaseEncoder
+    from finetune.model.base.existing import ExistingModel
+
+    existing = ExistingModel.load(base, torch.float32, torch.device("cpu"))
+    return {kind: BaseEncoder(existing, kind) for kind in existing.media}
 
 
 class _Template:
@@ -170,6 +200,7 @@ class _Template:
         settings = settings_of(name, revision, "tokenizer_config.json")
         file = model.language_model.chat_template or local_file(name, revision, "chat_template.jinja")
         text = file.read_text(encoding="utf-8") if file else settings.get("chat_template")
+        self.of_base = model.base is not None
         self.tokens = {key: _text(settings.get(key)) for key in ("bos_token", "eos_token")}
         self.template: Any = None
         if isinstance(text, str):
@@ -181,13 +212,16 @@ class _Template:
                 self.template = environment.from_string(text)
 
     def render(self, sample: Sample) -> str:
-        turns = [
+        turns: list[dict[str, Any]] = [
             {"role": message.role, "content": "".join(part for part in message.content if isinstance(part, str))}
             for message in sample.messages
         ]
+        given = turns
+        if self.of_base:
+            given = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         if self.template is not None:
             try:
-                return str(self.template.render(messages=turns, add_generation_prompt=False, **self.tokens))
+                return str(self.template.render(messages=given, add_generation_prompt=False, **self.tokens))
             except Exception:  # of any template, for turns that it doesn't take
                 self.template = None
         ends = {"assistant": self.tokens["eos_token"]}

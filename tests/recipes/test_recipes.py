@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import soundfile
 from cli import in_this_process
+from families import family_folder
 from tiny import COLOURS, tiny_llm_folder, tiny_picture
 from tiny_encoders import save_siglips_of_6x6, tiny_audio_folder, tiny_sound
 
@@ -19,6 +20,15 @@ from finetune.recipe.load import load_recipe
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"))
 LLMS = {"mpt": "mpt"}  # recipe: family; the others are Llamas
+BASES = {
+    "smolvlm-8gb": "idefics3",  # which the first SmolVLM is
+    "smolvlm-t4": "idefics3",
+    "qwen-vl-12gb": "qwen2_5_vl",
+    "qwen-vl-t4": "qwen2_5_vl",
+    "gemma3-16gb": "gemma3",
+    "qwen2-audio-16gb": "qwen2_audio",
+    "voxtral-16gb": "voxtral",
+}
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -39,6 +49,8 @@ def tiny_parts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     for family in {"llama", *LLMS.values()}:
         tiny_llm_folder(folder / family, family)
+    for family in set(BASES.values()):
+        family_folder(family, folder / family)
     save_siglips_of_6x6(folder)
     tiny_audio_folder(folder / "audio")
     for split in ("train", "test"):
@@ -67,9 +79,10 @@ def tiny_parts(tmp_path_factory) -> Path:
 def replaced(path: Path, parts: Path, work: Path) -> list[str]:
     """What `--set` gives a recipe instead of its weights and its rows. Every source has its own copy of the rows."""
     recipe = load_recipe(path)
-    weights = {"llm": f"model.llm.name={parts / LLMS.get(path.stem, 'llama')}"}
+    key, families = ("base", BASES) if recipe.model.base else ("llm", LLMS)
+    weights = {key: f"model.{key}.name={parts / families.get(path.stem, 'llama')}"}
     weights |= {name: f"model.encoders.{name}.name={parts / name}" for name in recipe.model.encoders}
-    changes = [*weights.values(), "model.llm.revision=null"]
+    changes = [*weights.values(), f"model.{key}.revision=null"]
     changes += [f"model.encoders.{name}.revision=null" for name in recipe.model.encoders]
     for number, source in enumerate(recipe.data):
         rows = work / f"{number}-{source.split}.csv"
@@ -83,13 +96,16 @@ def test_there_is_one_for_each_promised_machine_and_each_medium():
     names = {path.stem for path in RECIPES}
     assert {"quickstart", "gpu-8gb", "gpu-16gb", "colab-t4"} <= names
     assert {"read-documents", "transcribe-speech", "speech-reply", "video-questions", "image-and-speech"} <= names
-    assert {"cross-attention", "mpt", "preferences", "rewards"} <= names
+    assert {"cross-attention", "mpt", "preferences", "rewards", *BASES} <= names
 
 
 @every
 def test_names_of_the_hub_come_with_a_commit(path):
     recipe = load_recipe(path)
-    parts = [recipe.model.llm, *(encoder.options for encoder in recipe.model.encoders.values())]
+    if recipe.model.base is not None and "# of no commit" in path.read_text(encoding="utf-8"):
+        assert recipe.model.base.revision is None
+        return
+    parts = [recipe.model.language_model, *(encoder.options for encoder in recipe.model.encoders.values())]
     for part in parts:
         assert Path(part.name).is_absolute() or len(part.revision) == 40
 
@@ -122,3 +138,5 @@ def test_a_recipe_is_copied_once_into_a_folder_that_may_be_new(tmp_path):
         finetune.recipes("quickstart", tmp_path / "new")
     with pytest.raises(RecipeError, match="no recipe is called 'quick'"):
         finetune.recipes("quick", tmp_path)
+    finetune.recipes("voxtral-16gb", tmp_path / "new")
+    assert (tmp_path / "new" / "templates" / "voxtral.jinja").is_file()

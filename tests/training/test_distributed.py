@@ -17,9 +17,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parents[1
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def recipe_of(
-    folder: Path, distill=False, heads=False, prefer=False, teacher: Path | None = None, **changes
-) -> Path:
+def recipe_of(folder: Path, distill=False, heads=False, prefer=False, teacher: Path | None = None, **changes) -> Path:
     """Rows of 0 to 3 pictures, anywhere in the question; some packed rows hold no picture at all."""
     path = tiny_recipe(folder)
     pictures = [f"images/train{number}.png" for number in range(4)]

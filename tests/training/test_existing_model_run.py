@@ -36,11 +36,12 @@ def rows(folder, name, count, offset=0):
     return folder / name
 
 
-def recipe(folder, base, *, quantize="nf4", trains=("adapter",), **changes):
+def recipe(folder, base, *, quantize="nf4", trains=("adapter",), tune=None, **changes):
     return Recipe(
         name="base",
         model={"base": {"name": str(base), "quantize": quantize}},
         adapter={"rank": 4},
+        tune_encoders={"image": tune} if tune else {},
         data=[
             {"path": str(rows(folder, "train.csv", 12)), "task": "vqa"},
             {"path": str(rows(folder, "test.csv", 4, 12)), "task": "vqa", "split": "test"},
@@ -86,6 +87,29 @@ def test_it_is_scored_merged_and_loads(run):
     assert config["architectures"] == json.loads((base / "config.json").read_text())["architectures"]
     assert "quantization_config" not in config
     question = {"image": str(folder / "12.png"), "max_new_tokens": 4}
+    merged, adapter = finetune.load(trained.path), finetune.load(trained.adapter)
+    assert merged.answer("What is this?", **question) == adapter.answer("What is this?", **question)
+
+
+@pytest.mark.parametrize("tuning", [{"last_layers": 1}, {"rank": 2}])
+def test_an_encoder_of_a_base_trains(tuning, tmp_path):
+    base = family_folder("gemma3", tmp_path / "published")
+    changed = recipe(tmp_path, base, quantize="none", trains=("encoders", "adapter", "projectors"), tune=tuning)
+    trained = train(changed, run=tmp_path / "run")
+    own = load_file(trained.adapter / "projectors.safetensors")
+    lora = load_file(trained.adapter / "adapter_model.safetensors")
+    in_tower = [name for name in {**own, **lora} if "vision_tower" in name]
+    if "rank" in tuning:
+        assert in_tower and all("lora_" in name for name in in_tower)
+        assert {lora[name].shape[0] for name in in_tower if "lora_A" in name} == {2}
+    else:
+        assert in_tower and all(".layers.1." in name for name in in_tower)  # the last of two
+        before = load_file(base / "model.safetensors")
+        name = next(name for name in in_tower if name.endswith("fc1.weight"))
+        published = next(key for key in before if key.endswith(name.partition("vision_tower")[2]))
+        assert not torch.equal(own[name], before[published])
+    merge(trained.path)
+    question = {"image": str(tmp_path / "12.png"), "max_new_tokens": 4}
     merged, adapter = finetune.load(trained.path), finetune.load(trained.adapter)
     assert merged.answer("What is this?", **question) == adapter.answer("What is this?", **question)
 

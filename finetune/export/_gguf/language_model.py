@@ -1,14 +1,11 @@
 """The LLM of a composite as a GGUF file, by llama.cpp's own converter and quantizer."""
 
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from finetune.common.errors import ExportRefused
 from finetune.common.run_folder import read_json, write_json
@@ -17,7 +14,7 @@ from finetune.model.assistant import Assistant
 from finetune.model.tokenize import answer_tokens, template_options
 
 CONVERTER_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}  # written without the quantizer
-UNQUANTIZED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # {llama.cpp's name for a pre-tokenizer: its steps in tokenizer.json}, for tokenizers whose hash the converter doesn't
 # know, such as newly trained ones.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -36,15 +33,32 @@ def write_language_model(
     Raises ExportRefused with llama.cpp's message if it can't write this LLM.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        folder, converted = Path(scratch) / "llm", Path(scratch) / "unquantized.gguf" if quantizer else path
+        folder = Path(scratch) / "llm"
         _save_plain(assistant, folder)
-        pre_tokenizer = _pre_tokenizer(read_json(folder / "tokenizer.json"))
-        outtype = CONVERTER_TYPES.get(quantization) or UNQUANTIZED.get(assistant.model.causal_lm.dtype, "f32")
-        script = [sys.executable, str(Path(__file__).with_name("convert.py")), str(sources), pre_tokenizer, str(folder)]
-        _run([*script, "--outfile", str(converted), "--outtype", outtype, "--model-name", name])
-        if quantizer:
-            shutil.rmtree(folder)
-            _run([quantizer, str(converted), str(path), quantization])
+        convert_folder(folder, path, name, sources, quantizer, quantization)
+
+
+def convert_folder(
+    folder: Path,
+    path: Path,
+    name: str,
+    sources: Path,
+    quantizer: str | None,
+    quantization: str,
+    *,
+    media: bool = False,
+) -> None:
+    """A folder of transformers as a GGUF file; `media`: of its encoders and projectors. Raises ExportRefused."""
+    converted = path.with_name("unquantized.gguf") if quantizer else path
+    pre_tokenizer = _pre_tokenizer(read_json(folder / "tokenizer.json"))
+    dtype = str(read_json(folder / "config.json").get("dtype"))
+    outtype = CONVERTER_TYPES.get(quantization) or SHORT.get(dtype, "f32")
+    script = [sys.executable, str(Path(__file__).with_name("convert.py")), str(sources), pre_tokenizer, str(folder)]
+    options = ["--outfile", str(converted), "--outtype", outtype, "--model-name", name]
+    _run([*script, *options, *(["--mmproj"] if media else [])])
+    if quantizer:
+        _run([quantizer, str(converted), str(path), quantization])
+        converted.unlink()
 
 
 def _save_plain(assistant: Assistant, folder: Path) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
-from transformers.video_processing_utils import VideoProcessorMixin
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
@@ -208,14 +207,11 @@ def _class_of(config: Any) -> Any:
 
 
 def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
-    """Of all media that can be read here: transformers reads videos with torchvision only. Raises ModelError."""
+    """Of all media that can be read here: transformers reads videos with torchvision only."""
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **options)
-    except ImportError as missing:
-        whole = _processor_class(name, config, options)
-        if whole is None or "video_processor" not in whole.get_attributes():
-            raise ModelError(f"processor of base {name!r}: {' '.join(str(missing).split())}") from None
-        processor = _without_videos(whole, name, options)
+    except ImportError as error:
+        processor = _without_videos(name, config, options, error)
     if getattr(processor, "tokenizer", None) is None:
         raise ModelError(
             f"base {name!r}: there is no processor of its media in it, only a {type(processor).__name__}: take the "
@@ -224,43 +220,35 @@ def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
     return processor
 
 
-def _processor_class(name: str, config: Any, options: Mapping[str, Any]) -> Any:
-    """By the files of a base, as AutoProcessor finds it, or by its config."""
-    settings, _ = transformers.ProcessorMixin.get_processor_dict(name, **options)
-    of_pictures, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
-    named = settings.get("processor_class") or of_pictures.get("processor_class")
-    return getattr(transformers, str(named), None) or PROCESSOR_MAPPING.get(type(config), None)
+def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: ImportError) -> Any:
+    settings, _ = ProcessorMixin.get_processor_dict(name, **options)
+    pictures, _ = BaseImageProcessor.get_image_processor_dict(name, **options)
+    found: Any = getattr(transformers, str(settings.get("processor_class", pictures.get("processor_class"))), None)
+    found = found or PROCESSOR_MAPPING.get(type(config), None)
+    if found is None or "video_processor" not in found.get_attributes():
+        raise ModelError(
+            f"base {name!r}: its processor can't be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
 
+    def check(self: Any, argument: str, value: Any) -> Any:
+        return None if value is None else found.check_argument_for_proper_class(self, argument, value)
 
-class _UnreadVideos(VideoProcessorMixin):
-    """The settings of a video processor, which can't run without torchvision."""
+    def attributes(cls: Any) -> list[str]:
+        return [part for part in found.get_attributes() if not cls.built or part != "video_processor"]
 
-
-def _without_videos(whole: Any, name: str, options: Mapping[str, Any]) -> Any:
-    """A base's processor for all its media but videos. Raises ModelError where another package is missing."""
-
-    def check_argument_for_proper_class(self: Any, part: str, value: Any) -> Any:
-        videos = isinstance(value, _UnreadVideos)
-        return _UnreadVideos if videos else whole.check_argument_for_proper_class(self, part, value)
-
-    def load(part: str) -> Any:
-        if part != "video_processor":
-            return MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
-        settings, _ = VideoProcessorMixin.get_video_processor_dict(name, **options)
-        return type(str(settings["video_processor_type"]), (_UnreadVideos,), {})(**settings)
-
-    # Its files name its class, and that of each part.
-    methods = {"check_argument_for_proper_class": check_argument_for_proper_class}
-    processor_class = type(whole.__name__, (whole,), methods)
-    settings, _ = processor_class.get_processor_dict(name, **options)
-    try:
-        return processor_class.from_args_and_dict([load(part) for part in whole.get_attributes()], settings)
-    except (ImportError, AttributeError) as missing:
-        raise ModelError(f"processor of base {name!r}: {' '.join(str(missing).split())}") from None
+    parts = [
+        None if part == "video_processor" else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+        for part in found.get_attributes()
+    ]
+    methods = {"check_argument_for_proper_class": check, "get_attributes": classmethod(attributes), "built": False}
+    without: Any = type(found.__name__, (found,), methods)
+    processor = without.from_args_and_dict(parts, settings)
+    without.built = True  # from here on, when it is saved, there is no such part
+    return processor
 
 
 def _reads_videos(processor: Any) -> bool:
-    return not isinstance(getattr(processor, "video_processor", None), _UnreadVideos | None)
+    return getattr(processor, "video_processor", None) is not None
 
 
 def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.common.errors import ModelError
+from finetune.model.module_names import is_lora
+from finetune.recipe.schema import EncoderTuning
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,34 @@ def linear_layers(model: Any, targets: str | list[str]) -> list[str]:
         wanted = "linear layers" if targets == "all-linear" else f"modules {', '.join(targets)}"
         raise ModelError(f"adapter.targets: the decoder of this {type(model).__name__} has no {wanted}")
     return names
+
+
+def tower_layers(model: Any, kind: str, targets: str | list[str]) -> list[str]:
+    """As `linear_layers`, of the encoder of a kind of media."""
+    inside = {id(module) for module in encoder_of(model, kind).modules()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, nn.Linear) and _matches(name, targets)
+    ]
+    if not names:
+        raise ModelError(f"tune_encoders.{kind}: the base's encoder has none of the linear layers that are targets")
+    return names
+
+
+def tuned_names(model: Any, kind: str, tuning: EncoderTuning) -> list[str]:
+    """Names of the parameters of an encoder that train: its LoRA, or those of its last layers. Raises ModelError."""
+    tower = encoder_of(model, kind)
+    if tuning.last_layers is None:
+        inside = {id(p) for p in tower.parameters()}
+        return [name for name, p in model.named_parameters() if is_lora(name) and id(p) in inside]
+    layers = layers_of(tower)
+    if tuning.last_layers > len(layers):
+        raise ModelError(
+            f"tune_encoders.{kind}: last_layers is {tuning.last_layers}, but the base's encoder has {len(layers)}"
+        )
+    chosen = {id(p) for layer in layers[-tuning.last_layers :] for p in layer.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) in chosen]
 
 
 def _matches(name: str, targets: str | list[str]) -> bool:

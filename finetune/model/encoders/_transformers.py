@@ -115,7 +115,7 @@ def rebuild(settings: EncoderSettings, dtype: "torch.dtype", model_class: Any = 
 
 
 def probe(
-    name: str, model: str, module: "nn.Module", values: "torch.Tensor", encode: Callable[..., "torch.Tensor"]
+    name: str, model: str, module: "nn.Module", values: Any, encode: Callable[..., "torch.Tensor"]
 ) -> "torch.Tensor":
     """Freeze a module, put it into evaluation mode, and return `encode(values[None])[0]`. Missing weights that don't
     change the features (poolers, masks for pretraining) become zero, so that equal files have equal fingerprints.

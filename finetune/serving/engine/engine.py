@@ -40,7 +40,7 @@ class BatchingEngine:
 
     def _host(self, assistant: Assistant) -> HostedModel:
         model, most = assistant.model, self.limits.max_batch
-        joins_later = model.shares_memory and model.fusion.strength is None
+        joins_later = model.shares_memory and model.fusion.strength is None and model.reads_plainly
         return HostedModel(
             assistant,
             MediaReader(assistant, self._features, self._pool, self._worker.count),

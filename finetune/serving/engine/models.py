@@ -17,6 +17,7 @@ from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device
 from finetune.model.load import load_adapter, load_folder, model_folder
 from finetune.model.manifest import MANIFEST, AdapterManifest
+from finetune.recipe.schema import Base
 
 # LoRA initialisations that leave the base weights unchanged; others (PiSSA, ...) modify them.
 BASE_UNCHANGED = ("default", "gaussian", "orthogonal")
@@ -47,7 +48,12 @@ def _base_of(folder: Path) -> str | None:
         return None
     llm, adapter = AdapterManifest.read(folder).model.language_model, saved_adapter(folder)
     # bitsandbytes moves 8-bit weights out of their parameters at first use.
-    if llm.quantize == "int8" or (adapter is not None and adapter.initialization not in BASE_UNCHANGED):
+    # Adapters over a base may have changed its encoders and projectors.
+    if (
+        isinstance(llm, Base)
+        or llm.quantize == "int8"
+        or (adapter is not None and adapter.initialization not in BASE_UNCHANGED)
+    ):
         return None
     return llm.model_dump_json()
 

@@ -59,12 +59,13 @@ class MediaPool:
 @dataclass
 class RequestPrompt:
     """Token ids; `symbols`, a text per token for the prefix cache: its id, or its medium's name; `media` by kind, in
-    the order of their placeholders.
+    the order of their placeholders; `positions` (3, T), where they have three dimensions.
     """
 
     input_ids: list[int]
     symbols: list[str]
     media: dict[str, list[SharedMedium]]
+    positions: list[list[int]] | None = None
 
 
 class MediaReader:
@@ -138,7 +139,7 @@ def read_prompt(
     by_kind: dict[str, list[SharedMedium]] = {}
     for medium in tokens.media:
         by_kind.setdefault(medium.kind, []).append(media[medium])
-    return RequestPrompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), by_kind)
+    return RequestPrompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), by_kind, tokens.positions)
 
 
 def _symbols(

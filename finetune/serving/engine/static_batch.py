@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from finetune.model.assistant import Assistant
-from finetune.model.padding import left_padded
+from finetune.model.padding import left_padded, left_padded_positions
 from finetune.serving.engine.generation import Generation, choose_tokens, features_of
 
 
@@ -38,16 +38,24 @@ class _Done(StoppingCriteria):
         return torch.tensor([generation.done for generation in self.generations], device=input_ids.device)
 
 
+def _positions(generation: Generation) -> list[list[int]] | None:
+    """Of the prompt, and of the tokens that it was answered with before."""
+    positions, longer = generation.prompt.positions, len(generation.input_ids) - len(generation.prompt.input_ids)
+    return positions and [[*row, *range(row[-1] + 1, row[-1] + 1 + longer)] for row in positions]
+
+
 def generate(assistant: Assistant, generations: Sequence[Generation]) -> None:
     """Complete answers of equal `strengths`, their media encoded. Raises what the model raises."""
     model, pad = assistant.model, assistant.tokenizer.pad_token_id
     device = model.get_input_embeddings().weight.device
     ids, mask = left_padded([generation.input_ids for generation in generations], pad, device)
+    positions = [_positions(generation) for generation in generations]
     with assistant.with_strengths(generations[0].strengths):
         model.generate(
             ids,
             mask,
             features_of(generations),
+            rope_positions=left_padded_positions(positions, mask),
             max_new_tokens=max(generation.limit for generation in generations),
             do_sample=False,
             repetition_penalty=1.0,

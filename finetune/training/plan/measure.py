@@ -119,7 +119,7 @@ def _encode(planned: PlannedRun, kind: str, meter: Meter) -> tuple[Phase, int]:
     encoder = planned.run.components.encoders[kind]
     with with_data():
         prepared = planned.some_media(kind)
-    most = max(prepared, key=lambda one: one.values.numel())
+    most: Any = max(prepared, key=lambda one: sum(tensor.numel() for tensor in one.tensors))
     batch = planned.run.recipe.train.encode_batch
     gc.collect()
     before = meter.live

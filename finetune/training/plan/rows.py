@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from finetune.common.run_folder import RunFolder
 from finetune.data.rows import read_splits, refuse_empty_splits, refuse_unfit, sampling_weights
@@ -109,7 +108,7 @@ class PlannedRun:
         self.rows = rows
         self.samples = TokenizedSamples.of(tokenized(rows.training, self.run))
 
-    def read(self, medium: Medium) -> Tensor:
+    def read(self, medium: Medium) -> Any:
         """A medium as the collator is given it: features, or prepared for its encoder; without values."""
         features, encoder = self.run.features, self.run.components.encoders[medium.kind]
         if not self.run.recipe.train.cache:

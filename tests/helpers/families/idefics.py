@@ -55,7 +55,7 @@ SMOLVLM = replace(
     IDEFICS3,
     model_type="smolvlm",
     architecture="SmolVLMForConditionalGeneration",
-    media=("image", "video"),
+    media=("image",),  # and videos as pictures, by torchvision
     config={
         "image_token_id": "<image>",
         "scale_factor": 2,

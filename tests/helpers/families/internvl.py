@@ -19,7 +19,7 @@ PREPROCESSOR = {
 INTERNVL = Family(
     model_type="internvl",
     architecture="InternVLForConditionalGeneration",
-    media=("image", "video"),
+    media=("image",),  # and videos as pictures, by torchvision
     config={
         "image_token_id": "<IMG_CONTEXT>",
         "image_seq_length": 4,

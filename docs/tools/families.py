@@ -1,0 +1,173 @@
+"""Writes the table of docs/existing-models.md and existing-models.zh.md: what works with each family of models,
+tried on random models of two layers.
+
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/families.py [FAMILY ...]
+
+Families named are measured anew, the others' rows stay; without names all are. Takes minutes on a CPU. Families whose
+processor needs a package that isn't installed keep their rows.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+
+import torch  # noqa: E402
+from families import ZOO, family_folder  # noqa: E402
+from families.recipes import base_recipe  # noqa: E402
+
+import finetune  # noqa: E402
+from finetune.common.errors import FinetuneError  # noqa: E402
+
+PAGES = {"en": ROOT / "docs" / "existing-models.md", "zh": ROOT / "docs" / "existing-models.zh.md"}
+NAMES = {
+    "llava": "LLaVA 1.5",
+    "llava_next": "LLaVA-NeXT",
+    "llava_onevision": "LLaVA-OneVision",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "internvl": "InternVL",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
+    "gemma3": "Gemma 3",
+    "paligemma": "PaliGemma",
+    "pixtral": "Pixtral",
+    "mistral3": "Mistral 3",
+    "phi4_multimodal": "Phi-4-multimodal",
+    "minicpm_v": "MiniCPM-V 4.6",
+    "qwen2_audio": "Qwen2-Audio",
+    "voxtral": "Voxtral",
+    "ultravox": "Ultravox",
+    "audioflamingo3": "Audio Flamingo 3",
+    "granite_speech": "Granite Speech",
+    "qwen2_5_omni": "Qwen2.5-Omni",
+}
+COLUMNS = ("medium", "train", "nf4", "packed", "cached", "prefix shared", "merge", "vLLM", "GGUF")
+CHINESE = {
+    "family": "模型系列",
+    "medium": "媒体",
+    "train": "训练",
+    "packed": "打包",
+    "cached": "缓存",
+    "prefix shared": "共享前缀",
+    "merge": "合并",
+    "yes": "可以",
+    "no": "不可以",
+    "refused": "拒绝",
+    "not tried": "未试",
+    "image": "图片",
+    "audio": "音频",
+}
+NOT_TRIED = "not tried"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Cells of one family with one medium, in the order of COLUMNS."""
+
+    family: str
+    cells: tuple[str, ...]
+
+    @property
+    def row(self) -> str:
+        return f"| {NAMES[self.family]} | {' | '.join(self.cells)} |"
+
+
+def measure(name: str, medium: str, folder: Path) -> Measured:
+    """Train in 16 or 32 and in 4 bits, with features cached and not, and merge."""
+    base = family_folder(name, folder / "base")
+    recipe = base_recipe(folder, ZOO[name], base, medium)
+    try:
+        plain = trained(recipe, folder / "plain", "train.cache=false")
+    except FinetuneError:
+        return Measured(name, (medium, "refused", *["–"] * (len(COLUMNS) - 2)))
+    kind = plain.read_metrics()["train"]["row_kind"]
+    cached = trained(recipe, folder / "cached", "train.cache=true")
+    four_bits = trained(recipe, folder / "nf4", "model.base.quantize=nf4")
+    certificate = finetune.merge(cached)
+    cells = (
+        learned(losses(plain)),
+        learned(losses(four_bits)),
+        yes(kind != "padded"),
+        yes(torch.allclose(torch.tensor(losses(plain)), torch.tensor(losses(cached)), rtol=1e-5)),
+        yes(kind == "shared"),
+        yes(certificate.saved.agreement == 1),
+    )
+    return Measured(name, (medium, *cells, NOT_TRIED, NOT_TRIED))
+
+
+def trained(recipe: Path, run: Path, *changes: str) -> finetune.RunFolder:
+    return finetune.train(finetune.load_recipe(recipe, list(changes)), run)
+
+
+def losses(run: finetune.RunFolder) -> list[float]:
+    found: list[float] = run.read_metrics()["train"]["stages"]["tune"]["losses"]
+    return found
+
+
+def learned(values: list[float]) -> str:
+    return yes(values[-1] < values[0])
+
+
+def yes(right: Any) -> str:
+    return "yes" if right else "no"
+
+
+def table(rows: list[str], language: str) -> str:
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS), *rows]
+    if language == "zh":
+        cell = re.compile(r"(?<=\| )(" + "|".join(map(re.escape, CHINESE)) + r")(?= \|)")
+        lines = [cell.sub(lambda found: CHINESE[found[0]], line) for line in lines]
+    return "\n".join(lines)
+
+
+def between(text: str) -> re.Match[str]:
+    """What stands between the markers of the table. Raises ValueError."""
+    found = re.search(r"(?<=<!-- families -->\n).*?(?=\n<!-- /families -->)", text, re.DOTALL)
+    if found is None:
+        raise ValueError("no markers <!-- families --> and <!-- /families -->")
+    return found
+
+
+def written_rows() -> list[str]:
+    """Rows of the English page's table."""
+    return between(PAGES["en"].read_text(encoding="utf-8"))[0].splitlines()[2:]
+
+
+def write(rows: list[str]) -> None:
+    for language, page in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        found = between(text)
+        page.write_text(text[: found.start()] + table(rows, language) + text[found.end() :], encoding="utf-8")
+
+
+def main(names: list[str]) -> None:
+    rows: dict[str, list[str]] = {}
+    for row in written_rows():
+        rows.setdefault(row.split(" | ")[0].strip("| "), []).append(row)
+    for name in names or NAMES:
+        if ZOO[name].missing:
+            print(f"{name}: not measured: {', '.join(ZOO[name].missing)} missing", file=sys.stderr)
+            continue
+        found = []
+        for medium in ZOO[name].media:
+            if medium == "video":  # needs torchvision
+                continue
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                found.append(measure(name, medium, Path(folder)).row)
+            print(json.dumps(found[-1]), file=sys.stderr)
+        rows[NAMES[name]] = found
+    write([row for name in NAMES.values() for row in rows.get(name, ())])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
