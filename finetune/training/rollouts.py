@@ -18,17 +18,17 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from finetune.common.errors import TrainingError
+from finetune.common.errors import DataError, TrainingError
 from finetune.common.run_folder import read_json, write_json
 from finetune.data.sample import Answer, Message, Sample
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.features import MediaView
 from finetune.model.prefixes import IGNORED
-from finetune.recipe.schema import Stage
+from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import STAGING, step_of
 from finetune.training.collate import Batch, Collator, PackedRow, RolloutBatch
-from finetune.training.pack import Row
+from finetune.training.pack import Row, plan_rows
 from finetune.training.reference import learned_log_probs
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
@@ -314,3 +314,27 @@ class KeepRollouts(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.rollouts.options.iterations:
             self.rollouts.save(self.folder / STAGING / f"checkpoint-{state.global_step}" / file_name())
+
+
+def asked_rows(
+    train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, shares: bool
+) -> list[Row]:
+    """The rows of questions whose sampled answers fit a packed row, in which they share their question or not: those of
+    an optimizer step as often as the objective learns from them. Raises DataError.
+    """
+    objective = stage.objective
+    options: Any = objective.options
+    capacity = int(train.tokens_per_batch)
+    tokens = [objective.tokens_of(length) + (options.answers - 1) * length * (not shares) for length in lengths]
+    if max(tokens) > capacity:
+        raise DataError(
+            f"stage {stage.name!r}: with this LLM each of the {options.answers} answers needs its question beside it, "
+            f"{max(tokens):,} tokens: raise train.tokens_per_batch (now {capacity:,})"
+        )
+    rows = plan_rows(tokens, weights, capacity=capacity, epochs=int(stage.epochs), seed=seed)
+    if objective.iterations == 1:
+        return rows
+    step = train.accumulate * PartialState().num_processes
+    rows += [[]] * (-len(rows) % step)
+    steps = [rows[start : start + step] for start in range(0, len(rows), step)]
+    return [row for own in steps for _ in range(objective.iterations) for row in own]
