@@ -139,12 +139,17 @@ class Rollouts:
         self.rows: list[list[Group]] = []  # of the step
         self.began: list[tuple[nn.Parameter, Tensor]] = []
 
-    def begin(self, trained: Sequence[nn.Parameter]) -> None:
-        """Call with the weights as the stage begins: a copy of what trains is kept where the loss has the divergence
-        from it, so that no second model is needed.
+    def begin(self, trained: Sequence[nn.Parameter], checkpoint: Path | None = None) -> None:
+        """Call with the weights as the stage begins, also where it goes on from a checkpoint. A copy of what trains is
+        kept where the loss has the divergence from it, so that no second model is needed.
         """
         if self.options.beta:
             self.began = [(parameter, parameter.detach().clone()) for parameter in trained]
+        if checkpoint and step_of(checkpoint) % self.options.iterations:  # the next step has the same answers
+            self.rows = [
+                [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
+                for groups in read_json(checkpoint / file_name())
+            ]
 
     def batches(
         self, rows: Sequence[PackedRow], step: int, model: Any, autocast: AbstractContextManager[None]
@@ -215,14 +220,6 @@ class Rollouts:
 
     def save(self, path: Path) -> None:
         write_json(path, [[asdict(group) for group in groups] for groups in self.rows])
-
-    def resume(self, checkpoint: Path) -> None:
-        """Where its step isn't the last one on the same answers, these are in the checkpoint."""
-        if step_of(checkpoint) % self.options.iterations:
-            self.rows = [
-                [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
-                for groups in read_json(checkpoint / file_name())
-            ]
 
 
 def teaches(group: Group, options: Any) -> bool:

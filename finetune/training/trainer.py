@@ -85,10 +85,11 @@ def train_stage(
     # `stop` comes last: what is asked while another callback validates holds for this step.
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
     rollouts = training.rollouts
+    kept = [KeepRollouts(rollouts, training.folder)] if rollouts else []
     callbacks = [
         *boards,
         FiniteGradients(parts),
-        *([KeepRollouts(rollouts, training.folder)] if rollouts else []),
+        *kept,
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
         stop,
@@ -112,9 +113,7 @@ def train_stage(
             callback.show = partial(show_answers, track, boards)
     try:
         if rollouts:
-            rollouts.begin([parameter for own in parts.values() for parameter in own])
-            if resume_from:
-                rollouts.resume(resume_from)
+            rollouts.begin([parameter for own in parts.values() for parameter in own], resume_from)
         if stage.objective.reference:
             path = run / "data" / f"reference-{stage.name}.safetensors"
             reference = Reference(path, training.origin, training.model, training.collator)
