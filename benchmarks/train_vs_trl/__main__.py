@@ -27,7 +27,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("workload", choices=names())
     parser.add_argument("--questions", type=int, default=5, choices=range(1, 11), help="a picture (default: 5)")
     parser.add_argument("--pictures", type=int, help="default: the workload's")
-    parser.add_argument("--pixels", type=int, help="side of the quickstart's pictures (default: its own, 128)")
+    parser.add_argument("--pixels", type=int, help="side of the pictures (default: the workload's, or 128)")
     parser.add_argument("--epochs", type=int, help="default: the workload's")
     parser.add_argument("--tokens-per-batch", type=int, help="of our rows (default: the workload's)")
     parser.add_argument("--parts", choices=("quickstart", "toy", "large"), default="quickstart", help="weights")
@@ -44,7 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parsed = parser.parse_args(arguments)
     chosen, on_cpu = workload(parsed.workload), parsed.device == "cpu"
-    for name in ("pictures", "epochs", "tokens_per_batch"):
+    for name in ("pictures", "epochs", "tokens_per_batch", "pixels"):
         setattr(parsed, name, getattr(parsed, name) or getattr(chosen, name))
     if parsed.workers is None:
         parsed.workers = 0 if on_cpu else 2

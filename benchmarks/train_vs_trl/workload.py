@@ -40,16 +40,17 @@ class Conversation:
 class Workload:
     """`rows(emoji, questions, generator)`: conversations of so many emoji, in random order.
 
-    `pictures`, `epochs` and `tokens_per_batch` are defaults; `vision`: the shape of a SigLIP with random weights that
-    takes the encoder's place; `runs`: of each round, beside ours and the usual peers; `media`: whether there are
-    pictures; `variants`: whether the peer has one that scores learned positions only; `settings`: options of the
-    objective; `reward`: of a sampled answer.
+    `pictures`, `epochs`, `tokens_per_batch` and `pixels` are defaults; `vision`: the shape of a SigLIP with random
+    weights that takes the encoder's place; `runs`: of each round, beside ours and the usual peers; `media`: whether
+    there are pictures; `variants`: whether the peer has one that scores learned positions only; `settings`: options of
+    the objective; `reward`: of a sampled answer.
     """
 
     rows: Callable[[Sequence[Emoji], int, random.Random], list[Conversation]]
     pictures: int
     epochs: int = 3
     tokens_per_batch: int = 512
+    pixels: int | None = None
     media: bool = True
     vision: dict[str, Any] | None = None
     runs: tuple[str, ...] = ()

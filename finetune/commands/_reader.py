@@ -9,6 +9,7 @@ from finetune.data.check.inspect import View, text_remarks, view
 from finetune.data.check.ledger import Examined, Finding
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.hold_out import content_key, holds_out, keys_of, sample_key, splits_of
+from finetune.data.preferences import sample_of
 from finetune.data.rows import group_of
 from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
@@ -38,8 +39,7 @@ class Reader:
 
     def sample(self, source: int, row: Row) -> Sample:
         """Raises DataError."""
-        sample: Sample = self.recipe.data[source].task.sample(row)
-        return sample
+        return sample_of(row, self.recipe.data[source].task)
 
     def tokens(self, sample: Sample, source: int, split: str = "train") -> Tokens:
         """The whole conversation if its answer is learned as text, else up to the answer. Raises DataError."""
@@ -127,7 +127,7 @@ def held_out(recipe: Recipe) -> dict[tuple[int, int], str]:
         if holds_out(source):
             for place, row in enumerate(lenient_rows(source, lambda line, text, raw: None, recipe.media.max_bytes)):
                 with suppress(DataError):  # a finding of its own
-                    keys.append(keys_of(source.task.sample(row), group_of(row, source)))
+                    keys.append(keys_of(sample_of(row, source.task), group_of(row, source)))
                     places.append((number, place))
     splits = splits_of(keys, [number for number, _ in places], recipe.data, recipe.seed)
     return dict(zip(places, splits, strict=True))

@@ -273,11 +273,7 @@ def _ignore(batch: Batch) -> None:
         batch["teacher"]["label_rows"] = batch["teacher"]["label_rows"][:0]
     if "compared" in batch:
         batch["items"] = 0
-        batch["label_rows"], batch["shift_labels"] = batch["label_rows"][:0], batch["shift_labels"][:, :0]
-        nothing = ComparedBatch(tokens=[], roles=[], weights=torch.empty(0))
-        if "reference" in batch["compared"]:
-            nothing["reference"] = torch.empty(0)
-        batch["compared"] = nothing
+        batch["compared"]["roles"] = [""] * len(batch["compared"]["roles"])
     if "heads" in batch:
         batch["items"] = 0
         batch["loss_weights"].zero_()

@@ -146,9 +146,10 @@ class Rollouts:
         if self.options.beta:
             self.began = [(parameter, parameter.detach().clone()) for parameter in trained]
         if checkpoint and step_of(checkpoint) % self.options.iterations:  # the next step has the same answers
+            kept: Any = read_json(checkpoint / file_name())
             self.rows = [
                 [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
-                for groups in read_json(checkpoint / file_name())
+                for groups in kept
             ]
 
     def batches(
@@ -193,11 +194,11 @@ class Rollouts:
     def _with_log_probs(self, groups: list[Group], model: Any) -> list[Group]:
         """With those that the loss asks for: `before` where several steps learn from the same answers."""
         asked = {"before": self.options.iterations > 1, "reference": self.options.beta > 0}
+        if not any(teaches(group, self.options) for group in groups):
+            return groups
         for name in [name for name, needed in asked.items() if needed]:
             batch = batch_of(self.stage, self.collator, groups)
             counts = batch["compared"]["tokens"]
-            if not counts:
-                continue
             with self._as_begun() if name == "reference" else nullcontext():
                 flat = learned_log_probs(model, send_to_device(batch, next(model.parameters()).device))
             each = (own.tolist() for own in flat.split(counts))
@@ -231,20 +232,15 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     """What is learned from a row's groups; nothing, where none of them has a gradient."""
     options: Any = stage.objective.options
     taught = [group for group in groups if teaches(group, options)]
-    answers = [answer for group in taught for answer in group.answers]
-    samples = [
-        _answered(questions.samples[group.number], answer.tokens, group.number)
-        for group in taught
-        for answer in group.answers
-    ]
-    places = [[*range(start, start + options.answers)] for start in range(0, len(samples), options.answers)]
+    stand_in = SampledAnswer(questions.samples[0].input_ids[-1:], 0.0, 0.0, [0.0], [0.0])
+    learned = [(group.number, answer) for group in taught for answer in group.answers] or [(0, stand_in)]
+    answers, count = [answer for _, answer in learned], options.answers
     collator = copy(questions)
+    collator.samples = TokenizedSamples.of(
+        _answered(questions.samples[number], answer.tokens, number) for number, answer in learned
+    )
     collator.reference = [torch.tensor(answer.reference) for answer in answers] if options.beta else None
-    if not samples:
-        first = questions.samples[0]
-        samples, places = [_answered(first, first.input_ids[-1:], 0)], [[0]]
-        collator.reference = [torch.zeros(1)] if options.beta else None
-    collator.samples = TokenizedSamples.of(samples)
+    places = [[*range(start, min(start + count, len(learned)))] for start in range(0, len(learned), count)]
     batch = collator([PackedRow(groups=places, filler=not taught)])
     drawn = [answer for group in groups for answer in group.answers]
     batch["rollout"] = RolloutBatch(
@@ -255,8 +251,8 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     )
     if options.iterations > 1:
         batch["rollout"]["before"] = torch.tensor([value for answer in answers for value in answer.before])
-    count = stage.objective.module.items_of(options, batch["rollout"]["tokens"], len(drawn))
-    batch["items"] = count if drawn else 0
+    items_of = stage.objective.module.items_of
+    batch["items"] = items_of(options, batch["rollout"]["tokens"], len(drawn)) if drawn else 0
     return batch
 
 

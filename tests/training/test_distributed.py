@@ -17,7 +17,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parents[1
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **changes) -> Path:
+def recipe_of(folder: Path, distill=False, heads=False, prefer=False, **changes) -> Path:
     """Rows of 0 to 3 pictures, anywhere in the question; some packed rows hold no picture at all."""
     path = tiny_recipe(folder)
     pictures = [f"images/train{number}.png" for number in range(4)]
@@ -28,7 +28,7 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
                 content += [{"type": "image", "image": picture}, {"type": "text", "text": " and "}]
             content.append({"type": "text", "text": "What is this?"})
             turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a red square"}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+            file.write(json.dumps({"messages": turns, "rejected": f"blue {number}"}) + "\n")
     data = [
         {"path": str(folder / "data" / "chat.jsonl"), "task": "chat"},
         {"path": str(folder / "data" / "test.csv"), "task": "classify", "split": "test"},
@@ -39,6 +39,8 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
         data.append({"path": str(folder / "data" / "train.csv"), "task": task})
         first = {"name": "listen", "trains": ["projectors"], "learning_rate": 5e-3, "max_grad_norm": 0.05}
         stages.insert(0, first | {"sources": [2], "objective": {"kind": "distill", "answers": "given"}, "epochs": 3})
+    if prefer:  # a reference of which each process measures its share
+        stages[0]["objective"] = "dpo"
     if heads:  # some rows have nothing for the LLM to learn, others nothing for the head
         data[1] |= {"split": "validation", "head": "label"}
         test = {"path": str(folder / "data" / "train.csv"), "task": "classify", "head": "label", "loss_weight": 2.0}
@@ -54,6 +56,7 @@ def recipe_of(folder: Path, distill: bool = False, heads: bool = False, **change
 
 KINDS = {
     "distill": {"distill": True},
+    "preferences": {"prefer": True, "train__share_prefixes": False},
     "heads": {"heads": True, "train__cache": False, "train__checkpoint_every_n_layers": 1},
 }
 CROSS_ATTENTION = ", ".join(f"{key}: {value}" for key, value in FUSIONS["cross_attention"].items())
@@ -63,6 +66,7 @@ SETS = {
         "train.stages.0.trains=[projectors, fusion]",
         "train.stages.1.trains=[projectors, fusion, adapter]",
     ],
+    "preferences": ["train.tokens_per_batch=160"],
     "heads": [],
 }
 TRAIN = """

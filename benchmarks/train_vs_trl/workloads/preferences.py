@@ -18,4 +18,4 @@ def rows(emoji: Sequence[Emoji], questions: int, generator: random.Random) -> li
     ]
 
 
-WORKLOAD = Workload(rows, pictures=48, objective="dpo", variants=False)
+WORKLOAD = Workload(rows, pictures=48, pixels=224, tokens_per_batch=1024, objective="dpo", variants=False)

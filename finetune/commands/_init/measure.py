@@ -10,6 +10,7 @@ from finetune.data.hold_out import connected, keys_of, splits_of
 from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.media.image import image_size
+from finetune.data.preferences import sample_of
 from finetune.data.read import read_rows
 from finetune.data.rows import error_list, group_of
 from finetune.data.sample import Medium, Sample
@@ -70,7 +71,7 @@ def usable_rows(source: Source) -> Rows:
     wrong: list[str] = []
     for row in read_rows(source, Limits().max_bytes):
         try:
-            usable.append((source.task.sample(row), group_of(row, source)))
+            usable.append((sample_of(row, source.task), group_of(row, source)))
         except DataError as error:
             wrong.append(str(error))
     if not usable:

@@ -68,11 +68,11 @@ def answers_of(model: Any, batch: "Batch") -> Answers:
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     by_token = outputs.log_probs[0].float()
     counts = compared["tokens"]
-    sums = torch.stack([own.sum() for own in by_token.split(counts)]) if counts else by_token[:0]
+    sums = torch.stack([own.sum() for own in by_token.split(counts)])
     reference, kl = None, 0.0
     if "reference" in compared:
         before = compared["reference"]
-        reference = torch.stack([own.sum() for own in before.split(counts)]) if counts else before[:0]
+        reference = torch.stack([own.sum() for own in before.split(counts)])
         kl = float((by_token.detach() - before).square().sum()) / 2 / max(len(before), 1)
     return Answers(
         log_probs=sums,
@@ -94,7 +94,7 @@ def pair_loss(answers: Answers, losses: "Tensor", rewards: "Tensor", sft_weight:
     total = (losses * answers.weights[chosen]).sum()
     if sft_weight:
         total = total + sft_weight * answers.cross_entropy * len(chosen)
-    if not chosen:  # of a process without a row of its own: all weights stay in the graph
+    if not chosen:  # a filler row: all weights stay in the graph
         return BatchLoss(total + 0.0 * answers.by_token.sum(), 0, 0.0, 0)
     rewards = rewards.detach()
     better, worse = rewards[chosen], rewards[rejected]

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import part, tiny_picture
+from tiny import part, tiny_picture, tiny_recipe
 
+import finetune
 from finetune.common.errors import DataError
 from finetune.data.read import read_rows
 from finetune.data.rows import read_splits
@@ -145,3 +146,15 @@ def test_all_such_rows_are_named_at_once(tmp_path):
     wrong = {"chosen": [USER, says("A cat.")], "rejected": [SAID, says("A dog.")]}
     with pytest.raises(DataError, match=r"(?s)2 of 3 rows.*rows.jsonl:1: .*rows.jsonl:3: "):
         samples_of(tmp_path, [wrong, PAIRS["trl, explicit"], wrong])
+
+
+def test_rows_with_chosen_answers_are_checked_as_they_train(tmp_path):
+    tiny_recipe(tmp_path)
+    data = []
+    for split in ("train", "test"):
+        file = tmp_path / "data" / f"{split}.jsonl"
+        row = {"image": f"images/{split}0.png", "question": f"What {split}?", "chosen": "A cat.", "rejected": "A dog."}
+        file.write_text(json.dumps(row))
+        data.append({"path": str(file), "task": "answer", "split": split})
+    found = finetune.data_check(finetune.load_recipe(tiny_recipe(tmp_path, data=data)), out=tmp_path / "checked")
+    assert found.errors == 0
