@@ -12,6 +12,7 @@ from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Collator
 from finetune.training.shared import Shared
 from finetune.training.stopping import StopBetweenSteps
+from finetune.training.train import rollouts_of
 from finetune.training.trainer import StageTraining, train_stage
 
 
@@ -39,28 +40,33 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         if options.chosen.media:
             watched["projector"] = trained["projectors.image"][0]
         watcher = Watcher(watched)
+        collator = Collator(
+            ours.samples,
+            run.features.features,
+            field="features",
+            kind=ours.kind,
+            pad_token_id=components.tokenizer.pad_token_id,
+        )
+        reward, rollouts = options.chosen.reward, None
+        if reward is not None:
+            rollouts = rollouts_of(ours.prepared, stage, collator, model, lambda sample, answer: reward(answer))
         training = StageTraining(
             model=model,
             tokenizer=components.tokenizer,
             stage=stage,
             settings=settings,
-            collator=Collator(
-                ours.samples,
-                run.features.features,
-                field="features",
-                kind=ours.kind,
-                pad_token_id=components.tokenizer.pad_token_id,
-            ),
+            collator=collator,
             rows=ours.rows,
             folder=folder / "run" / "checkpoints" / stage.name,
             seed=options.seed,
             dtype=components.dtype,
+            rollouts=rollouts,
         )
         with StopBetweenSteps() as stop:
             log = train_stage(training, stop, callbacks=[watcher])
         figures = clock.figures()
     losses = [entry["loss"] for entry in log]
-    watcher.check(losses)
+    watcher.check(losses, falls=rollouts is None)
     steps = [[number for group in row for number in group] for row in ours.rows]
     return {
         **figures,

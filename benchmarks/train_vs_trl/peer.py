@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.train_vs_trl.kernels import compile_layers
 from benchmarks.train_vs_trl.measure import Clock, Memory, Watcher
@@ -63,6 +63,15 @@ class PairsPeer(InSteps, DPOTrainer):
 
     def __init__(self, *, steps: list[list[int]] | None, compact: bool, **kwargs: Any) -> None:
         self.steps = steps
+        super().__init__(**kwargs)
+
+
+class RewardsPeer(InSteps, GRPOTrainer):
+    """trl's trainer of rewards. A step's questions stand in its batch as often as they are answered."""
+
+    def __init__(self, *, steps: list[list[int]] | None, compact: bool, **kwargs: Any) -> None:
+        answers = kwargs["args"].num_generations
+        self.steps = steps and [[number for number in step for _ in range(answers)] for step in steps]
         super().__init__(**kwargs)
 
 
@@ -112,14 +121,15 @@ def train(options: Options, kind: str) -> dict[str, Any]:
 
         clock = Clock()
         lengths = [len(row.input_ids) for row in rows] or None
-        dataset = pairs_of(samples, lengths) if options.chosen.objective == "dpo" else dataset_of(samples, lengths)
-        pairs = options.chosen.objective == "dpo"
-        trainer = (PairsPeer if pairs else Peer)(
+        objective = options.chosen.objective
+        rewarded = {"reward_funcs": rewards_of(options)} if objective == "grpo" else {}
+        trainer = {"dpo": PairsPeer, "grpo": RewardsPeer}.get(objective, Peer)(
+            **rewarded,
             steps=steps if "steps" in kind else None,
             compact="compact" in kind,
             model=model,
             args=arguments(options, kind, name, len(steps), max(1, round(count / len(steps)))),
-            train_dataset=dataset,
+            train_dataset={"dpo": pairs_of, "grpo": questions_of}.get(objective, dataset_of)(samples, lengths),
             processing_class=processor,
             peft_config=LoraConfig(
                 task_type="CAUSAL_LM",
@@ -135,10 +145,10 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         trainer.add_callback(watcher)
         trainer.train()
         figures = {**clock.figures(), "memory": memory.figures()}
-        if rows:
+        if rows and objective != "grpo":
             check_equal_inputs(trainer, samples, rows, parts)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    watcher.check(losses)
+    watcher.check(losses, falls=objective != "grpo")
     return {**figures, **watcher.figures(), "losses": losses}
 
 
@@ -151,12 +161,10 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
     """trl's defaults, but for what makes both sides comparable, or the peer better."""
     stage = recipe_of(options, Path(folder)).train.stages[0]
     on_gpu = options.device == "cuda"
-    dpo = options.chosen.objective == "dpo"
-    config, own = (DPOConfig, {"beta": 0.1}) if dpo else (SFTConfig, {"assistant_only_loss": True})
+    config, own = config_of(options, batch)
     return config(
         **own,
         output_dir=folder,
-        per_device_train_batch_size=batch,
         num_train_epochs=1 if "steps" in kind else options.epochs,  # the plan of steps holds all epochs
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,  # the lengths are a column
@@ -168,7 +176,6 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         optim=stage.optimizer,
-        max_length=None,  # the default, 1024, would cut pictures
         gradient_checkpointing="checkpointed" in kind,  # trl's default is True: slower, smaller
         use_liger_kernel=on_gpu and find_spec("liger_kernel") is not None and "plain" not in kind,
         bf16=on_gpu,
@@ -182,6 +189,32 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def config_of(options: Options, batch: int) -> tuple[Any, dict[str, Any]]:
+    """trl's class of arguments, and what is the objective's own. `batch`: samples a step."""
+    own = {"per_device_train_batch_size": batch, "max_length": None}  # the default, 1024, would cut pictures
+    if options.chosen.objective == "dpo":
+        return DPOConfig, own | {"beta": 0.1}
+    if options.chosen.objective == "grpo":
+        count, limit = (options.chosen.settings[key] for key in ("answers", "max_new_tokens"))
+        return GRPOConfig, {
+            "per_device_train_batch_size": count * batch,
+            "num_generations": count,
+            "max_completion_length": limit,
+        }
+    return SFTConfig, own | {"assistant_only_loss": True}
+
+
+def rewards_of(options: Options) -> Any:
+    """The workload's reward as trl calls it."""
+    reward = options.chosen.reward
+    assert reward is not None
+
+    def rewards(completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [reward(one[0]["content"]) for one in completions]
+
+    return rewards
 
 
 def dataset_of(samples: Sequence[Sample], lengths: Sequence[int] | None) -> Dataset:
@@ -207,6 +240,16 @@ def pairs_of(samples: Sequence[Sample], lengths: Sequence[int] | None) -> Datase
         "prompt": [said("user", text_of(sample.messages[0])) for sample in samples],
         "chosen": [said("assistant", sample.answer) for sample in samples],
         "rejected": [said("assistant", str(sample.rejected)) for sample in samples],
+        "images": [[str(medium.path) for medium in sample.media] for sample in samples],
+        "length": list(lengths or [0] * len(samples)),
+    }
+    return Dataset.from_dict(columns).cast_column("images", List(Image(mode="RGB")))
+
+
+def questions_of(samples: Sequence[Sample], lengths: Sequence[int] | None) -> Dataset:
+    """trl's rows of questions."""
+    columns = {
+        "prompt": [[{"role": "user", "content": text_of(sample.messages[0])}] for sample in samples],
         "images": [[str(medium.path) for medium in sample.media] for sample in samples],
         "length": list(lengths or [0] * len(samples)),
     }

@@ -27,6 +27,7 @@ from finetune.recipe.load import Recipe
 from finetune.training.collate import Collator
 from finetune.training.pack import Row
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
+from finetune.training.rollouts import longest_answers
 from finetune.training.samples import TokenizedSamples
 from finetune.training.shared import Shared
 from finetune.training.train import layout_of, load_composite
@@ -187,7 +188,7 @@ def recipe_of(options: Options, cache: Path) -> Recipe:
                     "trains": trains,
                     "learning_rate": options.learning_rate,
                     "epochs": options.epochs,
-                    "objective": options.chosen.objective,
+                    "objective": {"kind": options.chosen.objective, **options.chosen.settings},
                 }
             ],
         },
@@ -225,8 +226,15 @@ def facts_of(ours: OurTraining, steps: list[list[int]]) -> dict[str, Any]:
     """
     lengths = ours.samples.lengths
     collator = Collator(ours.samples, lambda medium: torch.zeros(1), field="features", kind=ours.kind)
-    batches = [collator([{"groups": row, "filler": False}]) for row in ours.rows]
     learned = [sum(label != -100 for label in labels[1:]) for labels in ours.samples.column("labels")]
+    answers, (stage,) = 1, ours.prepared.run.recipe.train.stages
+    if stage.objective.asks:  # as if all sampled answers were as long as may be; sampling itself isn't counted
+        asked: Any = stage.objective.options
+        answers, learned = asked.answers, [asked.answers * asked.max_new_tokens for _ in lengths]
+        lengths = [length + asked.max_new_tokens for length in lengths]
+        batches = [longest_answers(stage, collator, row) for row in ours.rows]
+    else:
+        batches = [collator([{"groups": row, "filler": False}]) for row in ours.rows]
     seen = [number for step in steps for number in step]
     pictures = len({medium.key for sample in ours.prepared.training for medium in sample.media})
     with_media = len(seen) if pictures else 0
@@ -245,10 +253,10 @@ def facts_of(ours: OurTraining, steps: list[list[int]]) -> dict[str, Any]:
             "encoded": pictures,
         },
         "peer": {
-            "tokens": sum(lengths[number] for number in seen),
-            "pairs": sum(lengths[number] * (lengths[number] + 1) // 2 for number in seen),
-            "projected": with_media,
-            "encoded": with_media,
+            "tokens": answers * sum(lengths[number] for number in seen),
+            "pairs": answers * sum(lengths[number] * (lengths[number] + 1) // 2 for number in seen),
+            "projected": answers * with_media,
+            "encoded": answers * with_media,
         },
         "device": device_name(),
     }

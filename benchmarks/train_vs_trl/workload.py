@@ -2,8 +2,8 @@
 
 import csv
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Workload:
 
     `pictures`, `epochs`, `tokens_per_batch` and `pixels` are defaults; `vision`: the shape of a SigLIP with random
     weights that takes the encoder's place; `runs`: of each round, beside ours and the usual peers; `media`: whether
-    there are pictures; `variants`: whether the peer has one that scores learned positions only.
+    there are pictures; `variants`: whether the peer has one that scores learned positions only; `settings`: options of
+    the objective; `reward`: of a sampled answer.
     """
 
     rows: Callable[[Sequence[Emoji], int, random.Random], list[Conversation]]
@@ -55,6 +56,8 @@ class Workload:
     runs: tuple[str, ...] = ()
     objective: str = "next_token"
     variants: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reward: Callable[[str], float] | None = None
 
 
 def names() -> list[str]:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 from accelerate import PartialState
 
-from finetune.common.errors import RUN, DataError, TrainingError, option
+from finetune.common.errors import RUN, TrainingError, option
 from finetune.common.progress import Stopwatch, console
 from finetune.common.run_folder import RunFolder, write_json, write_text
 from finetune.data.rows import (
@@ -34,6 +33,7 @@ from finetune.training.feature_cache import fill_cache
 from finetune.training.kept_samples import RowsDigest, tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
+from finetune.training.rollouts import asked_rows
 from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
@@ -183,7 +183,7 @@ def stage_rows(
         samples = prepared.samples.select(chosen)
     if stage.objective.asks:
         shares = kind is RowKind.SHARED and not model.composition.fusion.by_sample
-        return samples, asked_rows(run, stage, samples.lengths, weights, seed, shares)
+        return samples, asked_rows(run.recipe.train, stage, samples.lengths, weights, seed, shares)
     rows = plan_rows(
         samples.taught_lengths,
         weights,
@@ -194,27 +194,3 @@ def stage_rows(
         sharing=sharing_of(samples, model.composition.fusion.by_sample) if kind is RowKind.SHARED else None,
     )
     return samples, rows
-
-
-def asked_rows(
-    run: Run, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, shares: bool
-) -> list[Row]:
-    """The rows of questions whose sampled answers fit a packed row, in which they share their question or not: those of
-    an optimizer step as often as the objective learns from them. Raises DataError.
-    """
-    train, objective = run.recipe.train, stage.objective
-    options: Any = objective.options
-    capacity = int(train.tokens_per_batch)
-    tokens = [objective.tokens_of(length) + (options.answers - 1) * length * (not shares) for length in lengths]
-    if max(tokens) > capacity:
-        raise DataError(
-            f"stage {stage.name!r}: with this LLM each of the {options.answers} answers needs its question beside it, "
-            f"{max(tokens):,} tokens: raise train.tokens_per_batch (now {capacity:,})"
-        )
-    rows = plan_rows(tokens, weights, capacity=capacity, epochs=int(stage.epochs), seed=seed)
-    if objective.iterations == 1:
-        return rows
-    step = train.accumulate * PartialState().num_processes
-    rows += [[]] * (-len(rows) % step)
-    steps = [rows[start : start + step] for start in range(0, len(rows), step)]
-    return [row for own in steps for _ in range(objective.iterations) for row in own]

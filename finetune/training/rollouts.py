@@ -18,17 +18,17 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from finetune.common.errors import TrainingError
+from finetune.common.errors import DataError, TrainingError
 from finetune.common.run_folder import read_json, write_json
 from finetune.data.sample import Answer, Message, Sample
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.features import MediaView
 from finetune.model.prefixes import IGNORED
-from finetune.recipe.schema import Stage
+from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import STAGING, step_of
 from finetune.training.collate import Batch, Collator, PackedRow, RolloutBatch
-from finetune.training.pack import Row
+from finetune.training.pack import Row, plan_rows
 from finetune.training.reference import learned_log_probs
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
@@ -139,12 +139,18 @@ class Rollouts:
         self.rows: list[list[Group]] = []  # of the step
         self.began: list[tuple[nn.Parameter, Tensor]] = []
 
-    def begin(self, trained: Sequence[nn.Parameter]) -> None:
-        """Call with the weights as the stage begins: a copy of what trains is kept where the loss has the divergence
-        from it, so that no second model is needed.
+    def begin(self, trained: Sequence[nn.Parameter], checkpoint: Path | None = None) -> None:
+        """Call with the weights as the stage begins, also where it goes on from a checkpoint. A copy of what trains is
+        kept where the loss has the divergence from it, so that no second model is needed.
         """
         if self.options.beta:
             self.began = [(parameter, parameter.detach().clone()) for parameter in trained]
+        if checkpoint and step_of(checkpoint) % self.options.iterations:  # the next step has the same answers
+            kept: Any = read_json(checkpoint / file_name())
+            self.rows = [
+                [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
+                for groups in kept
+            ]
 
     def batches(
         self, rows: Sequence[PackedRow], step: int, model: Any, autocast: AbstractContextManager[None]
@@ -188,11 +194,11 @@ class Rollouts:
     def _with_log_probs(self, groups: list[Group], model: Any) -> list[Group]:
         """With those that the loss asks for: `before` where several steps learn from the same answers."""
         asked = {"before": self.options.iterations > 1, "reference": self.options.beta > 0}
+        if not any(teaches(group, self.options) for group in groups):
+            return groups
         for name in [name for name, needed in asked.items() if needed]:
             batch = batch_of(self.stage, self.collator, groups)
             counts = batch["compared"]["tokens"]
-            if not counts:
-                continue
             with self._as_begun() if name == "reference" else nullcontext():
                 flat = learned_log_probs(model, send_to_device(batch, next(model.parameters()).device))
             each = (own.tolist() for own in flat.split(counts))
@@ -216,14 +222,6 @@ class Rollouts:
     def save(self, path: Path) -> None:
         write_json(path, [[asdict(group) for group in groups] for groups in self.rows])
 
-    def resume(self, checkpoint: Path) -> None:
-        """Where its step isn't the last one on the same answers, these are in the checkpoint."""
-        if step_of(checkpoint) % self.options.iterations:
-            self.rows = [
-                [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
-                for groups in read_json(checkpoint / file_name())
-            ]
-
 
 def teaches(group: Group, options: Any) -> bool:
     """Whether it has a gradient: answers that are all worth the same have none but that of the divergence."""
@@ -234,20 +232,15 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     """What is learned from a row's groups; nothing, where none of them has a gradient."""
     options: Any = stage.objective.options
     taught = [group for group in groups if teaches(group, options)]
-    answers = [answer for group in taught for answer in group.answers]
-    samples = [
-        _answered(questions.samples[group.number], answer.tokens, group.number)
-        for group in taught
-        for answer in group.answers
-    ]
-    places = [[*range(start, start + options.answers)] for start in range(0, len(samples), options.answers)]
+    stand_in = SampledAnswer(questions.samples[0].input_ids[-1:], 0.0, 0.0, [0.0], [0.0])
+    learned = [(group.number, answer) for group in taught for answer in group.answers] or [(0, stand_in)]
+    answers, count = [answer for _, answer in learned], options.answers
     collator = copy(questions)
+    collator.samples = TokenizedSamples.of(
+        _answered(questions.samples[number], answer.tokens, number) for number, answer in learned
+    )
     collator.reference = [torch.tensor(answer.reference) for answer in answers] if options.beta else None
-    if not samples:
-        first = questions.samples[0]
-        samples, places = [_answered(first, first.input_ids[-1:], 0)], [[0]]
-        collator.reference = [torch.zeros(1)] if options.beta else None
-    collator.samples = TokenizedSamples.of(samples)
+    places = [[*range(start, min(start + count, len(learned)))] for start in range(0, len(learned), count)]
     batch = collator([PackedRow(groups=places, filler=not taught)])
     drawn = [answer for group in groups for answer in group.answers]
     batch["rollout"] = RolloutBatch(
@@ -258,8 +251,8 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     )
     if options.iterations > 1:
         batch["rollout"]["before"] = torch.tensor([value for answer in answers for value in answer.before])
-    count = stage.objective.module.items_of(options, batch["rollout"]["tokens"], len(drawn))
-    batch["items"] = count if drawn else 0
+    items_of = stage.objective.module.items_of
+    batch["items"] = items_of(options, batch["rollout"]["tokens"], len(drawn)) if drawn else 0
     return batch
 
 
@@ -314,3 +307,27 @@ class KeepRollouts(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.rollouts.options.iterations:
             self.rollouts.save(self.folder / STAGING / f"checkpoint-{state.global_step}" / file_name())
+
+
+def asked_rows(
+    train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, shares: bool
+) -> list[Row]:
+    """The rows of questions whose sampled answers fit a packed row, in which they share their question or not: those of
+    an optimizer step as often as the objective learns from them. Raises DataError.
+    """
+    objective = stage.objective
+    options: Any = objective.options
+    capacity = int(train.tokens_per_batch)
+    tokens = [objective.tokens_of(length) + (options.answers - 1) * length * (not shares) for length in lengths]
+    if max(tokens) > capacity:
+        raise DataError(
+            f"stage {stage.name!r}: with this LLM each of the {options.answers} answers needs its question beside it, "
+            f"{max(tokens):,} tokens: raise train.tokens_per_batch (now {capacity:,})"
+        )
+    rows = plan_rows(tokens, weights, capacity=capacity, epochs=int(stage.epochs), seed=seed)
+    if objective.iterations == 1:
+        return rows
+    step = train.accumulate * PartialState().num_processes
+    rows += [[]] * (-len(rows) % step)
+    steps = [rows[start : start + step] for start in range(0, len(rows), step)]
+    return [row for own in steps for _ in range(objective.iterations) for row in own]

@@ -98,10 +98,11 @@ def train_stage(
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
     gradients = FiniteGradients(parts)
     rollouts = training.rollouts
+    kept = [KeepRollouts(rollouts, training.folder)] if rollouts else []
     callbacks = [
         *boards,
         gradients,
-        *([KeepRollouts(rollouts, training.folder)] if rollouts else []),
+        *kept,
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
         stop,
@@ -125,9 +126,7 @@ def train_stage(
             callback.show = partial(show_answers, track, boards)
     try:
         if rollouts:
-            rollouts.begin([parameter for own in parts.values() for parameter in own])
-            if resume_from:
-                rollouts.resume(resume_from)
+            rollouts.begin([parameter for own in parts.values() for parameter in own], resume_from)
         if stage.objective.reference:
             path = run / "data" / f"reference-{stage.name}.safetensors"
             reference = Reference(path, training.origin, training.model, training.collator)

@@ -32,7 +32,7 @@ def loud_again(monkeypatch):
     monkeypatch.setattr(console, "quiet", False)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if name != "rewards"])
 def test_the_losses_are_those_of_trl_over_the_same_steps(name, tmp_path):
     options = toy(name, tmp_path)
     facts = write_all(options)
@@ -44,6 +44,16 @@ def test_the_losses_are_those_of_trl_over_the_same_steps(name, tmp_path):
     assert facts["samples"] == sum(map(len, runs[0]["steps"]))
     shared = facts["ours"]["tokens"] < facts["peer"]["tokens"]
     assert shared == (name in ("preferences", "questions", "text")) and facts["ours"]["encoded"] == 4 * (name != "text")
+
+
+def test_rewards_are_learned_by_both(tmp_path):
+    """From answers of their own."""
+    options = toy("rewards", tmp_path)
+    facts = write_all(options)
+    found = ours.train(options, "ours")
+    runs = [{"round": 0, "kind": "ours", **found}, {"round": 0, "kind": "peer", **peer.train(options, "peer")}]
+    assert summary(compared(runs))["ratio"] > 0 and facts["ours"]["tokens"] < facts["peer"]["tokens"] / 2
+    assert peer.train(options, "peer-steps")["losses"]
 
 
 def test_other_peers_learn(tmp_path):

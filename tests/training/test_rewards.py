@@ -86,9 +86,10 @@ def interrupted(recipe, folder, monkeypatch, at, **options):
 def test_an_interrupted_stage_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     """Between two steps on the same answers, of weights with dropout, and with the divergence from the beginning."""
     objective = {"iterations": 2, "beta": 0.1}
-    recipe = rewarded(tmp_path, objective, train__save_every_n_steps=3)
+    few = {"train__save_every_n_steps": 3, "train__tokens_per_batch": 128, "train__accumulate": 3}
+    recipe = rewarded(tmp_path, objective, **few)  # 8 rows in steps of 3
     whole = finetune.train(recipe, tmp_path / "whole", reward=shortness)
-    interrupted(recipe, tmp_path / "run", monkeypatch, 5, reward=shortness)
+    interrupted(recipe, tmp_path / "run", monkeypatch, 11, reward=shortness)
     assert [path.name for path in (tmp_path / "run" / "checkpoints" / "reward").glob("checkpoint-*")] == [
         "checkpoint-3"
     ]

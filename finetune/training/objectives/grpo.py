@@ -64,14 +64,15 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     losses = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
     clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     figures = dict(rollout["figures"])
-    if len(own):
+    taught = bool(answers.of("sampled"))
+    if taught:
         figures["clipped"] = float(clipped.float().mean())
     if options.beta:
         distance = batch["compared"]["reference"] - own
         # Times the ratio, for an unbiased gradient (https://arxiv.org/abs/2512.02556).
         divergence = (distance.exp() - distance - 1) * ratio
         losses = losses + options.beta * divergence
-        if len(own):
+        if taught:
             figures["kl"] = float(divergence.detach().mean())
     losses = losses * answers.weights.repeat_interleave(counts, output_size=len(own))
     if options.loss == "grpo":
@@ -80,4 +81,4 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
         losses = losses / options.max_new_tokens
     elif options.loss == "bnpo":
         losses = losses / max(rollout["tokens"], 1)
-    return BatchLoss(losses.sum(), batch["items"], answers.right, len(own), figures, weight=rollout["answers"])
+    return BatchLoss(losses.sum(), batch["items"], answers.right, len(own) * taught, figures, weight=rollout["answers"])

@@ -24,7 +24,7 @@ from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
 from finetune.training.prefixes import sharing_of
-from finetune.training.prepare import asked_rows
+from finetune.training.rollouts import asked_rows
 from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions, tokenized
 from finetune.training.steps import samples_of
 
@@ -170,7 +170,7 @@ class PlannedRun:
         samples = TokenizedSamples.of(questions(own, objective, self.run))
         lengths, shares = samples.lengths, kind is RowKind.SHARED and not model.composition.fusion.by_sample
         once = stage.model_copy(update={"epochs": 1})
-        packed = asked_rows(self.run, once, lengths, weights, seed, shares)
+        packed = asked_rows(self.run.recipe.train, once, lengths, weights, seed, shares)
         tokens = [sum(objective.tokens_of(lengths[number]) for (number,) in row) for row in packed]
         used = {sample.source for sample in own}
         stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
