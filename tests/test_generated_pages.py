@@ -113,7 +113,7 @@ def written_cells(page: str) -> Iterator[tuple[str, str]]:
 
 
 def test_the_table_of_families_names_all_and_is_the_same_in_chinese():
-    families = script("families")
+    families = script("family_table")
     rows = families.written_rows()
     shown = [(name, medium) for name, family in families.ZOO.items() for medium in family.media if medium != "video"]
     assert [tuple(row.strip("| ").split(" | ")[:2]) for row in rows] == [
@@ -125,5 +125,5 @@ def test_the_table_of_families_names_all_and_is_the_same_in_chinese():
 
 @pytest.mark.slow
 def test_a_family_s_row_is_what_is_measured_now(tmp_path):
-    families = script("families")
+    families = script("family_table")
     assert families.measure("qwen2_5_vl", "image", tmp_path).row in families.written_rows()

@@ -1,7 +1,7 @@
 """Writes the table of docs/existing-models.md and existing-models.zh.md: what works with each family of models,
 tried on random models of two layers.
 
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/families.py [FAMILY ...]
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/family_table.py [FAMILY ...]
 
 Families named are measured anew, the others' rows stay; without names all are. Takes minutes on a CPU. Families whose
 processor needs a package that isn't installed keep their rows.
