@@ -130,6 +130,17 @@ class TokenizedSamples:
         return result
 
     @property
+    def learned(self) -> list[int]:
+        """Learned tokens of each sample."""
+        column = self.arrow("labels")
+        ends = np.cumsum(pc.list_value_length(column).to_numpy())
+        learned = pc.list_flatten(column).to_numpy() != IGNORED
+        learned[np.append(0, ends[:-1])] = False  # nothing predicts the first
+        sums = np.append(0, np.cumsum(learned))[np.append(0, ends)]
+        result: list[int] = np.diff(sums).tolist()
+        return result
+
+    @property
     def taught_lengths(self) -> list[int]:
         """Tokens that a packed row must hold for each sample: with a teacher, as many as the longer of the two has."""
         teachers = pc.list_value_length(self.arrow("teacher_input_ids")).fill_null(0).to_pylist()
