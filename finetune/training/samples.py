@@ -114,7 +114,8 @@ class TokenizedSamples:
     def arrow(self, name: str) -> pa.ChunkedArray:
         """A column, a value for each sample."""
         column = self.table.column(name)
-        return column if len(self.numbers) == self.table.num_rows else column.take(pa.array(self.numbers))
+        whole = np.array_equal(self.numbers, np.arange(self.table.num_rows))
+        return column if whole else column.take(pa.array(self.numbers))
 
     def column(self, name: str) -> list[Any]:
         result: list[Any] = self.arrow(name).to_pylist()
