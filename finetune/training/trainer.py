@@ -221,6 +221,8 @@ class StageTrainer(SFTTrainer):
     ) -> None:
         """`parts`: {role: parameters that train}; the others are trl's arguments."""
         self.stage = stage
+        if skip_bad_rows and PartialState().num_processes > 1:  # gradients of all are summed before they are looked at
+            raise TrainingError("train.skip_bad_rows: only for one process; leave it out, or launch one")
         self.suspects, self.skip_bad_rows = suspects, skip_bad_rows
         self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
         self.lost = 0  # packed rows in succession of which nothing was learned
