@@ -7,7 +7,7 @@ MUTANTS ?=
 GPU ?=
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: help quickstart install weights test test-fast gpu notebooks mutants check format docs clean
+.PHONY: help quickstart install weights test test-fast reliability gpu notebooks mutants check format docs clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test: install  ## Run the tests (no network once the weights are there)
 
 test-fast: install  ## Run the tests that take seconds, not minutes
 	$(PYTEST) -m "not slow"
+
+reliability: install  ## Kill processes, fill disks, feed hostile files: each guarantee at full size, with a table
+	RELIABILITY=full HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability
 
 gpu:  ## Try on a GPU what a CPU can't prove, in 8 minutes, and append the figures to benchmarks/RESULTS.md; no network
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --append $(GPU)

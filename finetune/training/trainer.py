@@ -232,6 +232,8 @@ class StageTrainer(SFTTrainer):
         """`parts`: {role: parameters that train}; `kwargs`: trl's own."""
         self.stage, self.rollouts = training.stage, training.rollouts
         self.suspects, self.skip_bad_rows = suspects_of(training), training.settings.skip_bad_rows
+        if self.skip_bad_rows and PartialState().num_processes > 1:  # their gradients are summed before they are tried
+            raise TrainingError("train.skip_bad_rows: only for one process; leave it out, or launch one")
         self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
         self.lost = 0  # packed rows in succession of which nothing was learned
         self.parts = parts

@@ -10,10 +10,10 @@ FULL = os.environ.get("RELIABILITY") == "full"
 TABLE: list[tuple[str, str]] = []
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/reliability/" in item.path.as_posix():
-            item.add_marker("slow")
+def pytest_collection_modifyitems(config, items):
+    left_out = [] if FULL else [item for item in items if item.get_closest_marker("full")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,9 @@ ADAPTER = {
 }
 
 
+QUICK = ("a template that loops on a word", "a million layers", "ten million iterations", "a deep manifest")
+
+
 def answers(folder: Path, said) -> None:
     """Puts what loading and asking it ends with."""
     try:
@@ -96,10 +99,10 @@ def answers(folder: Path, said) -> None:
         said.put(("traceback", repr(error)[:500]))
 
 
-@pytest.mark.parametrize("what", ADAPTER)
-def test_a_foreign_adapter_is_refused_with_one_message(what, finished_run, tmp_path, full, tried):
-    if not full and list(ADAPTER).index(what) % 3:
-        pytest.skip("at full size")
+@pytest.mark.parametrize(
+    "what", [one if one in QUICK else pytest.param(one, marks=pytest.mark.full) for one in ADAPTER]
+)
+def test_a_foreign_adapter_is_refused_with_one_message(what, finished_run, tmp_path, tried):
     folder = copy_of(finished_run("plain") / "adapter", tmp_path)
     ADAPTER[what](folder)
     context = get_context("fork")

@@ -76,7 +76,7 @@ def whole(tmp_path_factory):
     return sum(path.stat().st_size for path in stage.rglob("*"))
 
 
-@pytest.mark.parametrize("kind", ["disk", "size"])
+@pytest.mark.parametrize("kind", ["disk", pytest.param("size", marks=pytest.mark.full)])
 def test_a_full_disk_costs_nothing_that_was_learnt(kind, whole, tmp_path, full, tried):
     context = get_context("fork")
     # A checkpoint is four to five times `final`: while the first is written, and while the second is.

@@ -73,7 +73,7 @@ def whole(tmp_path_factory):
 def test_killed_at_a_file_boundary(whole, tmp_path, full, tried):
     expected, writes, _ = whole
     assert writes > 50
-    places = range(1, writes + 1) if full else random.Random(3).sample(range(1, writes + 1), 3)
+    places = range(1, writes + 1) if full else random.Random(3).sample(range(1, writes + 1), 2)
     for place in places:
         folder = tmp_path / str(place)
         assert in_a_fork(folder, place) == -signal.SIGKILL
@@ -85,9 +85,10 @@ def test_killed_at_a_file_boundary(whole, tmp_path, full, tried):
     )
 
 
+@pytest.mark.full
 def test_killed_at_any_time(whole, tmp_path, full, tried):
     expected, _, seconds = whole
-    generator, times = random.Random(4), 30 if full else 2
+    generator, times = random.Random(4), 30
     for number in range(times):
         folder, kills = tmp_path / str(number), 0
         while kills < 3 and in_a_fork(folder, killed_after=generator.uniform(0.3, 1.0) * seconds) != 0:

@@ -62,7 +62,7 @@ PLACES = {  # what is spoiled before step 3, and whether a row by itself gives s
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_the_step_stops_its_rows_are_named_and_nothing_is_lost(place, accumulate, tmp_path):
     if (place, accumulate) == ("loss", 2):
         pytest.skip("as with 1")
@@ -109,7 +109,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
     assert newest_whole(run, "tune").name == "checkpoint-2"
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_bad_rows_are_left_out_counted_and_listed_the_same_after_a_resume(accumulate, tmp_path, capsys):
     options = {"collator": collator_of(NAMED, read=poisoned), "settings": {"skip_bad_rows": True}}
     options |= {"accumulate": accumulate, "save_every_n_steps": 1}
@@ -160,6 +160,7 @@ def test_what_is_left_is_trained_as_if_the_bad_row_had_never_been_there(tmp_path
         torch.testing.assert_close(weights_of(spoiled)[name], weight, atol=1e-7, rtol=1e-5, msg=name)
 
 
+@pytest.mark.full
 def test_where_no_row_is_good_it_is_not_the_rows(tmp_path):
     bad = collator_of(NAMED, read=lambda medium: read(medium) * float("nan"))
     with pytest.raises(TrainingError, match="from none of the last 20 packed rows"):

@@ -13,7 +13,7 @@ from finetune.common.errors import TrainingError
 from finetune.common.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
-STAGE = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3, "epochs": 50}
+STAGE = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3, "epochs": 40}
 
 
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path, tried):
