@@ -18,6 +18,7 @@ from finetune.data.media.video import Clip
 from finetune.data.sample import Medium, Message, Prepared, Sample
 from finetune.model.build import Components
 from finetune.model.composite import MultimodalModel
+from finetune.model.padding import left_padded_positions
 from finetune.model.row_plan import RowKind, by_segments, short_windows
 from finetune.model.tokenize import Tokens, tokenize
 from finetune.training.collate import Collator, PackedRow
@@ -74,6 +75,7 @@ def _exact(model: MultimodalModel, components: Components, kind: str, allowed: S
     shown = _Shown(components)
     samples = [_sample(model, components, kind, answer, shown) for answer in ANSWERS]
     answered = _answered(samples[1])
+    _refuse_seeing_ahead(model, samples[1], shown)
     native = _native_states(model, samples[1], shown)[-answered:]
     half = native.dtype != torch.float32 or any(hasattr(p, "SCB") for p in model.causal_lm.parameters())
     native, tolerance = native.float(), HALF_TOLERANCE if half else TOLERANCE
@@ -97,6 +99,24 @@ def _exact(model: MultimodalModel, components: Components, kind: str, allowed: S
         own = states[-1, : len(samples[1].input_ids)] if row_kind is RowKind.PADDED else states[0]
         if (own[-answered:].float() - native).norm() < tolerance * native.norm():
             yield row_kind
+
+
+def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _Shown) -> None:
+    """Raises ModelError where the tokens of an answer see those behind them, and so what they are to learn."""
+    features = {kind: [model.encode(kind, [prepared.values])[0]] for kind, prepared in shown.prepared.items()}
+    device = model.get_input_embeddings().weight.device
+    states = []
+    for last in (tokens.input_ids[-1], 0):
+        ids = torch.tensor([[*tokens.input_ids[:-1], last]], device=device)
+        mask = torch.ones_like(ids)
+        rope = left_padded_positions([tokens.positions], mask)
+        outputs = model.backbone(ids, features, attention_mask=mask, rope_positions=rope, use_cache=False)
+        states.append(outputs.last_hidden_state[0, :-1].float())
+    if (states[0] - states[1]).norm() > HALF_TOLERANCE * states[0].norm():
+        raise ModelError(
+            f"model.base: in {type(model.causal_lm).__name__} the tokens of an answer see those behind them, so that "
+            "nothing could be learned from answers here: take another base"
+        )
 
 
 def _answered(tokens: Tokens) -> int:
