@@ -163,6 +163,7 @@ def refuse_multimodal(llm: LanguageModel, why: str | None = None) -> Iterator[st
         inner = [config.get(key) for key in ("text_config", "llm_config", "language_config")]
         names = [part["_name_or_path"] for part in inner if isinstance(part, dict) and part.get("_name_or_path")]
         advice = f"take its text LLM, {names[0]!r}" if names else "take the text LLM that it was made from"
+        advice += ", or tune it as it is, as model.base" if media_in_config(config) else ""
         raise RecipeError(
             f"model.llm.name: {llm.name!r} is a {what}, with encoders of its own ({', '.join(own)}); {advice}"
         )

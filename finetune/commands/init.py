@@ -20,9 +20,10 @@ from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, opt
 from finetune.common.run_folder import write_text
 from finetune.data.read import read_rows
 from finetune.data.rows import TOGETHER, error_list
+from finetune.model.base.config import media_in_config
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Limits, Llm, Source
-from finetune.training.lengths import fetch
+from finetune.training.lengths import fetch, settings_of
 
 EXAMINED = 20_000  # rows by which columns are described
 TOO_FEW = 30  # rows, of which the test has so few that one answer moves the score by a sixth or more
@@ -70,7 +71,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class InitPlan:
-    """All that is decided before the rows are read as samples. `encoders`: medium -> name of another encoder."""
+    """All that is decided before the rows are read as samples. `encoders`: medium -> name of another encoder;
+    `is_base`: whether `llm` is an existing model that takes media.
+    """
 
     target: Path
     name: str
@@ -85,6 +88,7 @@ class InitPlan:
     hold_out: float
     llm: str | None
     encoders: Mapping[str, str]
+    is_base: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,7 +157,7 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, overw
         measure.lengths([sample for rows in read for sample in rows.samples], tokens, sizes),
         len(read[0].samples) - held_out,
         plan.card.tokens,
-        bool(parts) or trained_head,
+        (bool(parts) and not plan.is_base) or trained_head,
     )
     base = plan.target.parent
     draft = Draft(
@@ -169,6 +173,7 @@ def write_recipe(path: Path, choices: Choices, ask: Ask, out: Path | None, overw
         ],
         schedule=schedule,
         trained_head=trained_head,
+        is_base=plan.is_base,
         validates=any(file.split == "validation" for file in plan.found),
     )
     _write_checked(plan.target, draft.text())
@@ -235,6 +240,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
         hold_out,
         _llm(llm) if (llm := choices.llm) else None,
         _encoders(choices.encoders, task.media),
+        bool(choices.llm) and _takes_media(str(choices.llm), task.media),
     )
 
 
@@ -343,8 +349,17 @@ def _llm(name: str) -> str:
     """The same, and where its config is at hand or the Hub can be reached, that of a text-only LLM."""
     if not Path(local := str(Path(_model(name)).expanduser())).exists():
         fetch(name, None, ["config.json"])
-    list(refuse_multimodal(Llm(name=local)))  # its notes, where there is no config, are those of `check`
+    if not media_in_config(settings_of(local, None, "config.json")):
+        list(refuse_multimodal(Llm(name=local)))  # its notes, where there is no config, are those of `check`
     return name
+
+
+def _takes_media(name: str, media: Sequence[str]) -> bool:
+    """Whether a model is a base, by its config. Raises RecipeError where it lacks one of the rows' media."""
+    own = media_in_config(settings_of(str(Path(name).expanduser()), None, "config.json"))
+    if own and (foreign := [medium for medium in media if medium not in own]):
+        raise RecipeError(f"{given('llm', name)}: takes {' and '.join(own)}, and these rows have {foreign[0]}")
+    return bool(own)
 
 
 def _source_keys(plan: InitPlan, found: Found, place: MediaPlace) -> Yaml:
@@ -442,7 +457,8 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
     if unused := [name for name in task.unused if name != task.group]:
         hint = f" ({option('--text COLUMN', 'text=')} puts one before the question; it must not give the answer away)"
         lines.append(f"not used: {_shown(unused)}{'' if task.kind in TEXTLESS else hint}")
-    models = [draft.llm["name"], *(parts.encoder["name"] for parts in draft.media.values())]
+    models = [draft.llm["name"]]
+    models += [] if draft.is_base else [parts.encoder["name"] for parts in draft.media.values()]
     lines.append(f"model for {plan.card.title}: {', '.join(map(str, models))}")
     return lines
 

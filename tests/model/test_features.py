@@ -59,7 +59,7 @@ def test_broken_media_are_all_named_and_the_others_kept(media, batch, workers, t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_comes_back(dtype, tmp_path):
     rows = torch.randn(1, 4, 8).to(dtype)
-    FeatureStore(tmp_path, "f").fill([("a", rows, ("",))], lambda: None)
+    FeatureStore(tmp_path, "f").fill([("a", rows, Layout(1))], lambda: None)
     read = FeatureStore(tmp_path, "f").read("a")
     assert read.dtype == dtype and torch.equal(read, rows)
 
@@ -90,7 +90,7 @@ def test_a_key_that_is_known_is_not_read_from_the_file(tmp_path):
 def test_each_medium_is_computed_once(tmp_path):
     store = FeatureStore(tmp_path, "f")
     assert store.missing(["a", "b", "a"]) == ["a", "b"]
-    store.fill([(key, torch.ones(1, 1, 1), ("",)) for key in "ab"], lambda: None)
+    store.fill([(key, torch.ones(1, 1, 1), Layout(1)) for key in "ab"], lambda: None)
     assert store.missing(["a", "b", "c"]) == ["c"]
     assert FeatureStore(tmp_path, "f").missing(["a", "b", "c"]) == ["c"]
     assert FeatureStore(tmp_path, "g").missing(["a"]) == ["a"]  # another encoder's
@@ -117,7 +117,7 @@ def test_what_changes_features_changes_the_fingerprint():
 
 def test_a_damaged_file_is_named(tmp_path):
     store = FeatureStore(tmp_path, "f")
-    store.fill([("a", torch.ones(1, 1, 64), ("",))], lambda: None)
+    store.fill([("a", torch.ones(1, 1, 64), Layout(1))], lambda: None)
     (path,) = store.folder.iterdir()
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ArtifactError, match=f"{path} is damaged"):
@@ -129,13 +129,13 @@ def test_an_interrupted_fill_leaves_whole_files_and_goes_on(error, tmp_path, mon
     monkeypatch.setattr(module, "SHARD_BYTES", 2 * 16 * 4)  # two media a file
     calls: list[str] = []
 
-    def compute(keys: list[str]) -> Iterator[tuple[str, torch.Tensor, tuple[str, ...]]]:
+    def compute(keys: list[str]) -> Iterator[tuple[str, torch.Tensor, Layout]]:
         for key in keys:
             first = key not in calls
             calls.append(key)
             if key == "3" and first:
                 raise error
-            yield key, torch.full((1, 1, 16), float(key)), (f"{key}s ",)
+            yield key, torch.full((1, 1, 16), float(key)), Layout(1, (f"{key}s ",))
 
     keys = [str(number) for number in range(6)]
     with pytest.raises(error):

@@ -14,8 +14,8 @@ TEMPLATE = """\
 name: {{ name }}
 seed: {{ seed }}
 model:
-  llm: {{ llm | flow }}  # stays frozen
-{% if media %}
+  {{ "base" if is_base else "llm" }}: {{ llm | flow }}  # stays frozen
+{% if media and not is_base %}
   encoders:  # frozen too
 {% for medium, parts in media.items() %}
     {{ medium }}: {{ parts.encoder | flow }}
@@ -36,7 +36,11 @@ data:
   - {{ source.whole() | flow }}
 {% endfor %}
 train:
+{% if is_base %}
+  tokens_per_batch: auto  # how many tokens a picture or recording has, its processor tells
+{% else %}
   tokens_per_batch: {{ schedule.tokens_per_batch }}  # the longest row has about {{ schedule.longest }}
+{% endif %}
 {% if card.checkpoints %}
   checkpoint_every_n_layers: 1  # less memory, more time
 {% endif %}
@@ -70,7 +74,7 @@ class WrittenSource:
 @dataclass(frozen=True)
 class Draft:
     """All that the text is made of. `trained_head`: whether the head has weights of its own; `validates`:
-    whether there are validation rows.
+    whether there are validation rows; `is_base`: whether the LLM is an existing model that takes these media.
     """
 
     title: str
@@ -83,12 +87,13 @@ class Draft:
     schedule: Schedule
     trained_head: bool
     validates: bool
+    is_base: bool = False
 
     def text(self) -> str:
         environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
         environment.filters["flow"] = flow
         heads = ["heads"] if self.trained_head else []
-        projectors = ["projectors"] if self.media else []
+        projectors = ["projectors"] if self.media and not self.is_base else []
         return (
             environment.from_string(TEMPLATE, globals={"comments": COMMENTS}).render(
                 **vars(self),
