@@ -14,7 +14,7 @@ from finetune.recipe.load import load_recipe
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "tools" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_page", ROOT / "docs" / "tools" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for its dataclasses
