@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
-from finetune.data.rows import read_splits, refuse_empty_splits
+from finetune.data.rows import read_splits, refuse_empty_splits, refuse_unfit
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
 from finetune.training.lengths import Estimate, estimate, likely_longest
@@ -39,6 +39,7 @@ class AutoNumbers:
         self.train, self.processes = recipe.train, processes
         splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes, recipe.file)
         refuse_empty_splits(splits, recipe)
+        refuse_unfit(splits, recipe)
         self.samples = splits.train
         estimated = estimate(recipe.model, self.samples)
         if estimated is None or estimated.unknown or estimated.by_characters:

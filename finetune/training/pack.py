@@ -120,10 +120,10 @@ def gather(drawn: Sequence[Sequence[int]], lengths: Sequence[int], sharing: Shar
     pieces: list[Row] = []
     growing: dict[int, list[int]] = {}
     for unit in drawn:
-        if len(unit) > 1:
-            by_beginning: dict[int, list[int]] = {}
-            for sample in unit:
-                by_beginning.setdefault(sharing.group[sample], []).append(sample)
+        by_beginning: dict[int, list[int]] = {}
+        for sample in unit:
+            by_beginning.setdefault(sharing.group[sample], []).append(sample)
+        if len(by_beginning) > 1:
             pieces.append(list(by_beginning.values()))
             continue
         number = sharing.group[unit[0]]

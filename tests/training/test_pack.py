@@ -152,3 +152,13 @@ def test_a_ranking_keeps_its_samples_in_a_row_and_shares_within_it():
     ranked = [[0, 2, 1, 4], [3]]
     rows = plan_rows([5] * 5, [1.0] * 5, capacity=20, epochs=1, seed=0, groups=ranked, sharing=sharing)
     assert sorted(sorted(row) for row in rows) in ([[[0, 1], [2, 4]], [[3]]], [[[0, 1], [2, 4], [3]]])
+
+
+def test_pairs_about_one_medium_share_it():
+    """Four pairs about each of five pictures: a pair is never parted, and a picture stands once in a row."""
+    sharing = Sharing([number // 8 for number in range(40)], [30] * 40)
+    pairs = [[2 * number, 2 * number + 1] for number in range(20)]
+    rows = plan_rows([35] * 40, [1.0] * 40, capacity=300, epochs=1, seed=0, groups=pairs, sharing=sharing)
+    together = [group for row in rows for group in row]
+    assert sorted(map(len, together)) == [8] * 5
+    assert all(group[place] + 1 == group[place + 1] for group in together for place in range(0, 8, 2))

@@ -127,8 +127,9 @@ def test_rows_without_a_preference_are_all_named_before_anything_is_loaded(objec
     (tmp_path / "llm" / "model.safetensors").unlink()
     with pytest.raises(DataError, match=expected):
         finetune.train(recipe, tmp_path / "run")
-    with pytest.raises(DataError, match=expected):
-        finetune.check(recipe)
+    for command in (finetune.check, finetune.plan):
+        with pytest.raises(DataError, match=expected):
+            command(recipe)
 
 
 def test_a_pair_that_no_row_holds_is_refused_before_the_llm_is_loaded(tmp_path):

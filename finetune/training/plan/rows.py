@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.common.run_folder import RunFolder
-from finetune.data.rows import read_splits, refuse_empty_splits, sampling_weights
+from finetune.data.rows import read_splits, refuse_empty_splits, refuse_unfit, sampling_weights
 from finetune.data.sample import Medium, Prepared, Sample
 from finetune.model.bindings import TaskBinding, bindings_of
 from finetune.model.build import load_components
@@ -55,6 +55,7 @@ class PlannedRows:
         """Raises DataError."""
         splits = read_splits(recipe.data, recipe.seed, recipe.media.max_bytes, recipe.file)
         refuse_empty_splits(splits, recipe)
+        refuse_unfit(splits, recipe)
         scored = len(splits.of(recipe.evaluate.split))
         return cls(
             training=evenly_of_sources(splits.train),

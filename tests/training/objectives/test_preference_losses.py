@@ -233,3 +233,14 @@ def test_an_unchanged_model_has_no_margin_and_no_divergence(tmp_path):
     assert found.figures["kl"] == pytest.approx(0, abs=1e-9) and found.figures["reward_margin"] == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_pairs_about_one_question_may_stand_behind_one_prefix(tmp_path):
+    prompt, answers = [5, 6, 7, 8], [[20, 21], [22], [23, 24, 25], [26]]
+    samples = [answer(prompt, ids, ("chosen", "rejected")[n % 2], n // 2) for n, ids in enumerate(answers)]
+    totals = []
+    for row in ([[0, 1], [2, 3]], [[0, 1, 2, 3]]):
+        ours = Ours(samples, RowKind.SHARED, tmp_path)
+        ours.row = row
+        totals.append(ours.loss("dpo").total.item())
+    assert totals[0] == pytest.approx(totals[1], abs=1e-6) and totals[0] != pytest.approx(2 * 0.693147, abs=1e-4)
