@@ -4,6 +4,7 @@ an optimizer step, by the weights as they are then, and are the same for the sam
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -67,6 +68,13 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         return [answer.reward for answer in self.answers]
+
+    @property
+    def different(self) -> list[tuple[SampledAnswer, int]]:
+        """Its different answers, each with how many of it there are: they are learned as one, of so much weight."""
+        counts = Counter((tuple(one.tokens), one.advantage) for one in self.answers)
+        firsts = {(tuple(one.tokens), one.advantage): one for one in reversed(self.answers)}
+        return [(firsts[key], count) for key, count in counts.items()]
 
     @property
     def has_signal(self) -> bool:
@@ -202,10 +210,10 @@ class Rollouts:
             with self._as_begun() if name == "reference" else nullcontext():
                 flat = learned_log_probs(model, send_to_device(batch, next(model.parameters()).device))
             each = (own.tolist() for own in flat.split(counts))
-            groups = [
-                _with(group, name, [next(each) for _ in group.answers]) if teaches(group, self.options) else group
-                for group in groups
-            ]
+            for place, group in enumerate(groups):
+                if teaches(group, self.options):
+                    known = {tuple(one.tokens): next(each) for one, _ in group.different}
+                    groups[place] = _with(group, name, [known[tuple(one.tokens)] for one in group.answers])
         return groups
 
     @contextmanager
@@ -233,15 +241,18 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     options: Any = stage.objective.options
     taught = [group for group in groups if teaches(group, options)]
     stand_in = SampledAnswer(questions.samples[0].input_ids[-1:], 0.0, 0.0, [0.0], [0.0])
-    learned = [(group.number, answer) for group in taught for answer in group.answers] or [(0, stand_in)]
-    answers, count = [answer for _, answer in learned], options.answers
+    learned = [(group.number, group.different) for group in taught] or [(0, [(stand_in, 1)])]
+    answers = [answer for _, different in learned for answer, _ in different]
     collator = copy(questions)
     collator.samples = TokenizedSamples.of(
-        _answered(questions.samples[number], answer.tokens, number) for number, answer in learned
+        _answered(questions.samples[number], answer.tokens, number, count)
+        for number, different in learned
+        for answer, count in different
     )
     collator.reference = [torch.tensor(answer.reference) for answer in answers] if options.beta else None
-    places = [[*range(start, min(start + count, len(learned)))] for start in range(0, len(learned), count)]
-    batch = collator([PackedRow(groups=places, filler=not taught)])
+    places = iter(range(len(answers)))
+    together = [[next(places) for _ in different] for _, different in learned]
+    batch = collator([PackedRow(groups=together, filler=not taught)])
     drawn = [answer for group in groups for answer in group.answers]
     batch["rollout"] = RolloutBatch(
         advantages=torch.tensor([answer.advantage for answer in answers]),
@@ -256,11 +267,12 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     return batch
 
 
-def _answered(question: TokenizedSample, tokens: list[int], number: int) -> TokenizedSample:
+def _answered(question: TokenizedSample, tokens: list[int], number: int, count: int) -> TokenizedSample:
     return replace(
         question,
         input_ids=question.input_ids + tokens,
         labels=[IGNORED] * len(question.input_ids) + tokens,
+        loss_weight=count * question.loss_weight,
         role="sampled",
         group=str(number),
     )
@@ -271,7 +283,7 @@ def longest_answers(stage: Stage, collator: Collator, row: Row) -> Batch:
     options: Any = stage.objective.options
     tokens = collator.samples[0].input_ids[-1:] * options.max_new_tokens
     zeros = [0.0] * len(tokens)
-    answers = [SampledAnswer(tokens, float(number), 0.0, zeros, zeros) for number in range(options.answers)]
+    answers = [SampledAnswer(tokens, float(number), float(number), zeros, zeros) for number in range(options.answers)]
     groups = [Group(number, answers) for group in row for number in group]
     return batch_of(stage, collator, groups)
 
