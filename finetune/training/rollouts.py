@@ -26,6 +26,8 @@ from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.features import MediaView
 from finetune.model.prefixes import IGNORED
+from finetune.model.row_plan import RowKind
+from finetune.recipe.parts import FusionPart
 from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import STAGING, step_of
 from finetune.training.collate import Batch, Collator, PackedRow, RolloutBatch
@@ -321,16 +323,22 @@ class KeepRollouts(TrainerCallback):
             self.rollouts.save(self.folder / STAGING / f"checkpoint-{state.global_step}" / file_name())
 
 
+def kind_of_answers(kind: RowKind, fusion: FusionPart) -> RowKind:
+    """How answers to one question are laid out: a fusion that finds media by their sample needs them beside each."""
+    return RowKind.SEGMENTS if kind is RowKind.SHARED and fusion.by_sample else kind
+
+
 def asked_rows(
-    train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, shares: bool
+    train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, kind: RowKind
 ) -> list[Row]:
-    """The rows of questions whose sampled answers fit a packed row, in which they share their question or not: those of
-    an optimizer step as often as the objective learns from them. Raises DataError.
+    """The rows of questions whose sampled answers, laid out as `kind` says, fit a packed row: those of an optimizer
+    step as often as the objective learns from them. Raises DataError.
     """
     objective = stage.objective
     options: Any = objective.options
     capacity = int(train.tokens_per_batch)
-    tokens = [objective.tokens_of(length) + (options.answers - 1) * length * (not shares) for length in lengths]
+    copies = 0 if kind is RowKind.SHARED else options.answers - 1
+    tokens = [objective.tokens_of(length) + copies * length for length in lengths]
     if max(tokens) > capacity:
         raise DataError(
             f"stage {stage.name!r}: with this LLM each of the {options.answers} answers needs its question beside it, "
