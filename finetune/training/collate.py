@@ -74,9 +74,9 @@ class TaughtBatch(TypedDict):
 
 
 class RolloutBatch(TypedDict, total=False):
-    """Answers that the model itself has given, and how many of them are in the batch: S of `answers`, of `tokens`
-    together; the others teach nothing. `advantages` (S,); `before` (K,): log-probabilities as they were sampled;
-    `figures`: of all of them.
+    """Answers that the model itself has given, of which S are in the batch: `answers` of `tokens` together; the others
+    are equal to one of these, or teach nothing. `advantages` (S,); `before` (K,): log-probabilities as they were
+    sampled; `figures`: of all of them.
     """
 
     advantages: Tensor

@@ -34,7 +34,7 @@ from finetune.training.feature_cache import fill_cache
 from finetune.training.kept_samples import RowsDigest, tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
-from finetune.training.rollouts import asked_rows
+from finetune.training.rollouts import asked_rows, kind_of_answers
 from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
@@ -183,8 +183,8 @@ def stage_rows(
     else:
         samples = prepared.samples.select(chosen)
     if stage.objective.asks:
-        shares = kind is RowKind.SHARED and not model.composition.fusion.by_sample
-        return samples, asked_rows(run.recipe.train, stage, samples.lengths, weights, seed, shares)
+        kind = kind_of_answers(kind, model.composition.fusion)
+        return samples, asked_rows(run.recipe.train, stage, samples.lengths, weights, seed, kind)
     rows = plan_rows(
         samples.taught_lengths,
         weights,

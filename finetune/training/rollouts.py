@@ -4,6 +4,7 @@ an optimizer step, by the weights as they are then, and are the same for the sam
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -25,6 +26,8 @@ from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.features import MediaView
 from finetune.model.prefixes import IGNORED
+from finetune.model.row_plan import RowKind
+from finetune.recipe.parts import FusionPart
 from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import STAGING, step_of
 from finetune.training.collate import Batch, Collator, PackedRow, RolloutBatch
@@ -67,6 +70,13 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         return [answer.reward for answer in self.answers]
+
+    @property
+    def different(self) -> list[tuple[SampledAnswer, int]]:
+        """Its different answers, each with how many of it there are: they are learned as one, of so much weight."""
+        counts = Counter((tuple(one.tokens), one.advantage) for one in self.answers)
+        firsts = {(tuple(one.tokens), one.advantage): one for one in reversed(self.answers)}
+        return [(firsts[key], count) for key, count in counts.items()]
 
     @property
     def has_signal(self) -> bool:
@@ -202,10 +212,10 @@ class Rollouts:
             with self._as_begun() if name == "reference" else nullcontext():
                 flat = learned_log_probs(model, send_to_device(batch, next(model.parameters()).device))
             each = (own.tolist() for own in flat.split(counts))
-            groups = [
-                _with(group, name, [next(each) for _ in group.answers]) if teaches(group, self.options) else group
-                for group in groups
-            ]
+            for place, group in enumerate(groups):
+                if teaches(group, self.options):
+                    known = {tuple(one.tokens): next(each) for one, _ in group.different}
+                    groups[place] = _with(group, name, [known[tuple(one.tokens)] for one in group.answers])
         return groups
 
     @contextmanager
@@ -233,15 +243,18 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     options: Any = stage.objective.options
     taught = [group for group in groups if teaches(group, options)]
     stand_in = SampledAnswer(questions.samples[0].input_ids[-1:], 0.0, 0.0, [0.0], [0.0])
-    learned = [(group.number, answer) for group in taught for answer in group.answers] or [(0, stand_in)]
-    answers, count = [answer for _, answer in learned], options.answers
+    learned = [(group.number, group.different) for group in taught] or [(0, [(stand_in, 1)])]
+    answers = [answer for _, different in learned for answer, _ in different]
     collator = copy(questions)
     collator.samples = TokenizedSamples.of(
-        _answered(questions.samples[number], answer.tokens, number) for number, answer in learned
+        _answered(questions.samples[number], answer.tokens, number, count)
+        for number, different in learned
+        for answer, count in different
     )
     collator.reference = [torch.tensor(answer.reference) for answer in answers] if options.beta else None
-    places = [[*range(start, min(start + count, len(learned)))] for start in range(0, len(learned), count)]
-    batch = collator([PackedRow(groups=places, filler=not taught)])
+    places = iter(range(len(answers)))
+    together = [[next(places) for _ in different] for _, different in learned]
+    batch = collator([PackedRow(groups=together, filler=not taught)])
     drawn = [answer for group in groups for answer in group.answers]
     batch["rollout"] = RolloutBatch(
         advantages=torch.tensor([answer.advantage for answer in answers]),
@@ -256,11 +269,12 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     return batch
 
 
-def _answered(question: TokenizedSample, tokens: list[int], number: int) -> TokenizedSample:
+def _answered(question: TokenizedSample, tokens: list[int], number: int, count: int) -> TokenizedSample:
     return replace(
         question,
         input_ids=question.input_ids + tokens,
         labels=[IGNORED] * len(question.input_ids) + tokens,
+        loss_weight=count * question.loss_weight,
         role="sampled",
         group=str(number),
     )
@@ -271,7 +285,7 @@ def longest_answers(stage: Stage, collator: Collator, row: Row) -> Batch:
     options: Any = stage.objective.options
     tokens = collator.samples[0].input_ids[-1:] * options.max_new_tokens
     zeros = [0.0] * len(tokens)
-    answers = [SampledAnswer(tokens, float(number), 0.0, zeros, zeros) for number in range(options.answers)]
+    answers = [SampledAnswer(tokens, float(number), float(number), zeros, zeros) for number in range(options.answers)]
     groups = [Group(number, answers) for group in row for number in group]
     return batch_of(stage, collator, groups)
 
@@ -309,16 +323,22 @@ class KeepRollouts(TrainerCallback):
             self.rollouts.save(self.folder / STAGING / f"checkpoint-{state.global_step}" / file_name())
 
 
+def kind_of_answers(kind: RowKind, fusion: FusionPart) -> RowKind:
+    """How answers to one question are laid out: a fusion that finds media by their sample needs them beside each."""
+    return RowKind.SEGMENTS if kind is RowKind.SHARED and fusion.by_sample else kind
+
+
 def asked_rows(
-    train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, shares: bool
+    train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, kind: RowKind
 ) -> list[Row]:
-    """The rows of questions whose sampled answers fit a packed row, in which they share their question or not: those of
-    an optimizer step as often as the objective learns from them. Raises DataError.
+    """The rows of questions whose sampled answers, laid out as `kind` says, fit a packed row: those of an optimizer
+    step as often as the objective learns from them. Raises DataError.
     """
     objective = stage.objective
     options: Any = objective.options
     capacity = int(train.tokens_per_batch)
-    tokens = [objective.tokens_of(length) + (options.answers - 1) * length * (not shares) for length in lengths]
+    copies = 0 if kind is RowKind.SHARED else options.answers - 1
+    tokens = [objective.tokens_of(length) + copies * length for length in lengths]
     if max(tokens) > capacity:
         raise DataError(
             f"stage {stage.name!r}: with this LLM each of the {options.answers} answers needs its question beside it, "

@@ -40,7 +40,7 @@ from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
 from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
-from finetune.training.rollouts import Reward, Rollouts, own_sampler, task_reward
+from finetune.training.rollouts import Reward, Rollouts, kind_of_answers, own_sampler, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
 from finetune.training.steps import samples_of
@@ -172,7 +172,7 @@ def train_stages(
             samples,
             features.features if settings.cache else lambda medium: features.prepared(medium).values,
             field="features" if settings.cache else "media",
-            kind=kind,
+            kind=kind_of_answers(kind, model.composition.fusion) if stage.objective.asks else kind,
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
             taught=prepared.lessons[stage.name].outputs if stage.name in prepared.lessons else None,

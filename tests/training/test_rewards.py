@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_recipe
+from tiny import FUSIONS, tiny_recipe
 
 import finetune
 from finetune.common.errors import DataError, RecipeError, TrainingError
@@ -184,3 +184,14 @@ def test_the_stage_is_planned(tmp_path):
         phases = {phase.name: phase for phase in plan.phases}
         activations.append(phases["train reward"].parts["activations"])
     assert 0 < activations[0] < activations[1]
+
+
+def test_media_stand_beside_each_answer_where_a_fusion_finds_them_by_sample(tmp_path):
+    fusion = {"kind": "cross_attention", **FUSIONS["cross_attention"]}
+    stage = {"trains": ["projectors", "fusion", "adapter"], "epochs": 1}
+    settings = {"model__fusion": fusion, "adapter": {"rank": 2}, "train__tokens_per_batch": 512}
+    recipe = rewarded(tmp_path, {"beta": 0.1}, stage, **settings)
+    figures = stage_of(finetune.train(recipe, tmp_path / "run", reward=shortness))["figures"]
+    assert figures["kl"][0] == pytest.approx(0, abs=1e-6) and figures["no_signal"][0] < 1
+    with pytest.raises(DataError, match=r"each of the 4 answers needs its question beside it, \d+ tokens: raise"):
+        finetune.train(rewarded(tmp_path, stage=stage, **settings | {"train__tokens_per_batch": 64}), tmp_path / "two")

@@ -59,6 +59,7 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     answers, rollout = answers_of(model, batch), batch["rollout"]
     own, counts = answers.by_token, answers.tokens.long()
     advantages = rollout["advantages"].repeat_interleave(counts, output_size=len(own))
+    weights = answers.weights.repeat_interleave(counts, output_size=len(own))
     ratio = (own - rollout.get("before", own.detach())).exp()
     low, high = 1 - options.clip, 1 + (options.clip if options.clip_high is None else options.clip_high)
     losses = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
@@ -66,15 +67,15 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     figures = dict(rollout["figures"])
     taught = bool(answers.of("sampled"))
     if taught:
-        figures["clipped"] = float(clipped.float().mean())
+        figures["clipped"] = float((clipped * weights).sum() / weights.sum())
     if options.beta:
         distance = batch["compared"]["reference"] - own
         # Times the ratio, for an unbiased gradient (https://arxiv.org/abs/2512.02556).
         divergence = (distance.exp() - distance - 1) * ratio
         losses = losses + options.beta * divergence
         if taught:
-            figures["kl"] = float(divergence.detach().mean())
-    losses = losses * answers.weights.repeat_interleave(counts, output_size=len(own))
+            figures["kl"] = float((divergence.detach() * weights).sum() / weights.sum())
+    losses = losses * weights
     if options.loss == "grpo":
         losses = losses / answers.tokens.repeat_interleave(counts, output_size=len(own))
     elif options.loss == "dr_grpo":

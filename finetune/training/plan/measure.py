@@ -17,7 +17,7 @@ from finetune.training.plan.result import Phase
 from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
 from finetune.training.plan.shapes import language_model_on_meta, without_data
 from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
-from finetune.training.rollouts import longest_answers
+from finetune.training.rollouts import kind_of_answers, longest_answers
 from finetune.training.samples import TokenizedSamples
 from finetune.training.train import set_up
 from finetune.training.trainer import StageTraining
@@ -158,6 +158,7 @@ def step_of(
         dtype=planned.run.components.dtype,
     )
     if stage.objective.asks:
+        collator.kind = kind_of_answers(kind, model.composition.fusion)
         return training, longest_answers(stage, collator, rows.fullest), rows
     return training, collator([PackedRow(groups=rows.fullest, filler=False)]), rows
 

@@ -24,7 +24,7 @@ from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
 from finetune.training.prefixes import sharing_of
-from finetune.training.rollouts import asked_rows
+from finetune.training.rollouts import asked_rows, kind_of_answers
 from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions, tokenized
 from finetune.training.steps import samples_of
 
@@ -168,9 +168,9 @@ class PlannedRun:
         """Of a stage that samples answers: as many tokens as they may have."""
         objective, own = stage.objective, [self.rows.training[i] for i in chosen]
         samples = TokenizedSamples.of(questions(own, objective, self.run))
-        lengths, shares = samples.lengths, kind is RowKind.SHARED and not model.composition.fusion.by_sample
+        lengths, kind = samples.lengths, kind_of_answers(kind, model.composition.fusion)
         once = stage.model_copy(update={"epochs": 1})
-        packed = asked_rows(self.run.recipe.train, once, lengths, weights, seed, shares)
+        packed = asked_rows(self.run.recipe.train, once, lengths, weights, seed, kind)
         tokens = [sum(objective.tokens_of(lengths[number]) for (number,) in row) for row in packed]
         used = {sample.source for sample in own}
         stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)

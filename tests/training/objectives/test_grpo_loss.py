@@ -18,8 +18,9 @@ from finetune.recipe.schema import Adapter, Stage
 from finetune.training.rollouts import Rollouts
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
-ANSWERS = [[[20, 21, 22], [30, 31, 32, 33, 34], [20]], [[40, 41, 42, 43], [44, 45], [46, 47, 48]]]
-REWARDS = [[1.0, 0.0, 0.25], [0.0, 0.5, 1.0]]
+# One of them twice, which is learned as one of twice the weight.
+ANSWERS = [[[20, 21, 22], [30, 31, 32, 33, 34], [20]], [[40, 41, 42, 43], [44, 45], [44, 45]]]
+REWARDS = [[1.0, 0.0, 0.25], [0.0, 0.5, 0.5]]
 LONGEST = 7
 
 
@@ -169,7 +170,12 @@ def test_a_row_without_signal_is_a_step_without_gradient():
     found = ours.loss(batch)
     found.total.backward()
     assert found.total.item() == 0 and batch["items"] == sum(len(answer) for group in ANSWERS for answer in group)
-    assert found.figures == {"reward": 0.5, "reward_deviation": 0.0, "no_signal": 1.0, "answer_tokens": 3.0}
+    assert found.figures == {
+        "reward": 0.5,
+        "reward_deviation": 0.0,
+        "no_signal": 1.0,
+        "answer_tokens": pytest.approx(17 / 6),
+    }
     gradients = [p.grad for name, p in ours.model.named_parameters() if "lora_" in name]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
