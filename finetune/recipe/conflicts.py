@@ -215,6 +215,9 @@ def _asking_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> 
     if "adapter" not in stage.trains:
         message = f"the objective {kind!r} changes what the LLM writes: add 'adapter'."
         yield Problem((*where, "trains"), message)
+    if recipe.train.skip_bad_rows:
+        message = f"stage {stage.name!r} has the objective {kind!r}, whose answers are no rows: leave it out."
+        yield Problem(("train", "skip_bad_rows"), message)
     for number, source in enumerate(recipe.data):
         labels = getattr(source.head.options, "answers", "") == "labels"
         if source.split == "train" and labels and (stage.sources is None or number in stage.sources):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from accelerate import PartialState
@@ -44,6 +45,13 @@ class Suspects:
 
     def batch(self, groups: Row) -> Batch:
         return self.collator([{"groups": groups, "filler": False}])
+
+    def units(self, row: Row) -> list[list[int]]:
+        """The samples of a packed row, those that are compared with each other together."""
+        together: dict[str | int, list[int]] = {}
+        for number in chain.from_iterable(row):
+            together.setdefault(self.collator.samples[number].group or number, []).append(number)
+        return list(together.values())
 
     def names(self, numbers: Sequence[int]) -> list[str]:
         return [self.collator.samples[number].where for number in numbers]

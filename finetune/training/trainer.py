@@ -292,7 +292,7 @@ class StageTrainer(SFTTrainer):
             self.lost = 0
         else:
             bad, alone, self.lost = [number for group in row for number in group], False, self.lost + 1
-            self._restore(gradients, None)
+            self._restore(gradients, logged)
             loss = torch.zeros_like(loss)
         names = self.suspects.note(bad, steps + 1, "loss or gradient not finite", alone=alone, left_out=True)
         console.print(f"{self.stage.name}: step {steps + 1}: left out, their loss isn't finite: {names}")
@@ -304,17 +304,19 @@ class StageTrainer(SFTTrainer):
         return loss
 
     def _bad_samples(self, model: Any, row: Row) -> tuple[list[int], bool]:
-        """The samples of a packed row whose loss or gradients aren't finite when each is alone, and True; all of them,
-        and False, where each alone is fine, or can't be tried beside other processes. Gradients are lost.
+        """The samples of a packed row whose loss or gradients aren't finite when each is alone, or only beside those that
+        it is compared with, and True; all of them, and False, where each alone is fine, or can't be tried: with several
+        processes, or as sampled answers are gone. Gradients are lost.
         """
-        numbers = [number for group in row for number in group]
-        found = []
+        units = self.suspects.units(row)
+        numbers = [number for unit in units for number in unit]
+        found: list[int] = []
         logged = self._logged()
-        for number in numbers if self.accelerator.num_processes == 1 else ():
+        for unit in units if self.accelerator.num_processes == 1 and self.rollouts is None else ():
             self._restore({}, None)
-            loss = self._loss_and_gradients(model, self._prepare_inputs(self.suspects.batch([[number]])))
+            loss = self._loss_and_gradients(model, self._prepare_inputs(self.suspects.batch([[one] for one in unit])))
             if not self._finite(loss):
-                found.append(number)
+                found += unit
         self._restore({}, logged)
         return found or numbers, bool(found)
 

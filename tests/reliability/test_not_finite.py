@@ -3,6 +3,7 @@ goes on with one command; or leaves such rows out, if it is told to.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,22 @@ def test_what_is_left_is_trained_as_if_the_bad_row_had_never_been_there(tmp_path
     train_composite(clean, tmp_path / "checkpoints" / "b", rows=[*rows[:2], [[4]]], collator=collator_of(NAMED))
     for name, weight in weights_of(clean).items():
         torch.testing.assert_close(weights_of(spoiled)[name], weight, atol=1e-7, rtol=1e-5, msg=name)
+
+
+def test_answers_that_are_compared_are_left_out_together(tmp_path):
+    named = [replace(sample, group="pair") if number in (3, 4) else sample for number, sample in enumerate(NAMED)]
+    run = RunFolder(tmp_path)
+    train_composite(
+        composite_with_lora(),
+        run.checkpoints / "tune",
+        rows=[[[0], [1]], [[3], [2], [4]]],
+        collator=collator_of(named, read=poisoned),
+        settings={"skip_bad_rows": True},
+    )
+    assert [(one["row"], one["alone"], one["left_out"]) for one in suspects(run)] == [
+        ("rows.csv:5", True, True),
+        ("rows.csv:6", True, True),
+    ]
 
 
 @pytest.mark.full
