@@ -19,7 +19,7 @@ from finetune.training.checkpoints import KEPT, newest_whole, seconds_of, step_o
 from finetune.training.live_curve import LiveCurve
 from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
-from finetune.training.trainer import StageTraining, train_stage
+from finetune.training.trainer import StageTraining, suspects_of, train_stage
 from finetune.training.validation import ValidationCallback
 
 
@@ -79,6 +79,7 @@ def _finished(
         steps=steps,
         samples=len(trained_on),
         tokens=sum(lengths[number] for number in trained_on),
+        left_out=suspects_of(training).left_out(),
         trained_weights=trained,
         validation=validation.history if validation else [],
         best_step=best_step,

@@ -4,8 +4,8 @@ isn't finite reaches the weights.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +115,27 @@ def train_stage(
         if hasattr(callback, "show"):
             callback.show = partial(show_answers, track, boards)
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with told(trainer, resume_from):
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        for callback in callbacks:
+            getattr(callback, "close", lambda: None)()
+        end_tracking(track)
+        for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
+            training.model.__dict__.pop(patched, None)
+    ended = any(getattr(callback, "ended", False) for callback in callbacks)
+    if stop.signal_number and not ended and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.signal_number
+        )
+    return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
+
+
+@contextmanager
+def told(trainer: "StageTrainer", resume_from: Path | None) -> Iterator[None]:
+    """What a training ends with that can't go on, as TrainingErrors."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "out of GPU memory. In this order: train.checkpoint_every_n_layers: 1, a smaller train.tokens_per_batch "
@@ -131,18 +151,6 @@ def train_stage(
             "numbers, and isn't loaded: it wasn't written by a training. Remove this folder; "
             f"{option(*RESUME)} goes on from the checkpoint before"
         ) from None
-    finally:
-        for callback in callbacks:
-            getattr(callback, "close", lambda: None)()
-        end_tracking(track)
-        for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
-            training.model.__dict__.pop(patched, None)
-    ended = any(getattr(callback, "ended", False) for callback in callbacks)
-    if stop.signal_number and not ended and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.signal_number
-        )
-    return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
 
 
 def suspects_of(training: StageTraining) -> Suspects:
