@@ -33,6 +33,7 @@ class StageResult(Result):
     steps: int = 0
     samples: int | None = Field(default=None, description="Rows trained on, counted once per epoch.")
     tokens: int | None = None
+    left_out: int = Field(default=0, description="Rows left out since their loss wasn't finite: data/suspects.jsonl.")
     seconds: float | None = Field(default=None, description="Of all parts of a stage that was resumed.")
     seconds_before: float = Field(default=0.0, description="Of these, before the last --resume.")
     trained_weights: dict[str, int] = Field(default={}, description="Component -> number of weights.")

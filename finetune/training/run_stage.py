@@ -19,7 +19,7 @@ from finetune.training.checkpoints import KEPT, newest_whole, seconds_of, step_o
 from finetune.training.live_curve import LiveCurve
 from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
-from finetune.training.trainer import StageTraining, train_stage
+from finetune.training.trainer import StageTraining, suspects_of, train_stage
 from finetune.training.validation import ValidationCallback
 
 
@@ -81,6 +81,7 @@ def _finished(
         # With the answers that were sampled, which no row tells.
         tokens=int(log[-1]["num_tokens"]) if training.rollouts else sum(lengths[number] for number in trained_on),
         figures={name: [entry.get(name) for entry in log] for name in training.stage.objective.module.FIGURES},
+        left_out=suspects_of(training).left_out(),
         trained_weights=trained,
         validation=validation.history if validation else [],
         best_step=best_step,

@@ -4,8 +4,8 @@ isn't finite reaches the weights.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -125,15 +125,35 @@ def train_stage(
         if hasattr(callback, "show"):
             callback.show = partial(show_answers, track, boards)
     try:
-        if rollouts:
-            rollouts.begin([parameter for own in parts.values() for parameter in own], resume_from)
-        if stage.objective.reference:
-            path = run / "data" / f"reference-{stage.name}.safetensors"
-            reference = Reference(path, training.origin, training.model, training.collator)
-            training.collator.reference = reference.log_probs(
-                training.rows, trainer.accelerator.autocast(), resumed=resume_from is not None
-            )
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with as_training_errors(trainer, resume_from):
+            if rollouts:
+                rollouts.begin([parameter for own in parts.values() for parameter in own], resume_from)
+            if stage.objective.reference:
+                path = run / "data" / f"reference-{stage.name}.safetensors"
+                reference = Reference(path, training.origin, training.model, training.collator)
+                training.collator.reference = reference.log_probs(
+                    training.rows, trainer.accelerator.autocast(), resumed=resume_from is not None
+                )
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        for callback in callbacks:
+            getattr(callback, "close", lambda: None)()
+        end_tracking(track)
+        for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
+            training.model.__dict__.pop(patched, None)
+    ended = any(getattr(callback, "ended", False) for callback in callbacks)
+    if stop.signal_number and not ended and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.signal_number
+        )
+    return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
+
+
+@contextmanager
+def as_training_errors(trainer: "StageTrainer", resume_from: Path | None) -> Iterator[None]:
+    """What a training ends with that can't go on, as TrainingErrors."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "out of GPU memory. In this order: train.checkpoint_every_n_layers: 1, a smaller train.tokens_per_batch "
@@ -149,18 +169,6 @@ def train_stage(
             "numbers, and isn't loaded: it wasn't written by a training. Remove this folder; "
             f"{option(*RESUME)} goes on from the checkpoint before"
         ) from None
-    finally:
-        for callback in callbacks:
-            getattr(callback, "close", lambda: None)()
-        end_tracking(track)
-        for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
-            training.model.__dict__.pop(patched, None)
-    ended = any(getattr(callback, "ended", False) for callback in callbacks)
-    if stop.signal_number and not ended and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.signal_number
-        )
-    return [entry for entry in trainer.state.log_history if "loss" in entry and math.isfinite(entry["loss"])]
 
 
 def suspects_of(training: StageTraining) -> Suspects:
@@ -304,9 +312,9 @@ class StageTrainer(SFTTrainer):
         return loss
 
     def _bad_samples(self, model: Any, row: Row) -> tuple[list[int], bool]:
-        """The samples of a packed row whose loss or gradients aren't finite when each is alone, or only beside those that
-        it is compared with, and True; all of them, and False, where each alone is fine, or can't be tried: with several
-        processes, or as sampled answers are gone. Gradients are lost.
+        """The samples of a packed row whose loss or gradients aren't finite when each is alone, or only beside those
+        that it is compared with, and True; all of them, and False, where each alone is fine, or can't be tried: with
+        several processes, or as sampled answers are gone. Gradients are lost.
         """
         units = self.suspects.units(row)
         numbers = [number for unit in units for number in unit]

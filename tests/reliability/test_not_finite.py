@@ -213,7 +213,7 @@ def test_a_run_that_stopped_goes_on_with_a_lower_rate_or_without_the_rows(tmp_pa
     (row,) = {one["row"] for one in suspects(run)}
     assert row in stopped.stderr and {one["left_out"] for one in suspects(run)} == {False, True}
     log = json.loads((run.path / "metrics.json").read_text())["train"]["stages"]
-    assert log["align"]["steps"] and log["tune"]["steps"]
+    assert log["align"]["left_out"] == 1 and log["align"]["steps"] and log["tune"]["steps"]
     changes = [json.loads(line) for line in (run.data / "changes.jsonl").read_text().splitlines()]
     assert [one["key"] for one in changes if "rate" in one["key"]] == ["train.stages.1.learning_rate"]
     tried("a run that a row's features stopped by NaN", "rows named; one command goes on without them, at a lower rate")
