@@ -181,10 +181,11 @@ def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
             used = stage.sources or [*range(len(recipe.data))]
             chosen = [number for number, source in enumerate(sources_of(splits.train)) if source in used]
             if errors := list(unfit(picked(splits.train, chosen), stage.objective.needs)):
-                rows = f"{len(errors):,} of {len(chosen):,} rows can't be used"
-                raise DataError(
-                    error_list(errors, f"stage {stage.name!r} has the objective {stage.objective.kind!r}: {rows}")
-                )
+                headline = f"stage {stage.name!r} has the objective {stage.objective.kind!r}: "
+                headline += f"{len(errors):,} of {len(chosen):,} rows can't be used"
+                if not stage.sources and len(errors) < len(chosen):
+                    headline += "; its `sources` may name those with rows that can"
+                raise DataError(error_list(errors, headline))
 
 
 def refuse_without_reward(splits: Splits, recipe: Recipe, stage: Stage) -> None:

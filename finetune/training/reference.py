@@ -44,7 +44,7 @@ class Reference:
         """Of each sample in `rows`, those of its learned tokens (K,), float32. Raises TrainingError where a run is
         `resumed` and they are gone: its weights have changed since.
         """
-        sizes = self._sizes()
+        sizes = self.collator.samples.learned
         if resumed:
             if (known := _read(self.path, sizes)) is None:
                 raise TrainingError(
@@ -64,10 +64,6 @@ class Reference:
                 _write(path, known)
         PartialState().wait_for_everyone()
         return known
-
-    def _sizes(self) -> list[int]:
-        samples = self.collator.samples
-        return [samples[number].learned for number in range(len(samples))]
 
     def _measured(
         self, rows: Sequence[Row], sizes: Sequence[int], autocast: AbstractContextManager[None]

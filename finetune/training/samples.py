@@ -114,7 +114,8 @@ class TokenizedSamples:
     def arrow(self, name: str) -> pa.ChunkedArray:
         """A column, a value for each sample."""
         column = self.table.column(name)
-        return column if len(self.numbers) == self.table.num_rows else column.take(pa.array(self.numbers))
+        whole = np.array_equal(self.numbers, np.arange(self.table.num_rows))
+        return column if whole else column.take(pa.array(self.numbers))
 
     def column(self, name: str) -> list[Any]:
         result: list[Any] = self.arrow(name).to_pylist()
@@ -127,6 +128,17 @@ class TokenizedSamples:
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         result: list[int] = pc.list_value_length(self.arrow("input_ids")).to_pylist()
+        return result
+
+    @property
+    def learned(self) -> list[int]:
+        """Learned tokens of each sample."""
+        column = self.arrow("labels")
+        ends = np.cumsum(pc.list_value_length(column).to_numpy())
+        learned = pc.list_flatten(column).to_numpy() != IGNORED
+        learned[np.append(0, ends[:-1])] = False  # nothing predicts the first
+        sums = np.append(0, np.cumsum(learned))[np.append(0, ends)]
+        result: list[int] = np.diff(sums).tolist()
         return result
 
     @property

@@ -2,6 +2,7 @@ import torch
 from packed import collator_of, tokenized_sample
 
 from finetune.model.row_plan import RowKind
+from finetune.training.samples import TokenizedSamples
 
 SAMPLES = [
     tokenized_sample([10, 11, 12], [10, -100, 12], "image a"),
@@ -51,3 +52,9 @@ def test_several_rows_become_one():
     collator = collator_of(SAMPLES, read=name)
     several = collator([{"groups": [[0]], "filler": False}, {"groups": [[1]], "filler": False}])
     assert torch.equal(several["input_ids"], collator([{"groups": [[0], [1]], "filler": False}])["input_ids"])
+
+
+def test_learned_tokens_are_counted_for_all_samples_at_once():
+    samples = TokenizedSamples.of(SAMPLES).select([2, 0, 1])
+    assert samples.learned == [SAMPLES[number].learned for number in (2, 0, 1)]
+    assert samples.learned == [sum(label != -100 for label in SAMPLES[number].labels[1:]) for number in (2, 0, 1)]

@@ -132,6 +132,16 @@ def test_rows_without_a_preference_are_all_named_before_anything_is_loaded(objec
             command(recipe)
 
 
+def test_a_stage_may_be_limited_to_the_sources_with_pairs(tmp_path):
+    path = preferring(tmp_path, "dpo")
+    recipe = json.loads(path.read_text())
+    recipe["data"].append({"path": str(tmp_path / "data" / "train.csv"), "task": "classify"})
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(DataError, match="12 of 20 rows can't be used; its `sources` may name those"):
+        finetune.check(path)
+    assert finetune.check(path, ["train.stages.0.sources=[0]"]).stages[0].rows == 8
+
+
 def test_a_pair_that_no_row_holds_is_refused_before_the_llm_is_loaded(tmp_path):
     recipe = finetune.load_recipe(preferring(tmp_path, "dpo", {"rejected": "no idea " * 28}))
     (tmp_path / "llm" / "model.safetensors").unlink()

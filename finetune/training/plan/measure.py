@@ -140,7 +140,7 @@ def step_of(
     rows = planned.stage_rows(stage, model, kind, seed)
     collator = planned.collator(rows.samples, weighted and stage.objective.heads, kind)
     if stage.objective.reference:
-        collator.reference = [torch.zeros(rows.samples[number].learned) for number in range(len(rows.samples))]
+        collator.reference = [torch.zeros(count) for count in rows.samples.learned]
     training = StageTraining(
         model=model,
         tokenizer=planned.run.components.tokenizer,
