@@ -156,10 +156,9 @@ class Rollouts:
         if self.options.beta:
             self.began = [(parameter, parameter.detach().clone()) for parameter in trained]
         if checkpoint and step_of(checkpoint) % self.options.iterations:  # the next step has the same answers
-            kept: Any = read_json(checkpoint / file_name())
             self.rows = [
                 [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
-                for groups in kept
+                for groups in read_json(checkpoint / file_name())["rows"]
             ]
 
     def batches(
@@ -230,7 +229,7 @@ class Rollouts:
                 parameter.data = data
 
     def save(self, path: Path) -> None:
-        write_json(path, [[asdict(group) for group in groups] for groups in self.rows])
+        write_json(path, {"rows": [[asdict(group) for group in groups] for groups in self.rows]})
 
 
 def teaches(group: Group, options: Any) -> bool:
