@@ -130,4 +130,4 @@ class FeatureStore:
 
 
 def checksum(features: Tensor) -> int:
-    return zlib.crc32(features.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
