@@ -139,4 +139,4 @@ def _layout(kept: dict[str, Any]) -> Layout:
 
 
 def checksum(features: Tensor) -> int:
-    return zlib.crc32(features.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
 from finetune.common.run_folder import write_text
-from finetune.training.collate import Batch, Collator
+from finetune.training.collate import Collator
 from finetune.training.pack import Row
 
 SHOWN = 3
@@ -41,9 +42,11 @@ class Suspects:
         """What this process was given as the `part`th (from 0) of a step, after so many steps."""
         processes = PartialState()
         place = (steps * self.accumulate + part) * processes.num_processes + processes.process_index
-        return self.rows[place % len(self.rows)]
+        row: Row = self.rows[place % len(self.rows)]
+        return row
 
-    def batch(self, groups: Row) -> Batch:
+    def batch(self, groups: Row) -> Any:
+        """A `Batch`."""
         return self.collator([{"groups": groups, "filler": False}])
 
     def units(self, row: Row) -> list[list[int]]:

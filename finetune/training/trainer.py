@@ -292,7 +292,7 @@ class StageTrainer(SFTTrainer):
         rest = without(row, bad)
         if rest:
             self._restore(gradients, logged)
-            batch = self._prepare_inputs(self.suspects.batch(rest))
+            batch: Any = self._prepare_inputs(self.suspects.batch(rest))
             if items is not None:
                 items = self._get_num_items_in_batch([batch], self.args.device)
             loss = self._loss_and_gradients(model, batch, items)
