@@ -282,8 +282,10 @@ def test_one_kernel_for_all_segments_is_given_the_same(asks_for_groups):
     def older(*inputs, scale, window_size):
         return kernel(*inputs, scale=scale, window_size=window_size, enable_gqa=True)
 
+    config = SimpleNamespace(_attn_implementation=row_plan.NAME)
+    config.get_text_config = lambda: config
     for window in (None, 3, 6):
-        with row_plan.following(plan, SimpleNamespace(config=SimpleNamespace(_attn_implementation=row_plan.NAME))):
+        with row_plan.following(plan, SimpleNamespace(config=config)):
             mask = row_plan._mask(device=None, local_size=window)
         expected, _ = row_plan._attend(module, query, key, value, mask, scaling=0.3)
         found = row_plan.at_once(query, key, value, plan, window, 0.3, kernel if asks_for_groups else older)
