@@ -14,7 +14,7 @@ from finetune.recipe.load import load_recipe
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "tools" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_page", ROOT / "docs" / "tools" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for its dataclasses
@@ -110,3 +110,20 @@ def written_cells(page: str) -> Iterator[tuple[str, str]]:
         reasons = {f"[{line.partition('. ')[0]}]": line.partition(". ")[2] for line in lines if line[:1].isdigit()}
         for line in [line for line in lines if line.startswith("|")][2:]:
             yield from ((cell, reasons.get(cell, "")) for cell in line.strip("| ").split(" | ")[1:])
+
+
+def test_the_table_of_families_names_all_and_is_the_same_in_chinese():
+    families = script("families")
+    rows = families.written_rows()
+    shown = [(name, medium) for name, family in families.ZOO.items() for medium in family.media if medium != "video"]
+    assert [tuple(row.strip("| ").split(" | ")[:2]) for row in rows] == [
+        (families.NAMES[name], medium) for name, medium in shown
+    ]
+    for language, page in families.PAGES.items():
+        assert families.between(page.read_text(encoding="utf-8"))[0] == families.table(rows, language)
+
+
+@pytest.mark.slow
+def test_a_family_s_row_is_what_is_measured_now(tmp_path):
+    families = script("families")
+    assert families.measure("qwen2_5_vl", "image", tmp_path).row in families.written_rows()

@@ -24,6 +24,7 @@ def test_a_family_is_tuned_merged_and_loaded_again(tmp_path, name, medium):
         pytest.skip(f"its processor needs {', '.join(missing)}")
     base = family_folder(name, tmp_path / "base")
     recipe = base_recipe(tmp_path, ZOO[name], base, medium)
+    assert finetune.check(recipe).splits["train"].rows == 8
     run = finetune.train(recipe, tmp_path / "run")
     losses = run.read_metrics()["train"]["stages"]["tune"]["losses"]
     assert losses[-1] < losses[0]

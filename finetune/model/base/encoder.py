@@ -116,7 +116,7 @@ class BaseEncoder(Encoder):
         grid = values.get(f"{self.kind}_grid_thw")
         if self.kind == "audio" and self.existing.rope is not None and "feature_attention_mask" in values:
             grid = values["feature_attention_mask"].sum(-1, keepdim=True)
-        seconds = values.get("second_per_grid_ts")
+        seconds = values.get("second_per_grid_ts", values.get("video_second_per_grid"))  # Qwen-VL's and Qwen-Omni's
         return Layout(
             rows=runs[0][1],
             marks=tuple(mark for mark, _ in runs),

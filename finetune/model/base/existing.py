@@ -162,7 +162,8 @@ class ExistingModel:
             if layouts := [layout for other, layout in media if other == kind]:
                 given[f"{kind}_grid_thw"] = torch.tensor([layout.grid for layout in layouts])
                 if layouts[0].grid_seconds is not None:
-                    given["second_per_grid_ts"] = torch.tensor([layout.grid_seconds for layout in layouts])
+                    seconds = torch.tensor([layout.grid_seconds for layout in layouts])
+                    given |= {"second_per_grid_ts": seconds, "second_per_grids": seconds}
         rule = self.skeleton.base_model.get_rope_index
         taken = signature(rule).parameters
         found, _ = rule(input_ids=ids, **{name: value for name, value in given.items() if name in taken})
