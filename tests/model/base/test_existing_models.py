@@ -26,7 +26,6 @@ CPU = torch.device("cpu")
 # Not bases yet: a prefix that is read both ways, a processor without `__call__` for text with media.
 NOT_YET = {"paligemma", "voxtral"}
 # Ours ends what the template leaves open, or asks as the template answers.
-VIDEOS_AS_PICTURES = {"internvl", "smolvlm"}  # without a token of their own: not read yet
 ENDED_BY_US = {"llava"}
 ASKED_AS_ANSWERED = {"llava_onevision"}
 
@@ -75,10 +74,7 @@ def opened(request, tmp_path_factory) -> Opened:
 
 def test_media_are_told_by_the_config_alone(opened):
     config = opened.components.base.config.to_dict()
-    expected = set(ZOO[opened.name].media)
-    if opened.name in VIDEOS_AS_PICTURES:
-        expected.remove("video")
-    assert set(media_in_config(config)) == expected
+    assert set(media_in_config(config)) == set(ZOO[opened.name].media)
 
 
 def test_token_ids_are_those_of_the_native_processor(opened):
