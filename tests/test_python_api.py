@@ -174,7 +174,7 @@ def test_a_changed_recipe_is_checked_like_the_command_line_s(here, page):
         assert str(by_flag.value).replace("--set ", "") == str(in_python.value)
     with pytest.raises(RecipeError, match=r"train\.tokens_per_batch: got '512'; write an integer of at least 16"):
         recipe.with_(**{"train.tokens_per_batch": "512"})
-    with pytest.raises(RecipeError, match=r"^Recipe: model: write llm"):
+    with pytest.raises(RecipeError, match=r"^Recipe: model: write llm, with encoders and projectors, or base"):
         finetune.Recipe(**{**dict(recipe), "model": {}})
     assert recipe.with_(seed=3).seed == 3 and recipe.seed == 0
     assert finetune.Recipe(**dict(recipe)) == recipe and finetune.Recipe.read(recipe.save("again.yaml")) == recipe

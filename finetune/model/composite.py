@@ -461,7 +461,8 @@ class MultimodalModel(PreTrainedModel):
     def _generate_from_memory(self, input_ids: Tensor, embeddings: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
         """Read all of the prompts but their last tokens, which are text, and let the base's `generate` go on."""
         cache = DynamicCache(config=self.causal_lm.config.get_text_config())
-        beside = {name: kwargs[name][..., :-1] for name in ("position_ids", "token_type_ids") if name in kwargs}
+        known = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **kwargs}  # prompts are padded on the left
+        beside = {name: known[name][..., :-1] for name in ("position_ids", "token_type_ids") if name in known}
         reading: dict[str, Any] = {"attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True}
         self.causal_lm.base_model(inputs_embeds=embeddings[:, :-1], **reading, **beside)
         kwargs.pop("token_type_ids", None)

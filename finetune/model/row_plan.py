@@ -112,9 +112,11 @@ def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -
     return _PlanAsMask(plan, local_size, _masks(plan, local_size, device))
 
 
-@lru_cache(maxsize=4)  # layers ask for the same ones
 def _masks(plan: RowPlan, window: int | None, device: Any) -> tuple[Tensor | None, ...]:
     return tuple(_visible(segment, plan, window, device) for segment in plan.segments)
+
+
+_masks_of_layer = lru_cache(maxsize=4)(_masks)  # layers ask for the same ones
 
 
 def _visible(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor | None:
@@ -154,7 +156,7 @@ def _attend(
     plan, window, masks = attention_mask.plan, attention_mask.window, attention_mask.masks
     if plan.both_ways:  # with them a window comes as a function, not as a number
         window = module.config.sliding_window if options.get("sliding_window") else None
-        masks = _masks(plan, window, query.device)
+        masks = _masks_of_layer(plan, window, query.device)
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
     if not own and not dropout and not plan.both_ways and _has_flash_kernel(query, value):
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None

@@ -494,16 +494,19 @@ def test_a_model_that_is_not_there_leaves_no_recipe(name):
     written(path, llm="org/not-here-but-on-the-hub")
 
 
-def test_an_llm_with_encoders_of_its_own_is_refused_by_its_config(tmp_path, monkeypatch):
-    """That of a folder, or of the Hub where it can be reached; else `check` finds it."""
+def test_an_llm_with_encoders_of_its_own_becomes_the_base(tmp_path, monkeypatch):
+    """By the config of a folder, or of the Hub where it can be reached. One without the rows' media is refused."""
     path, config = with_labels(), {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}
     put(tmp_path / "llava" / "config.json", json.dumps(config))
-    written(path, llm="someone/llava")
+    put(tmp_path / "listens" / "config.json", json.dumps({"architectures": ["Qwen2Audio"], "audio_config": {}}))
     with hub_on_loopback() as hub, asked_of(hub, monkeypatch, tmp_path / "hub"):
         hub.add("someone/llava", tmp_path / "llava")
         for llm in ("someone/llava", str(tmp_path / "llava")):
-            with pytest.raises(RecipeError, match=r"is a LlavaForConditionalGeneration, with encoders of its own"):
-                finetune.init(path, card="cpu", llm=llm, overwrite=True)
+            recipe = load_recipe(finetune.init(path, card="cpu", llm=llm, overwrite=True).path)
+            assert recipe.model.base.name.endswith("llava") and recipe.model.llm is None
+            assert not recipe.model.encoders and recipe.train.stages[-1].trains[0] == "adapter"
+        with pytest.raises(RecipeError, match="takes audio, and these rows have image"):
+            finetune.init(path, card="cpu", llm=str(tmp_path / "listens"), overwrite=True)
         assert [name for _, name in hub.requests if "resolve" in name and "config.json" not in name] == []
 
 

@@ -142,6 +142,7 @@ def test_of_a_head_with_weights_its_scores_of_the_question_are_compared(composit
         heads={"mood": None},
         bindings={"mood": SimpleNamespace(settings=settings)},
         composition=model.composition,
+        placement=model.placement,
         config=model.config,
         llm_takes=model.llm_takes,
         language_model=model.language_model,

@@ -21,7 +21,7 @@ def test_answers_are_those_of_each_question_alone(family, joins_later, tmp_path)
     requests = questions(pictures(tmp_path), 8, tokens=6)
     expected = alone(assistant, requests)
     assert len(set(expected)) > 2
-    with serving(assistant, max_batch=3) as engine:
+    with serving(assistant, max_batch=4) as engine:
         assert (engine._hosted["tiny"].static == 0) == joins_later
         assert [text.strip() for text, *_ in ask_all(engine, requests)] == expected
 

@@ -256,13 +256,6 @@ def test_a_mask_for_all_tokens_is_never_made(monkeypatch):
     assert made and max(mask.shape[1] for mask in made if mask is not None) <= longest < batch["input_ids"].shape[1]
 
 
-def attending_by_segments():
-    """What `following` asks of an LLM."""
-    config = SimpleNamespace(_attn_implementation=row_plan.NAME)
-    config.get_text_config = lambda: config
-    return SimpleNamespace(config=config)
-
-
 @pytest.mark.parametrize("asks_for_groups", [True, False], ids=["", "PyTorch 2.11"])
 def test_one_kernel_for_all_segments_is_given_the_same(asks_for_groups):
     """A GPU's kernel for sequences of many lengths, replaced by one that loops over them."""
@@ -290,8 +283,10 @@ def test_one_kernel_for_all_segments_is_given_the_same(asks_for_groups):
     def older(*inputs, scale, window_size):
         return kernel(*inputs, scale=scale, window_size=window_size, enable_gqa=True)
 
+    config = SimpleNamespace(_attn_implementation=row_plan.NAME)
+    config.get_text_config = lambda: config
     for window in (None, 3, 6):
-        with row_plan.following(plan, attending_by_segments()):
+        with row_plan.following(plan, SimpleNamespace(config=config)):
             mask = row_plan._mask(device=None, local_size=window)
         expected, _ = row_plan._attend(module, query, key, value, mask, scaling=0.3)
         found = row_plan.at_once(query, key, value, plan, window, 0.3, kernel if asks_for_groups else older)
