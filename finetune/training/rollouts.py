@@ -220,6 +220,7 @@ class Rollouts:
     @contextmanager
     def _as_begun(self) -> Iterator[None]:
         now = [parameter.data for parameter, _ in self.began]
+        torch.clear_autocast_cache()  # it holds parameters in half precision, whatever their data is by now
         try:
             for parameter, before in self.began:
                 parameter.data = before
@@ -227,6 +228,7 @@ class Rollouts:
         finally:
             for (parameter, _), data in zip(self.began, now, strict=True):
                 parameter.data = data
+            torch.clear_autocast_cache()
 
     def save(self, path: Path) -> None:
         write_json(path, {"rows": [[asdict(group) for group in groups] for groups in self.rows]})
@@ -273,10 +275,16 @@ def _answered(question: TokenizedSample, tokens: list[int], number: int, count: 
         question,
         input_ids=question.input_ids + tokens,
         labels=[IGNORED] * len(question.input_ids) + tokens,
+        positions=question.positions and [_going_on(row, len(tokens)) for row in question.positions],
         loss_weight=count * question.loss_weight,
         role="sampled",
         group=str(number),
     )
+
+
+def _going_on(positions: list[int], count: int) -> list[int]:
+    """Positions of a question in one dimension, and of `count` tokens of text behind it."""
+    return [*positions, *range(positions[-1] + 1, positions[-1] + 1 + count)]
 
 
 def longest_answers(stage: Stage, collator: Collator, row: Row) -> Batch:

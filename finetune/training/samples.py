@@ -272,10 +272,9 @@ def questions(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> 
 
     def asked(sample: Sample) -> list[TokenizedSample]:
         row = _tokenized(sample, run)
-        prompt = tokenize_prompt(
-            sample.question, components.tokenizer, components.placeholders, segments, sample.where
-        ).input_ids
-        tokens, limit = objective.tokens_of(len(prompt)), int(run.recipe.train.tokens_per_batch)
+        prompt = tokenize_prompt(sample.question, components.tokenizer, components.placeholders, segments, sample.where)
+        ids = prompt.input_ids
+        tokens, limit = objective.tokens_of(len(ids)), int(run.recipe.train.tokens_per_batch)
         if tokens > limit:
             options: Any = objective.options
             raise DataError(
@@ -283,7 +282,7 @@ def questions(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> 
                 f"{tokens}, more than a row holds: raise train.tokens_per_batch (now {limit}), or lower the "
                 "objective's answers or max_new_tokens"
             )
-        return [replace(row, input_ids=prompt, labels=[IGNORED] * len(prompt))]
+        return [replace(row, input_ids=ids, labels=[IGNORED] * len(ids), positions=prompt.positions)]
 
     return _each(samples, asked)
 

@@ -47,7 +47,7 @@ FUSED = ("log_probs", "entropy", "is_top1")  # what trl's SFTTrainer asks of its
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
 
 
-LOGGED = ("_metrics", "_total_train_tokens", "accuracies", "tokens")  # by trl and here, from batch to batch
+LOGGED = ("_metrics", "_total_train_tokens", "accuracies", "figures", "tokens")  # by trl and here, from batch to batch
 
 
 class NotFinite(TrainingError):
@@ -243,6 +243,7 @@ class StageTrainer(SFTTrainer):
         if self.skip_bad_rows and PartialState().num_processes > 1:  # their gradients are summed before they are tried
             raise TrainingError("train.skip_bad_rows: only for one process; leave it out, or launch one")
         self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
+        self.removed: Any = 0  # items of the step that were left out
         self.lost = 0  # packed rows in succession of which nothing was learned
         self.parts = parts
         self.accuracies: list[float] = []
@@ -266,6 +267,7 @@ class StageTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         steps, part = self.row
         self.row = (steps, part + 1) if steps == self.state.global_step else (self.state.global_step, 0)
+        self.removed = self.removed if self.row[1] else 0
         if self.skip_bad_rows:
             return self._without_bad_rows(model, inputs, num_items_in_batch)
         loss = self._loss_and_gradients(model, inputs, num_items_in_batch)
@@ -280,8 +282,11 @@ class StageTrainer(SFTTrainer):
         return loss
 
     def _without_bad_rows(self, model: Any, inputs: Any, items: Any) -> Tensor:
-        """A packed row's loss and gradients; those of its samples that make them infinite are noted and left out."""
+        """A packed row's loss and gradients; those of its samples that make them infinite are noted and left out, also
+        of the items that the loss of the step is a mean over.
+        """
         logged = self._logged()
+        items = None if items is None else items - self.removed
         gradients = {p: p.grad.clone() for p in self._trained() if p.grad is not None}
         loss = self._loss_and_gradients(model, inputs, items)
         if self._finite(loss):
@@ -291,17 +296,18 @@ class StageTrainer(SFTTrainer):
         bad, alone = self._bad_samples(model, row)
         rest = without(row, bad)
         if rest:
-            self._restore(gradients, logged)
             batch: Any = self._prepare_inputs(self.suspects.batch(rest))
-            if items is not None:
-                items = self._get_num_items_in_batch([batch], self.args.device)
-            loss = self._loss_and_gradients(model, batch, items)
+            fewer = self._items_without(inputs, batch, items)
+            self._restore(_for_other_items(gradients, items, fewer), logged)
+            loss = self._loss_and_gradients(model, batch, fewer)
         if rest and self._finite(loss):
             self.lost = 0
         else:
             bad, alone, self.lost = [number for group in row for number in group], False, self.lost + 1
-            self._restore(gradients, logged)
+            fewer = self._items_without(inputs, None, items)
+            self._restore(_for_other_items(gradients, items, fewer), logged)
             loss = torch.zeros_like(loss)
+        self.removed += 0 if items is None else items - fewer
         names = self.suspects.note(bad, steps + 1, "loss or gradient not finite", alone=alone, left_out=True)
         console.print(f"{self.stage.name}: step {steps + 1}: left out, their loss isn't finite: {names}")
         if self.lost >= SKIPPED:
@@ -310,6 +316,13 @@ class StageTrainer(SFTTrainer):
                 f"aren't the cause. {self._advice()}"
             )
         return loss
+
+    def _items_without(self, inputs: Any, rest: Any, items: Any) -> Any:
+        """The items of a step in which `rest` comes in the place of a batch; None where they aren't counted."""
+        if items is None:
+            return None
+        there, left = (self._get_num_items_in_batch([one], self.args.device) if one else 0 for one in (inputs, rest))
+        return items - there + left
 
     def _bad_samples(self, model: Any, row: Row) -> tuple[list[int], bool]:
         """The samples of a packed row whose loss or gradients aren't finite when each is alone, or only beside those
@@ -510,6 +523,12 @@ class FiniteGradients(TrainerCallback):
         parameters = [p for parameters in self.parts.values() for p in parameters]
         if not args.fp16 and not finite_gradients(parameters):  # of which part is unknown: they were clipped together
             raise self.error(f"a gradient isn't finite at step {state.global_step + 1}")
+
+
+def _for_other_items(gradients: Mapping[nn.Parameter, Tensor], items: Any, others: Any) -> dict[nn.Parameter, Tensor]:
+    """Gradients of a mean over `items` as those of a mean over `others`."""
+    factor = float(items / others) if items is not None and others else 1.0
+    return {parameter: gradient * factor for parameter, gradient in gradients.items()}
 
 
 def finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:

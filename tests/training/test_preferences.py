@@ -1,6 +1,7 @@
 """Stages that learn from preferences, from rows of a file to the run folder."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import tiny_recipe
 import finetune
 from finetune.common.errors import DataError, RecipeError, TrainingError
 from finetune.evaluation.report.words import number
+from finetune.model.features import Features
 from finetune.training.reference import Reference
 from finetune.training.trainer import StageTrainer
 
@@ -175,3 +177,19 @@ def test_the_report_shows_what_the_objective_reports(tmp_path):
     for name in ("reward accuracy", "reward margin", "kl"):
         values = figures[name.replace(" ", "_")]
         assert f"{name} {number(values[0])} {number(values[-1])}" in page.text
+
+
+def test_rows_that_are_left_out_are_not_in_the_figures(tmp_path, monkeypatch):
+    """A picture's features are spoiled: of its pair nothing is logged."""
+    prepared, spoiled = Features.features, []
+
+    def spoil(self, medium):
+        found = prepared(self, medium)
+        spoiled.append(medium.key)
+        return found * float("nan") if medium.key == spoiled[0] else found
+
+    monkeypatch.setattr(Features, "features", spoil)
+    recipe = preferring(tmp_path, "simpo", train__skip_bad_rows=True)
+    result = stage_of(finetune.train(recipe, tmp_path / "run"))
+    assert result["left_out"] == 1
+    assert all(math.isfinite(value) for values in result["figures"].values() for value in values if value is not None)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import ZOO, family_folder
+from families.recipes import base_recipe
 from safetensors.torch import load_file
 from tiny import FUSIONS, tiny_recipe
 
@@ -14,7 +16,9 @@ from finetune.common.errors import DataError, RecipeError, TrainingError
 from finetune.data.sample import Row
 from finetune.model.bindings import TaskBinding
 from finetune.recipe.parts import HeadPart, TaskPart
-from finetune.training.rollouts import task_reward
+from finetune.recipe.schema import Stage
+from finetune.training import rollouts as rollouts_module
+from finetune.training.rollouts import Rollouts, task_reward
 from finetune.training.trainer import StageTrainer
 
 STAGE = {"name": "reward", "trains": ["projectors", "adapter"], "learning_rate": 2e-2, "epochs": 2}
@@ -195,3 +199,54 @@ def test_media_stand_beside_each_answer_where_a_fusion_finds_them_by_sample(tmp_
     assert figures["kl"][0] == pytest.approx(0, abs=1e-6) and figures["no_signal"][0] < 1
     with pytest.raises(DataError, match=r"each of the 4 answers needs its question beside it, \d+ tokens: raise"):
         finetune.train(rewarded(tmp_path, stage=stage, **settings | {"train__tokens_per_batch": 64}), tmp_path / "two")
+
+
+def test_the_weights_that_a_stage_began_with_are_seen_through_autocast(tmp_path):
+    """Autocast keeps parameters in half precision, whatever their data is by then."""
+    layer, given = torch.nn.Linear(4, 4, bias=False), torch.ones(1, 4)
+    rollouts = rollouts_over([layer.weight])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        at_first = layer(given)
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        now = layer(given)
+        with rollouts._as_begun():
+            assert torch.equal(layer(given), at_first)
+        assert torch.equal(layer(given), now) and not torch.equal(now, at_first)
+
+
+def rollouts_over(parameters):
+    stage = Stage(name="reward", trains=["adapter"], learning_rate=1e-3, objective=GRPO | {"beta": 0.1})
+    rollouts = Rollouts(stage, [], None, sampler=None, decode=None, reward=None, seed=0)
+    rollouts.begin(parameters)
+    return rollouts
+
+
+def test_sampled_answers_of_a_base_go_on_where_its_positions_end(tmp_path, monkeypatch):
+    """Qwen2.5-VL: by its own rule for the whole conversation."""
+    family = ZOO["qwen2_5_vl"]
+    path = base_recipe(tmp_path, family, family_folder("qwen2_5_vl", tmp_path / "published"), "image")
+    recipe = json.loads(path.read_text())
+    recipe["train"]["stages"][0] |= {"epochs": 1, "objective": {"kind": "grpo", "answers": 2, "max_new_tokens": 3}}
+    path.write_text(json.dumps(recipe))
+    rows, original = [], rollouts_module._answered
+
+    def answered(*arguments):
+        rows.append(original(*arguments))
+        return rows[-1]
+
+    monkeypatch.setattr(rollouts_module, "_answered", answered)
+    run = finetune.train(path, tmp_path / "run", reward=lambda sample, answer: float(len(answer)))
+    existing = finetune.load(run.adapter).encoders["image"].existing
+    model = existing.model.base_model
+    row = rows[0]
+    ids = torch.tensor([row.input_ids])
+    layout = finetune.load(run.adapter).encoders["image"].layout_at(row.media[0])
+    expected, _ = model.get_rope_index(
+        ids,
+        mm_token_type_ids=(ids == existing.token_id("image")).long(),
+        image_grid_thw=torch.tensor([layout.grid]),
+        attention_mask=torch.ones_like(ids),
+    )
+    assert row.positions == expected[:, 0].tolist()
