@@ -203,7 +203,8 @@ def text_content(tokenizer: Any, text: str) -> Any:
 def _renders(tokenizer: Any, content: Any) -> bool:
     turns = [{"role": "user", "content": content}]
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        with limited():
+            text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception:  # of whatever kind the template raises
         return False
     return WORD in text and "'type'" not in text

@@ -177,7 +177,7 @@ class SharedParts:
         if recipe.tune_encoders or base_changes:
             self.key, self.shared = "", None
             return None
-        model = recipe.model.model_dump(mode="json", include={"llm", "encoders"})
+        model = recipe.model.model_dump(mode="json", include={"llm", "base", "encoders"})
         settings = [str(recipe.train.feature_folder), recipe.train.dequantize_once]
         taught = [[s.objective.dump(), s.sources] for s in recipe.train.stages if s.objective.needs == "teacher"]
         rows = recipe.model_dump(mode="json", include={"data"}) if taught else {}  # the LLM makes room for a teacher

@@ -181,6 +181,7 @@ class StageTeacher:
     def release(self) -> None:
         if self.loaded is not None:
             self.loaded = None
+            self.__dict__.pop("features", None)  # whose encoders may be in the same model
             fresh_memory()
 
     @cached_property

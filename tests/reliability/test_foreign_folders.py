@@ -9,12 +9,16 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+import torch
+from families import family_folder
 from trained_runs import copy_of
 
 import finetune
-from finetune.common.errors import FinetuneError
+from finetune.common.errors import FinetuneError, ModelError
 from finetune.data.sample import Message
 from finetune.model import template_limit
+from finetune.model.base.existing import ExistingModel
+from finetune.recipe.schema import Base
 
 pytestmark = pytest.mark.slow
 SECONDS = 30.0
@@ -133,3 +137,23 @@ def test_a_limit_that_is_over_leaves_other_renderings_alone(monkeypatch):
     end = monotonic() + 0.5
     while monotonic() < end:  # nothing arrives late
         pass
+
+
+BASES = {
+    "a template that loops": (template(LOOP + " 'image'"), "wasn't rendered within"),
+    "a template that refuses": (template("{{ raise_exception('no') }}"), "refuses a question and its answer: no"),
+    "a template that is none": (template("{% nonsense"), "refuses a question and its answer"),
+    "a million layers": (json_key("config.json", "vision_config", "depth", value=10**6), "is the most"),
+}
+
+
+@pytest.mark.parametrize("what", BASES)
+def test_a_foreign_base_is_refused_with_one_message(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(template_limit, "SECONDS", 0.5)
+    base = family_folder("qwen2_5_vl", tmp_path / "base")
+    change, message = BASES[what]
+    change(base)
+    begin = monotonic()
+    with pytest.raises(ModelError, match=message):
+        ExistingModel.load(Base(name=str(base)), torch.float32, torch.device("cpu"))
+    assert monotonic() - begin < SECONDS

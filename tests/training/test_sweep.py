@@ -14,8 +14,10 @@ import finetune
 from finetune.commands.tables import print_trials
 from finetune.common.errors import Interrupted, RecipeError, TrainingError
 from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Base, Model
 from finetune.training import shared
-from finetune.training.sweep import SweepResult, Trial
+from finetune.training.shared import Shared
+from finetune.training.sweep import SharedParts, SweepResult, Trial
 from finetune.training.trainer import StageTrainer
 
 RATE, RANK = "train.stages.0.learning_rate", "adapter.rank"
@@ -179,3 +181,12 @@ def test_what_no_recipe_takes_is_told_before_anything_trains(over, trials, match
     with pytest.raises(RecipeError, match=match):
         finetune.sweep(recipe, [over], trials, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_trials_over_another_base_share_nothing(recipe, monkeypatch):
+    monkeypatch.setattr(Shared, "load", classmethod(lambda cls, recipe: object()))
+    parts, given = SharedParts(), load_recipe(recipe)
+    bases = [Base(name="org/one"), Base(name="org/two"), Base(name="org/two", quantize="none")]
+    recipes = [given.model_copy(update={"model": Model(base=base)}) for base in bases]
+    shared_by = [parts.of(one) for one in (*recipes, recipes[-1])]
+    assert len({id(one) for one in shared_by}) == 3 and shared_by[2] is shared_by[3]

@@ -285,3 +285,27 @@ def test_a_base_teaches_a_base(family, tmp_path):
         first.append(losses[0])
     assert first[0] == pytest.approx(0, abs=1e-3) and first[1] > 0.1
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_nothing_of_a_base_is_left_when_it_is_let_go(tmp_path, monkeypatch):
+    base = family_folder("llava", tmp_path / "base")
+    recipe = finetune.load_recipe(base_recipe(tmp_path / "project", ZOO["llava"], base, "image"))
+    objective = {"kind": "distill", "teacher": str(base), "answers": "given"}
+    loaded, left = [], []
+    load, fresh = teachers.load_base, teachers.fresh_memory
+
+    def note(settings):
+        assistant = load(settings)
+        loaded.append(weakref.ref(assistant.encoders["image"].existing.model))
+        return assistant
+
+    def memory():
+        fresh()
+        left.append(loaded[0]())
+
+    monkeypatch.setattr(teachers, "load_base", note)
+    monkeypatch.setattr(teachers, "fresh_memory", memory)
+    finetune.train(
+        recipe.with_(**{"train.stages.0.objective": objective, "train.stages.0.epochs": 1}), tmp_path / "run"
+    )
+    assert left == [None]

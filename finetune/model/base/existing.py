@@ -23,8 +23,10 @@ from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.data.sample import Layout
 from finetune.model.base.config import media_in_config
+from finetune.model.bounds import refuse_absurd
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
+from finetune.model.template_limit import limited
 from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
@@ -68,6 +70,7 @@ class ExistingModel:
                     f"{what} is a {config.model_type!r}, which reads questions both ways and answers one way: it can't "
                     "be trained here; take one that reads text one way, such as Gemma 3"
                 )
+            refuse_absurd(config.to_dict(), what)
             processor = _processor(settings.name, config, options)
         media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
         if not media:
@@ -282,7 +285,16 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
 
 
 def _rendered(tokenizer: Any, turns: int, asked: bool) -> str:
-    """The first turns of a conversation, each of WORD; `asked`: up to where the answer begins."""
+    """The first turns of a conversation, each of WORD; `asked`: up to where the answer begins. Raises ModelError."""
     conversation = [{"role": role, "content": text_content(tokenizer, WORD)} for role in ("user", "assistant")]
-    result: str = tokenizer.apply_chat_template(conversation[:turns], tokenize=False, add_generation_prompt=asked)
-    return result
+    try:
+        with limited():
+            result: str = tokenizer.apply_chat_template(
+                conversation[:turns], tokenize=False, add_generation_prompt=asked
+            )
+        return result
+    except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
+        raise ModelError(
+            f"base {tokenizer.name_or_path!r}: its chat template refuses a question and its answer: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
