@@ -47,7 +47,7 @@ FUSED = ("log_probs", "entropy", "is_top1")  # what trl's SFTTrainer asks of its
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
 
 
-LOGGED = ("_metrics", "_total_train_tokens", "accuracies", "tokens")  # by trl and here, from batch to batch
+LOGGED = ("_metrics", "_total_train_tokens", "accuracies", "figures", "tokens")  # by trl and here, from batch to batch
 
 
 class NotFinite(TrainingError):
