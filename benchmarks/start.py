@@ -133,7 +133,7 @@ def start(recipe_path: Path, run: Path, begin: float) -> dict[str, Any]:
     prepared = prepare(RunFolder(run), recipe)
     with watch("llm"):
         model = load_composite(prepared.run)
-        kind = layout_of(model, recipe)
+        kind = layout_of(model, prepared.run)
     stage = recipe.train.stages[0]
     with watch("pack"):
         samples, rows = stage_rows(prepared, stage, model, kind, recipe.seed)

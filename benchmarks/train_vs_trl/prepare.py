@@ -215,7 +215,7 @@ class OurTraining:
         if first:
             load_trained(model, options.first_weights)
         recipe = prepared.run.recipe
-        kind = layout_of(model, recipe)
+        kind = layout_of(model, prepared.run)
         samples, rows = stage_rows(prepared, recipe.train.stages[0], model, kind, options.seed)
         return cls(prepared, model, kind, samples, rows)
 

@@ -370,7 +370,9 @@ def read_json(path: Path) -> JsonObject:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise ArtifactError(f"{path} is damaged: {type(content).__name__} in place of an object")
+        raise ArtifactError(
+            f"{path} is damaged: {type(content).__name__} in place of an object; pull the model again, or make it again"
+        )
     return content
 
 

@@ -126,7 +126,9 @@ def test_nothing_of_a_fusion_stays_on_an_llm_that_is_released():
     model = composite_with_heads(fusion="cross_attention")
     layers = decoder_layers(model.causal_lm)
     assert sum(len(layer._forward_pre_hooks) for layer in layers) > 0
-    Shared(None, None, model.language_model, model).release()
+    shared = Shared(None, None, None, model)
+    shared.language_model = model.language_model  # loaded
+    shared.release()
     assert sum(len(layer._forward_pre_hooks) for layer in layers) == 0
 
 

@@ -4,6 +4,7 @@ SDPA a segment in the same dtype, and both against the whole row in float64. Val
 
 from collections.abc import Callable
 from itertools import product
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -103,14 +104,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def ours(query: Tensor, key: Tensor, value: Tensor, plan: RowPlan, window: int | None) -> Tensor:
     """As a layer of an LLM calls it."""
 
-    class Llm:  # what `following` asks of one
-        class config:
-            _attn_implementation = row_plan.NAME
+    config = SimpleNamespace(_attn_implementation=row_plan.NAME)
+    config.get_text_config = lambda: config
 
     layer = nn.Module()
     layer.num_key_value_groups = query.shape[1] // key.shape[1]
     layer.is_causal = True
-    with row_plan.following(plan, Llm):
+    with row_plan.following(plan, SimpleNamespace(config=config)):
         mask = ALL_MASK_ATTENTION_FUNCTIONS[row_plan.NAME](device=query.device, local_size=window)
         output, _ = ALL_ATTENTION_FUNCTIONS[row_plan.NAME](layer, query, key, value, mask, scaling=0.11)
     result: Tensor = output
