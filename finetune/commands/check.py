@@ -83,7 +83,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     refuse_unfit_teachers(loaded)
     refused, llm = fetch_settings(loaded.model), loaded.model.language_model
     why = refused.get(llm.name)
-    notes = [*remarks(loaded), *(known_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why))]
+    notes = [*remarks(loaded), *(check_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
     refuse_unfit(splits, loaded)
@@ -134,7 +134,7 @@ def _few_steps(
     yield f"few optimizer steps to learn from ({steps}): {', '.join(changes)} would give about {more}"
 
 
-def known_base(recipe: Recipe, why: str | None = None) -> Iterator[str]:
+def check_base(recipe: Recipe, why: str | None = None) -> Iterator[str]:
     """Notes, where the base's config isn't at hand. Raises RecipeError where it is that of a model without media, or
     without those of the rows. `why`: the Hub gives no config.
     """

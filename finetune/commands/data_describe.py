@@ -12,7 +12,7 @@ from finetune.common.run_folder import RunLike
 from finetune.data.describe.assignment import Assignment
 from finetune.data.describe.endpoint import Endpoint, is_address
 from finetune.data.describe.options import DescribeOptions
-from finetune.data.describe.run import Descriptions, MediaFolder, Said, describe
+from finetune.data.describe.run import Descriptions, MediaFolder, ModelAnswer, describe
 from finetune.data.sample import KINDS, Message
 from finetune.model.trained_for import fingerprint, folder_of_model, parts_at, refuse_missing
 
@@ -86,12 +86,12 @@ class LocalModel:
         known = [getattr(one.options, "prompt", None) for one in tasks if one.kind == task]
         return known[0] if known and task in ("caption", "transcribe") else None
 
-    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, Said | DataError]]:
+    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, ModelAnswer | DataError]]:
         names, batch = list(questions), self.options.concurrency
         for start in range(0, len(names), batch):
             asked = {name: questions[name] for name in names[start : start + batch]}
             for name, answer in ask_each(
                 self.assistant, None, asked, max_new_tokens=self.options.max_new_tokens
             ).items():
-                said = answer if isinstance(answer, DataError) else Said(answer.text, self.name, self.revision)
-                yield name, said
+                result = answer if isinstance(answer, DataError) else ModelAnswer(answer.text, self.name, self.revision)
+                yield name, result

@@ -121,7 +121,7 @@ def data_pairs(
     else:
         found = decided
     if by_person and decided is None:
-        _write(candidates_path(out), [_to_judge(one) for one in found])
+        _write(candidates_path(out), [_labelling_row(one) for one in found])
     pairs = [one for one in found if one.chosen is not None]
     root = _common_folder([medium for one in found for medium in one.sample.media])
     _write(out, [_pair(one, root) for one in pairs])
@@ -252,18 +252,18 @@ def _content(turn: Message, root: Path | None) -> list[dict[str, str]]:
     ]
 
 
-def _to_judge(one: Candidate) -> dict[str, Any]:
+def _labelling_row(one: Candidate) -> dict[str, Any]:
     """A row of the labelling page: its media, in the row itself as they may lie anywhere, its question and the two
     answers; lists aren't shown.
     """
-    said = [part for turn in one.sample.question for part in turn.content if isinstance(part, str)]
+    texts = [part for turn in one.sample.question for part in turn.content if isinstance(part, str)]
     media: dict[str, list[str]] = {}
     for medium in one.sample.media:
         kind = mimetypes.guess_type(medium.path)[0] or "application/octet-stream"
         content = base64.b64encode(medium.path.read_bytes()).decode()
         media.setdefault(medium.kind, []).append(f"data:{kind};base64,{content}")
     choice = "\n".join(f"{letter}: {answer}" for letter, answer in zip(LETTERS, one.answers, strict=True))
-    return {**media, "question": "\n".join(said), "answers": choice, "candidates": one.answers, "of": one.sample.where}
+    return {**media, "question": "\n".join(texts), "answers": choice, "candidates": one.answers, "of": one.sample.where}
 
 
 def _common_folder(media: Sequence[Medium]) -> Path | None:

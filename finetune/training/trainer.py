@@ -37,7 +37,7 @@ from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
 from finetune.training.reference import Reference
-from finetune.training.rollouts import KeepRollouts, Rollouts
+from finetune.training.rollouts import Rollouts, SaveRollouts
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.suspects import FILE, Suspects, without
 from finetune.training.tracked_answers import show_answers
@@ -98,7 +98,7 @@ def train_stage(
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
     gradients = FiniteGradients(parts)
     rollouts = training.rollouts
-    kept = [KeepRollouts(rollouts, training.folder)] if rollouts else []
+    kept = [SaveRollouts(rollouts, training.folder)] if rollouts else []
     callbacks = [
         *boards,
         gradients,

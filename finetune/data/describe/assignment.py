@@ -34,13 +34,15 @@ class Assignment:
 
     def refuse_unusable(self) -> None:
         """Raises RecipeError."""
-        asks = self.task in ("answer", "vqa")
+        has_questions = self.task in ("answer", "vqa")
         if self.task not in ANSWER:
             raise RecipeError(f"{given('task', self.task)}: one of {', '.join(ANSWER)} can be described")
-        if self.questions is not None and (self.questions < 1 or not asks):
-            problem = "write 1 or more" if asks else f"the task {self.task} has no questions: answer and vqa have"
+        if self.questions is not None and (self.questions < 1 or not has_questions):
+            problem = (
+                "write 1 or more" if has_questions else f"the task {self.task} has no questions: answer and vqa have"
+            )
             raise RecipeError(f"{given('questions', self.questions)}: {problem}")
-        if asks and self.questions is None and not self.prompt:
+        if has_questions and self.questions is None and not self.prompt:
             questions, prompt = option("--questions N", "questions="), option("--prompt TEXT", "prompt=")
             raise RecipeError(
                 f"{given('task', self.task)}: say with {questions} how many questions the model asks about each file, "
@@ -67,7 +69,7 @@ class Assignment:
         if self.questions is None:
             return [medium | self._answered(self.prompt or "", answer)]
         pairs = {match["question"].strip(" *\n"): match["answer"].strip(" *\n") for match in PAIR.finditer(answer)}
-        rows = [medium | self._answered(question, said) for question, said in pairs.items() if question and said]
+        rows = [medium | self._answered(question, text) for question, text in pairs.items() if question and text]
         if not rows:
             raise DataError(f"no question and answer in what it wrote: {answer[:80]!r}")
         return rows[: self.questions]

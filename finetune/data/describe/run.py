@@ -16,11 +16,11 @@ from finetune.data.describe.rows_file import Origin, RowsFile
 from finetune.data.formats._media import is_hidden, kind_of
 from finetune.data.sample import Message, Row
 
-GIVE_UP = 10  # files in a row without an answer
+MOST_FAILURES = 10  # files in a row without an answer
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelAnswer:
     """An answer, and whose: as in `Origin`."""
 
     text: str
@@ -33,7 +33,7 @@ class Describer(Protocol):
 
     address: str
 
-    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, Said | DataError]]:
+    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, ModelAnswer | DataError]]:
         """(name, answer) of each named question, in any order."""
 
 
@@ -125,21 +125,21 @@ def describe(
         bar("files", len(questions) + len(before), len(before)) as step,
         closing(describer.answers(questions)) as answers,
     ):
-        for name, said in answers:
+        for name, answer in answers:
             try:
-                if isinstance(said, DataError):
-                    raise said
-                rows = assignment.rows(media.kind, name, said.text)
+                if isinstance(answer, DataError):
+                    raise answer
+                rows = assignment.rows(media.kind, name, answer.text)
             except DataError as error:
                 errors[name] = str(error)
                 in_a_row += not isinstance(error, MediaError)
-                if in_a_row == GIVE_UP:
+                if in_a_row == MOST_FAILURES:
                     raise DataError(
                         f"{in_a_row} files one after another without an answer, the last {name}: {error}; the answers "
                         f"so far are in {out}, and the same call goes on from there"
                     ) from None
             else:
-                append(rows, Origin(said.model, said.revision, describer.address, prompt, _now()))
+                append(rows, Origin(answer.model, answer.revision, describer.address, prompt, _now()))
                 done.add(name)
                 count, in_a_row = count + len(rows), 0
             step()

@@ -118,11 +118,11 @@ class ExistingModel:
         keep_layout(model)
         return model.eval().requires_grad_(False)
 
-    def anew(self, quantize: Quantize, device: torch.device) -> "ExistingModel":
+    def reloaded(self, quantize: Quantize, device: torch.device) -> "ExistingModel":
         """The same, to be loaded another time, otherwise quantized."""
         return replace(self, settings=self.settings.model_copy(update={"quantize": quantize}), device=device)
 
-    def forget(self) -> None:
+    def release_weights(self) -> None:
         """Let go of the weights."""
         self.__dict__.pop("model", None)
 
@@ -141,7 +141,7 @@ class ExistingModel:
         """transformers' settings, which leave all modules alone that aren't the decoder's."""
         config = quantization(self.settings, self.dtype)
         if config is not None:
-            config.llm_int8_skip_modules = modules_beside(self.skeleton, self.skeleton.get_decoder())
+            config.llm_int8_skip_modules = modules_outside(self.skeleton, self.skeleton.get_decoder())
         return config
 
     @property
@@ -188,13 +188,13 @@ class ExistingModel:
         return found
 
 
-def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
+def modules_outside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
     """Names of the outermost modules that don't hold `part`, nor are in it."""
     if whole is part:
         return []
     if not any(module is part for module in whole.modules()):
         return [name]
-    inner = (modules_beside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
+    inner = (modules_outside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
     return [beside for names in inner for beside in names]
 
 

@@ -38,7 +38,7 @@ class ObjectiveContract(Protocol):
     FIGURES: tuple[str, ...]  # what is logged in each step besides the loss and the accuracy
     Options: type[PartOptions]
 
-    # With `NEEDS` "questions" also `items_of(options, tokens, answers) -> int`: what a batch with so many sampled
+    # With `NEEDS` "prompts" also `items_of(options, tokens, answers) -> int`: what a batch with so many sampled
     # answers, of so many tokens together, adds to the items.
 
     def loss(self, model: Any, composite: "MultimodalModel", batch: "Batch", options: Any) -> BatchLoss | None:

@@ -63,17 +63,17 @@ class Options(PartOptions):
 
 def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Options) -> BatchLoss | None:
     """The KL divergence from the LLM that reads text (`MultimodalModel.imitate`), or from another model
-    (`Taught.divergence`), over the answer's tokens; trl's cross-entropy of a teacher's answers.
+    (`TeacherDistributions.divergence`), over the answer's tokens; trl's cross-entropy of a teacher's answers.
     """
     from finetune.model.composite import Teacher
-    from finetune.model.taught import Taught
+    from finetune.model.teacher_distributions import TeacherDistributions
 
     if options.by == "answers":
         return None
     inputs: Any = dict(batch)
-    taught = inputs.pop("taught", None)
-    text = None if taught is not None else Teacher(batch["teacher"], options.temperature)
-    teacher = text or Taught(**taught, temperature=options.temperature)
+    distributions = inputs.pop("distributions", None)
+    text = None if distributions is not None else Teacher(batch["teacher"], options.temperature)
+    teacher = text or TeacherDistributions(**distributions, temperature=options.temperature)
     outputs = model(**{**inputs, "teacher": teacher})
     count = batch["label_rows"].numel()
     return BatchLoss(outputs["loss"], count, float(outputs["agreement"]), count)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetune.model.composite import MultimodalModel
     from finetune.training.collate import Batch
 
-NEEDS: Needs = "questions"
+NEEDS: Needs = "prompts"
 REFERENCE = False  # answers change from step to step: there is none to be computed once
 HEADS = False
 FIGURES: tuple[str, ...] = ("reward", "reward_deviation", "no_signal", "answer_tokens", "clipped", "kl")
@@ -65,15 +65,15 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     losses = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
     clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     figures = dict(rollout["figures"])
-    taught = bool(answers.of("sampled"))
-    if taught:
+    trained = bool(answers.of("sampled"))
+    if trained:
         figures["clipped"] = float((clipped * weights).sum() / weights.sum())
     if options.beta:
         distance = batch["compared"]["reference"] - own
         # Times the ratio, for an unbiased gradient (https://arxiv.org/abs/2512.02556).
         divergence = (distance.exp() - distance - 1) * ratio
         losses = losses + options.beta * divergence
-        if taught:
+        if trained:
             figures["kl"] = float((divergence.detach() * weights).sum() / weights.sum())
     losses = losses * weights
     if options.loss == "grpo":
@@ -82,4 +82,6 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
         losses = losses / options.max_new_tokens
     elif options.loss == "bnpo":
         losses = losses / max(rollout["tokens"], 1)
-    return BatchLoss(losses.sum(), batch["items"], answers.right, len(own) * taught, figures, weight=rollout["answers"])
+    return BatchLoss(
+        losses.sum(), batch["items"], answers.right, len(own) * trained, figures, weight=rollout["answers"]
+    )

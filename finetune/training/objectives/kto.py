@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetune.model.composite import MultimodalModel
     from finetune.training.collate import Batch
 
-NEEDS: Needs = "verdicts"
+NEEDS: Needs = "unpaired"
 REFERENCE = True
 HEADS = False
 FIGURES = ("reward_desirable", "reward_undesirable", "kl_of_others", *REFERENCE_FIGURES)
