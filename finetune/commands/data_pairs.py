@@ -31,7 +31,7 @@ BATCH = 16  # answers sampled at once, at least those to one question
 
 @dataclass(frozen=True)
 class PairOptions:
-    """How answers are sampled. `answers`: to each question; `limit`: most rows that are asked, drawn at random; `by`:
+    """How answers are sampled. `answers`: to each question; `limit`: most rows, drawn at random; `by`:
     who chooses, the task's own score or a person; `media_folder`, `encoding`: of other rows than the run's, see
     `predict`.
     """
@@ -94,7 +94,7 @@ def data_pairs(
 ) -> PairsResult:
     """Sample answers of a trained run to its own training rows, or to those of a file, and write pairs that
     `objective: dpo` and its kin train on: of each row the best and the worst answer by the task's score. Held-out rows
-    aren't asked. With `by: "person"` two different answers go to OUT.candidates.jsonl for `data label`; called again,
+    aren't used. With `by: "person"` two different answers go to OUT.candidates.jsonl for `data label`; called again,
     the labels in OUT.labels.csv become pairs.
 
     `run`: a run folder; `task`: one of several that it was trained for; `columns`: of `data`, the task's column -> the
@@ -105,7 +105,7 @@ def data_pairs(
         raise RecipeError(f"{given('out', out)}: the pairs are JSON lines: name a .jsonl file")
     folder = RunFolder.open(run, needs="adapter")
     if not folder.recipe.is_file():
-        raise ArtifactError(f"{folder.path}: not a run folder: it has no recipe, whose rows would be asked")
+        raise ArtifactError(f"{folder.path}: not a run folder: it has no recipe that names the rows")
     recipe = load_recipe(folder.recipe)
     samples = rows_of(
         folder, recipe, Path(data) if data else None, task, RowsAs(columns, options.media_folder, options.encoding)

@@ -1,4 +1,4 @@
-"""What rows say of their answers: a chosen and a rejected one, or whether an answer is desirable."""
+"""Preferences in rows: a chosen and a rejected answer, or whether an answer is desirable."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 
 
 def sample_of(row: Row, task: TaskPart) -> Sample:
-    """The task's sample of a row, with the answer of its column `rejected`, or the label of `desirable`. A column
+    """The task's sample of a row, with the answer of its column `rejected`, or the label in `desirable`. A column
     `chosen` is the answer where the row has no other. Raises DataError.
     """
     columns = row.columns

@@ -1,4 +1,4 @@
-"""Bounds on what a config may ask for. Imports no torch."""
+"""Bounds on the sizes in a config. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,8 +19,8 @@ LIMITS = {
 
 
 def refuse_oversized(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError for a config of more layers, or wider ones, than any model has: to build them would take
-    forever before the weights are found not to fit. `where`: what the config is of.
+    """Raises ModelError for a config of more layers, or wider ones, than any model has: building them would not
+    end before the weights are found not to fit. `where`: the model of the config.
     """
     for key, value in config.items():
         if isinstance(value, dict):

@@ -210,13 +210,13 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
 
 
 def _sampling_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:
-    """What a stage needs whose model is asked the rows' questions."""
+    """What a stage needs that samples answers."""
     kind = stage.objective.kind
     if "adapter" not in stage.trains:
         message = f"the objective {kind!r} changes what the LLM writes: add 'adapter'."
         yield Problem((*where, "trains"), message)
     if recipe.train.skip_bad_rows:
-        message = f"stage {stage.name!r} has the objective {kind!r}, whose answers are no rows: leave it out."
+        message = f"stage {stage.name!r} has the objective {kind!r}, whose sampled answers aren't rows: leave it out."
         yield Problem(("train", "skip_bad_rows"), message)
     for number, source in enumerate(recipe.data):
         labels = getattr(source.head.options, "answers", "") == "labels"

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 JsonSchema: TypeAlias = dict[str, Any]
-# What an objective asks of a row: an answer; its media's text, for the LLM itself as teacher; what another model says
-# to it; a chosen and a rejected answer; an answer and whether it is desirable; or the question alone.
+# What an objective needs of a row: an answer; its media's text, for the LLM itself as teacher; another model's outputs;
+# a chosen and a rejected answer; a single answer and whether it is desirable; or the prompt alone.
 Needs: TypeAlias = Literal["answers", "texts", "teacher", "pairs", "unpaired", "prompts"]
 
 
@@ -217,7 +217,7 @@ class ObjectivePart(Part):
 
     @property
     def needs(self) -> Needs:
-        """What it asks of each row."""
+        """What it needs of each row."""
         result: Needs = getattr(self.options, "needs", self.module.NEEDS)
         return result
 
@@ -228,7 +228,7 @@ class ObjectivePart(Part):
 
     @property
     def samples_answers(self) -> bool:
-        """Whether the model is asked the rows' questions while it trains, and learns from its own answers."""
+        """Whether answers are sampled from the model while it trains, which then learns from them."""
         return self.needs == "prompts"
 
     @property
@@ -245,7 +245,7 @@ class ObjectivePart(Part):
 
     @property
     def reference(self) -> bool:
-        """Whether it compares with what the weights gave as the stage found them."""
+        """Whether it needs log-probabilities under the weights that the stage begins with."""
         return bool(self.module.REFERENCE)
 
     @property

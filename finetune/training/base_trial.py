@@ -1,5 +1,5 @@
-"""Which way a base's training rows may be laid out: tried on two short samples with a medium, against the base's own
-forward of one of them alone.
+"""Which layouts of training rows are exact for a base: tried on two short samples with a medium, against the base's own
+forward pass over one of them alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,8 +61,8 @@ def base_row_kind(
                 allowed = list(_exact(model, components, medium, allowed))
             if not allowed:
                 raise ModelError(
-                    f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: what its "
-                    "parts give in our rows isn't what its own forward gives"
+                    f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: the "
+                    "outputs for our rows differ from those of its own forward pass"
                 )
     finally:
         model.train(before)

@@ -264,7 +264,7 @@ def compared(samples: Sequence[Sample], needs: Needs, run: Run) -> Iterator[Toke
 
 
 def prompts(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> Iterator[TokenizedSample]:
-    """The questions of training rows, without their answers. Raises DataError, at the end, with all rows whose sampled
+    """The prompts of training rows, without their answers. Raises DataError, at the end, with all rows whose sampled
     answers no packed row would hold.
     """
     components = run.components

@@ -66,8 +66,8 @@ def train(
 
     Ctrl-C, SIGTERM and SIGHUP leave a whole checkpoint and raise Interrupted; `resume` goes on from it. `overrides`:
     'full.dotted.key=value'. `on_validation(score)` runs after each validation pass; return True to stop the stage.
-    `reward(sample, answer)`: what a sampled answer to a row's question is worth, a number, in stages with the objective
-    grpo; by default what the row's task measures.
+    `reward(sample, answer)`: the reward of a sampled answer, a number, in stages with the objective grpo; by default
+    the measure that the objective names.
     Raises RecipeError, DataError, ModelError, TrainingError.
     """
     recipe = as_recipe(recipe, overrides)
@@ -210,7 +210,7 @@ def train_stages(
 def rollouts_of(
     prepared: PreparedRun, stage: Stage, collator: Collator, model: MultimodalModel, reward: Reward | None
 ) -> Rollouts:
-    """What a stage learns from that samples answers: see `train` for the reward."""
+    """The rollouts of a stage that samples answers. `reward`: see `train`."""
     run, options = prepared.run, stage.objective.options
     tokenizer: Any = run.components.tokenizer
     return Rollouts(
@@ -225,7 +225,7 @@ def rollouts_of(
 
 
 def origin_of(run: Run, model: MultimodalModel) -> str:
-    """What tells the LLM and the encoders of a run from others, as JSON."""
+    """What identifies the LLM and the encoders of a run, as JSON."""
     recipe, llm = run.recipe, run.recipe.model.language_model
     content = [
         recipe.model.model_dump(mode="json"),

@@ -57,8 +57,8 @@ class NotFinite(TrainingError):
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the model is asked
-    the questions of the rows and learns from its own answers.
+    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the stage
+    learns from answers sampled from the model.
     """
 
     model: MultimodalModel
@@ -254,7 +254,7 @@ class StageTrainer(SFTTrainer):
             add_fused_lm_head(self.model, self.rollouts.options.temperature, outputs=FUSED)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of an optimizer step; where the objective asks questions, their rows with answers of now."""
+        """The batches of an optimizer step; where the objective samples answers, with those sampled now."""
         if self.rollouts is not None:
             rows = [row for batch in islice(epoch_iterator, num_batches) for row in batch]
             model = self.accelerator.unwrap_model(self.model)

@@ -1,4 +1,4 @@
-"""What is asked about each file, and the rows that an answer becomes."""
+"""The prompt about each file, and the rows made from an answer."""
 
 import re
 from dataclasses import dataclass

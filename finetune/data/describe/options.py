@@ -1,4 +1,4 @@
-"""What `data describe` may be told besides the assignment."""
+"""Options of `data describe` besides the assignment."""
 
 from dataclasses import dataclass
 

@@ -16,12 +16,12 @@ from finetune.data.describe.rows_file import Origin, RowsFile
 from finetune.data.formats._media import is_hidden, kind_of
 from finetune.data.sample import Message, Row
 
-MOST_FAILURES = 10  # files in a row without an answer
+MOST_FAILURES = 10  # successive files without an answer
 
 
 @dataclass(frozen=True)
 class ModelAnswer:
-    """An answer, and whose: as in `Origin`."""
+    """An answer, with the model and revision that gave it: see `Origin`."""
 
     text: str
     model: str
@@ -29,7 +29,7 @@ class ModelAnswer:
 
 
 class Describer(Protocol):
-    """What is asked about media. `address`: of an endpoint, '' of a model in this process."""
+    """A model that answers prompts about media. `address`: of an endpoint, '' of a model in this process."""
 
     address: str
 

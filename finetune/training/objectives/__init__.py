@@ -32,8 +32,8 @@ class BatchLoss:
 class ObjectiveContract(Protocol):
     """What the file of an objective defines."""
 
-    NEEDS: Needs  # what it asks of each row, unless its options have `needs`
-    REFERENCE: bool  # whether it compares with what the weights gave as the stage found them: `batch["reference"]`
+    NEEDS: Needs  # what it needs of each row, unless its options have `needs`
+    REFERENCE: bool  # whether it needs log-probabilities under the initial weights: `batch["compared"]["reference"]`
     HEADS: bool  # whether heads with weights learn by it
     FIGURES: tuple[str, ...]  # what is logged in each step besides the loss and the accuracy
     Options: type[PartOptions]
