@@ -283,9 +283,9 @@ class MultimodalModel(PreTrainedModel):
     def beside_embeddings(
         self, input_ids: Tensor, position_ids: Tensor | None = None, rope_positions: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What a base reads beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
+        """Inputs of a base beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
         samples apart, then the three of `rope_positions` (3, B, T), or these alone; and where its attention in media
-        goes both ways, `token_type_ids` (B, T).
+        is bidirectional, `token_type_ids` (B, T).
         """
         found: dict[str, Tensor] = {}
         if rope_positions is not None:
@@ -298,16 +298,16 @@ class MultimodalModel(PreTrainedModel):
 
     @property
     def reads_plainly(self) -> bool:
-        """Whether embeddings are all that the LLM reads, at positions 0, 1, 2, ...; some bases want more."""
+        """Whether the LLM needs embeddings only, at positions 0, 1, 2, ...; some bases need more."""
         return self.placement.rope is None and not self.bidirectional and not isinstance(self.fusion, DeepStack)
 
     @cached_property
     def bidirectional(self) -> bool:
-        """Whether a base's attention in media goes both ways: it then asks where they are."""
+        """Whether a base's attention in media is bidirectional: it then needs their places."""
         return self.composition.base and "token_type_ids" in signature(self.causal_lm.forward).parameters
 
     def _with_media(self, plan: RowPlan | None, input_ids: Tensor) -> RowPlan | None:
-        """The plan of a row (1, T) of a base, with the media in it where its attention goes both ways."""
+        """The plan of a row (1, T) of a base, with its media where their attention is bidirectional."""
         if plan is None or not self.bidirectional:
             return plan
         is_medium = self.beside_embeddings(input_ids)["token_type_ids"][0].tolist()

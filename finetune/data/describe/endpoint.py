@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint, asked by OpenAI's own client, which repeats what may be repeated."""
+"""A model behind an OpenAI-compatible endpoint, called by OpenAI's own client, which repeats failed requests."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from finetune.recipe.schema import Limits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-INSTALL = "an endpoint is asked by OpenAI's client: pip install 'finetune-kit[describe]'"
+INSTALL = "an endpoint is called by OpenAI's client: pip install 'finetune-kit[describe]'"
 QUALITY = 90  # of JPEG
 
 
@@ -63,7 +63,7 @@ class Endpoint:
         return names[0]
 
     def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, ModelAnswer | DataError]]:
-        """Answers as they come. Raises ModelError where no question would be answered."""
+        """Answers in the order in which they arrive. Raises ModelError where no request can succeed."""
         with ThreadPoolExecutor(self.options.concurrency) as pool:
             futures = {pool.submit(self._answer, question): name for name, question in questions.items()}
             try:
@@ -94,7 +94,7 @@ class Endpoint:
         return self._request(messages)
 
     def _called(self, request: Any) -> Any:
-        """Raises ModelError for what another question would meet too, DataError for what may be this one's."""
+        """Raises ModelError for errors that any request would meet, DataError for those that may be this one's."""
         import openai
 
         try:
@@ -178,7 +178,7 @@ def _wave(samples: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an endpoint says, in one line."""
+    """An endpoint's error message, in one line."""
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
     return " ".join(str(said or error).split())[:200]

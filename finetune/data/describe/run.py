@@ -109,7 +109,7 @@ def _counts(files: Mapping[str, Sequence[str]]) -> str:
 def describe(
     media: MediaFolder, out: Path, describer: Describer, assignment: Assignment, options: DescribeOptions
 ) -> Descriptions:
-    """Ask about each file that has no rows in `out` yet, and append these. Raises DataError where `out` is a file of
+    """Describe each file that has no rows in `out` yet, and append these. Raises DataError where `out` is a file of
     something else, and where many files one after another get no answer.
     """
     file = RowsFile(out, media.kind, assignment)
@@ -150,7 +150,7 @@ def describe(
 def _questions(
     media: MediaFolder, done: Set[str], prompt: str, limit: int | None
 ) -> tuple[dict[str, Sequence[Message]], dict[str, str]]:
-    """(the question about each file that isn't done, why others can't be asked about), both by name."""
+    """(the prompt about each file that isn't done, the errors of others), both by name."""
     questions: dict[str, Sequence[Message]] = {}
     errors: dict[str, str] = {}
     for name in media.names[:limit]:

@@ -19,8 +19,8 @@ from finetune.data.sample import Layout, Medium, Prepared, Values
 from finetune.model.base.existing import ExistingModel, modules_outside
 from finetune.model.encoders import Encoder
 
-ENCODING = 1  # to be raised when features of the same medium change
-PICTURES = 4096  # sizes whose layouts are kept
+ENCODING = 1  # version: to be raised when features of the same medium change
+PICTURES = 4096  # sizes whose layouts are cached
 # What a processor gives beside what the encoders take.
 OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets")
 ARGUMENT = {"image": "images", "audio": "audio", "video": "videos"}
@@ -75,7 +75,7 @@ class BaseEncoder(Encoder):
         return self.prepare(PIL.Image.new("RGB", (width, height))).layout
 
     def prepare(self, decoded: Any) -> Prepared:
-        """A decoded medium -> what the base's processor makes of it alone."""
+        """A decoded medium -> the inputs that the base's processor makes of it alone."""
         if ARGUMENT[self.kind] not in signature(type(self.processor).__call__).parameters:
             return self._extracted(decoded)
         given: dict[str, Any] = {ARGUMENT[self.kind]: [decoded]}
@@ -157,7 +157,7 @@ class BaseEncoder(Encoder):
         return name if hasattr(self.existing.skeleton.base_model, name) else None
 
     def _decoder_inputs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Of a base without a method for its features: what it gives its decoder in the place of the placeholders."""
+        """Features of a base without a method for them: the decoder's input embeddings at the placeholders."""
         given: list[Tensor] = []
 
         def stop(module: Any, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A base: its config and processor, and its weights when they are asked for."""
+"""A base: its config and processor, and its weights, loaded on first use."""
 
 import copy
 import shutil
@@ -28,7 +28,7 @@ from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantizat
 from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
-# At the end of a conversation, for templates that end answers with nothing that could be learned.
+# At the end of a conversation, for templates that end answers without a token that could be learned.
 END = "{% if messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 PLAIN_PARTS = PLAIN_TEMPLATE.replace(
     "{{ message['content'] }}",
@@ -65,8 +65,8 @@ class ExistingModel:
                 )
             if getattr(config.get_text_config(), "use_bidirectional_attention", False):
                 raise ModelError(
-                    f"{what} is a {config.model_type!r}, which reads questions both ways and answers one way: it can't "
-                    "be trained here; take one that reads text one way, such as Gemma 3"
+                    f"{what} is a {config.model_type!r}, whose attention is bidirectional in prompts and causal in "
+                    "answers: it can't be trained here; take one with causal attention in text, such as Gemma 3"
                 )
             processor = _processor(settings.name, config, options)
         media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
@@ -76,8 +76,8 @@ class ExistingModel:
         existing = cls(settings, config, processor, media, model_class, dtype, device)
         if existing.skeleton.get_decoder() is existing.skeleton.base_model:
             raise ModelError(
-                f"{what}: in a {model_class.__name__} the language model can't be told from its encoders: it can't be "
-                "trained here"
+                f"{what}: a {model_class.__name__} has no accessor that tells its language model from its encoders: "
+                "it can't be trained here"
             )
         return existing
 
@@ -119,15 +119,15 @@ class ExistingModel:
         return model.eval().requires_grad_(False)
 
     def reloaded(self, quantize: Quantize, device: torch.device) -> "ExistingModel":
-        """The same, to be loaded another time, otherwise quantized."""
+        """A copy to be loaded again, with another quantization."""
         return replace(self, settings=self.settings.model_copy(update={"quantize": quantize}), device=device)
 
     def release_weights(self) -> None:
-        """Let go of the weights."""
+        """Drop the loaded weights, to free their memory."""
         self.__dict__.pop("model", None)
 
     def save_processor(self, folder: Path) -> None:
-        """Write the processor as it came, with what of it can't be read here."""
+        """Write the processor as it was published, with the files of it that can't be read here."""
         own, completed = getattr(self.processor, "chat_template", None), self.tokenizer.chat_template
         self.tokenizer.chat_template = own or completed
         self.processor.save_pretrained(folder)
@@ -150,7 +150,7 @@ class ExistingModel:
         return self.positions if hasattr(self.skeleton.base_model, "get_rope_index") else None
 
     def positions(self, input_ids: Sequence[int], media: Sequence[tuple[str, Layout]]) -> list[list[int]]:
-        """The positions (3, T) of one sample, by the model's own rule."""
+        """The positions (3, T) of one sample, by the model's own `get_rope_index`."""
         ids = torch.tensor([list(input_ids)])
         kinds = torch.zeros_like(ids)
         given: dict[str, Any] = {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
@@ -171,7 +171,7 @@ class ExistingModel:
         return result
 
     def token_id(self, kind: str) -> int:
-        """Of the placeholder that stands for a row of features."""
+        """The id of the placeholder token that stands for a row of features."""
         for key in (f"{kind}_token_id", f"{kind}_token_index"):
             for config in (self.config, getattr(self.config, "thinker_config", None)):
                 if isinstance(number := getattr(config, key, None), int):
