@@ -624,7 +624,7 @@ def data_describe(
     ] = "caption",
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="In place of the usual one.")] = None,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Questions that the model asks and answers about each file.")
+        int | None, typer.Option(min=1, help="Questions that the model writes and answers about each file.")
     ] = None,
     language: Annotated[str, typer.Option(metavar="NAME", help="Of what it writes: Chinese, German, ...")] = "",
     media: Annotated[

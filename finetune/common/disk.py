@@ -17,7 +17,7 @@ WRITE_FAILED = re.compile(
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder, which need not exist yet, is on."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 

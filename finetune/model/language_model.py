@@ -129,7 +129,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
-        with limited(), suppress(jinja2.TemplateError, TypeError):  # what it refuses is told with the conversation
+        with limited(), suppress(jinja2.TemplateError, TypeError):  # reported when a conversation is rendered
             tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateTimeout as error:
         raise ModelError(f"the chat template of {name!r} can't be used: {error}") from None

@@ -37,7 +37,7 @@ def _between_turns(tokenizer: Any) -> str:
     try:
         with limited():
             return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # as it is told where a conversation is rendered
+    except Exception:  # reported where a conversation is rendered
         return ""
 
 

@@ -47,7 +47,7 @@ class _TrialMedia:
 def base_row_kind(
     model: MultimodalModel, components: Components, kinds: Sequence[str], share: bool, segments: bool
 ) -> tuple[RowKind, str]:
-    """The best layout that is exact for samples with media of these `kinds`, and a line that says which it is. Without
+    """The best layout that is exact for samples with media of these `kinds`, and a line to print about it. Without
     `segments`, by the base's own attention. Raises ModelError where not even single samples are as they are alone in
     the base's own forward.
     """
@@ -67,7 +67,7 @@ def base_row_kind(
     finally:
         model.train(before)
     name = type(model.causal_lm).__name__
-    return allowed[0], f"{name} is opened: its decoder reads features as they are cached, in rows that are {allowed[0]}"
+    return allowed[0], f"{name} is opened: its decoder reads cached features, in rows that are {allowed[0]}"
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ from finetune.training.suspects import FILE, Suspects, without
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
-FUSED = ("log_probs", "entropy", "is_top1")  # what trl's SFTTrainer asks of its head
+FUSED = ("log_probs", "entropy", "is_top1")  # the outputs of its head that trl's SFTTrainer uses
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
 
 
@@ -332,7 +332,7 @@ class StageTrainer(SFTTrainer):
         return [parameter for parameters in self.parts.values() for parameter in parameters]
 
     def _finite(self, loss: Tensor) -> bool:
-        """Under fp16 the scaler looks at gradients."""
+        """Under fp16 the scaler checks gradients."""
         if not torch.isfinite(loss):
             return False
         return self.args.fp16 or finite_gradients(self._trained())

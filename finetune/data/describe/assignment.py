@@ -23,8 +23,8 @@ PAIR = re.compile(
 @dataclass(frozen=True)
 class Assignment:
     """`task`: whose columns the rows get. `prompt`: None: the usual one of the task. `questions`: how many the model
-    asks and answers about each file; None: the prompt is asked. `language`: of what it writes, '' where that is left to
-    it.
+    writes and answers about each file; None: it answers the prompt. `language`: of the answers, '' for the model's
+    choice.
     """
 
     task: str = "caption"
@@ -45,7 +45,7 @@ class Assignment:
         if has_questions and self.questions is None and not self.prompt:
             questions, prompt = option("--questions N", "questions="), option("--prompt TEXT", "prompt=")
             raise RecipeError(
-                f"{given('task', self.task)}: say with {questions} how many questions the model asks about each file, "
+                f"{given('task', self.task)}: set with {questions} how many the model writes about each file, "
                 f"or with {prompt} which one it answers"
             )
 
@@ -71,7 +71,7 @@ class Assignment:
         pairs = {match["question"].strip(" *\n"): match["answer"].strip(" *\n") for match in PAIR.finditer(answer)}
         rows = [medium | self._answered(question, text) for question, text in pairs.items() if question and text]
         if not rows:
-            raise DataError(f"no question and answer in what it wrote: {answer[:80]!r}")
+            raise DataError(f"no question and answer in the output: {answer[:80]!r}")
         return rows[: self.questions]
 
     def _answered(self, question: str, answer: str) -> JsonObject:

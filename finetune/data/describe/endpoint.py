@@ -180,5 +180,5 @@ def _wave(samples: Any) -> str:
 def _reason(error: Exception) -> str:
     """An endpoint's error message, in one line."""
     body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(said or error).split())[:200]
+    message = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(message or error).split())[:200]

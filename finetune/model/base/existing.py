@@ -268,11 +268,11 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
     tokenizer.chat_template = template
     question, whole = _rendered(tokenizer, 1, True), _rendered(tokenizer, 2, False)
-    if not whole.startswith(question):  # an answer is written otherwise than it is asked for
+    if not whole.startswith(question):  # answers are rendered otherwise than the generation prompt
         alone = len(_rendered(tokenizer, 1, False))
-        written, asked = whole[alone : whole.rindex(WORD)], question[alone:]
+        written, generated = whole[alone : whole.rindex(WORD)], question[alone:]
         template = tokenizer.chat_template
-        tokenizer.chat_template = f"{{% filter replace({written!r}, {asked!r}) %}}{template}{{% endfilter %}}"
+        tokenizer.chat_template = f"{{% filter replace({written!r}, {generated!r}) %}}{template}{{% endfilter %}}"
         whole = _rendered(tokenizer, 2, False)
     if not whole.rpartition(WORD)[2].strip():  # nothing ends the answer
         tokenizer.chat_template += END
@@ -281,8 +281,8 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
 
-def _rendered(tokenizer: Any, turns: int, asked: bool) -> str:
-    """The first turns of a conversation, each of WORD; `asked`: up to where the answer begins."""
+def _rendered(tokenizer: Any, turns: int, generation: bool) -> str:
+    """The first turns of a conversation, each of WORD; `generation`: with the generation prompt."""
     conversation = [{"role": role, "content": text_content(tokenizer, WORD)} for role in ("user", "assistant")]
-    result: str = tokenizer.apply_chat_template(conversation[:turns], tokenize=False, add_generation_prompt=asked)
+    result: str = tokenizer.apply_chat_template(conversation[:turns], tokenize=False, add_generation_prompt=generation)
     return result

@@ -164,7 +164,7 @@ def step_of(
 
 
 def placeholder_distributions(samples: TokenizedSamples, stage: Stage) -> list[TeacherDistributions] | None:
-    """What a teacher would say; None where its answers alone teach."""
+    """Distributions of the size of a teacher's; None where only its answers are learned."""
     options: Any = stage.objective.options
     if options.by == "answers":
         return None
