@@ -63,8 +63,8 @@ def test_a_damaged_entry_is_noticed_and_computed_anew(damage, tmp_path, tried):
     path.write_bytes(spoiled[damage])
     second = cli("train", recipe, "--run", "second", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    said = "".join(second.stderr.split())
-    assert f"{path}isn'tasitwaswritten" in said and "computedanew" in said
+    output = "".join(second.stderr.split())
+    assert f"{path}isn'tasitwaswritten" in output and "computedanew" in output
     for name in ("adapter_model.safetensors", "projectors.safetensors"):
         left, right = (load_file(tmp_path / run / "adapter" / name) for run in ("first", "second"))
         assert all(torch.equal(left[key], right[key]) for key in left)
