@@ -228,7 +228,7 @@ def facts_of(ours: OurTraining, steps: list[list[int]]) -> dict[str, Any]:
     collator = Collator(ours.samples, lambda medium: torch.zeros(1), field="features", kind=ours.kind)
     learned = [sum(label != -100 for label in labels[1:]) for labels in ours.samples.column("labels")]
     answers, (stage,) = 1, ours.prepared.run.recipe.train.stages
-    if stage.objective.asks:  # as if all sampled answers were as long as may be; sampling itself isn't counted
+    if stage.objective.samples_answers:  # at their longest; sampling isn't counted
         asked: Any = stage.objective.options
         answers, learned = asked.answers, [asked.answers * asked.max_new_tokens for _ in lengths]
         lengths = [length + asked.max_new_tokens for length in lengths]

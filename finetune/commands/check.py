@@ -83,7 +83,7 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     refuse_unfit_teachers(loaded)
     refused, llm = fetch_settings(loaded.model), loaded.model.language_model
     why = refused.get(llm.name)
-    notes = [*remarks(loaded), *(known_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why))]
+    notes = [*remarks(loaded), *(check_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
     refuse_unfit(splits, loaded)
@@ -134,19 +134,19 @@ def _few_steps(
     yield f"few optimizer steps to learn from ({steps}): {', '.join(changes)} would give about {more}"
 
 
-def known_base(recipe: Recipe, why: str | None = None) -> Iterator[str]:
-    """Notes, where the base's config isn't at hand. Raises RecipeError where it is that of a model without media, or
-    without those of the rows. `why`: the Hub gives no config.
+def check_base(recipe: Recipe, why: str | None = None) -> Iterator[str]:
+    """Yields a note where the base's config isn't available. Raises RecipeError where the model takes no media, or not
+    those of the rows. `why`: the reason that the Hub gave no config.
     """
     base = recipe.model.language_model
     config = settings_of(base.name, base.revision, "config.json")
     if not config:
         because = f"{base.name!r}: {why}" if why else f"there is no config.json of {base.name!r} at hand"
-        yield f"which media model.base takes isn't known: {because}"
+        yield f"the media that model.base takes aren't known: {because}"
         return
     what, media = (config.get("architectures") or [config.get("model_type")])[0], media_in_config(config)
     if "auto_map" in config and not media:
-        raise RecipeError(f"model.base.name: {base.name!r} is a {what} of its own code, which isn't run for a base")
+        raise RecipeError(f"model.base.name: {base.name!r} is a {what} with its own code, which isn't run for a base")
     if not media:
         raise RecipeError(f"model.base.name: {base.name!r} is a {what} that takes no media: write it as model.llm")
     for number, source in enumerate(recipe.data):

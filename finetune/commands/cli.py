@@ -624,14 +624,14 @@ def data_describe(
     ] = "caption",
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="In place of the usual one.")] = None,
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Questions that the model asks and answers about each file.")
+        int | None, typer.Option(min=1, help="Questions that the model writes and answers about each file.")
     ] = None,
     language: Annotated[str, typer.Option(metavar="NAME", help="Of what it writes: Chinese, German, ...")] = "",
     media: Annotated[
         str | None, typer.Option(metavar="KIND", help="image, audio or video, if there are several.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Files described at most.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Files asked about at once.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Files processed at once.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 512,
     model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the model at the URL; default: the only one there.")
@@ -706,13 +706,14 @@ def data_label(
 def data_pairs(
     run: Run,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE|FOLDER", help="Ask about these rows, not the run's training rows.")
+        Path | None,
+        typer.Option(metavar="FILE|FOLDER", help="Rows to sample answers for; default: the run's training rows."),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines of the pairs.")] = Path("pairs.jsonl"),
     by: Annotated[str, typer.Option(help="Who chooses: score, the task's own, or person.")] = "score",
     answers: Annotated[int, typer.Option(min=2, help="Answers sampled to each question.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax that tokens are drawn from.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to ask about; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to sample answers for; default: all.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks.")] = None,
     columns: Columns = None,

@@ -1,4 +1,4 @@
-"""Rows for media without any: an endpoint, or a model in this process, describes them or asks and answers questions."""
+"""Rows for media without any, written by an endpoint or a model in this process: captions, questions with answers."""
 
 import os
 from collections.abc import Generator, Mapping, Sequence
@@ -12,7 +12,7 @@ from finetune.common.run_folder import RunLike
 from finetune.data.describe.assignment import Assignment
 from finetune.data.describe.endpoint import Endpoint, is_address
 from finetune.data.describe.options import DescribeOptions
-from finetune.data.describe.run import Descriptions, MediaFolder, Said, describe
+from finetune.data.describe.run import Descriptions, MediaFolder, ModelAnswer, describe
 from finetune.data.sample import KINDS, Message
 from finetune.model.trained_for import fingerprint, folder_of_model, parts_at, refuse_missing
 
@@ -33,12 +33,12 @@ def data_describe(
     options: DescribeOptions | None = None,
 ) -> Descriptions:
     """Ask a model about each medium of a folder, and write its answers as rows that the `task` reads: caption,
-    transcribe, answer or vqa. `out`: default FOLDER/described.jsonl. Called again, it asks about the files that have no
+    transcribe, answer or vqa. `out`: default FOLDER/described.jsonl. Called again, it describes the files that have no
     rows.
 
     `model`: a run, merged or adapter folder, a Hub id, or the http(s) address of an OpenAI-compatible endpoint.
     `prompt`: in place of the usual one, or of the one that the model was trained with. `questions`: how many the model
-    asks and answers about each file; without it, tasks with questions ask the `prompt`.
+    writes and answers about each file; without it, the `prompt` is the question.
 
     Raises RecipeError; DataError for an `out` with other rows, and where many files one after another get no answer;
     ModelError, ArtifactError for the model.
@@ -86,12 +86,12 @@ class LocalModel:
         known = [getattr(one.options, "prompt", None) for one in tasks if one.kind == task]
         return known[0] if known and task in ("caption", "transcribe") else None
 
-    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, Said | DataError]]:
+    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, ModelAnswer | DataError]]:
         names, batch = list(questions), self.options.concurrency
         for start in range(0, len(names), batch):
-            asked = {name: questions[name] for name in names[start : start + batch]}
+            chunk = {name: questions[name] for name in names[start : start + batch]}
             for name, answer in ask_each(
-                self.assistant, None, asked, max_new_tokens=self.options.max_new_tokens
+                self.assistant, None, chunk, max_new_tokens=self.options.max_new_tokens
             ).items():
-                said = answer if isinstance(answer, DataError) else Said(answer.text, self.name, self.revision)
-                yield name, said
+                result = answer if isinstance(answer, DataError) else ModelAnswer(answer.text, self.name, self.revision)
+                yield name, result

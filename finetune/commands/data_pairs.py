@@ -31,7 +31,7 @@ BATCH = 16  # answers sampled at once, at least those to one question
 
 @dataclass(frozen=True)
 class PairOptions:
-    """How answers are sampled. `answers`: to each question; `limit`: most rows that are asked, drawn at random; `by`:
+    """How answers are sampled. `answers`: to each question; `limit`: most rows, drawn at random; `by`:
     who chooses, the task's own score or a person; `media_folder`, `encoding`: of other rows than the run's, see
     `predict`.
     """
@@ -94,7 +94,7 @@ def data_pairs(
 ) -> PairsResult:
     """Sample answers of a trained run to its own training rows, or to those of a file, and write pairs that
     `objective: dpo` and its kin train on: of each row the best and the worst answer by the task's score. Held-out rows
-    aren't asked. With `by: "person"` two different answers go to OUT.candidates.jsonl for `data label`; called again,
+    aren't used. With `by: "person"` two different answers go to OUT.candidates.jsonl for `data label`; called again,
     the labels in OUT.labels.csv become pairs.
 
     `run`: a run folder; `task`: one of several that it was trained for; `columns`: of `data`, the task's column -> the
@@ -105,7 +105,7 @@ def data_pairs(
         raise RecipeError(f"{given('out', out)}: the pairs are JSON lines: name a .jsonl file")
     folder = RunFolder.open(run, needs="adapter")
     if not folder.recipe.is_file():
-        raise ArtifactError(f"{folder.path}: not a run folder: it has no recipe, whose rows would be asked")
+        raise ArtifactError(f"{folder.path}: not a run folder: it has no recipe that names the rows")
     recipe = load_recipe(folder.recipe)
     samples = rows_of(
         folder, recipe, Path(data) if data else None, task, RowsAs(columns, options.media_folder, options.encoding)
@@ -121,7 +121,7 @@ def data_pairs(
     else:
         found = decided
     if by_person and decided is None:
-        _write(candidates_path(out), [_to_judge(one) for one in found])
+        _write(candidates_path(out), [_labelling_row(one) for one in found])
     pairs = [one for one in found if one.chosen is not None]
     root = _common_folder([medium for one in found for medium in one.sample.media])
     _write(out, [_pair(one, root) for one in pairs])
@@ -252,18 +252,18 @@ def _content(turn: Message, root: Path | None) -> list[dict[str, str]]:
     ]
 
 
-def _to_judge(one: Candidate) -> dict[str, Any]:
+def _labelling_row(one: Candidate) -> dict[str, Any]:
     """A row of the labelling page: its media, in the row itself as they may lie anywhere, its question and the two
     answers; lists aren't shown.
     """
-    said = [part for turn in one.sample.question for part in turn.content if isinstance(part, str)]
+    texts = [part for turn in one.sample.question for part in turn.content if isinstance(part, str)]
     media: dict[str, list[str]] = {}
     for medium in one.sample.media:
         kind = mimetypes.guess_type(medium.path)[0] or "application/octet-stream"
         content = base64.b64encode(medium.path.read_bytes()).decode()
         media.setdefault(medium.kind, []).append(f"data:{kind};base64,{content}")
     choice = "\n".join(f"{letter}: {answer}" for letter, answer in zip(LETTERS, one.answers, strict=True))
-    return {**media, "question": "\n".join(said), "answers": choice, "candidates": one.answers, "of": one.sample.where}
+    return {**media, "question": "\n".join(texts), "answers": choice, "candidates": one.answers, "of": one.sample.where}
 
 
 def _common_folder(media: Sequence[Medium]) -> Path | None:

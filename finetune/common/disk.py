@@ -1,4 +1,4 @@
-"""Room on disks: looked at before much is written, and told about when there is none."""
+"""Free space on disks: checked before much is written, and reported when it runs out."""
 
 import errno
 import re
@@ -11,11 +11,13 @@ from finetune.common.errors import RESUME, FinetuneError, TrainingError, option
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of safetensors and torch, which raise errors of their own: by the system's number, or for any write that failed.
-SAID = re.compile(rf"os error ({'|'.join(map(str, sorted(FULL)))})\b|PytorchStreamWriter|iostream error|unexpected pos")
+WRITE_FAILED = re.compile(
+    rf"os error ({'|'.join(map(str, sorted(FULL)))})\b|PytorchStreamWriter|iostream error|unexpected pos"
+)
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder, which need not exist yet, is on."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
@@ -38,7 +40,7 @@ def writing(folder: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number not in FULL and not SAID.search(str(error)):
+        if number not in FULL and not WRITE_FAILED.search(str(error)):
             raise
         free = free_bytes(folder)
         raise TrainingError(

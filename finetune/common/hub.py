@@ -17,8 +17,17 @@ from finetune.common.run_folder import read_json
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")  # what loading reads; none can hold code
 PROBE_SECONDS = 3.0  # for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
-# What libraries raise for settings of a wrong type, size or name, and for kernels that aren't installed.
-ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, ImportError, RuntimeError)
+# Exceptions that libraries raise for settings of a wrong type, size or name, and for kernels that aren't installed.
+BAD_SETTINGS = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+)
 CONNECT = "check the connection, set HF_ENDPOINT to a mirror (https://hf-mirror.com), or name a folder that holds it"
 UNSET = "unset it to download, or name a folder that holds it"
 REASONS = {
@@ -100,7 +109,7 @@ def loading(what: str, name: str) -> Iterator[bool]:
         raise ModelError(missing)
     try:
         yield why is not None
-    except (*ODD, OSError) as error:
+    except (*BAD_SETTINGS, OSError) as error:
         if why is not None and isinstance(error, OSError):
             raise ModelError(missing) from error
         raise ModelError(f"{what} can't be loaded: {_first_line(error)}") from error
@@ -111,7 +120,7 @@ def reading(file: Path) -> Iterator[None]:
     """Turn the errors that missing, unknown or odd keys of a settings file cause into one ArtifactError."""
     try:
         yield
-    except (*ODD, OSError) as error:
+    except (*BAD_SETTINGS, OSError) as error:
         if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         what = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""What rows say of their answers: a chosen and a rejected one, or whether an answer is desirable."""
+"""Preferences in rows: a chosen and a rejected answer, or whether an answer is desirable."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,17 +13,17 @@ WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 
 
 def sample_of(row: Row, task: TaskPart) -> Sample:
-    """The task's sample of a row, with the answer of its column `rejected`, or the verdict of `desirable`. A column
+    """The task's sample of a row, with the answer of its column `rejected`, or the label in `desirable`. A column
     `chosen` is the answer where the row has no other. Raises DataError.
     """
     columns = row.columns
     if isinstance(chosen := columns.get("chosen"), str):
         row = replace(row, columns=_answered(row, task, chosen))
     sample: Sample = task.sample(row)
-    rejected, verdict = _text(columns.get("rejected")), _verdict(columns.get("desirable"))
-    if rejected is None and verdict is None:
+    rejected, label = _text(columns.get("rejected")), _label(columns.get("desirable"))
+    if rejected is None and label is None:
         return sample
-    return replace(sample, rejected=rejected, desirable=verdict)
+    return replace(sample, rejected=rejected, desirable=label)
 
 
 def _answered(row: Row, task: TaskPart, chosen: str) -> Columns:
@@ -43,7 +43,7 @@ def _text(value: Any) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
 
 
-def _verdict(value: Any) -> bool | None:
+def _label(value: Any) -> bool | None:
     return value if isinstance(value, bool) else WORDS.get(str(value).strip().lower())
 
 
@@ -59,8 +59,8 @@ def without_reward(sample: Sample, task: TaskPart, name: str) -> str | None:
 def unfit(samples: Iterable[Sample], needs: Needs) -> Iterator[str]:
     """Which samples an objective with these needs can't learn from, and why."""
     for sample in samples:
-        if needs == "verdicts" and sample.desirable is None:
-            yield f"{sample.where}: no verdict; write true or false in a column 'desirable'"
+        if needs == "unpaired" and sample.desirable is None:
+            yield f"{sample.where}: no label; write true or false in a column 'desirable'"
         if needs != "pairs":
             continue
         if sample.rejected is None:

@@ -175,7 +175,7 @@ def refuse_empty_splits(splits: Splits, recipe: Recipe) -> None:
 def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
     """Raises DataError, with all of them, where training rows lack what a stage's objective compares, or a reward."""
     for stage in recipe.train.stages:
-        if stage.objective.asks:
+        if stage.objective.samples_answers:
             refuse_without_reward(splits, recipe, stage)
         if stage.objective.compares:
             used = stage.sources or [*range(len(recipe.data))]

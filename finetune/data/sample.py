@@ -219,7 +219,7 @@ class Sample:
     """A conversation whose last message is the answer. `where`: the row that it comes from. `task`: the name of its
     task binding. `target`: what predictions are scored against, as JSON holds it, where that is more than the answer.
     Samples of one `group` are compared with each other. `source`: the number of its source; `weight`: times it is used
-    per epoch. `rejected`: a worse answer; `desirable`: whether the answer is a good one; None where the row tells
+    per epoch. `rejected`: a worse answer; `desirable`: whether the answer is a good one; None where the row has
     neither.
     """
 

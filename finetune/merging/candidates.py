@@ -26,7 +26,7 @@ from finetune.merging.lora_weights import (
 from finetune.merging.merged_folder import write_merged, write_merged_base
 from finetune.model.adapter import added_weights, load_trained
 from finetune.model.base.existing import ExistingModel
-from finetune.model.build import Components, build_model, with_base_anew
+from finetune.model.build import Components, build_model, with_base_reloaded
 from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.features import Features
 from finetune.model.language_model import decoder_layers, load_language_model
@@ -169,8 +169,8 @@ class MergeJob:
         return method
 
     def _write_base(self, place: Path, base: ExistingModel, quantized: bool) -> str:
-        base.forget()
-        components = with_base_anew(
+        base.release_weights()
+        components = with_base_reloaded(
             self.run.components, self.llm.quantize if quantized else "none", torch.device("cpu")
         )
         model = self.composite(components, components.model.language_model.quantize)

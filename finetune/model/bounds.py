@@ -1,4 +1,4 @@
-"""Bounds on what a config may ask for. Imports no torch."""
+"""Bounds on the sizes in a config. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from finetune.common.errors import ModelError
 
 # The largest numbers under keys that hold these words: several times what published models have.
-MOST = {
+LIMITS = {
     "layers": 1000,
     "n_layer": 1000,
     "depth": 1000,
@@ -18,13 +18,13 @@ MOST = {
 }
 
 
-def refuse_absurd(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError for a config of more layers, or wider ones, than any model has: to build them would take
-    forever before the weights are found not to fit. `where`: what the config is of.
+def refuse_oversized(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError for a config of more layers, or wider ones, than any model has: building them would not
+    end before the weights are found not to fit. `where`: the model of the config.
     """
     for key, value in config.items():
         if isinstance(value, dict):
-            refuse_absurd(value, where)
-        most = next((most for word, most in MOST.items() if word in str(key)), None)
+            refuse_oversized(value, where)
+        most = next((most for word, most in LIMITS.items() if word in str(key)), None)
         if most is not None and isinstance(value, int) and value > most:
             raise ModelError(f"{where}: its config says {key}: {value:,}, and {most:,} is the most that is built")

@@ -81,10 +81,10 @@ def load_components(
     return Components(model, tokenizer, placeholders, encoders, dtype, device, tuned)
 
 
-def with_base_anew(components: Components, quantize: Quantize, device: torch.device) -> Components:
+def with_base_reloaded(components: Components, quantize: Quantize, device: torch.device) -> Components:
     """The same components over a base that is loaded another time."""
     assert components.base is not None
-    base = components.base.anew(quantize, device)
+    base = components.base.reloaded(quantize, device)
     encoders: dict[str, Encoder] = {name: BaseEncoder(base, name) for name in base.media}
     return replace(components, base=base, encoders=encoders, device=device)
 

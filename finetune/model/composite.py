@@ -29,7 +29,7 @@ from finetune.common.registry import kind_of
 from finetune.data.media import example
 from finetune.data.sample import Values
 from finetune.model.base.encoder import BaseEncoder
-from finetune.model.base.existing import modules_beside
+from finetune.model.base.existing import modules_outside
 from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
@@ -39,7 +39,7 @@ from finetune.model.fusion._deepstack import DeepStack
 from finetune.model.language_model import decoder_layers, without_adapter
 from finetune.model.module_names import is_lora
 from finetune.model.row_plan import RowPlan, following
-from finetune.model.taught import Taught
+from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.recipe.parts import FusionPart, ProjectorPart
 
 Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
@@ -141,14 +141,14 @@ class MultimodalModel(PreTrainedModel):
         """Frozen encoders stay in evaluation mode: their batch norms and dropout must not see that others train."""
         super().train(mode)
         self.encoders.eval()
-        for name in self.beside_decoder:
+        for name in self.outside_decoder:
             self.causal_lm.get_submodule(name).eval()
         return self
 
     @cached_property
-    def beside_decoder(self) -> list[str]:
+    def outside_decoder(self) -> list[str]:
         """Names of a base's modules that aren't in its decoder."""
-        return modules_beside(self.causal_lm, self.decoder) if self.composition.base else []
+        return modules_outside(self.causal_lm, self.decoder) if self.composition.base else []
 
     @cached_property
     def roles(self) -> dict[str, MediumRoles]:
@@ -283,32 +283,32 @@ class MultimodalModel(PreTrainedModel):
     def beside_embeddings(
         self, input_ids: Tensor, position_ids: Tensor | None = None, rope_positions: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What a base reads beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
+        """Inputs of a base beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
         samples apart, then the three of `rope_positions` (3, B, T), or these alone; and where its attention in media
-        goes both ways, `token_type_ids` (B, T).
+        is bidirectional, `token_type_ids` (B, T).
         """
         found: dict[str, Tensor] = {}
         if rope_positions is not None:
             whole = rope_positions if position_ids is None else torch.cat([position_ids[None], rope_positions])
             found["position_ids"] = whole
-        if self.both_ways:
+        if self.bidirectional:
             ids = torch.tensor(list(self.composition.placeholders.values()), device=input_ids.device)
             found["token_type_ids"] = torch.isin(input_ids, ids).long()
         return found
 
     @property
     def reads_plainly(self) -> bool:
-        """Whether embeddings are all that the LLM reads, at positions 0, 1, 2, ...; some bases want more."""
-        return self.placement.rope is None and not self.both_ways and not isinstance(self.fusion, DeepStack)
+        """Whether the LLM needs embeddings only, at positions 0, 1, 2, ...; some bases need more."""
+        return self.placement.rope is None and not self.bidirectional and not isinstance(self.fusion, DeepStack)
 
     @cached_property
-    def both_ways(self) -> bool:
-        """Whether a base's attention in media goes both ways: it then asks where they are."""
+    def bidirectional(self) -> bool:
+        """Whether a base's attention in media is bidirectional: it then needs their places."""
         return self.composition.base and "token_type_ids" in signature(self.causal_lm.forward).parameters
 
     def _with_media(self, plan: RowPlan | None, input_ids: Tensor) -> RowPlan | None:
-        """The plan of a row (1, T) of a base, with the media in it where its attention goes both ways."""
-        if plan is None or not self.both_ways:
+        """The plan of a row (1, T) of a base, with its media where their attention is bidirectional."""
+        if plan is None or not self.bidirectional:
             return plan
         is_medium = self.beside_embeddings(input_ids)["token_type_ids"][0].tolist()
         places = [place for place, medium in enumerate(is_medium) if medium]
@@ -316,7 +316,7 @@ class MultimodalModel(PreTrainedModel):
         begins = [place for place in places if place in starts or not place or not is_medium[place - 1]]
         last = len(is_medium) - 1
         ends = [place + 1 for place in places if place + 1 in starts or place == last or not is_medium[place + 1]]
-        return replace(plan, both_ways=tuple(zip(begins, ends, strict=True)))
+        return replace(plan, bidirectional=tuple(zip(begins, ends, strict=True)))
 
     def backbone(
         self,
@@ -356,7 +356,7 @@ class MultimodalModel(PreTrainedModel):
         labels: Tensor | None = None,
         row_plan: RowPlan | None = None,
         rope_positions: Tensor | None = None,
-        teacher: Teacher | Taught | None = None,
+        teacher: Teacher | TeacherDistributions | None = None,
         **kwargs: Any,
     ) -> Any:
         """Token ids (B, T), features {name: N tensors (S, L, W)} or prepared media -> the LLM's own output.
@@ -386,16 +386,16 @@ class MultimodalModel(PreTrainedModel):
         self.forget_media()
         return outputs
 
-    def imitate(self, student: Mapping[str, Any], teacher: Teacher | Taught) -> dict[str, Tensor]:
+    def imitate(self, student: Mapping[str, Any], teacher: Teacher | TeacherDistributions) -> dict[str, Tensor]:
         """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers; or from
-        what another model has `taught`.
+        another model's distributions.
 
         `student`: keywords of `forward`, with as many `label_rows` (K,) as the teacher's; the teacher without adapter.
         Returns `loss`, the KL divergence of next-token distributions softened by the temperature, summed over K
         (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens are
         equal.
         """
-        if isinstance(teacher, Taught):
+        if isinstance(teacher, TeacherDistributions):
             logits = self.label_logits(**student)
             return {"loss": teacher.divergence(logits), "agreement": teacher.agreement(logits)}
         training = self.training

@@ -82,7 +82,7 @@ class Features:
         return prepared
 
     def layout(self, medium: Medium) -> Layout:
-        """Known without decoding where it is the same for all media, told by the file's header, or in the cache."""
+        """Known without decoding where it is the same for all media, in the file's header, or in the cache."""
         if (always := self.encoders[medium.kind].layout) is not None:
             return always
         store = self.stores.get(medium.kind)

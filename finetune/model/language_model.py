@@ -24,7 +24,7 @@ from transformers import (
 from finetune.common.errors import ModelError
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.hub import loading
-from finetune.model.bounds import refuse_absurd
+from finetune.model.bounds import refuse_oversized
 from finetune.model.template_limit import TemplateTimeout, limited
 from finetune.recipe.schema import LanguageModel
 
@@ -82,7 +82,7 @@ def load_language_model(llm: LanguageModel, dtype: torch.dtype, device: torch.de
     }
     if llm.attention != "auto":
         options["attn_implementation"] = llm.attention
-    refuse_absurd(read_config(llm).to_dict(), f"LLM {llm.name!r}")
+    refuse_oversized(read_config(llm).to_dict(), f"LLM {llm.name!r}")
     with loading(f"LLM {llm.name!r}", llm.name) as local_only:
         if llm.name.endswith(".gguf"):
             model = _load_gguf(llm, options)
@@ -129,7 +129,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
-        with limited(), suppress(jinja2.TemplateError, TypeError):  # what it refuses is told with the conversation
+        with limited(), suppress(jinja2.TemplateError, TypeError):  # reported when a conversation is rendered
             tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateTimeout as error:
         raise ModelError(f"the chat template of {name!r} can't be used: {error}") from None

@@ -19,7 +19,7 @@ from finetune.model.adapter import fitted_adapter, load_trained
 from finetune.model.assistant import Assistant
 from finetune.model.base.encoder import BaseEncoder
 from finetune.model.base.existing import ExistingModel
-from finetune.model.bounds import refuse_absurd
+from finetune.model.bounds import refuse_oversized
 from finetune.model.build import Components, build_model, load_components, load_llm
 from finetune.model.composite import MultimodalModel, compose_base
 from finetune.model.composition import BASE_FILE, HEADS_FILE, MERGED_FORMAT, PLACEHOLDERS, Composition
@@ -141,7 +141,7 @@ def read_composition(folder: Path) -> Composition:
         return read_base_composition(folder)
     config = read_json(folder / "config.json")
     advice = "pull the model again, or merge again"
-    refuse_absurd(config, str(folder))
+    refuse_oversized(config, str(folder))
     parts, family = config.get("parts"), config.get("model_type")
     if not isinstance(parts, dict) or family != "finetune_multimodal":
         reader = "vLLM" if family == "finetune_served" else "transformers"

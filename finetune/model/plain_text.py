@@ -1,5 +1,5 @@
-"""Text of a conversation stays text: tokens that mean something to the LLM come from its chat template and from media
-alone, whatever the text of a row or a request spells.
+"""Text of a conversation stays text: control tokens come from the chat template and from media alone, whatever the text
+of a row or a request spells.
 """
 
 import re
@@ -37,7 +37,7 @@ def _between_turns(tokenizer: Any) -> str:
     try:
         with limited():
             return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # as it is told where a conversation is rendered
+    except Exception:  # reported where a conversation is rendered
         return ""
 
 
@@ -90,7 +90,7 @@ def _encode(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]
 
 
 def _encode_behind(piece: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """As where text stands before it: some tokenizers write a space before what comes first."""
+    """Tokenize as after other text: some tokenizers put a space before the first token."""
     for context in CONTEXTS:
         ids, offsets = _encode(context + piece, tokenizer)
         first = next((place for place, (left, right) in enumerate(offsets) if right > len(context)), len(ids))

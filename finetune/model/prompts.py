@@ -68,7 +68,7 @@ def reads_on(model: MultimodalModel, tokens: int) -> bool:
     window = getattr(model.causal_lm.config.get_text_config(), "sliding_window", None)
     return (
         model.shares_memory
-        and not model.both_ways
+        and not model.bidirectional
         and model.llm_takes("position_ids")
         and (window is None or tokens <= window)
     )

@@ -55,12 +55,12 @@ class RowSegment(NamedTuple):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The segments of a packed row, in their order, without gaps. `both_ways`: tokens [begin, end), each within one
+    """The segments of a packed row, in their order, without gaps. `bidirectional`: tokens [begin, end), each within one
     segment, that also attend to those behind them up to the end.
     """
 
     segments: tuple[RowSegment, ...]
-    both_ways: tuple[tuple[int, int], ...] = ()
+    bidirectional: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _visible(segment: RowSegment, plan: RowPlan, window: int | None, device: Any
 
 
 def _within(plan: RowPlan, segment: RowSegment) -> list[tuple[int, int]]:
-    return [span for span in plan.both_ways if segment.begin <= span[0] < segment.end]
+    return [span for span in plan.bidirectional if segment.begin <= span[0] < segment.end]
 
 
 def _visible_to(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor:
@@ -154,11 +154,11 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Queries (1, H, T, W), keys and values (1, G, T, W) -> (1, T, H, W)."""
     plan, window, masks = attention_mask.plan, attention_mask.window, attention_mask.masks
-    if plan.both_ways:  # with them a window comes as a function, not as a number
+    if plan.bidirectional:  # with them a window comes as a function, not as a number
         window = module.config.sliding_window if options.get("sliding_window") else None
         masks = _masks_of_layer(plan, window, query.device)
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
-    if not own and not dropout and not plan.both_ways and _has_flash_kernel(query, value):
+    if not own and not dropout and not plan.bidirectional and _has_flash_kernel(query, value):
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
     parts = []
     own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))

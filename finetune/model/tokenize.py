@@ -159,7 +159,7 @@ def _render(
                     takes = ", ".join(placeholders) or "text only"
                     raise DataError(f"{where}: holds {part.kind}, but this model takes {takes}")
                 text += placeholders[part.kind].token
-                parts.append({"type": part.kind, part.kind: ""})  # some templates ask for the key
+                parts.append({"type": part.kind, part.kind: ""})  # some templates need the key
             else:
                 plain = cut(part, tokenizer)
                 inside = [p.token for p in placeholders.values() if p.token in plain]

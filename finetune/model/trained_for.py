@@ -69,7 +69,7 @@ def refuse_unfit_teachers(recipe: RecipeSections) -> None:
         options: Any = stage.objective.options
         refuse_missing(options.teacher)
         if (parts := parts_at(options.teacher)) is None:
-            continue  # loading it tells
+            continue  # known once it is loaded
         for index, source in enumerate(recipe.data):
             used = source.split == "train" and index in (stage.sources or [index])
             if used and (unread := [kind for kind in source.task.media if kind not in parts.placeholders]):

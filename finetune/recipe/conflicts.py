@@ -196,8 +196,8 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
         if not stage.objective.heads and "heads" in stage.trains:
             message = f"the objective {stage.objective.kind!r} is for the LLM alone: heads learn nothing."
             yield Problem((*where, "trains"), message)
-        if stage.objective.asks:
-            yield from _asking_conflicts(recipe, stage, where)
+        if stage.objective.samples_answers:
+            yield from _sampling_conflicts(recipe, stage, where)
         if stage.objective.needs == "texts":
             for source in stage.sources or training:
                 if source in training and getattr(recipe.data[source].task.options, "transcript", None) == "":
@@ -209,14 +209,14 @@ def _stage_conflicts(recipe: RecipeSections) -> Iterator[Problem]:
         yield Problem(("train", "stages", 0, "trains"), message)
 
 
-def _asking_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:
-    """What a stage needs whose model is asked the rows' questions."""
+def _sampling_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:
+    """What a stage needs that samples answers."""
     kind = stage.objective.kind
     if "adapter" not in stage.trains:
         message = f"the objective {kind!r} changes what the LLM writes: add 'adapter'."
         yield Problem((*where, "trains"), message)
     if recipe.train.skip_bad_rows:
-        message = f"stage {stage.name!r} has the objective {kind!r}, whose answers are no rows: leave it out."
+        message = f"stage {stage.name!r} has the objective {kind!r}, whose sampled answers aren't rows: leave it out."
         yield Problem(("train", "skip_bad_rows"), message)
     for number, source in enumerate(recipe.data):
         labels = getattr(source.head.options, "answers", "") == "labels"

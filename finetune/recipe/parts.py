@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 JsonSchema: TypeAlias = dict[str, Any]
-# What an objective asks of a row: an answer; its media's text, for the LLM itself as teacher; what another model says
-# to it; a chosen and a rejected answer; an answer and whether it is desirable; or the question alone.
-Needs: TypeAlias = Literal["answers", "texts", "teacher", "pairs", "verdicts", "questions"]
+# What an objective needs of a row: an answer; its media's text, for the LLM itself as teacher; another model's outputs;
+# a chosen and a rejected answer; a single answer and whether it is desirable; or the prompt alone.
+Needs: TypeAlias = Literal["answers", "texts", "teacher", "pairs", "unpaired", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -217,19 +217,19 @@ class ObjectivePart(Part):
 
     @property
     def needs(self) -> Needs:
-        """What it asks of each row."""
+        """What it needs of each row."""
         result: Needs = getattr(self.options, "needs", self.module.NEEDS)
         return result
 
     @property
     def compares(self) -> bool:
         """Whether two answers to each row share a packed row."""
-        return self.needs in ("pairs", "verdicts")
+        return self.needs in ("pairs", "unpaired")
 
     @property
-    def asks(self) -> bool:
-        """Whether the model is asked the rows' questions while it trains, and learns from its own answers."""
-        return self.needs == "questions"
+    def samples_answers(self) -> bool:
+        """Whether answers are sampled from the model while it trains, which then learns from them."""
+        return self.needs == "prompts"
 
     @property
     def iterations(self) -> int:
@@ -239,11 +239,13 @@ class ObjectivePart(Part):
     def tokens_of(self, length: int) -> int:
         """About how many tokens of a packed row a sample of this length takes."""
         options: Any = self.options
-        return length + options.answers * options.max_new_tokens if self.asks else (1 + self.compares) * length
+        return (
+            length + options.answers * options.max_new_tokens if self.samples_answers else (1 + self.compares) * length
+        )
 
     @property
     def reference(self) -> bool:
-        """Whether it compares with what the weights gave as the stage found them."""
+        """Whether it needs log-probabilities under the weights that the stage begins with."""
         return bool(self.module.REFERENCE)
 
     @property

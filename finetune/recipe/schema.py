@@ -113,7 +113,7 @@ class Model(Section):
     llm: Llm | None = Field(None, description="The frozen language model.")
     base: Annotated[Base | None, BeforeValidator(_named)] = Field(
         None,
-        description="A model that takes media already, or its name, in place of llm, encoders, projectors and fusion.",
+        description="Existing model that takes media, or its name, in place of llm, encoders, projectors and fusion.",
     )
     encoders: dict[MediumName, EncoderPart] = Field({}, description="Medium -> its frozen encoder.")
     projectors: dict[MediumName, ProjectorPart] = Field({}, description="Medium -> its trained projector to the LLM.")
@@ -271,7 +271,9 @@ class Stage(Section):
         {}, description="Peak rates of single parts: an entry of `trains` -> rate."
     )
     sources: list[int] | None = Field(None, min_length=1, description="Numbers of the sources it uses; null: all.")
-    objective: ObjectivePart = Field("next_token", validate_default=True, description="What it minimises.")
+    objective: ObjectivePart = Field(
+        "next_token", validate_default=True, description="The objective that it minimises."
+    )
     epochs: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1,
         description="Passes over the training rows; auto: 1 to 30, so that all stages have about 100 optimizer steps "

@@ -61,12 +61,14 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
     if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples])):
         longest = max(longest, words.longest)
         longest += max((one.max_new_tokens for one in distilling if one.answers == "own"), default=0)
-    taught: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
-    longest = max([longest, *(estimated.longest + int(one.max_new_tokens) for one in taught if one.answers == "own")])
+    with_teacher: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
+    longest = max(
+        [longest, *(estimated.longest + int(one.max_new_tokens) for one in with_teacher if one.answers == "own")]
+    )
     if any(objective.compares for objective in objectives):
         rejected = estimate(recipe.model, [sample.answered(sample.rejected or sample.answer) for sample in samples])
         longest += max(estimated.longest, rejected.longest if rejected else 0)
-    longest = max([longest, *(one.tokens_of(estimated.longest) for one in objectives if one.asks)])
+    longest = max([longest, *(one.tokens_of(estimated.longest) for one in objectives if one.samples_answers)])
     return ceil(ROOM * longest)
 
 

@@ -1,5 +1,5 @@
-"""Which way a base's training rows may be laid out: tried on two short samples with a medium, against the base's own
-forward of one of them alone.
+"""Which layouts of training rows are exact for a base: tried on two short samples with a medium, against the base's own
+forward pass over one of them alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ ANSWERS = ("a b c", "d e")
 TYPES = {"image": 1, "video": 2, "audio": 3}  # of tokens, in transformers
 
 
-class _Shown:
+class _TrialMedia:
     """The media of the trial, each prepared once."""
 
     def __init__(self, components: Components) -> None:
@@ -47,7 +47,7 @@ class _Shown:
 def base_row_kind(
     model: MultimodalModel, components: Components, kinds: Sequence[str], share: bool, segments: bool
 ) -> tuple[RowKind, str]:
-    """The best layout that is exact for samples with media of these `kinds`, and a line that says which it is. Without
+    """The best layout that is exact for samples with media of these `kinds`, and a line to print about it. Without
     `segments`, by the base's own attention. Raises ModelError where not even single samples are as they are alone in
     the base's own forward.
     """
@@ -61,18 +61,18 @@ def base_row_kind(
                 allowed = list(_exact(model, components, medium, allowed))
             if not allowed:
                 raise ModelError(
-                    f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: what its "
-                    "parts give in our rows isn't what its own forward gives"
+                    f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: the "
+                    "outputs for our rows differ from those of its own forward pass"
                 )
     finally:
         model.train(before)
     name = type(model.causal_lm).__name__
-    return allowed[0], f"{name} is opened: its decoder reads features as they are cached, in rows that are {allowed[0]}"
+    return allowed[0], f"{name} is opened: its decoder reads cached features, in rows that are {allowed[0]}"
 
 
 @torch.no_grad()
 def _exact(model: MultimodalModel, components: Components, kind: str, allowed: Sequence[RowKind]) -> Iterator[RowKind]:
-    shown = _Shown(components)
+    shown = _TrialMedia(components)
     samples = [_sample(model, components, kind, answer, shown) for answer in ANSWERS]
     answered = _answered(samples[1])
     _refuse_seeing_ahead(model, samples[1], shown)
@@ -101,7 +101,7 @@ def _exact(model: MultimodalModel, components: Components, kind: str, allowed: S
             yield row_kind
 
 
-def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _Shown) -> None:
+def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _TrialMedia) -> None:
     """Raises ModelError where the tokens of an answer see those behind them, and so what they are to learn."""
     features = {kind: [model.encode(kind, [prepared.values])[0]] for kind, prepared in shown.prepared.items()}
     device = model.get_input_embeddings().weight.device
@@ -125,7 +125,7 @@ def _answered(tokens: Tokens) -> int:
     return len(tokens.labels) - first
 
 
-def _sample(model: MultimodalModel, components: Components, kind: str, answer: str, shown: _Shown) -> Tokens:
+def _sample(model: MultimodalModel, components: Components, kind: str, answer: str, shown: _TrialMedia) -> Tokens:
     medium = Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=_noise(kind))
     messages = (Message("user", (medium, "What is this?")), Message("assistant", (answer,)))
     segments = components.placement.segments_by(lambda one: shown.of(one).layout)
@@ -155,7 +155,7 @@ def _row(tokens: Tokens, number: int) -> TokenizedSample:
     )
 
 
-def _native_states(model: MultimodalModel, tokens: Tokens, shown: _Shown) -> Tensor:
+def _native_states(model: MultimodalModel, tokens: Tokens, shown: _TrialMedia) -> Tensor:
     """(T, D): of one sample, by the base's own forward of its prepared medium."""
     base = model.causal_lm.base_model
     device = model.get_input_embeddings().weight.device

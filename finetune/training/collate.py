@@ -10,7 +10,7 @@ from torch.nn import functional
 from finetune.data.sample import Medium, Values
 from finetune.model.prefixes import most_shared, shared_beginning, shared_tokens
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment
-from finetune.model.taught import Taught
+from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.model.tokenize import IGNORED
 from finetune.training.samples import COUNTED, TokenizedSample, TokenizedSamples
 
@@ -65,8 +65,8 @@ class ComparedBatch(TypedDict, total=False):
     reference: Tensor
 
 
-class TaughtBatch(TypedDict):
-    """What another model says of the K learned tokens: see `Taught`."""
+class DistributionsBatch(TypedDict):
+    """Another model's distributions at the K learned tokens: see `TeacherDistributions`."""
 
     ids: Tensor
     log_probs: Tensor
@@ -74,9 +74,9 @@ class TaughtBatch(TypedDict):
 
 
 class RolloutBatch(TypedDict, total=False):
-    """Answers that the model itself has given, of which S are in the batch: `answers` of `tokens` together; the others
-    are equal to one of these, or teach nothing. `advantages` (S,); `before` (K,): log-probabilities as they were
-    sampled; `figures`: of all of them.
+    """Answers sampled from the model itself: `answers` of them, of `tokens` tokens in all. S of them are in the batch;
+    the others equal one of these, or have no gradient. `advantages` (S,); `before` (K,): log-probabilities when they
+    were sampled; `figures`: of all answers.
     """
 
     advantages: Tensor
@@ -88,16 +88,16 @@ class RolloutBatch(TypedDict, total=False):
 
 class Batch(TokenBatch, total=False):
     """One training step. `features` {medium: each (S, L, W)}, or `media`, prepared for their encoder; `teacher`, where
-    a stage distills; `taught`, where another model teaches it; `compared`, where answers are; `rollout`, where these
-    are the model's own. `items`: what the loss is a mean over, where that isn't the learned tokens: pairs, or answers
-    with a verdict. Where losses are weighted: `loss_weights` (1, K), `heads` {name: HeadBatch}, and `items` counts
-    learned tokens and samples that heads answer.
+    a stage distills; `distributions`, where its teacher is another model; `compared`, where answers are compared;
+    `rollout`, where these are sampled from the model itself. `items`: what the loss is a mean over, where that isn't
+    the learned tokens: pairs, or labelled answers. Where losses are weighted: `loss_weights` (1, K), `heads` {name:
+    HeadBatch}, and `items` counts learned tokens and samples that heads answer.
     """
 
     features: dict[str, list[Tensor]]
     media: dict[str, list[Values]]
     teacher: TokenBatch
-    taught: TaughtBatch
+    distributions: DistributionsBatch
     loss_weights: Tensor
     items: int
     heads: dict[str, HeadBatch]
@@ -105,8 +105,8 @@ class Batch(TokenBatch, total=False):
     rollout: RolloutBatch
 
 
-class SupportsTaught(Protocol):
-    def __getitem__(self, number: int, /) -> Taught: ...
+class DistributionsBySample(Protocol):
+    def __getitem__(self, number: int, /) -> TeacherDistributions: ...
 
 
 class LabelledTokens(NamedTuple):
@@ -129,8 +129,8 @@ class Collator:
 
     `read(medium)` gives a medium's features (S, L, W), or its prepared tensor where nothing is cached; `field` says
     which. `heads`, {name: outputs}, where losses are weighted: see `Batch`. `reference`, to be set before it is used
-    where the objective asks for one: of each sample, the log-probabilities of its learned tokens (K,). `taught`: of
-    each sample, what another model says of these.
+    where the objective needs one: of each sample, the log-probabilities of its learned tokens (K,). `distributions`:
+    of each sample, another model's at these tokens.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Collator:
         kind: RowKind,
         pad_token_id: int = 0,
         heads: Mapping[str, int] | None = None,
-        taught: SupportsTaught | None = None,
+        distributions: DistributionsBySample | None = None,
     ) -> None:
         self.samples = samples
         self.read = read
@@ -150,7 +150,7 @@ class Collator:
         self.kind = kind
         self.pad_token_id = pad_token_id
         self.heads = heads
-        self.taught = taught
+        self.distributions = distributions
         self.reference: Sequence[Tensor] | None = None
 
     def __call__(self, rows: Sequence[PackedRow]) -> Batch:
@@ -173,8 +173,10 @@ class Collator:
             self._add_heads(batch, [sample for group in groups for sample in group], layout.ends, self.heads)
         if groups[0][0].teacher_input_ids:
             batch["teacher"] = self._lay_out_teachers(groups)
-        if self.taught is not None:
-            batch["taught"] = _taught([self.taught[number] for group in numbers for number in group])
+        if self.distributions is not None:
+            batch["distributions"] = _distributions(
+                [self.distributions[number] for group in numbers for number in group]
+            )
         if groups[0][0].role:
             self._add_compared(batch, [number for group in numbers for number in group])
         if any(row.get("filler") for row in rows):
@@ -236,8 +238,8 @@ class Collator:
         return layout
 
 
-def _taught(samples: Sequence[Taught]) -> TaughtBatch:
-    return TaughtBatch(
+def _distributions(samples: Sequence[TeacherDistributions]) -> DistributionsBatch:
+    return DistributionsBatch(
         ids=torch.cat([one.ids for one in samples]),
         log_probs=torch.cat([one.log_probs for one in samples]),
         rest=torch.cat([one.rest for one in samples]),
@@ -336,9 +338,11 @@ def _ignore(batch: Batch) -> None:
     if "teacher" in batch:
         batch["label_rows"] = batch["label_rows"][:0]
         batch["teacher"]["label_rows"] = batch["teacher"]["label_rows"][:0]
-    if "taught" in batch:
-        batch["label_rows"], taught = batch["label_rows"][:0], batch["taught"]
-        batch["taught"] = TaughtBatch(ids=taught["ids"][:0], log_probs=taught["log_probs"][:0], rest=taught["rest"][:0])
+    if "distributions" in batch:
+        batch["label_rows"], distributions = batch["label_rows"][:0], batch["distributions"]
+        batch["distributions"] = DistributionsBatch(
+            ids=distributions["ids"][:0], log_probs=distributions["log_probs"][:0], rest=distributions["rest"][:0]
+        )
     if "compared" in batch:
         batch["items"] = 0
         batch["compared"]["roles"] = [""] * len(batch["compared"]["roles"])

@@ -165,7 +165,7 @@ class _Counter:
         return 0, 0
 
     def _of_base(self, medium: Medium) -> tuple[int, int]:
-        """By the base's own processor, where the file's header tells the size."""
+        """By the base's own processor, where the file's header holds the size."""
         if self.encoders is None:
             self.encoders = _encoders_of_base(self.model.base)
         encoder = self.encoders.get(medium.kind)

@@ -34,26 +34,26 @@ from finetune.training.feature_cache import fill_cache
 from finetune.training.kept_samples import RowsDigest, tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
-from finetune.training.rollouts import asked_rows, kind_of_answers
-from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions
+from finetune.training.rollouts import rollout_rows, row_kind_of_answers
+from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, prompts
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
-from finetune.training.teachers import Lesson, ask_teachers
+from finetune.training.teachers import TeacherData, run_teachers
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """`training` and `validation` samples; `samples`: the training samples as tokens; `compared`: all answers that a
-    stage compares, or the questions that it asks, by its name; `lessons`: what other models teach, by the stage;
-    `watch`: what it took to get them.
+    """`training` and `validation` samples; `samples`: the training samples as tokens; `by_stage`: the samples of
+    stages that compare answers (all of these), sample them (the prompts) or have another model as teacher, by name;
+    `teacher_data`: outputs of these teachers, by stage; `watch`: the resources that all this took.
     """
 
     run: Run
     training: Sequence[Sample]
     validation: list[Sample]
     samples: TokenizedSamples
-    compared: dict[str, TokenizedSamples]
-    lessons: dict[str, Lesson]
+    by_stage: dict[str, TokenizedSamples]
+    teacher_data: dict[str, TeacherData]
     watch: Stopwatch
 
     @property
@@ -91,7 +91,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     with watch("read"):
         bindings = bindings_of(recipe.data, splits.train)
     with watch("teacher"):
-        lessons = ask_teachers(recipe, splits.train, folder)
+        teacher_data = run_teachers(recipe, splits.train, folder)
     with watch("components"):
         run = shared.run(folder, recipe, bindings) if shared else Run.load(folder, recipe, bindings)
     if first:
@@ -116,29 +116,29 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     run.features.refresh()
     with watch("tokenize"):
         samples, digest = tokenized_samples(splits.train, run)
-        compared_by_stage, digest = compared_samples(splits.train, run, digest)
+        samples_of_stages, digest = samples_by_stage(splits.train, run, digest)
         if first:
             refuse_other_rows(folder, digest)
-        taught = {name: lesson.tokenized(run) for name, lesson in lessons.items()}
+        taught_samples = {name: data.tokenized(run) for name, data in teacher_data.items()}
     lengths = samples.lengths
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
     )
-    return PreparedRun(run, splits.train, validation, samples, compared_by_stage | taught, lessons, watch)
+    return PreparedRun(run, splits.train, validation, samples, samples_of_stages | taught_samples, teacher_data, watch)
 
 
-def compared_samples(training: Sequence[Sample], run: Run, digest: str) -> tuple[dict[str, TokenizedSamples], str]:
-    """The answers that each stage compares, or the questions that it asks, by its name; and the digest of them and of
-    what `digest` is of. Raises DataError.
+def samples_by_stage(training: Sequence[Sample], run: Run, digest: str) -> tuple[dict[str, TokenizedSamples], str]:
+    """The answers that each stage compares, or the prompts that it samples answers to, by stage; and the digest of them
+    and of what `digest` is of. Raises DataError.
     """
     result: dict[str, TokenizedSamples] = {}
     for stage in run.recipe.train.stages:
         objective = stage.objective
-        if objective.compares or objective.asks:
+        if objective.compares or objective.samples_answers:
             rows = RowsDigest(digest)
             own = picked(training, samples_of(stage, training))
-            found = questions(own, objective, run) if objective.asks else compared(own, objective.needs, run)
+            found = prompts(own, objective, run) if objective.samples_answers else compared(own, objective.needs, run)
             result[stage.name] = TokenizedSamples.of(rows.read(found))
             digest = str(rows)
     return result, digest
@@ -177,14 +177,14 @@ def stage_rows(
     weights = sampling_weights(own, run.recipe.train.mixing_temperature)
     if stage.objective.needs == "texts":
         samples = TokenizedSamples.of(distilled(own, stage, run, model))
-    elif stage.name in prepared.compared:
-        samples = prepared.compared[stage.name]
+    elif stage.name in prepared.by_stage:
+        samples = prepared.by_stage[stage.name]
         weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
     else:
         samples = prepared.samples.select(chosen)
-    if stage.objective.asks:
-        kind = kind_of_answers(kind, model.composition.fusion)
-        return samples, asked_rows(run.recipe.train, stage, samples.lengths, weights, seed, kind)
+    if stage.objective.samples_answers:
+        kind = row_kind_of_answers(kind, model.composition.fusion)
+        return samples, rollout_rows(run.recipe.train, stage, samples.lengths, weights, seed, kind)
     rows = plan_rows(
         samples.taught_lengths,
         weights,

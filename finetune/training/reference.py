@@ -1,4 +1,4 @@
-"""How likely a stage's answers are to the weights that it begins with: computed once, before these change."""
+"""Reference log-probabilities: those of a stage's answers under the weights that it begins with, computed once."""
 
 import hashlib
 import json
@@ -31,8 +31,8 @@ NAME = "log_probs"
 
 @dataclass(frozen=True)
 class Reference:
-    """`path`: where a resumed run finds it; `origin`: what the LLM and the features come from, by which another run
-    finds it in the user's cache, '' where that isn't known.
+    """`path`: the file that a resumed run reads; `origin`: identifies the LLM and the encoders in the key of the user's
+    cache; '' to do without the cache.
     """
 
     path: Path
@@ -41,8 +41,8 @@ class Reference:
     collator: Collator
 
     def log_probs(self, rows: Sequence[Row], autocast: AbstractContextManager[None], resumed: bool) -> list[Tensor]:
-        """Of each sample in `rows`, those of its learned tokens (K,), float32. Raises TrainingError where a run is
-        `resumed` and they are gone: its weights have changed since.
+        """For each sample in `rows`, those of its learned tokens (K,), float32. Raises TrainingError where a run is
+        `resumed` and the file is gone: the weights have changed since.
         """
         sizes = self.collator.samples.learned
         if resumed:
@@ -68,7 +68,7 @@ class Reference:
     def _measured(
         self, rows: Sequence[Row], sizes: Sequence[int], autocast: AbstractContextManager[None]
     ) -> list[Tensor]:
-        """Every process measures its share of the rows; zeros for samples that are in none."""
+        """Every process computes its share of the rows; zeros for samples that are in none."""
         model, state = self.model, PartialState()
         device = next(model.parameters()).device
         chosen = list(_first_times(rows))[state.process_index :: state.num_processes]
@@ -85,7 +85,7 @@ class Reference:
         return [found.get(number, torch.zeros(size)) for number, size in enumerate(sizes)]
 
     def _key(self) -> str:
-        """Of what the reference is made: weights that train, the LLM, the rows, and how they are computed."""
+        """A hash of what determines the reference: trained weights, LLM, rows, layout and library versions."""
         digest = hashlib.sha256(self.origin.encode())
         for name, tensor in sorted(trained_tensors(self.model).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -101,7 +101,7 @@ class Reference:
 
 
 def learned_log_probs(model: MultimodalModel, batch: Batch) -> Tensor:
-    """Of a batch's learned tokens (K,), float32, on the CPU. `model`: with trl's fused head."""
+    """Log-probabilities of a batch's learned tokens (K,), float32, on the CPU. `model`: with trl's fused head."""
     inputs = {key: value for key, value in batch.items() if key not in ("compared", "items", "rollout")}
     with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
         found: Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs[0].float().cpu()
@@ -109,7 +109,7 @@ def learned_log_probs(model: MultimodalModel, batch: Batch) -> Tensor:
 
 
 def _first_times(rows: Sequence[Row]) -> Iterator[Row]:
-    """Of the rows of all epochs, groups with a sample that no row before has."""
+    """Of the rows of all epochs, the groups with a sample that no earlier row has."""
     seen: set[int] = set()
     for row in rows:
         new = [group for group in row if not seen.issuperset(group)]

@@ -1,5 +1,5 @@
-"""Answers that the model gives to a stage's questions while it trains, and what they are worth. They are sampled before
-an optimizer step, by the weights as they are then, and are the same for the same seed, step and weights.
+"""Answers sampled from the model while it trains, and their rewards and advantages. They are sampled before an
+optimizer step, with the weights of that moment, and are the same for the same seed, step and weights.
 """
 
 import hashlib
@@ -36,21 +36,21 @@ from finetune.training.reference import learned_log_probs
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
 Reward: TypeAlias = Callable[[Sample, str], float]
-"""What an answer to a sample's question is worth: a finite number, the more the better."""
+"""The reward of an answer to a sample's question: a finite number; higher is better."""
 SMALLEST_DEVIATION = 1e-4  # added to the deviation of rewards, as in trl
 
 
 class Sampler(Protocol):
-    """Where answers come from."""
+    """The source of sampled answers."""
 
     def __call__(self, questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[list[int]]]:
-        """`options.answers` answers to each question, as token ids with the one that ends them, if they come to it."""
+        """`options.answers` answers to each question, as token ids, the end token included if it was reached."""
 
 
 @dataclass(frozen=True)
 class SampledAnswer:
-    """`tokens`: its ids. `before`, `reference`: log-probabilities of these by the weights that it was sampled with, and
-    by those that the stage began with; empty where the loss doesn't ask for them.
+    """`tokens`: its ids. `before`, `reference`: log-probabilities of these under the weights that it was sampled with,
+    and under those that the stage began with; empty where the loss doesn't need them.
     """
 
     tokens: list[int]
@@ -72,20 +72,20 @@ class Group:
         return [answer.reward for answer in self.answers]
 
     @property
-    def different(self) -> list[tuple[SampledAnswer, int]]:
-        """Its different answers, each with how many of it there are: they are learned as one, of so much weight."""
+    def distinct(self) -> list[tuple[SampledAnswer, int]]:
+        """(answer, count) of its distinct answers: equal ones are learned as one, weighted by their count."""
         counts = Counter((tuple(one.tokens), one.advantage) for one in self.answers)
         firsts = {(tuple(one.tokens), one.advantage): one for one in reversed(self.answers)}
         return [(firsts[key], count) for key, count in counts.items()]
 
     @property
     def has_signal(self) -> bool:
-        """Whether some answers are worth more than others."""
+        """Whether rewards differ."""
         return max(self.rewards) > min(self.rewards)
 
 
-def own_sampler(assistant: Assistant, view: MediaView) -> Sampler:
-    """The model that trains, without its dropout."""
+def policy_sampler(assistant: Assistant, view: MediaView) -> Sampler:
+    """Samples from the model that trains, without dropout."""
 
     def sample(questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[list[int]]]:
         device = assistant.model.get_input_embeddings().weight.device
@@ -103,7 +103,7 @@ def own_sampler(assistant: Assistant, view: MediaView) -> Sampler:
 
 
 def task_reward(bindings: Mapping[str, TaskBinding], name: str) -> Reward:
-    """One number of what a sample's task measures of an answer."""
+    """The measure `name` of a sample's task as the reward."""
 
     def reward(sample: Sample, text: str) -> float:
         binding = bindings[sample.task]
@@ -113,7 +113,7 @@ def task_reward(bindings: Mapping[str, TaskBinding], name: str) -> Reward:
 
 
 def advantages(rewards: Sequence[Sequence[float]], scale: str) -> list[list[float]]:
-    """By how much each answer is worth more than its group is on average. `scale`: see `grpo.Options`; with "batch" the
+    """By how much the reward of each answer exceeds its group's mean. `scale`: see `grpo.Options`; with "batch" the
     groups of all processes count.
     """
     everywhere = [reward for group in gather_object(list(rewards)) for reward in group] if scale == "batch" else []
@@ -128,8 +128,8 @@ def advantages(rewards: Sequence[Sequence[float]], scale: str) -> list[list[floa
 
 
 class Rollouts:
-    """What a stage whose objective asks questions learns from. `samples`: its rows, whose questions are the samples of
-    `collator`; `decode(tokens)`: an answer's text.
+    """The batches of a stage that samples answers. `samples`: its rows; the samples of `collator` are their prompts;
+    `decode(tokens)`: an answer's text.
     """
 
     def __init__(
@@ -147,14 +147,14 @@ class Rollouts:
         self.sampler, self.decode, self.reward, self.seed = sampler, decode, reward, seed
         self.options: Any = stage.objective.options
         self.rows: list[list[Group]] = []  # of the step
-        self.began: list[tuple[nn.Parameter, Tensor]] = []
+        self.initial: list[tuple[nn.Parameter, Tensor]] = []
 
     def begin(self, trained: Sequence[nn.Parameter], checkpoint: Path | None = None) -> None:
-        """Call with the weights as the stage begins, also where it goes on from a checkpoint. A copy of what trains is
-        kept where the loss has the divergence from it, so that no second model is needed.
+        """To be called with the weights that the stage begins with, also before a checkpoint is loaded. Where the loss
+        has a KL divergence, the trained weights are copied, so that no second model is needed.
         """
         if self.options.beta:
-            self.began = [(parameter, parameter.detach().clone()) for parameter in trained]
+            self.initial = [(parameter, parameter.detach().clone()) for parameter in trained]
         if checkpoint and step_of(checkpoint) % self.options.iterations:  # the next step has the same answers
             self.rows = [
                 [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
@@ -169,13 +169,13 @@ class Rollouts:
             training = model.training
             model.eval()
             with torch.no_grad():
-                self.rows = self._drawn(rows, step)
+                self.rows = self._sampled(rows, step)
                 with autocast:
                     self.rows = [self._with_log_probs(groups, model) for groups in self.rows]
             model.train(training)
         return [batch_of(self.stage, self.collator, groups) for groups in self.rows]
 
-    def _drawn(self, rows: Sequence[PackedRow], step: int) -> list[list[Group]]:
+    def _sampled(self, rows: Sequence[PackedRow], step: int) -> list[list[Group]]:
         drawn = []
         for place, row in enumerate(rows):
             numbers = [] if row["filler"] else [number for group in row["groups"] for number in group]
@@ -189,11 +189,11 @@ class Rollouts:
         seed = int.from_bytes(hashlib.sha256(origin.encode()).digest()[:4])
         tokens = self.sampler([self.samples[number].question for number in numbers], self.options, seed)
         return [
-            Group(number, [SampledAnswer(one, self._worth(self.samples[number], one)) for one in own])
+            Group(number, [SampledAnswer(one, self._reward_of(self.samples[number], one)) for one in own])
             for number, own in zip(numbers, tokens, strict=True)
         ]
 
-    def _worth(self, sample: Sample, tokens: Sequence[int]) -> float:
+    def _reward_of(self, sample: Sample, tokens: Sequence[int]) -> float:
         text = self.decode(tokens)
         value = float(self.reward(sample, text))
         if not math.isfinite(value):
@@ -201,32 +201,32 @@ class Rollouts:
         return value
 
     def _with_log_probs(self, groups: list[Group], model: Any) -> list[Group]:
-        """With those that the loss asks for: `before` where several steps learn from the same answers."""
-        asked = {"before": self.options.iterations > 1, "reference": self.options.beta > 0}
-        if not any(teaches(group, self.options) for group in groups):
+        """With those that the loss needs: `before` where several steps learn from the same answers."""
+        needed = {"before": self.options.iterations > 1, "reference": self.options.beta > 0}
+        if not any(has_gradient(group, self.options) for group in groups):
             return groups
-        for name in [name for name, needed in asked.items() if needed]:
+        for name in [name for name, is_needed in needed.items() if is_needed]:
             batch = batch_of(self.stage, self.collator, groups)
             counts = batch["compared"]["tokens"]
-            with self._as_begun() if name == "reference" else nullcontext():
+            with self._initial_weights() if name == "reference" else nullcontext():
                 flat = learned_log_probs(model, send_to_device(batch, next(model.parameters()).device))
             each = (own.tolist() for own in flat.split(counts))
             for place, group in enumerate(groups):
-                if teaches(group, self.options):
-                    known = {tuple(one.tokens): next(each) for one, _ in group.different}
+                if has_gradient(group, self.options):
+                    known = {tuple(one.tokens): next(each) for one, _ in group.distinct}
                     groups[place] = _with(group, name, [known[tuple(one.tokens)] for one in group.answers])
         return groups
 
     @contextmanager
-    def _as_begun(self) -> Iterator[None]:
-        now = [parameter.data for parameter, _ in self.began]
+    def _initial_weights(self) -> Iterator[None]:
+        now = [parameter.data for parameter, _ in self.initial]
         torch.clear_autocast_cache()  # it holds parameters in half precision, whatever their data is by now
         try:
-            for parameter, before in self.began:
+            for parameter, before in self.initial:
                 parameter.data = before
             yield
         finally:
-            for (parameter, _), data in zip(self.began, now, strict=True):
+            for (parameter, _), data in zip(self.initial, now, strict=True):
                 parameter.data = data
             torch.clear_autocast_cache()
 
@@ -234,28 +234,28 @@ class Rollouts:
         write_json(path, {"rows": [[asdict(group) for group in groups] for groups in self.rows]})
 
 
-def teaches(group: Group, options: Any) -> bool:
-    """Whether it has a gradient: answers that are all worth the same have none but that of the divergence."""
+def has_gradient(group: Group, options: Any) -> bool:
+    """Whether it has a gradient: where all rewards are equal, only the KL divergence has one."""
     return bool(options.beta) or group.has_signal
 
 
 def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batch:
-    """What is learned from a row's groups; nothing, where none of them has a gradient."""
+    """The batch of a row's groups; a filler row where none of them has a gradient."""
     options: Any = stage.objective.options
-    taught = [group for group in groups if teaches(group, options)]
+    trained = [group for group in groups if has_gradient(group, options)]
     stand_in = SampledAnswer(questions.samples[0].input_ids[-1:], 0.0, 0.0, [0.0], [0.0])
-    learned = [(group.number, group.different) for group in taught] or [(0, [(stand_in, 1)])]
-    answers = [answer for _, different in learned for answer, _ in different]
+    learned = [(group.number, group.distinct) for group in trained] or [(0, [(stand_in, 1)])]
+    answers = [answer for _, distinct in learned for answer, _ in distinct]
     collator = copy(questions)
     collator.samples = TokenizedSamples.of(
         _answered(questions.samples[number], answer.tokens, number, count)
-        for number, different in learned
-        for answer, count in different
+        for number, distinct in learned
+        for answer, count in distinct
     )
     collator.reference = [torch.tensor(answer.reference) for answer in answers] if options.beta else None
     places = iter(range(len(answers)))
-    together = [[next(places) for _ in different] for _, different in learned]
-    batch = collator([PackedRow(groups=together, filler=not taught)])
+    together = [[next(places) for _ in distinct] for _, distinct in learned]
+    batch = collator([PackedRow(groups=together, filler=not trained)])
     drawn = [answer for group in groups for answer in group.answers]
     batch["rollout"] = RolloutBatch(
         advantages=torch.tensor([answer.advantage for answer in answers]),
@@ -288,7 +288,7 @@ def _going_on(positions: list[int], count: int) -> list[int]:
 
 
 def longest_answers(stage: Stage, collator: Collator, row: Row) -> Batch:
-    """The batch of a row's questions if no answer ended before its limit, as a plan needs it."""
+    """The batch of a row's questions with every answer at its length limit, for memory plans."""
     options: Any = stage.objective.options
     tokens = collator.samples[0].input_ids[-1:] * options.max_new_tokens
     zeros = [0.0] * len(tokens)
@@ -315,12 +315,12 @@ def figures_of(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def file_name() -> str:
-    """Of this process's answers in a checkpoint."""
+    """The file of this process's answers in a checkpoint."""
     return f"rollouts-{PartialState().process_index}.json"
 
 
-class KeepRollouts(TrainerCallback):
-    """Answers that later steps learn from go into the checkpoint. To come before `WholeCheckpoints`."""
+class SaveRollouts(TrainerCallback):
+    """Saves answers that later steps learn from in the checkpoint. To come before `WholeCheckpoints`."""
 
     def __init__(self, rollouts: Rollouts, folder: Path) -> None:
         self.rollouts, self.folder = rollouts, folder
@@ -330,16 +330,16 @@ class KeepRollouts(TrainerCallback):
             self.rollouts.save(self.folder / STAGING / f"checkpoint-{state.global_step}" / file_name())
 
 
-def kind_of_answers(kind: RowKind, fusion: FusionPart) -> RowKind:
-    """How answers to one question are laid out: a fusion that finds media by their sample needs them beside each."""
+def row_kind_of_answers(kind: RowKind, fusion: FusionPart) -> RowKind:
+    """The layout of answers to one question: a fusion that finds media by their sample needs them in each."""
     return RowKind.SEGMENTS if kind is RowKind.SHARED and fusion.by_sample else kind
 
 
-def asked_rows(
+def rollout_rows(
     train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, kind: RowKind
 ) -> list[Row]:
-    """The rows of questions whose sampled answers, laid out as `kind` says, fit a packed row: those of an optimizer
-    step as often as the objective learns from them. Raises DataError.
+    """Rows of prompts whose sampled answers, laid out as `kind` says, fit a packed row. Those of an optimizer step are
+    repeated as often as the objective learns from them. Raises DataError.
     """
     objective = stage.objective
     options: Any = objective.options

@@ -78,7 +78,7 @@ def _finished(
         token_accuracy=[round(entry["mean_token_accuracy"], 4) for entry in log],
         steps=steps,
         samples=len(trained_on) // training.stage.objective.iterations,
-        # With the answers that were sampled, which no row tells.
+        # With the sampled answers, which are in no row.
         tokens=int(log[-1]["num_tokens"]) if training.rollouts else sum(lengths[number] for number in trained_on),
         figures={name: [entry.get(name) for entry in log] for name in training.stage.objective.module.FIGURES},
         left_out=suspects_of(training).left_out(),

@@ -27,7 +27,7 @@ from finetune.recipe.parts import Needs, ObjectivePart
 from finetune.recipe.schema import Stage
 
 DISTILL_BATCH = 16  # questions answered at once
-COUNTED = ("chosen", "desirable", "undesirable")  # roles: of each pair, and of each answer with a verdict, one
+COUNTED = ("chosen", "desirable", "undesirable")  # roles: of each pair, and of each labelled answer, one
 
 
 @dataclass(frozen=True)
@@ -254,23 +254,23 @@ def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
 
 def compared(samples: Sequence[Sample], needs: Needs, run: Run) -> Iterator[TokenizedSample]:
     """Training rows with the answers that an objective compares: of each the chosen and the rejected one ("pairs"), or
-    its own with its verdict, and that of the row before ("verdicts"). Raises DataError, at the end, with all rows that
+    its own with its label, and that of the row before ("unpaired"). Raises DataError, at the end, with all rows that
     can't be used.
     """
     if needs == "pairs":
         return _each(enumerate(samples), lambda row: _pair(*row, run))
     others = answers_of(samples)
-    return _each(enumerate(samples), lambda row: _verdict(*row, others[row[0] - 1], run))
+    return _each(enumerate(samples), lambda row: _unpaired(*row, others[row[0] - 1], run))
 
 
-def questions(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> Iterator[TokenizedSample]:
-    """The questions of training rows, without their answers. Raises DataError, at the end, with all rows whose sampled
+def prompts(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> Iterator[TokenizedSample]:
+    """The prompts of training rows, without their answers. Raises DataError, at the end, with all rows whose sampled
     answers no packed row would hold.
     """
     components = run.components
     segments = components.placement.segments_by(run.features.layout)
 
-    def asked(sample: Sample) -> list[TokenizedSample]:
+    def prompt_of(sample: Sample) -> list[TokenizedSample]:
         row = _tokenized(sample, run)
         prompt = tokenize_prompt(sample.question, components.tokenizer, components.placeholders, segments, sample.where)
         ids = prompt.input_ids
@@ -284,14 +284,14 @@ def questions(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> 
             )
         return [replace(row, input_ids=ids, labels=[IGNORED] * len(ids), positions=prompt.positions)]
 
-    return _each(samples, asked)
+    return _each(samples, prompt_of)
 
 
 def _pair(number: int, sample: Sample, run: Run) -> list[TokenizedSample]:
     return _together(number, {"chosen": sample, "rejected": sample.answered(sample.rejected or "")}, run)
 
 
-def _verdict(number: int, sample: Sample, other: str, run: Run) -> list[TokenizedSample]:
+def _unpaired(number: int, sample: Sample, other: str, run: Run) -> list[TokenizedSample]:
     own = "desirable" if sample.desirable else "undesirable"
     return _together(number, {own: sample, "other": sample.answered(other)}, run)
 

@@ -25,7 +25,7 @@ def language_model_for(settings: Train, components: Components) -> Any:
 @dataclass
 class Shared:
     """Encoders, features, and the quantized LLM without adapter, which is loaded when a training first builds its
-    model: after teachers have been asked. `composite`: of the training that uses them now.
+    model: after teachers have run. `composite`: of the training that uses them now.
     """
 
     components: Components

@@ -1,4 +1,4 @@
-"""Rows of batches whose loss or gradients weren't finite: which ones, and where they are listed."""
+"""Rows of batches whose loss or gradients weren't finite, and the file that lists them."""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class Suspects:
         return [self.collator.samples[number].where for number in numbers]
 
     def note(self, numbers: Sequence[int], step: int, what: str, *, alone: bool, left_out: bool) -> str:
-        """Write them to the list, each once a step; gives the first of them by name."""
+        """Add them to the list, each once a step. Returns the names of the first ones."""
         names = self.names(numbers)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         noted = [vars(Suspect(self.stage, step, name, what, alone, left_out)) for name in names]

@@ -179,9 +179,10 @@ class SharedParts:
             return None
         model = recipe.model.model_dump(mode="json", include={"llm", "base", "encoders"})
         settings = [str(recipe.train.feature_folder), recipe.train.dequantize_once]
-        taught = [[s.objective.dump(), s.sources] for s in recipe.train.stages if s.objective.needs == "teacher"]
-        rows = recipe.model_dump(mode="json", include={"data"}) if taught else {}  # the LLM makes room for a teacher
-        fixed = [model, *settings, recipe.media.model_dump(), taught, rows]
+        with_teacher = [[s.objective.dump(), s.sources] for s in recipe.train.stages if s.objective.needs == "teacher"]
+        # Teachers run before the LLM is loaded.
+        rows = recipe.model_dump(mode="json", include={"data"}) if with_teacher else {}
+        fixed = [model, *settings, recipe.media.model_dump(), with_teacher, rows]
         key = json.dumps(fixed, sort_keys=True)
         if key != self.key or self.shared is None:
             self.shared = None  # let go of the old LLM before the new one is loaded

@@ -1,5 +1,5 @@
-"""What another model says to a stage's rows. It is written down before the student's LLM is loaded, so that the two are
-never in memory together, and kept for other runs in the user's cache.
+"""Answers and distributions of another model, the teacher, for a stage's rows. They are computed before the student's
+LLM is loaded, so that the two are never in memory together, and kept for other runs in the user's cache.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from finetune.model.load import load_base, load_folder, model_folder
 from finetune.model.prefixes import IGNORED
 from finetune.model.row_plan import RowKind, by_segments, row_kind
 from finetune.model.run import Run
-from finetune.model.taught import Taught
+from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.model.tokenize import tokenize
 from finetune.model.trained_for import fingerprint, is_own
 from finetune.recipe.load import Recipe
@@ -66,11 +66,13 @@ class TeacherOutputs:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, number: int) -> Taught:
+    def __getitem__(self, number: int) -> TeacherDistributions:
         row = {name: self._values(name, number) for name in ("ids", "log_probs", "rest")}
         tokens = len(row["rest"])
         ids = torch.tensor(row["ids"], dtype=torch.long).view(tokens, -1)
-        return Taught(ids, torch.tensor(row["log_probs"]).view(tokens, -1), torch.tensor(row["rest"]), self.temperature)
+        return TeacherDistributions(
+            ids, torch.tensor(row["log_probs"]).view(tokens, -1), torch.tensor(row["rest"]), self.temperature
+        )
 
     def tokens(self, number: int) -> list[int]:
         """The tokens that they are the distributions of."""
@@ -82,9 +84,9 @@ class TeacherOutputs:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a teacher says to a stage's rows: these with the answers to learn, and the distributions of their tokens,
-    None where the answers alone teach.
+class TeacherData:
+    """What a stage learns from a teacher: `samples`, its rows with the answers to learn; `outputs`, the distributions
+    at their tokens, None where only the answers are learned.
     """
 
     teacher: str
@@ -109,19 +111,19 @@ class Lesson:
         return tokens
 
 
-def ask_teachers(recipe: Recipe, training: Sequence[Sample], folder: RunFolder) -> dict[str, Lesson]:
-    """{stage: what its teacher says}, from an earlier run, or from the teacher, which is loaded for it and let go.
-    Raises RecipeError for a teacher of another vocabulary, DataError with the rows that it can't read, TrainingError
-    where it or its rows have changed since the run began.
+def run_teachers(recipe: Recipe, training: Sequence[Sample], folder: RunFolder) -> dict[str, TeacherData]:
+    """{stage: data of its teacher}, from the cache, or from the teacher, which is loaded for it and released. Raises
+    RecipeError for a teacher of another vocabulary, DataError with the rows that it can't read, TrainingError where it
+    or its rows have changed since the run began.
     """
     return {
-        stage.name: _lesson(number, recipe, picked(training, samples_of(stage, training)), folder)
+        stage.name: _teacher_data(number, recipe, picked(training, samples_of(stage, training)), folder)
         for number, stage in enumerate(recipe.train.stages)
         if stage.objective.needs == "teacher"
     }
 
 
-def _lesson(number: int, recipe: Recipe, rows: Sequence[Sample], folder: RunFolder) -> Lesson:
+def _teacher_data(number: int, recipe: Recipe, rows: Sequence[Sample], folder: RunFolder) -> TeacherData:
     stage, teacher, samples = recipe.train.stages[number], StageTeacher(number, recipe), list(rows)
     options: Any = stage.objective.options
     outputs = None
@@ -138,7 +140,7 @@ def _lesson(number: int, recipe: Recipe, rows: Sequence[Sample], folder: RunFold
             outputs = TeacherOutputs(table, options.temperature)
     finally:
         teacher.release()
-    return Lesson(teacher.name, samples, outputs)
+    return TeacherData(teacher.name, samples, outputs)
 
 
 def _answered(samples: Sequence[Sample], teacher: "StageTeacher", path: Path) -> list[Sample]:
@@ -154,7 +156,7 @@ def _answered(samples: Sequence[Sample], teacher: "StageTeacher", path: Path) ->
 
 
 class StageTeacher:
-    """The teacher of a stage, loaded when it is first asked."""
+    """The teacher of a stage, loaded when first needed."""
 
     def __init__(self, number: int, recipe: Recipe) -> None:
         self.recipe, self.where = recipe, f"train.stages.{number}.objective"
@@ -194,10 +196,10 @@ class StageTeacher:
         return vocabulary_of(load_tokenizer(str(self.folder)))
 
     def refuse_changed(self, path: Path, samples: Sequence[Sample]) -> None:
-        """Keep what it is, and what it is asked. Raises TrainingError where a resumed run began with another."""
+        """Note hashes of the teacher and its rows. Raises TrainingError where a resumed run began with others."""
         current = {"teacher": self.name, "fingerprint": self.fingerprint, "rows": rows_digest(samples)}
         before = read_json(path) if path.is_file() else current
-        for key, what in (("fingerprint", self.name), ("rows", "what it is asked")):
+        for key, what in (("fingerprint", self.name), ("rows", "the set of its rows")):
             if before[key] != current[key]:
                 raise TrainingError(
                     f"{self.where}.teacher: {what} has changed since this run began; begin anew with {option(*RUN)}"
@@ -227,8 +229,8 @@ class StageTeacher:
         *,
         waits: bool = True,
     ) -> pa.Table:
-        """The table of what `compute` gives, computed by the main process where no earlier run has; `waits`: all
-        processes call it.
+        """The cached table of what `compute` gives, computed by the main process where the cache has none; `waits`:
+        all processes call this.
         """
         versions = [version(name) for name in ("torch", "transformers", "peft")]
         limits = self.recipe.media.model_dump(mode="json")
@@ -249,7 +251,7 @@ class StageTeacher:
         if waits:
             PartialState().wait_for_everyone()
         if table is None and (table := opened(folder)) is None:
-            raise TrainingError(f"{folder}: the teacher's output of the main process isn't there: all need one cache")
+            raise TrainingError(f"{folder}: no teacher outputs of the main process: all need one cache")
         return table
 
     def answers(self, samples: Sequence[Sample]) -> Iterator[Mapping[str, object]]:
@@ -266,7 +268,7 @@ class StageTeacher:
 
     @torch.no_grad()
     def distributions(self, samples: Sequence[Sample]) -> Iterator[Mapping[str, object]]:
-        """Of each learned token, in packed rows as where it trains."""
+        """The distribution at each learned token, computed in packed rows as in training."""
         model, tokenizer = self.assistant.model.eval(), self.assistant.tokenizer
         vocabulary = 1 + max(self.vocabulary.values())
         rows = TokenizedSamples.of(self._tokenized(samples))
@@ -289,9 +291,13 @@ class StageTeacher:
                 batch: Any = send_to_device(collator([PackedRow(groups=row, filler=False)]), device)
                 with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
                     logits = model.label_logits(**batch)
-                taught = Taught.of(logits, self.options.temperature, self.options.top_k, vocabulary)
+                distributions = TeacherDistributions.of(
+                    logits, self.options.temperature, self.options.top_k, vocabulary
+                )
                 numbers = [number for group in row for number in group]
-                yield from _as_rows(taught, batch["shift_labels"][0], numbers, [rows[n].learned for n in numbers])
+                yield from _as_rows(
+                    distributions, batch["shift_labels"][0], numbers, [rows[n].learned for n in numbers]
+                )
                 step()
 
     def _tokenized(self, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
@@ -324,7 +330,7 @@ class StageTeacher:
 
 
 def _as_rows(
-    taught: Taught, tokens: torch.Tensor, numbers: Sequence[int], sizes: Sequence[int]
+    distributions: TeacherDistributions, tokens: torch.Tensor, numbers: Sequence[int], sizes: Sequence[int]
 ) -> Iterator[Mapping[str, object]]:
     begin = 0
     for number, size in zip(numbers, sizes, strict=True):
@@ -332,9 +338,9 @@ def _as_rows(
         yield {
             "number": number,
             "tokens": tokens[own].int().cpu().numpy(),
-            "ids": taught.ids[own].int().cpu().numpy().ravel(),
-            "log_probs": taught.log_probs[own].cpu().numpy().ravel(),
-            "rest": taught.rest[own].cpu().numpy(),
+            "ids": distributions.ids[own].int().cpu().numpy().ravel(),
+            "log_probs": distributions.log_probs[own].cpu().numpy().ravel(),
+            "rest": distributions.rest[own].cpu().numpy(),
         }
         begin += size
 

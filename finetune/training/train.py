@@ -40,7 +40,7 @@ from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
 from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
-from finetune.training.rollouts import Reward, Rollouts, kind_of_answers, own_sampler, task_reward
+from finetune.training.rollouts import Reward, Rollouts, policy_sampler, row_kind_of_answers, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
 from finetune.training.steps import samples_of
@@ -66,8 +66,8 @@ def train(
 
     Ctrl-C, SIGTERM and SIGHUP leave a whole checkpoint and raise Interrupted; `resume` goes on from it. `overrides`:
     'full.dotted.key=value'. `on_validation(score)` runs after each validation pass; return True to stop the stage.
-    `reward(sample, answer)`: what a sampled answer to a row's question is worth, a number, in stages with the objective
-    grpo; by default what the row's task measures.
+    `reward(sample, answer)`: the reward of a sampled answer, a number, in stages with the objective grpo; by default
+    the measure that the objective names.
     Raises RecipeError, DataError, ModelError, TrainingError.
     """
     recipe = as_recipe(recipe, overrides)
@@ -87,7 +87,7 @@ def train_in(
     reward: Reward | None = None,
 ) -> RunFolder:
     """As `train`. `shared`: components that are loaded already."""
-    if reward is not None and not any(stage.objective.asks for stage in recipe.train.stages):
+    if reward is not None and not any(stage.objective.samples_answers for stage in recipe.train.stages):
         raise RecipeError("reward: no stage of the recipe samples answers: give one `objective: grpo`")
     quiet_libraries()
     fresh_memory()
@@ -172,10 +172,10 @@ def train_stages(
             samples,
             features.features if settings.cache else lambda medium: features.prepared(medium).values,
             field="features" if settings.cache else "media",
-            kind=kind_of_answers(kind, model.composition.fusion) if stage.objective.asks else kind,
+            kind=row_kind_of_answers(kind, model.composition.fusion) if stage.objective.samples_answers else kind,
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
-            taught=prepared.lessons[stage.name].outputs if stage.name in prepared.lessons else None,
+            distributions=prepared.teacher_data[stage.name].outputs if stage.name in prepared.teacher_data else None,
         )
         training = StageTraining(
             model=model,
@@ -188,7 +188,7 @@ def train_stages(
             seed=run.recipe.seed,
             dtype=components.dtype,
             origin=origin_of(run, model) if stage.objective.reference else "",
-            rollouts=rollouts_of(prepared, stage, collator, model, reward) if stage.objective.asks else None,
+            rollouts=rollouts_of(prepared, stage, collator, model, reward) if stage.objective.samples_answers else None,
         )
         results[stage.name] = run_stage(
             run.folder, training, validation_callback(prepared, stage, model, on_validation)
@@ -210,14 +210,14 @@ def train_stages(
 def rollouts_of(
     prepared: PreparedRun, stage: Stage, collator: Collator, model: MultimodalModel, reward: Reward | None
 ) -> Rollouts:
-    """What a stage learns from that samples answers: see `train` for the reward."""
+    """The rollouts of a stage that samples answers. `reward`: see `train`."""
     run, options = prepared.run, stage.objective.options
     tokenizer: Any = run.components.tokenizer
     return Rollouts(
         stage,
         picked(prepared.training, samples_of(stage, prepared.training)),
         collator,
-        sampler=own_sampler(run.assistant(model), run.features),
+        sampler=policy_sampler(run.assistant(model), run.features),
         decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
         reward=reward or task_reward(run.bindings, getattr(options, "reward", "good")),
         seed=run.recipe.seed,
@@ -225,7 +225,7 @@ def rollouts_of(
 
 
 def origin_of(run: Run, model: MultimodalModel) -> str:
-    """What tells the LLM and the encoders of a run from others, as JSON."""
+    """What identifies the LLM and the encoders of a run, as JSON."""
     recipe, llm = run.recipe, run.recipe.model.language_model
     content = [
         recipe.model.model_dump(mode="json"),

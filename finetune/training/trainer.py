@@ -37,13 +37,13 @@ from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
 from finetune.training.reference import Reference
-from finetune.training.rollouts import KeepRollouts, Rollouts
+from finetune.training.rollouts import Rollouts, SaveRollouts
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.suspects import FILE, Suspects, without
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
 
-FUSED = ("log_probs", "entropy", "is_top1")  # what trl's SFTTrainer asks of its head
+FUSED = ("log_probs", "entropy", "is_top1")  # the outputs of its head that trl's SFTTrainer uses
 SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
 
 
@@ -57,8 +57,8 @@ class NotFinite(TrainingError):
 @dataclass(frozen=True)
 class StageTraining:
     """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the model is asked
-    the questions of the rows and learns from its own answers.
+    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the stage
+    learns from answers sampled from the model.
     """
 
     model: MultimodalModel
@@ -98,7 +98,7 @@ def train_stage(
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
     gradients = FiniteGradients(parts)
     rollouts = training.rollouts
-    kept = [KeepRollouts(rollouts, training.folder)] if rollouts else []
+    kept = [SaveRollouts(rollouts, training.folder)] if rollouts else []
     callbacks = [
         *boards,
         gradients,
@@ -255,7 +255,7 @@ class StageTrainer(SFTTrainer):
             add_fused_lm_head(self.model, self.rollouts.options.temperature, outputs=FUSED)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of an optimizer step; where the objective asks questions, their rows with answers of now."""
+        """The batches of an optimizer step; where the objective samples answers, with those sampled now."""
         if self.rollouts is not None:
             rows = [row for batch in islice(epoch_iterator, num_batches) for row in batch]
             model = self.accelerator.unwrap_model(self.model)
@@ -345,7 +345,7 @@ class StageTrainer(SFTTrainer):
         return [parameter for parameters in self.parts.values() for parameter in parameters]
 
     def _finite(self, loss: Tensor) -> bool:
-        """Under fp16 the scaler looks at gradients."""
+        """Under fp16 the scaler checks gradients."""
         if not torch.isfinite(loss):
             return False
         return self.args.fp16 or finite_gradients(self._trained())

@@ -15,8 +15,8 @@ from finetune.model.tokenize import tokenize
 from finetune.recipe.schema import Model
 
 REFUSED = {  # and why
-    "paligemma": "reads questions both ways and answers one way",
-    "phi4_multimodal": "the language model can't be told from its encoders",
+    "paligemma": "attention is bidirectional in prompts and causal in answers",
+    "phi4_multimodal": "no accessor that tells its language model from its encoders",
 }
 CASES = [(name, medium) for name, family in ZOO.items() for medium in family.media if medium != "video"]
 

@@ -24,9 +24,9 @@ def test_a_signal_at_any_time_of_the_start_says_so(number, tmp_path, full, tried
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})
         time.sleep(delay)
         process.send_signal(number)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode in (128 + number, -number), (delay, said)
-        assert "Traceback" not in said, (delay, said)
+        output = process.communicate(timeout=60)[1]
+        assert process.returncode in (128 + number, -number), (delay, output)
+        assert "Traceback" not in output, (delay, output)
         if process.returncode > 0:
-            assert "stopped" in said, (delay, said)
+            assert "stopped" in output, (delay, output)
     tried(f"{number.name} at {len(delays)} times of the start", "exit status tells; no traceback")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import tiny_recipe
 
 from finetune.common.errors import ArtifactError
+from finetune.data.sample import Layout
 from finetune.model.feature_store import FeatureStore
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ def fills(folder, seed, count):
     store = FeatureStore(folder, "encoder")
     for start in range(0, count, 50):
         chunk = store.missing([str(number) for number in numbers[start : start + 50]])
-        store.fill(((key, features_of(int(key)), ("",)) for key in chunk), lambda: None)
+        store.fill(((key, features_of(int(key)), Layout(4)) for key in chunk), lambda: None)
 
 
 def test_many_processes_fill_one_cache(tmp_path, full, tried):
@@ -63,8 +64,8 @@ def test_a_damaged_entry_is_noticed_and_computed_anew(damage, tmp_path, tried):
     path.write_bytes(spoiled[damage])
     second = cli("train", recipe, "--run", "second", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    said = "".join(second.stderr.split())
-    assert f"{path}isn'tasitwaswritten" in said and "computedanew" in said
+    output = "".join(second.stderr.split())
+    assert f"{path}isn'tasitwaswritten" in output and "computedanew" in output
     for name in ("adapter_model.safetensors", "projectors.safetensors"):
         left, right = (load_file(tmp_path / run / "adapter" / name) for run in ("first", "second"))
         assert all(torch.equal(left[key], right[key]) for key in left)
@@ -74,7 +75,7 @@ def test_a_damaged_entry_is_noticed_and_computed_anew(damage, tmp_path, tried):
 
 
 def test_what_is_damaged_later_is_not_read(tmp_path):
-    FeatureStore(tmp_path, "encoder").fill([("a", features_of(1), ("",))], lambda: None)
+    FeatureStore(tmp_path, "encoder").fill([("a", features_of(1), Layout(4))], lambda: None)
     (path,) = tmp_path.rglob("*.safetensors")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -91,16 +91,16 @@ ADAPTER = {
 QUICK = ("a template that loops on a word", "a million layers", "ten million iterations", "a deep manifest")
 
 
-def answers(folder: Path, said) -> None:
+def answers(folder: Path, results) -> None:
     """Puts what loading and asking it ends with."""
     try:
         assistant = finetune.load(folder)
         assistant.answers([[Message("user", ("go on",))]], max_new_tokens=2)
-        said.put(("answered", ""))
+        results.put(("answered", ""))
     except FinetuneError as error:
-        said.put(("refused", str(error)))
+        results.put(("refused", str(error)))
     except BaseException as error:
-        said.put(("traceback", repr(error)[:500]))
+        results.put(("traceback", repr(error)[:500]))
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_a_foreign_adapter_is_refused_with_one_message(what, finished_run, tmp_p
     folder = copy_of(finished_run("plain") / "adapter", tmp_path)
     ADAPTER[what](folder)
     context = get_context("fork")
-    said = context.SimpleQueue()
+    results = context.SimpleQueue()
     begin = monotonic()
-    process = context.Process(target=answers, args=(folder, said))
+    process = context.Process(target=answers, args=(folder, results))
     process.start()
     process.join(SECONDS)
     try:
         assert not process.is_alive(), "it hangs"
-        outcome, message = said.get()
+        outcome, message = results.get()
         assert outcome == "refused", message
         assert "\n" not in message and len(message) < 1000
     finally:

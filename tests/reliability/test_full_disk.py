@@ -38,15 +38,15 @@ def own_tmpfs(folder: Path, size: int) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True, capture_output=True)
 
 
-def trains(folder: Path, kind: str, size: int, said) -> None:
-    """A stage on a full disk; puts (what it said, names of whole checkpoints), then goes on with room."""
+def trains(folder: Path, kind: str, size: int, results) -> None:
+    """A stage on a full disk; puts (message, names of whole checkpoints), then goes on with room."""
     try:
         if kind == "disk":
             own_tmpfs(folder, size)
         else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     except (OSError, subprocess.CalledProcessError) as error:
-        said.put(("not allowed", str(error)))
+        results.put(("not allowed", str(error)))
         return
     run_stage_module.refuse_full = lambda *arguments: None  # the look before it begins
     run = RunFolder(folder)
@@ -61,7 +61,7 @@ def trains(folder: Path, kind: str, size: int, said) -> None:
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     run_stage(run, training_of(composite_with_lora(), run.checkpoints / "tune"), None)
-    said.put((message, whole, same_as(WHOLE[0], folder)))
+    results.put((message, whole, same_as(WHOLE[0], folder)))
 
 
 WHOLE: list[Path] = []
@@ -83,13 +83,13 @@ def test_a_full_disk_costs_nothing_that_was_learnt(kind, whole, tmp_path, full, 
     kept: list[int] = []
     shares = {"disk": [2.0, 4.0, 7.0, 9.0, 10.0], "size": [0.1, 0.3, 0.5, 0.7, 0.9]}[kind]
     for share in shares if full else shares[2:3]:
-        folder, said = tmp_path / str(share), context.SimpleQueue()
+        folder, results = tmp_path / str(share), context.SimpleQueue()
         folder.mkdir()
-        process = context.Process(target=trains, args=(folder, kind, int(share * whole), said))
+        process = context.Process(target=trains, args=(folder, kind, int(share * whole), results))
         process.start()
         process.join()
         assert process.exitcode == 0
-        message, *found = said.get()
+        message, *found = results.get()
         if message == "not allowed":
             pytest.skip(found[0])
         found, same = found

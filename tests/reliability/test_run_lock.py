@@ -44,11 +44,11 @@ def enters(path, entered):
 
 def test_of_many_at_once_one_comes_in(tmp_path, full):
     context = get_context("fork")
-    said = context.SimpleQueue()
-    many = [context.Process(target=enters, args=(tmp_path / "run", said)) for _ in range(20 if full else 6)]
+    results = context.SimpleQueue()
+    many = [context.Process(target=enters, args=(tmp_path / "run", results)) for _ in range(20 if full else 6)]
     for process in many:
         process.start()
-    words = [said.get() for _ in many]
+    words = [results.get() for _ in many]
     for process in many:
         process.kill()
         process.join()

@@ -52,7 +52,7 @@ def test_the_chosen_answer_gets_ahead(objective, tmp_path):
         assert figures["kl"][0] < 1e-9 < figures["kl"][-1]
 
 
-def test_verdicts_part_good_answers_from_bad_ones(tmp_path):
+def test_labels_part_good_answers_from_bad_ones(tmp_path):
     run = finetune.train(preferring(tmp_path, "kto"), tmp_path / "run")
     figures = stage_of(run)["figures"]
     assert len(figures["kl"]) == stage_of(run)["steps"]
@@ -121,7 +121,7 @@ def test_a_reference_is_found_again_only_where_all_that_makes_it_is_equal(tmp_pa
             {"answer": "Red", "rejected": " Red "},
             r"(?s)train.jsonl:1: chosen and rejected are the same.*jsonl:8",
         ),
-        ("kto", {"desirable": "maybe"}, r"train.jsonl:8: no verdict; write true or false in a column 'desirable'"),
+        ("kto", {"desirable": "maybe"}, r"train.jsonl:8: no label; write true or false in a column 'desirable'"),
     ],
 )
 def test_rows_without_a_preference_are_all_named_before_anything_is_loaded(objective, columns, expected, tmp_path):

@@ -238,7 +238,7 @@ def test_what_can_not_be_taught_is_told_before_anything_is_loaded(teacher, tmp_p
             finetune.check(student(tmp_path, name))
     with pytest.raises(RecipeError, match="by: answers is for a teacher"):
         student(tmp_path, None, by="answers", answers="own")
-    with pytest.raises(RecipeError, match="nothing is taught by the rows' own answers"):
+    with pytest.raises(RecipeError, match="a teacher has no part in the rows' own answers"):
         student(tmp_path, teacher, by="answers")
     (tmp_path / "empty").mkdir()
     shutil.copy(teacher / "recipe.yaml", tmp_path / "empty")

@@ -37,7 +37,7 @@ data:
 {% endfor %}
 train:
 {% if is_base %}
-  tokens_per_batch: auto  # how many tokens a picture or recording has, its processor tells
+  tokens_per_batch: auto  # the tokens of a picture or recording depend on its processor
 {% else %}
   tokens_per_batch: {{ schedule.tokens_per_batch }}  # the longest row has about {{ schedule.longest }}
 {% endif %}

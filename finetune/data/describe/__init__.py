@@ -1,1 +1,1 @@
-"""Rows for media that have none: a model is asked about each file, and what it says is kept with where it is from."""
+"""Rows for media that have none: a model answers a prompt about each file, and each answer keeps its source."""

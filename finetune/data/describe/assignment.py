@@ -1,4 +1,4 @@
-"""What is asked about each file, and the rows that an answer becomes."""
+"""The prompt about each file, and the rows made from an answer."""
 
 import re
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ PAIR = re.compile(
 @dataclass(frozen=True)
 class Assignment:
     """`task`: whose columns the rows get. `prompt`: None: the usual one of the task. `questions`: how many the model
-    asks and answers about each file; None: the prompt is asked. `language`: of what it writes, '' where that is left to
-    it.
+    writes and answers about each file; None: it answers the prompt. `language`: of the answers, '' for the model's
+    choice.
     """
 
     task: str = "caption"
@@ -34,16 +34,18 @@ class Assignment:
 
     def refuse_unusable(self) -> None:
         """Raises RecipeError."""
-        asks = self.task in ("answer", "vqa")
+        has_questions = self.task in ("answer", "vqa")
         if self.task not in ANSWER:
             raise RecipeError(f"{given('task', self.task)}: one of {', '.join(ANSWER)} can be described")
-        if self.questions is not None and (self.questions < 1 or not asks):
-            problem = "write 1 or more" if asks else f"the task {self.task} has no questions: answer and vqa have"
+        if self.questions is not None and (self.questions < 1 or not has_questions):
+            problem = (
+                "write 1 or more" if has_questions else f"the task {self.task} has no questions: answer and vqa have"
+            )
             raise RecipeError(f"{given('questions', self.questions)}: {problem}")
-        if asks and self.questions is None and not self.prompt:
+        if has_questions and self.questions is None and not self.prompt:
             questions, prompt = option("--questions N", "questions="), option("--prompt TEXT", "prompt=")
             raise RecipeError(
-                f"{given('task', self.task)}: say with {questions} how many questions the model asks about each file, "
+                f"{given('task', self.task)}: set with {questions} how many the model writes about each file, "
                 f"or with {prompt} which one it answers"
             )
 
@@ -67,9 +69,9 @@ class Assignment:
         if self.questions is None:
             return [medium | self._answered(self.prompt or "", answer)]
         pairs = {match["question"].strip(" *\n"): match["answer"].strip(" *\n") for match in PAIR.finditer(answer)}
-        rows = [medium | self._answered(question, said) for question, said in pairs.items() if question and said]
+        rows = [medium | self._answered(question, text) for question, text in pairs.items() if question and text]
         if not rows:
-            raise DataError(f"no question and answer in what it wrote: {answer[:80]!r}")
+            raise DataError(f"no question and answer in the output: {answer[:80]!r}")
         return rows[: self.questions]
 
     def _answered(self, question: str, answer: str) -> JsonObject:

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint, asked by OpenAI's own client, which repeats what may be repeated."""
+"""A model behind an OpenAI-compatible endpoint, called by OpenAI's own client, which repeats failed requests."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from finetune.common.display import data_uri
 from finetune.common.errors import DataError, ModelError, RecipeError, given, option
 from finetune.data.describe.options import DescribeOptions
-from finetune.data.describe.run import Said
+from finetune.data.describe.run import ModelAnswer
 from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.sample import Medium, Message
@@ -23,7 +23,7 @@ from finetune.recipe.schema import Limits
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-INSTALL = "an endpoint is asked by OpenAI's client: pip install 'finetune-kit[describe]'"
+INSTALL = "an endpoint is called by OpenAI's client: pip install 'finetune-kit[describe]'"
 QUALITY = 90  # of JPEG
 
 
@@ -56,14 +56,14 @@ class Endpoint:
         self.model = options.model_name or self._only_model()
 
     def _only_model(self) -> str:
-        names: list[str] = [model.id for model in self._asked(lambda: self.client.models.list())]
+        names: list[str] = [model.id for model in self._called(lambda: self.client.models.list())]
         if len(names) != 1:
             there = f"{', '.join(names[:10]) or 'none'}{', ...' * (len(names) > 10)}"
             raise RecipeError(f"{self.address} serves {there}: name one with {option('--model-name', 'model_name=')}")
         return names[0]
 
-    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, Said | DataError]]:
-        """Answers as they come. Raises ModelError where no question would be answered."""
+    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, ModelAnswer | DataError]]:
+        """Answers in the order in which they arrive. Raises ModelError where no request can succeed."""
         with ThreadPoolExecutor(self.options.concurrency) as pool:
             futures = {pool.submit(self._answer, question): name for name, question in questions.items()}
             try:
@@ -72,10 +72,10 @@ class Endpoint:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, question: Sequence[Message]) -> Said | DataError:
+    def _answer(self, question: Sequence[Message]) -> ModelAnswer | DataError:
         try:
             content = [{"role": turn.role, "content": self._parts(turn)} for turn in question]
-            return self._said(self._asked(lambda: self._request(content)))
+            return self._answer_in(self._called(lambda: self._request(content)))
         except DataError as error:
             return error
 
@@ -93,8 +93,8 @@ class Endpoint:
                 self.settings = _without(settings, refused)
         return self._request(messages)
 
-    def _asked(self, request: Any) -> Any:
-        """Raises ModelError for what another question would meet too, DataError for what may be this one's."""
+    def _called(self, request: Any) -> Any:
+        """Raises ModelError for errors that any request would meet, DataError for those that may be this one's."""
         import openai
 
         try:
@@ -112,7 +112,7 @@ class Endpoint:
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"the endpoint's answer can't be read ({_reason(error)})") from None
 
-    def _said(self, response: Any) -> Said:
+    def _answer_in(self, response: Any) -> ModelAnswer:
         """Raises DataError."""
         try:
             choice = response.choices[0]
@@ -125,7 +125,7 @@ class Endpoint:
         if not isinstance(text, str):
             raise DataError(f"no text in the endpoint's answer (it ended by {reason})")
         state = getattr(response, "system_fingerprint", None)
-        return Said(text.strip(), str(getattr(response, "model", None) or self.model), state or "")
+        return ModelAnswer(text.strip(), str(getattr(response, "model", None) or self.model), state or "")
 
     def _parts(self, turn: Message) -> list[dict[str, Any]]:
         """Raises MediaError."""
@@ -178,7 +178,7 @@ def _wave(samples: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an endpoint says, in one line."""
+    """An endpoint's error message, in one line."""
     body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(said or error).split())[:200]
+    message = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(message or error).split())[:200]

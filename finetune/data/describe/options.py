@@ -1,4 +1,4 @@
-"""What `data describe` may be told besides the assignment."""
+"""Options of `data describe` besides the assignment."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from finetune.common.errors import RecipeError, given
 @dataclass(frozen=True)
 class DescribeOptions:
     """`language`: of what the model writes. `media`: the kind of media, where a folder holds several. `limit`: files
-    described at most, those of earlier calls included. `concurrency`: files asked about at once. `max_new_tokens`: of
+    described at most, those of earlier calls included. `concurrency`: files processed at once. `max_new_tokens`: of
     an answer. `overwrite`: begin anew where there is a file.
 
     Of an endpoint: `model_name` there; `key_variable`: the environment variable with its key; `retries` of a request

@@ -16,12 +16,12 @@ from finetune.data.describe.rows_file import Origin, RowsFile
 from finetune.data.formats._media import is_hidden, kind_of
 from finetune.data.sample import Message, Row
 
-GIVE_UP = 10  # files in a row without an answer
+MOST_FAILURES = 10  # successive files without an answer
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer, and whose: as in `Origin`."""
+class ModelAnswer:
+    """An answer, with the model and revision that gave it: see `Origin`."""
 
     text: str
     model: str
@@ -29,11 +29,11 @@ class Said:
 
 
 class Describer(Protocol):
-    """What is asked about media. `address`: of an endpoint, '' of a model in this process."""
+    """A model that answers prompts about media. `address`: of an endpoint, '' of a model in this process."""
 
     address: str
 
-    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, Said | DataError]]:
+    def answers(self, questions: Mapping[str, Sequence[Message]]) -> Generator[tuple[str, ModelAnswer | DataError]]:
         """(name, answer) of each named question, in any order."""
 
 
@@ -109,7 +109,7 @@ def _counts(files: Mapping[str, Sequence[str]]) -> str:
 def describe(
     media: MediaFolder, out: Path, describer: Describer, assignment: Assignment, options: DescribeOptions
 ) -> Descriptions:
-    """Ask about each file that has no rows in `out` yet, and append these. Raises DataError where `out` is a file of
+    """Describe each file that has no rows in `out` yet, and append these. Raises DataError where `out` is a file of
     something else, and where many files one after another get no answer.
     """
     file = RowsFile(out, media.kind, assignment)
@@ -125,21 +125,21 @@ def describe(
         bar("files", len(questions) + len(before), len(before)) as step,
         closing(describer.answers(questions)) as answers,
     ):
-        for name, said in answers:
+        for name, answer in answers:
             try:
-                if isinstance(said, DataError):
-                    raise said
-                rows = assignment.rows(media.kind, name, said.text)
+                if isinstance(answer, DataError):
+                    raise answer
+                rows = assignment.rows(media.kind, name, answer.text)
             except DataError as error:
                 errors[name] = str(error)
                 in_a_row += not isinstance(error, MediaError)
-                if in_a_row == GIVE_UP:
+                if in_a_row == MOST_FAILURES:
                     raise DataError(
                         f"{in_a_row} files one after another without an answer, the last {name}: {error}; the answers "
                         f"so far are in {out}, and the same call goes on from there"
                     ) from None
             else:
-                append(rows, Origin(said.model, said.revision, describer.address, prompt, _now()))
+                append(rows, Origin(answer.model, answer.revision, describer.address, prompt, _now()))
                 done.add(name)
                 count, in_a_row = count + len(rows), 0
             step()
@@ -150,7 +150,7 @@ def describe(
 def _questions(
     media: MediaFolder, done: Set[str], prompt: str, limit: int | None
 ) -> tuple[dict[str, Sequence[Message]], dict[str, str]]:
-    """(the question about each file that isn't done, why others can't be asked about), both by name."""
+    """(the prompt about each file that isn't done, the errors of others), both by name."""
     questions: dict[str, Sequence[Message]] = {}
     errors: dict[str, str] = {}
     for name in media.names[:limit]:

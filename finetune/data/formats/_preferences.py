@@ -1,5 +1,5 @@
-"""Pairs and verdicts as trl, LLaMA-Factory and ShareGPT's users write them: `messages` that end with the chosen answer,
-beside the text of the `rejected` one, or beside `desirable`.
+"""Preference rows (pairs of answers, or single answers with a label) in the forms of trl, LLaMA-Factory and ShareGPT,
+as `messages` that end with the chosen answer, with the text of the `rejected` one or with `desirable`.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ def with_answers(where: str, columns: Columns) -> Columns:
     chosen, rejected = columns.get("chosen", columns.get("completion")), columns.get("rejected")
     question = columns.get("messages") if isinstance(columns.get("messages"), list) else columns.get("prompt")
     added: Columns = {}
-    verdict = columns.get("label") if "completion" in columns else columns.get("kto_tag")
-    if isinstance(verdict, bool):
-        added["desirable"] = verdict
+    label = columns.get("label") if "completion" in columns else columns.get("kto_tag")
+    if isinstance(label, bool):
+        added["desirable"] = label
     if question is None and isinstance(chosen, list):
         beginnings = [chosen] if rejected is None else [chosen, rejected]
         question = _equal_beginning(where, beginnings)

@@ -1,4 +1,4 @@
-"""What the config of a base tells before anything large is loaded. Imports no torch."""
+"""The media of a base by its config, before anything large is loaded. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -16,11 +16,11 @@ from torch import Tensor
 from finetune.common.errors import MediaError, ModelError
 from finetune.data.media.image import image_size
 from finetune.data.sample import Layout, Medium, Prepared, Values
-from finetune.model.base.existing import ExistingModel, modules_beside
+from finetune.model.base.existing import ExistingModel, modules_outside
 from finetune.model.encoders import Encoder
 
-ENCODING = 1  # to be raised when features of the same medium change
-PICTURES = 4096  # sizes whose layouts are kept
+ENCODING = 1  # version: to be raised when features of the same medium change
+PICTURES = 4096  # sizes whose layouts are cached
 # What a processor gives beside what the encoders take.
 OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets")
 ARGUMENT = {"image": "images", "audio": "audio", "video": "videos"}
@@ -51,7 +51,7 @@ class BaseEncoder(Encoder):
         digest = hashlib.sha256(f"{ENCODING} {self.kind} {type(model).__name__}".encode())
         digest.update(self.processor.to_json_string().encode())
         digest.update(self.existing.config.to_json_string(use_diff=False).encode())
-        for name in modules_beside(model, model.get_decoder()):
+        for name in modules_outside(model, model.get_decoder()):
             for inner, tensor in sorted(model.get_submodule(name).state_dict().items()):
                 digest.update(f"{name}{inner}{tensor.dtype}{tuple(tensor.shape)}".encode())
                 if tensor.device.type != "meta":
@@ -75,7 +75,7 @@ class BaseEncoder(Encoder):
         return self.prepare(PIL.Image.new("RGB", (width, height))).layout
 
     def prepare(self, decoded: Any) -> Prepared:
-        """A decoded medium -> what the base's processor makes of it alone."""
+        """A decoded medium -> the inputs that the base's processor makes of it alone."""
         if ARGUMENT[self.kind] not in signature(type(self.processor).__call__).parameters:
             return self._extracted(decoded)
         given: dict[str, Any] = {ARGUMENT[self.kind]: [decoded]}
@@ -132,7 +132,7 @@ class BaseEncoder(Encoder):
         assert not isinstance(batch, Tensor)
         model = self.existing.model
         half = self.existing.dtype != torch.float32
-        kinds = {p.dtype for name in modules_beside(model, model.get_decoder()) for p in _floats(model, name)}
+        kinds = {p.dtype for name in modules_outside(model, model.get_decoder()) for p in _floats(model, name)}
         # Where projectors have trained, they are float32.
         with torch.autocast(self.existing.device.type, self.existing.dtype, enabled=half and len(kinds) > 1):
             return self._encoded(model, batch)
@@ -145,7 +145,7 @@ class BaseEncoder(Encoder):
 
     def _rows(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         if self._method is None:
-            return self._given_to_decoder(model, inputs)
+            return self._decoder_inputs(model, inputs)
         method = getattr(model.base_model, self._method)
         taken = signature(method).parameters
         output = method(**{name: value for name, value in inputs.items() if name in taken}, return_dict=True)
@@ -156,8 +156,8 @@ class BaseEncoder(Encoder):
         name = f"get_{self.kind}_features"
         return name if hasattr(self.existing.skeleton.base_model, name) else None
 
-    def _given_to_decoder(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Of a base without a method for its features: what it gives its decoder in the place of the placeholders."""
+    def _decoder_inputs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Features of a base without a method for them: the decoder's input embeddings at the placeholders."""
         given: list[Tensor] = []
 
         def stop(module: Any, args: Any, kwargs: Any) -> None:

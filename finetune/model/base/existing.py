@@ -1,4 +1,4 @@
-"""A base: its config and processor, and its weights when they are asked for."""
+"""A base: its config and processor, and its weights, loaded on first use."""
 
 import copy
 import shutil
@@ -30,7 +30,7 @@ from finetune.model.template_limit import limited
 from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
-# At the end of a conversation, for templates that end answers with nothing that could be learned.
+# At the end of a conversation, for templates that end answers without a token that could be learned.
 END = "{% if messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 PLAIN_PARTS = PLAIN_TEMPLATE.replace(
     "{{ message['content'] }}",
@@ -67,8 +67,8 @@ class ExistingModel:
                 )
             if getattr(config.get_text_config(), "use_bidirectional_attention", False):
                 raise ModelError(
-                    f"{what} is a {config.model_type!r}, which reads questions both ways and answers one way: it can't "
-                    "be trained here; take one that reads text one way, such as Gemma 3"
+                    f"{what} is a {config.model_type!r}, whose attention is bidirectional in prompts and causal in "
+                    "answers: it can't be trained here; take one with causal attention in text, such as Gemma 3"
                 )
             refuse_absurd(config.to_dict(), what)
             processor = _processor(settings.name, config, options)
@@ -79,8 +79,8 @@ class ExistingModel:
         existing = cls(settings, config, processor, media, model_class, dtype, device)
         if existing.skeleton.get_decoder() is existing.skeleton.base_model:
             raise ModelError(
-                f"{what}: in a {model_class.__name__} the language model can't be told from its encoders: it can't be "
-                "trained here"
+                f"{what}: a {model_class.__name__} has no accessor that tells its language model from its encoders: "
+                "it can't be trained here"
             )
         return existing
 
@@ -121,16 +121,16 @@ class ExistingModel:
         keep_layout(model)
         return model.eval().requires_grad_(False)
 
-    def anew(self, quantize: Quantize, device: torch.device) -> "ExistingModel":
-        """The same, to be loaded another time, otherwise quantized."""
+    def reloaded(self, quantize: Quantize, device: torch.device) -> "ExistingModel":
+        """A copy to be loaded again, with another quantization."""
         return replace(self, settings=self.settings.model_copy(update={"quantize": quantize}), device=device)
 
-    def forget(self) -> None:
-        """Let go of the weights."""
+    def release_weights(self) -> None:
+        """Drop the loaded weights, to free their memory."""
         self.__dict__.pop("model", None)
 
     def save_processor(self, folder: Path) -> None:
-        """Write the processor as it came, with what of it can't be read here."""
+        """Write the processor as it was published, with the files of it that can't be read here."""
         own, completed = getattr(self.processor, "chat_template", None), self.tokenizer.chat_template
         self.tokenizer.chat_template = own or completed
         self.processor.save_pretrained(folder)
@@ -144,7 +144,7 @@ class ExistingModel:
         """transformers' settings, which leave all modules alone that aren't the decoder's."""
         config = quantization(self.settings, self.dtype)
         if config is not None:
-            config.llm_int8_skip_modules = modules_beside(self.skeleton, self.skeleton.get_decoder())
+            config.llm_int8_skip_modules = modules_outside(self.skeleton, self.skeleton.get_decoder())
         return config
 
     @property
@@ -153,7 +153,7 @@ class ExistingModel:
         return self.positions if hasattr(self.skeleton.base_model, "get_rope_index") else None
 
     def positions(self, input_ids: Sequence[int], media: Sequence[tuple[str, Layout]]) -> list[list[int]]:
-        """The positions (3, T) of one sample, by the model's own rule."""
+        """The positions (3, T) of one sample, by the model's own `get_rope_index`."""
         ids = torch.tensor([list(input_ids)])
         kinds = torch.zeros_like(ids)
         given: dict[str, Any] = {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(ids)}
@@ -174,7 +174,7 @@ class ExistingModel:
         return result
 
     def token_id(self, kind: str) -> int:
-        """Of the placeholder that stands for a row of features."""
+        """The id of the placeholder token that stands for a row of features."""
         for key in (f"{kind}_token_id", f"{kind}_token_index"):
             for config in (self.config, getattr(self.config, "thinker_config", None)):
                 if isinstance(number := getattr(config, key, None), int):
@@ -191,13 +191,13 @@ class ExistingModel:
         return found
 
 
-def modules_beside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
+def modules_outside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
     """Names of the outermost modules that don't hold `part`, nor are in it."""
     if whole is part:
         return []
     if not any(module is part for module in whole.modules()):
         return [name]
-    inner = (modules_beside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
+    inner = (modules_outside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
     return [beside for names in inner for beside in names]
 
 
@@ -271,11 +271,11 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
     tokenizer.chat_template = template
     question, whole = _rendered(tokenizer, 1, True), _rendered(tokenizer, 2, False)
-    if not whole.startswith(question):  # an answer is written otherwise than it is asked for
+    if not whole.startswith(question):  # answers are rendered otherwise than the generation prompt
         alone = len(_rendered(tokenizer, 1, False))
-        written, asked = whole[alone : whole.rindex(WORD)], question[alone:]
+        written, generated = whole[alone : whole.rindex(WORD)], question[alone:]
         template = tokenizer.chat_template
-        tokenizer.chat_template = f"{{% filter replace({written!r}, {asked!r}) %}}{template}{{% endfilter %}}"
+        tokenizer.chat_template = f"{{% filter replace({written!r}, {generated!r}) %}}{template}{{% endfilter %}}"
         whole = _rendered(tokenizer, 2, False)
     if not whole.rpartition(WORD)[2].strip():  # nothing ends the answer
         tokenizer.chat_template += END
@@ -284,13 +284,13 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
 
-def _rendered(tokenizer: Any, turns: int, asked: bool) -> str:
-    """The first turns of a conversation, each of WORD; `asked`: up to where the answer begins. Raises ModelError."""
+def _rendered(tokenizer: Any, turns: int, generation: bool) -> str:
+    """The first turns of a conversation, each of WORD; `generation`: with the generation prompt. Raises ModelError."""
     conversation = [{"role": role, "content": text_content(tokenizer, WORD)} for role in ("user", "assistant")]
     try:
         with limited():
             result: str = tokenizer.apply_chat_template(
-                conversation[:turns], tokenize=False, add_generation_prompt=asked
+                conversation[:turns], tokenize=False, add_generation_prompt=generation
             )
         return result
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else

@@ -69,11 +69,11 @@ def _matches(name: str, targets: str | list[str]) -> bool:
 
 
 def roles_of(model: Any, kind: str, features: Callable[[], Tensor]) -> MediumRoles:
-    """The roles of one medium's parameters, tried: `features()` computes the features of any medium of this kind.
+    """The roles of one medium's parameters, by trial: `features()` computes the features of any medium of this kind.
 
-    What features depend on is the encoder's, if it is in the module that transformers gives as such, and otherwise the
-    projector's. Where the encoder's module holds all of it (Qwen's `merger`), the projector is what comes behind the
-    encoder's last layer: what no layer reads. Raises ModelError.
+    Parameters that the features depend on are the encoder's if they are in the module that transformers gives as such,
+    else the projector's. Where that module holds all of them (Qwen's `merger`), the projector's are those behind the
+    encoder's last layer. Raises ModelError.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     tower = encoder_of(model, kind)
@@ -103,7 +103,7 @@ def roles_of(model: Any, kind: str, features: Callable[[], Tensor]) -> MediumRol
     projector = tuple(name for key, name in names.items() if key in outside)
     if not encoder or not projector:
         raise ModelError(
-            f"in this {type(model).__name__} it can't be told what of {kind} is the encoder and what the projector: "
+            f"in this {type(model).__name__} the encoder and the projector of {kind} can't be told apart: "
             "train the adapter alone"
         )
     return MediumRoles(encoder, projector)
@@ -127,7 +127,7 @@ def encoder_of(model: Any, kind: str) -> Any:
     others = [m for m in _outermost(model, decoder) if isinstance(m, PreTrainedModel)]
     if len(others) == 1:
         return others[0]
-    raise ModelError(f"this {type(model).__name__} doesn't tell which of its modules is the encoder of {kind}")
+    raise ModelError(f"this {type(model).__name__} has no accessor for its encoder of {kind}")
 
 
 def _outermost(whole: nn.Module, part: nn.Module) -> Iterable[nn.Module]:

@@ -52,7 +52,7 @@ class Encoder(ABC):
         return None
 
     def layout_at(self, medium: Medium) -> Layout | None:
-        """The layout of one medium by the header of its file; None where only decoding tells. Raises MediaError."""
+        """The layout of one medium by the header of its file; None where decoding is needed. Raises MediaError."""
         return None
 
     @abstractmethod

@@ -10,7 +10,7 @@ from pydantic import Field
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.common.registry import PartOptions
-from finetune.model.bounds import refuse_absurd
+from finetune.model.bounds import refuse_oversized
 from finetune.model.encoders import Encoder, EncoderSettings
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def load(
     """
     import torch
 
-    refuse_absurd(config.to_dict(), f"encoder {options.name!r}")
+    refuse_oversized(config.to_dict(), f"encoder {options.name!r}")
     if device.type == "meta":
         return shapes_of(model_class, config, dtype)
     with loading(f"encoder {options.name!r}", options.name) as local_only:

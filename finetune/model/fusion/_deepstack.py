@@ -1,6 +1,6 @@
 """Features of several depths (DeepStack, Meng et al. 2024, https://arxiv.org/abs/2406.04334), as Qwen3-VL has them:
-the first replace the embeddings of their placeholder tokens, the others are added to these tokens behind the decoder's
-first layers.
+the first replace the embeddings of their placeholder tokens, the others are added to the states of these tokens after
+the decoder's first layers.
 
 Shapes:  B rows of T tokens, D wide; M rows of features, (1 + k) * D wide
 """

@@ -32,13 +32,13 @@ class BatchLoss:
 class ObjectiveContract(Protocol):
     """What the file of an objective defines."""
 
-    NEEDS: Needs  # what it asks of each row, unless its options have `needs`
-    REFERENCE: bool  # whether it compares with what the weights gave as the stage found them: `batch["reference"]`
+    NEEDS: Needs  # what it needs of each row, unless its options have `needs`
+    REFERENCE: bool  # whether it needs log-probabilities under the initial weights: `batch["compared"]["reference"]`
     HEADS: bool  # whether heads with weights learn by it
     FIGURES: tuple[str, ...]  # what is logged in each step besides the loss and the accuracy
     Options: type[PartOptions]
 
-    # With `NEEDS` "questions" also `items_of(options, tokens, answers) -> int`: what a batch with so many sampled
+    # With `NEEDS` "prompts" also `items_of(options, tokens, answers) -> int`: what a batch with so many sampled
     # answers, of so many tokens together, adds to the items.
 
     def loss(self, model: Any, composite: "MultimodalModel", batch: "Batch", options: Any) -> BatchLoss | None:

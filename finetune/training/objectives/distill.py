@@ -1,5 +1,5 @@
-"""Imitate what the LLM itself says to captions or transcripts of the media, or what another model, the teacher, says to
-the media, instead of learning the rows' answers.
+"""Distillation: imitate the LLM's own outputs on captions or transcripts of the media, or the outputs of another model,
+the teacher, on the media, instead of learning the rows' answers.
 """
 
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,29 +24,32 @@ FIGURES: tuple[str, ...] = ()
 class Options(PartOptions):
     teacher: str | None = Field(
         None,
-        description="Another model that teaches: a run, a merged or adapter folder, a base of transformers that takes "
-        "media, or the Hub id of one of these; null: the LLM itself.",
+        description="The teacher: a run, a merged or adapter folder, a model of transformers that takes media, or the "
+        "Hub id of one of these; null: the LLM itself.",
         json_schema_extra=PATH_OR_HUB_ID_TO_TRAIN,
     )
     revision: str | None = Field(None, description="Commit, branch or tag of a teacher on the Hub.")
     quantize: Quantize = Field(
-        "none", description="Storage of the frozen weights of a teacher that is a base; others are loaded as trained."
+        "none",
+        description="Storage of the frozen weights of an untuned teacher; others are loaded as trained.",
     )
     by: Literal["kl", "answers"] = Field(
         "kl",
-        description="What is imitated of a teacher: its next-token distributions, for which it needs the LLM's "
-        "vocabulary (kl), or the answers that it writes (answers).",
+        description="Outputs of a teacher to imitate: its next-token distributions, which needs the LLM's "
+        "vocabulary (kl), or its answers (answers).",
     )
     answers: Literal["own", "given"] = Field(
         "own",
-        description="Answers to imitate: those of the LLM to the text, or of the teacher (own), or those of the rows "
-        "(given).",
+        description="Answers to imitate: those that the LLM, reading the text, or the teacher writes (own), or those "
+        "of the rows (given).",
     )
     temperature: float = Field(2.0, gt=0, description="Softmax temperature of both distributions.")
     top_k: int = Field(
-        64, ge=1, description="Tokens that are kept of each of a teacher's distributions; all others count as one."
+        64, ge=1, description="Most likely tokens stored of each of a teacher's distributions; all others count as one."
     )
-    max_new_tokens: int = Field(32, ge=1, description="Length limit of an own answer, in tokens.")
+    max_new_tokens: int = Field(
+        32, ge=1, description="Length limit of an answer that the LLM or the teacher writes, in tokens."
+    )
 
     @property
     def needs(self) -> Needs:
@@ -57,23 +60,23 @@ class Options(PartOptions):
         if self.by == "answers" and self.teacher is None:
             raise ValueError("by: answers is for a teacher: name one, or leave it out.")
         if self.by == "answers" and self.answers == "given":
-            raise ValueError("nothing is taught by the rows' own answers: write answers: own, or by: kl.")
+            raise ValueError("a teacher has no part in the rows' own answers: write answers: own, or by: kl.")
         return self
 
 
 def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Options) -> BatchLoss | None:
     """The KL divergence from the LLM that reads text (`MultimodalModel.imitate`), or from another model
-    (`Taught.divergence`), over the answer's tokens; trl's cross-entropy of a teacher's answers.
+    (`TeacherDistributions.divergence`), over the answer's tokens; trl's cross-entropy of a teacher's answers.
     """
     from finetune.model.composite import Teacher
-    from finetune.model.taught import Taught
+    from finetune.model.teacher_distributions import TeacherDistributions
 
     if options.by == "answers":
         return None
     inputs: Any = dict(batch)
-    taught = inputs.pop("taught", None)
-    text = None if taught is not None else Teacher(batch["teacher"], options.temperature)
-    teacher = text or Taught(**taught, temperature=options.temperature)
+    distributions = inputs.pop("distributions", None)
+    text = None if distributions is not None else Teacher(batch["teacher"], options.temperature)
+    teacher = text or TeacherDistributions(**distributions, temperature=options.temperature)
     outputs = model(**{**inputs, "teacher": teacher})
     count = batch["label_rows"].numel()
     return BatchLoss(outputs["loss"], count, float(outputs["agreement"]), count)

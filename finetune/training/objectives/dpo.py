@@ -28,12 +28,12 @@ FIGURES = PAIR_FIGURES + REFERENCE_FIGURES
 
 
 class Options(PartOptions):
-    beta: float = Field(0.1, gt=0, description="Inverse temperature: the larger, the nearer to the reference.")
+    beta: float = Field(0.1, gt=0, description="Inverse temperature: the larger, the closer to the reference.")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the pairs that are taken to have chosen and rejected exchanged."
+        0.0, ge=0, lt=0.5, description="Assumed share of pairs whose chosen and rejected answers are swapped."
     )
     sft_weight: float = Field(
-        0.0, ge=0, description="Weight of the chosen answers' cross-entropy, in nats per token, beside this loss."
+        0.0, ge=0, description="Weight of the chosen answers' cross-entropy, in nats per token, in the loss."
     )
 
 

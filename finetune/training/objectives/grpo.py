@@ -1,5 +1,5 @@
-"""Group relative policy optimization: the model answers each question several times, and answers with a higher reward
-than others to the same question become more likely (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
+"""Group relative policy optimization: several answers are sampled to each question, and those with a higher reward than
+others to the same question become more likely (Shao et al. 2024, https://arxiv.org/abs/2402.03300).
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from finetune.model.composite import MultimodalModel
     from finetune.training.collate import Batch
 
-NEEDS: Needs = "questions"
+NEEDS: Needs = "prompts"
 REFERENCE = False  # answers change from step to step: there is none to be computed once
 HEADS = False
 FIGURES: tuple[str, ...] = ("reward", "reward_deviation", "no_signal", "answer_tokens", "clipped", "kl")
 
 
 class Options(PartOptions):
-    answers: int = Field(8, ge=2, description="Answers that are sampled to each question: a group.")
+    answers: int = Field(8, ge=2, description="Answers sampled to each question: the size of a group.")
     temperature: float = Field(1.0, gt=0, description="Softmax temperature of sampling and of the loss.")
     max_new_tokens: int = Field(64, ge=1, description="Length limit of a sampled answer, in tokens.")
     reward: str = Field(
         "good",
         min_length=1,
-        description="Which number of the task's measure of an answer is the reward: good, by which the task compares "
-        "answers, or another one, such as exact_match or json_valid.",
+        description="The task's measure that is the reward: good, by which the task compares answers, or another one, "
+        "such as exact_match or json_valid.",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="Standard deviation that advantages are divided by: of the group, of the step, or none."
@@ -39,8 +39,10 @@ class Options(PartOptions):
         description="What the loss is a mean over, by trl's names: tokens of an answer, then answers (grpo); tokens of "
         "a packed row, then rows (bnpo); answers of max_new_tokens each (dr_grpo); all tokens of the step (dapo).",
     )
-    clip: float = Field(0.2, gt=0, lt=1, description="By how much the probability ratio of a token may fall from 1.")
-    clip_high: float | None = Field(None, gt=0, description="By how much it may rise; null: as much as `clip`.")
+    clip: float = Field(
+        0.2, gt=0, lt=1, description="How far a token's probability ratio may fall below 1 before it is clipped."
+    )
+    clip_high: float | None = Field(None, gt=0, description="How far it may rise above 1; null: as far as `clip`.")
     iterations: int = Field(1, ge=1, description="Optimizer steps on the same sampled answers.")
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL divergence from the weights that the stage began with; 0: none."
@@ -65,15 +67,15 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     losses = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
     clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     figures = dict(rollout["figures"])
-    taught = bool(answers.of("sampled"))
-    if taught:
+    trained = bool(answers.of("sampled"))
+    if trained:
         figures["clipped"] = float((clipped * weights).sum() / weights.sum())
     if options.beta:
         distance = batch["compared"]["reference"] - own
         # Times the ratio, for an unbiased gradient (https://arxiv.org/abs/2512.02556).
         divergence = (distance.exp() - distance - 1) * ratio
         losses = losses + options.beta * divergence
-        if taught:
+        if trained:
             figures["kl"] = float((divergence.detach() * weights).sum() / weights.sum())
     losses = losses * weights
     if options.loss == "grpo":
@@ -82,4 +84,6 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
         losses = losses / options.max_new_tokens
     elif options.loss == "bnpo":
         losses = losses / max(rollout["tokens"], 1)
-    return BatchLoss(losses.sum(), batch["items"], answers.right, len(own) * taught, figures, weight=rollout["answers"])
+    return BatchLoss(
+        losses.sum(), batch["items"], answers.right, len(own) * trained, figures, weight=rollout["answers"]
+    )

@@ -1,5 +1,5 @@
-"""Identity preference optimization: the log-ratios of a pair, means over tokens, are to lie a fixed distance apart, so
-that certain preferences aren't learned without bound (Azar et al. 2023, https://arxiv.org/abs/2310.12036).
+"""Identity preference optimization: the log-ratios of a pair, means over tokens, are pulled to a fixed distance, so
+that unambiguous preferences aren't learned without bound (Azar et al. 2023, https://arxiv.org/abs/2310.12036).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,10 @@ class Options(PartOptions):
     beta: float = Field(
         0.1,
         gt=0,
-        description="Strength of the regularization: log-ratios are to lie 1 / (2 beta) apart, in nats per token.",
+        description="Regularization: the target distance of log-ratios is 1 / (2 beta), in nats per token.",
     )
     sft_weight: float = Field(
-        0.0, ge=0, description="Weight of the chosen answers' cross-entropy, in nats per token, beside this loss."
+        0.0, ge=0, description="Weight of the chosen answers' cross-entropy, in nats per token, in the loss."
     )
 
 

@@ -1,5 +1,5 @@
-"""Kahneman-Tversky optimization: single answers, each desirable or not, against what the weights that the stage began
-with would say (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306).
+"""Kahneman-Tversky optimization: single answers, each desirable or not, by the ratio to the weights that the stage
+began with (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from finetune.model.composite import MultimodalModel
     from finetune.training.collate import Batch
 
-NEEDS: Needs = "verdicts"
+NEEDS: Needs = "unpaired"
 REFERENCE = True
 HEADS = False
 FIGURES = ("reward_desirable", "reward_undesirable", "kl_of_others", *REFERENCE_FIGURES)
 
 
 class Options(PartOptions):
-    beta: float = Field(0.1, gt=0, description="Inverse temperature: the larger, the nearer to the reference.")
+    beta: float = Field(0.1, gt=0, description="Inverse temperature: the larger, the closer to the reference.")
     desirable_weight: float = Field(1.0, ge=0, description="Factor of the losses of desirable answers.")
     undesirable_weight: float = Field(1.0, ge=0, description="Factor of the losses of undesirable answers.")
 

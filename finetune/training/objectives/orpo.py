@@ -1,5 +1,5 @@
-"""Odds ratio preference optimization: the cross-entropy of the chosen answer, and the odds of it against the rejected
-one, without a reference (Hong et al. 2024, https://arxiv.org/abs/2403.07691).
+"""Odds ratio preference optimization: the cross-entropy of the chosen answer, and the ratio of its odds to those of the
+rejected one, without a reference (Hong et al. 2024, https://arxiv.org/abs/2403.07691).
 """
 
 from typing import TYPE_CHECKING, Any

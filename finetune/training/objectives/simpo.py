@@ -1,4 +1,4 @@
-"""Simple preference optimization: mean log-probabilities of a token are compared, without a reference (Meng et al.
+"""Simple preference optimization: mean log-probabilities per token are compared, without a reference (Meng et al.
 2024, https://arxiv.org/abs/2405.14734).
 """
 
@@ -23,12 +23,16 @@ FIGURES = PAIR_FIGURES
 
 class Options(PartOptions):
     beta: float = Field(2.0, gt=0, description="Factor of the mean log-probabilities.")
-    gamma: float = Field(1.0, ge=0, description="Margin by which the chosen answer is to be ahead, after beta.")
+    gamma: float = Field(
+        1.0,
+        ge=0,
+        description="Target margin between chosen and rejected answer, in units of the scaled log-probabilities.",
+    )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the pairs that are taken to have chosen and rejected exchanged."
+        0.0, ge=0, lt=0.5, description="Assumed share of pairs whose chosen and rejected answers are swapped."
     )
     sft_weight: float = Field(
-        0.0, ge=0, description="Weight of the chosen answers' cross-entropy, in nats per token, beside this loss."
+        0.0, ge=0, description="Weight of the chosen answers' cross-entropy, in nats per token, in the loss."
     )
 
 

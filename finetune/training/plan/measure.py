@@ -8,7 +8,7 @@ import torch
 
 from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import RowKind, likely_row_kind
-from finetune.model.taught import Taught
+from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.collate import Batch, PackedRow
@@ -17,7 +17,7 @@ from finetune.training.plan.result import Phase
 from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
 from finetune.training.plan.shapes import language_model_on_meta, without_data
 from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
-from finetune.training.rollouts import kind_of_answers, longest_answers
+from finetune.training.rollouts import longest_answers, row_kind_of_answers
 from finetune.training.samples import TokenizedSamples
 from finetune.training.train import set_up
 from finetune.training.trainer import StageTraining
@@ -145,7 +145,7 @@ def step_of(
     if stage.objective.reference:
         collator.reference = [torch.zeros(count) for count in rows.samples.learned]
     if stage.objective.needs == "teacher":
-        collator.taught = taught_on_paper(rows.samples, stage)
+        collator.distributions = placeholder_distributions(rows.samples, stage)
     training = StageTraining(
         model=model,
         tokenizer=planned.run.components.tokenizer,
@@ -157,21 +157,23 @@ def step_of(
         seed=seed,
         dtype=planned.run.components.dtype,
     )
-    if stage.objective.asks:
-        collator.kind = kind_of_answers(kind, model.composition.fusion)
+    if stage.objective.samples_answers:
+        collator.kind = row_kind_of_answers(kind, model.composition.fusion)
         return training, longest_answers(stage, collator, rows.fullest), rows
     return training, collator([PackedRow(groups=rows.fullest, filler=False)]), rows
 
 
-def taught_on_paper(samples: TokenizedSamples, stage: Stage) -> list[Taught] | None:
-    """What a teacher would say; None where its answers alone teach."""
+def placeholder_distributions(samples: TokenizedSamples, stage: Stage) -> list[TeacherDistributions] | None:
+    """Distributions of the size of a teacher's; None where only its answers are learned."""
     options: Any = stage.objective.options
     if options.by == "answers":
         return None
     learned = [samples[number].learned for number in range(len(samples))]
     number, share = torch.zeros((), dtype=torch.long), torch.zeros(())
     return [
-        Taught(number.expand(count, options.top_k), share.expand(count, options.top_k), share.expand(count), 1.0)
+        TeacherDistributions(
+            number.expand(count, options.top_k), share.expand(count, options.top_k), share.expand(count), 1.0
+        )
         for count in learned
     ]
 

@@ -24,8 +24,8 @@ from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.pack import Row, Sharing, plan_rows
 from finetune.training.plan.shapes import META
 from finetune.training.prefixes import sharing_of
-from finetune.training.rollouts import asked_rows, kind_of_answers
-from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, questions, tokenized
+from finetune.training.rollouts import rollout_rows, row_kind_of_answers
+from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, prompts, tokenized
 from finetune.training.steps import samples_of
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
@@ -137,8 +137,8 @@ class PlannedRun:
             given = stage.model_copy(update={"objective": ObjectivePart.of(stage.objective.kind, answers="given")})
             samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
         weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
-        if stage.objective.asks:
-            return self._asked_rows(stage, chosen, weights, model, kind, seed)
+        if stage.objective.samples_answers:
+            return self._rollout_rows(stage, chosen, weights, model, kind, seed)
         if stage.objective.compares:
             own = [training[i] for i in chosen]
             samples = TokenizedSamples.of(compared(own, stage.objective.needs, self.run))
@@ -156,7 +156,7 @@ class PlannedRun:
         fullest = packed[tokens.index(max(tokens))]
         return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(sum(tokens) * stretch))
 
-    def _asked_rows(
+    def _rollout_rows(
         self,
         stage: Stage,
         chosen: Sequence[int],
@@ -167,10 +167,10 @@ class PlannedRun:
     ) -> StageRows:
         """Of a stage that samples answers: as many tokens as they may have."""
         objective, own = stage.objective, [self.rows.training[i] for i in chosen]
-        samples = TokenizedSamples.of(questions(own, objective, self.run))
-        lengths, kind = samples.lengths, kind_of_answers(kind, model.composition.fusion)
+        samples = TokenizedSamples.of(prompts(own, objective, self.run))
+        lengths, kind = samples.lengths, row_kind_of_answers(kind, model.composition.fusion)
         once = stage.model_copy(update={"epochs": 1})
-        packed = asked_rows(self.run.recipe.train, once, lengths, weights, seed, kind)
+        packed = rollout_rows(self.run.recipe.train, once, lengths, weights, seed, kind)
         tokens = [sum(objective.tokens_of(lengths[number]) for (number,) in row) for row in packed]
         used = {sample.source for sample in own}
         stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)

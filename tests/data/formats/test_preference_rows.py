@@ -1,4 +1,4 @@
-"""Pairs and verdicts in the forms of trl, LLaMA-Factory, ShareGPT and our own become the same samples."""
+"""Pairs and labelled answers in the forms of trl, LLaMA-Factory, ShareGPT and our own become the same samples."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from finetune.recipe.schema import RowFile, Source
 IMAGE = {"type": "image", "image": "a.png"}
 WHAT = {"type": "text", "text": "What?"}
 USER = {"role": "user", "content": [IMAGE, WHAT]}
-SAID = {"role": "user", "content": "What?"}
+QUESTION = {"role": "user", "content": "What?"}
 
 
 def says(text):
@@ -47,7 +47,7 @@ PAIRS = {
     },
     "trl, images without a place": {
         "images": ["a.png"],
-        "prompt": [SAID],
+        "prompt": [QUESTION],
         "chosen": [says("A cat.")],
         "rejected": [says("A dog.")],
     },
@@ -82,7 +82,7 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize("name", VERDICTS)
-def test_a_verdict_in_any_form(name, tmp_path):
+def test_a_label_in_any_form(name, tmp_path):
     bad = {key: False if value is True else value for key, value in VERDICTS[name].items()}
     good, bad = samples_of(tmp_path, [VERDICTS[name], bad])
     assert good.messages == bad.messages and good.question[0].content[1] == "What?" and good.answer == "A cat."
@@ -124,17 +124,21 @@ def test_rows_without_preferences_stay_as_they_were(tmp_path):
     "row, expected",
     [
         (
-            {"chosen": [USER, says("A cat.")], "rejected": [SAID, says("A dog.")]},
+            {"chosen": [USER, says("A cat.")], "rejected": [QUESTION, says("A dog.")]},
             r"rows.jsonl:1: the questions of 'chosen' and 'rejected' differ, media in one of them only; both must",
         ),
         (
-            {"prompt": [SAID], "chosen": [says("A")], "rejected": [{"role": "assistant", "content": [IMAGE, WHAT]}]},
+            {
+                "prompt": [QUESTION],
+                "chosen": [says("A")],
+                "rejected": [{"role": "assistant", "content": [IMAGE, WHAT]}],
+            },
             r"rows.jsonl:1: 'rejected' holds image: media belong in the question",
         ),
-        ({"prompt": [SAID], "chosen": [says("A")], "rejected": [SAID]}, r"'rejected' is a turn of 'user'"),
-        ({"prompt": [SAID], "chosen": [says("A"), SAID], "rejected": "x"}, r"'chosen' holds 2 turns"),
-        ({"messages": [SAID, says("A")], "chosen": "B", "rejected": "C"}, r"end with the assistant's turn, beside"),
-        ({"messages": [SAID], "chosen": 3, "rejected": "C"}, r"'chosen' holds '3'"),
+        ({"prompt": [QUESTION], "chosen": [says("A")], "rejected": [QUESTION]}, r"'rejected' is a turn of 'user'"),
+        ({"prompt": [QUESTION], "chosen": [says("A"), QUESTION], "rejected": "x"}, r"'chosen' holds 2 turns"),
+        ({"messages": [QUESTION, says("A")], "chosen": "B", "rejected": "C"}, r"end with the assistant's turn, beside"),
+        ({"messages": [QUESTION], "chosen": 3, "rejected": "C"}, r"'chosen' holds '3'"),
     ],
 )
 def test_a_pair_that_is_none_is_refused_with_its_row(row, expected, tmp_path):
@@ -143,7 +147,7 @@ def test_a_pair_that_is_none_is_refused_with_its_row(row, expected, tmp_path):
 
 
 def test_all_such_rows_are_named_at_once(tmp_path):
-    wrong = {"chosen": [USER, says("A cat.")], "rejected": [SAID, says("A dog.")]}
+    wrong = {"chosen": [USER, says("A cat.")], "rejected": [QUESTION, says("A dog.")]}
     with pytest.raises(DataError, match=r"(?s)2 of 3 rows.*rows.jsonl:1: .*rows.jsonl:3: "):
         samples_of(tmp_path, [wrong, PAIRS["trl, explicit"], wrong])
 

@@ -44,7 +44,7 @@ def pairs():
 VERDICTS = [True, False, True]
 
 
-def verdicts():
+def labelled_answers():
     samples = []
     for number, (prompt, own, _) in enumerate(PAIRS):
         role = "desirable" if VERDICTS[number] else "undesirable"
@@ -182,7 +182,7 @@ def test_orpo_is_trl_s(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kto_is_trl_s(kind, tmp_path):
-    ours = Ours(verdicts(), kind, tmp_path)
+    ours = Ours(labelled_answers(), kind, tmp_path)
     found = ours.loss("kto", beta=0.3, desirable_weight=1.3, undesirable_weight=0.8)
     trainer = KTOTrainer(
         model=ours.policy,
