@@ -121,9 +121,8 @@ def read_certificate(path: Path | str) -> Certificate:
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
         raise ArtifactError(f"{file} is missing: `finetune merge` writes it")
-    content: object = read_json(file)
-    version = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if version != FORMAT:
+    content = read_json(file)
+    if (version := content.get("format")) != FORMAT:
         raise ArtifactError(f"{file} isn't a certificate of format {FORMAT} (got: {version}): merge again")
     try:
         return Certificate.model_validate(content)

@@ -23,7 +23,7 @@ from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.data.sample import Layout
 from finetune.model.base.config import media_in_config
-from finetune.model.bounds import refuse_absurd
+from finetune.model.bounds import refuse_oversized
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
 from finetune.model.template_limit import limited
@@ -70,7 +70,7 @@ class ExistingModel:
                     f"{what} is a {config.model_type!r}, whose attention is bidirectional in prompts and causal in "
                     "answers: it can't be trained here; take one with causal attention in text, such as Gemma 3"
                 )
-            refuse_absurd(config.to_dict(), what)
+            refuse_oversized(config.to_dict(), what)
             processor = _processor(settings.name, config, options)
         media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
         if not media:
