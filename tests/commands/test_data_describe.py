@@ -257,7 +257,7 @@ def test_recordings_and_videos(folder, tmp_path):
     ("changes", "message"),
     [
         ({"task": "classify"}, "task=classify: one of caption, transcribe, answer, vqa"),
-        ({"task": "answer"}, "say with questions= how many"),
+        ({"task": "answer"}, "set with questions= how many"),
         ({"questions": 2}, "the task caption has no questions"),
         ({"out": "rows.csv"}, r"write a file that ends in \.jsonl"),
         ({"options": options(media="text")}, "write image, audio or video"),
