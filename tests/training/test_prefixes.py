@@ -246,7 +246,6 @@ def test_pupil_and_teacher_share_what_each_begins_with():
 def test_a_mask_for_all_tokens_is_never_made(monkeypatch):
     made = []
     visible = row_plan._visible
-    row_plan._masks.cache_clear()
     monkeypatch.setattr(row_plan, "_visible", lambda *args: made.append(visible(*args)) or made[-1])
     model = composite()
     batch = laid_out(QUESTIONS, GROUPS, RowKind.SHARED)
