@@ -35,7 +35,7 @@ def test_limits_reach_the_engine_and_its_models():
     engine = load_engine({}, options)
     assert engine.limits is options
     with pytest.raises(Busy):
-        engine.accept(object())
+        engine._worker.accept(object())
     tighter = ServerOptions(max_pixels=5).media_limits(Limits(max_bytes=7))
     assert (tighter.max_bytes, tighter.max_pixels) == (7, 5)
 
