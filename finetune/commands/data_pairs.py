@@ -112,8 +112,10 @@ def data_pairs(
     )
     samples = subset(samples, options.limit, recipe.seed)
     by_person = options.by == "person"
-    decided = read_decided(out, samples) if by_person else None
+    decided = read_decided(out, samples, folder.path) if by_person else None
     if decided is None:
+        if (there := candidates_path(out) if by_person else out).exists():
+            raise RecipeError(f"{there} exists already: remove it, or name another file with {option('--out', 'out=')}")
         from finetune.model.load import load
 
         assistant = load(folder.path)
@@ -121,7 +123,7 @@ def data_pairs(
     else:
         found = decided
     if by_person and decided is None:
-        _write(candidates_path(out), [_labelling_row(one) for one in found])
+        _write(candidates_path(out), [{**_labelling_row(one), "run": str(folder.path.resolve())} for one in found])
     pairs = [one for one in found if one.chosen is not None]
     root = _common_folder([medium for one in found for medium in one.sample.media])
     _write(out, [_pair(one, root) for one in pairs])
@@ -206,9 +208,9 @@ def labels_of(out: Path) -> Path:
     return out.with_suffix(".labels.csv")
 
 
-def read_decided(out: Path, samples: Sequence[Sample]) -> list[Candidate] | None:
+def read_decided(out: Path, samples: Sequence[Sample], run: Path) -> list[Candidate] | None:
     """The candidates of an earlier call with what a person has chosen since; None where there are none yet. Raises
-    DataError where they are of other rows, or a label is neither of the letters.
+    DataError where they are of another run or of other rows, or a label is neither of the letters.
     """
     path, labels = candidates_path(out), {}
     if not path.is_file() or not labels_of(out).is_file():
@@ -222,6 +224,11 @@ def read_decided(out: Path, samples: Sequence[Sample]) -> list[Candidate] | None
     found, unknown = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
+        if row["run"] != str(run.resolve()):
+            raise DataError(
+                f"{path}:{number}: answers of the run {row['run']}, not of {run.resolve()}; name another file with "
+                f"{option('--out', 'out=')}"
+            )
         if row["of"] not in by_place:
             unknown.append(str(row["of"]))
             continue

@@ -131,13 +131,19 @@ def test_other_rows_are_asked_too_and_mistakes_are_told(run, tmp_path, monkeypat
     others.write_text(json.dumps({"image": "images/train0.png", "question": "What is 99?", "answer": "a red 99"}))
     result = finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=OPTIONS)
     assert (result.rows, result.pairs) == (1, 1)
-    (tmp_path / "pairs.candidates.jsonl").write_text(json.dumps({"of": "gone.csv:2", "candidates": ["a", "b"]}) + "\n")
+    with pytest.raises(RecipeError, match=r"pairs\.jsonl exists already: remove it, or name another file"):
+        finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=OPTIONS)
+    foreign = {"of": "gone.csv:2", "candidates": ["a", "b"], "run": str(run.path)}
+    (tmp_path / "pairs.candidates.jsonl").write_text(json.dumps(foreign) + "\n")
     (tmp_path / "pairs.labels.csv").write_text("row,label\npairs.candidates.jsonl:1,C\n")
     options = finetune.PairOptions(by="person")
     with pytest.raises(DataError, match=r"the label of pairs\.candidates\.jsonl:1 is 'C'; write A or B"):
         finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=options)
     (tmp_path / "pairs.labels.csv").write_text("row,label\npairs.candidates.jsonl:1,A\n")
     with pytest.raises(DataError, match=r"(?s)1 rows aren't among these.*gone.csv:2"):
+        finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=options)
+    (tmp_path / "pairs.candidates.jsonl").write_text(json.dumps({**foreign, "run": "runs/other"}) + "\n")
+    with pytest.raises(DataError, match=r"candidates\.jsonl:1: answers of the run runs/other"):
         finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=options)
 
 
