@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, send_to_device
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.common.errors import RESUME, RUN, TrainingError, option
@@ -21,6 +21,7 @@ from finetune.common.progress import bar, console
 from finetune.common.user_cache import user_cache
 from finetune.model.adapter import trained_tensors
 from finetune.model.composite import MultimodalModel
+from finetune.model.feature_store import checksum
 from finetune.model.row_plan import by_segments
 from finetune.training.collate import Batch, Collator, PackedRow
 from finetune.training.kept_samples import RowsDigest
@@ -53,8 +54,9 @@ class Reference:
                 )
             return known
         cached = user_cache("reference") / f"{self._key()}.safetensors" if self.origin else None
-        known = _read(cached, sizes) if cached else None
         first = PartialState().is_main_process
+        known = _read(cached, sizes) if cached and first else None
+        (known,) = broadcast_object_list([known])  # another run may write it while the processes are here
         if known is None:
             known = self._measured(rows, sizes, autocast)
         elif first:
@@ -119,15 +121,19 @@ def _first_times(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _read(path: Path, sizes: Sequence[int]) -> list[Tensor] | None:
+    """None where the file is missing, or isn't as it was written."""
     try:
-        flat = load_file(path)[NAME]
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(path, "pt") as file:
+            flat, metadata = file.get_tensor(NAME), file.metadata() or {}
+    except (OSError, SafetensorError):
         return None
-    return list(flat.split(list(sizes))) if len(flat) == sum(sizes) else None
+    whole = len(flat) == sum(sizes) and metadata.get("crc32") == str(checksum(flat))
+    return list(flat.split(list(sizes))) if whole else None
 
 
 def _write(path: Path, log_probs: Sequence[Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file({NAME: torch.cat(list(log_probs))}, writing)
+    flat = torch.cat(list(log_probs))
+    save_file({NAME: flat}, writing, metadata={"crc32": str(checksum(flat))})
     os.replace(writing, path)

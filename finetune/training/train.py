@@ -225,10 +225,11 @@ def rollouts_of(
 
 
 def origin_of(run: Run, model: MultimodalModel) -> str:
-    """What identifies the LLM and the encoders of a run, as JSON."""
+    """What identifies the LLM, its adapter and the encoders of a run, as JSON."""
     recipe, llm = run.recipe, run.recipe.model.language_model
     content = [
         recipe.model.model_dump(mode="json"),
+        recipe.adapter and recipe.adapter.model_dump(mode="json"),
         commit_of(model.causal_lm, llm.revision),
         weights_hashes(llm.name),
         {kind: features_key(kind, encoder) for kind, encoder in run.components.encoders.items()},

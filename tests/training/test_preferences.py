@@ -81,9 +81,10 @@ def test_a_resumed_stage_reads_the_reference_that_it_began_with(tmp_path, monkey
     monkeypatch.setattr(Reference, "_measured", lambda *arguments: pytest.fail("measured with changed weights"))
     reference = tmp_path / "run" / "data" / "reference-prefer.safetensors"
     kept = reference.read_bytes()
-    reference.unlink()
-    with pytest.raises(TrainingError, match=r"reference-prefer\.safetensors: the reference is missing"):
-        finetune.train(recipe, tmp_path / "run", resume=True)
+    for content in (None, kept[:-1] + bytes([kept[-1] ^ 1])):
+        reference.unlink() if content is None else reference.write_bytes(content)
+        with pytest.raises(TrainingError, match=r"reference-prefer\.safetensors: the reference is missing"):
+            finetune.train(recipe, tmp_path / "run", resume=True)
     reference.write_bytes(kept)
     resumed = finetune.train(recipe, tmp_path / "run", resume=True)
     expected, found = weights_in(whole), weights_in(resumed)
@@ -106,6 +107,8 @@ def test_a_reference_is_found_again_only_where_all_that_makes_it_is_equal(tmp_pa
     (tmp_path / "data" / "train.jsonl").write_text(text.replace("sorry", "alas"))
     finetune.train(recipe, tmp_path / "four")
     assert len(measured) == 3
+    finetune.train(recipe.with_(**{"adapter.alpha": 7.0}), tmp_path / "five")
+    assert len(measured) == 4
 
 
 @pytest.mark.parametrize(
