@@ -33,12 +33,17 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def _between_turns(tokenizer: Any) -> str:
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    try:
-        with limited():
-            return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # reported where a conversation is rendered
-        return ""
+    """What the chat template writes of a conversation, for templates of plain text and for those of parts."""
+    texts = (("user", "a"), ("assistant", "b"), ("user", "c"))
+    rendered = ""
+    for content_of in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
+        turns = [{"role": role, "content": content_of(text)} for role, text in texts]
+        try:
+            with limited():
+                rendered += str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # it takes the other kind; one that takes none is reported where a conversation is rendered
+            continue
+    return rendered
 
 
 def cut(text: str, tokenizer: Any) -> str:

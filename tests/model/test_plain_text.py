@@ -47,6 +47,20 @@ def with_unmarked_turns():
     return tokenizer
 
 
+def with_parts_only():
+    """The same, by a template that takes messages as lists of their parts, as those of models with media do."""
+    tokenizer = with_unmarked_turns()
+    plain, parts = "message['content']", "message['content'] | map(attribute='text') | join"
+    assert plain in tokenizer.chat_template
+    tokenizer.chat_template = "{{ messages[0].content[0].text[:0] }}" + tokenizer.chat_template.replace(plain, parts)
+    return tokenizer
+
+
+def test_tokens_between_turns_are_found_by_any_template():
+    for tokenizer in (with_unmarked_turns(), with_parts_only()):
+        assert spelled("a<User>b", tokenizer) == ["<User>"] and not spelled("a<tool>", tokenizer)
+
+
 def tiny():
     import copy
 
