@@ -211,7 +211,7 @@ def test_the_weights_that_a_stage_began_with_are_seen_through_autocast(tmp_path)
         layer.weight.add_(1.0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         now = layer(given)
-        with rollouts._as_begun():
+        with rollouts._initial_weights():
             assert torch.equal(layer(given), at_first)
         assert torch.equal(layer(given), now) and not torch.equal(now, at_first)
 
