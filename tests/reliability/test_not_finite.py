@@ -1,5 +1,5 @@
 """Values that aren't finite: the training stops in the same step with its weights as they were, names the rows, and
-goes on with one command; or leaves such rows out, if it is told to.
+goes on with one command; with `train.skip_bad_rows` it leaves such rows out.
 """
 
 import json
@@ -62,11 +62,14 @@ PLACES = {  # what is spoiled before step 3, and whether a row by itself gives s
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("place", "accumulate"),
+    [
+        *((place, 1) for place in PLACES),
+        *(pytest.param(one, 2, marks=pytest.mark.full) for one in ("feature", "gradient")),
+    ],
+)
 def test_the_step_stops_its_rows_are_named_and_nothing_is_lost(place, accumulate, tmp_path):
-    if (place, accumulate) == ("loss", 2):
-        pytest.skip("as with 1")
     spoil, reader, expected = PLACES[place]
     run, model = RunFolder(tmp_path), composite_with_lora()
     keep = Weights(model)
@@ -137,14 +140,11 @@ def test_bad_rows_are_left_out_counted_and_listed_the_same_after_a_resume(accumu
         assert torch.equal(weights_of(resumed)[name], weight), name
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("left", [[[4]], []])
+@pytest.mark.parametrize(("left", "accumulate"), [([[4]], 1), ([[4]], 4), ([], 4)])
 def test_what_is_left_is_trained_as_if_the_bad_row_had_never_been_there(left, accumulate, tmp_path):
     """The third row is [[3], [4]]: with 3 left out, [[4]]; or it is [[3]]. Without dropout, whose numbers depend on the
     length.
     """
-    if not left and accumulate == 1:
-        pytest.skip("a step from which nothing is learned")
 
     def plain():
         model = composite_with_lora()

@@ -103,7 +103,7 @@ def roles_of(model: Any, kind: str, features: Callable[[], Tensor]) -> MediumRol
     projector = tuple(name for key, name in names.items() if key in outside)
     if not encoder or not projector:
         raise ModelError(
-            f"in this {type(model).__name__} the encoder and the projector of {kind} can't be told apart: "
+            f"in this {type(model).__name__} the trial doesn't separate the encoder of {kind} from its projector: "
             "train the adapter alone"
         )
     return MediumRoles(encoder, projector)
