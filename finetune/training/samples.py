@@ -22,7 +22,7 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.language_model import without_adapter
 from finetune.model.prefixes import IGNORED, Beginning, most_shared
 from finetune.model.run import Run
-from finetune.model.tokenize import tokenize, tokenize_prompt
+from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.parts import Needs, ObjectivePart
 from finetune.recipe.schema import Stage
 
@@ -62,6 +62,21 @@ class TokenizedSample:
     def learned(self) -> int:
         """How many tokens are learned."""
         return sum(label != IGNORED for label in self.labels[1:])
+
+    @classmethod
+    def of(cls, tokens: Tokens, where: str) -> "TokenizedSample":
+        """A conversation that the LLM's own head learns."""
+        return cls(
+            input_ids=tokens.input_ids,
+            labels=tokens.labels,
+            where=where,
+            media_kinds=[medium.kind for medium in tokens.media],
+            media_paths=[str(medium.path) for medium in tokens.media],
+            media_keys=[medium.key for medium in tokens.media],
+            media_begins=list(tokens.media_begins),
+            media_ends=list(tokens.media_ends),
+            positions=tokens.positions,
+        )
 
     @property
     def media(self) -> list[Medium]:
@@ -193,20 +208,12 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
     target = binding.encode(sample) if binding.trained else None
     _refuse_too_long(tokens.input_ids, sample, run)
     grouped = binding.trained and sample.group
-    return TokenizedSample(
-        input_ids=tokens.input_ids,
-        labels=tokens.labels,
-        where=sample.where,
-        media_kinds=[medium.kind for medium in tokens.media],
-        media_paths=[str(medium.path) for medium in tokens.media],
-        media_keys=[medium.key for medium in tokens.media],
-        media_begins=list(tokens.media_begins),
-        media_ends=list(tokens.media_ends),
+    return replace(
+        TokenizedSample.of(tokens, sample.where),
         head=sample.task if binding.trained else "",
         target=target,
         group=f"{sample.source}/{sample.group}" if grouped else "",  # two files may both have a user 1
         loss_weight=run.recipe.data[sample.source].loss_weight,
-        positions=tokens.positions,
     )
 
 

@@ -314,17 +314,7 @@ class StageTeacher:
             except DataError as error:
                 errors.append(str(error))
                 continue
-            yield TokenizedSample(
-                input_ids=tokens.input_ids,
-                labels=tokens.labels,
-                where=sample.where,
-                media_kinds=[medium.kind for medium in tokens.media],
-                media_paths=[str(medium.path) for medium in tokens.media],
-                media_keys=[medium.key for medium in tokens.media],
-                media_begins=list(tokens.media_begins),
-                media_ends=list(tokens.media_ends),
-                positions=tokens.positions,
-            )
+            yield TokenizedSample.of(tokens, sample.where)
         if errors:
             raise DataError(error_list(errors, f"{len(errors)} of {len(samples)} rows can't be read by the teacher"))
 
