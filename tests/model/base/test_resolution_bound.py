@@ -31,10 +31,8 @@ def test_small_pictures_are_left_alone_to_the_bit():
     assert decode("image", picture, limits=BOUND).tobytes() == picture.tobytes()
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
-def test_tokens_are_fewer_and_known_before_a_pixel_is_decoded(family, tmp_path, monkeypatch):
-    """By native resolution, and by tiles."""
-    folder = family_folder(family, tmp_path / "base")
+def test_tiles_are_fewer_and_known_before_a_pixel_is_decoded(tmp_path, monkeypatch):
+    folder = family_folder("llava_next", tmp_path / "base")
     model = Model(base=Base(name=str(folder), quantize="none"))
     encoders = load_components(model, {}, 0, torch.device("cpu")).encoders
     path = tmp_path / "picture.jpg"
