@@ -244,8 +244,8 @@ def layout_of(model: MultimodalModel, run: Run) -> RowKind:
     recipe = run.recipe
     attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
     if recipe.model.base is not None:
-        media = list(dict.fromkeys(medium for source in recipe.data for medium in source.task.media))
-        kind, line = base_row_kind(model, run.components, media, share, attention == "auto")
+        shown = [tuple(source.task.media) for source in recipe.data]
+        kind, line = base_row_kind(model, run.components, shown, share, attention == "auto")
         console.print(line)
         return kind
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
