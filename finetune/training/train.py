@@ -43,9 +43,10 @@ from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.rollouts import Reward, Rollouts, policy_sampler, row_kind_of_answers, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
+from finetune.training.stage_training import StageTraining
 from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
-from finetune.training.trainer import StageTraining, refuse_several_gpus
+from finetune.training.trainer import refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
