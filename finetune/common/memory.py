@@ -11,6 +11,15 @@ from finetune.common.errors import OutOfMemory
 
 # torch's allocators raise RuntimeErrors, cuBLAS and C++ some of their own.
 SAID = re.compile("(out of|allocate) memory|bad_alloc|ALLOC_FAILED")
+BY_PLAN = "`finetune plan RECIPE` says what each takes"
+TRAINING = (
+    "in this order: train.dequantize_once: false, train.checkpoint_every_n_layers: 1, quantize: nf4, optimizer: "
+    "paged_adamw_8bit, fewer or smaller media and shorter text in a row, a smaller train.tokens_per_batch with more "
+    f"train.accumulate, a smaller LLM; {BY_PLAN}"
+)
+ENCODING = f"smaller media (media.*), train.encode_batch: 1, fewer tiles or frames, a smaller encoder; {BY_PLAN}"
+ANSWERING = f"in this order: evaluate.batch: 1, a smaller evaluate.max_new_tokens, quantize: nf4; {BY_PLAN}"
+MERGING = f"close other programs, fewer merge.rows, a smaller evaluate.batch, or more memory; {BY_PLAN}"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -29,7 +38,7 @@ def enough_memory(doing: str, advice: str) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"out of memory {doing}: {advice}") from error
+        raise OutOfMemory(f"out of memory {doing}. To need less, {advice}") from error
 
 
 def attempt(compute: Callable[[], Result]) -> Result | None:
@@ -46,31 +55,32 @@ def attempt(compute: Callable[[], Result]) -> Result | None:
 
 
 class Halving:
-    """Items computed in batches of `size`, which is halved, for good and with a line that says so, where memory runs
-    out. `doing`: what they're computed for; `key`: of the recipe, the size.
+    """Items computed in batches, which are halved, for good and with a line that says so, where memory runs out.
+    `doing`: what they're computed for; `key`: of the recipe, how many at once.
     """
 
-    def __init__(self, size: int, doing: str, key: str, advice: str) -> None:
-        self.size, self.doing, self.key, self.advice = size, doing, key, advice
+    def __init__(self, doing: str, key: str, advice: str) -> None:
+        self.doing, self.key, self.advice = doing, key, advice
+        self.most: int | None = None  # at once, by what was tried
 
     def over(
-        self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence[Result]]
+        self, items: Sequence[Item], batch: int, compute: Callable[[Sequence[Item]], Sequence[Result]]
     ) -> Iterator[tuple[Item, Result]]:
         """(item, result) of all items, in their order. Raises OutOfMemory where one alone takes too much."""
         from finetune.common.progress import console
 
         begin = 0
         while begin < len(items):
-            batch = items[begin : begin + self.size]
-            found = attempt(partial(compute, batch))
+            some = items[begin : begin + min(batch, self.most or batch)]
+            found = attempt(partial(compute, some))
             if found is not None:
-                yield from zip(batch, found, strict=True)
-                begin += len(batch)
-            elif len(batch) == 1:
-                raise OutOfMemory(f"out of memory {self.doing}, for one alone: {self.advice}")
+                yield from zip(some, found, strict=True)
+                begin += len(some)
+            elif len(some) == 1:
+                raise OutOfMemory(f"out of memory {self.doing}, for one alone. To need less, {self.advice}")
             else:
-                self.size = len(batch) // 2
+                self.most = len(some) // 2
                 console.print(
-                    f"out of memory {self.doing}: {self.size} at once from here on, not {len(batch)}. For the next "
-                    f"run write {self.key}: {self.size}"
+                    f"out of memory {self.doing}: {self.most} at once from here on, not {len(some)}. For the next run "
+                    f"write {self.key}: {self.most}"
                 )

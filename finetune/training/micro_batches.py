@@ -12,19 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.common.errors import OutOfMemory
-from finetune.common.memory import attempt
+from finetune.common.errors import RESUME, OutOfMemory, option
+from finetune.common.memory import TRAINING, attempt
 from finetune.common.progress import console
 from finetune.common.run_folder import add_lines, read_lines
 from finetune.training.pack import Row
 from finetune.training.suspects import Suspects
 
 FILE = "micro_batches.jsonl"  # in RUN/data
-ADVICE = (
-    "in this order: train.dequantize_once: false, train.checkpoint_every_n_layers: 1, quantize: nf4, optimizer: "
-    "paged_adamw_8bit, fewer or smaller media and shorter text in a row, a smaller train.tokens_per_batch with more "
-    "train.accumulate, a smaller LLM; `finetune plan RECIPE` says what each takes"
-)
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,10 @@ class MicroBatches:
         steps, row = trainer.row
         where = f"{stage.name}: out of memory at step {steps + 1}"
         if why := self._why_whole():
-            raise OutOfMemory(f"{where}; {why}. To need less, {ADVICE}")
+            raise OutOfMemory(
+                f"{where}; {why}. To need less, {TRAINING}. {option(*RESUME)} goes on from the step before, also with "
+                "the first two of these changed"
+            )
         pieces = 2 * self.pieces
         self.halved.append(Halved(stage.name, steps + 1, row, pieces))
         add_lines(self.path, [json.dumps(vars(self.halved[-1]))])

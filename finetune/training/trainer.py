@@ -22,7 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.common.disk import writing
 from finetune.common.errors import RESUME, Interrupted, OutOfMemory, TrainingError, option
-from finetune.common.memory import enough_memory
+from finetune.common.memory import TRAINING, enough_memory
 from finetune.common.run_folder import read_json
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.row_plan import by_segments
@@ -31,8 +31,8 @@ from finetune.recipe.schema import Stage
 from finetune.training.bad_rows import BadRows, FiniteGradients, NotFinite
 from finetune.training.checkpoints import WholeCheckpoints, seconds_of, step_of
 from finetune.training.collate import Batch
-from finetune.training.micro_batches import ADVICE, MicroBatches
 from finetune.training.micro_batches import FILE as MICRO_BATCHES
+from finetune.training.micro_batches import MicroBatches
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
 from finetune.training.reference import Reference
@@ -119,7 +119,7 @@ def train_stage(
 def as_training_errors(trainer: "StageTrainer", resume_from: Path | None) -> Iterator[None]:
     """What a training ends with that can't go on, as a FinetuneError."""
     try:
-        with enough_memory(f"in the stage {trainer.stage.name}, between two steps", ADVICE):
+        with enough_memory(f"in the stage {trainer.stage.name}, between two steps", TRAINING):
             yield
     except (NotFinite, OutOfMemory):
         trainer.save_at_once()

@@ -7,11 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cli import cli
 from packed import SAMPLES, At, collator_of, composite_with_lora, power_cut, read, train_composite, weights_of
+from tiny import tiny_encoder, tiny_picture
+from trained_runs import copy_of
 from transformers import TrainerCallback
 
 from finetune.common.errors import OutOfMemory
 from finetune.common.run_folder import RunFolder
+from finetune.merging.candidates import MergeJob
+from finetune.model.assistant import Assistant
+from finetune.model.features import Features
 from finetune.model.row_plan import RowKind
 from finetune.training.checkpoints import newest_whole
 
@@ -171,3 +177,63 @@ def test_bad_rows_are_left_out_of_halved_ones(tmp_path):
         torch.testing.assert_close(weights_of(model)[name], weight, atol=1e-5, rtol=1e-5, msg=name)
     left_out = [(tmp_path / run / "data" / "suspects.jsonl").read_text() for run in ("whole", "run")]
     assert left_out[0] == left_out[1] and "rows.csv:5" in left_out[0]
+
+
+def test_encoding_halves_its_batch(capsys):
+    encoder = tiny_encoder()
+    prepared = [encoder.prepare(tiny_picture((40 * n, 10, 10))) for n in range(7)]
+    expected = Features({"image": encoder}, None).compute("image", prepared)
+    features = Features({"image": encoder}, None)
+    real, sizes = encoder.encode, []
+
+    def encode(batch):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise ERRORS["cpu"]
+        return real(batch)
+
+    encoder.encode = encode
+    capsys.readouterr()
+    for one, other in zip(features.compute("image", prepared, 7), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    features.compute("image", prepared, 7)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1, *[1] * 7]
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "out of memory encoding image: 1 at once from here on, not 3. For the next run write train.encode_batch: 1"
+        in said
+    )
+
+
+def test_scores_stay_where_answers_are_halved_and_a_merge_says_what_it_needs(finished_run, tmp_path, monkeypatch):
+    run = copy_of(finished_run("plain"), tmp_path)
+    expected = (run / "predictions.jsonl").read_text()
+    merged = {path: path.stat().st_mtime_ns for path in (run / "merged").rglob("*")}
+    sizes, real = [], Assistant.ask
+
+    def ask(self, name, conversations, **options):
+        sizes.append(len(conversations))
+        if len(conversations) > 2:
+            raise ERRORS["gpu"]
+        return real(self, name, conversations, **options)
+
+    monkeypatch.setattr(Assistant, "ask", ask)
+    evaluated = cli("evaluate", run)
+    assert evaluated.returncode == 0 and sizes[:2] == [4, 2] and sizes.count(4) == 1
+    assert (run / "predictions.jsonl").read_text() == expected
+    assert "2 at once from here on, not 4. For the next run write evaluate.batch: 2" in " ".join(
+        evaluated.stderr.split()
+    )
+    monkeypatch.setattr(Assistant, "ask", lambda *arguments, **options: raises(ERRORS["gpu"]))
+    alone = cli("evaluate", run)
+    assert alone.returncode == 1 and alone.stderr.splitlines()[-1].startswith("out of memory answering, for one alone.")
+    monkeypatch.setattr(Assistant, "ask", real)
+    monkeypatch.setattr(MergeJob, "write", lambda *arguments: raises(ERRORS["cpu"]))
+    refused = cli("merge", run)
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("out of memory merging. To need less, close other programs")
+    assert {path: path.stat().st_mtime_ns for path in (run / "merged").rglob("*")} == merged
+
+
+def raises(error):
+    raise error
