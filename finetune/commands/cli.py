@@ -1,7 +1,6 @@
 """The command line: parses, calls one function, prints. Each verb is a function of `finetune`."""
 
 import json
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from finetune.commands._options import (
 )
 from finetune.common.disk import FULL
 from finetune.common.errors import DataError, FinetuneError, RecipeError, escaped, options_as_flags
+from finetune.common.memory import is_out_of_memory
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
@@ -536,14 +536,11 @@ def main() -> None:
     except FinetuneError as error:
         print(escaped(str(error)), file=sys.stderr)
         sys.exit(error.exit_status)
-    except (MemoryError, RuntimeError) as error:
-        # By torch's allocators as a RuntimeError; where training itself runs out, the trainer says more.
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
-            raise
-        print(OUT_OF_MEMORY, file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in FULL:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):  # training, evaluating and merging say more
+            print(OUT_OF_MEMORY, file=sys.stderr)
+            sys.exit(1)
+        if not isinstance(error, OSError) or error.errno not in FULL:
             raise
         print(f"{error.filename or 'writing'}: {error.strerror}: make room, and try again", file=sys.stderr)
         sys.exit(1)
