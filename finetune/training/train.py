@@ -179,6 +179,7 @@ def train_stages(
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
             distributions=prepared.teacher_data[stage.name].outputs if stage.name in prepared.teacher_data else None,
+            prompts_both_ways=components.placement.prompts_both_ways,
         )
         training = StageTraining(
             model=model,
