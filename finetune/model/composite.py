@@ -29,7 +29,7 @@ from finetune.common.registry import kind_of
 from finetune.data.media import example
 from finetune.data.sample import Values
 from finetune.model.base.encoder import BaseEncoder
-from finetune.model.base.existing import modules_outside
+from finetune.model.base.existing import beside_language
 from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
@@ -148,7 +148,7 @@ class MultimodalModel(PreTrainedModel):
     @cached_property
     def outside_decoder(self) -> list[str]:
         """Names of a base's modules that aren't in its decoder."""
-        return modules_outside(self.causal_lm, self.decoder) if self.composition.base else []
+        return beside_language(self.causal_lm) if self.composition.base else []
 
     @cached_property
     def roles(self) -> dict[str, MediumRoles]:

@@ -82,11 +82,11 @@ def by_segments(causal_lm: Any) -> Iterator[None]:
     """Let an LLM attend by segments. To last until the backward pass is over: activation checkpoints attend again."""
     attending = _attending(causal_lm)
     before = attending.config._attn_implementation
-    attending.set_attn_implementation(NAME)
+    attending.set_attn_implementation({"": NAME})  # not that of encoders inside
     try:
         yield
     finally:
-        attending.set_attn_implementation(before)
+        attending.set_attn_implementation({"": before})
 
 
 def _attending(causal_lm: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Which layouts of training rows are exact for a base: tried on two short samples with a medium, against the base's own
-forward pass over one of them alone.
+"""Which layouts of training rows are exact for a base: tried on two short samples with a medium, or one of each kind
+that a task shows together, against the base's own forward pass over one of them alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,23 +45,24 @@ class _TrialMedia:
 
 
 def base_row_kind(
-    model: MultimodalModel, components: Components, kinds: Sequence[str], share: bool, segments: bool
+    model: MultimodalModel, components: Components, shown: Sequence[tuple[str, ...]], share: bool, segments: bool
 ) -> tuple[RowKind, str]:
-    """The best layout that is exact for samples with media of these `kinds`, and a line to print about it. Without
-    `segments`, by the base's own attention. Raises ModelError where not even single samples are as they are alone in
-    the base's own forward.
+    """The best layout that is exact for samples with media, and a line to print about it. `shown`: the kinds of media of
+    each task, tried one by one and together. Without `segments`, by the base's own attention. Raises ModelError where
+    not even single samples are as they are alone in the base's own forward.
     """
     allowed = [kind for kind in KINDS if (share or kind is not RowKind.SHARED)]
     allowed = [kind for kind in allowed if segments or kind in (RowKind.PACKED, RowKind.PADDED)]
     before = model.training
     model.eval()
     try:
-        for medium in kinds:
+        for kinds in dict.fromkeys([*((kind,) for task in shown for kind in task), *filter(None, shown)]):
             with short_windows(model.causal_lm):
-                allowed = list(_exact(model, components, medium, allowed))
+                allowed = list(_exact(model, components, kinds, allowed))
             if not allowed:
+                together = f"{' and '.join(kinds)} in one sample" if len(kinds) > 1 else kinds[0]
                 raise ModelError(
-                    f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: the "
+                    f"model.base: {type(model.causal_lm).__name__} with {together} can't be trained here: the "
                     "outputs for our rows differ from those of its own forward pass"
                 )
     finally:
@@ -71,9 +72,11 @@ def base_row_kind(
 
 
 @torch.no_grad()
-def _exact(model: MultimodalModel, components: Components, kind: str, allowed: Sequence[RowKind]) -> Iterator[RowKind]:
+def _exact(
+    model: MultimodalModel, components: Components, kinds: Sequence[str], allowed: Sequence[RowKind]
+) -> Iterator[RowKind]:
     shown = _TrialMedia(components)
-    samples = [_sample(model, components, kind, answer, shown) for answer in ANSWERS]
+    samples = [_sample(components, kinds, answer, shown) for answer in ANSWERS]
     answered = _answered(samples[1])
     _refuse_seeing_ahead(model, samples[1], shown)
     native = _native_states(model, samples[1], shown)[-answered:]
@@ -125,9 +128,9 @@ def _answered(tokens: Tokens) -> int:
     return len(tokens.labels) - first
 
 
-def _sample(model: MultimodalModel, components: Components, kind: str, answer: str, shown: _TrialMedia) -> Tokens:
-    medium = Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=_noise(kind))
-    messages = (Message("user", (medium, "What is this?")), Message("assistant", (answer,)))
+def _sample(components: Components, kinds: Sequence[str], answer: str, shown: _TrialMedia) -> Tokens:
+    media = [Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=_noise(kind)) for kind in kinds]
+    messages = (Message("user", (*media, "What is this?")), Message("assistant", (answer,)))
     segments = components.placement.segments_by(lambda one: shown.of(one).layout)
     return tokenize(Sample(messages, "trial"), components.tokenizer, components.placeholders, segments)
 
@@ -156,13 +159,12 @@ def _row(tokens: Tokens, number: int) -> TokenizedSample:
 
 
 def _native_states(model: MultimodalModel, tokens: Tokens, shown: _TrialMedia) -> Tensor:
-    """(T, D): of one sample, by the base's own forward of its prepared medium."""
+    """(T, D): of one sample, by the base's own forward of its prepared media."""
     base = model.causal_lm.base_model
     device = model.get_input_embeddings().weight.device
-    (prepared,) = shown.prepared.values()
-    assert isinstance(prepared.values, Mapping)
     dtype = model.get_input_embeddings().weight.dtype
-    given = {name: value.to(device) for name, value in prepared.values.items()}
+    values = [prepared.values for prepared in shown.prepared.values() if isinstance(prepared.values, Mapping)]
+    given = {name: value.to(device) for medium in values for name, value in medium.items()}
     given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
     ids = torch.tensor([tokens.input_ids], device=device)
     types = torch.zeros_like(ids)

@@ -9,7 +9,7 @@ from families.recipes import base_recipe
 import finetune
 
 QUICK = {"llava", "qwen2_5_vl", "gemma3", "audioflamingo3"}
-REFUSED = {"paligemma", "phi4_multimodal"}
+REFUSED = {"paligemma"}
 CASES = [
     pytest.param(name, medium, marks=() if name in QUICK else pytest.mark.slow, id=f"{name}-{medium}")
     for name, family in ZOO.items()

@@ -16,7 +16,6 @@ from finetune.recipe.schema import Model
 
 REFUSED = {  # and why
     "paligemma": "attention is bidirectional in prompts and causal in answers",
-    "phi4_multimodal": "no accessor that tells its language model from its encoders",
 }
 CASES = [(name, medium) for name, family in ZOO.items() for medium in family.media if medium != "video"]
 

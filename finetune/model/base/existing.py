@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -22,7 +22,7 @@ from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.data.sample import Layout
-from finetune.model.base.config import media_in_config
+from finetune.model.base.config import SECTIONS, media_in_config
 from finetune.model.bounds import refuse_oversized
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
@@ -77,9 +77,10 @@ class ExistingModel:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
         _complete_template(processor, settings, media)
         existing = cls(settings, config, processor, media, model_class, dtype, device)
-        if existing.skeleton.get_decoder() is existing.skeleton.base_model:
+        skeleton = existing.skeleton
+        if skeleton.get_decoder() is skeleton.base_model and not media_modules(skeleton.base_model):
             raise ModelError(
-                f"{what}: a {model_class.__name__} has no accessor that tells its language model from its encoders: "
+                f"{what}: in a {model_class.__name__} neither accessors nor modules tell its language model from its encoders: "
                 "it can't be trained here"
             )
         return existing
@@ -144,7 +145,7 @@ class ExistingModel:
         """transformers' settings, which leave all modules alone that aren't the decoder's."""
         config = quantization(self.settings, self.dtype)
         if config is not None:
-            config.llm_int8_skip_modules = modules_outside(self.skeleton, self.skeleton.get_decoder())
+            config.llm_int8_skip_modules = beside_language(self.skeleton)
         return config
 
     @property
@@ -175,8 +176,9 @@ class ExistingModel:
 
     def token_id(self, kind: str) -> int:
         """The id of the placeholder token that stands for a row of features."""
+        sections = [getattr(self.config, name, None) for name in ("thinker_config", *SECTIONS.get(kind, ()))]
         for key in (f"{kind}_token_id", f"{kind}_token_index"):
-            for config in (self.config, getattr(self.config, "thinker_config", None)):
+            for config in (self.config, *sections):
                 if isinstance(number := getattr(config, key, None), int):
                     return number
         raise ModelError(f"base {self.settings.name!r}: its config names no token for {kind}")
@@ -191,13 +193,35 @@ class ExistingModel:
         return found
 
 
-def modules_outside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
-    """Names of the outermost modules that don't hold `part`, nor are in it."""
-    if whole is part:
-        return []
-    if not any(module is part for module in whole.modules()):
+def beside_language(model: Any) -> list[str]:
+    """Names of the outermost modules of a base that aren't of its language model: its output head, and all that media
+    pass through, also where the decoder holds it.
+    """
+    return _beside(model, model.get_decoder())
+
+
+def language_modules(model: Any) -> list[nn.Module]:
+    """The modules of a base's decoder, without those that media pass through."""
+    decoder = model.get_decoder()
+    media = {id(module) for name in media_modules(decoder) for module in decoder.get_submodule(name).modules()}
+    return [module for module in decoder.modules() if id(module) not in media]
+
+
+def media_modules(decoder: nn.Module) -> list[str]:
+    """Names of the modules inside a decoder that hold other models: its encoders, as in Phi-4-multimodal."""
+    return [
+        name
+        for name, child in decoder.named_children()
+        if any(isinstance(module, PreTrainedModel) for module in child.modules())
+    ]
+
+
+def _beside(whole: nn.Module, decoder: nn.Module, name: str = "") -> list[str]:
+    if whole is decoder:
+        return [f"{name}.{key}".lstrip(".") for key in media_modules(decoder)]
+    if not any(module is decoder for module in whole.modules()):
         return [name]
-    inner = (modules_outside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
+    inner = (_beside(child, decoder, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
     return [beside for names in inner for beside in names]
 
 
