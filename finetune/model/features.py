@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetune.common.errors import DataError
+from finetune.common.memory import ENCODING, Halving
 from finetune.data.media import decode, decoding
 from finetune.data.rows import error_list
 from finetune.data.sample import Layout, Medium, Prepared
@@ -71,6 +72,7 @@ class Features:
             else {}
         )
         self.seconds = {"decode": 0.0, "encode": 0.0}
+        self._halving = {kind: Halving(f"encoding {kind}", "train.encode_batch", ENCODING) for kind in self.encoders}
         self._layouts: dict[tuple[str, str], Layout] = {}
 
     def refresh(self) -> None:
@@ -106,10 +108,16 @@ class Features:
         return store.read(medium.key)
 
     def compute(self, kind: str, prepared: Sequence[Prepared], batch: int = 1) -> list[Tensor]:
-        """Features of prepared media, up to `batch` of the same shape at once."""
-        begin = perf_counter()
+        """Features of prepared media, up to `batch` of the same shape at once, or fewer where memory runs out. Raises
+        OutOfMemory.
+        """
+        begin, encoder = perf_counter(), self.encoders[kind]
+
+        def encoded(some: Sequence[Prepared]) -> list[Tensor]:
+            return encode_all(encoder, [one.values for one in some], batch)
+
         with torch.no_grad():
-            features = encode_all(self.encoders[kind], [one.values for one in prepared], batch)
+            features = [rows for _, rows in self._halving[kind].over(prepared, batch, encoded)]
         self.seconds["encode"] += perf_counter() - begin
         return features
 

@@ -190,7 +190,7 @@ class RowFile(Section):
     hosts: list[HostName] = Field(
         [],
         description="Hosts that media may be downloaded from, by http or https; *.example.com: any host below it. "
-        "Addresses of private networks are always refused.",
+        "Only a host that is written out may be in a private network.",
     )
 
     @property

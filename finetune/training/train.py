@@ -16,13 +16,14 @@ from finetune.common.certificate import weights_hashes
 from finetune.common.disk import writing
 from finetune.common.energy import EnergyMeter
 from finetune.common.errors import RecipeError, TrainingError
+from finetune.common.memory import TRAINING, enough_memory
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, read_json, whole_folder, write_json
 from finetune.data.rows import picked
 from finetune.evaluation import plots
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics, StageResult, TrainingResult
-from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
+from finetune.evaluation.scores import Scores, answer_batches, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.computing_dtype import measured_dtype
@@ -43,9 +44,10 @@ from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.rollouts import Reward, Rollouts, policy_sampler, row_kind_of_answers, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
+from finetune.training.stage_training import StageTraining
 from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
-from finetune.training.trainer import StageTraining, refuse_several_gpus
+from finetune.training.trainer import refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -76,6 +78,7 @@ def train(
     )
 
 
+@enough_memory("training", TRAINING)
 def train_in(
     path: Path,
     recipe: Recipe,
@@ -175,6 +178,7 @@ def train_stages(
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
             distributions=prepared.teacher_data[stage.name].outputs if stage.name in prepared.teacher_data else None,
+            prompts_both_ways=components.placement.prompts_both_ways,
         )
         training = StageTraining(
             model=model,
@@ -243,8 +247,8 @@ def layout_of(model: MultimodalModel, run: Run) -> RowKind:
     recipe = run.recipe
     attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
     if recipe.model.base is not None:
-        media = list(dict.fromkeys(medium for source in recipe.data for medium in source.task.media))
-        kind, line = base_row_kind(model, run.components, media, share, attention == "auto")
+        shown = [tuple(source.task.media) for source in recipe.data]
+        kind, line = base_row_kind(model, run.components, shown, share, attention == "auto")
         console.print(line)
         return kind
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
@@ -290,11 +294,11 @@ def validation_callback(
     run, settings = prepared.run, prepared.run.recipe.train.validation
     if settings is None:
         return None
-    assistant = run.assistant(model)
+    assistant, halving = run.assistant(model), answer_batches()
     tracked = TrackedRows(prepared.validation, run) if run.recipe.train.track else None
 
     def evaluate() -> tuple[Scores, list[float], list[TrackedAnswer]]:
-        answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
+        answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features, halving=halving)
         measures = measures_by_task(run.bindings, prepared.validation, answers)
         rows = [row for own in measures.values() for row in own]
         good = [] if any(row.get("group") for row in rows) else [float(row["good"]) for row in rows]

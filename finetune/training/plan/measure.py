@@ -20,8 +20,8 @@ from finetune.training.plan.shapes import base_on_meta, language_model_on_meta, 
 from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
 from finetune.training.rollouts import longest_answers, row_kind_of_answers
 from finetune.training.samples import TokenizedSamples
+from finetune.training.stage_training import StageTraining
 from finetune.training.train import set_up
-from finetune.training.trainer import StageTraining
 
 
 @dataclass(frozen=True)

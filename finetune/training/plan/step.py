@@ -16,7 +16,8 @@ from finetune.model.row_plan import by_segments
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Batch
 from finetune.training.plan.meter import AutocastOnGpu, Meter, gpu_autocasts
-from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, trainer_arguments
+from finetune.training.stage_training import StageTraining, packed_rows, trainer_arguments
+from finetune.training.trainer import StageTrainer
 
 OWN_ROLES = ("encoders", "projectors", "fusion", "heads")
 
