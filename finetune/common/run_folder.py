@@ -3,7 +3,8 @@
 runs/NAME/
   recipe.yaml        as resolved, with package versions below it in versions.json
   data/              counts per split, tokenized rows; suspects.jsonl, rows of a loss that wasn't finite;
-                     changes.jsonl, what the recipe was given anew on a resume
+                     changes.jsonl, what the recipe was given anew on a resume; micro_batches.jsonl, from which step
+                     on rows are computed in pieces; warnings.jsonl, what seemed wrong with a stage
   checkpoints/STAGE/checkpoint-N/    appears under this name only when it is whole; the last two are kept; STAGE/final
                      when the stage is done; the hashes of its files are in each
   tensorboard/STAGE/ event files, if train.track names tensorboard
@@ -19,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +42,9 @@ HASHES = "sha256.json"  # in each checkpoint
 SHOWN_RUNS = 8  # in an error
 SHOWN_KEYS = 4
 # What a resumed run may be given anew: neither the rows of its steps nor its weights hang on it.
-MAY_CHANGE = re.compile(r"train\.(skip_bad_rows|stages\.\d+\.(max_grad_norm|learning_rates?(\..+)?))")
+MAY_CHANGE = re.compile(
+    r"train\.(skip_bad_rows|checkpoint_every_n_layers|dequantize_once|workers|stages\.\d+\.(max_grad_norm|learning_rates?(\..+)?))"
+)
 UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
 
@@ -387,6 +390,16 @@ def damaged(path: Path | str, error: ValidationError, advice: str, above: str = 
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Of a file that `add_lines` writes; none where there isn't one."""
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def add_lines(path: Path, lines: Iterable[str]) -> None:
+    """Those that the file lacks."""
+    write_text(path, "\n".join(dict.fromkeys([*read_lines(path), *lines])) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

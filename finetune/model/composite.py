@@ -153,11 +153,15 @@ class MultimodalModel(PreTrainedModel):
         return beside_language(self.causal_lm) if self.composition.base else []
 
     @cached_property
+    def examples(self) -> dict[str, Values]:
+        """{medium: one that is prepared for its encoder}"""
+        return {name: encoder.prepare(example(name)).values for name, encoder in self.encoder_parts.items()}
+
+    @cached_property
     def roles(self) -> dict[str, MediumRoles]:
         """{medium: the parameters of a base that its features come from}, tried."""
-        shown = {name: encoder.prepare(example(name)).values for name, encoder in self.encoder_parts.items()}
         return {
-            name: roles_of(self.causal_lm, name, partial(encoder.encode, shown[name]))
+            name: roles_of(self.causal_lm, name, partial(encoder.encode, self.examples[name]))
             for name, encoder in self.encoder_parts.items()
         }
 

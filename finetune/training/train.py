@@ -16,13 +16,14 @@ from finetune.common.certificate import weights_hashes
 from finetune.common.disk import writing
 from finetune.common.energy import EnergyMeter
 from finetune.common.errors import RecipeError, TrainingError
+from finetune.common.memory import TRAINING, enough_memory
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, read_json, whole_folder, write_json
 from finetune.data.rows import picked
 from finetune.evaluation import plots
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics, StageResult, TrainingResult
-from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
+from finetune.evaluation.scores import Scores, answer_batches, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.computing_dtype import measured_dtype
@@ -43,9 +44,10 @@ from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.rollouts import Reward, Rollouts, policy_sampler, row_kind_of_answers, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
+from finetune.training.stage_training import StageTraining
 from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
-from finetune.training.trainer import StageTraining, refuse_several_gpus
+from finetune.training.trainer import refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -76,6 +78,7 @@ def train(
     )
 
 
+@enough_memory("training", TRAINING)
 def train_in(
     path: Path,
     recipe: Recipe,
@@ -94,7 +97,6 @@ def train_in(
     refuse_several_gpus()
     refuse_missing_packages(recipe)
     on_gpu = default_device().type == "cuda"
-    plannable = on_gpu and recipe.model.base is None  # plans are of an LLM and encoders apart
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
     with RunFolder(path).locked() if processes.is_main_process else nullcontext():
@@ -102,7 +104,7 @@ def train_in(
         if processes.is_main_process:
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = as_begun(recipe, folder) if resume else with_measured_dtype(recipe)
-            recipe = without_auto(recipe, plannable, processes.num_processes)
+            recipe = without_auto(recipe, on_gpu, processes.num_processes)
             if recipe.train.cache == "auto":
                 choice = choose_cache(recipe)
                 recipe = choice.of(recipe)
@@ -113,7 +115,7 @@ def train_in(
         if not processes.is_main_process:
             recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
         begin = perf_counter()
-        planned = plannable and processes.num_processes == 1 and shared is None
+        planned = on_gpu and processes.num_processes == 1 and shared is None
         with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
             with EnergyMeter() as meter:
                 prepared = prepare(folder, recipe, shared)
@@ -233,7 +235,7 @@ def origin_of(run: Run, model: MultimodalModel) -> str:
         recipe.adapter and recipe.adapter.model_dump(mode="json"),
         commit_of(model.causal_lm, llm.revision),
         weights_hashes(llm.name),
-        {kind: features_key(kind, encoder) for kind, encoder in run.components.encoders.items()},
+        {kind: features_key(kind, encoder, recipe.media) for kind, encoder in run.components.encoders.items()},
         recipe.media.model_dump(mode="json"),
         str(run.components.dtype),
     ]
@@ -292,11 +294,11 @@ def validation_callback(
     run, settings = prepared.run, prepared.run.recipe.train.validation
     if settings is None:
         return None
-    assistant = run.assistant(model)
+    assistant, halving = run.assistant(model), answer_batches()
     tracked = TrackedRows(prepared.validation, run) if run.recipe.train.track else None
 
     def evaluate() -> tuple[Scores, list[float], list[TrackedAnswer]]:
-        answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
+        answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features, halving=halving)
         measures = measures_by_task(run.bindings, prepared.validation, answers)
         rows = [row for own in measures.values() for row in own]
         good = [] if any(row.get("group") for row in rows) else [float(row["good"]) for row in rows]

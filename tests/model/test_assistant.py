@@ -7,7 +7,7 @@ import finetune
 from finetune.common.errors import ArtifactError, DataError, MediaError, ModelError, TrainingError
 from finetune.model.language_model import PLAIN_TEMPLATE
 from finetune.model.tokenize import answer_ends
-from finetune.training.trainer import SKIPPED, FiniteGradients
+from finetune.training.bad_rows import SKIPPED, FiniteGradients
 
 pytestmark = pytest.mark.slow
 
