@@ -97,7 +97,6 @@ def train_in(
     refuse_several_gpus()
     refuse_missing_packages(recipe)
     on_gpu = default_device().type == "cuda"
-    plannable = on_gpu and recipe.model.base is None  # plans are of an LLM and encoders apart
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
     with RunFolder(path).locked() if processes.is_main_process else nullcontext():
@@ -105,7 +104,7 @@ def train_in(
         if processes.is_main_process:
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = as_begun(recipe, folder) if resume else with_measured_dtype(recipe)
-            recipe = without_auto(recipe, plannable, processes.num_processes)
+            recipe = without_auto(recipe, on_gpu, processes.num_processes)
             if recipe.train.cache == "auto":
                 choice = choose_cache(recipe)
                 recipe = choice.of(recipe)
@@ -116,7 +115,7 @@ def train_in(
         if not processes.is_main_process:
             recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
         begin = perf_counter()
-        planned = plannable and processes.num_processes == 1 and shared is None
+        planned = on_gpu and processes.num_processes == 1 and shared is None
         with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
             with EnergyMeter() as meter:
                 prepared = prepare(folder, recipe, shared)
@@ -179,6 +178,7 @@ def train_stages(
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
             distributions=prepared.teacher_data[stage.name].outputs if stage.name in prepared.teacher_data else None,
+            prompts_both_ways=components.placement.prompts_both_ways,
         )
         training = StageTraining(
             model=model,
@@ -235,7 +235,7 @@ def origin_of(run: Run, model: MultimodalModel) -> str:
         recipe.adapter and recipe.adapter.model_dump(mode="json"),
         commit_of(model.causal_lm, llm.revision),
         weights_hashes(llm.name),
-        {kind: features_key(kind, encoder) for kind, encoder in run.components.encoders.items()},
+        {kind: features_key(kind, encoder, recipe.media) for kind, encoder in run.components.encoders.items()},
         recipe.media.model_dump(mode="json"),
         str(run.components.dtype),
     ]
@@ -247,8 +247,8 @@ def layout_of(model: MultimodalModel, run: Run) -> RowKind:
     recipe = run.recipe
     attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
     if recipe.model.base is not None:
-        media = list(dict.fromkeys(medium for source in recipe.data for medium in source.task.media))
-        kind, line = base_row_kind(model, run.components, media, share, attention == "auto")
+        shown = [tuple(source.task.media) for source in recipe.data]
+        kind, line = base_row_kind(model, run.components, shown, share, attention == "auto")
         console.print(line)
         return kind
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
