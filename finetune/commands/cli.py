@@ -151,8 +151,6 @@ def check(recipe: RecipeFile, set_: Set = None) -> None:
     with planning(recipe, set_ or []) as finish:  # it takes longer than the check
         checked = check(recipe, set_ or [])
         print(f"{recipe}: OK", checked, sep="\n", flush=True)
-        if checked.recipe.model.base is not None:  # which plans don't know
-            return
         with Console(stderr=True).status("plan"):
             figures = finish(LINE_SECONDS)
     if figures and figures["checkpoints_reason"]:

@@ -38,7 +38,8 @@ class Components:
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.model.projectors, self.model.fusion, self.base.rope if self.base else None)
+        rope, both_ways = (self.base.rope, self.base.prompts_both_ways) if self.base else (None, False)
+        return Placement(self.model.projectors, self.model.fusion, rope, both_ways)
 
     def compose(
         self, language_model: Any, bindings: Mapping[str, TaskBinding], with_encoders: bool = True

@@ -95,7 +95,6 @@ def train_in(
     refuse_several_gpus()
     refuse_missing_packages(recipe)
     on_gpu = default_device().type == "cuda"
-    plannable = on_gpu and recipe.model.base is None  # plans are of an LLM and encoders apart
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
     with RunFolder(path).locked() if processes.is_main_process else nullcontext():
@@ -103,7 +102,7 @@ def train_in(
         if processes.is_main_process:
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = as_begun(recipe, folder) if resume else with_measured_dtype(recipe)
-            recipe = without_auto(recipe, plannable, processes.num_processes)
+            recipe = without_auto(recipe, on_gpu, processes.num_processes)
             if recipe.train.cache == "auto":
                 choice = choose_cache(recipe)
                 recipe = choice.of(recipe)
@@ -115,7 +114,7 @@ def train_in(
         if not processes.is_main_process:
             recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
         begin = perf_counter()
-        planned = plannable and processes.num_processes == 1 and shared is None
+        planned = on_gpu and processes.num_processes == 1 and shared is None
         with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
             with EnergyMeter() as meter:
                 prepared = prepare(folder, recipe, shared)
@@ -180,6 +179,7 @@ def train_stages(
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
             distributions=prepared.teacher_data[stage.name].outputs if stage.name in prepared.teacher_data else None,
+            prompts_both_ways=components.placement.prompts_both_ways,
         )
         training = StageTraining(
             model=model,

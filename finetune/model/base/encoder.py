@@ -42,8 +42,11 @@ class BaseEncoder(Encoder):
 
     @cached_property
     def width(self) -> int:  # type: ignore[override]
+        """Of all depths at which the decoder reads features, side by side."""
         size: int = self.existing.config.get_text_config().hidden_size
-        return size
+        vision = getattr(self.existing.config, "vision_config", None)
+        depths = () if self.kind == "audio" else getattr(vision, "deepstack_visual_indexes", ())
+        return size * (1 + len(depths))
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]

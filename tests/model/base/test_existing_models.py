@@ -14,20 +14,21 @@ from families.native import native_inputs, native_model, native_processor
 from finetune.common.errors import ModelError
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.assistant import Assistant, FileView
+from finetune.model.base.both_ways import answer_types
 from finetune.model.base.config import media_in_config
 from finetune.model.base.existing import beside_language, language_modules
 from finetune.model.base.roles import encoder_of, linear_layers
 from finetune.model.build import build_model, load_components
 from finetune.model.padding import left_padded_positions
-from finetune.model.prompts import PromptBatch, answer_log_probabilities, generate, logits
+from finetune.model.prompts import PromptBatch, answer_log_probabilities, generate
 from finetune.model.row_plan import RowKind
 from finetune.model.tokenize import tokenize, tokenize_prompt
 from finetune.recipe.schema import Adapter, Base, Limits, Model
 from finetune.training.base_trial import base_row_kind
 
 CPU = torch.device("cpu")
-# Not bases yet: a prefix that is read both ways, a processor without `__call__` for text with media.
-NOT_YET = {"paligemma", "voxtral"}
+NOT_YET = {"voxtral"}  # its processor has no `__call__` for text with media
+PREFIX = {"paligemma"}  # whose prompts are read both ways
 # Ours ends what the template leaves open, or asks as the template answers.
 ENDED_BY_US = {"llava"}
 ASKED_AS_ANSWERED = {"llava_onevision"}
@@ -101,13 +102,15 @@ def test_logits_are_those_of_the_native_forward(opened):
         if opened.name in ASKED_AS_ANSWERED:
             continue  # compared by the trial, on ids of ours
         batch = opened.batch(tokens)
+        types = {"token_type_ids": inputs["token_type_ids"]} if opened.name in PREFIX else {}
         with torch.no_grad():
             theirs = opened.native(**inputs).logits
             ours = opened.model(
                 batch.input_ids,
                 batch.features,
                 attention_mask=batch.attention_mask,
-                rope_positions=batch.rope_positions,
+                position_ids=batch.position_ids if tokens.positions else None,
+                **types,
             ).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -130,8 +133,13 @@ def test_answers_are_those_of_the_native_class(opened):
         positions = prompt.positions
         if positions:
             positions = [[*row, *(row[-1] + 1 + step for step in range(len(answer)))] for row in positions]
-        in_full = opened.batch(replace(prompt, input_ids=whole, positions=positions))
-        rows = logits(opened.model, in_full)[0, len(prompt.input_ids) - 1 : -1]
+        full = opened.batch(replace(prompt, input_ids=whole, positions=positions))
+        beside = {"position_ids": full.position_ids} if positions else {}
+        if opened.name in PREFIX:
+            beside["token_type_ids"] = answer_types(full.attention_mask, [len(prompt.input_ids)])
+        with torch.no_grad():
+            own = opened.model(full.input_ids, full.features, attention_mask=full.attention_mask, **beside).logits
+        rows = own[0, len(prompt.input_ids) - 1 : -1]
         expected = rows.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
         torch.testing.assert_close(
             answer_log_probabilities(opened.model, batch, [answer])[0, 0], expected, atol=1e-4, rtol=1e-4
