@@ -66,9 +66,14 @@ PAIRS: dict[str, Pair] = {
         changes={"train__cache": False, "tune_encoders": {"image": {"rank": 4}}, "train__stages": WITH_ENCODER},
     ),
     "head of labels": Pair(shape=SMALL, changes={"train__stages": WITH_HEAD}, head="label"),
-    "base, nf4": Pair(base="gemma3", overrides=("model.base.quantize=nf4",)),
-    "base, projectors": Pair(
-        base="qwen2_5_vl", overrides=("train.cache=false", "train.stages.0.trains=[adapter, projectors]")
+    "base": Pair(base="gemma3"),
+    "base in nf4, projectors": Pair(
+        base="qwen2_5_vl",
+        overrides=(
+            "model.base.quantize=nf4",
+            "train.cache=false",
+            "train.stages.0.trains=[adapter, projectors]",
+        ),
     ),
 }
 

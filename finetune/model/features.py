@@ -46,9 +46,10 @@ def read_medium(encoder: Encoder, medium: Medium, limits: Limits) -> Prepared:
     return encoder.prepare(decode_for(encoder, medium.kind, source, limits, medium.place))
 
 
-def features_key(kind: str, encoder: Encoder) -> str:
+def features_key(kind: str, encoder: Encoder, limits: Limits) -> str:
     """sha256: equal where the same file gives the same features."""
-    return hashlib.sha256(f"{encoder.fingerprint} {decoding(kind)}".encode()).hexdigest()
+    size = "" if kind == "audio" or limits.shrink_to_pixels is None else f" {limits.shrink_to_pixels} pixels"
+    return hashlib.sha256(f"{encoder.fingerprint} {decoding(kind)}{size}".encode()).hexdigest()
 
 
 class Features:
@@ -61,12 +62,15 @@ class Features:
         self, encoders: Mapping[str, Encoder], cache_folder: Path | None, limits: Limits | None = None
     ) -> None:
         self.encoders = dict(encoders)
+        self.limits = limits or Limits()
         self.stores = (
-            {name: FeatureStore(cache_folder, features_key(name, e)) for name, e in self.encoders.items()}
+            {
+                name: FeatureStore(cache_folder, features_key(name, encoder, self.limits))
+                for name, encoder in self.encoders.items()
+            }
             if cache_folder
             else {}
         )
-        self.limits = limits or Limits()
         self.seconds = {"decode": 0.0, "encode": 0.0}
         self._halving = {kind: Halving(f"encoding {kind}", "train.encode_batch", ENCODING) for kind in self.encoders}
         self._layouts: dict[tuple[str, str], Layout] = {}
@@ -92,7 +96,7 @@ class Features:
             return store.layout(medium.key)
         content = (medium.kind, medium.key)
         if content not in self._layouts:
-            known = self.encoders[medium.kind].layout_at(medium)
+            known = self.encoders[medium.kind].layout_at(medium, self.limits)
             self._layouts[content] = known or self.prepared(medium).layout
         return self._layouts[content]
 

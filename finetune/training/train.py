@@ -236,7 +236,7 @@ def origin_of(run: Run, model: MultimodalModel) -> str:
         recipe.adapter and recipe.adapter.model_dump(mode="json"),
         commit_of(model.causal_lm, llm.revision),
         weights_hashes(llm.name),
-        {kind: features_key(kind, encoder) for kind, encoder in run.components.encoders.items()},
+        {kind: features_key(kind, encoder, recipe.media) for kind, encoder in run.components.encoders.items()},
         recipe.media.model_dump(mode="json"),
         str(run.components.dtype),
     ]

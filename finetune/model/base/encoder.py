@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from finetune.common.errors import MediaError, ModelError
-from finetune.data.media.image import image_size
+from finetune.data.media.image import image_size, shrunk_size
 from finetune.data.sample import Layout, Medium, Prepared, Values
 from finetune.model.base.existing import ExistingModel, beside_language
 from finetune.model.encoders import Encoder
 from finetune.model.language_model import decoder_layers
+from finetune.recipe.schema import Limits
 
 ENCODING = 1  # version: to be raised when features of the same medium change
 PICTURES = 4096  # sizes whose layouts are cached
@@ -66,11 +67,11 @@ class BaseEncoder(Encoder):
     def sampling(self) -> dict[str, float]:
         return {"count": VIDEO_FRAMES} if self.kind == "video" else {}
 
-    def layout_at(self, medium: Medium) -> Layout | None:
+    def layout_at(self, medium: Medium, limits: Limits) -> Layout | None:
         """By the size in a picture's header. Raises MediaError."""
         source = medium.path if medium.content is None else medium.content
         if self.kind == "image" and isinstance(source, Path | bytes):
-            return self.layout_of_size(*image_size(source, where=medium.place))
+            return self.layout_of_size(*shrunk_size(*image_size(source, where=medium.place), limits))
         return None
 
     def _layout_of_size(self, width: int, height: int) -> Layout:

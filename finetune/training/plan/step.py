@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from finetune.model.composite import MultimodalModel
 from finetune.model.module_names import is_lora
@@ -60,7 +61,7 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
         processing_class=training.tokenizer,
     )
     weights = weights_of(model)
-    for tensor in tensors_of(model):  # loaded ones are no operation's result
+    for tensor in (*tensors_of(model), *tree_leaves(batch)):  # loaded ones are no operation's result
         meter.note(tensor)
     optimizer = trainer.create_optimizer()
     before = meter.live
@@ -146,8 +147,6 @@ def on_paper(batch: Any) -> Any:
     """A batch whose features have no data; ids, positions and labels keep theirs. So do media that a base's processor
     has prepared: which parts of a picture are padding is told by its pixels.
     """
-    from torch.utils._pytree import tree_map_only
-
     paper = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype) if t.is_floating_point() else t, batch)
     named = {kind: all_ for kind, all_ in batch.get("media", {}).items() if all_ and isinstance(all_[0], Mapping)}
     return {**paper, "media": {**paper["media"], **named}} if named else paper
