@@ -15,7 +15,8 @@ from finetune.common.certificate import verify_if_certified
 from finetune.common.errors import ArtifactError, FinetuneError, ModelError
 from finetune.common.run_folder import read_json
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")  # what loading reads; none can hold code
+# What loading reads; none can hold code.
+MODEL_FILES = ("*.safetensors", "*.finetune", "*.json", "*.txt", "*.jinja", "*.model")
 PROBE_SECONDS = 3.0  # for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
 # Exceptions that libraries raise for settings of a wrong type, size or name, and for kernels that aren't installed.
 BAD_SETTINGS = (

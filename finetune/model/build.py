@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import finetune.model.eager_bitsandbytes  # noqa: F401
+
 import torch
 from transformers import set_seed
 
@@ -38,7 +40,8 @@ class Components:
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.model.projectors, self.model.fusion, self.base.rope if self.base else None)
+        rope, both_ways = (self.base.rope, self.base.prompts_both_ways) if self.base else (None, False)
+        return Placement(self.model.projectors, self.model.fusion, rope, both_ways)
 
     def compose(
         self, language_model: Any, bindings: Mapping[str, TaskBinding], with_encoders: bool = True

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from finetune.common.errors import ModelError
 from finetune.common.registry import kind_of
 from finetune.data.media import example
 from finetune.data.sample import Values
+from finetune.model.base.both_ways import BothWays, both_ways_of, with_spans
 from finetune.model.base.encoder import BaseEncoder
-from finetune.model.base.existing import modules_outside
+from finetune.model.base.existing import ExistingModel, beside_language
 from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
@@ -148,14 +150,18 @@ class MultimodalModel(PreTrainedModel):
     @cached_property
     def outside_decoder(self) -> list[str]:
         """Names of a base's modules that aren't in its decoder."""
-        return modules_outside(self.causal_lm, self.decoder) if self.composition.base else []
+        return beside_language(self.causal_lm) if self.composition.base else []
+
+    @cached_property
+    def examples(self) -> dict[str, Values]:
+        """{medium: one that is prepared for its encoder}"""
+        return {name: encoder.prepare(example(name)).values for name, encoder in self.encoder_parts.items()}
 
     @cached_property
     def roles(self) -> dict[str, MediumRoles]:
         """{medium: the parameters of a base that its features come from}, tried."""
-        shown = {name: encoder.prepare(example(name)).values for name, encoder in self.encoder_parts.items()}
         return {
-            name: roles_of(self.causal_lm, name, partial(encoder.encode, shown[name]))
+            name: roles_of(self.causal_lm, name, partial(encoder.encode, self.examples[name]))
             for name, encoder in self.encoder_parts.items()
         }
 
@@ -183,8 +189,8 @@ class MultimodalModel(PreTrainedModel):
     def placement(self) -> Placement:
         """How media are placed in the text."""
         base = next((e.existing for e in self.encoder_parts.values() if isinstance(e, BaseEncoder)), None)
-        placement = self.composition.placement
-        return placement if base is None else replace(placement, rope=base.rope)
+        own = self.composition.placement
+        return own if base is None else replace(own, rope=base.rope, prompts_both_ways=base.prompts_both_ways)
 
     @property
     def decoder(self) -> Any:
@@ -280,43 +286,32 @@ class MultimodalModel(PreTrainedModel):
         fused: Tensor = self.fusion(self.get_input_embeddings()(text), projected, samples)
         return fused
 
-    def beside_embeddings(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, rope_positions: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Inputs of a base beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
-        samples apart, then the three of `rope_positions` (3, B, T), or these alone; and where its attention in media
-        is bidirectional, `token_type_ids` (B, T).
+    def token_types(self, input_ids: Tensor, given: Tensor | None = None) -> dict[str, Tensor]:
+        """An input of a base that attends both ways somewhere, for token ids (B, T): `token_type_ids` (B, T). Those of
+        answers must be `given` where a base attends both ways in prompts: without, all tokens are of prompts.
         """
-        found: dict[str, Tensor] = {}
-        if rope_positions is not None:
-            whole = rope_positions if position_ids is None else torch.cat([position_ids[None], rope_positions])
-            found["position_ids"] = whole
-        if self.bidirectional:
+        if self.both_ways is None:
+            return {}
+        if self.both_ways is BothWays.MEDIA:
             ids = torch.tensor(list(self.composition.placeholders.values()), device=input_ids.device)
-            found["token_type_ids"] = torch.isin(input_ids, ids).long()
-        return found
+            given = torch.isin(input_ids, ids).long()
+        return {"token_type_ids": torch.zeros_like(input_ids) if given is None else given}
 
     @property
     def reads_plainly(self) -> bool:
         """Whether the LLM needs embeddings only, at positions 0, 1, 2, ...; some bases need more."""
-        return self.placement.rope is None and not self.bidirectional and not isinstance(self.fusion, DeepStack)
+        return self.placement.rope is None and self.both_ways is None and not isinstance(self.fusion, DeepStack)
 
     @cached_property
-    def bidirectional(self) -> bool:
-        """Whether a base's attention in media is bidirectional: it then needs their places."""
-        return self.composition.base and "token_type_ids" in signature(self.causal_lm.forward).parameters
+    def both_ways(self) -> BothWays | None:
+        """Where a base's attention goes both ways."""
+        return both_ways_of(self.causal_lm) if self.composition.base else None
 
-    def _with_media(self, plan: RowPlan | None, input_ids: Tensor) -> RowPlan | None:
-        """The plan of a row (1, T) of a base, with its media where their attention is bidirectional."""
-        if plan is None or not self.bidirectional:
+    def _planned(self, plan: RowPlan | None, types: Mapping[str, Tensor]) -> RowPlan | None:
+        """The plan of a row (1, T), with the tokens of a base that attend both ways."""
+        if plan is None or self.both_ways is None:
             return plan
-        is_medium = self.beside_embeddings(input_ids)["token_type_ids"][0].tolist()
-        places = [place for place, medium in enumerate(is_medium) if medium]
-        starts = {segment.begin for segment in plan.segments}
-        begins = [place for place in places if place in starts or not place or not is_medium[place - 1]]
-        last = len(is_medium) - 1
-        ends = [place + 1 for place in places if place + 1 in starts or place == last or not is_medium[place + 1]]
-        return replace(plan, bidirectional=tuple(zip(begins, ends, strict=True)))
+        return with_spans(plan, self.both_ways, types["token_type_ids"])
 
     def backbone(
         self,
@@ -326,16 +321,16 @@ class MultimodalModel(PreTrainedModel):
         label_rows: Tensor | None = None,
         head_rows: Mapping[str, Tensor] | None = None,
         row_plan: RowPlan | None = None,
-        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D). With `head_rows`
         {name: (K,)} the heads' scores of these, each (K, outputs), float32, are kept in `head_scores`. `row_plan`: of a
-        packed row whose attention goes by segments; `rope_positions` (3, B, T): see `beside_embeddings`.
+        packed row whose attention goes by segments. Other arguments: as `forward`.
         """
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
-        kwargs |= self.beside_embeddings(input_ids, kwargs.get("position_ids"), rope_positions)
-        with following(self._with_media(row_plan, input_ids), self.causal_lm):
+        types = self.token_types(input_ids, kwargs.pop("token_type_ids", None))
+        kwargs |= types
+        with following(self._planned(row_plan, types), self.causal_lm):
             outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
         self.forget_media()
         if head_rows is not None:
@@ -355,15 +350,15 @@ class MultimodalModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         row_plan: RowPlan | None = None,
-        rope_positions: Tensor | None = None,
         teacher: Teacher | TeacherDistributions | None = None,
         **kwargs: Any,
     ) -> Any:
         """Token ids (B, T), features {name: N tensors (S, L, W)} or prepared media -> the LLM's own output.
 
-        Without `attention_mask`, restarting `position_ids` keep packed samples apart, or a `row_plan` does. `labels`
-        (B, T), -100 where nothing is learned, give the mean next-token loss of samples that share nothing; with a
-        `teacher`, see `imitate`.
+        Without `attention_mask`, restarting `position_ids` (B, T) keep packed samples apart, or a `row_plan` does.
+        Where a base's positions have three dimensions, these follow them: (4, B, T). `token_type_ids` (B, T): see
+        `token_types`. `labels` (B, T), -100 where nothing is learned, give the mean next-token loss of samples that
+        share nothing; with a `teacher`, see `imitate`.
         """
         if teacher is not None:
             student: dict[str, Any] = {
@@ -373,15 +368,16 @@ class MultimodalModel(PreTrainedModel):
                 "attention_mask": attention_mask,
             }
             student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"], "row_plan": row_plan}
-            student["rope_positions"] = rope_positions
+            student["token_type_ids"] = kwargs.get("token_type_ids")
             return self.imitate(student, teacher)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         embeddings = self.embed(input_ids, features, media, position_ids)
-        kwargs |= self.beside_embeddings(input_ids, position_ids, rope_positions)
-        with following(self._with_media(row_plan, input_ids), self.causal_lm):
+        types = self.token_types(input_ids, kwargs.pop("token_type_ids", None))
+        kwargs |= types
+        with following(self._planned(row_plan, types), self.causal_lm):
             outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
         self.forget_media()
         return outputs
@@ -436,15 +432,15 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor,
         features: Tensors | None = None,
         media: Media | None = None,
-        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T'). With `past_key_values` of P tokens before the
-        prompts, `attention_mask` is (B, P + T), and `rope_positions` (3, B, P + T).
+        prompts, `attention_mask` is (B, P + T), and `position_ids` (4, B, P + T).
         """
         embeddings = self.embed(input_ids, features, media)
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0) if rope_positions is not None else None
-        kwargs |= self.beside_embeddings(input_ids, positions, rope_positions)
+        kwargs |= self.token_types(input_ids, kwargs.pop("token_type_ids", None))
+        if self.both_ways is BothWays.PROMPTS:
+            return self._generate_natively(input_ids, embeddings, attention_mask=attention_mask, **kwargs)
         if self.composition.base and not self._generates_from_embeddings:
             return self._generate_from_memory(input_ids, embeddings, attention_mask, **kwargs)
         if known := attention_mask.shape[1] - embeddings.shape[1]:
@@ -457,6 +453,14 @@ class MultimodalModel(PreTrainedModel):
     @cached_property
     def _generates_from_embeddings(self) -> bool:
         return "inputs_embeds" in signature(self.causal_lm.prepare_inputs_for_generation).parameters
+
+    def _generate_natively(self, input_ids: Tensor, embeddings: Tensor, **kwargs: Any) -> Tensor:
+        """By a base's own reading of the prompts, their last tokens too, which earlier ones attend to."""
+        placeholders = self.composition.placeholders.items()
+        rows = {kind: embeddings[input_ids == number] for kind, number in placeholders}
+        encoded = {kind: BaseModelOutputWithPooling(pooler_output=one) for kind, one in rows.items() if len(one)}
+        tokens: Tensor = self.language_model.generate(input_ids=input_ids, mm_encoder_outputs=encoded, **kwargs)
+        return tokens[:, input_ids.shape[1] :]
 
     def _generate_from_memory(self, input_ids: Tensor, embeddings: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
         """Read all of the prompts but their last tokens, which are text, and let the base's `generate` go on."""
@@ -490,6 +494,11 @@ def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list[Te
     return features
 
 
+def composition_of_base(existing: ExistingModel, bindings: Mapping[str, TaskBinding]) -> Composition:
+    placeholders = {name: placeholder.id for name, placeholder in existing.placeholders().items()}
+    return Composition(base=True, placeholders=placeholders, bindings=dict(bindings))
+
+
 def compose_base(
     encoders: Mapping[str, BaseEncoder], bindings: Mapping[str, TaskBinding] | None = None, language_model: Any = None
 ) -> MultimodalModel:
@@ -497,11 +506,7 @@ def compose_base(
     aren't those that the encoders load.
     """
     existing = next(iter(encoders.values())).existing
-    composition = Composition(
-        base=True,
-        placeholders={name: placeholder.id for name, placeholder in existing.placeholders().items()},
-        bindings=dict(bindings or {}),
-    )
+    composition = composition_of_base(existing, bindings or {})
     text_config = existing.model.config.get_text_config()
     config = MultimodalConfig(text_config=text_config, parts=composition.model_dump(mode="json"))
     return MultimodalModel(config, language_model or existing.model, encoders)

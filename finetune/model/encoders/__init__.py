@@ -14,6 +14,7 @@ from typing_extensions import TypedDict  # pydantic takes no other one before Py
 
 from finetune.common.registry import PartOptions
 from finetune.data.sample import Layout, Medium, Prepared, Values
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class Encoder(ABC):
         """The layout of every medium; None if it depends on the medium."""
         return None
 
-    def layout_at(self, medium: Medium) -> Layout | None:
+    def layout_at(self, medium: Medium, limits: Limits) -> Layout | None:
         """The layout of one medium by the header of its file; None where decoding is needed. Raises MediaError."""
         return None
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEEDS: Needs = "texts"
 REFERENCE = False
 HEADS = False
+SEPARABLE = True
 FIGURES: tuple[str, ...] = ()
 
 

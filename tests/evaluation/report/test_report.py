@@ -279,6 +279,16 @@ def test_long_runs_stay_small(run, tmp_path):
     assert "and 5 more" in page.text
 
 
+def test_what_seemed_wrong_with_a_stage_is_said(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    name, result = next(iter(metrics["train"]["stages"].items()))
+    result |= {"left_out": 3, "pieces": 4, "warnings": ["step 50: the loss no longer falls <b>"]}
+    change_json(run / "metrics.json", train=metrics["train"])
+    text = Page(report(run)).text
+    assert f"{name}: step 50: the loss no longer falls <b>" in text and "left out: 3" in text
+    assert f"{name}: memory ran out: packed rows were computed in up to 4 pieces" in text
+
+
 def test_rows_left_out_are_listed(run, tmp_path):
     source = tmp_path / "data"
     source.mkdir()
@@ -298,7 +308,15 @@ def test_rows_left_out_are_listed(run, tmp_path):
         "reasons": ["图片打不开", "empty label"],
     }
     (source / "quarantine.jsonl").write_text(json.dumps(quarantined) + "\nnot json\n", encoding="utf-8")
+    suspects = [("train.csv:4", 3, True), ("train.csv:4", 6, True), ("train.csv:5", 3, False)]
+    lines = [
+        {"stage": "tune", "step": step, "row": row, "what": "loss not finite", "alone": True, "left_out": left_out}
+        for row, step, left_out in suspects
+    ]
+    (run / "data" / "suspects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     page = Page(report(run))
-    assert "3 rows" in page.text and "train.csv:9 no such image" in page.text and "train.csv not UTF-8" in page.text
+    assert "4 rows" in page.text and "train.csv:4 left out of the stage tune from step 3 on: loss not" in page.text
+    assert "train.csv:5" not in page.text
+    assert "train.csv:9 no such image" in page.text and "train.csv not UTF-8" in page.text
     assert "one colour" not in page.text and "train.csv:17 图片打不开; empty label" in page.text
     assert "quarantine.jsonl beside the sources: 1 lines can't be read" in page.text
