@@ -31,7 +31,7 @@ from finetune.data.media import example
 from finetune.data.sample import Values
 from finetune.model.base.both_ways import BothWays, both_ways_of, with_spans
 from finetune.model.base.encoder import BaseEncoder
-from finetune.model.base.existing import beside_language
+from finetune.model.base.existing import ExistingModel, beside_language
 from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
 from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
@@ -494,6 +494,11 @@ def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list[Te
     return features
 
 
+def composition_of_base(existing: ExistingModel, bindings: Mapping[str, TaskBinding]) -> Composition:
+    placeholders = {name: placeholder.id for name, placeholder in existing.placeholders().items()}
+    return Composition(base=True, placeholders=placeholders, bindings=dict(bindings))
+
+
 def compose_base(
     encoders: Mapping[str, BaseEncoder], bindings: Mapping[str, TaskBinding] | None = None, language_model: Any = None
 ) -> MultimodalModel:
@@ -501,11 +506,7 @@ def compose_base(
     aren't those that the encoders load.
     """
     existing = next(iter(encoders.values())).existing
-    composition = Composition(
-        base=True,
-        placeholders={name: placeholder.id for name, placeholder in existing.placeholders().items()},
-        bindings=dict(bindings or {}),
-    )
+    composition = composition_of_base(existing, bindings or {})
     text_config = existing.model.config.get_text_config()
     config = MultimodalConfig(text_config=text_config, parts=composition.model_dump(mode="json"))
     return MultimodalModel(config, language_model or existing.model, encoders)
