@@ -381,7 +381,7 @@ def chat(
 
     answer = chat(folder, prompt, image, audio, video, task=task, strength=weigh, max_new_tokens=max_new_tokens)
     if prompt is not None:
-        print(answer)
+        print(escaped(answer))
 
 
 @app.command()

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from finetune.common.disk import refuse_full, writing
 from finetune.common.errors import Interrupted
-from finetune.common.progress import TrainingBar, console
+from finetune.common.progress import console
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_hashes, write_json
 from finetune.evaluation.results import StageResult
 from finetune.model.adapter import load_trained, save_trained
@@ -22,6 +22,7 @@ from finetune.training.stage_training import StageTraining, suspects_of
 from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.trainer import train_stage
+from finetune.training.training_bar import TrainingBar
 from finetune.training.validation import ValidationCallback
 from finetune.training.watch import warnings_of
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from finetune.common.errors import MediaError, ModelError
 from finetune.data.media.image import image_size, shrunk_size
 from finetune.data.sample import Layout, Medium, Prepared, Values
-from finetune.model.base.existing import ExistingModel, beside_language
+from finetune.model.base.existing import ExistingModel, beside_language, media_modules
 from finetune.model.encoders import Encoder
-from finetune.model.language_model import decoder_layers
 from finetune.recipe.schema import Limits
 
 ENCODING = 1  # version: to be raised when features of the same medium change
@@ -162,14 +161,22 @@ class BaseEncoder(Encoder):
         return name if hasattr(self.existing.skeleton.base_model, name) else None
 
     def _decoder_inputs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Features of a base without a method for them: what its first layer is given at the placeholders."""
+        """Features of a base without a method for them: what its decoder reads at the placeholders, or what the module
+        in its decoder gives that media enter.
+        """
         given: list[Tensor] = []
 
-        def stop(module: Any, args: Any, kwargs: Any) -> None:
-            given.append((*args, *kwargs.values())[0])
+        def stop(embeddings: Tensor) -> None:
+            given.append(embeddings)
             raise _Stop
 
-        handle = decoder_layers(model, model.get_decoder())[0].register_forward_pre_hook(stop, with_kwargs=True)
+        decoder = model.get_decoder()
+        if inside := media_modules(decoder):
+            handle = decoder.get_submodule(inside[-1]).register_forward_hook(lambda module, args, output: stop(output))
+        else:
+            handle = decoder.register_forward_pre_hook(
+                lambda module, args, kwargs: stop(kwargs["inputs_embeds"]), with_kwargs=True
+            )
         try:
             taken = signature(model.forward).parameters
             model(
