@@ -25,7 +25,7 @@ from finetune.commands._options import (
 )
 from finetune.common.disk import FULL
 from finetune.common.errors import DataError, FinetuneError, RecipeError, escaped, options_as_flags
-from finetune.common.memory import is_out_of_memory
+from finetune.common.memory import RAISED, is_out_of_memory
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
@@ -538,7 +538,7 @@ def main() -> None:
     except FinetuneError as error:
         print(escaped(str(error)), file=sys.stderr)
         sys.exit(error.exit_status)
-    except (MemoryError, RuntimeError, OSError) as error:
+    except RAISED as error:
         if is_out_of_memory(error):  # training, evaluating and merging say more
             print(OUT_OF_MEMORY, file=sys.stderr)
             sys.exit(1)
