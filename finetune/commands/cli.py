@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from finetune.commands._interrupts import how_to_begin_again, how_to_go_on
-from finetune.common.disk import FULL
+from finetune.common.disk import FULL, UNUSABLE
 from finetune.common.errors import DataError, FinetuneError, RecipeError, escaped, options_as_flags
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
+from finetune.recipe.words import shorten
 from finetune.training.plan.cards import CARDS, DEFAULT
 
 if TYPE_CHECKING:
@@ -765,10 +766,13 @@ def main() -> None:
         print(OUT_OF_MEMORY, file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            print(f"{error.filename or 'writing'}: {error.strerror}: make room, and try again", file=sys.stderr)
+            sys.exit(1)
+        if error.errno not in UNUSABLE or not error.filename:
             raise
-        print(f"{error.filename or 'writing'}: {error.strerror}: make room, and try again", file=sys.stderr)
-        sys.exit(1)
+        print(f"{shorten(error.filename, 300)}: {error.strerror}: name another file or folder", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
