@@ -103,9 +103,14 @@ def _with_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 def _rename(weights: Path, config: Any) -> None:
     """Name the towers' weights as in published folders, which transformers does only where it read them so."""
-    if getattr(config.to_dict().get("vision_config"), "get", {}.get)("model_type") in ("clip_vision_model", "siglip_vision_model"):
+    if getattr(config.to_dict().get("vision_config"), "get", {}.get)("model_type") in (
+        "clip_vision_model",
+        "siglip_vision_model",
+    ):
         tensors = load_file(weights)
-        named = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in tensors.items()}
+        named = {
+            name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in tensors.items()
+        }
         save_file(named, weights, {"format": "pt"})
 
 
