@@ -180,13 +180,16 @@ def reason(error: BaseException) -> str:
         return "its owner grants access one by one: request it on its page, then log in with `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision: write a branch, a tag or a commit that it has"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no such model, or it is private: check the name, or log in with `hf auth login`"
     if status == 401 or isinstance(error, errors.LocalTokenNotFoundError):
         return "you aren't logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
         return " ".join(str(error).split())[:300]
+    if status in (429, 503) and (seconds := response.headers.get("Retry-After", "")).isdigit():
+        return f"the Hub answers {status}, and asks to come again after {seconds} s"
     if status in REASONS:
         return REASONS[status]
     if status is not None and status < 500:

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 
 from finetune.common import display
 from finetune.common.errors import OVERWRITE, RESUME, RUN, ArtifactError, RecipeError, TrainingError, option
+from finetune.common.version import DISTRIBUTION, VERSION
 
 JsonObject = dict[str, Any]
 WRITTEN_FIRST = {"recipe.yaml", "versions.json"}  # before rows and weights are read
@@ -117,7 +118,7 @@ class RunFolder:
             raise TrainingError(
                 f"{self.path}: the recipe isn't the one that this run began with "
                 f"({'; '.join(map(str, fixed[:SHOWN_KEYS]))}{more}); resume with the same recipe and "
-                f"{option('--set', 'overrides=')}, or choose another {option(*RUN)}"
+                f"{option('--set', 'overrides=')}, or choose another {option(*RUN)}{of_another_version(self.path)}"
             )
         for change in changes:
             console.print(f"from here on: {change.key} is {change.now}, was {change.before}")
@@ -379,13 +380,26 @@ def read_json(path: Path) -> JsonObject:
     return content
 
 
+def of_another_version(folder: Path) -> str:
+    """What an error about a run's files has to add; '' where the kit of this version has trained the run."""
+    path = folder / "versions.json"
+    try:
+        theirs = read_json(path).get(DISTRIBUTION, VERSION) if path.is_file() else VERSION
+    except ArtifactError:
+        return ""
+    if theirs == VERSION:
+        return ""
+    return f" (the run is of {DISTRIBUTION} {theirs}, this is {VERSION}: use that version, or train anew)"
+
+
 def damaged(path: Path | str, error: ValidationError, advice: str, above: str = "") -> ArtifactError:
     """What to raise for a JSON file that isn't as its schema says: its first wrong key. `above`: the key of the
     section that was validated, with a dot.
     """
     first = error.errors(include_url=False)[0]
     key = above + ".".join(map(str, first["loc"]))
-    return ArtifactError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}; {advice}")
+    found = f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}; {advice}"
+    return ArtifactError(found + of_another_version(Path(path).parent))
 
 
 def write_json(path: Path, content: object) -> None:

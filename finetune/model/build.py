@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import finetune.model.eager_bitsandbytes  # noqa: F401
+
 import torch
 from transformers import set_seed
 

@@ -7,11 +7,17 @@ from transformers import PreTrainedModel
 
 from finetune.common.registry import kind_of
 from finetune.model.base.encoder import BaseEncoder
+from finetune.model.base.existing import ExistingModel
 from finetune.model.bindings import TaskBinding
 from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.composition import Composition, SavedEncoder, SavedProjector
 from finetune.model.encoders import Encoder
 from finetune.recipe.parts import FusionPart, ProjectorPart
+
+
+def composition_of_base(existing: ExistingModel, bindings: Mapping[str, TaskBinding]) -> Composition:
+    placeholders = {name: placeholder.id for name, placeholder in existing.placeholders().items()}
+    return Composition(base=True, placeholders=placeholders, bindings=dict(bindings))
 
 
 def compose_base(
@@ -21,11 +27,7 @@ def compose_base(
     aren't those that the encoders load.
     """
     existing = next(iter(encoders.values())).existing
-    composition = Composition(
-        base=True,
-        placeholders={name: placeholder.id for name, placeholder in existing.placeholders().items()},
-        bindings=dict(bindings or {}),
-    )
+    composition = composition_of_base(existing, bindings or {})
     text_config = existing.model.config.get_text_config()
     config = MultimodalConfig(text_config=text_config, parts=composition.model_dump(mode="json"))
     return MultimodalModel(config, language_model or existing.model, encoders)

@@ -92,14 +92,17 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     return Assistant(model, load_tokenizer(str(folder)), placeholders, model.encoder_parts, composition.media)
 
 
-def load_merged_base(folder: Path, device: torch.device) -> Assistant:
-    """A merged base: an ordinary folder of transformers, with what it was trained for beside. Raises ArtifactError,
-    ModelError.
+def load_merged_base(
+    folder: Path, device: torch.device, load: Callable[[ExistingModel], None] = lambda base: None
+) -> Assistant:
+    """A merged base: an ordinary folder of transformers, with what it was trained for beside. `load`: sets the weights
+    of the base otherwise than it loads them by itself. Raises ArtifactError, ModelError.
     """
     composition = read_base_composition(folder)
     hub.verify_weights(folder)
     dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
     base = ExistingModel.load(Base(name=str(folder), quantize="none"), dtype, device)
+    load(base)
     encoders = {name: BaseEncoder(base, name) for name in composition.placeholders if name in base.media}
     model = compose_base(encoders, composition.bindings).eval()
     if model.heads:

@@ -1,10 +1,12 @@
 """Values that aren't finite: the training stops in the same step with the rows named, or leaves such rows out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from finetune.common.errors import RESUME, TrainingError, option
@@ -136,10 +138,11 @@ class FiniteGradients(TrainerCallback):
     only many in a row stop the run.
     """
 
-    def __init__(self, parts: dict[str, list[nn.Parameter]]) -> None:
-        self.parts = parts
+    def __init__(self, parts: dict[str, list[nn.Parameter]], error: Callable[[str], TrainingError]) -> None:
+        """`error`: what to raise, by what was seen."""
+        self.parameters = [parameter for own in parts.values() for parameter in own]
+        self.error = error
         self.skipped = 0
-        self.error: Callable[[str], TrainingError] = TrainingError  # what to raise, by what was seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.skipped = self.skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
@@ -150,8 +153,9 @@ class FiniteGradients(TrainerCallback):
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parameters = [p for parameters in self.parts.values() for p in parameters]
-        if not args.fp16 and not finite_gradients(parameters):  # of which part is unknown: they were clipped together
+        if not args.fp16 and not finite_gradients(
+            self.parameters
+        ):  # of which part is unknown: they were clipped together
             raise self.error(f"a gradient isn't finite at step {state.global_step + 1}")
 
 
@@ -162,5 +166,5 @@ def _for_other_items(gradients: Mapping[nn.Parameter, Tensor], items: Any, other
 
 
 def finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
-    norms = [p.grad.norm() for p in parameters if p.grad is not None]
-    return all(bool(torch.isfinite(norm)) for norm in norms)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return bool(torch.isfinite(get_total_norm(gradients, math.inf)))  # the largest one

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from finetune.common.memory import TRAINING, attempt
 from finetune.common.progress import console
 from finetune.common.run_folder import add_lines, read_lines
 from finetune.training.pack import Row
+from finetune.training.stage_training import StageTraining
 from finetune.training.suspects import Suspects
 
 FILE = "micro_batches.jsonl"  # in RUN/data
@@ -33,13 +33,13 @@ class Halved:
 
 
 class MicroBatches:
-    """In how many pieces the packed rows of a stage are computed. Kept in `path`, so that a resumed run halves at the
+    """In how many pieces the packed rows of a stage are computed; kept in a file, so that a resumed run halves at the
     same place. `trainer`: a `StageTrainer`.
     """
 
-    def __init__(self, trainer: Any, suspects: Suspects, path: Path) -> None:
-        self.trainer, self.suspects, self.path = trainer, suspects, path
-        self.halved = [one for one in read_halved(path) if one.stage == trainer.stage.name]
+    def __init__(self, trainer: Any, suspects: Suspects, training: StageTraining) -> None:
+        self.trainer, self.suspects, self.training = trainer, suspects, training
+        self.halved = halved_of(training)
         self.piece: Row = []  # that is being computed
         self.random: list[Tensor] = []  # states of the generators when the step began
 
@@ -95,7 +95,7 @@ class MicroBatches:
 
     def _halve(self) -> None:
         """For the row at which memory ran out, and all later ones. Raises OutOfMemory where that can't be."""
-        trainer, stage = self.trainer, self.trainer.stage
+        trainer, stage = self.trainer, self.training.stage
         steps, row = trainer.row
         where = f"{stage.name}: out of memory at step {steps + 1}"
         if why := self._why_whole():
@@ -105,8 +105,8 @@ class MicroBatches:
             )
         pieces = 2 * self.pieces
         self.halved.append(Halved(stage.name, steps + 1, row, pieces))
-        add_lines(self.path, [json.dumps(vars(self.halved[-1]))])
-        settings = trainer.settings
+        add_lines(self.training.data / FILE, [json.dumps(vars(self.halved[-1]))])
+        settings = self.training.settings
         tokens = max(int(settings.tokens_per_batch) // pieces, 16)
         console.print(
             f"{where}: from here on each packed row is computed in {pieces} pieces, one after the other: the same "
@@ -116,19 +116,20 @@ class MicroBatches:
 
     def _why_whole(self) -> str:
         """Why the piece can't be halved; '' where it can."""
-        trainer = self.trainer
-        if trainer.accelerator.num_processes > 1:
+        if self.trainer.accelerator.num_processes > 1:
             return "with several processes rows aren't computed in pieces"
-        if not trainer.stage.objective.separable:
-            return f"the loss of {trainer.stage.objective.kind} is one of whole packed rows, which can't be halved"
+        objective = self.training.stage.objective
+        if not objective.separable:
+            return f"the loss of {objective.kind} is one of whole packed rows, which can't be halved"
         units = self.suspects.units(self.piece)
         if len(units) == 1:
             return f"{self.suspects.names(units[0])[0]} takes more than there is, alone"
         return ""
 
 
-def read_halved(path: Path) -> list[Halved]:
-    return [Halved(**json.loads(line)) for line in read_lines(path)]
+def halved_of(training: StageTraining) -> list[Halved]:
+    found = [Halved(**json.loads(line)) for line in read_lines(training.data / FILE)]
+    return [one for one in found if one.stage == training.stage.name]
 
 
 def random_states() -> list[Tensor]:

@@ -64,6 +64,11 @@ class Suspects:
         names = self.names(numbers)
         noted = [vars(Suspect(self.stage, step, name, what, alone, left_out)) for name in names]
         add_lines(self.path, [json.dumps(one, ensure_ascii=False) for one in noted])
+        return self.shown(numbers)
+
+    def shown(self, numbers: Sequence[int]) -> str:
+        """The names of the first ones."""
+        names = list(dict.fromkeys(self.names(numbers)))
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return f"{', '.join(names[:SHOWN])}{more}"
 

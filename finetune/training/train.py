@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,7 +14,7 @@ from accelerate import PartialState
 from finetune.common.certificate import weights_hashes
 from finetune.common.disk import writing
 from finetune.common.energy import EnergyMeter
-from finetune.common.errors import RecipeError, TrainingError
+from finetune.common.errors import RecipeError
 from finetune.common.memory import TRAINING, enough_memory
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, read_json, whole_folder, write_json
@@ -36,6 +35,7 @@ from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
 from finetune.recipe.schema import Stage, Train
 from finetune.training.base_trial import base_row_kind
+from finetune.training.began import model_files, record_versions, refuse_other_models
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
@@ -49,8 +49,6 @@ from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
 from finetune.training.trainer import refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
 def train(
@@ -111,6 +109,7 @@ def train_in(
                 console.print(choice.reason)
             folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
             record_versions(folder.path / "versions.json", processes.num_processes)
+            refuse_other_models(folder, dict(model_files(recipe)))
         processes.wait_for_everyone()
         if not processes.is_main_process:
             recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
@@ -165,6 +164,8 @@ def train_stages(
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
+    if (commit := commit_of(model.causal_lm, None)) and PartialState().is_main_process:
+        refuse_other_models(run.folder, {f"the commit of {run.recipe.model.language_model.name}": commit})
     kind = layout_of(model, run)
     begin = perf_counter()
     results: dict[str, StageResult] = {}
@@ -313,23 +314,6 @@ def validation_callback(
         select=partial(selection_score, bindings=run.bindings, metric=settings.metric),
         on_validation=on_validation,
     )
-
-
-def record_versions(path: Path, processes: int) -> None:
-    """Keep what a run began with; print which versions have changed where it is resumed.
-
-    Raises TrainingError for another number of processes: each would go on in the middle of another's rows.
-    """
-    current = {name: version(name) for name in PACKAGES} | {"processes": processes}
-    before = read_json(path) if path.is_file() else current
-    if before["processes"] != processes:
-        raise TrainingError(
-            f"{path.parent}: this run began with {before['processes']} processes and can't go on with {processes}"
-        )
-    for name in PACKAGES:
-        if before.get(name) != current[name]:
-            console.print(f"this run began with {name} {before.get(name)}, and goes on with {current[name]}")
-    write_json(path, before)
 
 
 def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:

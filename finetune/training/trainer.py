@@ -31,7 +31,6 @@ from finetune.recipe.schema import Stage
 from finetune.training.bad_rows import BadRows, FiniteGradients, NotFinite
 from finetune.training.checkpoints import WholeCheckpoints, seconds_of, step_of
 from finetune.training.collate import Batch
-from finetune.training.micro_batches import FILE as MICRO_BATCHES
 from finetune.training.micro_batches import MicroBatches
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
@@ -41,6 +40,7 @@ from finetune.training.stage_training import StageTraining, packed_rows, suspect
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.tracked_answers import show_answers
 from finetune.training.tracking import end_tracking, tensorboard_callbacks
+from finetune.training.watch import StageWatch
 
 FUSED = ("log_probs", "entropy", "is_top1")  # the outputs of its head that trl's SFTTrainer uses
 LOGGED = ("_metrics", "_total_train_tokens", "accuracies", "figures", "tokens")  # by trl and here, from batch to batch
@@ -62,12 +62,10 @@ def train_stage(
     first_step = 1 + (step_of(resume_from) if resume_from else 0)
     # `stop` comes last: what is asked while another callback validates holds for this step.
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
-    gradients = FiniteGradients(parts)
     rollouts = training.rollouts
     kept = [SaveRollouts(rollouts, training.folder)] if rollouts else []
     callbacks = [
         *boards,
-        gradients,
         *kept,
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
@@ -84,7 +82,6 @@ def train_stage(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    gradients.error = trainer.bad_rows.not_finite
     for callback in callbacks:
         if hasattr(callback, "report"):
             callback.report = trainer.report
@@ -142,7 +139,7 @@ class StageTrainer(SFTTrainer):
     def __init__(self, training: StageTraining, parts: dict[str, list[nn.Parameter]], **kwargs: Any) -> None:
         """`parts`: {role: parameters that train}; `kwargs`: trl's own."""
         self.stage, self.rollouts = training.stage, training.rollouts
-        self.settings, self.suspects = training.settings, suspects_of(training)
+        self.suspects = suspects_of(training)
         self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
         self.parts = parts
         self.trained = [parameter for own in parts.values() for parameter in own]
@@ -152,7 +149,10 @@ class StageTrainer(SFTTrainer):
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
         self.bad_rows = BadRows(self, self.suspects, training.settings.skip_bad_rows)
-        self.micro_batches = MicroBatches(self, self.suspects, training.data / MICRO_BATCHES)
+        self.micro_batches = MicroBatches(self, self.suspects, training)
+        self.watch = StageWatch(training, parts, self.suspects)
+        for callback in (FiniteGradients(parts, self.bad_rows.not_finite), self.watch):
+            self.add_callback(callback)
         if self.rollouts and self.rollouts.options.temperature != 1:  # that at which answers are sampled
             add_fused_lm_head(self.model, self.rollouts.options.temperature, outputs=FUSED)
 
@@ -184,6 +184,7 @@ class StageTrainer(SFTTrainer):
 
     def loss_and_gradients(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Of a batch, which is computed at once; the loss is a mean over the items of the step."""
+        self.watch.note_batch(inputs)
         planned = "row_plan" in inputs
         with by_segments(self.accelerator.unwrap_model(model).causal_lm) if planned else nullcontext():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -44,12 +44,13 @@ def server(assistant: Any, *, log: Path | None = None, api_key: str | None = Non
         engine = BatchingEngine({"tiny": assistant}, settings)
 
         def run() -> None:
-            if log:
-                with log.open("w") as file:
-                    os.dup2(file.fileno(), 1)
-                    os.dup2(file.fileno(), 2)
-                logging.basicConfig(level=logging.DEBUG, force=True)
-            run_server(engine, settings, listener, api_key)
+            with ExitStack() as stack:
+                if log:
+                    file = stack.enter_context(log.open("w", buffering=1))
+                    stack.enter_context(redirect_stdout(file))
+                    stack.enter_context(redirect_stderr(file))
+                    logging.basicConfig(level=logging.DEBUG, force=True)
+                run_server(engine, settings, listener, api_key)
 
         process = get_context("fork").Process(target=run, daemon=True)
         process.start()

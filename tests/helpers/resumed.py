@@ -12,6 +12,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import matplotlib.backends.backend_agg  # what a run imports late, once for all forks
+import matplotlib.figure  # noqa: F401
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from golden_runs import questions

@@ -83,7 +83,7 @@ def test_float16_that_never_takes_a_step_is_stopped():
     class State:
         global_step = 20
 
-    guard = FiniteGradients({})
+    guard = FiniteGradients({}, TrainingError)
     for _ in range(SKIPPED - 1):
         guard.on_step_end(None, State(), None, optimizer=Optimizer())
     with pytest.raises(TrainingError, match="were skipped"):

@@ -11,12 +11,12 @@ from resumed import PROJECTS, Cell, begun_steps, differs, trained
 pytestmark = pytest.mark.slow
 CELLS = [Cell(*one) for one in product((0, 2), (True, False), (1, 2))]
 ALL_CELLS = ("two_media", "mixed_tasks")
-SHARE = {("two_media", Cell()), ("mixed_tasks", Cell(2, False)), ("distilled", Cell(2, False, 2))}
+SHARE = {("two_media", Cell()), ("mixed_tasks", Cell(2, False)), ("distilled", Cell(processes=2))}
 
 
 def cases():
     for name in PROJECTS:
-        for cell in CELLS if name in ALL_CELLS else (Cell(), Cell(2, False), Cell(2, False, 2)):
+        for cell in CELLS if name in ALL_CELLS else (Cell(), Cell(2, False), Cell(processes=2)):
             marks = [] if (name, cell) in SHARE else [pytest.mark.full]
             yield pytest.param(name, cell, marks=marks, id=f"{name}, {cell}")
 
