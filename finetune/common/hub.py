@@ -188,7 +188,7 @@ def reason(error: BaseException) -> str:
         return "you aren't logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
         return " ".join(str(error).split())[:300]
-    if status in (429, 503) and (seconds := response.headers.get("Retry-After", "")).isdigit():
+    if status in (429, 503) and (seconds := getattr(response, "headers", {}).get("Retry-After", "")).isdigit():
         return f"the Hub answers {status}, and asks to come again after {seconds} s"
     if status in REASONS:
         return REASONS[status]
