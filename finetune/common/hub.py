@@ -61,7 +61,7 @@ def _unreachable(endpoint: str, minute: int) -> str | None:
 
     def ask() -> None:
         try:
-            status = get_session().head(endpoint, timeout=seconds).status_code
+            status = get_session().head(endpoint, timeout=2 * seconds).status_code  # the wait below ends before it
             outcome.put(f"it answers {status}" if status in (502, 503, 504) else None)
         except Exception as error:  # of any library on the way: names, certificates, proxies
             outcome.put(_first_line(error))
