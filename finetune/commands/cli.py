@@ -282,7 +282,9 @@ def export(
     from finetune.commands.tables import print_export
     from finetune.export._run import export_run
 
-    print_export(export_run(source, to, out, option or [], verify=verify))
+    with how_to_begin_again("its folder appears only when it is whole"):
+        exported = export_run(source, to, out, option or [], verify=verify)
+    print_export(exported)
 
 
 @app.command()
@@ -453,7 +455,9 @@ def sweep(
     read_choices(recipe, over, trials, set_ or [])  # so that a mistake is reported before torch is imported
     from finetune.training.sweep import sweep
 
-    print_trials(sweep(recipe, over, trials, set_ or [], run))
+    with how_to_begin_again("trials that are done are kept, and the command goes on with the others"):
+        result = sweep(recipe, over, trials, set_ or [], run)
+    print_trials(result)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.common.errors import ArtifactError
 from finetune.common.run_folder import write_json
-from finetune.model.composite import composition_of_base
+from finetune.model.compose import composition_of_base
 from finetune.model.composition import BASE_FILE, HEADS_FILE
 from finetune.model.run import Run
 from finetune.model.tokenize import answer_ends

@@ -11,51 +11,38 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
-from itertools import groupby, islice
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from finetune.common.errors import ModelError
-from finetune.common.registry import kind_of
 from finetune.data.media import example
 from finetune.data.sample import Values
 from finetune.model.base.both_ways import BothWays, both_ways_of, with_spans
 from finetune.model.base.encoder import BaseEncoder
-from finetune.model.base.existing import ExistingModel, beside_language
+from finetune.model.base.existing import beside_language
+from finetune.model.base.generation import generate_by_own_forward, generate_from_memory
 from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
-from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
-from finetune.model.encoders import Encoder, together
+from finetune.model.composition import Composition, Placement
+from finetune.model.encoders import Encoder, encode_all
 from finetune.model.fusion import Projected
 from finetune.model.fusion._deepstack import DeepStack
-from finetune.model.language_model import decoder_layers, without_adapter
+from finetune.model.imitation import Teacher, imitate
+from finetune.model.language_model import decoder_layers
 from finetune.model.module_names import is_lora
 from finetune.model.row_plan import RowPlan, following
 from finetune.model.teacher_distributions import TeacherDistributions
-from finetune.recipe.parts import FusionPart, ProjectorPart
 
 Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
 Media = Mapping[str, Sequence[Values]]  # {medium: prepared for its encoder}
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What the LLM reads in place of media: keywords of `MultimodalModel.forward`, with `label_rows`; `temperature`
-    softens its answers.
-    """
-
-    batch: Mapping[str, Any]
-    temperature: float
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -369,7 +356,7 @@ class MultimodalModel(PreTrainedModel):
             }
             student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"], "row_plan": row_plan}
             student["token_type_ids"] = kwargs.get("token_type_ids")
-            return self.imitate(student, teacher)
+            return imitate(self, student, teacher)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned
             kwargs.pop(name, None)
         if position_ids is not None:
@@ -381,30 +368,6 @@ class MultimodalModel(PreTrainedModel):
             outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
         self.forget_media()
         return outputs
-
-    def imitate(self, student: Mapping[str, Any], teacher: Teacher | TeacherDistributions) -> dict[str, Tensor]:
-        """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers; or from
-        another model's distributions.
-
-        `student`: keywords of `forward`, with as many `label_rows` (K,) as the teacher's; the teacher without adapter.
-        Returns `loss`, the KL divergence of next-token distributions softened by the temperature, summed over K
-        (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens are
-        equal.
-        """
-        if isinstance(teacher, TeacherDistributions):
-            logits = self.label_logits(**student)
-            return {"loss": teacher.divergence(logits), "agreement": teacher.agreement(logits)}
-        training = self.training
-        with torch.no_grad(), without_adapter(self.language_model):
-            target = self.eval().label_logits(**teacher.batch)
-        logits = self.train(training).label_logits(**student)
-        loss = functional.kl_div(
-            (logits / teacher.temperature).log_softmax(-1),
-            (target / teacher.temperature).log_softmax(-1),
-            log_target=True,
-            reduction="sum",
-        )
-        return {"loss": loss, "agreement": (logits.argmax(-1) == target.argmax(-1)).sum()}
 
     def label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
         """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learned token."""
@@ -440,9 +403,13 @@ class MultimodalModel(PreTrainedModel):
         embeddings = self.embed(input_ids, features, media)
         kwargs |= self.token_types(input_ids, kwargs.pop("token_type_ids", None))
         if self.both_ways is BothWays.PROMPTS:
-            return self._generate_natively(input_ids, embeddings, attention_mask=attention_mask, **kwargs)
+            ids = self.composition.placeholders
+            mask = {"attention_mask": attention_mask}
+            return generate_by_own_forward(self.language_model, ids, input_ids, embeddings, **mask, **kwargs)
         if self.composition.base and not self._generates_from_embeddings:
-            return self._generate_from_memory(input_ids, embeddings, attention_mask, **kwargs)
+            return generate_from_memory(
+                self.language_model, self.causal_lm, input_ids, embeddings, attention_mask, **kwargs
+            )
         if known := attention_mask.shape[1] - embeddings.shape[1]:
             # The LLM's `generate` wants embeddings of all tokens, and leaves out those that the memory holds.
             embeddings = torch.cat([embeddings.new_zeros(len(embeddings), known, embeddings.shape[2]), embeddings], 1)
@@ -454,94 +421,10 @@ class MultimodalModel(PreTrainedModel):
     def _generates_from_embeddings(self) -> bool:
         return "inputs_embeds" in signature(self.causal_lm.prepare_inputs_for_generation).parameters
 
-    def _generate_natively(self, input_ids: Tensor, embeddings: Tensor, **kwargs: Any) -> Tensor:
-        """By a base's own reading of the prompts, their last tokens too, which earlier ones attend to."""
-        placeholders = self.composition.placeholders.items()
-        rows = {kind: embeddings[input_ids == number] for kind, number in placeholders}
-        encoded = {kind: BaseModelOutputWithPooling(pooler_output=one) for kind, one in rows.items() if len(one)}
-        tokens: Tensor = self.language_model.generate(input_ids=input_ids, mm_encoder_outputs=encoded, **kwargs)
-        return tokens[:, input_ids.shape[1] :]
-
-    def _generate_from_memory(self, input_ids: Tensor, embeddings: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
-        """Read all of the prompts but their last tokens, which are text, and let the base's `generate` go on."""
-        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
-        known = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **kwargs}  # prompts are padded on the left
-        beside = {name: known[name][..., :-1] for name in ("position_ids", "token_type_ids") if name in known}
-        reading: dict[str, Any] = {"attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True}
-        self.causal_lm.base_model(inputs_embeds=embeddings[:, :-1], **reading, **beside)
-        kwargs.pop("token_type_ids", None)
-        tokens: Tensor = self.language_model.generate(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs
-        )
-        return tokens[:, input_ids.shape[1] :]
-
     def forget_media(self) -> None:
         """Let go of the last batch's media, unless activation checkpoints ask for them in the backward pass."""
         if not (torch.is_grad_enabled() and self.causal_lm.is_activation_checkpointing):
             self.fusion.forget()
-
-
-def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list[Tensor]:
-    """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once. All are
-    computed when it returns, also on an accelerator.
-    """
-    features: list[Tensor] = []
-    for shape, alike in groupby(media, lambda medium: None if isinstance(medium, Mapping) else medium.shape):
-        while group := list(islice(alike, 1 if shape is None else batch)):
-            features.extend(encoder.encode(together(group)))
-    if features and features[0].is_cuda:
-        torch.cuda.synchronize(features[0].device)
-    return features
-
-
-def composition_of_base(existing: ExistingModel, bindings: Mapping[str, TaskBinding]) -> Composition:
-    placeholders = {name: placeholder.id for name, placeholder in existing.placeholders().items()}
-    return Composition(base=True, placeholders=placeholders, bindings=dict(bindings))
-
-
-def compose_base(
-    encoders: Mapping[str, BaseEncoder], bindings: Mapping[str, TaskBinding] | None = None, language_model: Any = None
-) -> MultimodalModel:
-    """A base as the composite's LLM. `encoders`: {medium: of this base}; `language_model`: its weights, where they
-    aren't those that the encoders load.
-    """
-    existing = next(iter(encoders.values())).existing
-    composition = composition_of_base(existing, bindings or {})
-    text_config = existing.model.config.get_text_config()
-    config = MultimodalConfig(text_config=text_config, parts=composition.model_dump(mode="json"))
-    return MultimodalModel(config, language_model or existing.model, encoders)
-
-
-def compose(
-    language_model: PreTrainedModel,
-    *,
-    encoders: Mapping[str, Encoder],
-    projectors: Mapping[str, ProjectorPart],
-    fusion: FusionPart,
-    placeholder_ids: Mapping[str, int],
-    bindings: Mapping[str, TaskBinding] | None = None,
-    with_encoders: bool = True,
-) -> MultimodalModel:
-    """Put components together. `encoders`: {medium: a built encoder}.
-
-    `with_encoders=False` leaves the encoders' weights out: the model then only takes features.
-    Raises ModelError where a projector can't take what its encoder gives.
-    """
-    composition = Composition(
-        encoders={name: SavedEncoder(kind=kind_of(e), settings=e.settings()) for name, e in encoders.items()},
-        projectors={
-            name: SavedProjector(part=part, width_in=encoders[name].width) for name, part in projectors.items()
-        },
-        order=tuple(projectors),
-        fusion=fusion,
-        placeholders=dict(placeholder_ids),
-        bindings=dict(bindings or {}),
-    )
-    for name, encoder in encoders.items():
-        if encoder.layout is not None:
-            composition.placement.tokens(name, encoder.layout.rows)
-    config = MultimodalConfig(text_config=language_model.config, parts=composition.model_dump(mode="json"))
-    return MultimodalModel(config, language_model, encoders if with_encoders else {})
 
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig)

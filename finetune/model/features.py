@@ -15,8 +15,7 @@ from finetune.common.memory import ENCODING, Halving
 from finetune.data.media import decode, decoding
 from finetune.data.rows import error_list
 from finetune.data.sample import Layout, Medium, Prepared
-from finetune.model.composite import encode_all
-from finetune.model.encoders import Encoder, together
+from finetune.model.encoders import Encoder, encode_all, together
 from finetune.model.feature_store import FeatureStore
 from finetune.recipe.schema import Limits
 

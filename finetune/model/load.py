@@ -21,7 +21,8 @@ from finetune.model.base.encoder import BaseEncoder
 from finetune.model.base.existing import ExistingModel
 from finetune.model.bounds import refuse_oversized
 from finetune.model.build import Components, build_model, load_components, load_llm
-from finetune.model.composite import MultimodalModel, compose_base
+from finetune.model.compose import compose_base
+from finetune.model.composite import MultimodalModel
 from finetune.model.composition import BASE_FILE, HEADS_FILE, MERGED_FORMAT, PLACEHOLDERS, Composition
 from finetune.model.language_model import default_device, load_tokenizer, resolve_dtype
 from finetune.model.manifest import MANIFEST, AdapterManifest, refuse_format

@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from finetune.data.sample import Medium
 from finetune.model.adapter import attach
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalModel, compose
+from finetune.model.compose import compose
+from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import RowKind
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Stage, Train

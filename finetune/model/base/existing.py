@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
+from transformers.utils import cached_file
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
@@ -31,6 +32,9 @@ from finetune.model.template_limit import limited
 from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
+# What saving a processor leaves out: settings of parts that can't be read here, and the SentencePiece model, from which
+# llama.cpp's converter takes a tokenizer.
+ALSO_PUBLISHED = ("preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.model")
 # At the end of a conversation, for templates that end answers without a token that could be learned.
 END = "{% if messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
 # Of a base that reads prompts both ways, where it has none: what PaliGemma's processor writes, media, question, a line
@@ -141,10 +145,17 @@ class ExistingModel:
         self.tokenizer.chat_template = own or completed
         self.processor.save_pretrained(folder)
         self.tokenizer.chat_template = completed
-        source = Path(self.settings.name)
-        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-            if source.is_dir() and (source / name).is_file() and not (folder / name).exists():
-                shutil.copyfile(source / name, folder / name)
+        for name in ALSO_PUBLISHED:
+            found = cached_file(
+                self.settings.name,
+                name,
+                revision=self.settings.revision,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if found is not None and not (folder / name).exists():
+                shutil.copyfile(found, folder / name)
 
     def quantization(self) -> BitsAndBytesConfig | None:
         """transformers' settings, which leave all modules alone that aren't the decoder's."""

@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol
 
 from typing_extensions import TypedDict  # pydantic takes no other one before Python 3.12
@@ -81,6 +82,21 @@ def together(values: Sequence[Values]) -> Values:
 
     first = values[0]
     return first if isinstance(first, Mapping) else torch.stack([one for one in values if not isinstance(one, Mapping)])
+
+
+def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list["torch.Tensor"]:
+    """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once. All are
+    computed when it returns, also on an accelerator.
+    """
+    import torch
+
+    features: list[torch.Tensor] = []
+    for shape, alike in groupby(media, lambda medium: None if isinstance(medium, Mapping) else medium.shape):
+        while group := list(islice(alike, 1 if shape is None else batch)):
+            features.extend(encoder.encode(together(group)))
+    if features and features[0].is_cuda:
+        torch.cuda.synchronize(features[0].device)
+    return features
 
 
 class EncoderContract(Protocol):

@@ -106,7 +106,7 @@ def composed(planned: PlannedRun, recipe: Recipe, dtype: torch.dtype) -> Multimo
     planned.run.recipe = recipe.model_copy(update={"adapter": adapter})
     llm = recipe.model.language_model.model_copy(update={"quantize": "none"} if recipe.train.dequantize_once else {})
     base = planned.run.components.base
-    language_model = language_model_on_meta(llm, dtype) if base is None else base_on_meta(base, llm)
+    language_model = language_model_on_meta(llm, dtype) if base is None else base_on_meta(base, llm.quantize)
     model = planned.run.build(with_encoders=not recipe.train.cache, language_model=language_model)
     set_up(model, recipe.train)
     return model

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from finetune.common.hub import loading
 from finetune.model.base.existing import ExistingModel
 from finetune.model.language_model import keep_layout, quantization, read_config, ready
-from finetune.recipe.schema import LanguageModel
+from finetune.recipe.schema import LanguageModel, Quantize
 
 META = torch.device("meta")
 
@@ -30,13 +30,13 @@ def language_model_on_meta(llm: LanguageModel, dtype: torch.dtype) -> Any:
     return ready(model, llm)
 
 
-def base_on_meta(base: ExistingModel, settings: LanguageModel) -> Any:
-    """The base as it is loaded with these settings, from its config alone. Its encoders compute with it from here on,
+def base_on_meta(base: ExistingModel, quantize: Quantize) -> Any:
+    """The base as it is loaded with this quantization, from its config alone. Its encoders compute with it from here on,
     on the CPU, once its weights are there without data.
     """
-    base.settings = settings
+    base.settings = base.settings.model_copy(update={"quantize": quantize})
     model = copy.deepcopy(base.skeleton)
-    if settings.attention == "eager":
+    if base.settings.attention == "eager":
         model.set_attn_implementation("eager")
     _quantize(model, base.quantization(), base.dtype)
     keep_layout(model)
