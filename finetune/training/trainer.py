@@ -4,6 +4,7 @@ isn't finite reaches the weights.
 
 import math
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -15,6 +16,8 @@ from pickle import UnpicklingError
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -35,7 +38,7 @@ from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import KEPT, STAGING, WholeCheckpoints, seconds_of, step_of
 from finetune.training.collate import Batch, Collator
 from finetune.training.objectives import BatchLoss
-from finetune.training.pack import Row
+from finetune.training.pack import Row, Rows
 from finetune.training.reference import Reference
 from finetune.training.rollouts import Rollouts, SaveRollouts
 from finetune.training.stopping import StopBetweenSteps
@@ -178,13 +181,18 @@ def suspects_of(training: StageTraining) -> Suspects:
 
 def packed_rows(rows: Sequence[Row]) -> Dataset:
     """Rows for all processes: the last ones are filled up with rows from which nothing is learned."""
-    filler = -len(rows) % PartialState().num_processes
-    return Dataset.from_dict(
-        {
-            "groups": [rows[number % len(rows)] for number in range(len(rows) + filler)],
-            "filler": [False] * len(rows) + [True] * filler,
-        }
-    )
+    packed = rows if isinstance(rows, Rows) else Rows.of(rows)
+    filler = -len(packed) % PartialState().num_processes
+    by_group = pa.LargeListArray.from_arrays(_arrow(packed.groups), _arrow(packed.samples))
+    by_row = pa.LargeListArray.from_arrays(_arrow(packed.ends), by_group)
+    numbers = np.arange(len(packed) + filler)
+    groups = by_row.take(pa.array(numbers % len(packed))) if filler else by_row
+    return Dataset.from_dict({"groups": groups, "filler": pa.array(numbers >= len(packed))})
+
+
+def _arrow(numbers: "array[int]") -> pa.Array:
+    """The same memory as an Arrow array."""
+    return pa.array(np.frombuffer(numbers, f"i{numbers.itemsize}"))
 
 
 def trainer_arguments(training: StageTraining) -> SFTConfig:
