@@ -1,10 +1,12 @@
 import random
 import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from finetune.common.errors import DataError
+from finetune.training import trainer
 from finetune.training.pack import MOST_BRANCHES, Rows, Sharing, epoch_order, pack, plan_rows, units
 
 
@@ -176,10 +178,20 @@ def test_rows_in_arrays_are_those_that_were_added():
 
 
 def test_a_row_of_an_epoch_takes_a_few_bytes():
-    samples = 10_000
+    samples = 2_000
     rows = plan_rows([100] * samples, [1.0] * samples, capacity=1000, epochs=2, seed=0)
     tracemalloc.start()
     copy = Rows.of(rows)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert copy == rows and size < 16 * 2 * samples
+
+
+@pytest.mark.parametrize("processes, filler", [(1, 0), (2, 1), (5, 2)])
+def test_the_last_rows_are_filled_up_for_all_processes(processes, filler, monkeypatch):
+    monkeypatch.setattr(trainer, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    rows = [[[3, 1], [2]], [[0]], [[4]]]
+    for given in (rows, Rows.of(rows)):
+        dataset = trainer.packed_rows(given)
+        assert dataset["groups"][:] == [*rows, *rows[:filler]]
+        assert dataset["filler"][:] == [False] * 3 + [True] * filler
