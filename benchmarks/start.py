@@ -111,9 +111,10 @@ def start(recipe_path: Path, run: Path, begin: float) -> dict[str, Any]:
     from finetune.recipe.load import load_recipe
     from finetune.training.collate import Collator
     from finetune.training.prepare import prepare, stage_rows
+    from finetune.training.stage_training import StageTraining
     from finetune.training.stopping import StopBetweenSteps
     from finetune.training.train import layout_of, load_composite
-    from finetune.training.trainer import StageTraining, TrainerCallback, train_stage
+    from finetune.training.trainer import TrainerCallback, train_stage
 
     imported = sum(os.times()[:4])
 

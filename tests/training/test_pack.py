@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.common.errors import DataError
-from finetune.training import trainer
+from finetune.training import stage_training
 from finetune.training.pack import MOST_BRANCHES, Rows, Sharing, epoch_order, pack, plan_rows, units
 
 
@@ -189,9 +189,9 @@ def test_a_row_of_an_epoch_takes_a_few_bytes():
 
 @pytest.mark.parametrize("processes, filler", [(1, 0), (2, 1), (5, 2)])
 def test_the_last_rows_are_filled_up_for_all_processes(processes, filler, monkeypatch):
-    monkeypatch.setattr(trainer, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    monkeypatch.setattr(stage_training, "PartialState", lambda: SimpleNamespace(num_processes=processes))
     rows = [[[3, 1], [2]], [[0]], [[4]]]
     for given in (rows, Rows.of(rows)):
-        dataset = trainer.packed_rows(given)
+        dataset = stage_training.packed_rows(given)
         assert dataset["groups"][:] == [*rows, *rows[:filler]]
         assert dataset["filler"][:] == [False] * 3 + [True] * filler
