@@ -12,6 +12,7 @@ from finetune.recipe.words import MAX_DEPTH, Location, Problem, describe, dotted
 from finetune.recipe.yaml_reader import Document, Place, read_yaml
 
 MAX_PROBLEMS = 10  # shown at once
+EXPLAINED = 100  # the first in the file; each takes milliseconds
 BOOLEAN_WORDS = dict.fromkeys(("yes", "on", "y", "true"), "true") | dict.fromkeys(("no", "off", "n", "false"), "false")
 BUILT_IN_ERRORS = frozenset(get_args(core_schema.ErrorType)) - {"value_error", "assertion_error"} | {"path_type"}
 
@@ -172,11 +173,13 @@ def _bounds(node: JsonSchema) -> str:
 def explain(document: Document, errors: Sequence[ErrorDetails], schema: JsonSchema) -> list[Problem]:
     """Pydantic's errors as locations in the document and short messages."""
     located = [(_written_location(error, document.value), error) for error in errors]
+    located.sort(key=lambda entry: document.place(entry[0]).line)
     problems: dict[Location, str] = {}
+    above = {location[:depth] for location, _ in located for depth in range(len(location))}
     misspelled: set[Location] = set()  # keys that aren't missing: another spelling of them is reported
-    for location, error in sorted(located, key=lambda entry: entry[1]["type"] == "missing"):
+    for location, error in sorted(located[:EXPLAINED], key=lambda entry: entry[1]["type"] == "missing"):
         # Of the branches of a union, only the one that got furthest is reported.
-        if any(other[: len(location)] == location != other for other, _ in located):
+        if location in above:
             continue
         if error["type"] == "extra_forbidden":
             keys = [str(key) for key in members(*at(location[:-1], document.value, schema), schema)]
@@ -193,6 +196,9 @@ def explain(document: Document, errors: Sequence[ErrorDetails], schema: JsonSche
         elif location not in misspelled:
             description = at(location, document.value, schema)[0].get("description", "it is required")
             problems[location] = f"missing: {shorten(description.rstrip('.'), 150)}."
+    for location, _ in located[EXPLAINED:]:
+        if location not in above:
+            problems.setdefault(location, "can't be used.")
     return [Problem(location, message) for location, message in problems.items()]
 
 

@@ -14,7 +14,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from finetune.common.errors import RecipeError
-from finetune.common.registry import PartOptions, load_part, part_names
+from finetune.common.registry import PartOptions, load_part, nearest, part_names
 from finetune.recipe.words import describe, problem, problem_at
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class Part:
         kind = mapping.get("kind")
         below: tuple[str, ...] = ("kind",) if "kind" in mapping and mapping is value else ()
         if "kind" not in mapping:
+            wrong = _meant_by_kind(mapping, part_names(cls.folder))
+            if wrong is not None:
+                raise problem_at(cls, (wrong,), f"unknown key. Did you mean 'kind'? One of {kinds}.", mapping[wrong])
             raise problem(f"'kind' is missing: one of {kinds}.")
         if not isinstance(kind, str) or not re.fullmatch("[A-Za-z0-9_-]{1,40}", kind):
             raise problem_at(cls, below, f"got {describe(kind)}; write one of {kinds}.", kind)
@@ -82,6 +85,12 @@ class Part:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
         return {"part": cls.folder}  # in its place: `kind_schema` of one kind, or `any_kind_schema`
+
+
+def _meant_by_kind(mapping: JsonSchema, kinds: Sequence[str]) -> str | None:
+    """The key that is spelled like `kind`, or else one that names a kind."""
+    keys = [key for key in mapping if isinstance(key, str)]
+    return nearest("kind", keys) or next((key for key in keys if mapping[key] in kinds), None)
 
 
 def kind_schema(folder: str, kind: str, definitions: JsonSchema) -> JsonSchema:
@@ -247,6 +256,11 @@ class ObjectivePart(Part):
     def reference(self) -> bool:
         """Whether it needs log-probabilities under the weights that the stage begins with."""
         return bool(self.module.REFERENCE)
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss of a batch is the sum of those of its samples, or of its compared answers."""
+        return bool(getattr(self.module, "SEPARABLE", False)) and not getattr(self.options, "sft_weight", 0)
 
     @property
     def heads(self) -> bool:

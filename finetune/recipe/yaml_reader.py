@@ -21,6 +21,7 @@ from finetune.recipe.words import MAX_DEPTH, Location, dotted, shorten
 
 MAX_BYTES = 2**20
 MAX_DIGITS = 18
+MAX_NODES = 16_384  # keys, values and entries, which take a second
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")
 CONSTANTS: dict[str, bool | None] = {
@@ -58,7 +59,8 @@ def read_yaml(text: str, name: str, numbered: bool = True) -> Document:
         value = _value(node, (), lines) if node else None
         return Document(value, {location: _place(name, line, numbered) for location, line in lines.items()})
     except _Refused as error:
-        line, reason = error.args
+        line, reason, location = error.args
+        reason = f"{shorten(dotted(location), 100)}: {reason}" if location else reason
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line if mark else 0
@@ -81,34 +83,49 @@ def _place(name: str, line: int, numbered: bool) -> Place:
 
 
 class _Refused(Exception):
-    """(line from 0, reason) of valid YAML that has no place in a recipe."""
+    """(line from 0, reason, location) of valid YAML that has no place in a recipe."""
 
 
 class _Loader(yaml.BaseLoader):
     """Refuses what could grow without bound, or build an object, while it is still an event."""
 
-    depth = 0
+    def __init__(self, text: str) -> None:
+        super().__init__(text)  # type: ignore[no-untyped-call]
+        self.location: Location = ()
+        self.nodes = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: yaml.Node | int | None) -> yaml.Node | None:
+        """`index`: the key of a value in a mapping, the number of an entry in a list."""
+        above = self.location
+        if parent is not None:
+            step = index.value if isinstance(index, yaml.ScalarNode) else index
+            self.location = (*above, step if isinstance(step, str | int) else "?")
+        self.nodes += 1
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        if event.anchor is not None:
-            raise _Refused(event.start_mark.line, "anchors and aliases (& and *) aren't supported; write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise _Refused(event.start_mark.line, f"tags ({shorten(event.tag, 40)}) aren't supported; remove it")
-        if self.depth > MAX_DEPTH:
-            raise _Refused(event.start_mark.line, f"nested deeper than {MAX_DEPTH} levels")
-        if re.search("[\0\ud800-\udfff]", getattr(event, "value", "")):
-            raise _Refused(event.start_mark.line, "text with a NUL or half a surrogate pair")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
+        if reason := self._refusal(event):
+            raise _Refused(event.start_mark.line, reason, above if index is None else self.location)
+        node = super().compose_node(parent, index)  # type: ignore[arg-type]  # typed as of lists alone
+        self.location = above
         return node
+
+    def _refusal(self, event: Any) -> str | None:
+        if event.anchor is not None:
+            return "anchors and aliases (& and *) aren't supported; write the value out"
+        if getattr(event, "tag", None) is not None:
+            return f"tags ({shorten(event.tag, 40)}) aren't supported; remove it"
+        if self.nodes > MAX_NODES:
+            return f"more than {MAX_NODES:,} keys and values; is it a recipe? Many files can be one source, a folder"
+        if len(self.location) > MAX_DEPTH:
+            return f"nested deeper than {MAX_DEPTH} levels"
+        if re.search("[\0\ud800-\udfff]", getattr(event, "value", "")):
+            return "text with a NUL or half a surrogate pair"
+        return None
 
 
 def _value(node: yaml.Node, location: Location, lines: dict[Location, int]) -> Any:
     """The value of a node; the lines of what is in it are added to `lines`."""
     if isinstance(node, yaml.ScalarNode):
-        return _scalar(node)
+        return _scalar(node, location)
     if isinstance(node, yaml.SequenceNode):
         items: list[Any] = []
         for item in node.value:
@@ -119,16 +136,16 @@ def _value(node: yaml.Node, location: Location, lines: dict[Location, int]) -> A
     mapping: dict[str, Any] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise _Refused(key.start_mark.line, "a list or mapping used as a key; a key is text")
+            raise _Refused(key.start_mark.line, "a list or mapping used as a key; a key is text", location)
         below = (*location, key.value)
         if key.value in mapping:
-            raise _Refused(key.start_mark.line, f"{dotted(below)}: written twice, first in line {lines[below]}")
+            raise _Refused(key.start_mark.line, f"written twice, first in line {lines[below]}", below)
         lines[below] = key.start_mark.line + 1
         mapping[key.value] = _value(value, below, lines)
     return mapping
 
 
-def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
+def _scalar(node: yaml.ScalarNode, location: Location) -> str | int | float | bool | None:
     text: str = node.value
     if node.style is not None:  # quoted, or a block
         return text
@@ -136,13 +153,13 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
         return CONSTANTS[text]
     if INTEGER.fullmatch(text):
         if len(text) > MAX_DIGITS:
-            raise _Refused(node.start_mark.line, f"a number of more than {MAX_DIGITS} digits; quote it if it is text")
+            reason = f"a number of more than {MAX_DIGITS} digits; quote it if it is text"
+            raise _Refused(node.start_mark.line, reason, location)
         return int(text)
     if FLOAT.fullmatch(text):
         if math.isinf(number := float(text)):
-            raise _Refused(
-                node.start_mark.line, f"{shorten(text, 40)} is too large for a number; quote it if it is text"
-            )
+            reason = f"{shorten(text, 40)} is too large for a number; quote it if it is text"
+            raise _Refused(node.start_mark.line, reason, location)
         return number
     return text
 

@@ -17,9 +17,9 @@ Numbers: TypeAlias = npt.NDArray[Any]
 LEAST_SAVED = 0.1  # of a group's tokens; below that, and below LEAST_TOKENS, samples are left to be shuffled freely
 
 
-def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False) -> Sharing:
+def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False, whole_prompts: bool = False) -> Sharing:
     """Groups of samples such that rows save most tokens, if each sample is in one group. `media_in_prefix`: only where
-    all media of a group stand in its prefix.
+    all media of a group stand in its prefix; `whole_prompts`: only where all of its prompts do.
     """
     keys = _beginnings(samples)
     order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -28,6 +28,9 @@ def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False) -> Shar
     if media_in_prefix:
         ends = samples.column("media_ends")
         needed = [max(ends[number], default=0) for number in order]
+    if whole_prompts:
+        prompts = _prompts(samples)
+        needed = [max(least, int(prompts[number])) for least, number in zip(needed, order, strict=True)]
     lengths = samples.taught_lengths
     group, saved = list(range(len(keys))), [0] * len(keys)
     del keys
@@ -72,15 +75,21 @@ def _flat(samples: TokenizedSamples, name: str) -> tuple[Numbers, Numbers]:
     return pc.list_flatten(column).to_numpy(), np.concatenate([[0], np.cumsum(sizes)])
 
 
-def _most_shared(samples: TokenizedSamples) -> Numbers:
-    """`most_shared` of each sample's labels."""
+def _prompts(samples: TokenizedSamples) -> Numbers:
+    """`prompt_tokens` of each sample's labels."""
     labels, ends = _flat(samples, "labels")
     learned = labels != IGNORED
     learned[ends[:-1]] = False  # nothing predicts the first
     places = np.append(np.flatnonzero(learned), len(labels))
     sizes = np.diff(ends)
-    first = places[np.searchsorted(places, ends[:-1])] - ends[:-1]
-    most: Numbers = np.minimum(first, sizes - 1)
+    first: Numbers = np.minimum(places[np.searchsorted(places, ends[:-1])] - ends[:-1], sizes)
+    return first
+
+
+def _most_shared(samples: TokenizedSamples) -> Numbers:
+    """`most_shared` of each sample's labels."""
+    sizes = pc.list_value_length(samples.arrow("labels")).to_numpy()
+    most: Numbers = np.minimum(_prompts(samples), sizes - 1)
     return most
 
 

@@ -192,6 +192,8 @@ def stage_rows(
         epochs=int(stage.epochs),
         seed=seed,
         groups=groups_of(samples),
-        sharing=sharing_of(samples, model.composition.fusion.by_sample) if kind is RowKind.SHARED else None,
+        sharing=sharing_of(samples, model.composition.fusion.by_sample, model.placement.prompts_both_ways)
+        if kind is RowKind.SHARED
+        else None,
     )
     return samples, rows

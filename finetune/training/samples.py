@@ -254,7 +254,8 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
 
 def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
     row, components = _tokenized(sample, run), run.components
-    teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, lambda medium: [])
+    segments = components.placement.segments_by(run.features.layout)
+    teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, segments)
     _refuse_too_long(teacher.input_ids, sample, run)
     return replace(row, teacher_input_ids=teacher.input_ids, teacher_labels=teacher.labels)
 

@@ -43,6 +43,8 @@ MALFORMED = [
     ("kind: vision", "kind: visoin", 8, "model.encoders.image.kind", "'vision'"),
     ("kind: vision", "kind: 5", 8, "model.encoders.image.kind", "5|vision"),
     ("kind: vision, ", "", 8, "model.encoders.image", "'kind'|missing"),
+    ("kind: vision", "knd: vision", 8, "model.encoders.image.knd", "unknown|'kind'"),
+    ("kind: vision", "type: vision", 8, "model.encoders.image.type", "unknown|'kind'"),
     (", name: google/siglip", "", 8, "model.encoders.image.name", "missing"),
     (", name: google/siglip", ", nmae: x", 8, "model.encoders.image.nmae", "'name'"),
     ("name: google/siglip", "name: ~/no-such-tower", 8, "model.encoders.image.name", "no such file or folder"),

@@ -1,64 +1,22 @@
 """A mistake in a recipe is reported by every verb that takes one, without importing what is slow to import."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from cli import Result
+from light_process import light_process
 from recipe_texts import GOOD, mentions
 
 pytestmark = pytest.mark.slow
 
-SLOW = {"torch", "transformers", "trl", "peft", "datasets", "pandas", "sklearn", "scipy", "optuna", "numpy", "PIL"}
-SERVER = f"""
-import contextlib, gc, json, os, sys
-from finetune.commands import cli
-with contextlib.suppress(SystemExit):
-    cli.main()
-gc.freeze()
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        folder, sys.argv, *files = json.loads(line)
-        os.chdir(folder)
-        for number, path in enumerate(files, 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-        try:
-            cli.main()
-        finally:
-            print(*sorted({SLOW} & sys.modules.keys()))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 VALIDATED = GOOD.replace("    hold_out: 0.1\n", "    hold_out: 0.1\n    hold_out_validation: 0.1\n").replace(
     "  tokens_per_batch: 4096\n", "  tokens_per_batch: 4096\n  validation: {}\n"
 )
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A process that has checked a recipe, and is forked for each command."""
-    recipe = tmp_path_factory.mktemp("server") / "x.yaml"
-    recipe.write_text(GOOD.replace("quantize: nf4", "quantize: nf5"))
-    command, pipe = [sys.executable, "-c", SERVER, "check", str(recipe)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def run(server, tmp_path_factory):
-    files = [tmp_path_factory.mktemp("run") / name for name in ("stdout", "stderr")]
-
-    def command(*arguments: str) -> Result:
-        line = json.dumps([os.getcwd(), ["finetune", *arguments], *map(str, files)])
-        server.stdin.write(line.encode() + b"\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        return Result(status, *(path.read_text(encoding="utf-8") for path in files))
-
-    return command
+def run(tmp_path_factory):
+    with light_process(tmp_path_factory.mktemp("light")) as process:
+        yield process.run
 
 
 @pytest.mark.parametrize(
