@@ -4,10 +4,11 @@ BIN = $(VENV)/bin
 COLAB ?= $(VENV)-colab
 NAMES ?= mobilenet_v2 minimind2_small
 MUTANTS ?=
+ADVISORIES ?=
 GPU ?=
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: help quickstart install weights test test-fast reliability gpu notebooks mutants check format docs clean
+.PHONY: help quickstart install weights test test-fast reliability gpu notebooks mutants audit check format docs clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -54,6 +55,10 @@ mutants: install  ## Change the core line by line, see whether its tests notice 
 	@mkdir -p mutants
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 nice -n 19 $(BIN)/python -m mutmut run --max-children 1 $(MUTANTS:%='%') >mutants/log
 	@$(BIN)/python -m mutmut results --all true | sed -E 's/^ *(.*)\.[^.]+: /\1 /' | sort | uniq -c
+
+audit: install  ## Advisories, licences and an SBOM of the locked packages (offline: ADVISORIES=a clone of pypa/advisory-database)
+	$(BIN)/python -m pip install --quiet --editable '.[dicom,docs]' 'pip-audit>=2.10' 'cyclonedx-bom>=7.5'
+	$(BIN)/python audit/audit.py $(ADVISORIES:%=--advisories '%')
 
 check: install  ## Lint, formatting, types
 	$(BIN)/ruff check .

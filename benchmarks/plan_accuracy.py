@@ -32,12 +32,16 @@ ALIGN = [{"name": "align", "trains": ["projectors"], "learning_rate": 1.0e-3}]
 
 @dataclass(frozen=True)
 class Pair:
-    """A recipe (`changes`: dotted keys of the tests' tiny one, __ for dots) over an LLM of a shape."""
+    """A recipe (`changes`: dotted keys of the tests' tiny one, __ for dots) over an LLM of a shape; or that of a family
+    of the tests' existing models as its base, with `overrides`.
+    """
 
     family: str = "llama"
     shape: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
+    base: str | None = None
+    overrides: tuple[str, ...] = ()
 
 
 PAIRS: dict[str, Pair] = {
@@ -62,6 +66,15 @@ PAIRS: dict[str, Pair] = {
         changes={"train__cache": False, "tune_encoders": {"image": {"rank": 4}}, "train__stages": WITH_ENCODER},
     ),
     "head of labels": Pair(shape=SMALL, changes={"train__stages": WITH_HEAD}, head="label"),
+    "base": Pair(base="gemma3"),
+    "base in nf4, projectors": Pair(
+        base="qwen2_5_vl",
+        overrides=(
+            "model.base.quantize=nf4",
+            "train.cache=false",
+            "train.stages.0.trains=[adapter, projectors]",
+        ),
+    ),
 }
 
 
@@ -71,6 +84,14 @@ def recipe_of(pair: Pair, folder: Path) -> Any:
 
     from finetune.recipe.load import load_recipe
 
+    if pair.base:
+        from families import ZOO, family_folder
+        from families.recipes import base_recipe
+
+        base = folder / "base"
+        if not base.is_dir():
+            family_folder(pair.base, base)
+        return load_recipe(base_recipe(folder, ZOO[pair.base], base, "image"), list(pair.overrides))
     if not (folder / "llm").is_dir():
         tiny_llm_folder(folder / "llm", pair.family, **pair.shape)
         tiny_vision_folder(folder / "encoder")
@@ -103,6 +124,7 @@ def real(pair: Pair, folder: Path, gpu: bool) -> tuple[dict[str, int], int, int]
     from finetune.common.progress import quiet_libraries
     from finetune.model.build import load_components, load_llm
     from finetune.model.features import Features
+    from finetune.model.row_plan import likely_row_kind
     from finetune.training.plan.measure import step_of
     from finetune.training.plan.meter import Meter
     from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
@@ -119,7 +141,8 @@ def real(pair: Pair, folder: Path, gpu: bool) -> tuple[dict[str, int], int, int]
         model = run.run.build(with_encoders=not recipe.train.cache, language_model=load_llm(components))
         set_up(model, recipe.train)
     stage = recipe.train.stages[-1]
-    training, batch, _ = step_of(run, model, stage, True, recipe.seed + 1000 * (len(recipe.train.stages) - 1))
+    kind = likely_row_kind(model.causal_lm, by_segments=recipe.model.language_model.attention == "auto")
+    training, batch, _ = step_of(run, model, stage, kind, recipe.seed + 1000 * (len(recipe.train.stages) - 1))
     gc.collect()
     if gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -105,17 +105,16 @@ def recipe_of(folder: Path, pictures: bool) -> dict[str, Any]:
 
 def start(recipe_path: Path, run: Path, begin: float) -> dict[str, Any]:
     """What this process takes, which began at `begin` (by `perf_counter`): CPU seconds by phase, bytes."""
-    from transformers import TrainerCallback
-
     from finetune.common.progress import Stopwatch, console, quiet_libraries
     from finetune.common.run_folder import RunFolder
     from finetune.model.trainable import set_trainable
     from finetune.recipe.load import load_recipe
     from finetune.training.collate import Collator
     from finetune.training.prepare import prepare, stage_rows
+    from finetune.training.stage_training import StageTraining
     from finetune.training.stopping import StopBetweenSteps
     from finetune.training.train import layout_of, load_composite
-    from finetune.training.trainer import StageTraining, train_stage
+    from finetune.training.trainer import TrainerCallback, train_stage
 
     imported = sum(os.times()[:4])
 

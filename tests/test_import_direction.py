@@ -68,3 +68,12 @@ def test_parts_the_recipe_and_the_command_line_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_training_starts_without_torchs_compiler():
+    code = (
+        "import sys, finetune.training.sweep, finetune.merging.merge\n"
+        "assert {'bitsandbytes', 'trl'} <= sys.modules.keys() and 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

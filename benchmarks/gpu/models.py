@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.setting import Setting
 from benchmarks.train_vs_trl.workload import ROOT
 from finetune.model.adapter import attach
-from finetune.model.composite import MultimodalModel, compose
+from finetune.model.compose import compose
+from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import RowKind, by_segments
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter

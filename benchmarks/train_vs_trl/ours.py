@@ -11,9 +11,10 @@ from benchmarks.train_vs_trl.prepare import OurTraining, recipe_of
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Collator
 from finetune.training.shared import Shared
+from finetune.training.stage_training import StageTraining
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.train import rollouts_of
-from finetune.training.trainer import StageTraining, train_stage
+from finetune.training.trainer import train_stage
 
 
 def train(options: Options, kind: str) -> dict[str, Any]:

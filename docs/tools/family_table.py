@@ -4,12 +4,14 @@ tried on random models of two layers.
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/family_table.py [FAMILY ...]
 
 Families named are measured anew, the others' rows stay; without names all are. Takes minutes on a CPU. Families whose
-processor needs a package that isn't installed keep their rows.
+processor needs a package that isn't installed keep their rows. The variables FINETUNE_VLLM and FINETUNE_LLAMA_CPP name
+the engines, as for tests/engines; without them the cells of vLLM and GGUF stay as they are.
 """
 
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from families import ZOO, family_folder  # noqa: E402
 from families.recipes import base_recipe  # noqa: E402
 
 import finetune  # noqa: E402
-from finetune.common.errors import FinetuneError  # noqa: E402
+from finetune.common.errors import ExportRefused, FinetuneError  # noqa: E402
 
 PAGES = {"en": ROOT / "docs" / "existing-models.md", "zh": ROOT / "docs" / "existing-models.zh.md"}
 NAMES = {
@@ -68,6 +70,11 @@ CHINESE = {
     "audio": "音频",
 }
 NOT_TRIED = "not tried"
+# Columns, by the variable that names the engine: target of `finetune export` and its options.
+ENGINES = {
+    "FINETUNE_VLLM": ("vllm", ()),
+    "FINETUNE_LLAMA_CPP": ("gguf", ("quantization=F32",)),
+}
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,10 @@ class Measured:
         return f"| {NAMES[self.family]} | {' | '.join(self.cells)} |"
 
 
-def measure(name: str, medium: str, folder: Path) -> Measured:
-    """Train in 16 or 32 and in 4 bits, with features cached and not, and merge."""
+def measure(name: str, medium: str, folder: Path, engines: list[str]) -> Measured:
+    """Train in 16 or 32 and in 4 bits, with features cached and not, merge, and export. `engines`: the last cells as
+    they were.
+    """
     base = family_folder(name, folder / "base")
     recipe = base_recipe(folder, ZOO[name], base, medium)
     try:
@@ -94,6 +103,7 @@ def measure(name: str, medium: str, folder: Path) -> Measured:
     cached = trained(recipe, folder / "cached", "train.cache=true")
     four_bits = trained(recipe, folder / "nf4", "model.base.quantize=nf4")
     certificate = finetune.merge(cached)
+    finetune.evaluate(cached)  # the engines are asked what it asks
     cells = (
         learned(losses(plain)),
         learned(losses(four_bits)),
@@ -102,7 +112,22 @@ def measure(name: str, medium: str, folder: Path) -> Measured:
         yes(kind == "shared"),
         yes(certificate.saved.agreement == 1),
     )
-    return Measured(name, (medium, *cells, NOT_TRIED, NOT_TRIED))
+    for place, (variable, (target, options)) in enumerate(ENGINES.items()):
+        if variable in os.environ:
+            engines[place] = answered_alike(cached, target, options)
+    return Measured(name, (medium, *cells, *engines))
+
+
+def answered_alike(run: finetune.RunFolder, target: str, options: tuple[str, ...]) -> str:
+    """Whether the engine begins each answer to the held-out questions like the merged model, whose answers differ."""
+    try:
+        result = finetune.export_run(run.path, target, options=["min_equal=0", *options])
+    except ExportRefused as error:
+        print(f"{target}: {error}", file=sys.stderr)
+        return "refused"
+    if (found := result.verification) is None:
+        raise SystemExit(f"{target}: {result.not_verified}")
+    return yes(found.equal_first_tokens == found.rows and found.different > 1)
 
 
 def trained(recipe: Path, run: Path, *changes: str) -> finetune.RunFolder:
@@ -152,8 +177,11 @@ def write(rows: list[str]) -> None:
 
 def main(names: list[str]) -> None:
     rows: dict[str, list[str]] = {}
+    engines: dict[tuple[str, str], list[str]] = {}
     for row in written_rows():
-        rows.setdefault(row.split(" | ")[0].strip("| "), []).append(row)
+        family, medium, *cells = row.strip("| ").split(" | ")
+        rows.setdefault(family, []).append(row)
+        engines[family, medium] = cells[-len(ENGINES) :]
     for name in names or NAMES:
         if ZOO[name].missing:
             print(f"{name}: not measured: {', '.join(ZOO[name].missing)} missing", file=sys.stderr)
@@ -162,8 +190,9 @@ def main(names: list[str]) -> None:
         for medium in ZOO[name].media:
             if medium == "video":  # needs torchvision
                 continue
+            before = engines.get((NAMES[name], medium), [NOT_TRIED] * len(ENGINES))
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                found.append(measure(name, medium, Path(folder)).row)
+                found.append(measure(name, medium, Path(folder), before).row)
             print(json.dumps(found[-1]), file=sys.stderr)
         rows[NAMES[name]] = found
     write([row for name in NAMES.values() for row in rows.get(name, ())])

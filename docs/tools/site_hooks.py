@@ -18,6 +18,7 @@ ELSEWHERE = {  # file of the repository -> page of the site
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/RESULTS.md": "measurements.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
 }
 PAGES = ELSEWHERE | {"README.md": "index.md", "README.zh.md": "index.md"}
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>(?:[^][]|\[[^]]*\])*)\]\((?P<target>[^)\s]+)\)")

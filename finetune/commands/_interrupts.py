@@ -13,15 +13,16 @@ from types import FrameType
 from finetune.commands._importing import interrupt
 from finetune.common.errors import Interrupted
 from finetune.common.run_folder import RunFolder
+from finetune.common.signals import SIGNALS, write_from_handler
 
 
 @contextmanager
 def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str], run: RunFolder) -> Iterator[None]:
-    """Where Ctrl-C or SIGTERM ends the block, or a training in it: raises Interrupted with the command that goes on,
-    once there is a run.
+    """Where Ctrl-C, SIGTERM or SIGHUP ends the block, or a training in it: raises Interrupted with the command that
+    goes on, once there is a run.
     """
     try:
-        with _sigterm_as_ctrl_c() as received:
+        with _as_ctrl_c() as received:
             yield
     except Interrupted as stopped:
         message, number = str(stopped), stopped.signal_number
@@ -37,16 +38,16 @@ def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str], run: RunFold
 
 
 @contextmanager
-def how_to_begin_again(why: str, run: RunFolder) -> Iterator[None]:
-    """Where Ctrl-C or SIGTERM ends the block: raises Interrupted with the command that was given, which begins again.
-    `why`: when what it makes is written.
+def how_to_begin_again(why: str, run: RunFolder | None = None) -> Iterator[None]:
+    """Where Ctrl-C, SIGTERM or SIGHUP ends the block: raises Interrupted with the command that was given, which begins
+    again. `why`: when what it makes is written.
     """
-    with _sigterm_as_ctrl_c() as received:
+    with _as_ctrl_c() as received:
         try:
             yield
         except KeyboardInterrupt:
             message = f"stopped; {why}\nto begin again:\n  {_command(sys.argv[1:])}"
-            raise Interrupted(message, _number(received), run.path) from None
+            raise Interrupted(message, _number(received), run.path if run else None) from None
 
 
 def _number(received: Sequence[int]) -> int:
@@ -66,8 +67,10 @@ def _launched() -> str:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
-    """Gives the signals received. Stages, which end by a checkpoint, have handlers of their own."""
+def _as_ctrl_c() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does. Gives the signals received. Stages, which end by a checkpoint,
+    have handlers of their own.
+    """
     process, received = os.getpid(), list[int]()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -75,12 +78,15 @@ def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         received.append(number)
+        write_from_handler(f"{signal.Signals(number).name}: stopping")  # also finds out whether the terminal is there
         interrupt(number, frame)
 
-    before = signal.getsignal(signal.SIGTERM)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in SIGNALS if number != signal.SIGINT}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

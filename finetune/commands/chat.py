@@ -2,7 +2,7 @@
 
 import sys
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, escaped
 from finetune.common.progress import quiet_libraries
 from finetune.common.run_folder import RunLike
 from finetune.data.questions import worded
@@ -62,7 +62,7 @@ def chat(
         text = as_text(answer)
         if prompt is not None:
             break
-        print(text)
+        print(escaped(text))
         turns.append(Message("assistant", (answer.text or text,)))
         first = ()
     return text

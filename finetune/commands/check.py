@@ -15,6 +15,7 @@ from finetune.data.rows import (
     summary,
     unlearned,
 )
+from finetune.data.sample import Sample
 from finetune.model.base.config import media_in_config
 from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
@@ -22,7 +23,7 @@ from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import LanguageModel, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
 from finetune.training.cache_choice import choice_at_hand
-from finetune.training.lengths import estimate, fetch_settings, settings_of
+from finetune.training.lengths import Estimate, estimate, fetch_settings, settings_of
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
 # Of these families transformers loads the text part of a vision-language checkpoint by itself.
@@ -30,6 +31,7 @@ TEXT_PART_LOADS = ("dots3_note", "emu3", "llama4", "mllama", "qwen3_5", "qwen3_5
 # Sections of the configs of models with encoders; and any that ends in _encoder_config.
 OWN_ENCODERS = {f"{name}_config" for name in ("vision", "audio", "thinker", "vq", "codec", "vlm", "encoder")}
 ENCODES_BYTES = ("blt",)  # of text, in its encoder_config
+UNBOUNDED = 50  # rows whose pictures are counted without a bound too
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,7 +91,8 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     refuse_unfit(splits, loaded)
     warnings = [*few_rows(splits, loaded), *unlearned(splits, loaded)]
     stages: tuple[StageSteps, ...] = ()
-    estimated = estimate(loaded.model, splits.train)
+    estimated = estimate(loaded.model, splits.train, loaded.media)
+    notes += _tokens_of_media(loaded, splits.train, estimated)
     chosen = numbers_at_hand(loaded, splits.train, estimated)
     if estimated is not None and estimated.unknown:
         notes.append(
@@ -109,6 +112,23 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
         cache = choice_at_hand(loaded.model_copy(update={"train": chosen.train}))
         numbers += (cache.reason if cache else "cache: true where the disk has room for the features, else false",)
     return CheckedRecipe(loaded, summary(splits), numbers, stages, tuple(warnings), tuple(notes))
+
+
+def _tokens_of_media(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate | None) -> Iterator[str]:
+    """How many tokens pictures take of a base, and would take without the recipe's bound."""
+    if estimated is None or "image" not in estimated.media:
+        return
+    text = f"a picture takes {between(*estimated.media['image'])} tokens"
+    if recipe.media.shrink_to_pixels is not None:
+        unbounded = recipe.media.model_copy(update={"shrink_to_pixels": None})
+        without = estimate(recipe.model, samples[:UNBOUNDED], unbounded)
+        if without is not None:
+            text += f", {between(*without.media['image'])} without media.shrink_to_pixels"
+    yield text
+
+
+def between(least: int, most: int) -> str:
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _few_steps(

@@ -4,6 +4,7 @@ import csv
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -349,9 +350,9 @@ def build_page(gradio: Any, labelling: Labelling) -> Any:
         item = labelling.items[number]
         line = item.line
         confidence = f" ({float(line.confidence):.0%})" if line.confidence else ""
-        head = f"**{labelling.done:,} of {len(labelling.items):,}** labelled · {line.row}"
-        state = f"proposed: **{line.proposed}**{confidence}" if line.proposed else "nothing proposed"
-        state += f" · label: **{line.label}**" if line.label else ""
+        head = f"<b>{labelling.done:,} of {len(labelling.items):,}</b> labelled · {escape(line.row)}"
+        state = f"proposed: <b>{escape(line.proposed)}</b>{confidence}" if line.proposed else "nothing proposed"
+        state += f" · label: <b>{escape(line.label)}</b>" if line.label else ""
         return [number, head, media_html(item, labelling.limits), line.text, state, line.label or line.proposed]
 
     def decide(label: str, number: int) -> list[object]:
@@ -362,10 +363,10 @@ def build_page(gradio: Any, labelling: Labelling) -> Any:
 
     with gradio.Blocks(title=f"Labels: {labelling.path.name}", analytics_enabled=False) as blocks:
         number = gradio.State(labelling.open_from(0))
-        head = gradio.Markdown()
+        head = gradio.HTML()
         media = gradio.HTML()
         text = gradio.Textbox(label="text", interactive=False, lines=1)
-        state = gradio.Markdown()
+        state = gradio.HTML()
         label_field = gradio.Textbox(label=labelling.field_words, interactive=True)
         parts = [number, head, media, text, state, label_field]
         if len(labelling.labels) <= BUTTONS:

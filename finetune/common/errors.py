@@ -8,6 +8,7 @@ FinetuneError                 exit status 1; its text is all that the command li
 ├─ ModelError            1    an LLM, an encoder or a projector that can't be built or don't fit together
 ├─ TrainingError         1    a loss or gradient that isn't finite, a checkpoint that can't be continued
 │  └─ Interrupted    128+n    stopped by signal n after a whole checkpoint; `--resume` continues
+├─ OutOfMemory           1    memory that runs out where no batch can be halved
 ├─ ArtifactError         1    a run folder, adapter or merged folder that is missing, broken or foreign
 │  ├─ MergeRefused       3    the merged model isn't what was trained, or is only the base
 │  └─ ExportRefused      3    a target that can't hold this model, or answers otherwise than it
@@ -99,6 +100,10 @@ class Interrupted(TrainingError):
         self.signal_number = int(signal_number)
         self.run = run
         self.exit_status = 128 + self.signal_number
+
+
+class OutOfMemory(FinetuneError):
+    pass
 
 
 class ArtifactError(FinetuneError):

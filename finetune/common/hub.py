@@ -15,7 +15,8 @@ from finetune.common.certificate import verify_if_certified
 from finetune.common.errors import ArtifactError, FinetuneError, ModelError
 from finetune.common.run_folder import read_json
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")  # what loading reads; none can hold code
+# What loading reads; none can hold code.
+MODEL_FILES = ("*.safetensors", "*.finetune", "*.json", "*.txt", "*.jinja", "*.model")
 PROBE_SECONDS = 3.0  # for the Hub's first answer, unless HF_HUB_ETAG_TIMEOUT is set
 # Exceptions that libraries raise for settings of a wrong type, size or name, and for kernels that aren't installed.
 BAD_SETTINGS = (
@@ -60,7 +61,7 @@ def _unreachable(endpoint: str, minute: int) -> str | None:
 
     def ask() -> None:
         try:
-            status = get_session().head(endpoint, timeout=seconds).status_code
+            status = get_session().head(endpoint, timeout=2 * seconds).status_code  # the wait below ends before it
             outcome.put(f"it answers {status}" if status in (502, 503, 504) else None)
         except Exception as error:  # of any library on the way: names, certificates, proxies
             outcome.put(_first_line(error))
@@ -179,13 +180,16 @@ def reason(error: BaseException) -> str:
         return "its owner grants access one by one: request it on its page, then log in with `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision: write a branch, a tag or a commit that it has"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no such model, or it is private: check the name, or log in with `hf auth login`"
     if status == 401 or isinstance(error, errors.LocalTokenNotFoundError):
         return "you aren't logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
         return " ".join(str(error).split())[:300]
+    if status in (429, 503) and (seconds := getattr(response, "headers", {}).get("Retry-After", "")).isdigit():
+        return f"the Hub answers {status}, and asks to come again after {seconds} s"
     if status in REASONS:
         return REASONS[status]
     if status is not None and status < 500:

@@ -3,7 +3,8 @@
 runs/NAME/
   recipe.yaml        as resolved, with package versions below it in versions.json
   data/              counts per split, tokenized rows; suspects.jsonl, rows of a loss that wasn't finite;
-                     changes.jsonl, what the recipe was given anew on a resume
+                     changes.jsonl, what the recipe was given anew on a resume; micro_batches.jsonl, from which step
+                     on rows are computed in pieces; warnings.jsonl, what seemed wrong with a stage
   checkpoints/STAGE/checkpoint-N/    appears under this name only when it is whole; the last two are kept; STAGE/final
                      when the stage is done; the hashes of its files are in each
   tensorboard/STAGE/ event files, if train.track names tensorboard
@@ -19,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from pydantic import ValidationError
 
 from finetune.common import display
 from finetune.common.errors import OVERWRITE, RESUME, RUN, ArtifactError, RecipeError, TrainingError, option
+from finetune.common.version import DISTRIBUTION, VERSION
 
 JsonObject = dict[str, Any]
 WRITTEN_FIRST = {"recipe.yaml", "versions.json"}  # before rows and weights are read
@@ -41,7 +43,9 @@ HASHES = "sha256.json"  # in each checkpoint
 SHOWN_RUNS = 8  # in an error
 SHOWN_KEYS = 4
 # What a resumed run may be given anew: neither the rows of its steps nor its weights hang on it.
-MAY_CHANGE = re.compile(r"train\.(skip_bad_rows|stages\.\d+\.(max_grad_norm|learning_rates?(\..+)?))")
+MAY_CHANGE = re.compile(
+    r"train\.(skip_bad_rows|checkpoint_every_n_layers|dequantize_once|workers|stages\.\d+\.(max_grad_norm|learning_rates?(\..+)?))"
+)
 UNFINISHED = (".partial", ".old")  # endings of what is being written, or was being replaced
 
 
@@ -114,7 +118,7 @@ class RunFolder:
             raise TrainingError(
                 f"{self.path}: the recipe isn't the one that this run began with "
                 f"({'; '.join(map(str, fixed[:SHOWN_KEYS]))}{more}); resume with the same recipe and "
-                f"{option('--set', 'overrides=')}, or choose another {option(*RUN)}"
+                f"{option('--set', 'overrides=')}, or choose another {option(*RUN)}{of_another_version(self.path)}"
             )
         for change in changes:
             console.print(f"from here on: {change.key} is {change.now}, was {change.before}")
@@ -376,17 +380,40 @@ def read_json(path: Path) -> JsonObject:
     return content
 
 
+def of_another_version(folder: Path) -> str:
+    """What an error about a run's files has to add; '' where the kit of this version has trained the run."""
+    path = folder / "versions.json"
+    try:
+        theirs = read_json(path).get(DISTRIBUTION, VERSION) if path.is_file() else VERSION
+    except ArtifactError:
+        return ""
+    if theirs == VERSION:
+        return ""
+    return f" (the run is of {DISTRIBUTION} {theirs}, this is {VERSION}: use that version, or train anew)"
+
+
 def damaged(path: Path | str, error: ValidationError, advice: str, above: str = "") -> ArtifactError:
     """What to raise for a JSON file that isn't as its schema says: its first wrong key. `above`: the key of the
     section that was validated, with a dot.
     """
     first = error.errors(include_url=False)[0]
     key = above + ".".join(map(str, first["loc"]))
-    return ArtifactError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}; {advice}")
+    found = f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}; {advice}"
+    return ArtifactError(found + of_another_version(Path(path).parent))
 
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Of a file that `add_lines` writes; none where there isn't one."""
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def add_lines(path: Path, lines: Iterable[str]) -> None:
+    """Those that the file lacks."""
+    write_text(path, "\n".join(dict.fromkeys([*read_lines(path), *lines])) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

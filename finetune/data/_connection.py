@@ -30,8 +30,7 @@ class Connections(NetworkBackend):
         addresses = list(dict.fromkeys(str(address) for *_, (address, *_) in resolved))
         if self.check:
             for address in addresses:
-                peer = ipaddress.ip_address(address.partition("%")[0])
-                self.check(getattr(peer, "ipv4_mapped", None) or peer)
+                self.check(ipaddress.ip_address(address.partition("%")[0]))
         failure: Exception = ConnectError(f"{host} has no address")
         for address in addresses:
             try:

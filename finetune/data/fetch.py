@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SECONDS_IN_ALL = 600.0
 REDIRECTS = 5
+NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 
 
 def fetched(address: str, hosts: Sequence[str], where: str, max_bytes: int) -> Path:
@@ -115,6 +116,17 @@ def _parsed(address: str, hosts: Sequence[str], where: str) -> tuple["URL", bool
 
 
 def _check_public(address: str, where: str, private: bool, peer: IPv4Address | IPv6Address) -> None:
-    if not peer.is_global:
+    if not _is_public(peer):
         target = f"to {peer}, in a private network; name the host in `hosts`" if private else "into a private network"
         raise DataError(f"{where}: {address[:200]!r} leads {target}")
+
+
+def _is_public(peer: IPv4Address | IPv6Address) -> bool:
+    """Whether it is of one machine on the internet; an IPv6 address that stands for an IPv4 one is judged by that."""
+    if isinstance(peer, IPv6Address):
+        translated = IPv4Address(int(peer) & 0xFFFF_FFFF) if peer in NAT64 else None
+        if inner := peer.ipv4_mapped or peer.sixtofour or translated:
+            return _is_public(inner)
+        if peer.is_site_local:
+            return False
+    return peer.is_global and not (peer.is_multicast or peer.is_reserved)

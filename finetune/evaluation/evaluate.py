@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.common.energy import EnergyMeter
 from finetune.common.errors import DataError
+from finetune.common.memory import ANSWERING, enough_memory
 from finetune.common.progress import bar, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes
 from finetune.data.hold_out import sample_key
@@ -25,7 +26,15 @@ from finetune.evaluation.evaluation_result import EvaluationResult
 from finetune.evaluation.new_rows import NewRows, refuse_without_rows
 from finetune.evaluation.probe import probe
 from finetune.evaluation.results import Comparison
-from finetune.evaluation.scores import AnswerLoss, Measures, answer_losses, answers_to, known_bindings, measured
+from finetune.evaluation.scores import (
+    AnswerLoss,
+    Measures,
+    answer_batches,
+    answer_losses,
+    answers_to,
+    known_bindings,
+    measured,
+)
 from finetune.evaluation.uncertainty import ScoredRows, compare
 from finetune.model.adapter import load_trained
 from finetune.model.assistant import Assistant
@@ -50,6 +59,7 @@ class Evaluation:
     predictions: list[Prediction] = field(default_factory=list)
 
 
+@enough_memory("evaluating", ANSWERING)
 def evaluate(
     run: RunLike,
     data: Path | str | None = None,
@@ -134,6 +144,7 @@ class Answers:
         self.run, self.assistant, self.samples = run, assistant, samples
         self.conditions = conditions(run.features, samples, run.recipe.seed)
         self.step: Any = lambda: None
+        self.halving = answer_batches()
         self.given: dict[str, list[Answer]] = {}
         self.losses: dict[str, dict[int, AnswerLoss]] = {}
 
@@ -161,7 +172,7 @@ class Answers:
                 self.step()
         left = [i for i in range(len(self.samples)) if i not in answers]
         asked = [self.samples[i] for i in left]
-        new = answers_to(self.assistant, asked, self.run.recipe.evaluate, condition.view, self.step)
+        new = answers_to(self.assistant, asked, self.run.recipe.evaluate, condition.view, self.step, self.halving)
         answers |= dict(zip(left, new, strict=True))
         self.given[condition.name] = [answers[i] for i in range(len(self.samples))]
 

@@ -34,6 +34,10 @@ class StageResult(Result):
     samples: int | None = Field(default=None, description="Rows trained on, counted once per epoch.")
     tokens: int | None = None
     left_out: int = Field(default=0, description="Rows left out since their loss wasn't finite: data/suspects.jsonl.")
+    pieces: int = Field(
+        default=1, description="In how many pieces packed rows were computed at last, as memory ran out otherwise."
+    )
+    warnings: list[str] = Field(default=[], description="What seemed wrong while it trained: data/warnings.jsonl.")
     seconds: float | None = Field(default=None, description="Of all parts of a stage that was resumed.")
     seconds_before: float = Field(default=0.0, description="Of these, before the last --resume.")
     trained_weights: dict[str, int] = Field(default={}, description="Component -> number of weights.")

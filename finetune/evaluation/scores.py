@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from finetune.common.errors import ArtifactError, TrainingError
+from finetune.common.memory import ANSWERING, Halving
 from finetune.data.metrics import lower_is_better, main_metric
 from finetune.data.rows import by_task
 from finetune.data.sample import Answer, Sample
@@ -38,23 +39,33 @@ def known_bindings(folder: Path, samples: Sequence[Sample], sources: Sequence[So
     return bindings
 
 
+def answer_batches() -> Halving:
+    """How many questions are answered at once, by what memory allows."""
+    return Halving("answering", "evaluate.batch", ANSWERING)
+
+
 def answers_to(
     assistant: Assistant,
     samples: Sequence[Sample],
     settings: Evaluate,
     view: MediaView,
     step: Callable[[], None] = lambda: None,
+    halving: Halving | None = None,
 ) -> list[Answer]:
-    """The model's answers to the samples' questions, `settings.batch` at once; `step` is called after each."""
+    """The model's answers to the samples' questions, `settings.batch` at once, or fewer where memory runs out; `step`
+    is called after each. `halving`: `answer_batches()`, where there are several calls. Raises OutOfMemory.
+    """
     answers: dict[int, Answer] = {}
+    halving = halving or answer_batches()
     for name, numbers in by_task(samples).items():
-        for start in range(0, len(numbers), settings.batch):
-            chunk = numbers[start : start + settings.batch]
+
+        def ask(chunk: Sequence[int], name: str = name) -> list[Answer]:
             questions = [samples[i].question for i in chunk]
-            batch = assistant.ask(name, questions, max_new_tokens=settings.max_new_tokens, view=view)
-            for i, answer in zip(chunk, batch, strict=True):
-                answers[i] = answer
-                step()
+            return assistant.ask(name, questions, max_new_tokens=settings.max_new_tokens, view=view)
+
+        for i, answer in halving.over(numbers, settings.batch, ask):
+            answers[i] = answer
+            step()
     return [answers[i] for i in range(len(samples))]
 
 

@@ -77,12 +77,16 @@ class EngineAnswers:
 
 @dataclass(frozen=True)
 class Verification:
-    """How many of `rows` answers of the engine equal the merged model's in their first tokens, and entirely."""
+    """How many of `rows` answers of the engine equal the merged model's in their first tokens, and entirely.
+    `different`: how many of the merged model's answers there are if equal ones count once: where all are the same,
+    media may have had no part in them.
+    """
 
     engine: str
     rows: int
     equal_first_tokens: int
     equal: int
+    different: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,11 +125,11 @@ class EngineMissing(Exception):
 
 class ExportTarget(Protocol):
     """A target file. `write` and `answer` receive an instance of the file's own `Options`, which `--option` sets.
-    `TAKES_MEDIA`: whether answers are compared on questions with media, or on their text only.
+    `COMPARED_MEDIA`: the kinds of media in the questions whose answers are compared; others are left out of them.
     """
 
     Options: type[TargetOptions]
-    TAKES_MEDIA: bool
+    COMPARED_MEDIA: tuple[str, ...]
 
     def write(self, model: MergedModel, folder: Path, options: Any) -> ExportedModel:
         """Write the model into `folder`, which exists, is empty, and gets its final name only after verification.

@@ -46,7 +46,7 @@ def export_run(
     target, target_options, folder = read_target(Path(source), to, out, options)
     model = merged_model(Path(source))
     with tempfile.TemporaryDirectory() as media_folder, bar(f"export {to}", 3) as step:
-        probes = make_probes(model, Path(source), Path(media_folder), target.TAKES_MEDIA) if verify else []
+        probes = make_probes(model, Path(source), Path(media_folder), target.COMPARED_MEDIA) if verify else []
         step()
         with whole_folder(folder) as partial:
             exported = target.write(model, partial, target_options)
@@ -97,8 +97,9 @@ def merged_model(path: Path) -> MergedModel:
     return MergedModel(path)
 
 
-def make_probes(model: MergedModel, source: Path, media_folder: Path, takes_media: bool) -> list[Probe]:
-    """Held-out questions of the run, or questions about noise, with the merged model's answers.
+def make_probes(model: MergedModel, source: Path, media_folder: Path, kinds: Sequence[str]) -> list[Probe]:
+    """Held-out questions of the run, or questions about noise, with the merged model's answers. `kinds`: of media that
+    the target is asked about.
 
     Raises ArtifactError if no question fits into the LLM's context.
     """
@@ -108,11 +109,13 @@ def make_probes(model: MergedModel, source: Path, media_folder: Path, takes_medi
 
     assistant = load_merged(model.folder)
     predictions = source / "predictions.jsonl"
-    noise = noise_questions(list(assistant.encoders) if takes_media else (), media_folder)
+    noise = noise_questions([kind for kind in assistant.encoders if kind in kinds], media_folder)
     questions = held_out_questions(predictions, PROBES) if predictions.is_file() else []
-    if not takes_media:
-        questions = [*(tuple(without_kinds(messages, KINDS)) for messages in questions), *noise]
-    probes = answered(assistant, list(dict.fromkeys(questions)), media_folder, MAX_NEW_TOKENS)
+    left_out = [kind for kind in KINDS if kind not in kinds]
+    asked = [tuple(without_kinds(messages, left_out)) for messages in questions]
+    if asked != questions:
+        asked += noise
+    probes = answered(assistant, list(dict.fromkeys(asked)), media_folder, MAX_NEW_TOKENS)
     probes = probes or answered(assistant, noise, media_folder, MAX_NEW_TOKENS)
     if not probes:
         raise ArtifactError(
@@ -127,7 +130,8 @@ def make_probes(model: MergedModel, source: Path, media_folder: Path, takes_medi
 def compare(probes: Sequence[Probe], engine: EngineAnswers) -> Verification:
     pairs = [(probe.answer, answer) for probe, answer in zip(probes, engine.answers, strict=True)]
     equal_first_tokens = sum(ours[:FIRST_TOKENS] == theirs[:FIRST_TOKENS] for ours, theirs in pairs)
-    return Verification(engine.engine, len(pairs), equal_first_tokens, sum(ours == theirs for ours, theirs in pairs))
+    equal, different = sum(ours == theirs for ours, theirs in pairs), len({ours for ours, _ in pairs})
+    return Verification(engine.engine, len(pairs), equal_first_tokens, equal, different)
 
 
 def refuse_unless_equal(verification: Verification, min_equal: float, to: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.export._contract import EngineAnswers, EngineMissing, ExportedModel, MergedModel, Probe, TargetOptions
 
-TAKES_MEDIA = False
+COMPARED_MEDIA = ()
 
 Options = TargetOptions
 

@@ -20,7 +20,7 @@ from finetune.export._contract import (
     without_end,
 )
 
-TAKES_MEDIA = True
+COMPARED_MEDIA = ("image", "audio")
 LLM, MEDIA, MODELFILE = "model.gguf", "mmproj.gguf", "Modelfile"
 # For F32: by default llama.cpp keeps keys and values in 16 bit, whatever the type of the weights.
 EXACT = ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32"]

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.data.sample import KINDS
 from finetune.export._contract import EngineAnswers, ExportedModel, MergedModel, Probe, TargetOptions
 
-TAKES_MEDIA = True
+COMPARED_MEDIA = KINDS
 OWN_CLASS = "MultimodalForConditionalGeneration"
 MODULE = "finetune.model.auto"  # registers it
 NOT_COPIED = ("certificate.json", "README.md")  # of a merged folder: they describe other files

@@ -14,9 +14,8 @@ from pydantic import Field
 from finetune.common.errors import ExportRefused
 from finetune.export._contract import EngineAnswers, ExportedModel, MergedModel, Probe, TargetOptions, without_end
 
-TAKES_MEDIA = True
 BACKEND = "TransformersMultiModalForCausalLM"  # vLLM's transformers backend for models that take media
-MEDIA = ("image", "audio")
+COMPARED_MEDIA = ("image", "audio")  # and what composites are served with
 MODEL = "exported"  # its name in the API during verification
 ADAPTER = "adapter"  # the adapter's folder, and its name in the API
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM reserves room for
@@ -45,7 +44,7 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
     import torch
 
     from finetune.common.run_folder import read_json, write_json
-    from finetune.export._base import copy_base, is_base
+    from finetune.export._base import copy_base, is_base, write_first_token
     from finetune.export._native import NotExact, write_native
     from finetune.export._vllm.adapter import subtract_adapter, write_adapter
     from finetune.export._vllm.environment import INSTALL_PLUGIN
@@ -56,6 +55,7 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
         if options.adapter:
             raise ExportRefused("vllm: the option `adapter` isn't for bases: export without it")
         name = copy_base(model.folder, folder)
+        write_first_token(folder)
         command = f"vllm serve FOLDER --dtype {read_json(folder / 'config.json')['dtype']}"
         details = {"command": command}
         return ExportedModel(name, "vLLM's own class of this name", (f"to serve it: {command}",), details)
@@ -88,8 +88,8 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
 def unsupported(composite: Any) -> str | None:
     """Why vLLM can't run a composite, or None."""
     composition, text = composite.composition, composite.config.text_config
-    if unknown := [name for name in composition.encoders if name not in MEDIA]:
-        return f"its transformers backend takes {' and '.join(MEDIA)}, no {unknown[0]}"
+    if unknown := [name for name in composition.encoders if name not in COMPARED_MEDIA]:
+        return f"its transformers backend takes {' and '.join(COMPARED_MEDIA)}, no {unknown[0]}"
     if composition.fusion.kind != "prefix":
         return f"it has no place for the fusion {composition.fusion.kind!r}"
     if composite.heads:

@@ -18,6 +18,7 @@ from finetune.merging.lora_weights import (
     LoraFile,
     Quantization,
     into_dequantized,
+    load_base_on_disk,
     load_on_disk,
     merged_tensors,
     merged_whole,
@@ -147,7 +148,7 @@ class MergeJob:
         """Write a candidate's folder; says how it was merged. `quantized`: see `Candidate`."""
         fresh_memory()
         if self.run.components.base is not None:
-            return self._write_base(place, self.run.components.base, quantized)
+            return self._write_base(place, scratch, trained, quantized)
         # 16-bit weights needn't fit where 4-bit ones do.
         on_cpu = replace(self.run.components, device=torch.device("cpu"))
         lora, quantization = self.lora, trained.quantization if quantized else None
@@ -168,27 +169,32 @@ class MergeJob:
         write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.parts, self.run)
         return method
 
-    def _write_base(self, place: Path, base: ExistingModel, quantized: bool) -> str:
-        base.release_weights()
-        components = with_base_reloaded(
-            self.run.components, self.llm.quantize if quantized else "none", torch.device("cpu")
-        )
-        model = self.composite(components, components.model.language_model.quantize)
-        whole: Any = model.language_model
-        if hasattr(whole, "peft_config"):
-            whole = into_dequantized(whole, self.dtype) if quantized else merged_whole(whole)
-        elif quantized:
-            whole = whole.dequantize(dtype=self.dtype)
-        refuse_without_room(place.parent, sum(p.numel() for p in whole.parameters()) * self.dtype.itemsize)
-        prepare_config(whole.config, self.dtype, untie=False)
-        write_merged_base(place, whole.to(self.dtype), model, components, self.run)
-        return "all at once, in memory, with the base's own encoders and projectors"
+    def _write_base(self, place: Path, scratch: Path, trained: Trained, quantized: bool) -> str:
+        existing = self.run.components.base
+        assert existing is not None
+        existing.release_weights()
+        refuse_without_room(place.parent, existing.skeleton.num_parameters() * self.dtype.itemsize)
+        lora, quantization = self.lora, trained.quantization if quantized else None
+        if lora is not None and not lora.by_module:
+            quantize = self.llm.quantize if quantized else "none"
+            components = with_base_reloaded(self.run.components, quantize, torch.device("cpu"))
+            base = self.composite(components, quantize).language_model
+            base = into_dequantized(base, self.dtype) if quantized else merged_whole(base).to(self.dtype)
+            method = f"all at once, in memory: {lora.config.init_lora_weights!r} draws at random for the whole base"
+            lora, quantization = None, None
+        else:
+            base = load_base_on_disk(existing, scratch)
+            method = "module by module, from the base's files"
+        prepare_config(base.config, self.dtype, untie=False)
+        tensors = merged_tensors(base, self.dtype, lora, quantization)
+        write_merged_base(place, base, tensors, trained.parts, self.run)
+        return method
 
     def measure(self, place: Path, scratch: Path, comparison: ComparedSamples, trained: Trained) -> Measures:
         """The measures of a candidate, read back from disk with its own encoders."""
         fresh_memory()
         if self.run.components.base is not None:
-            model, on_disk = load_merged_base(place, self.run.components.device).model, False
+            model, on_disk = read_base_back(place, self.run.components.device, scratch)
         else:
             model, on_disk = read_back(place, self.run.components.device, scratch)
         model.language_model.generation_config = GenerationConfig.from_pretrained(place)
@@ -231,20 +237,44 @@ def read_back(folder: Path, device: torch.device, scratch: Path) -> tuple[Multim
     """The model of a merged folder, and whether the layers of its LLM are left on disk, because neither the accelerator
     nor memory has room for it: then each forward reads them once.
     """
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if device.type == "cuda" and ROOM * size < torch.cuda.mem_get_info(device)[0]:
-        return load_exactly(MultimodalModel, folder, device_map={"": device}).eval(), False
-    if ROOM * size < psutil.virtual_memory().available:
-        return load_exactly(MultimodalModel, folder).eval(), False
+    place = place_for(folder, device)
+    if place is not None:
+        options = {"device_map": {"": place}} if place.type == "cuda" else {}
+        return load_exactly(MultimodalModel, folder, **options).eval(), False
     config = MultimodalConfig.from_pretrained(folder)
     with torch.device("meta"):
         skeleton = MultimodalModel(config)
-    layers = decoder_layers(skeleton.causal_lm)
-    above = next(name for name, module in skeleton.named_modules() if module is layers)
-    places = dict.fromkeys(modules_beside(skeleton, above), str(device))  # safetensors takes the name, not torch's type
-    places |= {f"{above}.{number}": "disk" for number in range(len(layers))}
+    places = layers_on_disk(skeleton, decoder_layers(skeleton.causal_lm), device)
     model = load_exactly(MultimodalModel, folder, device_map=places, offload_folder=str(scratch))
     return model.eval(), True
+
+
+def read_base_back(folder: Path, device: torch.device, scratch: Path) -> tuple[MultimodalModel, bool]:
+    """As `read_back`, of a merged base."""
+    place = place_for(folder, device)
+    if place is not None:
+        return load_merged_base(folder, place).model, False
+
+    def leave_on_disk(base: ExistingModel) -> None:
+        layers = decoder_layers(base.skeleton, base.skeleton.get_decoder())
+        base.model = load_base_on_disk(base, scratch, layers_on_disk(base.skeleton, layers, device))
+
+    return load_merged_base(folder, device, leave_on_disk).model, True
+
+
+def place_for(folder: Path, device: torch.device) -> torch.device | None:
+    """Where there is room for a folder's weights: on the accelerator, or in memory; None where there is none."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if device.type == "cuda" and ROOM * size < torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu") if ROOM * size < psutil.virtual_memory().available else None
+
+
+def layers_on_disk(model: nn.Module, layers: nn.Module, device: torch.device) -> dict[str, str]:
+    """{module: where it is}: a decoder's layers on disk, all others on the device."""
+    above = next(name for name, module in model.named_modules() if module is layers)
+    places = dict.fromkeys(modules_beside(model, above), str(device))  # safetensors takes the name, not torch's type
+    return places | {f"{above}.{number}": "disk" for number, _ in enumerate(layers.children())}
 
 
 def modules_beside(module: nn.Module, without: str, name: str = "") -> list[str]:

@@ -14,11 +14,13 @@ from finetune.common.certificate import Measures, ModelScores
 from finetune.data.sample import Layout, Medium, Sample
 from finetune.evaluation.scores import answers_to, scored
 from finetune.model.assistant import Assistant
+from finetune.model.base.both_ways import answer_types
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features, MediaView
 from finetune.model.heads import HeadSettings
 from finetune.model.language_model import without_adapter
-from finetune.model.padding import left_padded, left_padded_positions
+from finetune.model.padding import left_padded, left_padded_positions, position_ids
+from finetune.model.prefixes import prompt_tokens
 from finetune.model.prompts import PromptBatch, head_outputs
 from finetune.model.run import Run
 from finetune.model.tokenize import IGNORED, Tokens, tokenize, tokenize_prompt
@@ -114,11 +116,13 @@ class ComparedSamples:
             for tokens in samples
         ]
         count = -min(map(min, positions))  # of the last positions, whose logits are computed
-        options: dict[str, Any] = {"use_cache": False, "rope_positions": rope}
+        options: dict[str, Any] = {"use_cache": False}
+        if composite.placement.prompts_both_ways:
+            options["token_type_ids"] = answer_types(mask, [prompt_tokens(tokens.labels) for tokens in samples])
         if composite.llm_takes("logits_to_keep"):
             options["logits_to_keep"] = count
-        if len(ids) > 1:
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if len(ids) > 1 or rope is not None:
+            options["position_ids"] = position_ids(mask, rope)
         logits = composite(ids, features=features, attention_mask=mask, **options).logits[:, -count:]
         for row, places in zip(logits, positions, strict=True):
             yield row[[place + count for place in places]].float().log_softmax(-1).cpu()

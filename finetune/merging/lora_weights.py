@@ -6,12 +6,13 @@ them; bitsandbytes quantizes and dequantizes each weight as loading does; PEFT m
 """
 
 import copy
-import ctypes
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import finetune.model.eager_bitsandbytes  # noqa: F401
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -27,8 +28,10 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.hub import loading
+from finetune.common.progress import trim_memory
 from finetune.common.run_folder import read_json
 from finetune.model import module_names
+from finetune.model.base.existing import ExistingModel
 from finetune.recipe.schema import LanguageModel
 
 GARBAGE_BYTES = 2**25
@@ -61,7 +64,15 @@ class LoraFile:
 
     def modules_of(self, llm: nn.Module) -> dict[str, str]:
         """{module as the files call it: as the LLM does}. Raises ArtifactError where it has no such module."""
-        return module_names.matched(str(self.path), list(self.tensors), blocks(llm), llm)
+        holding = [name for name, module in llm.named_modules() if any(True for _ in module.parameters(recurse=False))]
+        return module_names.matched(str(self.path), list(self.tensors), holding, llm)
+
+    def config_of(self, module: str) -> Any:
+        """Of one module, as the files call it: LoRA on a base's encoders has a rank of its own."""
+        patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+        rank = self.config.rank_pattern.get(module, self.config.r)
+        alpha = self.config.alpha_pattern.get(module, self.config.lora_alpha)
+        return replace(self.config, r=rank, lora_alpha=alpha, **patterns)
 
 
 def load_on_disk(llm: LanguageModel, dtype: torch.dtype, scratch: Path) -> Any:
@@ -72,14 +83,31 @@ def load_on_disk(llm: LanguageModel, dtype: torch.dtype, scratch: Path) -> Any:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(llm.name, **options)
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=llm.trust_remote_code)
-        sizes = {
-            block: sum(p.numel() for p in skeleton.get_submodule(block).parameters()) for block in blocks(skeleton)
-        }
-        # accelerate refuses to leave all of a model on disk.
-        places = dict.fromkeys(sizes, "disk") | {min(sizes, key=lambda block: sizes[block]): "cpu"}
-        options |= {"device_map": places, "offload_folder": str(scratch), "use_safetensors": True}
+        options |= {"device_map": on_disk(skeleton), "offload_folder": str(scratch), "use_safetensors": True}
         options["adapter_kwargs"] = {"local_files_only": local_only}
         return AutoModelForCausalLM.from_pretrained(llm.name, dtype=dtype, **options).eval()
+
+
+def load_base_on_disk(base: ExistingModel, scratch: Path, places: Mapping[str, str] | None = None) -> Any:
+    """As `load_on_disk`, of an existing model. `places`: {module: device, or "disk"}; None: all on disk."""
+    settings = base.settings
+    with loading(f"base {settings.name!r}", settings.name) as local_only:
+        return base.model_class.from_pretrained(
+            settings.name,
+            revision=settings.revision,
+            dtype=base.dtype,
+            device_map=dict(places or on_disk(base.skeleton)),
+            offload_folder=str(scratch),
+            use_safetensors=True,
+            local_files_only=local_only,
+            adapter_kwargs={"local_files_only": local_only},
+        ).eval()
+
+
+def on_disk(skeleton: nn.Module) -> dict[str, str]:
+    """{module: "disk"}, but for the smallest: accelerate refuses to leave all of a model there."""
+    sizes = {block: sum(p.numel() for p in skeleton.get_submodule(block).parameters()) for block in blocks(skeleton)}
+    return dict.fromkeys(sizes, "disk") | {min(sizes, key=lambda block: sizes[block]): "cpu"}
 
 
 def blocks(module: nn.Module, name: str = "") -> list[str]:
@@ -134,7 +162,8 @@ def merged_tensors(
             if name in targets or quantized:
                 state = lora.tensors[targets[name]] if lora and name in targets else {}
                 config = quantization.config if quantization is not None and quantized else None
-                weights = merged_module(name, module, weights, dtype, state, lora.config if lora else None, config)
+                own = lora.config_of(targets[name]) if lora and name in targets else None
+                weights = merged_module(name, module, weights, dtype, state, own, config)
                 garbage += sum(tensor.nbytes for tensor in weights.values())
                 trim_memory()
             for inside, tensor in {**weights, **dict(module.named_buffers(recurse=False))}.items():
@@ -144,12 +173,6 @@ def merged_tensors(
     for full, source in llm.all_tied_weights_keys.items():
         if full not in tied:  # the embeddings changed, the head that they were tied to didn't
             yield full, weight_of(llm, source).to(dtype).contiguous()
-
-
-def trim_memory() -> None:
-    """Give the system back what glibc keeps between blocks that are in use: it would grow with the modules."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def untied(llm: Any, lora: LoraFile | None) -> set[str]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from finetune.common import certificate
 from finetune.common.certificate import BARE, Bounds, Certificate, LanguageModelFiles, Measures
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
+from finetune.common.memory import MERGING, enough_memory
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder
 from finetune.common.version import DISTRIBUTION, VERSION
@@ -37,6 +38,7 @@ SAME = 1e-6  # nats: a merged model nearer than this to the base has learned not
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
+@enough_memory("merging", MERGING)
 def merge(run: RunLike) -> Certificate:
     """Merge a trained run; writes merged/ and certificate.json. Returns the certificate.
 

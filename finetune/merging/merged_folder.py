@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from finetune.common.errors import ArtifactError
 from finetune.common.run_folder import write_json
+from finetune.model.compose import composition_of_base
 from finetune.model.composition import BASE_FILE, HEADS_FILE
 from finetune.model.run import Run
 from finetune.model.tokenize import answer_ends
@@ -90,19 +94,40 @@ def write_merged(
     components.tokenizer.save_pretrained(folder)
 
 
-def write_merged_base(folder: Path, whole: Any, model: Any, components: Any, run: Run) -> None:
+def write_merged_base(
+    folder: Path, base: Any, tensors: Iterator[tuple[str, Tensor]], parts: Mapping[str, Tensor], run: Run
+) -> None:
     """A base with its adapter merged, as the class of transformers that it is, with its processor; and beside them
-    what it was trained for, and the weights of heads. `model`: the composite, for these.
+    what it was trained for, and the weights of heads.
+
+    `base`: for its configs; `tensors`: its merged state, as a stream; `parts`: its projectors and encoders that have
+    trained, and heads.
     """
-    whole.config._name_or_path = without_paths(whole.config._name_or_path)
-    whole.generation_config.eos_token_id = answer_ends(components.tokenizer, whole.generation_config)
-    whole.save_pretrained(folder)
-    components.base.save_processor(folder)
-    composition = model.composition.model_copy(update={"media": run.recipe.media})
+    existing = run.components.base
+    assert existing is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    base.config._name_or_path = without_paths(base.config._name_or_path)
+    base.config.save_pretrained(folder)
+    base.generation_config.eos_token_id = answer_ends(existing.tokenizer, base.generation_config)
+    base.generation_config.save_pretrained(folder)
+    shards = Shards(folder)
+    for _, layer in groupby(tensors, _layer):  # files have other names and tensors than a layer in memory
+        merged = {name: parts.get(f"base.{name}", tensor).to(tensor.dtype) for name, tensor in layer}
+        for name, tensor in revert_weight_conversion(base, merged).items():
+            shards.add(name, tensor.contiguous())
+    shards.close()
+    existing.save_processor(folder)
+    composition = composition_of_base(existing, run.bindings).model_copy(update={"media": run.recipe.media})
     write_json(folder / BASE_FILE, composition.model_dump(mode="json"))
-    if model.heads:
-        heads = {name: tensor.detach().cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
+    if heads := {name.removeprefix("heads."): parts[name] for name in parts if name.startswith("heads.")}:
         save_file(heads, folder / HEADS_FILE)
+
+
+def _layer(named: tuple[str, Tensor]) -> str:
+    """The layer that a tensor is in, by the first number in its name."""
+    name = named[0]
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else name
 
 
 def without_paths(value: Any) -> Any:

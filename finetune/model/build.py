@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import finetune.model.eager_bitsandbytes  # noqa: F401
+
 import torch
 from transformers import set_seed
 
@@ -13,7 +15,8 @@ from finetune.model.base.encoder import BaseEncoder
 from finetune.model.base.existing import ExistingModel
 from finetune.model.base.roles import tuned_names
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalModel, compose, compose_base
+from finetune.model.compose import compose, compose_base
+from finetune.model.composite import MultimodalModel
 from finetune.model.composition import PLACEHOLDERS, Placement
 from finetune.model.encoders import Encoder
 from finetune.model.language_model import default_device, load_language_model, load_tokenizer, resolve_dtype
@@ -38,12 +41,13 @@ class Components:
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.model.projectors, self.model.fusion, self.base.rope if self.base else None)
+        rope, both_ways = (self.base.rope, self.base.prompts_both_ways) if self.base else (None, False)
+        return Placement(self.model.projectors, self.model.fusion, rope, both_ways)
 
     def compose(
         self, language_model: Any, bindings: Mapping[str, TaskBinding], with_encoders: bool = True
     ) -> MultimodalModel:
-        """See `finetune.model.composite.compose`."""
+        """See `finetune.model.compose.compose`."""
         if self.base is not None:
             encoders = {name: one for name, one in self.encoders.items() if isinstance(one, BaseEncoder)}
             return compose_base(encoders, bindings, language_model)

@@ -11,49 +11,38 @@ Shapes:  B rows of a batch   T tokens of a row    D width of the LLM
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
-from itertools import groupby, islice
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finetune.common.errors import ModelError
-from finetune.common.registry import kind_of
 from finetune.data.media import example
 from finetune.data.sample import Values
+from finetune.model.base.both_ways import BothWays, both_ways_of, with_spans
 from finetune.model.base.encoder import BaseEncoder
-from finetune.model.base.existing import modules_outside
+from finetune.model.base.existing import beside_language
+from finetune.model.base.generation import generate_by_own_forward, generate_from_memory
 from finetune.model.base.roles import MediumRoles, roles_of
 from finetune.model.bindings import TaskBinding
-from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
-from finetune.model.encoders import Encoder, together
+from finetune.model.composition import Composition, Placement
+from finetune.model.encoders import Encoder, encode_all
 from finetune.model.fusion import Projected
 from finetune.model.fusion._deepstack import DeepStack
-from finetune.model.language_model import decoder_layers, without_adapter
+from finetune.model.imitation import Teacher, imitate
+from finetune.model.language_model import decoder_layers
 from finetune.model.module_names import is_lora
 from finetune.model.row_plan import RowPlan, following
 from finetune.model.teacher_distributions import TeacherDistributions
-from finetune.recipe.parts import FusionPart, ProjectorPart
 
 Tensors = Mapping[str, Sequence[Tensor]]  # {medium: one tensor each}
 Media = Mapping[str, Sequence[Values]]  # {medium: prepared for its encoder}
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What the LLM reads in place of media: keywords of `MultimodalModel.forward`, with `label_rows`; `temperature`
-    softens its answers.
-    """
-
-    batch: Mapping[str, Any]
-    temperature: float
 
 
 class MultimodalConfig(PreTrainedConfig):
@@ -148,14 +137,18 @@ class MultimodalModel(PreTrainedModel):
     @cached_property
     def outside_decoder(self) -> list[str]:
         """Names of a base's modules that aren't in its decoder."""
-        return modules_outside(self.causal_lm, self.decoder) if self.composition.base else []
+        return beside_language(self.causal_lm) if self.composition.base else []
+
+    @cached_property
+    def examples(self) -> dict[str, Values]:
+        """{medium: one that is prepared for its encoder}"""
+        return {name: encoder.prepare(example(name)).values for name, encoder in self.encoder_parts.items()}
 
     @cached_property
     def roles(self) -> dict[str, MediumRoles]:
         """{medium: the parameters of a base that its features come from}, tried."""
-        shown = {name: encoder.prepare(example(name)).values for name, encoder in self.encoder_parts.items()}
         return {
-            name: roles_of(self.causal_lm, name, partial(encoder.encode, shown[name]))
+            name: roles_of(self.causal_lm, name, partial(encoder.encode, self.examples[name]))
             for name, encoder in self.encoder_parts.items()
         }
 
@@ -183,8 +176,8 @@ class MultimodalModel(PreTrainedModel):
     def placement(self) -> Placement:
         """How media are placed in the text."""
         base = next((e.existing for e in self.encoder_parts.values() if isinstance(e, BaseEncoder)), None)
-        placement = self.composition.placement
-        return placement if base is None else replace(placement, rope=base.rope)
+        own = self.composition.placement
+        return own if base is None else replace(own, rope=base.rope, prompts_both_ways=base.prompts_both_ways)
 
     @property
     def decoder(self) -> Any:
@@ -280,43 +273,32 @@ class MultimodalModel(PreTrainedModel):
         fused: Tensor = self.fusion(self.get_input_embeddings()(text), projected, samples)
         return fused
 
-    def beside_embeddings(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, rope_positions: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Inputs of a base beside embeddings of token ids (B, T): `position_ids` (4, B, T), first those that tell
-        samples apart, then the three of `rope_positions` (3, B, T), or these alone; and where its attention in media
-        is bidirectional, `token_type_ids` (B, T).
+    def token_types(self, input_ids: Tensor, given: Tensor | None = None) -> dict[str, Tensor]:
+        """An input of a base that attends both ways somewhere, for token ids (B, T): `token_type_ids` (B, T). Those of
+        answers must be `given` where a base attends both ways in prompts: without, all tokens are of prompts.
         """
-        found: dict[str, Tensor] = {}
-        if rope_positions is not None:
-            whole = rope_positions if position_ids is None else torch.cat([position_ids[None], rope_positions])
-            found["position_ids"] = whole
-        if self.bidirectional:
+        if self.both_ways is None:
+            return {}
+        if self.both_ways is BothWays.MEDIA:
             ids = torch.tensor(list(self.composition.placeholders.values()), device=input_ids.device)
-            found["token_type_ids"] = torch.isin(input_ids, ids).long()
-        return found
+            given = torch.isin(input_ids, ids).long()
+        return {"token_type_ids": torch.zeros_like(input_ids) if given is None else given}
 
     @property
     def reads_plainly(self) -> bool:
         """Whether the LLM needs embeddings only, at positions 0, 1, 2, ...; some bases need more."""
-        return self.placement.rope is None and not self.bidirectional and not isinstance(self.fusion, DeepStack)
+        return self.placement.rope is None and self.both_ways is None and not isinstance(self.fusion, DeepStack)
 
     @cached_property
-    def bidirectional(self) -> bool:
-        """Whether a base's attention in media is bidirectional: it then needs their places."""
-        return self.composition.base and "token_type_ids" in signature(self.causal_lm.forward).parameters
+    def both_ways(self) -> BothWays | None:
+        """Where a base's attention goes both ways."""
+        return both_ways_of(self.causal_lm) if self.composition.base else None
 
-    def _with_media(self, plan: RowPlan | None, input_ids: Tensor) -> RowPlan | None:
-        """The plan of a row (1, T) of a base, with its media where their attention is bidirectional."""
-        if plan is None or not self.bidirectional:
+    def _planned(self, plan: RowPlan | None, types: Mapping[str, Tensor]) -> RowPlan | None:
+        """The plan of a row (1, T), with the tokens of a base that attend both ways."""
+        if plan is None or self.both_ways is None:
             return plan
-        is_medium = self.beside_embeddings(input_ids)["token_type_ids"][0].tolist()
-        places = [place for place, medium in enumerate(is_medium) if medium]
-        starts = {segment.begin for segment in plan.segments}
-        begins = [place for place in places if place in starts or not place or not is_medium[place - 1]]
-        last = len(is_medium) - 1
-        ends = [place + 1 for place in places if place + 1 in starts or place == last or not is_medium[place + 1]]
-        return replace(plan, bidirectional=tuple(zip(begins, ends, strict=True)))
+        return with_spans(plan, self.both_ways, types["token_type_ids"])
 
     def backbone(
         self,
@@ -326,16 +308,16 @@ class MultimodalModel(PreTrainedModel):
         label_rows: Tensor | None = None,
         head_rows: Mapping[str, Tensor] | None = None,
         row_plan: RowPlan | None = None,
-        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states (B, T, D); with `label_rows` (K,), indices into B*T, only these: (1, K, D). With `head_rows`
         {name: (K,)} the heads' scores of these, each (K, outputs), float32, are kept in `head_scores`. `row_plan`: of a
-        packed row whose attention goes by segments; `rope_positions` (3, B, T): see `beside_embeddings`.
+        packed row whose attention goes by segments. Other arguments: as `forward`.
         """
         embeddings = self.embed(input_ids, features, media, kwargs.get("position_ids"))
-        kwargs |= self.beside_embeddings(input_ids, kwargs.get("position_ids"), rope_positions)
-        with following(self._with_media(row_plan, input_ids), self.causal_lm):
+        types = self.token_types(input_ids, kwargs.pop("token_type_ids", None))
+        kwargs |= types
+        with following(self._planned(row_plan, types), self.causal_lm):
             outputs = self.causal_lm.base_model(inputs_embeds=embeddings, **kwargs)
         self.forget_media()
         if head_rows is not None:
@@ -355,15 +337,15 @@ class MultimodalModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         row_plan: RowPlan | None = None,
-        rope_positions: Tensor | None = None,
         teacher: Teacher | TeacherDistributions | None = None,
         **kwargs: Any,
     ) -> Any:
         """Token ids (B, T), features {name: N tensors (S, L, W)} or prepared media -> the LLM's own output.
 
-        Without `attention_mask`, restarting `position_ids` keep packed samples apart, or a `row_plan` does. `labels`
-        (B, T), -100 where nothing is learned, give the mean next-token loss of samples that share nothing; with a
-        `teacher`, see `imitate`.
+        Without `attention_mask`, restarting `position_ids` (B, T) keep packed samples apart, or a `row_plan` does.
+        Where a base's positions have three dimensions, these follow them: (4, B, T). `token_type_ids` (B, T): see
+        `token_types`. `labels` (B, T), -100 where nothing is learned, give the mean next-token loss of samples that
+        share nothing; with a `teacher`, see `imitate`.
         """
         if teacher is not None:
             student: dict[str, Any] = {
@@ -373,42 +355,19 @@ class MultimodalModel(PreTrainedModel):
                 "attention_mask": attention_mask,
             }
             student |= {"position_ids": position_ids, "label_rows": kwargs["label_rows"], "row_plan": row_plan}
-            student["rope_positions"] = rope_positions
-            return self.imitate(student, teacher)
+            student["token_type_ids"] = kwargs.get("token_type_ids")
+            return imitate(self, student, teacher)
         for name in ("label_rows", "shift_labels", "head_rows"):  # of the fused head's call: only what is learned
             kwargs.pop(name, None)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         embeddings = self.embed(input_ids, features, media, position_ids)
-        kwargs |= self.beside_embeddings(input_ids, position_ids, rope_positions)
-        with following(self._with_media(row_plan, input_ids), self.causal_lm):
+        types = self.token_types(input_ids, kwargs.pop("token_type_ids", None))
+        kwargs |= types
+        with following(self._planned(row_plan, types), self.causal_lm):
             outputs = self.causal_lm(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
         self.forget_media()
         return outputs
-
-    def imitate(self, student: Mapping[str, Any], teacher: Teacher | TeacherDistributions) -> dict[str, Tensor]:
-        """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers; or from
-        another model's distributions.
-
-        `student`: keywords of `forward`, with as many `label_rows` (K,) as the teacher's; the teacher without adapter.
-        Returns `loss`, the KL divergence of next-token distributions softened by the temperature, summed over K
-        (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens are
-        equal.
-        """
-        if isinstance(teacher, TeacherDistributions):
-            logits = self.label_logits(**student)
-            return {"loss": teacher.divergence(logits), "agreement": teacher.agreement(logits)}
-        training = self.training
-        with torch.no_grad(), without_adapter(self.language_model):
-            target = self.eval().label_logits(**teacher.batch)
-        logits = self.train(training).label_logits(**student)
-        loss = functional.kl_div(
-            (logits / teacher.temperature).log_softmax(-1),
-            (target / teacher.temperature).log_softmax(-1),
-            log_target=True,
-            reduction="sum",
-        )
-        return {"loss": loss, "agreement": (logits.argmax(-1) == target.argmax(-1)).sum()}
 
     def label_logits(self, label_rows: Tensor, labels: Any = None, shift_labels: Any = None, **batch: Any) -> Tensor:
         """Logits (K, vocabulary), float32, of the rows of B*T that stand before a learned token."""
@@ -436,17 +395,21 @@ class MultimodalModel(PreTrainedModel):
         attention_mask: Tensor,
         features: Tensors | None = None,
         media: Media | None = None,
-        rope_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Prompts (B, T), padded on the left -> new tokens only (B, T'). With `past_key_values` of P tokens before the
-        prompts, `attention_mask` is (B, P + T), and `rope_positions` (3, B, P + T).
+        prompts, `attention_mask` is (B, P + T), and `position_ids` (4, B, P + T).
         """
         embeddings = self.embed(input_ids, features, media)
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0) if rope_positions is not None else None
-        kwargs |= self.beside_embeddings(input_ids, positions, rope_positions)
+        kwargs |= self.token_types(input_ids, kwargs.pop("token_type_ids", None))
+        if self.both_ways is BothWays.PROMPTS:
+            ids = self.composition.placeholders
+            mask = {"attention_mask": attention_mask}
+            return generate_by_own_forward(self.language_model, ids, input_ids, embeddings, **mask, **kwargs)
         if self.composition.base and not self._generates_from_embeddings:
-            return self._generate_from_memory(input_ids, embeddings, attention_mask, **kwargs)
+            return generate_from_memory(
+                self.language_model, self.causal_lm, input_ids, embeddings, attention_mask, **kwargs
+            )
         if known := attention_mask.shape[1] - embeddings.shape[1]:
             # The LLM's `generate` wants embeddings of all tokens, and leaves out those that the memory holds.
             embeddings = torch.cat([embeddings.new_zeros(len(embeddings), known, embeddings.shape[2]), embeddings], 1)
@@ -458,85 +421,10 @@ class MultimodalModel(PreTrainedModel):
     def _generates_from_embeddings(self) -> bool:
         return "inputs_embeds" in signature(self.causal_lm.prepare_inputs_for_generation).parameters
 
-    def _generate_from_memory(self, input_ids: Tensor, embeddings: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
-        """Read all of the prompts but their last tokens, which are text, and let the base's `generate` go on."""
-        cache = DynamicCache(config=self.causal_lm.config.get_text_config())
-        known = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **kwargs}  # prompts are padded on the left
-        beside = {name: known[name][..., :-1] for name in ("position_ids", "token_type_ids") if name in known}
-        reading: dict[str, Any] = {"attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True}
-        self.causal_lm.base_model(inputs_embeds=embeddings[:, :-1], **reading, **beside)
-        kwargs.pop("token_type_ids", None)
-        tokens: Tensor = self.language_model.generate(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs
-        )
-        return tokens[:, input_ids.shape[1] :]
-
     def forget_media(self) -> None:
         """Let go of the last batch's media, unless activation checkpoints ask for them in the backward pass."""
         if not (torch.is_grad_enabled() and self.causal_lm.is_activation_checkpointing):
             self.fusion.forget()
-
-
-def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list[Tensor]:
-    """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once. All are
-    computed when it returns, also on an accelerator.
-    """
-    features: list[Tensor] = []
-    for shape, alike in groupby(media, lambda medium: None if isinstance(medium, Mapping) else medium.shape):
-        while group := list(islice(alike, 1 if shape is None else batch)):
-            features.extend(encoder.encode(together(group)))
-    if features and features[0].is_cuda:
-        torch.cuda.synchronize(features[0].device)
-    return features
-
-
-def compose_base(
-    encoders: Mapping[str, BaseEncoder], bindings: Mapping[str, TaskBinding] | None = None, language_model: Any = None
-) -> MultimodalModel:
-    """A base as the composite's LLM. `encoders`: {medium: of this base}; `language_model`: its weights, where they
-    aren't those that the encoders load.
-    """
-    existing = next(iter(encoders.values())).existing
-    composition = Composition(
-        base=True,
-        placeholders={name: placeholder.id for name, placeholder in existing.placeholders().items()},
-        bindings=dict(bindings or {}),
-    )
-    text_config = existing.model.config.get_text_config()
-    config = MultimodalConfig(text_config=text_config, parts=composition.model_dump(mode="json"))
-    return MultimodalModel(config, language_model or existing.model, encoders)
-
-
-def compose(
-    language_model: PreTrainedModel,
-    *,
-    encoders: Mapping[str, Encoder],
-    projectors: Mapping[str, ProjectorPart],
-    fusion: FusionPart,
-    placeholder_ids: Mapping[str, int],
-    bindings: Mapping[str, TaskBinding] | None = None,
-    with_encoders: bool = True,
-) -> MultimodalModel:
-    """Put components together. `encoders`: {medium: a built encoder}.
-
-    `with_encoders=False` leaves the encoders' weights out: the model then only takes features.
-    Raises ModelError where a projector can't take what its encoder gives.
-    """
-    composition = Composition(
-        encoders={name: SavedEncoder(kind=kind_of(e), settings=e.settings()) for name, e in encoders.items()},
-        projectors={
-            name: SavedProjector(part=part, width_in=encoders[name].width) for name, part in projectors.items()
-        },
-        order=tuple(projectors),
-        fusion=fusion,
-        placeholders=dict(placeholder_ids),
-        bindings=dict(bindings or {}),
-    )
-    for name, encoder in encoders.items():
-        if encoder.layout is not None:
-            composition.placement.tokens(name, encoder.layout.rows)
-    config = MultimodalConfig(text_config=language_model.config, parts=composition.model_dump(mode="json"))
-    return MultimodalModel(config, language_model, encoders if with_encoders else {})
 
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig)

@@ -55,12 +55,14 @@ class PlacedMedia:
 @dataclass(frozen=True)
 class Placement:
     """How projected media are placed in the text: known before the model runs, and before there is an LLM. `rope`: of
-    bases whose positions have three dimensions.
+    bases whose positions have three dimensions. `prompts_both_ways`: whether the base attends both ways in
+    prompts; of a conversation only the last answer is learned then, as all before it is its prompt.
     """
 
     projectors: Mapping[str, ProjectorPart]
     fusion: FusionPart
     rope: Rope | None = None
+    prompts_both_ways: bool = False
 
     def tokens(self, medium: str, rows: int) -> int:
         """Placeholder tokens for a segment of `rows` feature rows. Raises ModelError where they can't be projected."""

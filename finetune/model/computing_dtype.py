@@ -8,6 +8,8 @@ from functools import cache
 from statistics import median
 from time import perf_counter, process_time
 
+import finetune.model.eager_bitsandbytes  # noqa: F401
+
 import torch
 from bitsandbytes.functional import QuantState, get_4bit_type
 from bitsandbytes.nn import Linear4bit, Params4bit

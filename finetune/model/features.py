@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetune.common.errors import DataError
+from finetune.common.memory import ENCODING, Halving
 from finetune.data.media import decode, decoding
 from finetune.data.rows import error_list
 from finetune.data.sample import Layout, Medium, Prepared
-from finetune.model.composite import encode_all
-from finetune.model.encoders import Encoder, together
+from finetune.model.encoders import Encoder, encode_all, together
 from finetune.model.feature_store import FeatureStore
 from finetune.recipe.schema import Limits
 
@@ -45,9 +45,10 @@ def read_medium(encoder: Encoder, medium: Medium, limits: Limits) -> Prepared:
     return encoder.prepare(decode_for(encoder, medium.kind, source, limits, medium.place))
 
 
-def features_key(kind: str, encoder: Encoder) -> str:
+def features_key(kind: str, encoder: Encoder, limits: Limits) -> str:
     """sha256: equal where the same file gives the same features."""
-    return hashlib.sha256(f"{encoder.fingerprint} {decoding(kind)}".encode()).hexdigest()
+    size = "" if kind == "audio" or limits.shrink_to_pixels is None else f" {limits.shrink_to_pixels} pixels"
+    return hashlib.sha256(f"{encoder.fingerprint} {decoding(kind)}{size}".encode()).hexdigest()
 
 
 class Features:
@@ -60,13 +61,17 @@ class Features:
         self, encoders: Mapping[str, Encoder], cache_folder: Path | None, limits: Limits | None = None
     ) -> None:
         self.encoders = dict(encoders)
+        self.limits = limits or Limits()
         self.stores = (
-            {name: FeatureStore(cache_folder, features_key(name, e)) for name, e in self.encoders.items()}
+            {
+                name: FeatureStore(cache_folder, features_key(name, encoder, self.limits))
+                for name, encoder in self.encoders.items()
+            }
             if cache_folder
             else {}
         )
-        self.limits = limits or Limits()
         self.seconds = {"decode": 0.0, "encode": 0.0}
+        self._halving = {kind: Halving(f"encoding {kind}", "train.encode_batch", ENCODING) for kind in self.encoders}
         self._layouts: dict[tuple[str, str], Layout] = {}
 
     def refresh(self) -> None:
@@ -90,7 +95,7 @@ class Features:
             return store.layout(medium.key)
         content = (medium.kind, medium.key)
         if content not in self._layouts:
-            known = self.encoders[medium.kind].layout_at(medium)
+            known = self.encoders[medium.kind].layout_at(medium, self.limits)
             self._layouts[content] = known or self.prepared(medium).layout
         return self._layouts[content]
 
@@ -102,10 +107,16 @@ class Features:
         return store.read(medium.key)
 
     def compute(self, kind: str, prepared: Sequence[Prepared], batch: int = 1) -> list[Tensor]:
-        """Features of prepared media, up to `batch` of the same shape at once."""
-        begin = perf_counter()
+        """Features of prepared media, up to `batch` of the same shape at once, or fewer where memory runs out. Raises
+        OutOfMemory.
+        """
+        begin, encoder = perf_counter(), self.encoders[kind]
+
+        def encoded(some: Sequence[Prepared]) -> list[Tensor]:
+            return encode_all(encoder, [one.values for one in some], batch)
+
         with torch.no_grad():
-            features = encode_all(self.encoders[kind], [one.values for one in prepared], batch)
+            features = [rows for _, rows in self._halving[kind].over(prepared, batch, encoded)]
         self.seconds["encode"] += perf_counter() - begin
         return features
 

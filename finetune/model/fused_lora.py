@@ -6,6 +6,8 @@ is added in place, forward and backward. The weights, their names and the result
 
 from typing import Any
 
+import finetune.model.eager_bitsandbytes  # noqa: F401
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -21,7 +21,8 @@ from finetune.model.base.encoder import BaseEncoder
 from finetune.model.base.existing import ExistingModel
 from finetune.model.bounds import refuse_oversized
 from finetune.model.build import Components, build_model, load_components, load_llm
-from finetune.model.composite import MultimodalModel, compose_base
+from finetune.model.compose import compose_base
+from finetune.model.composite import MultimodalModel
 from finetune.model.composition import BASE_FILE, HEADS_FILE, MERGED_FORMAT, PLACEHOLDERS, Composition
 from finetune.model.language_model import default_device, load_tokenizer, resolve_dtype
 from finetune.model.manifest import MANIFEST, AdapterManifest, refuse_format
@@ -91,14 +92,17 @@ def load_merged(folder: Path, device: torch.device | None = None) -> Assistant:
     return Assistant(model, load_tokenizer(str(folder)), placeholders, model.encoder_parts, composition.media)
 
 
-def load_merged_base(folder: Path, device: torch.device) -> Assistant:
-    """A merged base: an ordinary folder of transformers, with what it was trained for beside. Raises ArtifactError,
-    ModelError.
+def load_merged_base(
+    folder: Path, device: torch.device, load: Callable[[ExistingModel], None] = lambda base: None
+) -> Assistant:
+    """A merged base: an ordinary folder of transformers, with what it was trained for beside. `load`: sets the weights
+    of the base otherwise than it loads them by itself. Raises ArtifactError, ModelError.
     """
     composition = read_base_composition(folder)
     hub.verify_weights(folder)
     dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
     base = ExistingModel.load(Base(name=str(folder), quantize="none"), dtype, device)
+    load(base)
     encoders = {name: BaseEncoder(base, name) for name in composition.placeholders if name in base.media}
     model = compose_base(encoders, composition.bindings).eval()
     if model.heads:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import finetune.model.eager_bitsandbytes  # noqa: F401
+
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError

@@ -19,6 +19,14 @@ def left_padded_positions(positions: Sequence[Sequence[Sequence[int]] | None], m
     return plain
 
 
+def position_ids(mask: Tensor, rope: Tensor | None) -> Tensor:
+    """Positions (B, T) of rows that are padded on the left, by their mask; with `rope` (3, B, T), where positions have
+    three dimensions, (4, B, T).
+    """
+    plain = (mask.cumsum(-1) - 1).clamp(min=0)
+    return plain if rope is None else torch.cat([plain[None], rope])
+
+
 def left_padded(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,14 @@ class Beginning(NamedTuple):
     ends: Sequence[int]
 
 
+def prompt_tokens(labels: Sequence[int]) -> int:
+    """Tokens of a sample before the first that is learned."""
+    return next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
+
+
 def most_shared(labels: Sequence[int]) -> int:
-    """Tokens that a sample may have in its prefix: up to the first that is learned, and not all of them."""
-    learned = next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
-    return min(learned, len(labels) - 1)
+    """Tokens that a sample may have in its prefix: those of its prompt, and not all of a sample."""
+    return min(prompt_tokens(labels), len(labels) - 1)
 
 
 def shared_tokens(rows: Sequence[Sequence[int]], most: int) -> int:

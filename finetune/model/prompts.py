@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from finetune.common.errors import ModelError
 from finetune.model.composite import MultimodalModel, Tensors
+from finetune.model.padding import position_ids
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class PromptBatch:
         return torch.cat([self.prefix.prompts.attention_mask[self.prefix.owner], self.attention_mask], 1)
 
     @property
+    def whole_positions(self) -> Tensor:
+        """(B, P + T), or (4, B, P + T) where they have three dimensions."""
+        return position_ids(self.whole_mask, self.whole_rope)
+
+    @property
     def position_ids(self) -> Tensor:
-        """(B, T); they go on from the prefixes."""
-        return (self.whole_mask.cumsum(-1) - 1).clamp(min=0)[:, -self.input_ids.shape[1] :]
+        """(B, T) or (4, B, T); they go on from the prefixes."""
+        return self.whole_positions[..., -self.input_ids.shape[1] :]
 
     @property
     def whole_rope(self) -> Tensor | None:
@@ -68,7 +74,7 @@ def reads_on(model: MultimodalModel, tokens: int) -> bool:
     window = getattr(model.causal_lm.config.get_text_config(), "sliding_window", None)
     return (
         model.shares_memory
-        and not model.bidirectional
+        and model.both_ways is None
         and model.llm_takes("position_ids")
         and (window is None or tokens <= window)
     )
@@ -77,18 +83,17 @@ def reads_on(model: MultimodalModel, tokens: int) -> bool:
 @torch.no_grad()
 def logits(model: MultimodalModel, batch: PromptBatch) -> Tensor:
     """Of the token after each of the prompts' tokens (B, T, vocabulary); the prompts have no prefix."""
-    found: Tensor = model(
-        batch.input_ids, batch.features, attention_mask=batch.attention_mask, rope_positions=batch.rope_positions
-    ).logits
+    positions = {} if batch.rope_positions is None else {"position_ids": batch.position_ids}
+    found: Tensor = model(batch.input_ids, batch.features, attention_mask=batch.attention_mask, **positions).logits
     return found
 
 
 def generate(model: MultimodalModel, batch: PromptBatch, **options: Any) -> Tensor:
     """New tokens only (B, T'). `options`: of transformers' `generate`."""
     memory: dict[str, Any] = {} if batch.prefix is None else {"past_key_values": _read(model, batch.prefix)}
-    return model.generate(
-        batch.input_ids, batch.whole_mask, batch.features, rope_positions=batch.whole_rope, **memory, **options
-    )
+    if batch.rope_positions is not None:
+        memory["position_ids"] = batch.whole_positions
+    return model.generate(batch.input_ids, batch.whole_mask, batch.features, **memory, **options)
 
 
 @torch.no_grad()
@@ -104,7 +109,6 @@ def head_outputs(model: MultimodalModel, name: str, batch: PromptBatch) -> Tenso
         batch.features,
         attention_mask=batch.whole_mask,
         head_rows={other: last if other == name else last[:0] for other in model.heads},
-        rope_positions=batch.rope_positions,
         **memory,
         **_at(model, batch.position_ids),
     )
@@ -137,17 +141,13 @@ def answer_log_probabilities(model: MultimodalModel, batch: PromptBatch, answers
         **({"logits_to_keep": 1} if model.llm_takes("logits_to_keep") else {}),
     ).logits[:, -1:]
     cache.batch_repeat_interleave(count)
-    after = batch.position_ids[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(longest, device=device)
-    rope_after = {}
-    if (rope := batch.rope_positions) is not None:
-        rope = rope[..., -1:].repeat_interleave(count, 1) + 1 + torch.arange(longest, device=device)
-        rope_after["position_ids"] = torch.cat([after[None], rope])
+    after = batch.position_ids[..., -1:].repeat_interleave(count, -2) + 1 + torch.arange(longest, device=device)
     logits = model.causal_lm(
         inputs_embeds=model.get_input_embeddings()(ids).repeat(prompts, 1, 1),
         attention_mask=torch.cat([batch.whole_mask.repeat_interleave(count, 0), real.repeat(prompts, 1)], 1),
         past_key_values=cache,
         use_cache=True,
-        **{**_at(model, after), **rope_after},
+        **_at(model, after),
     ).logits
     model.forget_media()
     logits = torch.cat([first.repeat_interleave(count, 0), logits[:, :-1]], 1).float()
@@ -161,11 +161,10 @@ def _each_in_full(model: MultimodalModel, batch: PromptBatch, answers: Sequence[
     for answer in answers:
         tokens = torch.tensor(answer, device=prompt.device)
         whole = torch.cat([prompt, tokens])[None]
-        rope = {}
+        options: dict[str, Any] = {"attention_mask": torch.ones_like(whole), "use_cache": False}
         if batch.rope_positions is not None:
-            new = batch.rope_positions[..., -1:] + 1 + torch.arange(len(tokens), device=prompt.device)
-            rope["rope_positions"] = torch.cat([batch.rope_positions, new], -1)
-        options = {"attention_mask": torch.ones_like(whole), "use_cache": False, **rope}
+            new = batch.position_ids[..., -1:] + 1 + torch.arange(len(tokens), device=prompt.device)
+            options["position_ids"] = torch.cat([batch.position_ids, new], -1)
         logits = model(whole, batch.features, **options).logits
         log_probabilities = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
         sums.append(log_probabilities.gather(-1, tokens[:, None]).sum())
@@ -191,8 +190,7 @@ def _empty_cache(model: MultimodalModel) -> DynamicCache:
 
 
 def _beside(model: MultimodalModel, batch: PromptBatch) -> dict[str, Any]:
-    beside = model.beside_embeddings(batch.input_ids, batch.position_ids, batch.rope_positions)
-    return {**_at(model, batch.position_ids), **beside}
+    return {**_at(model, batch.position_ids), **model.token_types(batch.input_ids)}
 
 
 def _at(model: MultimodalModel, position_ids: Tensor) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class _PlanAsMask:
     plan: RowPlan
     window: int | None
     masks: tuple[Tensor | None, ...]
+    ndim = 4  # PaliGemma hands it to its decoder, which asks what kind of mask it is
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (1, 1, self.plan.segments[-1].end, self.plan.segments[-1].end)
 
 
 _current: ContextVar[RowPlan | None] = ContextVar("row_plan", default=None)
@@ -82,11 +87,11 @@ def by_segments(causal_lm: Any) -> Iterator[None]:
     """Let an LLM attend by segments. To last until the backward pass is over: activation checkpoints attend again."""
     attending = _attending(causal_lm)
     before = attending.config._attn_implementation
-    attending.set_attn_implementation(NAME)
+    attending.set_attn_implementation({"": NAME})  # not that of encoders inside
     try:
         yield
     finally:
-        attending.set_attn_implementation(before)
+        attending.set_attn_implementation({"": before})
 
 
 def _attending(causal_lm: Any) -> Any:
@@ -136,10 +141,12 @@ def _visible_to(segment: RowSegment, plan: RowPlan, window: int | None, device: 
     query = torch.arange(segment.prefix, whole, device=device)[:, None]
     key = torch.arange(whole, device=device)
     visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
     for begin, end in _within(plan, segment):
         first, last = (place - segment.begin + segment.prefix for place in (begin, end))
         visible = visible | ((query >= first) & (query < last) & (key >= first) & (key < last))
-    return visible if window is None else visible & (key > query - window)
+    return visible
 
 
 def _attend(

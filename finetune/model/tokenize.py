@@ -89,7 +89,8 @@ def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placehol
     as a prefix of its continuation.
     """
     text = _render(tokenizer, sample.messages, placeholders, sample.where)
-    spans = _assistant_spans(tokenizer, sample, placeholders, text)
+    last = isinstance(segments, PlacedMedia) and segments.placement.prompts_both_ways
+    spans = _assistant_spans(tokenizer, sample, placeholders, text, last)
     if any(placeholder.native for placeholder in placeholders.values()):
         tokens = _native(sample, tokenizer, placeholders, segments, text, spans)
         return _refuse_empty(tokens, sample)
@@ -277,19 +278,20 @@ def _native(
 
 
 def _assistant_spans(
-    tokenizer: Any, sample: Sample, placeholders: Mapping[str, Placeholder], text: str
+    tokenizer: Any, sample: Sample, placeholders: Mapping[str, Placeholder], text: str, last: bool = False
 ) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns: what each adds to the prompt that asks for it."""
+    """Character spans of the assistant's turns, or of the last one: what each adds to the prompt that asks for it."""
     spans = []
-    for number, message in enumerate(sample.messages):
-        if message.role != "assistant":
-            continue
+    turns = [number for number, message in enumerate(sample.messages) if message.role == "assistant"]
+    for number in turns[-1:] if last else turns:
+        message = sample.messages[number]
         if not "".join(part for part in message.content if isinstance(part, str)).strip():
             raise DataError(
                 f"{sample.where}: turn {number}, the assistant's, is empty: there is nothing to learn from it"
             )
         before = _render(tokenizer, sample.messages[:number], placeholders, sample.where, add_generation_prompt=True)
-        after = _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
+        last = number + 1 == len(sample.messages)
+        after = text if last else _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
         if not text.startswith(after):  # Phi-3 closes a whole conversation with one more token
             after = after.removesuffix(tokenizer.eos_token)
         if not after.startswith(before) or not text.startswith(after):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import finetune.model.eager_bitsandbytes  # noqa: F401
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn

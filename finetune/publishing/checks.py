@@ -8,7 +8,7 @@ from finetune.evaluation.report.words import memory
 from finetune.publishing.parts import Base, is_local
 
 TEXT = (".json", ".txt", ".md", ".jinja", ".yaml")
-SUFFIXES = (".safetensors", *TEXT, ".png", ".webp", ".model")
+SUFFIXES = (".safetensors", ".finetune", *TEXT, ".png", ".webp", ".model")
 
 
 def licence_problems(bases: Sequence[Base], data: Mapping[str, str | None], recipe: Path) -> list[str]:

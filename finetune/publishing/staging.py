@@ -20,7 +20,8 @@ def stage_adapter(source: Path, into: Path, bases: Sequence[Base]) -> None:
     copy_cleaned(source, into, bases)
     by_key = {base.key: base for base in bases}
     llm, content = by_key["llm"], read_json(into / MANIFEST)
-    content["model"]["llm"] |= {"name": llm.public_name, "revision": llm.revision}
+    key = "llm" if content["model"]["llm"] else "base"
+    content["model"][key] |= {"name": llm.public_name, "revision": llm.revision}
     for medium, encoder in content["model"]["encoders"].items():
         base = by_key[f"encoders.{medium}"]
         encoder |= {"name": base.public_name, "revision": base.revision}

@@ -81,22 +81,39 @@ def _name_in(recipe: Path) -> object:
 
 def upload(folder: Path, repo: str, before: State, *, private: bool, message: str) -> str:
     """Write the files of `folder` and delete all others, in one commit on top of `before`; returns the commit. A
-    repository that doesn't exist is created. Raises PublishError; the repository is then as it was.
+    repository that doesn't exist is created. Raises PublishError: the repository is then as it was, or, if only the
+    answer was lost, as it should be, and the error says which.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api = HfApi()
-    if before.head is None:
+    api, head = HfApi(), before.head
+    if head is None:
         with hub.requesting(f"{repo}: can't be created", PublishError):
             api.create_repo(repo, private=private)
+            head = api.model_info(repo).sha
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, path) for name, path in files.items()
     ]
     operations += [CommitOperationDelete(name) for name in before.files if name not in files]
     # Not upload_folder: with hf_xet it makes several commits, and a reader could come in between.
-    with hub.requesting(f"{repo}: nothing was published and nothing changed; push again", PublishError):
-        return api.create_commit(repo, operations, commit_message=message, parent_commit=before.head).oid
+    try:
+        with hub.requesting("push again", PublishError):
+            return api.create_commit(repo, operations, commit_message=message, parent_commit=before.head).oid
+    except PublishError as error:
+        raise PublishError(f"{repo}: {_outcome(repo, head)}; {error}") from error
+
+
+def _outcome(repo: str, head: str | None) -> str:
+    """What a commit that failed has left behind: the Hub may have carried it out before the connection broke."""
+    from huggingface_hub import HfApi
+
+    try:
+        with hub.requesting(repo, PublishError):
+            unchanged = HfApi().model_info(repo).sha == head
+    except PublishError:
+        return "whether anything was published isn't known"
+    return "nothing was published and nothing changed" if unchanged else "all of it seems to be published, unchecked"
 
 
 def address(repo: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel, ValidationError
 
 from finetune.common.errors import RecipeError
-from finetune.common.run_folder import write_text
+from finetune.common.run_folder import of_another_version, write_text
 from finetune.recipe.conflicts import conflicts
 from finetune.recipe.explain import explain, override, recipe_error, set_key
 from finetune.recipe.parts import Part
@@ -58,7 +58,11 @@ class Recipe(RecipeSections):
             raise RecipeError(f"{document.place(()).text}: a recipe is a mapping of keys; this is {found}.")
         for assignment in overrides:
             override(document, assignment, outline())
-        return cls._of(_checked(document, os.path.dirname(os.path.abspath(path))), Path(path))
+        folder = os.path.dirname(os.path.abspath(path))
+        try:
+            return cls._of(_checked(document, folder), Path(path))
+        except RecipeError as error:
+            raise RecipeError(f"{error}{of_another_version(Path(folder))}") from None
 
     @classmethod
     def without_files(cls, content: object) -> "Recipe":

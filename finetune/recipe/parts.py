@@ -258,6 +258,11 @@ class ObjectivePart(Part):
         return bool(self.module.REFERENCE)
 
     @property
+    def separable(self) -> bool:
+        """Whether the loss of a batch is the sum of those of its samples, or of its compared answers."""
+        return bool(getattr(self.module, "SEPARABLE", False)) and not getattr(self.options, "sft_weight", 0)
+
+    @property
     def heads(self) -> bool:
         """Whether heads with weights learn by it."""
         return bool(self.module.HEADS)

@@ -190,7 +190,7 @@ class RowFile(Section):
     hosts: list[HostName] = Field(
         [],
         description="Hosts that media may be downloaded from, by http or https; *.example.com: any host below it. "
-        "Addresses of private networks are always refused.",
+        "Only a host that is written out may be in a private network.",
     )
 
     @property
@@ -259,6 +259,12 @@ class Limits(Section):
     max_pixels: int = Field(64 * 10**6, ge=1, description="Pixels of a picture or of a video frame.")
     max_seconds: float = Field(1800.0, gt=0, description="Length of a recording or video, in seconds.")
     max_frames: int = Field(256, ge=1, description="Frames taken from a video; an encoder that needs more is refused.")
+    shrink_to_pixels: int | None = Field(
+        None,
+        ge=1024,
+        description="Pixels to which larger pictures and video frames are scaled down before an encoder sees them: "
+        "fewer tokens, where their number goes by the resolution; null: no bound beside the encoder's own.",
+    )
 
 
 class Stage(Section):

@@ -41,7 +41,7 @@ class AutoNumbers:
         refuse_empty_splits(splits, recipe)
         refuse_unfit(splits, recipe)
         self.samples = splits.train
-        estimated = estimate(recipe.model, self.samples)
+        estimated = estimate(recipe.model, self.samples, recipe.media)
         if estimated is None or estimated.unknown or estimated.by_characters:
             estimated = _tokenized(recipe, self.samples)
         self.lengths, self.longest = estimated.lengths, longest_row(recipe, self.samples, estimated)
@@ -58,7 +58,7 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
     longest = estimated.longest
     objectives = [stage.objective for stage in recipe.train.stages]
     distilling: list[Any] = [objective.options for objective in objectives if objective.needs == "texts"]
-    if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples])):
+    if distilling and (words := estimate(recipe.model, [sample.in_words() for sample in samples], recipe.media)):
         longest = max(longest, words.longest)
         longest += max((one.max_new_tokens for one in distilling if one.answers == "own"), default=0)
     with_teacher: list[Any] = [objective.options for objective in objectives if objective.needs == "teacher"]
@@ -66,7 +66,8 @@ def longest_row(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) 
         [longest, *(estimated.longest + int(one.max_new_tokens) for one in with_teacher if one.answers == "own")]
     )
     if any(objective.compares for objective in objectives):
-        rejected = estimate(recipe.model, [sample.answered(sample.rejected or sample.answer) for sample in samples])
+        answers = [sample.answered(sample.rejected or sample.answer) for sample in samples]
+        rejected = estimate(recipe.model, answers, recipe.media)
         longest += max(estimated.longest, rejected.longest if rejected else 0)
     longest = max([longest, *(one.tokens_of(estimated.longest) for one in objectives if one.samples_answers)])
     return ceil(ROOM * longest)

@@ -1,5 +1,5 @@
-"""Which layouts of training rows are exact for a base: tried on two short samples with a medium, against the base's own
-forward pass over one of them alone.
+"""Which layouts of training rows are exact for a base: tried on three short samples with a medium, or one of each kind
+that a task shows together, against the base's own forward pass over one of them alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +16,11 @@ from torch import Tensor
 from finetune.common.errors import ModelError
 from finetune.data.media.video import Clip
 from finetune.data.sample import Medium, Message, Prepared, Sample
+from finetune.model.base.both_ways import answer_types
 from finetune.model.build import Components
 from finetune.model.composite import MultimodalModel
-from finetune.model.padding import left_padded_positions
+from finetune.model.padding import left_padded_positions, position_ids
+from finetune.model.prefixes import prompt_tokens
 from finetune.model.row_plan import RowKind, by_segments, short_windows
 from finetune.model.tokenize import Tokens, tokenize
 from finetune.training.collate import Collator, PackedRow
@@ -27,7 +29,8 @@ from finetune.training.samples import TokenizedSample, TokenizedSamples
 TOLERANCE = 1e-3  # of the norm of the hidden states
 HALF_TOLERANCE = 0.03  # rows of another length round otherwise in half precision, and over 8-bit weights
 KINDS = (RowKind.SHARED, RowKind.SEGMENTS, RowKind.PACKED, RowKind.PADDED)
-ANSWERS = ("a b c", "d e")
+# (question, answer): the last two may share their question, the first differs from both.
+SAMPLES = (("Why?", "f g"), ("What is this?", "a b c"), ("What is this?", "d e"))
 TYPES = {"image": 1, "video": 2, "audio": 3}  # of tokens, in transformers
 
 
@@ -45,23 +48,24 @@ class _TrialMedia:
 
 
 def base_row_kind(
-    model: MultimodalModel, components: Components, kinds: Sequence[str], share: bool, segments: bool
+    model: MultimodalModel, components: Components, shown: Sequence[tuple[str, ...]], share: bool, segments: bool
 ) -> tuple[RowKind, str]:
-    """The best layout that is exact for samples with media of these `kinds`, and a line to print about it. Without
-    `segments`, by the base's own attention. Raises ModelError where not even single samples are as they are alone in
-    the base's own forward.
+    """The best layout that is exact for samples with media, and a line to print about it. `shown`: the kinds of media
+    of each task, tried one by one and together. Without `segments`, by the base's own attention. Raises ModelError
+    where not even single samples are as they are alone in the base's own forward.
     """
     allowed = [kind for kind in KINDS if (share or kind is not RowKind.SHARED)]
     allowed = [kind for kind in allowed if segments or kind in (RowKind.PACKED, RowKind.PADDED)]
     before = model.training
     model.eval()
     try:
-        for medium in kinds:
+        for kinds in dict.fromkeys([*((kind,) for task in shown for kind in task), *filter(None, shown)]):
             with short_windows(model.causal_lm):
-                allowed = list(_exact(model, components, medium, allowed))
+                allowed = list(_exact(model, components, kinds, allowed))
             if not allowed:
+                together = f"{' and '.join(kinds)} in one sample" if len(kinds) > 1 else kinds[0]
                 raise ModelError(
-                    f"model.base: {type(model.causal_lm).__name__} with {medium} can't be trained here: the "
+                    f"model.base: {type(model.causal_lm).__name__} with {together} can't be trained here: the "
                     "outputs for our rows differ from those of its own forward pass"
                 )
     finally:
@@ -71,32 +75,38 @@ def base_row_kind(
 
 
 @torch.no_grad()
-def _exact(model: MultimodalModel, components: Components, kind: str, allowed: Sequence[RowKind]) -> Iterator[RowKind]:
+def _exact(
+    model: MultimodalModel, components: Components, kinds: Sequence[str], allowed: Sequence[RowKind]
+) -> Iterator[RowKind]:
     shown = _TrialMedia(components)
-    samples = [_sample(model, components, kind, answer, shown) for answer in ANSWERS]
-    answered = _answered(samples[1])
-    _refuse_seeing_ahead(model, samples[1], shown)
-    native = _native_states(model, samples[1], shown)[-answered:]
+    samples = [_sample(components, kinds, *texts, shown) for texts in SAMPLES]
+    answered = _answered(samples[-1])
+    _refuse_seeing_ahead(model, samples[-1], shown)
+    native = _native_states(model, samples[-1], shown)[-answered:]
     half = native.dtype != torch.float32 or any(hasattr(p, "SCB") for p in model.causal_lm.parameters())
     native, tolerance = native.float(), HALF_TOLERANCE if half else TOLERANCE
     table = TokenizedSamples.of(_row(tokens, number) for number, tokens in enumerate(samples))
     features = {medium: model.encode(medium, [prepared.values])[0] for medium, prepared in shown.prepared.items()}
     for row_kind in allowed:
         collator = Collator(
-            table, lambda medium: features[medium.kind], field="features", kind=row_kind, pad_token_id=0
+            table,
+            lambda medium: features[medium.kind],
+            field="features",
+            kind=row_kind,
+            prompts_both_ways=model.placement.prompts_both_ways,
         )
-        groups = [[0, 1]] if row_kind is RowKind.SHARED else [[0], [1]]
+        groups = [[0], [1, 2]] if row_kind is RowKind.SHARED else [[0], [1], [2]]
         batch: Any = collator([PackedRow(groups=groups, filler=False)])
         device = model.get_input_embeddings().weight.device
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        taken = ("input_ids", "features", "position_ids", "rope_positions", "attention_mask", "row_plan")
+        taken = ("input_ids", "features", "position_ids", "token_type_ids", "attention_mask", "row_plan")
         given = {name: batch[name] for name in taken if name in batch}
         try:
             with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
                 states = model.backbone(**given, use_cache=False).last_hidden_state
         except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or another mask
             continue
-        own = states[-1, : len(samples[1].input_ids)] if row_kind is RowKind.PADDED else states[0]
+        own = states[-1, : len(samples[-1].input_ids)] if row_kind is RowKind.PADDED else states[0]
         if (own[-answered:].float() - native).norm() < tolerance * native.norm():
             yield row_kind
 
@@ -109,8 +119,10 @@ def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _TrialMe
     for last in (tokens.input_ids[-1], 0):
         ids = torch.tensor([[*tokens.input_ids[:-1], last]], device=device)
         mask = torch.ones_like(ids)
-        rope = left_padded_positions([tokens.positions], mask)
-        outputs = model.backbone(ids, features, attention_mask=mask, rope_positions=rope, use_cache=False)
+        beside = {"position_ids": position_ids(mask, left_padded_positions([tokens.positions], mask))}
+        if model.placement.prompts_both_ways:
+            beside["token_type_ids"] = answer_types(mask, [prompt_tokens(tokens.labels)])
+        outputs = model.backbone(ids, features, attention_mask=mask, use_cache=False, **beside)
         states.append(outputs.last_hidden_state[0, :-1].float())
     if (states[0] - states[1]).norm() > HALF_TOLERANCE * states[0].norm():
         raise ModelError(
@@ -121,13 +133,12 @@ def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _TrialMe
 
 def _answered(tokens: Tokens) -> int:
     """Tokens of the answer and what is behind it: they aren't shared."""
-    first = next(place for place, label in enumerate(tokens.labels) if place and label >= 0)
-    return len(tokens.labels) - first
+    return len(tokens.labels) - prompt_tokens(tokens.labels)
 
 
-def _sample(model: MultimodalModel, components: Components, kind: str, answer: str, shown: _TrialMedia) -> Tokens:
-    medium = Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=_noise(kind))
-    messages = (Message("user", (medium, "What is this?")), Message("assistant", (answer,)))
+def _sample(components: Components, kinds: Sequence[str], question: str, answer: str, shown: _TrialMedia) -> Tokens:
+    media = [Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=_noise(kind)) for kind in kinds]
+    messages = (Message("user", (*media, question)), Message("assistant", (answer,)))
     segments = components.placement.segments_by(lambda one: shown.of(one).layout)
     return tokenize(Sample(messages, "trial"), components.tokenizer, components.placeholders, segments)
 
@@ -156,19 +167,21 @@ def _row(tokens: Tokens, number: int) -> TokenizedSample:
 
 
 def _native_states(model: MultimodalModel, tokens: Tokens, shown: _TrialMedia) -> Tensor:
-    """(T, D): of one sample, by the base's own forward of its prepared medium."""
+    """(T, D): of one sample, by the base's own forward of its prepared media."""
     base = model.causal_lm.base_model
     device = model.get_input_embeddings().weight.device
-    (prepared,) = shown.prepared.values()
-    assert isinstance(prepared.values, Mapping)
     dtype = model.get_input_embeddings().weight.dtype
-    given = {name: value.to(device) for name, value in prepared.values.items()}
+    values = [prepared.values for prepared in shown.prepared.values() if isinstance(prepared.values, Mapping)]
+    given = {name: value.to(device) for medium in values for name, value in medium.items()}
     given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
     ids = torch.tensor([tokens.input_ids], device=device)
     types = torch.zeros_like(ids)
     for name, number in model.composition.placeholders.items():
         types[ids == number] = TYPES[name]
-    given |= {"mm_token_type_ids": types, "token_type_ids": (types > 0).long(), "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    both_ways = model.placement.prompts_both_ways
+    own = answer_types(mask, [prompt_tokens(tokens.labels)]) if both_ways else (types > 0).long()
+    given |= {"mm_token_type_ids": types, "token_type_ids": own, "attention_mask": mask}
     taken = signature(base.forward).parameters
     given = {name: value for name, value in given.items() if name in taken}
     states: Tensor = base(**{**given, "input_ids": ids}, use_cache=False).last_hidden_state[0]

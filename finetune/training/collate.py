@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune.data.sample import Medium, Values
-from finetune.model.prefixes import most_shared, shared_beginning, shared_tokens
+from finetune.model.base.both_ways import answer_types
+from finetune.model.prefixes import most_shared, prompt_tokens, shared_beginning, shared_tokens
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment
 from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.model.tokenize import IGNORED
@@ -27,7 +28,8 @@ class PackedRow(TypedDict):
 class TokenBatch(TypedDict, total=False):
     """Token ids (B, T) with their labels, -100 where nothing is learned. Packed rows (1, T) have `position_ids` that
     restart with each sample and go on from its prefix, and a `row_plan` where attention goes by segments; padded ones
-    have an `attention_mask`. `rope_positions` (3, B, T): where positions have three dimensions. `label_rows` (K,),
+    have an `attention_mask`. Where positions have three dimensions, `position_ids` are (4, B, T), these three behind
+    the others. `token_type_ids` (B, T), of bases that attend both ways in prompts: 1 in answers. `label_rows` (K,),
     indices into B*T of the states before a learned token, and `shift_labels` (1, K), those tokens: the output head is
     applied to them only.
     """
@@ -35,7 +37,7 @@ class TokenBatch(TypedDict, total=False):
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    rope_positions: Tensor
+    token_type_ids: Tensor
     row_plan: RowPlan
     attention_mask: Tensor
     label_rows: Tensor
@@ -130,7 +132,8 @@ class Collator:
     `read(medium)` gives a medium's features (S, L, W), or its prepared tensor where nothing is cached; `field` says
     which. `heads`, {name: outputs}, where losses are weighted: see `Batch`. `reference`, to be set before it is used
     where the objective needs one: of each sample, the log-probabilities of its learned tokens (K,). `distributions`:
-    of each sample, another model's at these tokens.
+    of each sample, another model's at these tokens. `prompts_both_ways`: of a base that attends so; prompts are then
+    shared whole or not at all.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Collator:
         pad_token_id: int = 0,
         heads: Mapping[str, int] | None = None,
         distributions: DistributionsBySample | None = None,
+        prompts_both_ways: bool = False,
     ) -> None:
         self.samples = samples
         self.read = read
@@ -151,6 +155,7 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.heads = heads
         self.distributions = distributions
+        self.prompts_both_ways = prompts_both_ways
         self.reference: Sequence[Tensor] | None = None
 
     def __call__(self, rows: Sequence[PackedRow]) -> Batch:
@@ -158,12 +163,11 @@ class Collator:
         groups = [[self.samples[number] for number in group] for group in numbers]
         if self.kind is not RowKind.SHARED:
             groups = [[sample] for group in groups for sample in group]
-        prefixes = [
-            shared_beginning([sample.beginning for sample in group]) if len(group) > 1 else 0 for group in groups
-        ]
-        layout = self._lay_out(
-            [[LabelledTokens(s.input_ids, s.labels, s.positions) for s in group] for group in groups], prefixes
-        )
+        labelled = [[LabelledTokens(s.input_ids, s.labels, s.positions) for s in group] for group in groups]
+        beginnings = [[sample.beginning for sample in group] for group in groups]
+        shared = [shared_beginning(group) if len(group) > 1 else 0 for group in beginnings]
+        prefixes = self._whole(labelled, shared)
+        layout = self._lay_out(labelled, prefixes)
         batch = Batch(**layout.batch)
         media: dict[str, list[Values]] = {}
         for medium in _media(groups, prefixes):
@@ -217,13 +221,21 @@ class Collator:
 
     def _lay_out_teachers(self, groups: Sequence[Sequence[TokenizedSample]]) -> TokenBatch:
         rows = [[LabelledTokens(s.teacher_input_ids or (), s.teacher_labels or ()) for s in group] for group in groups]
-        prefixes = [
+        shared = [
             shared_tokens([row.input_ids for row in group], min(most_shared(row.labels) for row in group))
             if len(group) > 1
             else 0
             for group in rows
         ]
-        return self._lay_out(rows, prefixes).batch
+        return self._lay_out(rows, self._whole(rows, shared)).batch
+
+    def _whole(self, groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[int]) -> list[int]:
+        """The tokens that groups share; none where they would cut a prompt that is read both ways."""
+        cut = [
+            any(prompt_tokens(row.labels) > prefix for row in group)
+            for group, prefix in zip(groups, prefixes, strict=True)
+        ]
+        return [0 if self.prompts_both_ways and one else prefix for one, prefix in zip(cut, prefixes, strict=True)]
 
     def _lay_out(self, groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[int]) -> Layout:
         samples = [sample for group in groups for sample in group]
@@ -232,10 +244,28 @@ class Collator:
         else:
             layout = _in_one_row(groups, prefixes, planned=self.kind is not RowKind.PACKED)
         if any(sample.positions for sample in samples):
-            layout.batch["rope_positions"] = (
-                _rope_padded(samples) if self.kind is RowKind.PADDED else _rope_in_one_row(groups, prefixes)
-            )
+            if self.kind is RowKind.PADDED:
+                rope = _rope_padded(samples)
+                first = torch.arange(rope.shape[2]).expand(rope.shape[1:])
+            else:
+                rope, first = _rope_in_one_row(groups, prefixes), layout.batch["position_ids"]
+            layout.batch["position_ids"] = torch.cat([first[None], rope])
+        if self.prompts_both_ways:
+            layout.batch["token_type_ids"] = self._types(groups, prefixes, layout.batch)
         return layout
+
+    def _types(self, groups: Sequence[Sequence[LabelledTokens]], prefixes: Sequence[int], batch: TokenBatch) -> Tensor:
+        """(B, T): 0 in prompts, 1 in answers."""
+        prompts = [prompt_tokens(sample.labels) for group in groups for sample in group]
+        if self.kind is RowKind.PADDED:
+            return answer_types(batch["attention_mask"], prompts)
+        types: list[int] = []
+        for group, prefix in zip(groups, prefixes, strict=True):
+            types += [0] * prefix
+            for sample in group:
+                behind = max(0, prompt_tokens(sample.labels) - prefix)
+                types += [0] * behind + [1] * (len(sample.input_ids) - prefix - behind)
+        return torch.tensor([types])
 
 
 def _distributions(samples: Sequence[TeacherDistributions]) -> DistributionsBatch:

@@ -84,10 +84,7 @@ def equal_batch(features: Features, kind: str, prepared: Sequence[Prepared]) -> 
     """FEW_TOGETHER if so many media together have the features, to the bit, that each has alone; else 1."""
     shapes = [[tensor.shape for tensor in one.tensors] for one in prepared]
     alike = [one for one, shape in zip(prepared, shapes, strict=True) if shape == shapes[0]][:FEW_TOGETHER]
-    try:
-        alone, together = (features.compute(kind, alike, batch) for batch in (1, FEW_TOGETHER))
-    except torch.OutOfMemoryError:
-        return 1
+    alone, together = (features.compute(kind, alike, batch) for batch in (1, FEW_TOGETHER))
     equal = all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
     return FEW_TOGETHER if equal and len(alike) == FEW_TOGETHER else 1
 

@@ -75,7 +75,7 @@ def _folder(samples: SampleTable, run: Run) -> Path | None:
         hashlib.sha256(backend.to_str().encode()).hexdigest(),
         [components.tokenizer.chat_template, components.tokenizer.eos_token],
         {kind: placeholder.token for kind, placeholder in components.placeholders.items()},
-        {kind: features_key(kind, encoder) for kind, encoder in components.encoders.items()},
+        {kind: features_key(kind, encoder, recipe.media) for kind, encoder in components.encoders.items()},
         [recipe.model.model_dump(mode="json", include={"projectors", "fusion"}), recipe.media.model_dump(mode="json")],
         {name: binding.model_dump(mode="json") for name, binding in run.bindings.items()},
         [source.loss_weight for source in recipe.data],

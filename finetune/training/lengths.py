@@ -15,7 +15,7 @@ from finetune.common.hub import PROBE_SECONDS, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.parts import EncoderPart
-from finetune.recipe.schema import LanguageModel, Model
+from finetune.recipe.schema import LanguageModel, Limits, Model
 
 LLM_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BASE_FILES = (*LLM_FILES, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -30,13 +30,15 @@ STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands
 @dataclass(frozen=True)
 class Estimate:
     """`lengths`: tokens of each sample; `longest`: of the longest, with as many tiles as it may have; `unknown`: kinds
-    of media that both leave out; `by_characters`: text was counted without the tokenizer.
+    of media that both leave out; `by_characters`: text was counted without the tokenizer; `media`: {kind: the least and
+    the most tokens of one medium}, those of a base.
     """
 
     lengths: list[int]
     longest: int
     unknown: tuple[str, ...]
     by_characters: bool = False
+    media: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def local_file(name: str, revision: str | None, file: str) -> Path | None:
@@ -88,17 +90,19 @@ def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
     return {}
 
 
-def estimate(model: Model, samples: Sequence[Sample]) -> Estimate | None:
-    """The lengths of samples; None where there are none."""
+def estimate(model: Model, samples: Sequence[Sample], limits: Limits) -> Estimate | None:
+    """The lengths of samples, with media decoded within limits; None where there are none."""
     if not samples:
         return None
     tokenizer = _tokenizer(model.language_model)
-    counter = _Counter(model, tokenizer, _Template(model))
+    counter = _Counter(model, limits, tokenizer, _Template(model))
     numbers = random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
     known = {number: counter.tokens(samples[number]) for number in {*numbers, *likely_longest(samples)}}
     lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
     longest = max(most for _, most in known.values())
-    return Estimate(lengths, longest, tuple(sorted(counter.unknown)), by_characters=tokenizer is None)
+    unknown = tuple(sorted(counter.unknown))
+    media = {kind: (min(counts), max(counts)) for kind, counts in counter.counts.items()}
+    return Estimate(lengths, longest, unknown, by_characters=tokenizer is None, media=media)
 
 
 def _tokenizer(llm: LanguageModel) -> Any:
@@ -137,9 +141,11 @@ def likely_longest(samples: Sequence[Sample]) -> set[int]:
 @dataclass
 class _Counter:
     model: Model
+    limits: Limits
     tokenizer: Any
     template: "_Template"
     unknown: set[str] = field(default_factory=set)
+    counts: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     encoders: dict[str, Any] | None = None
 
     def tokens(self, sample: Sample) -> tuple[int, int]:
@@ -172,12 +178,13 @@ class _Counter:
         layout = None
         if encoder is not None:
             with suppress(DataError):  # reported where media are read
-                layout = encoder.layout_at(medium)
+                layout = encoder.layout_at(medium, self.limits)
         if encoder is None or layout is None:
             self.unknown.add(medium.kind)
             return 0, 0
         marks = encoder.existing.tokenizer("".join([*layout.marks, layout.end]), add_special_tokens=False)["input_ids"]
         count = layout.rows * len(layout.marks) + len(marks)
+        self.counts[medium.kind].add(count)
         return count, count
 
 

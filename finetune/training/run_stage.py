@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -10,17 +11,21 @@ from accelerate import PartialState
 
 from finetune.common.disk import refuse_full, writing
 from finetune.common.errors import Interrupted
-from finetune.common.progress import TrainingBar, console
+from finetune.common.progress import console
 from finetune.common.run_folder import RunFolder, read_json, whole_folder, write_hashes, write_json
 from finetune.evaluation.results import StageResult
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.trainable import set_trainable
 from finetune.training.checkpoints import KEPT, newest_whole, seconds_of, step_of
 from finetune.training.live_curve import LiveCurve
+from finetune.training.micro_batches import halved_of
+from finetune.training.stage_training import StageTraining, suspects_of
 from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
-from finetune.training.trainer import StageTraining, suspects_of, train_stage
+from finetune.training.trainer import train_stage
+from finetune.training.training_bar import TrainingBar
 from finetune.training.validation import ValidationCallback
+from finetune.training.watch import warnings_of
 
 
 def run_stage(folder: RunFolder, training: StageTraining, validation: ValidationCallback | None) -> StageResult:
@@ -70,7 +75,7 @@ def _finished(
     processes = PartialState()
     best_step = validation.restore_best() if validation else None
     steps = validation.history[-1].step if validation else training.steps  # fewer where it ended early
-    rows = training.rows[: steps * training.settings.accumulate * processes.num_processes]
+    rows = islice(training.rows, steps * training.settings.accumulate * processes.num_processes)
     lengths = training.collator.samples.lengths
     trained_on = [number for row in rows for group in row for number in group]
     return StageResult(
@@ -82,6 +87,8 @@ def _finished(
         tokens=int(log[-1]["num_tokens"]) if training.rollouts else sum(lengths[number] for number in trained_on),
         figures={name: [entry.get(name) for entry in log] for name in training.stage.objective.module.FIGURES},
         left_out=suspects_of(training).left_out(),
+        pieces=max((one.pieces for one in halved_of(training)), default=1),
+        warnings=[f"step {one.step:,}: {one.text}" for one in warnings_of(training)],
         trained_weights=trained,
         validation=validation.history if validation else [],
         best_step=best_step,

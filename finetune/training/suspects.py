@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from finetune.common.run_folder import write_text
+from finetune.common.run_folder import add_lines, read_lines
 from finetune.training.collate import Collator
 from finetune.training.pack import Row
 
@@ -62,17 +62,19 @@ class Suspects:
     def note(self, numbers: Sequence[int], step: int, what: str, *, alone: bool, left_out: bool) -> str:
         """Add them to the list, each once a step. Returns the names of the first ones."""
         names = self.names(numbers)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         noted = [vars(Suspect(self.stage, step, name, what, alone, left_out)) for name in names]
-        lines += [json.dumps(one, ensure_ascii=False) for one in noted]
-        write_text(self.path, "\n".join(dict.fromkeys(lines)) + "\n")
+        add_lines(self.path, [json.dumps(one, ensure_ascii=False) for one in noted])
+        return self.shown(numbers)
+
+    def shown(self, numbers: Sequence[int]) -> str:
+        """The names of the first ones."""
+        names = list(dict.fromkeys(self.names(numbers)))
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return f"{', '.join(names[:SHOWN])}{more}"
 
     def left_out(self) -> int:
         """How many rows of this stage were left out, in all of its parts."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        found = [Suspect(**json.loads(line)) for line in lines]
+        found = [Suspect(**json.loads(line)) for line in read_lines(self.path)]
         return len({one.row for one in found if one.left_out and one.stage == self.stage})
 
 

@@ -174,7 +174,7 @@ class SharedParts:
     def of(self, recipe: Recipe) -> Shared | None:
         """None where a trial would change the weights that are shared."""
         base_changes = recipe.adapter is not None and recipe.adapter.initialization not in ("default", "gaussian")
-        if recipe.tune_encoders or base_changes:
+        if recipe.tune_encoders or recipe.trains_base_projectors or base_changes:
             self.key, self.shared = "", None
             return None
         model = recipe.model.model_dump(mode="json", include={"llm", "base", "encoders"})
@@ -205,7 +205,8 @@ def train_trial(trial: Any, recipe: Recipe, place: Path, parts: SharedParts) -> 
 
     recipe = with_measured_dtype(recipe)
     if recipe.train.cache == "auto":
-        recipe = recipe.with_(**{"train.cache": True})  # the trials read the same features
+        frozen = not (recipe.tune_encoders or recipe.trains_base_projectors)
+        recipe = recipe.with_(**{"train.cache": frozen})  # the trials read the same features
     shared = parts.of(recipe)
     try:
         folder = train_in(place, recipe, shared=shared, on_validation=prune)

@@ -8,6 +8,7 @@ from finetune.common.errors import RecipeError, option
 from finetune.recipe.explain import set_text
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
 
+BETWEEN = re.compile(r",(?![^\[{]*[\]}])")  # a comma that stands in no list or mapping
 RANGE = re.compile(r"(?P<low>[-+0-9.eE]+)\.\.(?P<high>[-+0-9.eE]+)")
 
 
@@ -41,7 +42,7 @@ def read_choices(
 def read_choice(text: str, ranges: bool) -> SweepChoice:
     """`text`: one --over. Raises RecipeError."""
     key, equals, written = text.partition("=")
-    values = [value.strip() for value in written.split(",")]
+    values = [value.strip() for value in BETWEEN.split(written)]
     if not equals or not key or not all(values):
         raise RecipeError(f"{over_text(text)}: write key=value1,value2" + (", or key=low..high" if ranges else ""))
     bounds = RANGE.fullmatch(values[0]) if len(values) == 1 else None

@@ -275,7 +275,12 @@ class StageTeacher:
         lengths = rows.lengths
         kind = RowKind.PADDED if model.composition.base else row_kind(model.causal_lm)
         collator = Collator(
-            rows, self.features.features, field="features", kind=kind, pad_token_id=tokenizer.pad_token_id
+            rows,
+            self.features.features,
+            field="features",
+            kind=kind,
+            pad_token_id=tokenizer.pad_token_id,
+            prompts_both_ways=model.placement.prompts_both_ways,
         )
         planned = plan_rows(
             lengths,

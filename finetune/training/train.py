@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +14,15 @@ from accelerate import PartialState
 from finetune.common.certificate import weights_hashes
 from finetune.common.disk import writing
 from finetune.common.energy import EnergyMeter
-from finetune.common.errors import RecipeError, TrainingError
+from finetune.common.errors import RecipeError
+from finetune.common.memory import TRAINING, enough_memory
 from finetune.common.progress import console, fresh_memory, peak_memory_bytes, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, read_json, whole_folder, write_json
 from finetune.data.rows import picked
 from finetune.evaluation import plots
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics, StageResult, TrainingResult
-from finetune.evaluation.scores import Scores, answers_to, measures_by_task, selection_score
+from finetune.evaluation.scores import Scores, answer_batches, answers_to, measures_by_task, selection_score
 from finetune.model.adapter import save_adapter_folder
 from finetune.model.composite import MultimodalModel
 from finetune.model.computing_dtype import measured_dtype
@@ -35,6 +35,7 @@ from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
 from finetune.recipe.schema import Stage, Train
 from finetune.training.base_trial import base_row_kind
+from finetune.training.began import model_files, record_versions, refuse_other_models
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
@@ -43,12 +44,11 @@ from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.rollouts import Reward, Rollouts, policy_sampler, row_kind_of_answers, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
+from finetune.training.stage_training import StageTraining
 from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
-from finetune.training.trainer import StageTraining, refuse_several_gpus
+from finetune.training.trainer import refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 
 
 def train(
@@ -76,6 +76,7 @@ def train(
     )
 
 
+@enough_memory("training", TRAINING)
 def train_in(
     path: Path,
     recipe: Recipe,
@@ -94,7 +95,6 @@ def train_in(
     refuse_several_gpus()
     refuse_missing_packages(recipe)
     on_gpu = default_device().type == "cuda"
-    plannable = on_gpu and recipe.model.base is None  # plans are of an LLM and encoders apart
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
     with RunFolder(path).locked() if processes.is_main_process else nullcontext():
@@ -102,18 +102,19 @@ def train_in(
         if processes.is_main_process:
             folder.refuse_taken(resume, overwrite)  # before a plan, which takes long
             recipe = as_begun(recipe, folder) if resume else with_measured_dtype(recipe)
-            recipe = without_auto(recipe, plannable, processes.num_processes)
+            recipe = without_auto(recipe, on_gpu, processes.num_processes)
             if recipe.train.cache == "auto":
                 choice = choose_cache(recipe)
                 recipe = choice.of(recipe)
                 console.print(choice.reason)
             folder = RunFolder.create(folder.path, dump_recipe(recipe), resume, overwrite)
             record_versions(folder.path / "versions.json", processes.num_processes)
+            refuse_other_models(folder, dict(model_files(recipe)))
         processes.wait_for_everyone()
         if not processes.is_main_process:
             recipe = load_recipe(folder.recipe)  # with the numbers that the main process chose
         begin = perf_counter()
-        planned = plannable and processes.num_processes == 1 and shared is None
+        planned = on_gpu and processes.num_processes == 1 and shared is None
         with planning(folder.recipe) if planned else nullcontext(lambda seconds: None) as finish:
             with EnergyMeter() as meter:
                 prepared = prepare(folder, recipe, shared)
@@ -163,6 +164,8 @@ def train_stages(
     run = prepared.run
     settings, features, components = run.recipe.train, run.features, run.components
     model = load_composite(run, shared)
+    if (commit := commit_of(model.causal_lm, None)) and PartialState().is_main_process:
+        refuse_other_models(run.folder, {f"the commit of {run.recipe.model.language_model.name}": commit})
     kind = layout_of(model, run)
     begin = perf_counter()
     results: dict[str, StageResult] = {}
@@ -176,6 +179,7 @@ def train_stages(
             pad_token_id=components.tokenizer.pad_token_id,
             heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
             distributions=prepared.teacher_data[stage.name].outputs if stage.name in prepared.teacher_data else None,
+            prompts_both_ways=components.placement.prompts_both_ways,
         )
         training = StageTraining(
             model=model,
@@ -232,7 +236,7 @@ def origin_of(run: Run, model: MultimodalModel) -> str:
         recipe.adapter and recipe.adapter.model_dump(mode="json"),
         commit_of(model.causal_lm, llm.revision),
         weights_hashes(llm.name),
-        {kind: features_key(kind, encoder) for kind, encoder in run.components.encoders.items()},
+        {kind: features_key(kind, encoder, recipe.media) for kind, encoder in run.components.encoders.items()},
         recipe.media.model_dump(mode="json"),
         str(run.components.dtype),
     ]
@@ -244,8 +248,8 @@ def layout_of(model: MultimodalModel, run: Run) -> RowKind:
     recipe = run.recipe
     attention, share = recipe.model.language_model.attention, recipe.train.share_prefixes
     if recipe.model.base is not None:
-        media = list(dict.fromkeys(medium for source in recipe.data for medium in source.task.media))
-        kind, line = base_row_kind(model, run.components, media, share, attention == "auto")
+        shown = [tuple(source.task.media) for source in recipe.data]
+        kind, line = base_row_kind(model, run.components, shown, share, attention == "auto")
         console.print(line)
         return kind
     kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
@@ -291,11 +295,11 @@ def validation_callback(
     run, settings = prepared.run, prepared.run.recipe.train.validation
     if settings is None:
         return None
-    assistant = run.assistant(model)
+    assistant, halving = run.assistant(model), answer_batches()
     tracked = TrackedRows(prepared.validation, run) if run.recipe.train.track else None
 
     def evaluate() -> tuple[Scores, list[float], list[TrackedAnswer]]:
-        answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features)
+        answers = answers_to(assistant, prepared.validation, run.recipe.evaluate, run.features, halving=halving)
         measures = measures_by_task(run.bindings, prepared.validation, answers)
         rows = [row for own in measures.values() for row in own]
         good = [] if any(row.get("group") for row in rows) else [float(row["good"]) for row in rows]
@@ -310,23 +314,6 @@ def validation_callback(
         select=partial(selection_score, bindings=run.bindings, metric=settings.metric),
         on_validation=on_validation,
     )
-
-
-def record_versions(path: Path, processes: int) -> None:
-    """Keep what a run began with; print which versions have changed where it is resumed.
-
-    Raises TrainingError for another number of processes: each would go on in the middle of another's rows.
-    """
-    current = {name: version(name) for name in PACKAGES} | {"processes": processes}
-    before = read_json(path) if path.is_file() else current
-    if before["processes"] != processes:
-        raise TrainingError(
-            f"{path.parent}: this run began with {before['processes']} processes and can't go on with {processes}"
-        )
-    for name in PACKAGES:
-        if before.get(name) != current[name]:
-            console.print(f"this run began with {name} {before.get(name)}, and goes on with {current[name]}")
-    write_json(path, before)
 
 
 def manifest_of(run: Run, model: MultimodalModel) -> AdapterManifest:

@@ -4,10 +4,9 @@ isn't finite reaches the weights.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,68 +15,35 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.common.disk import writing
-from finetune.common.errors import RESUME, RUN, Interrupted, TrainingError, option
-from finetune.common.progress import console
+from finetune.common.errors import RESUME, Interrupted, OutOfMemory, TrainingError, option
+from finetune.common.memory import TRAINING, enough_memory
 from finetune.common.run_folder import read_json
 from finetune.model.adapter import load_trained, save_trained
-from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import by_segments
 from finetune.model.trainable import trained_parts
-from finetune.recipe.schema import Stage, Train
-from finetune.training.checkpoints import KEPT, STAGING, WholeCheckpoints, seconds_of, step_of
-from finetune.training.collate import Batch, Collator
+from finetune.recipe.schema import Stage
+from finetune.training.bad_rows import BadRows, FiniteGradients, NotFinite
+from finetune.training.checkpoints import WholeCheckpoints, seconds_of, step_of
+from finetune.training.collate import Batch
+from finetune.training.micro_batches import MicroBatches
 from finetune.training.objectives import BatchLoss
 from finetune.training.pack import Row
 from finetune.training.reference import Reference
-from finetune.training.rollouts import Rollouts, SaveRollouts
+from finetune.training.rollouts import SaveRollouts
+from finetune.training.stage_training import StageTraining, packed_rows, suspects_of, trainer_arguments
 from finetune.training.stopping import StopBetweenSteps
-from finetune.training.suspects import FILE, Suspects, without
 from finetune.training.tracked_answers import show_answers
-from finetune.training.tracking import end_tracking, reported_to, tensorboard_callbacks
+from finetune.training.tracking import end_tracking, tensorboard_callbacks
+from finetune.training.watch import StageWatch
 
 FUSED = ("log_probs", "entropy", "is_top1")  # the outputs of its head that trl's SFTTrainer uses
-SKIPPED = 20  # steps in a row; the scaler's first scale of 2^16 is halved each time, so that a few are usual
-
-
 LOGGED = ("_metrics", "_total_train_tokens", "accuracies", "figures", "tokens")  # by trl and here, from batch to batch
-
-
-class NotFinite(TrainingError):
-    """The weights are those of the last whole step."""
-
-
-@dataclass(frozen=True)
-class StageTraining:
-    """What one stage trains with. `rows`: of the collator's samples, in the order in which they train, over all epochs;
-    `folder`: for checkpoints, RUN/checkpoints/STAGE; `origin`: see `Reference`; `rollouts`: where the stage
-    learns from answers sampled from the model.
-    """
-
-    model: MultimodalModel
-    tokenizer: Any
-    stage: Stage
-    settings: Train
-    collator: Collator
-    rows: Sequence[Row]
-    folder: Path
-    seed: int
-    dtype: torch.dtype
-    origin: str = ""
-    rollouts: Rollouts | None = None
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        result: int = -(-len(self.rows) // (self.settings.accumulate * PartialState().num_processes))
-        return result
 
 
 def train_stage(
@@ -96,12 +62,10 @@ def train_stage(
     first_step = 1 + (step_of(resume_from) if resume_from else 0)
     # `stop` comes last: what is asked while another callback validates holds for this step.
     boards = tensorboard_callbacks(track, run / "tensorboard" / stage.name, first_step)
-    gradients = FiniteGradients(parts)
     rollouts = training.rollouts
     kept = [SaveRollouts(rollouts, training.folder)] if rollouts else []
     callbacks = [
         *boards,
-        gradients,
         *kept,
         WholeCheckpoints(training.folder, seconds_of(resume_from)),
         *callbacks,
@@ -118,7 +82,6 @@ def train_stage(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    gradients.error = trainer.not_finite
     for callback in callbacks:
         if hasattr(callback, "report"):
             callback.report = trainer.report
@@ -151,16 +114,11 @@ def train_stage(
 
 @contextmanager
 def as_training_errors(trainer: "StageTrainer", resume_from: Path | None) -> Iterator[None]:
-    """What a training ends with that can't go on, as TrainingErrors."""
+    """What a training ends with that can't go on, as a FinetuneError."""
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "out of GPU memory. In this order: train.checkpoint_every_n_layers: 1, a smaller train.tokens_per_batch "
-            "(with more train.accumulate), optimizer: paged_adamw_8bit, model.llm.quantize: nf4. "
-            f"{option(*RESUME)} needs the same recipe: begin anew with {option(*RUN)}"
-        ) from error
-    except NotFinite:
+        with enough_memory(f"in the stage {trainer.stage.name}, between two steps", TRAINING):
+            yield
+    except (NotFinite, OutOfMemory):
         trainer.save_at_once()
         raise
     except UnpicklingError:  # transformers loads them with weights_only
@@ -169,64 +127,6 @@ def as_training_errors(trainer: "StageTrainer", resume_from: Path | None) -> Ite
             "numbers, and isn't loaded: it wasn't written by a training. Remove this folder; "
             f"{option(*RESUME)} goes on from the checkpoint before"
         ) from None
-
-
-def suspects_of(training: StageTraining) -> Suspects:
-    path = training.folder.parents[1] / "data" / FILE
-    return Suspects(path, training.stage.name, training.rows, training.collator, training.settings.accumulate)
-
-
-def packed_rows(rows: Sequence[Row]) -> Dataset:
-    """Rows for all processes: the last ones are filled up with rows from which nothing is learned."""
-    filler = -len(rows) % PartialState().num_processes
-    return Dataset.from_dict(
-        {
-            "groups": [rows[number % len(rows)] for number in range(len(rows) + filler)],
-            "filler": [False] * len(rows) + [True] * filler,
-        }
-    )
-
-
-def trainer_arguments(training: StageTraining) -> SFTConfig:
-    stage, settings = training.stage, training.settings
-    on_gpu = next(training.model.parameters()).is_cuda
-    return SFTConfig(
-        output_dir=str(training.folder / STAGING),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.accumulate,
-        num_train_epochs=1,  # `rows` holds all epochs
-        train_sampling_strategy="sequential",
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.scheduler,
-        # The first of the warmup's steps has a rate of zero: too much where the whole stage is a few steps.
-        warmup_steps=stage.warmup if stage.warmup * training.steps >= 1 else 0.0,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
-        optim=stage.optimizer,
-        bf16=on_gpu and training.dtype == torch.bfloat16,
-        fp16=on_gpu and training.dtype == torch.float16,
-        use_cpu=not on_gpu,
-        gradient_checkpointing=False,  # switched on in the LLM, where it belongs
-        save_strategy="steps",
-        save_steps=settings.save_every_n_steps,
-        save_total_limit=KEPT,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        seed=training.seed,
-        data_seed=training.seed,
-        dataloader_num_workers=settings.workers,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        label_names=["labels"],
-        ddp_find_unused_parameters=False,  # all that trains is used in every step, if only multiplied by zero
-        report_to=reported_to(settings.track),
-        run_name=f"{training.folder.parents[1].name}-{stage.name}",
-        project="finetune",
-        disable_tqdm=True,
-    )
 
 
 class StageTrainer(SFTTrainer):
@@ -239,18 +139,20 @@ class StageTrainer(SFTTrainer):
     def __init__(self, training: StageTraining, parts: dict[str, list[nn.Parameter]], **kwargs: Any) -> None:
         """`parts`: {role: parameters that train}; `kwargs`: trl's own."""
         self.stage, self.rollouts = training.stage, training.rollouts
-        self.suspects, self.skip_bad_rows = suspects_of(training), training.settings.skip_bad_rows
-        if self.skip_bad_rows and PartialState().num_processes > 1:  # their gradients are summed before they are tried
-            raise TrainingError("train.skip_bad_rows: only for one process; leave it out, or launch one")
+        self.suspects = suspects_of(training)
         self.row: tuple[int, int] = 0, -1  # steps made, and which of the packed rows of the next one this is
-        self.removed: Any = 0  # items of the step that were left out
-        self.lost = 0  # packed rows in succession of which nothing was learned
         self.parts = parts
+        self.trained = [parameter for own in parts.values() for parameter in own]
         self.accuracies: list[float] = []
         self.figures: dict[str, list[tuple[float, int]]] = {}  # of the batches since the last log, with their items
         self.tokens = 0  # of all processes so far, where the loss isn't trl's own
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
+        self.bad_rows = BadRows(self, self.suspects, training.settings.skip_bad_rows)
+        self.micro_batches = MicroBatches(self, self.suspects, training)
+        self.watch = StageWatch(training, parts, self.suspects)
+        for callback in (FiniteGradients(parts, self.bad_rows.not_finite), self.watch):
+            self.add_callback(callback)
         if self.rollouts and self.rollouts.options.temperature != 1:  # that at which answers are sampled
             add_fused_lm_head(self.model, self.rollouts.options.temperature, outputs=FUSED)
 
@@ -267,118 +169,42 @@ class StageTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         steps, part = self.row
         self.row = (steps, part + 1) if steps == self.state.global_step else (self.state.global_step, 0)
-        self.removed = self.removed if self.row[1] else 0
-        if self.skip_bad_rows:
-            return self._without_bad_rows(model, inputs, num_items_in_batch)
-        loss = self._loss_and_gradients(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise self.not_finite(f"the loss is {loss.item()} at step {self.row[0] + 1}", whole_step=False)
-        return loss
+        now = self.row[1]
 
-    def _loss_and_gradients(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        def loss_of(number: int) -> Tensor:
+            """Of a packed row of this step; but for that at hand, from its samples again."""
+            row = self.suspects.row_of(self.row[0], number)
+            return self.bad_rows.loss(model, inputs if number == now else self.prepared(row), row, num_items_in_batch)
+
+        return self.micro_batches.step(loss_of)
+
+    def prepared(self, row: Row) -> Any:
+        """The `Batch` of a packed row, where the model is."""
+        return self._prepare_inputs(self.suspects.batch(row))
+
+    def loss_and_gradients(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Of a batch, which is computed at once; the loss is a mean over the items of the step."""
+        self.watch.note_batch(inputs)
         planned = "row_plan" in inputs
         with by_segments(self.accelerator.unwrap_model(model).causal_lm) if planned else nullcontext():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
-    def _without_bad_rows(self, model: Any, inputs: Any, items: Any) -> Tensor:
-        """A packed row's loss and gradients; those of its samples that make them infinite are noted and left out, also
-        of the items that the loss of the step is a mean over.
-        """
-        logged = self._logged()
-        items = None if items is None else items - self.removed
-        gradients = {p: p.grad.clone() for p in self._trained() if p.grad is not None}
-        loss = self._loss_and_gradients(model, inputs, items)
-        if self._finite(loss):
-            self.lost = 0
-            return loss
-        steps, row = self.row[0], self.suspects.row_of(*self.row)
-        bad, alone = self._bad_samples(model, row)
-        rest = without(row, bad)
-        if rest:
-            batch: Any = self._prepare_inputs(self.suspects.batch(rest))
-            fewer = self._items_without(inputs, batch, items)
-            self._restore(_for_other_items(gradients, items, fewer), logged)
-            loss = self._loss_and_gradients(model, batch, fewer)
-        if rest and self._finite(loss):
-            self.lost = 0
-        else:
-            bad, alone, self.lost = [number for group in row for number in group], False, self.lost + 1
-            fewer = self._items_without(inputs, None, items)
-            self._restore(_for_other_items(gradients, items, fewer), logged)
-            loss = torch.zeros_like(loss)
-        self.removed += 0 if items is None else items - fewer
-        names = self.suspects.note(bad, steps + 1, "loss or gradient not finite", alone=alone, left_out=True)
-        console.print(f"{self.stage.name}: step {steps + 1}: left out, their loss isn't finite: {names}")
-        if self.lost >= SKIPPED:
-            raise NotFinite(
-                f"from none of the last {SKIPPED} packed rows up to step {steps + 1} a finite loss was had: the rows "
-                f"aren't the cause. {self._advice()}"
-            )
-        return loss
-
-    def _items_without(self, inputs: Any, rest: Any, items: Any) -> Any:
-        """The items of a step in which `rest` comes in the place of a batch; None where they aren't counted."""
-        if items is None:
-            return None
-        there, left = (self._get_num_items_in_batch([one], self.args.device) if one else 0 for one in (inputs, rest))
-        return items - there + left
-
-    def _bad_samples(self, model: Any, row: Row) -> tuple[list[int], bool]:
-        """The samples of a packed row whose loss or gradients aren't finite when each is alone, or only beside those
-        that it is compared with, and True; all of them, and False, where each alone is fine, or can't be tried: with
-        several processes, or as sampled answers are gone. Gradients are lost.
-        """
-        units = self.suspects.units(row)
-        numbers = [number for unit in units for number in unit]
-        found: list[int] = []
-        logged = self._logged()
-        for unit in units if self.accelerator.num_processes == 1 and self.rollouts is None else ():
-            self._restore({}, None)
-            loss = self._loss_and_gradients(model, self._prepare_inputs(self.suspects.batch([[one] for one in unit])))
-            if not self._finite(loss):
-                found += unit
-        self._restore({}, logged)
-        return found or numbers, bool(found)
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameters in self.parts.values() for parameter in parameters]
-
-    def _finite(self, loss: Tensor) -> bool:
-        """Under fp16 the scaler checks gradients."""
-        if not torch.isfinite(loss):
-            return False
-        return self.args.fp16 or finite_gradients(self._trained())
-
-    def _logged(self) -> dict[str, Any]:
+    def logged(self) -> dict[str, Any]:
         """What a batch adds to the log."""
         return {name: deepcopy(getattr(self, name)) for name in LOGGED}
 
-    def _restore(self, gradients: Mapping[nn.Parameter, Tensor], logged: Mapping[str, Any] | None) -> None:
-        for parameter in self._trained():
-            parameter.grad = gradients[parameter].clone() if parameter in gradients else None
-        for name, value in (logged or {}).items():
+    def restore_log(self, logged: Mapping[str, Any]) -> None:
+        for name, value in logged.items():
             setattr(self, name, deepcopy(value))
 
-    def not_finite(self, what: str, whole_step: bool = True) -> "NotFinite":
-        """What to raise: names the rows of the packed row at hand, or of the whole step, that give such values."""
-        steps, part = self.row
-        parts = range(part + 1) if whole_step else (part,)
-        row = [group for each in parts for group in self.suspects.row_of(steps, each)]
-        bad, alone = self._bad_samples(self.model_wrapped, row)
-        names = self.suspects.note(bad, steps + 1, what, alone=alone, left_out=False)
-        together = "" if alone else "no row by itself; together "
-        return NotFinite(
-            f"{what}, from {together}{names} (all: {self.suspects.path}); the weights are those of "
-            f"the step before. {self._advice()}"
-        )
+    def restore_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        for parameter in self.trained:
+            parameter.grad = gradients[parameter].clone() if parameter in gradients else None
 
-    def _advice(self) -> str:
-        assignment = option("--set", "overrides=")
-        return (
-            f"{option(*RESUME)} goes on from there: with {assignment} train.skip_bad_rows=true without such rows, or "
-            f"with a lower learning_rate or max_grad_norm of the stage {self.stage.name}"
-        )
+    def items_of(self, batches: list[Batch]) -> Any:
+        """What the loss of a step with these batches is a mean over."""
+        return self._get_num_items_in_batch(batches, self.args.device)
 
     def save_at_once(self) -> None:
         """Write a checkpoint of the last whole step, if there is none yet: what was learnt so far is kept."""
@@ -466,10 +292,10 @@ class StageTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
-            if not all(bool(torch.isfinite(p).all()) for p in self._trained()):
+            if not all(bool(torch.isfinite(p).all()) for p in self.trained):
                 raise TrainingError(
                     f"a weight isn't finite after step {self.state.global_step}; no checkpoint was written. "
-                    f"{self._advice()}"
+                    f"{self.bad_rows.advice()}"
                 )
             save_trained(self.model, Path(output_dir or self.args.output_dir))
 
@@ -499,41 +325,6 @@ class StageTrainer(SFTTrainer):
 def rate_of(role: str, stage: Stage) -> float:
     """The learning rate of a part: its own ('projectors.image'), that of its kind ('projectors'), or the stage's."""
     return stage.learning_rates.get(role, stage.learning_rates.get(role.partition(".")[0], stage.learning_rate))
-
-
-class FiniteGradients(TrainerCallback):
-    """Stops before an optimizer step whose gradients aren't finite. Under fp16 the scaler skips single such steps, and
-    only many in a row stop the run.
-    """
-
-    def __init__(self, parts: dict[str, list[nn.Parameter]]) -> None:
-        self.parts = parts
-        self.skipped = 0
-        self.error: Callable[[str], TrainingError] = TrainingError  # what to raise, by what was seen
-
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self.skipped = self.skipped + 1 if getattr(optimizer, "step_was_skipped", False) else 0
-        if self.skipped >= SKIPPED:
-            raise TrainingError(
-                f"the last {SKIPPED} steps up to {state.global_step} were skipped: their gradients weren't finite in "
-                "float16. Lower the learning rate, or train on a device with bfloat16"
-            )
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parameters = [p for parameters in self.parts.values() for p in parameters]
-        if not args.fp16 and not finite_gradients(parameters):  # of which part is unknown: they were clipped together
-            raise self.error(f"a gradient isn't finite at step {state.global_step + 1}")
-
-
-def _for_other_items(gradients: Mapping[nn.Parameter, Tensor], items: Any, others: Any) -> dict[nn.Parameter, Tensor]:
-    """Gradients of a mean over `items` as those of a mean over `others`."""
-    factor = float(items / others) if items is not None and others else 1.0
-    return {parameter: gradient * factor for parameter, gradient in gradients.items()}
-
-
-def finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
-    norms = [p.grad.norm() for p in parameters if p.grad is not None]
-    return all(bool(torch.isfinite(norm)) for norm in norms)
 
 
 def refuse_several_gpus() -> None:

@@ -41,14 +41,16 @@ class ValidationCallback(TrainerCallback):
         self.model, self.folder, self.settings = model, folder, settings
         self.evaluate, self.select, self.on_validation = evaluate, select, on_validation
         self.history: list[ValidationPass] = []
+        self.lost_until = -1  # the weights of passes up to this step gave way to those of a later one
         self.ended = False
         self.report: Callable[[dict[str, float]], None] = lambda scores: None  # the trainer's, while it trains
         self.show: Callable[[Sequence[TrackedAnswer], int], None] = lambda answers, step: None  # as well
 
     @property
     def best(self) -> ValidationPass | None:
-        """The first of the best passes."""
-        return max(self.history, key=lambda one: one.score, default=None)
+        """The first of the best passes whose weights may be on the disk."""
+        there = [one for one in self.history if one.step > self.lost_until]
+        return max(there, key=lambda one: one.score, default=None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.resume(state.global_step)
@@ -85,6 +87,7 @@ class ValidationCallback(TrainerCallback):
         if is_best:
             with whole_folder(self.folder / "best") as partial:
                 save_trained(self.model, partial)
+                write_json(partial / "pass.json", {"step": one.step})
                 write_hashes(partial)
         write_json(self.folder / "validation.json", {"passes": [each.model_dump() for each in self.history]})
         scores = {f"eval_{task}/{name}": v for task, each in one.scores.items() for name, v in each.items()}
@@ -98,7 +101,8 @@ class ValidationCallback(TrainerCallback):
         return best is not None and patience is not None and sum(p.step > best.step for p in self.history) >= patience
 
     def resume(self, step: int) -> None:
-        """Restore the passes up to a checkpoint: later ones come again, with the same scores.
+        """Restore the passes up to a checkpoint: later ones come again, with the same scores unless the run goes on at
+        another rate or without some rows. A pass before the one whose weights are on disk can't be the best any more.
 
         Raises TrainingError where the weights of the best of them are damaged: the stage might end on them.
         """
@@ -110,6 +114,8 @@ class ValidationCallback(TrainerCallback):
                 f"{found}: these are the best weights so far. Remove {self.folder}, and "
                 f"{option(*RESUME)} begins this stage anew"
             )
+        path = self.folder / "best" / "pass.json"
+        self.lost_until = min(read_json(path)["step"] - 1, step) if path.is_file() else -1
 
     def restore_best(self) -> int | None:
         """Put the best pass's weights into the model; its step. Call when the stage has trained."""

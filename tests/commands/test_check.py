@@ -22,7 +22,7 @@ from finetune.common.errors import DataError, RecipeError
 from finetune.data.rows import read_splits
 from finetune.data.sample import Medium, Message, Sample
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Llm, Model
+from finetune.recipe.schema import Limits, Llm, Model
 from finetune.training.lengths import estimate
 from finetune.training.pack import plan_rows
 
@@ -114,10 +114,10 @@ def test_the_longest_recording_is_counted(tmp_path, monkeypatch):
         soundfile.write(path, numpy.zeros(16000 * (20 if number == 7 else 1)), 16000)
         text = "What is said?" * (1 if number == 7 else 3)
         samples.append(Sample((Message("user", (Medium("audio", path), text)), Message("assistant", ("a",))), "here"))
-    exact = estimate(model, samples)
+    exact = estimate(model, samples, Limits())
     monkeypatch.setattr("finetune.training.lengths.COUNTED", 2)
     monkeypatch.setattr("finetune.training.lengths.LONGEST", 2)
-    few = estimate(model, samples)
+    few = estimate(model, samples, Limits())
     assert exact is not None and few is not None and few.longest == exact.longest > 2 * min(exact.lengths)
 
 
@@ -151,7 +151,7 @@ def test_numbers_for_auto_are_printed_where_the_encoders_config_is_at_hand(tmp_p
 def test_estimated_lengths_are_those_of_the_tokens(tmp_path):
     recipe = finetune.load_recipe(tiny_recipe(tmp_path))
     samples = read_splits(recipe.data, recipe.seed).train
-    estimated, reader = estimate(recipe.model, samples), Reader(recipe)
+    estimated, reader = estimate(recipe.model, samples, recipe.media), Reader(recipe)
     exact = [len(reader.tokens(sample, sample.source).input_ids) for sample in samples]
     assert estimated is not None and not estimated.unknown
     assert sum(estimated.lengths) == pytest.approx(sum(exact), rel=0.05)

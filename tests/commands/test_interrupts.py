@@ -1,14 +1,20 @@
-"""Ctrl-C and SIGTERM outside of stages: the command that goes on is printed, and it works."""
+"""Ctrl-C, SIGTERM and SIGHUP outside of stages: the command that goes on is printed, and it works."""
 
+import os
+import pty
 import shlex
 import signal
 import subprocess
 import sys
+import time
 
+import forked
 import pytest
-from cli import cli
+from cli import REAL, cli
 from tiny import tiny_recipe
+from trained_runs import copy_of
 
+from finetune.common.progress import console
 from finetune.model.features import Features
 
 STAGE = {"name": "align", "trains": ["projectors"], "learning_rate": 1.0e-2, "epochs": 2}
@@ -46,12 +52,15 @@ def test_a_signal_while_media_are_encoded(number, recipe, tmp_path, monkeypatch)
     assert goes_on(done, number, tmp_path)
 
 
-def test_a_signal_while_a_run_is_evaluated(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "at"), [(signal.SIGTERM, "evaluation.evaluate.evaluate"), (signal.SIGHUP, "merging.merge.merge")]
+)
+def test_a_signal_while_a_run_is_evaluated_or_merged(number, at, recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("finetune.evaluation.evaluate.evaluate", lambda run: signal.raise_signal(signal.SIGTERM))
+        patched.setattr(f"finetune.{at}", lambda run: signal.raise_signal(number))
         done = cli("run", recipe, cwd=tmp_path)
     monkeypatch.setattr("finetune.commands.run.answer_of", lambda *_: "")
-    assert goes_on(done, signal.SIGTERM, tmp_path) and (tmp_path / "runs" / "tiny" / "certificate.json").is_file()
+    assert goes_on(done, number, tmp_path) and (tmp_path / "runs" / "tiny" / "certificate.json").is_file()
 
 
 @pytest.mark.parametrize(("verb", "home"), [("evaluate", "evaluation"), ("merge", "merging")])
@@ -66,6 +75,27 @@ def test_a_signal_while_what_was_trained_is_scored_or_merged(verb, home, recipe,
     program, *words = shlex.split(printed)
     assert program == "finetune" and not [*run.glob("*.partial")]
     assert cli(*words, cwd=tmp_path).returncode == 0
+
+
+def test_a_closed_terminal_ends_an_evaluation_by_its_signal(finished_run, monkeypatch, tmp_path):
+    """Nothing can be written there any more: neither by progress bars nor by the last message."""
+    run = copy_of(finished_run("plain"), tmp_path)
+
+    def slow(*arguments):
+        print("answering", file=sys.stderr, flush=True)
+        for _ in range(600):
+            console.print("...")
+            time.sleep(0.1)
+
+    monkeypatch.setattr("finetune.evaluation.evaluate.Answers.ask_untrained", slow)
+    child, terminal = pty.fork()
+    if not child:  # a session of its own, with the terminal
+        forked.become([*REAL, "evaluate", str(run)])
+    output = b""
+    while b"answering" not in output:
+        output += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
 
 
 def test_before_there_is_a_run_nothing_can_be_gone_on_with(recipe, tmp_path, monkeypatch):

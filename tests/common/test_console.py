@@ -1,9 +1,14 @@
 """Lines reach the terminal as they are, however long the paths in them, and whatever these hold."""
 
+import contextlib
+import os
+import pty
 import re
+import sys
 
 import pytest
 from PIL import Image
+from rich.progress import Progress
 from tiny import tiny_recipe
 
 from finetune.common.console import plain_console
@@ -55,3 +60,18 @@ def test_a_run_in_a_folder_with_a_long_name_and_brackets_tells_where_its_adapter
 def test_a_plot_in_a_notebook_is_as_large_as_it_was_drawn(tmp_path):
     Image.new("RGB", (1125, 300)).save(tmp_path / "a.png")
     assert "width: 720px; max-width: 100%" in picture(tmp_path / "a.png")
+
+
+def test_a_terminal_that_is_closed_ends_nothing_before_its_signal():
+    """The kernel refuses writing first, and sends SIGHUP then."""
+    master, slave = pty.openpty()
+    os.close(master)
+    gone = os.fdopen(slave, "w")
+    with contextlib.redirect_stderr(gone), pytest.raises(OSError, match="Input/output error"):
+        print("to nobody", file=sys.stderr, flush=True)
+    console = plain_console(stderr=True)
+    with contextlib.redirect_stderr(gone), Progress(console=console) as progress:
+        console.print("to nobody")
+        progress.advance(progress.add_task("work"))
+    with contextlib.suppress(OSError):
+        gone.close()

@@ -20,7 +20,7 @@ from finetune.common.errors import ArtifactError, ExportRefused, RecipeError
 from finetune.common.registry import load_part, part_names
 from finetune.data.media import decode
 from finetune.data.predictions import Prediction, write_predictions
-from finetune.data.sample import Medium, Message
+from finetune.data.sample import KINDS, Medium, Message
 from finetune.export import _run as stage
 from finetune.export import adapter as adapter_target
 from finetune.export._check.probes import answered, held_out_questions, noise
@@ -88,7 +88,7 @@ class FakeTarget:
     """`answer_to` makes an answer of a probe."""
 
     Options = TargetOptions
-    TAKES_MEDIA = True
+    COMPARED_MEDIA = KINDS
 
     def __init__(self, answer_to):
         self.answer_to, self.probes = answer_to, []
@@ -131,7 +131,9 @@ def test_other_answers_leave_nothing(merged, tmp_path, monkeypatch):
 def test_first_tokens_and_whole_answers_are_counted():
     probes = [Probe((), ids) for ids in ((1, 2, 3, 4, 5), (1, 2), (), (1, 2, 3, 4, 5))]
     answers = ((1, 2, 3, 4, 9), (1, 2, 3), (), (1, 2, 3, 9, 5))
-    assert compare(probes, EngineAnswers("e", answers)) == Verification("e", 4, equal_first_tokens=2, equal=1)
+    assert compare(probes, EngineAnswers("e", answers)) == Verification(
+        "e", 4, equal_first_tokens=2, equal=1, different=3
+    )
 
 
 def test_probes_have_media_that_any_decoder_reads_alike(tmp_path):
@@ -181,7 +183,7 @@ def test_media_that_are_gone_leave_noise_to_ask_about(run, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", part_names("export"))
 def test_every_target_keeps_the_contract(name):
     target = load_part("export", name)
-    assert callable(target.write) and callable(target.answer) and isinstance(target.TAKES_MEDIA, bool)
+    assert callable(target.write) and callable(target.answer) and set(target.COMPARED_MEDIA) <= set(KINDS)
     assert issubclass(target.Options, TargetOptions) and 0 <= target.Options().min_equal <= 1
     assert all(field.description for field in target.Options.model_fields.values())
 

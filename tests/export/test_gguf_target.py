@@ -3,6 +3,7 @@ against the composite; what is refused; the tokenizer and the Modelfile; and how
 tried on a program that only pretends to be one.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -18,6 +19,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from finetune.common.errors import ExportRefused
+from finetune.common.run_folder import read_json, write_json
 from finetune.data.sample import Medium, Message
 from finetune.export import gguf
 from finetune.export._check import openai_server as server
@@ -363,3 +365,59 @@ def test_coarser_types_may_answer_otherwise_more_often():
     assert gguf.Options().min_equal == 0.9
     assert gguf.Options(quantization="Q4_K_M").min_equal < 0.9
     assert gguf.Options(quantization="Q4_K_M", min_equal=1).min_equal == 1
+
+
+CONVERSION = {  # a converter that knows Qwen2 and a multimodal class of its own, in place of llama.cpp's
+    "conversion/__init__.py": """
+        from enum import IntEnum
+
+        ModelType = IntEnum("ModelType", ["TEXT", "MMPROJ"])
+
+        class ModelBase:
+            classes = {}
+
+            @classmethod
+            def register(cls, name):
+                return lambda known: cls.classes.setdefault(name, known)
+
+        class Known:
+            model_arch, supports_mtp_export = "known", True
+
+        ModelBase.classes |= {"Qwen2ForCausalLM": Known, "KnownForConditionalGeneration": Known}
+
+        def get_model_architecture(config, kind):
+            return config["text_config"].get("architectures", config["architectures"])[0]
+
+        def get_model_class(name):
+            if name not in ModelBase.classes:
+                raise NotImplementedError(name)
+            return ModelBase.classes[name]
+    """,
+    "convert_hf_to_gguf.py": """
+        import pathlib, sys
+
+        pathlib.Path(sys.argv[1], "arguments").write_text(" ".join(sys.argv[2:]))
+    """,
+}
+
+
+@pytest.mark.parametrize(
+    "whole, options, named, added",
+    [
+        ("UnknownForConditionalGeneration", [], ["Qwen2ForCausalLM"], ["--no-mtp"]),
+        ("KnownForConditionalGeneration", [], None, ["--no-mtp"]),
+        ("UnknownForConditionalGeneration", ["--mmproj"], None, []),  # encoders go by the class of the whole
+    ],
+)
+def test_the_converter_learns_the_class_of_an_llm_inside(tmp_path, whole, options, named, added):
+    for name, text in CONVERSION.items():
+        (tmp_path / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sources" / name).write_text(dedent(text))
+    folder = tmp_path / "base"
+    folder.mkdir()
+    write_json(folder / "config.json", {"architectures": [whole], "text_config": {"model_type": "qwen2"}})
+    script = Path(language_model.__file__).with_name("convert.py")
+    command = [sys.executable, str(script), str(tmp_path / "sources"), "", "Qwen2ForCausalLM", str(folder), *options]
+    subprocess.run(command, check=True, capture_output=True)
+    assert read_json(folder / "config.json")["text_config"].get("architectures") == named
+    assert (folder / "arguments").read_text().split() == [*options, *added]

@@ -14,7 +14,7 @@ from finetune.export._language_model import lengthened
 from finetune.export._native import NotExact, compare_files, native_class, write_files, write_native
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.heads import HeadSettings
 from finetune.model.prompts import logits as logits_of

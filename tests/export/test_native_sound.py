@@ -14,7 +14,7 @@ from finetune.data.sample import Medium, Message
 from finetune.export._check.probes import as_chat, prompt_batch
 from finetune.export._native import NotExact, native_class, write_files, write_native
 from finetune.model.assistant import Assistant
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.encoders import whisper
 from finetune.model.language_model import load_tokenizer

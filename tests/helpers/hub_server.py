@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 LFS = (".safetensors", ".png", ".webp")
 TOKEN = "hf_" + "w" * 34
 READ_TOKEN = "hf_" + "r" * 34
+CARRIED_OUT = -1
 
 
 @dataclass
@@ -40,8 +42,10 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """`faults`: {a part of a request's path: (status, after how many such requests)}; status 0 cuts the connection.
-    `damaged`: files that are sent with another last byte.
+    """`faults`: {a part of a request's path: (status, after how many such requests, and how often if not for ever)};
+    status 0 cuts the connection, CARRIED_OUT does so in place of the answer. `retry_after`: of refusals, in seconds.
+    `damaged`: files that are sent with another last byte; `truncated`: those of which half is sent. `before`: called
+    with each request's path.
     """
 
     daemon_threads = True
@@ -51,9 +55,13 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
-        self.faults: dict[str, tuple[int, int]] = {}
+        self.stored: list[str] = []  # blobs, in the order of their arrival
+        self.faults: dict[str, tuple[int, ...]] = {}
+        self.retry_after: str | None = None
         self.requests: list[tuple[str, str]] = []
         self.damaged: set[str] = set()
+        self.truncated: set[str] = set()
+        self.before: Callable[[str], object] = lambda path: None
 
     def add(self, name: str, files: dict[str, bytes] | Path, **settings: Any) -> str:
         """A repository with one commit: of these files, or of a folder."""
@@ -63,16 +71,17 @@ class Hub(ThreadingHTTPServer):
         return self.repositories[name].commit(files)
 
     def fault(self, path: str) -> int | None:
-        for part, (status, after) in self.faults.items():
+        for part, (status, after, *times) in self.faults.items():
             if part in path:
-                self.faults[part] = (status, after - 1)
-                return status if after <= 0 else None
+                self.faults[part] = (status, after - 1, *times)
+                return status if after <= 0 and not (times and -after >= times[0]) else None
         return None
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub
+    silent = False
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -88,6 +97,9 @@ class Handler(BaseHTTPRequestHandler):
         return content
 
     def reply(self, content: Any, status: int = 200, **headers: str) -> None:
+        if self.silent:
+            self.close_connection = True
+            return
         payload = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(payload)), **headers}.items():
@@ -97,12 +109,17 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(payload)
 
     def refuse(self, status: int, code: str = "", message: str = "refused") -> None:
-        self.reply({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
+        later = {"Retry_After": self.server.retry_after} if self.server.retry_after else {}
+        self.reply({"error": message}, status, X_Error_Code=code, X_Error_Message=message, **later)
 
     def answer(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.server.requests.append((self.command, path))
-        if (status := self.server.fault(f"{self.command} {path}")) is not None:
+        self.server.before(f"{self.command} {path}")
+        self.silent = False
+        if (status := self.server.fault(f"{self.command} {path}")) == CARRIED_OUT:
+            self.silent = True
+        elif status is not None:
             if status == 0:
                 if "Transfer-Encoding" in self.headers or "Content-Length" in self.headers:
                     self.rfile.read(16)  # in the middle of what is sent
@@ -185,6 +202,7 @@ class Handler(BaseHTTPRequestHandler):
     def store(self, content: bytes, oid: str) -> None:
         assert hashlib.sha256(content).hexdigest() == oid
         self.server.blobs[oid] = content
+        self.server.stored.append(oid)
         self.reply({})
 
     def commit(self, content: bytes, name: str, revision: str) -> None:
@@ -234,6 +252,8 @@ class Handler(BaseHTTPRequestHandler):
         linked = {"X_Linked_Etag": etag, "X_Linked_Size": str(len(content))} if path.endswith(LFS) else {}
         if path in self.server.damaged:
             content = content[:-1] + bytes([content[-1] ^ 1])
+        if path in self.server.truncated:
+            content = content[: len(content) // 2]
         self.reply(content, 200, ETag=etag, X_Repo_Commit=commit, **linked)
 
 

@@ -20,14 +20,16 @@ from transformers import TrainerCallback
 from finetune.data.sample import Medium
 from finetune.model.adapter import attach
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalModel, compose
+from finetune.model.compose import compose
+from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import RowKind
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Stage, Train
 from finetune.training.collate import Batch, Collator
 from finetune.training.samples import TokenizedSample, TokenizedSamples
+from finetune.training.stage_training import StageTraining
 from finetune.training.stopping import StopBetweenSteps
-from finetune.training.trainer import StageTraining, train_stage
+from finetune.training.trainer import train_stage
 
 PICTURE = {"prefix": 4, "cross_attention": 1}  # placeholder tokens of one, by fusion
 

@@ -12,7 +12,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from finetune.model.composite import MultimodalModel, compose
+from finetune.model.compose import compose
+from finetune.model.composite import MultimodalModel
 from finetune.model.encoders import vision
 from finetune.recipe.parts import EncoderPart, FormatPart, FusionPart, HeadPart, ProjectorPart, TaskPart
 

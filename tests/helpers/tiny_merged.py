@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tiny import fresh_tokenizer, part, tiny_llm
 
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.tokenize import add_placeholders, answer_ends
 from finetune.recipe.parts import ProjectorPart

@@ -13,7 +13,7 @@ from tiny import COMMON, FAMILIES, FUSIONS, fresh_tokenizer, part, tiny_encoder,
 from finetune.data.sample import Medium, Message
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import add_placeholders

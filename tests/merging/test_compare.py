@@ -13,7 +13,7 @@ from finetune.data.sample import Layout, Medium, Message, Sample
 from finetune.merging import compare
 from finetune.merging.compare import ComparedSamples, Distance, EncodedOnce, distances, head_logits
 from finetune.model.adapter import attach
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.heads import HeadSettings
 from finetune.model.tokenize import IGNORED, add_placeholders, tokenize, tokenize_prompt
 from finetune.recipe.schema import Adapter

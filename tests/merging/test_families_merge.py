@@ -9,12 +9,11 @@ from families.recipes import base_recipe
 import finetune
 
 QUICK = {"llava", "qwen2_5_vl", "gemma3", "audioflamingo3"}
-REFUSED = {"paligemma", "phi4_multimodal"}
 CASES = [
     pytest.param(name, medium, marks=() if name in QUICK else pytest.mark.slow, id=f"{name}-{medium}")
     for name, family in ZOO.items()
     for medium in family.media
-    if medium != "video" and name not in REFUSED
+    if medium != "video"
 ]
 
 

@@ -20,7 +20,7 @@ from finetune.model.adapter import (
     save_trained,
     saved_adapter,
 )
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.language_model import load_language_model
 from finetune.model.manifest import AdapterManifest
 from finetune.recipe.schema import Adapter, Llm

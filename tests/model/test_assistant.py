@@ -7,7 +7,7 @@ import finetune
 from finetune.common.errors import ArtifactError, DataError, MediaError, ModelError, TrainingError
 from finetune.model.language_model import PLAIN_TEMPLATE
 from finetune.model.tokenize import answer_ends
-from finetune.training.trainer import SKIPPED, FiniteGradients
+from finetune.training.bad_rows import SKIPPED, FiniteGradients
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def test_float16_that_never_takes_a_step_is_stopped():
     class State:
         global_step = 20
 
-    guard = FiniteGradients({})
+    guard = FiniteGradients({}, TrainingError)
     for _ in range(SKIPPED - 1):
         guard.on_step_end(None, State(), None, optimizer=Optimizer())
     with pytest.raises(TrainingError, match="were skipped"):

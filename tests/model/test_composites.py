@@ -14,7 +14,7 @@ from tiny_encoders import KINDS, medium_of, tiny_clip, tiny_encoder_of, tiny_sou
 from finetune.common.errors import ModelError
 from finetune.common.registry import load_part, part_names
 from finetune.data.sample import Medium, Message
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.composition import PLACEHOLDERS
 from finetune.model.features import encode_one
 from finetune.model.tokenize import add_placeholders, tokenize_prompt

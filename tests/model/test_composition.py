@@ -11,7 +11,8 @@ from tiny_encoders import KINDS, tiny_encoder_of, tiny_medium
 from finetune.common.registry import load_part, part_names
 from finetune.data.sample import Layout
 from finetune.model.bindings import TaskBinding
-from finetune.model.composite import MultimodalConfig, MultimodalModel, compose
+from finetune.model.compose import compose
+from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.composition import Composition, Placement, SavedEncoder, SavedProjector
 from finetune.model.heads import HeadSettings
 from finetune.model.manifest import MANIFEST, AdapterManifest

@@ -8,16 +8,12 @@ from families import ZOO, conversation, family_folder
 from families.native import native_inputs, native_model, native_processor
 from families.recipes import base_settings
 
-from finetune.common.errors import ModelError
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.build import build_model, load_components
+from finetune.model.padding import position_ids
 from finetune.model.tokenize import tokenize
 from finetune.recipe.schema import Model
 
-REFUSED = {  # and why
-    "paligemma": "attention is bidirectional in prompts and causal in answers",
-    "phi4_multimodal": "no accessor that tells its language model from its encoders",
-}
 CASES = [(name, medium) for name, family in ZOO.items() for medium in family.media if medium != "video"]
 
 
@@ -48,11 +44,6 @@ def as_sample(name: str, medium: str, components) -> tuple[Sample, dict]:
 
 def test_ids_logits_and_loss_are_those_of_transformers(case):
     name, medium, folder, settings = case
-    if name in REFUSED:
-        with pytest.raises(ModelError, match=REFUSED[name]):
-            components = load_components(settings, {}, 0, torch.device("cpu"))
-            build_model(components, None, seed=0, bindings={}, with_encoders=True)
-        return
     components = load_components(settings, {}, 0, torch.device("cpu"))
     sample, prepared = as_sample(name, medium, components)
     segments = components.placement.segments_by(lambda one: prepared[one.kind].layout)
@@ -65,7 +56,9 @@ def test_ids_logits_and_loss_are_those_of_transformers(case):
         assert tokens.input_ids == expected
     model = build_model(components, None, seed=0, bindings={}, with_encoders=True).float()
     labels = torch.tensor([tokens.labels])
-    positions = {"rope_positions": torch.tensor(tokens.positions)[:, None]} if tokens.positions else {}
+    beside = {"token_type_ids": native["token_type_ids"]} if name == "paligemma" else {}
+    if tokens.positions:
+        beside["position_ids"] = position_ids(torch.ones_like(labels), torch.tensor(tokens.positions)[:, None])
     with torch.no_grad():
         given = {**native, "input_ids": torch.tensor([tokens.input_ids]), "attention_mask": torch.ones_like(labels)}
         own = native_model(folder)(**{**given, "labels": labels})
@@ -74,7 +67,7 @@ def test_ids_logits_and_loss_are_those_of_transformers(case):
             media={medium: [prepared[medium].values]},
             labels=labels,
             attention_mask=torch.ones_like(labels),
-            **positions,
+            **beside,
         )
     assert (ours.logits - own.logits).abs().max() < 1e-5 * own.logits.abs().max()
     assert ours.loss.item() == pytest.approx(own.loss.item(), rel=1e-5)

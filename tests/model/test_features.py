@@ -14,6 +14,7 @@ from finetune.model import feature_store as module
 from finetune.model.encoders import vision
 from finetune.model.feature_store import FeatureStore
 from finetune.model.features import Features, features_key
+from finetune.recipe.schema import Limits
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_an_interrupted_fill_leaves_whole_files_and_goes_on(error, tmp_path, mon
 
 def test_features_are_computed_anew_where_files_are_decoded_otherwise(monkeypatch):
     encoder = tiny_encoder()
-    before = features_key("image", encoder)
-    assert before == features_key("image", encoder) != features_key("audio", encoder)
+    before = features_key("image", encoder, Limits())
+    assert before == features_key("image", encoder, Limits()) != features_key("audio", encoder, Limits())
     monkeypatch.setattr("finetune.data.media.DECODING", 2)
-    assert features_key("image", encoder) != before
+    assert features_key("image", encoder, Limits()) != before

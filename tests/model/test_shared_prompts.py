@@ -9,7 +9,7 @@ from finetune.data.sample import Message
 from finetune.model import assistant as module
 from finetune.model import prompts
 from finetune.model.assistant import Assistant, groups_by_first_medium, media_of
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.tokenize import add_placeholders
 
 RED, BLUE = tiny_picture((220, 30, 30)), tiny_picture((30, 30, 220), (30, 40))

@@ -89,15 +89,6 @@ def test_a_merged_model_that_is_not_the_certified_one_is_not_loaded(damage, hub,
         finetune.load("me/whole")
 
 
-def test_a_download_that_is_cut_leaves_nothing_behind(hub, tmp_path):
-    hub.faults = {"GET /me/tiny/resolve": (0, 2)}
-    with pytest.raises(ModelError, match=r"me/tiny: .*try again"):
-        finetune.pull("me/tiny", tmp_path / "pulled")
-    assert not list(tmp_path.glob("pulled*"))
-    hub.faults = {}
-    assert finetune.pull("me/tiny", tmp_path / "pulled").path.is_dir()
-
-
 def test_an_existing_folder_is_not_overwritten(hub, tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "mine.txt").write_text("x")

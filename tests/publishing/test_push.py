@@ -132,7 +132,6 @@ def test_a_second_push_goes_on_top_of_the_first(run, hub, without_answers):
 
 
 FAULTS = {
-    "commit": ({"POST /api/models/me/tiny/commit": (0, 0)}, TOKEN, "nothing was published.*push again"),
     "cut": ({"PUT /_lfs": (0, 1)}, TOKEN, "nothing was published.*push again"),
     "no space": ({"info/lfs/objects/batch": (507, 0)}, TOKEN, "no space left on the Hub"),
     "may only read": ({}, READ_TOKEN, "the token lacks the permission"),

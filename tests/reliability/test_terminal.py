@@ -4,10 +4,13 @@ line.
 
 import csv
 import re
+from types import SimpleNamespace
 
 import pytest
 from cli import cli
 from tiny import tiny_dataset, tiny_picture, tiny_recipe
+
+from finetune.commands.chat import chat
 
 pytestmark = pytest.mark.slow
 HOSTILE = {
@@ -47,3 +50,19 @@ def test_cells_and_names_are_shown_escaped(kind, tmp_path, tried):
             if kind == "line":
                 assert not re.search("^all rows are fine$", stream, re.MULTILINE)
     tried(f"cells and file names with {kind}", "shown escaped")
+
+
+def test_answers_are_shown_escaped(tmp_path, monkeypatch, capsys, tried):
+    """A model writes what its data taught it: escape sequences, too."""
+    text = "".join(HOSTILE.values())
+    model = SimpleNamespace(bindings={})
+    assistant = SimpleNamespace(model=model, only_task=lambda: None, answers=lambda *_, **__: [text])
+    monkeypatch.setattr("finetune.commands.chat.load", lambda _: assistant)
+    monkeypatch.setattr("finetune.model.trained_for.refuse_missing", lambda _: None)
+    said = iter(["What is this?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    assert chat(tmp_path) == text  # to Python, as it is
+    shown = [capsys.readouterr().out, cli("chat", tmp_path, "What is this?").stdout]
+    for stream in shown:
+        assert "\\x1b[2J" in stream and not COMMANDS.search(stream)
+    tried("answers with escape sequences in `finetune chat`", "shown escaped")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -311,7 +312,11 @@ def test_the_key_is_checked_before_the_body_is_read(tmp_path):
 def test_other_addresses_and_methods(plain):
     assert call(plain, "/v1/none")[0] == 404 and "under /v1" in message_of(call(plain, "/v1/none"))
     assert call(plain, CHAT)[0] == 405
-    for path in ("/docs", "/redoc", "/openapi.json", "/../etc/hostname", "/static/a"):
+    described = call(plain, "/openapi.json")[2]
+    assert described["paths"][CHAT]["post"]["requestBody"]["required"]
+    named = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(described)))
+    assert {"ChatRequest", "HeadRequest", "Turn"} <= named <= described["components"]["schemas"].keys()
+    for path in ("/docs", "/redoc", "/../etc/hostname", "/static/a"):
         assert call(plain, path)[0] == 404
 
 

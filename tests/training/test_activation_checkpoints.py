@@ -7,7 +7,7 @@ import torch
 from tiny import PLACEHOLDER, part, tiny_encoder, tiny_llm
 
 from finetune.model.adapter import attach
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.recipe.schema import Adapter, Train
 from finetune.training.train import set_up
 

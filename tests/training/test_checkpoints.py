@@ -171,6 +171,34 @@ def test_the_best_weights_of_a_stage_are_checked_before_it_goes_on(tmp_path):
         callback.resume(2)
 
 
+def test_weights_of_a_pass_that_comes_out_otherwise_are_not_those_of_the_best(tmp_path):
+    """Killed behind a pass, a stage goes on from before it at a lower rate: the pass is worse this time."""
+    model, scores = composite_with_lora(), iter([0.3, 0.5, 0.9, 0.4, 0.2])
+
+    def callback():
+        answered = ({}, [], [])
+        return ValidationCallback(
+            model, tmp_path, Validation(), evaluate=lambda: answered, select=lambda _: next(scores)
+        )
+
+    def passes(validation, *steps):
+        for step in steps:
+            with torch.no_grad():
+                model.projectors["image"].get_parameter(name).fill_(step)
+            validation.validate(step, control=None)
+
+    name = next(name for name, _ in model.projectors["image"].named_parameters())
+    passes(callback(), 0, 2, 4)  # 0.9: the weights of step 4 take the place of those of step 2
+    resumed = callback()
+    resumed.resume(3)
+    passes(resumed, 4, 6)
+    assert [one.score for one in resumed.history] == [0.3, 0.5, 0.4, 0.2]
+    again = callback()
+    again.resume(6)
+    assert resumed.restore_best() == again.restore_best() == 4
+    assert model.projectors["image"].get_parameter(name).unique().tolist() == [4.0]
+
+
 def test_a_finished_run_is_overwritten(finished_run, tmp_path):
     """It holds all that a run can hold."""
     plain = finished_run("plain")

@@ -13,8 +13,9 @@ import finetune
 from finetune.common.errors import DataError, RecipeError
 from finetune.data.sample import Medium, Message, Row, Sample
 from finetune.data.tasks import classify
+from finetune.model import composite
 from finetune.model.adapter import attach
-from finetune.model.composite import MultimodalModel, Teacher
+from finetune.model.imitation import Teacher
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
 from finetune.training.samples import TokenizedSample
@@ -102,13 +103,13 @@ def test_rows_hold_what_the_teacher_reads_too(tmp_path, monkeypatch):
         file = tmp_path / "data" / f"{split}.csv"
         header, *rows = file.read_text().splitlines()
         file.write_text("\n".join([f"{header},words", *(f"{row},{'a red square ' * 4}" for row in rows)]) + "\n")
-    widths, whole = [], MultimodalModel.imitate
+    widths, whole = [], composite.imitate
 
-    def imitate(self, student, teacher):
+    def imitate(model, student, teacher):
         widths.append((student["input_ids"].shape[1], teacher.batch["input_ids"].shape[1]))
-        return whole(self, student, teacher)
+        return whole(model, student, teacher)
 
-    monkeypatch.setattr(MultimodalModel, "imitate", imitate)
+    monkeypatch.setattr(composite, "imitate", imitate)
     finetune.train(finetune.load_recipe(path), tmp_path / "run")
     assert all(student < teacher <= 96 for student, teacher in widths) and widths
 

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 
 import finetune
 from finetune.common.errors import ModelError, RecipeError
+from finetune.data.sample import Medium, Message
 from finetune.evaluation.evaluate import evaluate
+from finetune.merging.candidates import read_base_back
 from finetune.merging.merge import merge
+from finetune.model.prompts import logits
 from finetune.recipe.load import Recipe
 from finetune.training.train import train
 
@@ -86,9 +89,26 @@ def test_it_is_scored_merged_and_loads(run):
     config = json.loads((trained.merged / "config.json").read_text())
     assert config["architectures"] == json.loads((base / "config.json").read_text())["architectures"]
     assert "quantization_config" not in config
+    published, written = (load_file(place / "model.safetensors") for place in (base, trained.merged))
+    assert {name: one.shape for name, one in published.items()} == {name: one.shape for name, one in written.items()}
+    frozen = [name for name in published if "visual.blocks" in name or "vision_tower" in name]
+    assert frozen and all(torch.equal(published[name], written[name]) for name in frozen)
     question = {"image": str(folder / "12.png"), "max_new_tokens": 4}
     merged, adapter = finetune.load(trained.path), finetune.load(trained.adapter)
     assert merged.answer("What is this?", **question) == adapter.answer("What is this?", **question)
+
+
+def test_a_merged_base_without_room_in_memory_is_read_from_disk(run, tmp_path, monkeypatch):
+    folder, _, trained = run
+    merged = trained.merged if trained.merged.is_dir() else merge(trained.path) and trained.merged
+    question = Message("user", (Medium("image", folder / "12.png"), "What is this?"))
+    whole, _ = read_base_back(merged, torch.device("cpu"), tmp_path)
+    monkeypatch.setattr("finetune.merging.candidates.place_for", lambda *_: None)
+    model, on_disk = read_base_back(merged, torch.device("cpu"), tmp_path)
+    assert on_disk and any(p.device.type == "meta" for p in model.decoder.parameters())
+    assistant = finetune.load(merged)
+    expected, found = (logits(one, assistant.batch([[question]])) for one in (whole, model))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("tuning", [{"last_layers": 1}, {"rank": 2}])

@@ -24,5 +24,5 @@ def test_rows_with_a_clip_are_exact(name, tmp_path):
     components = load_components(settings, {}, 0, torch.device("cpu"))
     assert "video" in components.encoders
     model = build_model(components, None, seed=0, bindings={}, with_encoders=True)
-    kind, _ = base_row_kind(model, components, ["video"], share=True, segments=True)
+    kind, _ = base_row_kind(model, components, [("video",)], share=True, segments=True)
     assert kind is (RowKind.PADDED if name in PADDED else RowKind.SHARED)

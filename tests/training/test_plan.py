@@ -36,7 +36,7 @@ import plan_accuracy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["tiny, second stage", "cross-attention", "checkpoints"])
+@pytest.mark.parametrize("pair", ["tiny, second stage", "cross-attention", "checkpoints", "base in nf4, projectors"])
 def test_planned_and_real_bytes_agree_part_by_part(pair):
     for part, (planned, real) in plan_accuracy.compare(pair)["parts"].items():
         assert planned == pytest.approx(real, rel=0.01), part

@@ -13,7 +13,8 @@ from tiny import FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_composite, tiny_enco
 
 from finetune.model import row_plan
 from finetune.model.adapter import attach
-from finetune.model.composite import Teacher, compose
+from finetune.model.compose import compose
+from finetune.model.imitation import Teacher
 from finetune.model.language_model import load_language_model
 from finetune.model.prefixes import shared_beginning
 from finetune.model.row_plan import RowKind, RowPlan, RowSegment, by_segments, row_kind

@@ -16,7 +16,7 @@ from finetune.common.errors import DataError, RecipeError, TrainingError
 from finetune.data.sample import Row
 from finetune.model.bindings import TaskBinding
 from finetune.recipe.parts import HeadPart, TaskPart
-from finetune.recipe.schema import Stage
+from finetune.recipe.schema import Limits, Stage
 from finetune.training import rollouts as rollouts_module
 from finetune.training.rollouts import Rollouts, task_reward
 from finetune.training.trainer import StageTrainer
@@ -242,7 +242,7 @@ def test_sampled_answers_of_a_base_go_on_where_its_positions_end(tmp_path, monke
     model = existing.model.base_model
     row = rows[0]
     ids = torch.tensor([row.input_ids])
-    layout = finetune.load(run.adapter).encoders["image"].layout_at(row.media[0])
+    layout = finetune.load(run.adapter).encoders["image"].layout_at(row.media[0], Limits())
     expected, _ = model.get_rope_index(
         ids,
         mm_token_type_ids=(ids == existing.token_id("image")).long(),

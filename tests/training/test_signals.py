@@ -18,7 +18,8 @@ from tiny import tiny_recipe
 
 from finetune.common.errors import Interrupted
 from finetune.common.run_folder import damage
-from finetune.training.stopping import SIGNALS, StopBetweenSteps
+from finetune.common.signals import SIGNALS
+from finetune.training.stopping import StopBetweenSteps
 
 STAGE = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3, "epochs": 30}
 

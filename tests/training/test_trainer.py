@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from finetune.common.errors import Interrupted, TrainingError
 from finetune.common.run_folder import RunFolder
 from finetune.model.adapter import attach
-from finetune.model.composite import compose
+from finetune.model.compose import compose
 from finetune.model.language_model import load_language_model
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.recipe.schema import Adapter, Llm

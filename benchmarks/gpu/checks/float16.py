@@ -12,8 +12,9 @@ from benchmarks.gpu.setting import Setting
 from finetune.model.language_model import load_language_model
 from finetune.model.row_plan import RowKind, row_kind
 from finetune.recipe.schema import Llm, Stage, Train
+from finetune.training.stage_training import StageTraining
 from finetune.training.stopping import StopBetweenSteps
-from finetune.training.trainer import StageTraining, train_stage
+from finetune.training.trainer import train_stage
 
 APART = 0.02  # of the first loss: the most by which those of a step may differ
 # Heads of a width that isn't a multiple of 8, which the kernel for many lengths doesn't take.

@@ -38,12 +38,32 @@ def decode_image(source: Path | bytes, *, where: str = "", limits: Limits = _sou
         content = file.read(limits.max_bytes)
     with _quiet():
         if is_dicom(content, source):
-            return decode_dicom(content, name, limits)
-        return _decode(content, name, limits)
+            return shrunk(decode_dicom(content, name, limits), limits)
+        return shrunk(_decode(content, name, limits), limits)
+
+
+def shrunk(picture: "Image", limits: Limits) -> "Image":
+    """The picture, scaled down where it has more than `limits.shrink_to_pixels`."""
+    import PIL.Image
+
+    size = shrunk_size(*picture.size, limits)
+    return picture if size == picture.size else picture.resize(size, PIL.Image.Resampling.LANCZOS)
+
+
+def shrunk_size(width: int, height: int, limits: Limits) -> tuple[int, int]:
+    """(width, height) of a picture of this size, as `shrunk` returns it."""
+    most = limits.shrink_to_pixels
+    if most is None or width * height <= most:
+        return width, height
+    scale = (most / (width * height)) ** 0.5
+    # A side of one pixel stays: the other then has as many as the bound allows.
+    short, long = min(width, height), max(width, height)
+    sides = (max(1, int(short * scale)), min(most, int(long * scale)))
+    return sides if width <= height else (sides[1], sides[0])
 
 
 def image_size(source: Path | bytes, *, where: str = "") -> tuple[int, int]:
-    """(width, height) in pixels of what `decode_image` returns, by the header if possible. Raises MediaError."""
+    """(width, height) in pixels of the file's picture, upright, by the header if possible. Raises MediaError."""
     import PIL.Image
 
     with _source.opened(source, _source.named(source, where, "picture"), _source.LIMITS) as file:
@@ -113,7 +133,7 @@ def picture_of(value: object, *, where: str = "", limits: Limits = _source.LIMIT
     _source.check_pixels(*value.size, limits, name)
     try:
         with _quiet():
-            return _as_rgb(value, name)
+            return shrunk(_as_rgb(value, name), limits)
     except UNREADABLE as error:  # PIL reads the file of an opened image only now
         raise MediaError(f"{name}: can't be decoded ({_source.reason(error)})") from None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from finetune.common.errors import MediaError
 from finetune.data.media import _libav, _source
-from finetune.data.media.image import blank_like, over_white
+from finetune.data.media.image import blank_like, over_white, shrunk
 from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def decode_video(
                     f"{name}: its frames have more than {most:,} pixels together; let "
                     "the encoder read fewer, or raise `media.max_pixels`"
                 )
-            frames.append(_picture(frame))
+            frames.append(shrunk(_picture(frame), limits))
             seconds.append(float(max(tick - begin, 0) * known.unit))
     return Clip(tuple(frames), tuple(seconds))
 
@@ -112,7 +112,8 @@ def clip_of(
     chosen = _choose(known, count, per_second)
     if len(chosen) > limits.max_frames:
         raise MediaError(f"{name}: {len(chosen):,} frames; at most {limits.max_frames:,} are read (`media.max_frames`)")
-    return Clip(tuple(PIL.Image.fromarray(frames[n]) for n in chosen), tuple(float(n * unit) for n in chosen))
+    pictures = (shrunk(PIL.Image.fromarray(frames[n]), limits) for n in chosen)
+    return Clip(tuple(pictures), tuple(float(n * unit) for n in chosen))
 
 
 def blank_clip(clip: Clip) -> Clip:

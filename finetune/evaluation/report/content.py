@@ -124,7 +124,7 @@ def read_content(run: RunLike) -> Content:
         certificate=read("certificate.json", read_certificate, None),
         commits=_commits(adapter) if adapter else {},
         bindings=adapter.bindings if adapter else {},
-        skipped=[*skipped, *_quarantined(recipe, missing)],
+        skipped=[*skipped, *_quarantined(recipe, missing), *_left_out(folder.data / "suspects.jsonl", missing)],
         missing=missing,
     )
     if folder.metrics.is_file() and not metrics.scores:
@@ -176,6 +176,22 @@ def _quarantined(recipe: Recipe | None, missing: list[str]) -> list[SkippedRow]:
             if unreadable:
                 missing.append(f"{path.name} beside the sources: {len(unreadable):,} lines can't be read")
     return rows
+
+
+def _left_out(path: Path, missing: list[str]) -> list[SkippedRow]:
+    """The rows that training left out since their loss wasn't finite, each once a stage."""
+    if not path.is_file():
+        return []
+
+    def suspect(entry: dict[str, Any]) -> tuple[bool, tuple[str, str], SkippedRow]:
+        reason = f"left out of the stage {entry['stage']} from step {entry['step']:,} on: {entry['what']}"
+        return entry["left_out"], (entry["row"], entry["stage"]), SkippedRow(entry["row"], reason)
+
+    suspects, unreadable = _lines(path, suspect)
+    if unreadable:
+        missing.append(f"data/{path.name}: {len(unreadable):,} lines can't be read")
+    firsts = {place: row for left_out, place, row in reversed(suspects) if left_out}
+    return [*reversed(firsts.values())]
 
 
 def _skipped(entry: dict[str, Any], number: str, reason: str) -> SkippedRow:

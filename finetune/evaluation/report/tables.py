@@ -182,6 +182,14 @@ class StageRow:
             return ", ".join(self.stage.trains)
         return ", ".join(f"{part} ({count:,})" for part, count in self.result.trained_weights.items())
 
+    @property
+    def notes(self) -> list[str]:
+        """What went otherwise than the recipe says, or seemed wrong."""
+        if self.result is None:
+            return []
+        pieces = f"memory ran out: packed rows were computed in up to {self.result.pieces} pieces; the loss is the same"
+        return [*([pieces] if self.result.pieces > 1 else []), *self.result.warnings]
+
 
 def stages(content: Content) -> list[StageRow]:
     rows = []

@@ -49,13 +49,17 @@ def convert_folder(
     media: bool = False,
 ) -> None:
     """A folder of transformers as a GGUF file; `media`: of its encoders and projectors. Raises ExportRefused."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     converted = path.with_name("unquantized.gguf") if quantizer else path
     pre_tokenizer = _pre_tokenizer(read_json(folder / "tokenizer.json"))
-    dtype = str(read_json(folder / "config.json").get("dtype"))
+    config = read_json(folder / "config.json")
+    dtype = str(config.get("dtype"))
     outtype = CONVERTER_TYPES.get(quantization) or SHORT.get(dtype, "f32")
-    script = [sys.executable, str(Path(__file__).with_name("convert.py")), str(sources), pre_tokenizer, str(folder)]
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("text_config", {}).get("model_type"), "")
+    script = [sys.executable, str(Path(__file__).with_name("convert.py")), str(sources), pre_tokenizer, architecture]
     options = ["--outfile", str(converted), "--outtype", outtype, "--model-name", name]
-    _run([*script, *options, *(["--mmproj"] if media else [])])
+    _run([*script, str(folder), *options, *(["--mmproj"] if media else [])])
     if quantizer:
         _run([quantizer, str(converted), str(path), quantization])
         converted.unlink()

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from finetune.common.errors import MediaError, ModelError
-from finetune.data.media.image import image_size
+from finetune.data.media.image import image_size, shrunk_size
 from finetune.data.sample import Layout, Medium, Prepared, Values
-from finetune.model.base.existing import ExistingModel, modules_outside
+from finetune.model.base.existing import ExistingModel, beside_language, media_modules
 from finetune.model.encoders import Encoder
+from finetune.recipe.schema import Limits
 
 ENCODING = 1  # version: to be raised when features of the same medium change
 PICTURES = 4096  # sizes whose layouts are cached
@@ -41,8 +42,11 @@ class BaseEncoder(Encoder):
 
     @cached_property
     def width(self) -> int:  # type: ignore[override]
+        """Of all depths at which the decoder reads features, side by side."""
         size: int = self.existing.config.get_text_config().hidden_size
-        return size
+        vision = getattr(self.existing.config, "vision_config", None)
+        depths = () if self.kind == "audio" else getattr(vision, "deepstack_visual_indexes", ())
+        return size * (1 + len(depths))
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -51,7 +55,7 @@ class BaseEncoder(Encoder):
         digest = hashlib.sha256(f"{ENCODING} {self.kind} {type(model).__name__}".encode())
         digest.update(self.processor.to_json_string().encode())
         digest.update(self.existing.config.to_json_string(use_diff=False).encode())
-        for name in modules_outside(model, model.get_decoder()):
+        for name in beside_language(model):
             for inner, tensor in sorted(model.get_submodule(name).state_dict().items()):
                 digest.update(f"{name}{inner}{tensor.dtype}{tuple(tensor.shape)}".encode())
                 if tensor.device.type != "meta":
@@ -62,11 +66,11 @@ class BaseEncoder(Encoder):
     def sampling(self) -> dict[str, float]:
         return {"count": VIDEO_FRAMES} if self.kind == "video" else {}
 
-    def layout_at(self, medium: Medium) -> Layout | None:
+    def layout_at(self, medium: Medium, limits: Limits) -> Layout | None:
         """By the size in a picture's header. Raises MediaError."""
         source = medium.path if medium.content is None else medium.content
         if self.kind == "image" and isinstance(source, Path | bytes):
-            return self.layout_of_size(*image_size(source, where=medium.place))
+            return self.layout_of_size(*shrunk_size(*image_size(source, where=medium.place), limits))
         return None
 
     def _layout_of_size(self, width: int, height: int) -> Layout:
@@ -132,7 +136,7 @@ class BaseEncoder(Encoder):
         assert not isinstance(batch, Tensor)
         model = self.existing.model
         half = self.existing.dtype != torch.float32
-        kinds = {p.dtype for name in modules_outside(model, model.get_decoder()) for p in _floats(model, name)}
+        kinds = {p.dtype for name in beside_language(model) for p in _floats(model, name)}
         # Where projectors have trained, they are float32.
         with torch.autocast(self.existing.device.type, self.existing.dtype, enabled=half and len(kinds) > 1):
             return self._encoded(model, batch)
@@ -157,14 +161,22 @@ class BaseEncoder(Encoder):
         return name if hasattr(self.existing.skeleton.base_model, name) else None
 
     def _decoder_inputs(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Features of a base without a method for them: the decoder's input embeddings at the placeholders."""
+        """Features of a base without a method for them: what its decoder reads at the placeholders, or what the module
+        in its decoder gives that media enter.
+        """
         given: list[Tensor] = []
 
-        def stop(module: Any, args: Any, kwargs: Any) -> None:
-            given.append(kwargs["inputs_embeds"])
+        def stop(embeddings: Tensor) -> None:
+            given.append(embeddings)
             raise _Stop
 
-        handle = model.get_decoder().register_forward_pre_hook(stop, with_kwargs=True)
+        decoder = model.get_decoder()
+        if inside := media_modules(decoder):
+            handle = decoder.get_submodule(inside[-1]).register_forward_hook(lambda module, args, output: stop(output))
+        else:
+            handle = decoder.register_forward_pre_hook(
+                lambda module, args, kwargs: stop(kwargs["inputs_embeds"]), with_kwargs=True
+            )
         try:
             taken = signature(model.forward).parameters
             model(

@@ -12,17 +12,20 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, GenerationMixin, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
+from transformers.utils import cached_file
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
 from finetune.data.sample import Layout
-from finetune.model.base.config import media_in_config
+from finetune.model.base.both_ways import reads_prompts_both_ways
+from finetune.model.base.config import SECTIONS, media_in_config
 from finetune.model.bounds import refuse_oversized
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
@@ -30,8 +33,20 @@ from finetune.model.template_limit import limited
 from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
+# What saving a processor leaves out: settings of parts that can't be read here, and the SentencePiece model, from which
+# llama.cpp's converter takes a tokenizer.
+ALSO_PUBLISHED = ("preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.model")
 # At the end of a conversation, for templates that end answers without a token that could be learned.
 END = "{% if messages and messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+# Of a base that reads prompts both ways, where it has none: what PaliGemma's processor writes, media, question, a line
+# break and the answer.
+PROMPT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] if part['type'] != 'text' %}"
+    "{{ tokens[part['type']] }}{% endfor %}{% endfor %}{{ bos_token or '' }}{% for message in messages %}"
+    "{% set said %}{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endset %}{% if message['role'] == 'assistant' %}{{ said | trim }}{% else %}{{ said + '\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token if loop.last else '\n' }}{% endif %}{% endfor %}"
+)
 PLAIN_PARTS = PLAIN_TEMPLATE.replace(
     "{{ message['content'] }}",
     "{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else tokens[part['type']] }}"
@@ -65,22 +80,18 @@ class ExistingModel:
                     f"{what} is a {config.model_type!r}, which transformers loads as no model that takes media: write "
                     "it as model.llm if it is a text-only LLM"
                 )
-            if getattr(config.get_text_config(), "use_bidirectional_attention", False):
-                raise ModelError(
-                    f"{what} is a {config.model_type!r}, whose attention is bidirectional in prompts and causal in "
-                    "answers: it can't be trained here; take one with causal attention in text, such as Gemma 3"
-                )
             refuse_oversized(config.to_dict(), what)
             processor = _processor(settings.name, config, options)
         media = tuple(kind for kind in media_in_config(config.to_dict()) if kind != "video" or _reads_videos(processor))
         if not media:
             raise ModelError(f"{what} is a {config.model_type!r} that takes no media: write it as model.llm")
-        _complete_template(processor, settings, media)
+        _complete_template(processor, settings, media, reads_prompts_both_ways(config))
         existing = cls(settings, config, processor, media, model_class, dtype, device)
-        if existing.skeleton.get_decoder() is existing.skeleton.base_model:
+        skeleton = existing.skeleton
+        if skeleton.get_decoder() is skeleton.base_model and not media_modules(skeleton.base_model):
             raise ModelError(
-                f"{what}: a {model_class.__name__} has no accessor that tells its language model from its encoders: "
-                "it can't be trained here"
+                f"{what}: in a {model_class.__name__} neither accessors nor modules tell its language model from its "
+                "encoders: it can't be trained here"
             )
         return existing
 
@@ -135,17 +146,29 @@ class ExistingModel:
         self.tokenizer.chat_template = own or completed
         self.processor.save_pretrained(folder)
         self.tokenizer.chat_template = completed
-        source = Path(self.settings.name)
-        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
-            if source.is_dir() and (source / name).is_file() and not (folder / name).exists():
-                shutil.copyfile(source / name, folder / name)
+        for name in ALSO_PUBLISHED:
+            found = cached_file(
+                self.settings.name,
+                name,
+                revision=self.settings.revision,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if found is not None and not (folder / name).exists():
+                shutil.copyfile(found, folder / name)
 
     def quantization(self) -> BitsAndBytesConfig | None:
         """transformers' settings, which leave all modules alone that aren't the decoder's."""
         config = quantization(self.settings, self.dtype)
         if config is not None:
-            config.llm_int8_skip_modules = modules_outside(self.skeleton, self.skeleton.get_decoder())
+            config.llm_int8_skip_modules = beside_language(self.skeleton)
         return config
+
+    @property
+    def prompts_both_ways(self) -> bool:
+        """See `Placement.prompts_both_ways`."""
+        return reads_prompts_both_ways(self.config)
 
     @property
     def rope(self) -> Rope | None:
@@ -175,8 +198,9 @@ class ExistingModel:
 
     def token_id(self, kind: str) -> int:
         """The id of the placeholder token that stands for a row of features."""
+        sections = [getattr(self.config, name, None) for name in ("thinker_config", *SECTIONS.get(kind, ()))]
         for key in (f"{kind}_token_id", f"{kind}_token_index"):
-            for config in (self.config, getattr(self.config, "thinker_config", None)):
+            for config in (self.config, *sections):
                 if isinstance(number := getattr(config, key, None), int):
                     return number
         raise ModelError(f"base {self.settings.name!r}: its config names no token for {kind}")
@@ -191,13 +215,35 @@ class ExistingModel:
         return found
 
 
-def modules_outside(whole: nn.Module, part: nn.Module, name: str = "") -> list[str]:
-    """Names of the outermost modules that don't hold `part`, nor are in it."""
-    if whole is part:
-        return []
-    if not any(module is part for module in whole.modules()):
+def beside_language(model: Any) -> list[str]:
+    """Names of the outermost modules of a base that aren't of its language model: its output head, and all that media
+    pass through, also where the decoder holds it.
+    """
+    return _beside(model, model.get_decoder())
+
+
+def language_modules(model: Any) -> list[nn.Module]:
+    """The modules of a base's decoder, without those that media pass through."""
+    decoder = model.get_decoder()
+    media = {id(module) for name in media_modules(decoder) for module in decoder.get_submodule(name).modules()}
+    return [module for module in decoder.modules() if id(module) not in media]
+
+
+def media_modules(decoder: nn.Module) -> list[str]:
+    """Names of the modules inside a decoder that hold other models: its encoders, as in Phi-4-multimodal."""
+    return [
+        name
+        for name, child in decoder.named_children()
+        if any(isinstance(module, PreTrainedModel) for module in child.modules())
+    ]
+
+
+def _beside(whole: nn.Module, decoder: nn.Module, name: str = "") -> list[str]:
+    if whole is decoder:
+        return [f"{name}.{key}".lstrip(".") for key in media_modules(decoder)]
+    if not any(module is decoder for module in whole.modules()):
         return [name]
-    inner = (modules_outside(child, part, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
+    inner = (_beside(child, decoder, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
     return [beside for names in inner for beside in names]
 
 
@@ -234,28 +280,42 @@ def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: I
             f"base {name!r}: its processor can't be loaded: {' '.join(str(error).split())[:200]}"
         ) from None
 
-    def check(self: Any, argument: str, value: Any) -> Any:
-        return None if value is None else found.check_argument_for_proper_class(self, argument, value)
+    given: dict[str, Any] = {}
+    for part in found.get_attributes():
+        if part == "video_processor":
+            given[part] = _UnreadVideos(_UnreadVideos.get_video_processor_dict(name, **options)[0])
+        else:
+            given[part] = MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+    without: Any = type(found.__name__, (_WithoutVideos, found), {})
+    return without.from_args_and_dict(list(given.values()), settings)
 
-    def attributes(cls: Any) -> list[str]:
-        return [part for part in found.get_attributes() if not cls.built or part != "video_processor"]
 
-    parts = [
-        None if part == "video_processor" else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
-        for part in found.get_attributes()
-    ]
-    methods = {"check_argument_for_proper_class": check, "get_attributes": classmethod(attributes), "built": False}
-    without: Any = type(found.__name__, (found,), methods)
-    processor = without.from_args_and_dict(parts, settings)
-    without.built = True  # from here on, when it is saved, there is no such part
-    return processor
+class _WithoutVideos:
+    """Goes before a processor's class, whose check asks for torchvision too."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if isinstance(argument, _UnreadVideos):
+            return type(argument)
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+
+
+class _UnreadVideos(BaseVideoProcessor):  # type: ignore[no-untyped-call]
+    """Stands in the place of a base's video processor, which can't be built without torchvision: keeps its settings, to
+    be saved with the others.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.settings
 
 
 def _reads_videos(processor: Any) -> bool:
-    return getattr(processor, "video_processor", None) is not None
+    return not isinstance(getattr(processor, "video_processor", None), _UnreadVideos | None)
 
 
-def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -> None:
+def _complete_template(processor: Any, settings: Base, media: tuple[str, ...], both_ways: bool) -> None:
     """Give the tokenizer the processor's chat template, with the tokens at both ends that training needs."""
     tokenizer = processor.tokenizer
     if tokenizer.eos_token is None:
@@ -268,7 +328,8 @@ def _complete_template(processor: Any, settings: Base, media: tuple[str, ...]) -
         processor.chat_template = template
     if template is None:
         tokens = {kind: getattr(processor, f"{kind}_token", f"<{kind}>") for kind in media}
-        template = f"{{% set tokens = {tokens!r} %}}" + PLAIN_PARTS
+        plain = PROMPT_TEMPLATE if both_ways else PLAIN_PARTS
+        template = f"{{% set tokens = {tokens!r} %}}" + plain
     tokenizer.chat_template = template
     question, whole = _rendered(tokenizer, 1, True), _rendered(tokenizer, 2, False)
     if not whole.startswith(question):  # answers are rendered otherwise than the generation prompt

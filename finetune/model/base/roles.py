@@ -1,13 +1,15 @@
 """Which parameters of a base are its language model, its encoders and its projectors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finetune.common.errors import ModelError
+from finetune.model.base.existing import beside_language, language_modules
 from finetune.model.module_names import is_lora
 from finetune.recipe.schema import EncoderTuning
 
@@ -24,7 +26,7 @@ def linear_layers(model: Any, targets: str | list[str]) -> list[str]:
     """Full names of the decoder's linear layers: all, or those whose names end in one of `targets`. Raises ModelError
     where there are none.
     """
-    inside = {id(module) for module in model.get_decoder().modules()}
+    inside = {id(module) for module in language_modules(model)}
     names = [
         name
         for name, module in model.named_modules()
@@ -82,7 +84,8 @@ def roles_of(model: Any, kind: str, features: Callable[[], Tensor]) -> MediumRol
     handle = last.register_forward_pre_hook(
         lambda module, args, kwargs: inputs.append((*args, *kwargs.values())[0]), with_kwargs=True
     )
-    language = {id(p) for module in (model.get_decoder(), model.get_output_embeddings()) for p in module.parameters()}
+    language = {id(p) for p in model.get_output_embeddings().parameters()}
+    language |= {id(p) for module in language_modules(model) for p in module.parameters(recurse=False)}
     tried = {id(p): p for p in model.parameters() if p.is_floating_point() and id(p) not in language}
     before = {key: p.requires_grad for key, p in tried.items()}
     try:
@@ -115,29 +118,20 @@ def _reached(total: Any, parameters: dict[int, nn.Parameter], keep: bool = False
 
 
 def encoder_of(model: Any, kind: str) -> Any:
-    """The module that encodes media of a kind: transformers' accessor knows most; else the only model inside that isn't
-    the decoder. Raises ModelError.
+    """The module that encodes media of a kind: transformers' accessor knows most; else the only model beside the
+    language model, or the only one that says that it takes this kind. Raises ModelError.
     """
     decoder = model.get_decoder()
     found = model.get_encoder(modality=kind)
     if not any(module is decoder for module in found.modules()):
         return found
-    from transformers import PreTrainedModel
-
-    others = [m for m in _outermost(model, decoder) if isinstance(m, PreTrainedModel)]
+    beside = [model.get_submodule(name) for name in beside_language(model)]
+    others = [m for part in beside for m in part.modules() if isinstance(m, PreTrainedModel)]
+    if len(others) > 1:
+        others = [m for m in others if kind in m.input_modalities]
     if len(others) == 1:
         return others[0]
     raise ModelError(f"this {type(model).__name__} has no accessor for its encoder of {kind}")
-
-
-def _outermost(whole: nn.Module, part: nn.Module) -> Iterable[nn.Module]:
-    for child in whole.children():
-        if child is part:
-            continue
-        if any(module is part for module in child.modules()):
-            yield from _outermost(child, part)
-        else:
-            yield child
 
 
 def layers_of(tower: Any) -> nn.ModuleList:

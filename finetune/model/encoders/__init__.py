@@ -8,12 +8,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol
 
 from typing_extensions import TypedDict  # pydantic takes no other one before Python 3.12
 
 from finetune.common.registry import PartOptions
 from finetune.data.sample import Layout, Medium, Prepared, Values
+from finetune.recipe.schema import Limits
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,7 @@ class Encoder(ABC):
         """The layout of every medium; None if it depends on the medium."""
         return None
 
-    def layout_at(self, medium: Medium) -> Layout | None:
+    def layout_at(self, medium: Medium, limits: Limits) -> Layout | None:
         """The layout of one medium by the header of its file; None where decoding is needed. Raises MediaError."""
         return None
 
@@ -80,6 +82,21 @@ def together(values: Sequence[Values]) -> Values:
 
     first = values[0]
     return first if isinstance(first, Mapping) else torch.stack([one for one in values if not isinstance(one, Mapping)])
+
+
+def encode_all(encoder: Encoder, media: Sequence[Values], batch: int) -> list["torch.Tensor"]:
+    """Prepared media -> features, each (S, L, W), in their order; up to `batch` of the same shape at once. All are
+    computed when it returns, also on an accelerator.
+    """
+    import torch
+
+    features: list[torch.Tensor] = []
+    for shape, alike in groupby(media, lambda medium: None if isinstance(medium, Mapping) else medium.shape):
+        while group := list(islice(alike, 1 if shape is None else batch)):
+            features.extend(encoder.encode(together(group)))
+    if features and features[0].is_cuda:
+        torch.cuda.synchronize(features[0].device)
+    return features
 
 
 class EncoderContract(Protocol):

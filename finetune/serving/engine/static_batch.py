@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from finetune.model.assistant import Assistant
-from finetune.model.padding import left_padded, left_padded_positions
+from finetune.model.base.both_ways import answer_types
+from finetune.model.padding import left_padded, left_padded_positions, position_ids
 from finetune.serving.engine.generation import Generation, choose_tokens, features_of
 
 
@@ -50,12 +51,16 @@ def generate(assistant: Assistant, generations: Sequence[Generation]) -> None:
     device = model.get_input_embeddings().weight.device
     ids, mask = left_padded([generation.input_ids for generation in generations], pad, device)
     positions = [_positions(generation) for generation in generations]
+    beside: dict[str, Tensor] = {}
+    if (rope := left_padded_positions(positions, mask)) is not None:
+        beside["position_ids"] = position_ids(mask, rope)
+    if model.placement.prompts_both_ways:
+        beside["token_type_ids"] = answer_types(mask, [len(one.prompt.input_ids) for one in generations])
     with assistant.with_strengths(generations[0].strengths):
         model.generate(
             ids,
             mask,
             features_of(generations),
-            rope_positions=left_padded_positions(positions, mask),
             max_new_tokens=max(generation.limit for generation in generations),
             do_sample=False,
             repetition_penalty=1.0,
@@ -63,4 +68,5 @@ def generate(assistant: Assistant, generations: Sequence[Generation]) -> None:
             eos_token_id=sorted(generations[0].ends),
             logits_processor=LogitsProcessorList([_OwnChoice(generations, pad)]),
             stopping_criteria=StoppingCriteriaList([_Done(generations)]),
+            **beside,
         )

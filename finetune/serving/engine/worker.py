@@ -3,7 +3,6 @@ gets one more token. Between two steps it also runs heads.
 """
 
 import logging
-import re
 import threading
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from finetune.common.errors import FinetuneError
+from finetune.common.memory import is_out_of_memory
 from finetune.data.sample import Answer, Message
 from finetune.model.assistant import Assistant
 from finetune.model.features import MediaView
@@ -30,7 +30,6 @@ COUNTERS = (
 )
 OUTCOMES = {"stop": "finished", "length": "finished", "error": "failed", None: "cancelled"}  # of finish reasons
 STOPPED = TimedOut("the server stopped before this request was answered")
-OUT_OF_MEMORY = re.compile("(out of|allocate) memory")  # by torch's allocators, as a RuntimeError
 Fail = Callable[[BaseException], None]
 
 
@@ -161,7 +160,7 @@ class Worker:
         """Report an error to the requests that it concerns, each given by its `fail`."""
         self.count("requests_failed", len(requests))
         reported: Exception = error
-        if _is_memory(error):
+        if is_out_of_memory(error):
             reported = MemoryError("not enough memory for this request: send fewer or smaller media, or shorter text")
         elif not isinstance(error, FinetuneError | TimedOut | Busy):
             logging.getLogger(__name__).error("a request failed", exc_info=error)
@@ -261,7 +260,7 @@ class Worker:
         if len(running) == 1 or not unfinished:
             self.fail(error, *(generation.fail for generation in unfinished))
             return
-        model.batch_size = max(1, len(unfinished) // 2) if _is_memory(error) else 1
+        model.batch_size = max(1, len(unfinished) // 2) if is_out_of_memory(error) else 1
         model.ready.extendleft(reversed(unfinished))
 
     def _answer_query(self, model: HostedModel, query: HeadQuery) -> None:
@@ -302,8 +301,3 @@ class Worker:
             self.count("prefix_cache_miss_tokens", stream.prompt_tokens - stream.cached_tokens)
             self.seconds += 0.1 * (time.monotonic() - generation.begun - self.seconds)
             generation.send_last()
-
-
-def _is_memory(error: Exception) -> bool:
-    by_torch = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
-    return isinstance(error, MemoryError) or bool(by_torch)

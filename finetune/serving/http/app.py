@@ -27,8 +27,9 @@ from finetune.serving.http.access import AccessControl
 from finetune.serving.http.completion import ChatCompletion
 from finetune.serving.http.metrics import RequestMetrics, ServerMetrics
 from finetune.serving.http.page import page
-from finetune.serving.http.protocol import ApiError, JsonObject, new_id, now
+from finetune.serving.http.protocol import ApiError, ApiRequest, ChatRequest, HeadRequest, JsonObject, new_id, now
 from finetune.serving.http.reader import HeadOutput, RequestReader
+from finetune.serving.http.schema import body_of, openapi
 from finetune.serving.http.settings import ServerOptions
 
 if TYPE_CHECKING:
@@ -47,18 +48,24 @@ def build_app(engine: "BatchingEngine", options: ServerOptions, folder: Path, ap
     server = HttpServer(engine, options, folder)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
-    routes: dict[str, tuple[str, Callable[..., Awaitable[Response]]]] = {
-        "/": ("GET", server.chat_page),
-        "/health": ("GET", server.health),
-        "/metrics": ("GET", server.metrics_text),
-        "/v1/models": ("GET", server.models),
-        "/v1/models/{name:path}": ("GET", server.model),
-        "/v1/chat/completions": ("POST", server.chat),
-        "/v1/classify": ("POST", server.classify),
-        "/v1/score": ("POST", server.score),
+
+    async def schema() -> Response:
+        return JSONResponse(openapi(app.routes))
+
+    routes: dict[str, tuple[Callable[..., Awaitable[Response]], type[ApiRequest] | None]] = {
+        "/": (server.chat_page, None),
+        "/health": (server.health, None),
+        "/metrics": (server.metrics_text, None),
+        "/openapi.json": (schema, None),
+        "/v1/models": (server.models, None),
+        "/v1/models/{name:path}": (server.model, None),
+        "/v1/chat/completions": (server.chat, ChatRequest),
+        "/v1/classify": (server.classify, HeadRequest),
+        "/v1/score": (server.score, HeadRequest),
     }
-    for path, (method, endpoint) in routes.items():
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    for path, (endpoint, takes) in routes.items():
+        method, extra = ("POST", body_of(takes)) if takes else ("GET", None)
+        app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=extra)
     for kind in (ApiError, Busy, TimedOut, MemoryError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _error_response)
     app.add_middleware(AccessControl, api_key=api_key, origins=options.origins)

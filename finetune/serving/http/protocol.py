@@ -104,7 +104,11 @@ TAGS = ("text", "image_url", "video_url", "input_audio", "audio_url")
 MediaPart = ImagePart | VideoPart | AudioPart | AudioAddressPart
 Part = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 Short = Field(max_length=MOST_IN_A_LIST, fail_fast=True)
-Texts = Annotated[Annotated[list[str], Short] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+TextList = Annotated[list[str], Short]
+Texts = Annotated[
+    TextList | None,
+    BeforeValidator(lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=str | TextList | None),
+]
 
 
 def _parts(content: object) -> object:
@@ -113,7 +117,7 @@ def _parts(content: object) -> object:
 
 class Turn(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], Short, BeforeValidator(_parts)]
+    content: Annotated[list[Part], Short, BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
 
 
 class StreamOptions(BaseModel):

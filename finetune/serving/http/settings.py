@@ -43,4 +43,5 @@ class ServerOptions(EngineLimits):
 
     def media_limits(self, of_model: Limits) -> Limits:
         """The tighter of these limits and the model's own."""
-        return Limits(**{name: min(getattr(of_model, name), getattr(self, name)) for name in Limits.model_fields})
+        both = Limits.model_fields.keys() & type(self).model_fields
+        return of_model.model_copy(update={name: min(getattr(of_model, name), getattr(self, name)) for name in both})

@@ -38,6 +38,8 @@ class ObjectiveContract(Protocol):
     FIGURES: tuple[str, ...]  # what is logged in each step besides the loss and the accuracy
     Options: type[PartOptions]
 
+    # Optional: SEPARABLE = True, where the loss of a batch is the sum of those of its samples, or of those that are
+    # compared, so that a batch that is too large for the memory may be computed in pieces.
     # With `NEEDS` "prompts" also `items_of(options, tokens, answers) -> int`: what a batch with so many sampled
     # answers, of so many tokens together, adds to the items.
 

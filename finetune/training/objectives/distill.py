@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEEDS: Needs = "texts"
 REFERENCE = False
 HEADS = False
+SEPARABLE = True
 FIGURES: tuple[str, ...] = ()
 
 
@@ -65,10 +66,10 @@ class Options(PartOptions):
 
 
 def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Options) -> BatchLoss | None:
-    """The KL divergence from the LLM that reads text (`MultimodalModel.imitate`), or from another model
+    """The KL divergence from the LLM that reads text (`finetune.model.imitation`), or from another model
     (`TeacherDistributions.divergence`), over the answer's tokens; trl's cross-entropy of a teacher's answers.
     """
-    from finetune.model.composite import Teacher
+    from finetune.model.imitation import Teacher
     from finetune.model.teacher_distributions import TeacherDistributions
 
     if options.by == "answers":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 NEEDS: Needs = "answers"
 REFERENCE = False
 HEADS = True
+SEPARABLE = True
 FIGURES: tuple[str, ...] = ()
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEEDS: Needs = "pairs"
 REFERENCE = False
 HEADS = False
+SEPARABLE = True
 FIGURES = PAIR_FIGURES
 
 

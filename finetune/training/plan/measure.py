@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from finetune.model.adapter import trained_tensors
 from finetune.model.composite import MultimodalModel
 from finetune.model.row_plan import RowKind, likely_row_kind
 from finetune.model.teacher_distributions import TeacherDistributions
@@ -15,12 +16,12 @@ from finetune.training.collate import Batch, PackedRow
 from finetune.training.plan.meter import Meter, Rehearsal, with_data
 from finetune.training.plan.result import Phase
 from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
-from finetune.training.plan.shapes import language_model_on_meta, without_data
+from finetune.training.plan.shapes import base_on_meta, language_model_on_meta, without_data
 from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
 from finetune.training.rollouts import longest_answers, row_kind_of_answers
 from finetune.training.samples import TokenizedSamples
+from finetune.training.stage_training import StageTraining
 from finetune.training.train import set_up
-from finetune.training.trainer import StageTraining
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,17 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
     by_segments = recipe.model.language_model.attention == "auto"
     row_kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes, by_segments)
     weights_16bit = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
+    if components.base is not None:
+        _ = model.examples  # prepared here, with data
     with Rehearsal() as meter:
         without_data(model, dtype)
         for encoder in components.encoders.values():
-            if recipe.train.cache:
+            if recipe.train.cache and components.base is None:
                 without_data(encoder.module, dtype)
         phases: list[Phase] = []
         features: dict[str, int] = {}
         for kind, count in rows.media.items() if recipe.train.cache else ():
-            phase, size = _encode(planned, kind, meter)
+            phase, size = _encode(planned, model, kind, meter)
             phases.append(phase)
             features[kind] = size * count
         stages: dict[str, StageWork] = {}
@@ -81,8 +84,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
             phases.append(_phase(f"train {stage.name}", memory))
         evaluation, kv_token, longest = _evaluate(planned, model, meter)
         phases.append(evaluation)
-        weights = weights_of(model)
-    trained = sum(size for role, size in weights.items() if role != "language_model")
+        trained = size_of(trained_tensors(model).values())
     return Measured(
         phases=tuple(phases),
         stages=stages,
@@ -103,7 +105,8 @@ def composed(planned: PlannedRun, recipe: Recipe, dtype: torch.dtype) -> Multimo
     adapter = recipe.adapter and recipe.adapter.model_copy(update={"initialization": "default"})
     planned.run.recipe = recipe.model_copy(update={"adapter": adapter})
     llm = recipe.model.language_model.model_copy(update={"quantize": "none"} if recipe.train.dequantize_once else {})
-    language_model = language_model_on_meta(llm, dtype)
+    base = planned.run.components.base
+    language_model = language_model_on_meta(llm, dtype) if base is None else base_on_meta(base, llm.quantize)
     model = planned.run.build(with_encoders=not recipe.train.cache, language_model=language_model)
     set_up(model, recipe.train)
     return model
@@ -114,24 +117,26 @@ def _phase(name: str, memory: StepMemory) -> Phase:
     return Phase(name, {**parts, "activations": memory.activations}, memory.flops, memory.calls)
 
 
-def _encode(planned: PlannedRun, kind: str, meter: Meter) -> tuple[Phase, int]:
+def _encode(planned: PlannedRun, model: MultimodalModel, kind: str, meter: Meter) -> tuple[Phase, int]:
     """The phase, and the mean bytes of a medium's features."""
     encoder = planned.run.components.encoders[kind]
     with with_data():
         prepared = planned.some_media(kind)
     most: Any = max(prepared, key=lambda one: sum(tensor.numel() for tensor in one.tensors))
-    batch = planned.run.recipe.train.encode_batch
+    of_base = model.composition.base
+    batch = 1 if of_base else planned.run.recipe.train.encode_batch
     gc.collect()
     before = meter.live
     meter.reset()
     with torch.no_grad():
-        values = torch.empty(batch, *most.values.shape)
+        values = most.values if of_base else torch.empty(batch, *most.values.shape)
         features = encoder.encode(values)
     activations, flops, calls = meter.peak - before, meter.flops // batch, meter.calls // batch
     segment = features.nbytes / batch / len(most.layout.marks) / most.layout.rows
     size = sum(segment * len(one.layout.marks) * one.layout.rows for one in prepared) / len(prepared)
-    parts = {f"encoders.{kind}": size_of(tensors_of(encoder.module)), "activations": activations}
-    return Phase(f"encode {kind}", parts, flops, calls), round(size)
+    parts = weights_of(model) if of_base else {f"encoders.{kind}": size_of(tensors_of(encoder.module))}
+    parts.pop("adapter", None)  # comes later
+    return Phase(f"encode {kind}", {**parts, "activations": activations}, flops, calls), round(size)
 
 
 def step_of(
@@ -190,12 +195,10 @@ def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tupl
     gc.collect()
     before = meter.live
     meter.reset()
+    given = ("input_ids", "features", "media", "attention_mask", "rope_positions")
     with torch.no_grad():
-        embeddings = model.embed(batch["input_ids"], batch.get("features"), batch.get("media"))
         keep = {"logits_to_keep": 1} if model.llm_takes("logits_to_keep") else {}
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        outputs = model.causal_lm(inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **keep)
-        model.fusion.forget()
+        outputs = model(**{name: batch[name] for name in given if name in batch}, use_cache=True, **keep)
     length = batch["input_ids"].shape[1]
     memory = getattr(outputs, "past_key_values", None)
     layers = getattr(memory, "layers", ())
@@ -203,7 +206,7 @@ def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tupl
     kv_token = kept // (evaluate.batch * length)
     answers = kv_token * evaluate.batch * evaluate.max_new_tokens
     parts = weights_of(model)
-    if planned.run.recipe.train.cache:
+    if planned.run.recipe.train.cache and not model.composition.base:
         parts |= {f"encoders.{n}": size_of(tensors_of(e.module)) for n, e in planned.run.components.encoders.items()}
     parts |= {"keys and values": kept + answers, "activations": max(meter.peak - before - kept, 0)}
     return Phase("evaluate", parts, meter.flops // evaluate.batch, meter.calls // evaluate.batch), kv_token, length

@@ -5,7 +5,6 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
-from finetune.common.errors import RecipeError
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.progress import quiet_libraries
 from finetune.model.language_model import read_config
@@ -35,8 +34,6 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     DataError, ModelError.
     """
     quiet_libraries()
-    if recipe.model.base is not None:
-        raise RecipeError("plan: recipes with model.base can't be planned yet; `finetune check` counts their steps")
     card = card_named(gpu) if gpu else own_card() or CARDS[DEFAULT]
     card = card if rent is None else replace(card, rent=rent)
     dtype = recipe.model.language_model.dtype

@@ -126,6 +126,7 @@ class PlannedRun:
             kind=kind,
             pad_token_id=self.run.components.tokenizer.pad_token_id,
             heads=outputs if weighted else None,
+            prompts_both_ways=self.run.components.placement.prompts_both_ways,
         )
 
     def stage_rows(self, stage: Stage, model: MultimodalModel, kind: RowKind, seed: int) -> StageRows:
@@ -145,7 +146,8 @@ class PlannedRun:
             weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
         lengths = samples.taught_lengths
         shares = kind is RowKind.SHARED
-        sharing = sharing_of(samples, model.composition.fusion.by_sample) if shares else Sharing.none(len(lengths))
+        by_sample, whole_prompts = model.composition.fusion.by_sample, model.placement.prompts_both_ways
+        sharing = sharing_of(samples, by_sample, whole_prompts) if shares else Sharing.none(len(lengths))
         capacity = int(recipe.train.tokens_per_batch)
         packed = plan_rows(
             lengths, weights, capacity=capacity, epochs=1, seed=seed, groups=groups_of(samples), sharing=sharing

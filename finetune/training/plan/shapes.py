@@ -1,17 +1,19 @@
 """The parts of a model from their configs, and their weights as shapes."""
 
+import copy
 import gc
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.initialization import no_init_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from finetune.common.hub import loading
-from finetune.model.language_model import quantization, read_config, ready
-from finetune.recipe.schema import LanguageModel
+from finetune.model.base.existing import ExistingModel
+from finetune.model.language_model import keep_layout, quantization, read_config, ready
+from finetune.recipe.schema import LanguageModel, Quantize
 
 META = torch.device("meta")
 
@@ -24,12 +26,29 @@ def language_model_on_meta(llm: LanguageModel, dtype: torch.dtype) -> Any:
     config = read_config(llm)
     with loading(f"LLM {llm.name!r}", llm.name), META, no_init_weights():
         model = AutoModelForCausalLM.from_config(config, **options)
-    quantized = quantization(llm, dtype)
-    if quantized is not None:
-        quantizer = AutoHfQuantizer.from_config(quantized, pre_quantized=False)
+    _quantize(model, quantization(llm, dtype), dtype)
+    return ready(model, llm)
+
+
+def base_on_meta(base: ExistingModel, quantize: Quantize) -> Any:
+    """The base as it is loaded with this quantization, from its config alone. Its encoders compute with it from here
+    on, on the CPU, once its weights are there without data.
+    """
+    base.settings = base.settings.model_copy(update={"quantize": quantize})
+    model = copy.deepcopy(base.skeleton)
+    if base.settings.attention == "eager":
+        model.set_attn_implementation("eager")
+    _quantize(model, base.quantization(), base.dtype)
+    keep_layout(model)
+    base.model, base.device = model.eval().requires_grad_(False), torch.device("cpu")
+    return base.model
+
+
+def _quantize(model: Any, settings: BitsAndBytesConfig | None, dtype: torch.dtype) -> None:
+    if settings is not None:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
         quantizer.preprocess_model(model, dtype=dtype, device_map={"": META})
         quantizer.postprocess_model(model)
-    return ready(model, llm)
 
 
 def without_data(module: nn.Module, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """One training step of a stage, its tensors counted: on tensors without data, or for real."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from tempfile import gettempdir
@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from finetune.model.composite import MultimodalModel
+from finetune.model.module_names import is_lora
 from finetune.model.row_plan import by_segments
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Batch
 from finetune.training.plan.meter import AutocastOnGpu, Meter, gpu_autocasts
-from finetune.training.trainer import StageTrainer, StageTraining, packed_rows, trainer_arguments
+from finetune.training.stage_training import StageTraining, packed_rows, trainer_arguments
+from finetune.training.trainer import StageTrainer
 
 OWN_ROLES = ("encoders", "projectors", "fusion", "heads")
 
@@ -58,7 +61,7 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
         processing_class=training.tokenizer,
     )
     weights = weights_of(model)
-    for tensor in tensors_of(model):  # loaded ones are no operation's result
+    for tensor in (*tensors_of(model), *tree_leaves(batch)):  # loaded ones are no operation's result
         meter.note(tensor)
     optimizer = trainer.create_optimizer()
     before = meter.live
@@ -84,17 +87,33 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
 
 
 def weights_of(model: MultimodalModel) -> dict[str, int]:
-    """Bytes of each role's parameters and buffers: 'language_model', 'adapter', 'projectors.image' and the like."""
+    """Bytes of each role's parameters and buffers: 'language_model', 'adapter', 'projectors.image' and the like. What
+    several media of a base share is the first one's.
+    """
     adapter = [p for name, p in model.language_model.named_parameters() if "lora_" in name]
+    of_base = _roles_of_base(model) if model.composition.base else {}
     sizes = {
-        "language_model": size_of(tensors_of(model.language_model)) - size_of(adapter),
+        "language_model": size_of(tensors_of(model.language_model)) - size_of(adapter) - sum(of_base.values()),
         "adapter": size_of(adapter),
+        **of_base,
     }
     for role in OWN_ROLES:
         group = getattr(model, role)
         members = group.items() if isinstance(group, nn.ModuleDict) else [("", group)]
         sizes |= {f"{role}.{name}".removesuffix("."): size_of(tensors_of(module)) for name, module in members}
     return {role: size for role, size in sizes.items() if size}
+
+
+def _roles_of_base(model: MultimodalModel) -> dict[str, int]:
+    """Bytes of the parameters of a base's encoders and projectors."""
+    sizes: dict[str, int] = {}
+    seen: set[str] = set()
+    for group in ("encoder", "projector"):
+        for medium, roles in model.roles.items():
+            own = [name for name in getattr(roles, group) if name not in seen and not is_lora(name)]
+            sizes[f"{group}s.{medium}"] = size_of(model.causal_lm.get_parameter(name) for name in own)
+            seen.update(own)
+    return sizes
 
 
 def tensors_of(module: nn.Module) -> Iterable[Tensor]:
@@ -125,7 +144,9 @@ def optimizer_bytes(optimizer: Any) -> int:
 
 
 def on_paper(batch: Any) -> Any:
-    """A batch whose features have no data; ids, positions and labels keep theirs."""
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype) if t.is_floating_point() else t, batch)
+    """A batch whose features have no data; ids, positions and labels keep theirs. So do media that a base's processor
+    has prepared: which parts of a picture are padding is told by its pixels.
+    """
+    paper = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype) if t.is_floating_point() else t, batch)
+    named = {kind: all_ for kind, all_ in batch.get("media", {}).items() if all_ and isinstance(all_[0], Mapping)}
+    return {**paper, "media": {**paper["media"], **named}} if named else paper

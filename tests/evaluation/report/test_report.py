@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 import soundfile
 import yaml
+from hostile_run import EVIL, spoil_run, stage_of
 from html_page import Page
 from trained_runs import change_json, copy_of, predictions_of, write_predictions
 
@@ -235,49 +236,8 @@ def test_boxes_are_drawn_on_the_first_picture_of_an_example(run):
     assert page.text.count("(dashed: target; solid: answer)") == 1
 
 
-EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}${x}$"
-
-
-def stage_of(run, steps: int = 8) -> dict:
-    """A stage of training as metrics.json has it, of so many steps."""
-    stage = json.loads((run / "metrics.json").read_text())["train"]["stages"]["both"]
-    curves = {key: (stage[key] * steps)[:steps] for key in ("losses", "token_accuracy")}
-    return stage | curves | {"steps": steps}
-
-
 def test_what_data_hold_never_becomes_markup(run, tmp_path):
-    media = tmp_path / '<img src=x onerror=alert(3)>".png'
-    PIL.Image.new("RGB", (30, 20), (200, 30, 30)).save(media, "PNG")
-    rows = [
-        {"task": EVIL, "row": EVIL, "media": [str(media)], "kinds": ["image"], "question": EVIL, "target": EVIL,
-         "tuned": {"label": EVIL, "probabilities": {EVIL: 0.9, "b": 0.1}}, "base": EVIL, "blank": [EVIL],
-         "shuffled": {"x": EVIL}, "good": 1.0},
-    ]  # fmt: skip
-    write_predictions(run, rows)
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    task = recipe["data"][0]["task"] | {"prompt": EVIL}
-    recipe["data"] = [recipe["data"][0] | {"path": f"/a/{EVIL}", "task": task, "group": EVIL}]
-    recipe["train"]["stages"][0]["trains"] = [EVIL]
-    recipe["model"]["encoders"]["image"]["name"] = EVIL
-    recipe["model"]["llm"] |= {"name": EVIL, "revision": EVIL}
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    stage = stage_of(run) | {"trained_weights": {EVIL: 3}}
-    change_json(
-        run / "metrics.json",
-        scores={EVIL: {EVIL: {"tuned": 0.5, EVIL: 0.4}}},
-        intervals={EVIL: {EVIL: {"tuned": [0.4, 0.6]}}},
-        comparisons={EVIL: {EVIL: {EVIL: {"difference": 0.1}}}},
-        tables={EVIL: {"confusion": {"labels": [EVIL], "counts": [[1, 2]]}, "per_label": {EVIL: {EVIL: 1.0}}}},
-        train={"stages": {EVIL: stage | {"validation": [{"step": 4, "scores": {EVIL: {EVIL: 1.0}}}]}}},
-        seconds={EVIL: 1.0},
-    )
-    (run / "data" / "check.json").write_text(
-        json.dumps({"list": [{"severity": "error", "file": EVIL, "line": 3, "text": EVIL}]})
-    )
-    (run / "versions.json").write_text(json.dumps({EVIL: EVIL}))
-    (run / "data" / "summary.json").write_text(
-        json.dumps({EVIL: {"rows": 1, "media": 1, "different_answers": 1, "answers": {EVIL: 1}}})
-    )
+    media = spoil_run(run, tmp_path)
     page = Page(report(run))
     assert not page.open
     assert len(page.of("script")) == 1 and len(pictures(page)) == 1
@@ -319,6 +279,16 @@ def test_long_runs_stay_small(run, tmp_path):
     assert "and 5 more" in page.text
 
 
+def test_what_seemed_wrong_with_a_stage_is_said(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    name, result = next(iter(metrics["train"]["stages"].items()))
+    result |= {"left_out": 3, "pieces": 4, "warnings": ["step 50: the loss no longer falls <b>"]}
+    change_json(run / "metrics.json", train=metrics["train"])
+    text = Page(report(run)).text
+    assert f"{name}: step 50: the loss no longer falls <b>" in text and "left out: 3" in text
+    assert f"{name}: memory ran out: packed rows were computed in up to 4 pieces" in text
+
+
 def test_rows_left_out_are_listed(run, tmp_path):
     source = tmp_path / "data"
     source.mkdir()
@@ -338,7 +308,15 @@ def test_rows_left_out_are_listed(run, tmp_path):
         "reasons": ["图片打不开", "empty label"],
     }
     (source / "quarantine.jsonl").write_text(json.dumps(quarantined) + "\nnot json\n", encoding="utf-8")
+    suspects = [("train.csv:4", 3, True), ("train.csv:4", 6, True), ("train.csv:5", 3, False)]
+    lines = [
+        {"stage": "tune", "step": step, "row": row, "what": "loss not finite", "alone": True, "left_out": left_out}
+        for row, step, left_out in suspects
+    ]
+    (run / "data" / "suspects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     page = Page(report(run))
-    assert "3 rows" in page.text and "train.csv:9 no such image" in page.text and "train.csv not UTF-8" in page.text
+    assert "4 rows" in page.text and "train.csv:4 left out of the stage tune from step 3 on: loss not" in page.text
+    assert "train.csv:5" not in page.text
+    assert "train.csv:9 no such image" in page.text and "train.csv not UTF-8" in page.text
     assert "one colour" not in page.text and "train.csv:17 图片打不开; empty label" in page.text
     assert "quarantine.jsonl beside the sources: 1 lines can't be read" in page.text

@@ -8,11 +8,11 @@ from families.qwen_vl import PREPROCESSOR as PICTURE_PREPROCESSOR
 from families.qwen_vl import QWEN2_5_VL, TEXT_OF_QWEN, VIDEO_PREPROCESSOR
 
 MELS = 16
-SECONDS = 2  # that an encoder hears at once; published ones hear 30
+SECONDS = 30  # that an encoder hears at once
 ENCODER = {  # of Whisper's form
     "num_mel_bins": MELS,
     "d_model": 64,
-    "encoder_layers": 2,
+    "encoder_layers": 3,
     "encoder_attention_heads": 4,
     "encoder_ffn_dim": 128,
     "max_source_positions": 50 * SECONDS,
@@ -130,7 +130,7 @@ GRANITE_SPEECH = Family(
         "text_config": {"model_type": "granite", **TEXT, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
         "encoder_config": {
             "input_dim": 160,
-            "num_layers": 2,
+            "num_layers": 3,
             "hidden_dim": 64,
             "feedforward_mult": 2,
             "num_heads": 4,

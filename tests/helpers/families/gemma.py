@@ -75,8 +75,8 @@ GEMMA3 = Family(
         "text_config": {
             "model_type": "gemma3_text",
             **TEXT,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
             "sliding_window": 8,
             "sliding_window_pattern": 2,
             "pad_token_id": "<pad>",
@@ -108,6 +108,7 @@ GEMMA3 = Family(
         "size": {"height": 32, "width": 32},
     },
     processor_config={"image_seq_length": 4, "processor_class": "Gemma3Processor"},
+    seed=4,
 )
 
 PALIGEMMA = Family(
@@ -122,7 +123,7 @@ PALIGEMMA = Family(
         "text_config": {
             "model_type": "gemma",
             **TEXT,
-            "head_dim": 16,
+            "head_dim": 32,
             "pad_token_id": "<pad>",
             "bos_token_id": "<bos>",
             "eos_token_id": "<eos>",

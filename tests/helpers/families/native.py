@@ -47,9 +47,11 @@ def _without_videos(processor_class: Any) -> Any:
 def native_inputs(processor: Any, conversation: Conversation, **options: Any) -> Any:
     """All that the model's forward takes for this conversation: a batch of one."""
     if isinstance(processor, transformers.PaliGemmaProcessor):  # a picture, a question, an answer: no chat template
-        (picture, question), (answer,) = (message["content"] for message in conversation)
+        (picture, question), *answers = (message["content"] for message in conversation)
         text = processor.image_token + question["text"]
-        return processor(images=picture["image"], text=text, suffix=answer["text"], return_tensors="pt", **options)
+        suffix = {"suffix": answers[0][0]["text"]} if answers else {}
+        inputs = processor(images=picture["image"], text=text, return_tensors="pt", **suffix)
+        return {name: value for name, value in inputs.items() if name != "labels"}
     if isinstance(processor, transformers.VoxtralProcessor):
         return _voxtral_inputs(processor, conversation)
     if processor.chat_template is None:  # Phi-4-multimodal's processor leaves it with the tokenizer

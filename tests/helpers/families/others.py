@@ -16,7 +16,6 @@ PHI4_MULTIMODAL = Family(
         "original_max_position_embeddings": 2048,
         "vision_config": {  # its processor counts tokens of 448 pixels and patches of 14, whatever the files say
             **VISION,
-            "num_hidden_layers": 3,
             "image_size": 448,
             "crop_size": 448,
             "patch_size": 14,
@@ -78,14 +77,14 @@ MINICPM_V = Family(
         "text_config": {
             "model_type": "qwen3_5_text",
             **TEXT,
-            "head_dim": 16,
+            "head_dim": 32,
             "layer_types": ["linear_attention", "full_attention"],
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
         },
-        "vision_config": {**VISION, "num_hidden_layers": 3},
+        "vision_config": VISION,
     },
     tokenizer="byte_level",
     special=(

@@ -30,7 +30,7 @@ TEXT_OF_QWEN = {
     **TEXT,
     "bos_token_id": "<|endoftext|>",
     "eos_token_id": "<|im_end|>",
-    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+    "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
 }
 PREPROCESSOR = {  # pictures of 4 to 64 patches of 8×8 pixels; four of them make one token
     "min_pixels": 4 * 8 * 8,
@@ -52,7 +52,7 @@ QWEN2_5_VL = Family(
         **IDS,
         "text_config": {"model_type": "qwen2_5_vl_text", **TEXT_OF_QWEN},
         "vision_config": {
-            "depth": 2,
+            "depth": 3,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_heads": 4,
@@ -82,7 +82,7 @@ QWEN2_VL = replace(
         **IDS,
         "text_config": {"model_type": "qwen2_vl_text", **TEXT_OF_QWEN},
         "vision_config": {
-            "depth": 2,
+            "depth": 3,
             "embed_dim": 64,
             "hidden_size": 64,
             "mlp_ratio": 2,
@@ -106,12 +106,12 @@ QWEN3_VL = replace(
             "model_type": "qwen3_vl_text",
             **TEXT,
             "num_hidden_layers": 3,  # one after those that deep features are added to
-            "head_dim": 16,
+            "head_dim": 32,
             "bos_token_id": "<|endoftext|>",
             "eos_token_id": "<|im_end|>",
             "rope_parameters": {
                 "rope_type": "default",
-                "mrope_section": [4, 2, 2],
+                "mrope_section": [6, 5, 5],
                 "mrope_interleaved": True,
                 "rope_theta": 5e6,
             },

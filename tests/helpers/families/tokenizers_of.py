@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -57,6 +58,27 @@ def _specials_first(special: Sequence[str]) -> str:
     pieces = [*special, *content["model"]["vocab"]]
     content["model"]["vocab"] = {piece: number for number, piece in enumerate(pieces)}
     return json.dumps(content)
+
+
+def sentencepiece_model(tokenizer: PreTrainedTokenizerFast) -> bytes:
+    """`tokenizer.model`, as it is published beside the `tokenizer.json` of a metaspace tokenizer."""
+    model = ModelProto()
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.add_dummy_prefix = False
+    ranks = {left + right: -rank for rank, (left, right) in reversed([*enumerate(_merges(tokenizer))])}
+    for piece, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
+        known = model.pieces.add(piece=piece, score=float(ranks.get(piece, 0)))
+        if number in tokenizer.added_tokens_decoder:
+            known.type = known.UNKNOWN if piece == "<unk>" else known.CONTROL
+        elif piece.startswith("<0x"):
+            known.type = known.BYTE
+    return bytes(model.SerializeToString())
+
+
+def _merges(tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
+    merges: list[list[str]] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return merges
 
 
 KINDS = {"byte_level": _byte_level, "metaspace": _metaspace}

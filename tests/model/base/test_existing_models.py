@@ -11,20 +11,24 @@ import torch
 from families import ZOO, conversation, family_folder
 from families.native import native_inputs, native_model, native_processor
 
+from finetune.common.errors import ModelError
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.assistant import Assistant, FileView
+from finetune.model.base.both_ways import answer_types
 from finetune.model.base.config import media_in_config
+from finetune.model.base.existing import beside_language, language_modules
+from finetune.model.base.roles import encoder_of, linear_layers
 from finetune.model.build import build_model, load_components
 from finetune.model.padding import left_padded_positions
-from finetune.model.prompts import PromptBatch, answer_log_probabilities, generate, logits
+from finetune.model.prompts import PromptBatch, answer_log_probabilities, generate
 from finetune.model.row_plan import RowKind
 from finetune.model.tokenize import tokenize, tokenize_prompt
 from finetune.recipe.schema import Adapter, Base, Limits, Model
 from finetune.training.base_trial import base_row_kind
 
 CPU = torch.device("cpu")
-# Not bases yet: a prefix that is read both ways, a processor without `__call__` for text with media.
-NOT_YET = {"paligemma", "voxtral"}
+NOT_YET = {"voxtral"}  # its processor has no `__call__` for text with media
+PREFIX = {"paligemma"}  # whose prompts are read both ways
 # Ours ends what the template leaves open, or asks as the template answers.
 ENDED_BY_US = {"llava"}
 ASKED_AS_ANSWERED = {"llava_onevision"}
@@ -98,13 +102,15 @@ def test_logits_are_those_of_the_native_forward(opened):
         if opened.name in ASKED_AS_ANSWERED:
             continue  # compared by the trial, on ids of ours
         batch = opened.batch(tokens)
+        types = {"token_type_ids": inputs["token_type_ids"]} if opened.name in PREFIX else {}
         with torch.no_grad():
             theirs = opened.native(**inputs).logits
             ours = opened.model(
                 batch.input_ids,
                 batch.features,
                 attention_mask=batch.attention_mask,
-                rope_positions=batch.rope_positions,
+                position_ids=batch.position_ids if tokens.positions else None,
+                **types,
             ).logits
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -127,8 +133,13 @@ def test_answers_are_those_of_the_native_class(opened):
         positions = prompt.positions
         if positions:
             positions = [[*row, *(row[-1] + 1 + step for step in range(len(answer)))] for row in positions]
-        in_full = opened.batch(replace(prompt, input_ids=whole, positions=positions))
-        rows = logits(opened.model, in_full)[0, len(prompt.input_ids) - 1 : -1]
+        full = opened.batch(replace(prompt, input_ids=whole, positions=positions))
+        beside = {"position_ids": full.position_ids} if positions else {}
+        if opened.name in PREFIX:
+            beside["token_type_ids"] = answer_types(full.attention_mask, [len(prompt.input_ids)])
+        with torch.no_grad():
+            own = opened.model(full.input_ids, full.features, attention_mask=full.attention_mask, **beside).logits
+        rows = own[0, len(prompt.input_ids) - 1 : -1]
         expected = rows.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
         torch.testing.assert_close(
             answer_log_probabilities(opened.model, batch, [answer])[0, 0], expected, atol=1e-4, rtol=1e-4
@@ -147,8 +158,21 @@ def test_questions_of_other_lengths_beside_it_change_no_answer(opened):
 
 def test_rows_are_shared_where_they_are_exact(opened):
     for medium in opened.media:
-        kind, line = base_row_kind(opened.model, opened.components, [medium], share=True, segments=True)
+        kind, line = base_row_kind(opened.model, opened.components, [(medium,)], share=True, segments=True)
         assert kind is RowKind.SHARED and type(opened.native).__name__ in line
+
+
+@pytest.mark.parametrize(("name", "exact"), [("qwen2_5_omni", True), ("phi4_multimodal", False)])
+def test_media_that_a_task_shows_together_are_tried_together(tmp_path, name, exact):
+    if missing := ZOO[name].missing:
+        pytest.skip(f"its processor needs {', '.join(missing)}")
+    opened = Opened(name, tmp_path / "base")
+    shown = [("image",), ("image", "audio")]
+    if exact:
+        base_row_kind(opened.model, opened.components, shown, share=True, segments=True)
+    else:  # beside a picture its recordings go through another projector
+        with pytest.raises(ModelError, match="with image and audio in one sample can't be trained here"):
+            base_row_kind(opened.model, opened.components, shown, share=True, segments=True)
 
 
 def test_a_leak_between_samples_is_noticed(opened, monkeypatch):
@@ -168,7 +192,7 @@ def test_a_leak_between_samples_is_noticed(opened, monkeypatch):
     collate = base_trial.Collator.__call__
     monkeypatch.setattr(base_trial.Collator, "__call__", leaking)
     medium = opened.media[0]
-    kind, _ = base_row_kind(opened.model, opened.components, [medium], share=True, segments=True)
+    kind, _ = base_row_kind(opened.model, opened.components, [(medium,)], share=True, segments=True)
     assert kind in (RowKind.PACKED, RowKind.PADDED)
 
 
@@ -177,7 +201,8 @@ def test_roles_cover_what_features_come_from(opened):
         if medium == "video":
             continue
         names = dict(opened.model.causal_lm.named_parameters())
-        decoder = {id(parameter) for parameter in opened.model.decoder.parameters()}
+        language = language_modules(opened.model.causal_lm)
+        decoder = {id(parameter) for module in language for parameter in module.parameters(recurse=False)}
         assert roles.encoder and roles.projector and not set(roles.encoder) & set(roles.projector)
         assert not any(id(names[name]) in decoder for name in (*roles.encoder, *roles.projector))
         # Moving any of the projector's weights moves the features; a whole number of layers is the encoder's.
@@ -205,3 +230,14 @@ def test_an_adapter_lies_in_the_decoder_alone(tmp_path):
     inside = {id(parameter) for parameter in model.decoder.parameters()}
     lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     assert len(lora) == 2 * 7 * 2 and all(id(parameter) in inside for parameter in lora)
+
+
+def test_a_decoder_that_holds_its_encoders_is_told_from_them(tmp_path):
+    """Phi-4-multimodal: its `get_decoder()` is the model that pictures and recordings enter."""
+    model = native_model(family_folder("phi4_multimodal", tmp_path))
+    assert beside_language(model) == ["model.embed_tokens_extend", "lm_head"]
+    extended = model.model.embed_tokens_extend
+    assert encoder_of(model, "image") is extended.image_embed.img_processor
+    assert encoder_of(model, "audio") is extended.audio_embed.encoder
+    layers = {f"model.layers.{number}." for number in range(2)}
+    assert {name[: len("model.layers.0.")] for name in linear_layers(model, "all-linear")} == layers

@@ -8,7 +8,8 @@ from tiny import FAMILIES, FUSIONS, PLACEHOLDER, VOCABULARY, part, tiny_composit
 from finetune.common.errors import ModelError
 from finetune.common.registry import load_part
 from finetune.model.adapter import attach
-from finetune.model.composite import MultimodalModel, compose
+from finetune.model.compose import compose
+from finetune.model.composite import MultimodalModel
 from finetune.model.fusion import Projected
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
