@@ -33,6 +33,7 @@ PERMISSIVE = re.compile(
 COPYLEFT = re.compile(r"GPL|GNU|MPL|Mozilla|EUPL|SSPL|Business Source|Commons Clause", re.IGNORECASE)
 JUDGED = {
     "certifi": "MPL-2.0 covers its own files, which are used unchanged",
+    "hypothesis": "MPL-2.0 covers its own files; development only",
     "pathspec": "MPL-2.0 covers its own files; development only",
     "tqdm": "MPL-2.0 covers its own files, which are used unchanged",
     "soxr": "LGPL-2.1: a shared library that whoever gets an image can replace",

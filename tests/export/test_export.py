@@ -131,7 +131,9 @@ def test_other_answers_leave_nothing(merged, tmp_path, monkeypatch):
 def test_first_tokens_and_whole_answers_are_counted():
     probes = [Probe((), ids) for ids in ((1, 2, 3, 4, 5), (1, 2), (), (1, 2, 3, 4, 5))]
     answers = ((1, 2, 3, 4, 9), (1, 2, 3), (), (1, 2, 3, 9, 5))
-    assert compare(probes, EngineAnswers("e", answers)) == Verification("e", 4, equal_first_tokens=2, equal=1, different=3)
+    assert compare(probes, EngineAnswers("e", answers)) == Verification(
+        "e", 4, equal_first_tokens=2, equal=1, different=3
+    )
 
 
 def test_probes_have_media_that_any_decoder_reads_alike(tmp_path):
