@@ -71,7 +71,7 @@ def base_row_kind(
     finally:
         model.train(before)
     name = type(model.causal_lm).__name__
-    return allowed[0], f"{name} is opened: its decoder reads cached features, in rows that are {allowed[0]}"
+    return allowed[0], f"{name} is opened: its decoder reads features of its encoders, in rows that are {allowed[0]}"
 
 
 @torch.no_grad()

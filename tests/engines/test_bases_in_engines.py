@@ -17,7 +17,7 @@ EXACT = {"vllm": [], "gguf": ["quantization=F32"]}
 @pytest.mark.parametrize(
     "name, medium, target",
     [
-        pytest.param("llava", "image", "vllm", marks=VLLM),  # its prompts begin with a token that its template leaves out
+        pytest.param("llava", "image", "vllm", marks=VLLM),  # its template leaves out the first token
         pytest.param("internvl", "image", "vllm", marks=VLLM),
         pytest.param("qwen3_vl", "image", "gguf", marks=LLAMA_CPP),
         pytest.param("qwen2_vl", "image", "gguf", marks=LLAMA_CPP),
