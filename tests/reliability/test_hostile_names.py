@@ -64,7 +64,7 @@ DOORS = (
     "init data/products.csv --yes --name=@",
     "check x.yaml --set name=@",
 )
-SHARE = 5  # of names by doors that are tried where not all are
+SHARE = 23  # of names by doors that are tried where not all are
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
