@@ -47,7 +47,7 @@ def how_to_begin_again(why: str, run: RunFolder | None = None) -> Iterator[None]
             yield
         except KeyboardInterrupt:
             message = f"stopped; {why}\nto begin again:\n  {_command(sys.argv[1:])}"
-            raise Interrupted(message, _number(received), run and run.path) from None
+            raise Interrupted(message, _number(received), run.path if run else None) from None
 
 
 def _number(received: Sequence[int]) -> int:

@@ -23,12 +23,13 @@ from finetune.commands._options import (
     columns_of,
     strength_of,
 )
-from finetune.common.disk import FULL
+from finetune.common.disk import FULL, UNUSABLE
 from finetune.common.errors import DataError, FinetuneError, RecipeError, escaped, options_as_flags
-from finetune.common.memory import is_out_of_memory
+from finetune.common.memory import RAISED, is_out_of_memory
 from finetune.common.registry import FOLDERS, load_part, nearest, part_names
 from finetune.common.run_folder import RunFolder
 from finetune.common.version import VERSION
+from finetune.recipe.words import shorten
 from finetune.training.plan.cards import CARDS, DEFAULT
 
 if TYPE_CHECKING:
@@ -538,14 +539,19 @@ def main() -> None:
     except FinetuneError as error:
         print(escaped(str(error)), file=sys.stderr)
         sys.exit(error.exit_status)
-    except (MemoryError, RuntimeError, OSError) as error:
+    except RAISED as error:
         if is_out_of_memory(error):  # training, evaluating and merging say more
             print(OUT_OF_MEMORY, file=sys.stderr)
             sys.exit(1)
-        if not isinstance(error, OSError) or error.errno not in FULL:
+        if not isinstance(error, OSError):
             raise
-        print(f"{error.filename or 'writing'}: {error.strerror}: make room, and try again", file=sys.stderr)
-        sys.exit(1)
+        if error.errno in FULL:
+            print(f"{error.filename or 'writing'}: {error.strerror}: make room, and try again", file=sys.stderr)
+            sys.exit(1)
+        if error.errno not in UNUSABLE or not error.filename:
+            raise
+        print(f"{shorten(error.filename, 300)}: {error.strerror}: name another file or folder", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

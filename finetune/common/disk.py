@@ -10,6 +10,10 @@ from pathlib import Path
 from finetune.common.errors import RESUME, FinetuneError, TrainingError, option
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNUSABLE = {  # of a file or folder that somebody has named
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+}
 # Of safetensors and torch, which raise errors of their own: by the system's number, or for any write that failed.
 WRITE_FAILED = re.compile(
     rf"os error ({'|'.join(map(str, sorted(FULL)))})\b|PytorchStreamWriter|iostream error|unexpected pos"

@@ -61,7 +61,7 @@ def _unreachable(endpoint: str, minute: int) -> str | None:
 
     def ask() -> None:
         try:
-            status = get_session().head(endpoint, timeout=seconds).status_code
+            status = get_session().head(endpoint, timeout=2 * seconds).status_code  # the wait below ends before it
             outcome.put(f"it answers {status}" if status in (502, 503, 504) else None)
         except Exception as error:  # of any library on the way: names, certificates, proxies
             outcome.put(_first_line(error))
@@ -188,7 +188,7 @@ def reason(error: BaseException) -> str:
         return "you aren't logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
         return " ".join(str(error).split())[:300]
-    if status in (429, 503) and (seconds := response.headers.get("Retry-After", "")).isdigit():
+    if status in (429, 503) and (seconds := getattr(response, "headers", {}).get("Retry-After", "")).isdigit():
         return f"the Hub answers {status}, and asks to come again after {seconds} s"
     if status in REASONS:
         return REASONS[status]

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from finetune.common.errors import OutOfMemory
 
-# torch's allocators raise RuntimeErrors, cuBLAS and C++ some of their own.
-SAID = re.compile("(out of|allocate) memory|bad_alloc|ALLOC_FAILED")
+# torch's allocators raise RuntimeErrors, cuBLAS and C++ some of their own; libraries that don't fit can't be imported.
+RAISED = (MemoryError, RuntimeError, OSError, ImportError)
+SAID = re.compile("(out of|allocate) memory|bad_alloc|ALLOC_FAILED|failed to map segment")
 BY_PLAN = "`finetune plan RECIPE` says what each takes"
 TRAINING = (
     "in this order: train.dequantize_once: false, train.checkpoint_every_n_layers: 1, quantize: nf4, optimizer: "
@@ -27,7 +28,8 @@ Result = TypeVar("Result")
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(SAID.search(str(error))))
+    said = isinstance(error, RuntimeError | ImportError) and SAID.search(str(error))
+    return isinstance(error, MemoryError) or bool(said)
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def enough_memory(doing: str, advice: str) -> Iterator[None]:
     """Raises OutOfMemory, with `advice`, where memory runs out in the block."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
+    except RAISED as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory {doing}. To need less, {advice}") from error
@@ -45,7 +47,7 @@ def attempt(compute: Callable[[], Result]) -> Result | None:
     """None where memory runs out. What the attempt held is free by then."""
     try:
         return compute()
-    except (MemoryError, RuntimeError, OSError) as error:
+    except RAISED as error:
         if not is_out_of_memory(error):
             raise
     from accelerate.utils import release_memory

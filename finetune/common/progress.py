@@ -1,5 +1,6 @@
 """What is seen while it works: progress bars and plain lines, by rich."""
 
+import ctypes
 import gc
 import os
 import resource
@@ -33,6 +34,12 @@ def fresh_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def trim_memory() -> None:
+    """Give the system back what glibc keeps between blocks that are in use: it would grow with modules or rows."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 class Stopwatch:

@@ -25,8 +25,8 @@ def copy_base(merged: Path, folder: Path) -> str:
 
 
 def write_first_token(folder: Path) -> None:
-    """Let the chat template write the token that the processor puts before every prompt, as LLaVA's does: vLLM tokenizes
-    a rendered template without it. Where the template writes it, transformers' processors add none.
+    """Let the chat template write the token that the processor puts before every prompt, as LLaVA's does: vLLM
+    tokenizes a rendered template without it. Where the template writes it, transformers' processors add none.
     """
     from transformers import AutoTokenizer
 

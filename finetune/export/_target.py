@@ -31,4 +31,5 @@ def read_target(
 def _default_folder(source: Path, to: str) -> Path:
     if (source / "recipe.yaml").is_file():
         return source / "exports" / to
-    return source.absolute().with_name(f"{source.absolute().name}-{to}")
+    whole = source.absolute()
+    return whole.parent / f"{whole.name}-{to}"

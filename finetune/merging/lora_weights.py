@@ -6,7 +6,6 @@ them; bitsandbytes quantizes and dequantizes each weight as loading does; PEFT m
 """
 
 import copy
-import ctypes
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.hub import loading
+from finetune.common.progress import trim_memory
 from finetune.common.run_folder import read_json
 from finetune.model import module_names
 from finetune.model.base.existing import ExistingModel
@@ -173,12 +173,6 @@ def merged_tensors(
     for full, source in llm.all_tied_weights_keys.items():
         if full not in tied:  # the embeddings changed, the head that they were tied to didn't
             yield full, weight_of(llm, source).to(dtype).contiguous()
-
-
-def trim_memory() -> None:
-    """Give the system back what glibc keeps between blocks that are in use: it would grow with the modules."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def untied(llm: Any, lora: LoraFile | None) -> set[str]:

@@ -290,7 +290,8 @@ def _assistant_spans(
                 f"{sample.where}: turn {number}, the assistant's, is empty: there is nothing to learn from it"
             )
         before = _render(tokenizer, sample.messages[:number], placeholders, sample.where, add_generation_prompt=True)
-        after = _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
+        last = number + 1 == len(sample.messages)
+        after = text if last else _render(tokenizer, sample.messages[: number + 1], placeholders, sample.where)
         if not text.startswith(after):  # Phi-3 closes a whole conversation with one more token
             after = after.removesuffix(tokenizer.eos_token)
         if not after.startswith(before) or not text.startswith(after):

@@ -1,15 +1,58 @@
 """Samples packed whole into rows of a fixed number of tokens: no padding, nothing cut."""
 
 import random
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import overload
 
 from finetune.common.errors import DataError
 
 LEAST_TOKENS = 16  # of a prefix
 MOST_BRANCHES = 16  # samples behind one prefix, so that a step still sees many media
 Row = list[list[int]]  # groups of samples: those of a group share their beginning
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Rows in three arrays, since those of all epochs are many: `samples` (int32) of all of them, one after another;
+    where in `samples` each group ends, behind a 0, and where in these `groups` each row ends, behind a 0 (both int64).
+    """
+
+    samples: "array[int]" = field(default_factory=lambda: array("i"))
+    groups: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    ends: "array[int]" = field(default_factory=lambda: array("q", [0]))
+
+    @classmethod
+    def of(cls, rows: Iterable[Iterable[Iterable[int]]]) -> "Rows":
+        result = cls()
+        for row in rows:
+            result.append(row)
+        return result
+
+    def append(self, row: Iterable[Iterable[int]]) -> None:
+        for group in row:
+            self.samples.extend(group)
+            self.groups.append(len(self.samples))
+        self.ends.append(len(self.groups) - 1)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Row]: ...
+
+    def __getitem__(self, number: int | slice) -> Row | list[Row]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        number = range(len(self))[number]
+        begin, end = self.ends[number], self.ends[number + 1]
+        return [self.samples[self.groups[n] : self.groups[n + 1]].tolist() for n in range(begin, end)]
 
 
 @dataclass(frozen=True)
@@ -92,14 +135,15 @@ def plan_rows(
     seed: int,
     groups: Sequence[Sequence[int]] | None = None,
     sharing: Sharing | None = None,
-) -> list[Row]:
+) -> Rows:
     """The rows of all epochs of a stage, in the order in which they're trained. Samples of one of `groups` share a row,
     and the first one's weight; those that share their beginning stand together in it.
     """
-    rows: list[Row] = []
+    rows = Rows()
     sharing = sharing or Sharing.none(len(lengths))
     for epoch in range(epochs):
-        whole = units(groups or [[sample] for sample in range(len(lengths))], lengths, capacity, f"{seed}/{epoch}")
+        alone = [[sample] for sample in range(len(lengths))]
+        whole = units(groups, lengths, capacity, f"{seed}/{epoch}") if groups else alone
         order = epoch_order([weights[unit[0]] for unit in whole], seed, epoch)
         pieces = gather([whole[number] for number in order], lengths, sharing, capacity)
         # Counted as if nothing were shared, so that a step has as many samples as without sharing, and an epoch as
@@ -108,7 +152,8 @@ def plan_rows(
         together = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
         tokens = [max(min(one, capacity), other) for one, other in zip(apart, together, strict=True)]
         packed = pack(tokens, capacity, range(len(pieces)))
-        rows += [[group for number in row for group in pieces[number]] for row in packed]
+        for row in packed:
+            rows.append(chain.from_iterable(pieces[number] for number in row))
     return rows
 
 

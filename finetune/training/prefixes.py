@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from finetune.model.prefixes import IGNORED, most_shared, shared_tokens
@@ -14,6 +15,7 @@ from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES, Sharing
 from finetune.training.samples import TokenizedSamples
 
 Numbers: TypeAlias = npt.NDArray[Any]
+AT_ONCE = 10_000  # samples whose tokens are copied at once
 LEAST_SAVED = 0.1  # of a group's tokens; below that, and below LEAST_TOKENS, samples are left to be shuffled freely
 
 
@@ -21,22 +23,25 @@ def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False, whole_p
     """Groups of samples such that rows save most tokens, if each sample is in one group. `media_in_prefix`: only where
     all media of a group stand in its prefix; `whole_prompts`: only where all of its prompts do.
     """
-    keys = _beginnings(samples)
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    shared = [_equal_bytes(keys[one], keys[other]) // 4 for one, other in pairwise(order)]
-    needed = [0] * len(keys)
+    count = len(samples)
+    beginnings, starts = _beginnings(samples)
+    order = _sorted(beginnings, starts)
+    in_order = (beginnings[starts[number] : starts[number + 1]] for number in order)
+    shared = [_equal(one, other) for one, other in pairwise(in_order)]
+    del beginnings, in_order
+    needed = [0] * count
     if media_in_prefix:
         ends = samples.column("media_ends")
         needed = [max(ends[number], default=0) for number in order]
     if whole_prompts:
         prompts = _prompts(samples)
         needed = [max(least, int(prompts[number])) for least, number in zip(needed, order, strict=True)]
-    lengths = samples.taught_lengths
-    group, saved = list(range(len(keys))), [0] * len(keys)
-    del keys
+    lengths, teachers = samples.taught_lengths, samples.arrow("teacher_input_ids")
+    taught = teachers.is_valid().to_numpy()
+    group, saved = list(range(count)), [0] * count
     for span in _best_groups(shared, needed):
-        members = [order[place] for place in range(span.begin, span.end)]
-        tokens = min(span.depth, _shared_by_teachers(samples, members))
+        members = order[span.begin : span.end].tolist()
+        tokens = min(span.depth, _shared_by_teachers(samples, members)) if taught[members].all() else span.depth
         least = LEAST_SAVED * sum(lengths[number] for number in members)
         if tokens < LEAST_TOKENS or tokens * _spared(len(members)) < least:
             continue
@@ -50,22 +55,41 @@ def _spared(count: int) -> int:
     return count - -(-count // MOST_BRANCHES)
 
 
-def _beginnings(samples: TokenizedSamples) -> list[bytes]:
-    """What may stand in a prefix of each sample: token ids and, in the place of a medium's, its number. Big-endian, so
-    that bytes sort as they do.
+def _beginnings(samples: TokenizedSamples) -> tuple[Numbers, Numbers]:
+    """(what may stand in a prefix of each sample, one after another: token ids and, in the place of a medium's, its
+    number; where those of each sample begin, and their end). Big-endian, so that bytes sort as they do.
     """
+    count = len(samples)
+    parts = [samples.select(range(at, min(at + AT_ONCE, count))) for at in range(0, max(count, 1), AT_ONCE)]
+    names = pc.unique(pa.chunked_array([_media_names(part).unique() for part in parts], pa.string()))
+    found = [_beginnings_of(part, names) for part in parts]
+    sizes = np.concatenate([size for _, size in found])
+    return np.concatenate([ids for ids, _ in found]), np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _beginnings_of(samples: TokenizedSamples, names: pa.Array) -> tuple[Numbers, Numbers]:
+    """(the ids, uint32 and big-endian; how many each sample has). `names`: of all media."""
     most = _most_shared(samples)
     ids, ends = _flat(samples, "input_ids")
     ids = ids.astype(">u4")
-    begins, stops, numbers, owners = _media(samples)
+    begins, media_ends = _flat(samples, "media_begins")
+    stops, _ = _flat(samples, "media_ends")
+    owners = np.repeat(np.arange(len(samples)), np.diff(media_ends))
+    numbers = pc.index_in(_media_names(samples), value_set=names).to_numpy()
     cut = (begins < most[owners]) & (most[owners] < stops)
     most[owners[cut]] = begins[cut]
     starts, sizes = ends[:-1], stops - begins
     places = np.repeat(starts[owners] + begins - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
     ids[places] = np.repeat(2**31 + numbers.astype(np.int64), sizes)
-    content = ids.view(np.uint8).data
-    spans = zip((4 * starts).tolist(), (4 * (starts + most)).tolist(), strict=True)
-    return [bytes(content[begin:end]) for begin, end in spans]
+    return ids[np.arange(len(ids)) < np.repeat(starts + most, np.diff(ends))], most
+
+
+def _sorted(beginnings: Numbers, starts: Numbers) -> Numbers:
+    """The numbers of the samples in the order of their beginnings."""
+    buffers = [None, pa.py_buffer(4 * starts.astype(np.int64)), pa.py_buffer(beginnings)]
+    keys = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(starts) - 1, buffers)
+    order: Numbers = pc.array_sort_indices(keys).to_numpy().astype(np.int64)
+    return order
 
 
 def _flat(samples: TokenizedSamples, name: str) -> tuple[Numbers, Numbers]:
@@ -93,28 +117,21 @@ def _most_shared(samples: TokenizedSamples) -> Numbers:
     return most
 
 
-def _media(samples: TokenizedSamples) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    """(where each medium of all samples begins, and ends; its number, equal for equal media; that of its sample)"""
-    begins, ends = _flat(samples, "media_begins")
-    owners = np.repeat(np.arange(len(samples)), np.diff(ends))
+def _media_names(samples: TokenizedSamples) -> pa.ChunkedArray:
+    """Of all media, one after another: equal for equal media."""
     kinds, keys = (pc.list_flatten(samples.arrow(name)) for name in ("media_kinds", "media_keys"))
-    names = pc.binary_join_element_wise(kinds, keys, " ").combine_chunks()
-    numbers = names.dictionary_encode().indices.to_numpy()
-    return begins, _flat(samples, "media_ends")[0], numbers, owners
+    return pc.binary_join_element_wise(kinds, keys, " ")
 
 
-def _equal_bytes(one: bytes, other: bytes) -> int:
-    """With how many equal bytes both begin."""
+def _equal(one: Numbers, other: Numbers) -> int:
+    """With how many equal numbers both begin."""
     count = min(len(one), len(other))
-    different = np.flatnonzero(np.frombuffer(one, np.uint8, count) != np.frombuffer(other, np.uint8, count))
+    different = np.flatnonzero(one[:count] != other[:count])
     return int(different[0]) if len(different) else count
 
 
 def _shared_by_teachers(samples: TokenizedSamples, members: Sequence[int]) -> int:
-    """Tokens with which the rows of the teacher begin; without a teacher there is no limit."""
-    teachers = samples.arrow("teacher_input_ids")
-    if any(not teachers[number].is_valid for number in members):
-        return 2**31
+    """Tokens with which the rows of the teacher begin."""
     rows = [samples[number] for number in members]
     most = min(most_shared(row.teacher_labels or ()) for row in rows)
     return shared_tokens([row.teacher_input_ids or () for row in rows], most)

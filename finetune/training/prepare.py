@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 from accelerate import PartialState
 
 from finetune.common.errors import RUN, TrainingError, option
-from finetune.common.progress import Stopwatch, console
+from finetune.common.progress import Stopwatch, console, trim_memory
 from finetune.common.run_folder import RunFolder, write_json, write_text
 from finetune.data.rows import (
     by_task,
@@ -169,7 +170,7 @@ def refuse_other_rows(folder: RunFolder, digest: str) -> None:
 
 def stage_rows(
     prepared: PreparedRun, stage: Stage, model: MultimodalModel, kind: RowKind, seed: int
-) -> tuple[TokenizedSamples, list[Row]]:
+) -> tuple[TokenizedSamples, Sequence[Row]]:
     """The samples that a stage uses, and the rows of all its epochs, in the order in which they train."""
     run, training = prepared.run, prepared.training
     chosen = samples_of(stage, training)
@@ -196,4 +197,6 @@ def stage_rows(
         if kind is RowKind.SHARED
         else None,
     )
+    pa.default_memory_pool().release_unused()
+    trim_memory()
     return samples, rows

@@ -337,7 +337,7 @@ def row_kind_of_answers(kind: RowKind, fusion: FusionPart) -> RowKind:
 
 def rollout_rows(
     train: Train, stage: Stage, lengths: Sequence[int], weights: Sequence[float], seed: int, kind: RowKind
-) -> list[Row]:
+) -> Sequence[Row]:
     """Rows of prompts whose sampled answers, laid out as `kind` says, fit a packed row. Those of an optimizer step are
     repeated as often as the objective learns from them. Raises DataError.
     """
@@ -351,9 +351,10 @@ def rollout_rows(
             f"stage {stage.name!r}: with this LLM each of the {options.answers} answers needs its question beside it, "
             f"{max(tokens):,} tokens: raise train.tokens_per_batch (now {capacity:,})"
         )
-    rows = plan_rows(tokens, weights, capacity=capacity, epochs=int(stage.epochs), seed=seed)
+    planned = plan_rows(tokens, weights, capacity=capacity, epochs=int(stage.epochs), seed=seed)
     if objective.iterations == 1:
-        return rows
+        return planned
+    rows = [*planned]
     step = train.accumulate * PartialState().num_processes
     rows += [[]] * (-len(rows) % step)
     steps = [rows[start : start + step] for start in range(0, len(rows), step)]

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -74,7 +75,7 @@ def _finished(
     processes = PartialState()
     best_step = validation.restore_best() if validation else None
     steps = validation.history[-1].step if validation else training.steps  # fewer where it ended early
-    rows = training.rows[: steps * training.settings.accumulate * processes.num_processes]
+    rows = islice(training.rows, steps * training.settings.accumulate * processes.num_processes)
     lengths = training.collator.samples.lengths
     trained_on = [number for row in rows for group in row for number in group]
     return StageResult(

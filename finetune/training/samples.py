@@ -131,9 +131,9 @@ class TokenizedSamples:
 
     def arrow(self, name: str) -> pa.ChunkedArray:
         """A column, a value for each sample."""
-        column = self.table.column(name)
-        whole = np.array_equal(self.numbers, np.arange(self.table.num_rows))
-        return column if whole else column.take(pa.array(self.numbers))
+        column, first = self.table.column(name), int(self.numbers[0]) if len(self.numbers) else 0
+        in_succession = np.array_equal(self.numbers, np.arange(first, first + len(self.numbers)))
+        return column.slice(first, len(self.numbers)) if in_succession else column.take(pa.array(self.numbers))
 
     def column(self, name: str) -> list[Any]:
         result: list[Any] = self.arrow(name).to_pylist()
@@ -166,10 +166,15 @@ class TokenizedSamples:
         return [max(length, other) for length, other in zip(self.lengths, teachers, strict=True)]
 
 
-def groups_of(samples: TokenizedSamples) -> list[list[int]]:
-    """Numbers of the samples that share a packed row: those that are compared, and each other one alone."""
+def groups_of(samples: TokenizedSamples) -> list[list[int]] | None:
+    """Numbers of the samples that share a packed row: those that are compared, and each other one alone. None where
+    none are compared.
+    """
+    names = samples.arrow("group")
+    if not pc.any(pc.not_equal(names, "")).as_py():
+        return None
     groups: dict[Hashable, list[int]] = {}
-    for number, group in enumerate(samples.column("group")):
+    for number, group in enumerate(names.to_pylist()):
         groups.setdefault(group or number, []).append(number)
     return list(groups.values())
 

@@ -1,10 +1,13 @@
 """What one stage trains with, and the same as trl takes it."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -14,7 +17,7 @@ from finetune.model.composite import MultimodalModel
 from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import KEPT, STAGING
 from finetune.training.collate import Collator
-from finetune.training.pack import Row
+from finetune.training.pack import Row, Rows
 from finetune.training.rollouts import Rollouts
 from finetune.training.suspects import FILE, Suspects
 from finetune.training.tracking import reported_to
@@ -58,13 +61,18 @@ def suspects_of(training: StageTraining) -> Suspects:
 
 def packed_rows(rows: Sequence[Row]) -> Dataset:
     """Rows for all processes: the last ones are filled up with rows from which nothing is learned."""
-    filler = -len(rows) % PartialState().num_processes
-    return Dataset.from_dict(
-        {
-            "groups": [rows[number % len(rows)] for number in range(len(rows) + filler)],
-            "filler": [False] * len(rows) + [True] * filler,
-        }
-    )
+    packed = rows if isinstance(rows, Rows) else Rows.of(rows)
+    filler = -len(packed) % PartialState().num_processes
+    by_group = pa.LargeListArray.from_arrays(_arrow(packed.groups), _arrow(packed.samples))
+    by_row = pa.LargeListArray.from_arrays(_arrow(packed.ends), by_group)
+    numbers = np.arange(len(packed) + filler)
+    groups = by_row.take(pa.array(numbers % len(packed))) if filler else by_row
+    return Dataset.from_dict({"groups": groups, "filler": pa.array(numbers >= len(packed))})
+
+
+def _arrow(numbers: "array[int]") -> pa.Array:
+    """The same memory as an Arrow array."""
+    return pa.array(np.frombuffer(numbers, f"i{numbers.itemsize}"))
 
 
 def trainer_arguments(training: StageTraining) -> SFTConfig:

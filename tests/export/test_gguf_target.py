@@ -393,7 +393,11 @@ CONVERSION = {  # a converter that knows Qwen2 and a multimodal class of its own
                 raise NotImplementedError(name)
             return ModelBase.classes[name]
     """,
-    "convert_hf_to_gguf.py": "import pathlib, sys; pathlib.Path(sys.argv[1], 'arguments').write_text(' '.join(sys.argv[2:]))",
+    "convert_hf_to_gguf.py": """
+        import pathlib, sys
+
+        pathlib.Path(sys.argv[1], "arguments").write_text(" ".join(sys.argv[2:]))
+    """,
 }
 
 

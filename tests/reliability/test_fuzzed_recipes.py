@@ -1,4 +1,4 @@
-"""Every shipped recipe, spoilt in many ways: each verb refuses it in a line that says where, at once and without torch."""
+"""Every shipped recipe, spoilt in many ways: each verb refuses it in a line that says where, at once, without torch."""
 
 import copy
 import re

@@ -3,13 +3,28 @@ one message says what to change.
 """
 
 import json
+import os
+import resource
 from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
 
+import forked
 import pytest
 import torch
-from cli import cli
-from packed import SAMPLES, At, collator_of, composite_with_lora, power_cut, read, train_composite, weights_of
-from tiny import tiny_encoder, tiny_picture
+from cli import REAL, cli
+from packed import (
+    SAMPLES,
+    At,
+    collator_of,
+    composite_with_lora,
+    power_cut,
+    read,
+    samples_of,
+    train_composite,
+    weights_of,
+)
+from tiny import tiny_encoder, tiny_picture, tiny_recipe
 from trained_runs import copy_of
 from transformers import TrainerCallback
 
@@ -114,7 +129,7 @@ def test_a_resumed_run_halves_at_the_same_place(tmp_path):
     options = {"rows": ROWS, "collator": collator_of(NAMED), "save_every_n_steps": 2}
     whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
     model, cut, resumed = (composite_with_lora() for _ in range(3))
-    log = train_composite(model, whole.checkpoints / "tune", callbacks=[Room(model, 3, 40)], **options)
+    log = train_composite(model, whole.checkpoints / "tune", callbacks=[Room(model, 3, 40, backward=True)], **options)
     assert [one["step"] for one in halved(whole)] == [3]
     with pytest.raises(OSError):
         train_composite(cut, run.checkpoints / "tune", callbacks=[Room(cut, 3, 40), At(4, power_cut)], **options)
@@ -161,6 +176,7 @@ def test_what_compares_whole_rows_is_not_halved(tmp_path):
         )
 
 
+@pytest.mark.full
 def test_bad_rows_are_left_out_of_halved_ones(tmp_path):
     """The same rows, losses and weights as where memory does."""
 
@@ -237,3 +253,78 @@ def test_scores_stay_where_answers_are_halved_and_a_merge_says_what_it_needs(fin
 
 def raises(error):
     raise error
+
+
+def virtual(key):
+    """VmSize or VmPeak of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def trains_in(folder, rows, accumulate, room, results):
+    """A stage of long rows; puts (losses, lines of micro_batches.jsonl, bytes that it took)."""
+    samples = [replace(one, where=f"rows.csv:{number + 2}") for number, one in enumerate(samples_of([200] * 16))]
+    model, before = plain(), virtual("VmSize")
+    if room:
+        resource.setrlimit(resource.RLIMIT_AS, (before + room, resource.RLIM_INFINITY))
+    log = train_composite(
+        model,
+        folder / "run" / "checkpoints" / "tune",
+        rows=rows,
+        accumulate=accumulate,
+        collator=collator_of(samples),
+        save_every_n_steps=100,
+    )
+    known = halved(RunFolder(folder / "run")) if room else []
+    results.put(([entry["loss"] for entry in log], known, virtual("VmPeak") - before))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("short", [0, 6])
+def test_under_a_limit_of_the_system(short, tmp_path, tried):
+    """Rows of 3,200 tokens, whose mask alone grows by the square; `short` steps of few tokens come first."""
+    few, many = [[[0], [1]]] * short, [[number] for number in range(16)]
+    context = get_context("fork")
+
+    def trained(name, rows, accumulate=1, room=0):
+        results = context.SimpleQueue()
+        process = context.Process(target=trains_in, args=(tmp_path / name, rows, accumulate, room, results))
+        process.start()
+        found = results.get()
+        process.join()
+        return found
+
+    losses, _, whole = trained("whole", [*few, *[many] * 3])
+    pieces = [*[[row[:1], row[1:]] for row in few], *[[many[:8], many[8:]]] * 3]
+    _, _, least = trained("pieces", [part for both in pieces for part in both], 2)
+    assert least < 0.7 * whole
+    limited, known, _ = trained("limited", [*few, *[many] * 3], room=(whole + least) // 2)
+    assert known and known[0]["step"] == short + 1 and limited == pytest.approx(losses, rel=1e-5)
+    tried(
+        f"out of memory at step {short + 1}: {(whole + least) // 2**21} MiB where a row takes {whole // 2**20}",
+        f"computed in {known[-1]['pieces']} pieces; losses within 1e-5",
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("verb", ["train", "evaluate", "merge"])
+def test_with_little_memory_a_command_ends_or_says_so(verb, tmp_path, tried):
+    recipe, statuses = tiny_recipe(tmp_path), []
+    assert verb == "train" or cli("train", recipe, "--run", tmp_path / "run").returncode == 0
+    arguments = (
+        [str(recipe), "--run", str(tmp_path / "run"), "--overwrite"] if verb == "train" else [str(tmp_path / "run")]
+    )
+    for room in (8, 16, 32, 64, 128, 256, 512, 1024):  # with less the interpreter itself fails
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if not child:
+            os.dup2(write_end, 2)
+            resource.setrlimit(resource.RLIMIT_AS, (virtual("VmSize") + room * 2**20, resource.RLIM_INFINITY))
+            forked.become([*REAL, verb, *arguments])
+        os.close(write_end)
+        with os.fdopen(read_end, errors="replace") as file:
+            said = file.read()
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert "Traceback" not in said, (room, said)
+        assert statuses[-1] == 0 or (statuses[-1] == 1 and "memory" in said.splitlines()[-1]), (room, said)
+    tried(f"{verb} in 8 to 1024 MiB more than it began with", f"exit {sorted({*statuses})}; no traceback")

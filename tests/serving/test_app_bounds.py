@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -312,7 +313,9 @@ def test_other_addresses_and_methods(plain):
     assert call(plain, "/v1/none")[0] == 404 and "under /v1" in message_of(call(plain, "/v1/none"))
     assert call(plain, CHAT)[0] == 405
     described = call(plain, "/openapi.json")[2]
-    assert described["paths"][CHAT]["post"]["requestBody"]["required"] and "Turn" in described["components"]["schemas"]
+    assert described["paths"][CHAT]["post"]["requestBody"]["required"]
+    named = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(described)))
+    assert {"ChatRequest", "HeadRequest", "Turn"} <= named <= described["components"]["schemas"].keys()
     for path in ("/docs", "/redoc", "/../etc/hostname", "/static/a"):
         assert call(plain, path)[0] == 404
 

@@ -1,10 +1,13 @@
 import random
+import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from finetune.common.errors import DataError
-from finetune.training.pack import MOST_BRANCHES, Sharing, epoch_order, pack, plan_rows, units
+from finetune.training import stage_training
+from finetune.training.pack import MOST_BRANCHES, Rows, Sharing, epoch_order, pack, plan_rows, units
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -162,3 +165,33 @@ def test_pairs_about_one_medium_share_it():
     together = [group for row in rows for group in row]
     assert sorted(map(len, together)) == [8] * 5
     assert all(group[place] + 1 == group[place + 1] for group in together for place in range(0, 8, 2))
+
+
+def test_rows_in_arrays_are_those_that_were_added():
+    added = [[[3, 1], [2]], [], [[70000]], [[0], [5, 4, 6]]]
+    rows = Rows.of(added)
+    assert [*rows] == added and len(rows) == 4
+    assert rows[-1] == added[-1] and rows[1:3] == added[1:3]
+    with pytest.raises(IndexError):
+        rows[4]
+    assert rows != Rows.of([*added[:3], [[0, 5], [4, 6]]])
+
+
+def test_a_row_of_an_epoch_takes_a_few_bytes():
+    samples = 2_000
+    rows = plan_rows([100] * samples, [1.0] * samples, capacity=1000, epochs=2, seed=0)
+    tracemalloc.start()
+    copy = Rows.of(rows)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert copy == rows and size < 16 * 2 * samples
+
+
+@pytest.mark.parametrize("processes, filler", [(1, 0), (2, 1), (5, 2)])
+def test_the_last_rows_are_filled_up_for_all_processes(processes, filler, monkeypatch):
+    monkeypatch.setattr(stage_training, "PartialState", lambda: SimpleNamespace(num_processes=processes))
+    rows = [[[3, 1], [2]], [[0]], [[4]]]
+    for given in (rows, Rows.of(rows)):
+        dataset = stage_training.packed_rows(given)
+        assert dataset["groups"][:] == [*rows, *rows[:filler]]
+        assert dataset["filler"][:] == [False] * 3 + [True] * filler

@@ -185,7 +185,7 @@ def test_what_no_recipe_takes_is_told_before_anything_trains(over, trials, match
 
 def test_trials_over_another_base_share_nothing(recipe, monkeypatch):
     monkeypatch.setattr(Shared, "load", classmethod(lambda cls, recipe: object()))
-    parts, given = SharedParts(), load_recipe(recipe)
+    parts, given = SharedParts(), load_recipe(recipe, ["train.stages.0.trains=[adapter]"])
     bases = [Base(name="org/one"), Base(name="org/two"), Base(name="org/two", quantize="none")]
     recipes = [given.model_copy(update={"model": Model(base=base)}) for base in bases]
     shared_by = [parts.of(one) for one in (*recipes, recipes[-1])]

@@ -126,7 +126,7 @@ def _rest_of_lines(
     of_copy = source.model_copy(update={"path": copy})
     with source.path.open(encoding=encoding, errors="replace") as file:
         for number, line in islice(enumerate(_elements(file, source.path, report), 1), last, None):
-            copy.write_text(f"{line}\n", encoding="utf-8")
+            copy.write_text(f"{line}\n", encoding="utf-8", errors="surrogatepass")  # as `json` reads it
             try:
                 for row in read_rows(of_copy, max_bytes):
                     yield replace(row, path=source.path, number=number)

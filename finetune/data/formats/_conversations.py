@@ -127,6 +127,8 @@ def with_parts(where: str, columns: Columns) -> Columns:
 
 def _part(place: str, part: Any, media: dict[str, list[Any]], embedded: set[str]) -> Any:
     name = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(name, str):
+        return part
     if name in URLS:
         kind, value = URLS[name], part.get(name)
         value = value.get("url") if isinstance(value, dict) else value

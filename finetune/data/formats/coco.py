@@ -27,7 +27,7 @@ def detects(path: Path) -> bool:
 def rows(path: Path, options: Options) -> NumberedRows:
     files: dict[Any, str] = {}
     for number, image in _elements(path, "images"):
-        if "id" not in image or not isinstance(image.get("file_name"), str):
+        if not isinstance(image.get("id"), str | int) or not isinstance(image.get("file_name"), str):
             raise DataError(f"{path.name}: images.{number - 1}: without 'id' and 'file_name': {str(image)[:80]}")
         files[image["id"]] = image["file_name"]
     if not files:
@@ -38,7 +38,7 @@ def rows(path: Path, options: Options) -> NumberedRows:
         if not isinstance(caption, str):
             problem = "no 'caption'; boxes and keypoints aren't supported"
             raise DataError(f"{path.name}:{number}: annotations.{number - 1}: {problem}: {str(note)[:80]}")
-        if image_id not in files:
+        if not isinstance(image_id, str | int) or image_id not in files:
             raise DataError(f"{path.name}:{number}: annotations.{number - 1}: no image has the id {image_id!r}")
         if options.join:
             joined.setdefault(image_id, []).append(caption.strip())

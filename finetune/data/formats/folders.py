@@ -31,6 +31,8 @@ def detects(path: Path) -> bool:
 
 
 def rows(path: Path, options: Options) -> NumberedRows:
+    if not path.is_dir():
+        raise DataError(f"{path}: not a folder, which the format `folders` reads")
     ignored = {suffix.lower() for suffix in options.ignore}
     labels = [folder for folder in _visible(path) if folder.is_dir()]
     if not labels:

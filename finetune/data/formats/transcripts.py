@@ -33,6 +33,8 @@ def detects(path: Path) -> bool:
 
 
 def rows(path: Path, options: Options) -> NumberedRows:
+    if not path.is_dir():
+        raise DataError(f"{path}: not a folder, which the format `transcripts` reads")
     name = options.file or _transcripts(path)
     if name is None and _has_pairs(path):
         yield from _beside_texts(path)

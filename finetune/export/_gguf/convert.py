@@ -3,8 +3,8 @@
     convert.py LLAMA_CPP PRE_TOKENIZER ARCHITECTURE FOLDER [options of convert_hf_to_gguf.py]
 
 PRE_TOKENIZER: llama.cpp's name for that of the tokenizer in FOLDER, used if its hash is unknown; '' to refuse it then.
-ARCHITECTURE: the class of the LLM in FOLDER, written into its config.json if the converter doesn't know the class of the
-whole; '' for none.
+ARCHITECTURE: the class of the LLM in FOLDER, written into its config.json if the converter doesn't know the class of
+the whole; '' for none.
 """
 
 import json

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 from transformers.utils import cached_file
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from finetune.common.errors import ModelError
 from finetune.common.hub import loading
@@ -279,25 +280,39 @@ def _without_videos(name: str, config: Any, options: Mapping[str, Any], error: I
             f"base {name!r}: its processor can't be loaded: {' '.join(str(error).split())[:200]}"
         ) from None
 
-    def check(self: Any, argument: str, value: Any) -> Any:
-        return None if value is None else found.check_argument_for_proper_class(self, argument, value)
+    given: dict[str, Any] = {}
+    for part in found.get_attributes():
+        if part == "video_processor":
+            given[part] = _UnreadVideos(_UnreadVideos.get_video_processor_dict(name, **options)[0])
+        else:
+            given[part] = MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
+    without: Any = type(found.__name__, (_WithoutVideos, found), {})
+    return without.from_args_and_dict(list(given.values()), settings)
 
-    def attributes(cls: Any) -> list[str]:
-        return [part for part in found.get_attributes() if not cls.built or part != "video_processor"]
 
-    parts = [
-        None if part == "video_processor" else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(name, **options)
-        for part in found.get_attributes()
-    ]
-    methods = {"check_argument_for_proper_class": check, "get_attributes": classmethod(attributes), "built": False}
-    without: Any = type(found.__name__, (found,), methods)
-    processor = without.from_args_and_dict(parts, settings)
-    without.built = True  # from here on, when it is saved, there is no such part
-    return processor
+class _WithoutVideos:
+    """Goes before a processor's class, whose check asks for torchvision too."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if isinstance(argument, _UnreadVideos):
+            return type(argument)
+        return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+
+
+class _UnreadVideos(BaseVideoProcessor):  # type: ignore[no-untyped-call]
+    """Stands in the place of a base's video processor, which can't be built without torchvision: keeps its settings, to
+    be saved with the others.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.settings
 
 
 def _reads_videos(processor: Any) -> bool:
-    return getattr(processor, "video_processor", None) is not None
+    return not isinstance(getattr(processor, "video_processor", None), _UnreadVideos | None)
 
 
 def _complete_template(processor: Any, settings: Base, media: tuple[str, ...], both_ways: bool) -> None:

@@ -22,4 +22,5 @@ def openapi(routes: Sequence[BaseRoute]) -> JsonObject:
     """Version 3.1, as JSON."""
     _, definitions = models_json_schema([(ChatRequest, "validation"), (HeadRequest, "validation")], ref_template=REF)
     content = get_openapi(title="finetune", version=VERSION, routes=routes)
-    return {**content, "components": {"schemas": definitions["$defs"]}}
+    schemas = {**content["components"]["schemas"], **definitions["$defs"]}
+    return {**content, "components": {"schemas": schemas}}

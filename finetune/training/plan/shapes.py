@@ -31,8 +31,8 @@ def language_model_on_meta(llm: LanguageModel, dtype: torch.dtype) -> Any:
 
 
 def base_on_meta(base: ExistingModel, quantize: Quantize) -> Any:
-    """The base as it is loaded with this quantization, from its config alone. Its encoders compute with it from here on,
-    on the CPU, once its weights are there without data.
+    """The base as it is loaded with this quantization, from its config alone. Its encoders compute with it from here
+    on, on the CPU, once its weights are there without data.
     """
     base.settings = base.settings.model_copy(update={"quantize": quantize})
     model = copy.deepcopy(base.skeleton)

@@ -8,7 +8,7 @@ from families.qwen_vl import PREPROCESSOR as PICTURE_PREPROCESSOR
 from families.qwen_vl import QWEN2_5_VL, TEXT_OF_QWEN, VIDEO_PREPROCESSOR
 
 MELS = 16
-SECONDS = 2  # that an encoder hears at once; published ones hear 30
+SECONDS = 30  # that an encoder hears at once
 ENCODER = {  # of Whisper's form
     "num_mel_bins": MELS,
     "d_model": 64,

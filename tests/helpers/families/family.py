@@ -39,8 +39,8 @@ class Family:
     """`config`: of the model, with tokens written out where the config has their ids. `special`: the tokens beside the
     learned ones. `named`: the tokenizer's attributes. `recipe_template`: the chat template that a recipe gives where
     none is published. `needs`: packages without which the family's processor doesn't load. `seed`: of
-    weights whose answers differ from medium to medium. The other mappings are the
-    files of that name as they are published.
+    weights whose answers differ from medium to medium. The other mappings are the files of that name as they are
+    published.
     """
 
     model_type: str
@@ -77,7 +77,7 @@ def write_family(family: Family, folder: Path) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    _rename(folder / "model.safetensors", config)
+    _as_published(folder / "model.safetensors", config)
     tokenizer.save_pretrained(folder)
     if family.tokenizer == "metaspace":
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokenizer))
@@ -101,12 +101,13 @@ def _with_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     return values
 
 
-def _rename(weights: Path, config: Any) -> None:
-    """Name the towers' weights as in published folders, which transformers does only where it read them so."""
-    if getattr(config.to_dict().get("vision_config"), "get", {}.get)("model_type") in ("clip_vision_model", "siglip_vision_model"):
-        tensors = load_file(weights)
-        named = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensor for name, tensor in tensors.items()}
-        save_file(named, weights, {"format": "pt"})
+def _as_published(weights: Path, config: Any) -> None:
+    """Rename a CLIP or SigLIP tower's weights: transformers keeps their published names only where it read them."""
+    tower = getattr(config, "vision_config", None)
+    if getattr(tower, "model_type", None) in ("clip_vision_model", "siglip_vision_model"):
+        old, new = "vision_tower.", "vision_tower.vision_model."
+        tensors = {name.replace(old, new, 1): tensor for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
 
 
 def _felt(model: nn.Module) -> Any:
