@@ -27,9 +27,9 @@ def imitate(model: Any, student: Mapping[str, Any], teacher: Teacher | TeacherDi
     another model's distributions.
 
     `model`: a `MultimodalModel`; `student`: keywords of its `forward`, with as many `label_rows` (K,) as the teacher's;
-    the teacher without adapter. Returns `loss`, the KL divergence of next-token distributions softened by the temperature, summed
-    over K (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens
-    are equal.
+    the teacher without adapter. Returns `loss`, the KL divergence of next-token distributions softened by the
+    temperature, summed over K (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the
+    most likely tokens are equal.
     """
     if isinstance(teacher, TeacherDistributions):
         logits = model.label_logits(**student)
