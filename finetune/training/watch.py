@@ -60,7 +60,7 @@ class StageWatch(TrainerCallback):
         self.guessing: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warnings behind the step that a resumed stage goes on from are dropped: what still holds is reported again."""
+        """Warnings behind the step that a resumed stage goes on from are dropped; they come again where they hold."""
         known, name = read_warnings(self.path), self.training.stage.name
         left = [one for one in known if one.stage != name or one.step <= state.global_step]
         self.reported = [one for one in left if one.stage == name]
