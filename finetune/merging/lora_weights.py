@@ -111,8 +111,8 @@ def on_disk(skeleton: nn.Module) -> dict[str, str]:
 
 
 def blocks(module: nn.Module, name: str = "") -> list[str]:
-    """Names of the outermost modules that have weights of their own."""
-    if any(True for _ in module.parameters(recurse=False)):
+    """Names of the outermost modules that have weights or saved buffers of their own."""
+    if any("." not in key for key in module.state_dict()):
         return [name]
     children = ((f"{name}.{child}".lstrip("."), inner) for child, inner in module.named_children())
     return [block for path, inner in children for block in blocks(inner, path)]
