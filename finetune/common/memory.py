@@ -11,7 +11,7 @@ from finetune.common.errors import OutOfMemory
 
 # torch's allocators raise RuntimeErrors, cuBLAS and C++ some of their own; libraries that don't fit can't be imported.
 RAISED = (MemoryError, RuntimeError, OSError, ImportError)
-SAID = re.compile("(out of|allocate) memory|bad_alloc|ALLOC_FAILED|failed to map segment")
+MESSAGE = re.compile("(out of|allocate) memory|bad_alloc|ALLOC_FAILED|failed to map segment")
 BY_PLAN = "`finetune plan RECIPE` says what each takes"
 TRAINING = (
     "in this order: train.dequantize_once: false, train.checkpoint_every_n_layers: 1, quantize: nf4, optimizer: "
@@ -28,8 +28,8 @@ Result = TypeVar("Result")
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    said = isinstance(error, RuntimeError | ImportError) and SAID.search(str(error))
-    return isinstance(error, MemoryError) or bool(said)
+    by_message = isinstance(error, RuntimeError | ImportError) and MESSAGE.search(str(error))
+    return isinstance(error, MemoryError) or bool(by_message)
 
 
 @contextmanager

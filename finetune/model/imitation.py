@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from torch.nn import functional
 
 from finetune.model.language_model import without_adapter
 from finetune.model.teacher_distributions import TeacherDistributions
-
-if TYPE_CHECKING:
-    from finetune.model.composite import MultimodalModel
 
 
 @dataclass(frozen=True)
@@ -25,16 +22,14 @@ class Teacher:
     temperature: float
 
 
-def imitate(
-    model: "MultimodalModel", student: Mapping[str, Any], teacher: Teacher | TeacherDistributions
-) -> dict[str, Tensor]:
+def imitate(model: Any, student: Mapping[str, Any], teacher: Teacher | TeacherDistributions) -> dict[str, Tensor]:
     """Distance of the LLM that sees media from the LLM that reads their text, at the tokens of the answers; or from
     another model's distributions.
 
-    `student`: keywords of `MultimodalModel.forward`, with as many `label_rows` (K,) as the teacher's; the teacher
-    without adapter. Returns `loss`, the KL divergence of next-token distributions softened by the temperature, summed
-    over K (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K the most likely tokens
-    are equal.
+    `model`: a `MultimodalModel`; `student`: keywords of its `forward`, with as many `label_rows` (K,) as the
+    teacher's; the teacher without adapter. Returns `loss`, the KL divergence of next-token distributions softened by
+    the temperature, summed over K (Ultravox, https://github.com/fixie-ai/ultravox), and `agreement`: on how many of K
+    the most likely tokens are equal.
     """
     if isinstance(teacher, TeacherDistributions):
         logits = model.label_logits(**student)

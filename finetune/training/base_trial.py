@@ -71,7 +71,7 @@ def base_row_kind(
     finally:
         model.train(before)
     name = type(model.causal_lm).__name__
-    return allowed[0], f"{name} is opened: its decoder reads cached features, in rows that are {allowed[0]}"
+    return allowed[0], f"{name} is opened: its decoder reads features of its encoders, in rows that are {allowed[0]}"
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _TrialMe
     for last in (tokens.input_ids[-1], 0):
         ids = torch.tensor([[*tokens.input_ids[:-1], last]], device=device)
         mask = torch.ones_like(ids)
-        beside = {"position_ids": position_ids(mask, left_padded_positions([tokens.positions], mask))}
+        beside: dict[str, Any] = {"position_ids": position_ids(mask, left_padded_positions([tokens.positions], mask))}
         if model.placement.prompts_both_ways:
             beside["token_type_ids"] = answer_types(mask, [prompt_tokens(tokens.labels)])
         outputs = model.backbone(ids, features, attention_mask=mask, use_cache=False, **beside)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from finetune.common.errors import ModelError
 from finetune.common.run_folder import RunFolder
 from finetune.model.bindings import TaskBinding
 from finetune.model.build import Components, load_components, load_llm
@@ -40,12 +39,7 @@ class Shared:
 
     @classmethod
     def load(cls, recipe: Recipe) -> "Shared":
-        """Raises ModelError where trainings would go on from each other's weights."""
-        if recipe.trains_base_projectors or (recipe.model.base is not None and recipe.tune_encoders):
-            raise ModelError(
-                "model.base: trainings that share a base can't train its projectors or encoders: train the adapter "
-                "alone in a sweep, or run them one by one"
-            )
+        """Of trainings that change no weights of the LLM or the encoders: they would go on from each other's."""
         components = load_components(recipe.model, recipe.tune_encoders, recipe.seed)
         features = Features(components.encoders, recipe.train.feature_folder, recipe.media)
         return cls(components, features, recipe.train)

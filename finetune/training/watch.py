@@ -1,5 +1,5 @@
-"""What seems wrong with a stage while it trains: a loss that rises or never falls, parts that get no gradient. Said in
-a line, and kept for the report.
+"""What seems wrong with a stage while it trains: a loss that rises or never falls, parts that get no gradient.
+Printed as a line, and kept for the report.
 """
 
 import json
@@ -55,15 +55,15 @@ class StageWatch(TrainerCallback):
         self.path = training.data / FILE
         self.used: set[str] = set()
         self.silent: Counter[str] = Counter()
-        self.told: list[StageWarning] = []
+        self.reported: list[StageWarning] = []
         self.losses: list[float] = []
         self.guessing: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What was told after the step that a resumed stage goes on from is told again, or no longer so."""
+        """Warnings behind the step that a resumed stage goes on from are dropped; they come again where they hold."""
         known, name = read_warnings(self.path), self.training.stage.name
         left = [one for one in known if one.stage != name or one.step <= state.global_step]
-        self.told = [one for one in left if one.stage == name]
+        self.reported = [one for one in left if one.stage == name]
         self.losses = [entry["loss"] for entry in state.log_history if math.isfinite(entry.get("loss", math.nan))]
         if len(left) < len(known) and PartialState().is_main_process:
             write_text(self.path, "".join(_line(one) + "\n" for one in left))
@@ -83,7 +83,7 @@ class StageWatch(TrainerCallback):
             self.silent[role] = self.silent[role] + 1 if silent else 0
             if self.silent[role] == SILENT_STEPS:
                 text = f"{role} has had no gradient in {SILENT_STEPS} steps: nothing in it learns"
-                self._tell(state.global_step + 1, role, text)
+                self._report(state.global_step + 1, role, text)
         self.used.clear()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -93,30 +93,30 @@ class StageWatch(TrainerCallback):
         self.losses.append(logs["loss"])
         losses, step = self.losses, state.global_step
         middle, first = spike(losses), step - SPIKE_STEPS
-        if middle is not None and not any(one.kind == "spike" and step - one.step < WINDOW for one in self.told):
-            self._tell(
+        if middle is not None and not any(one.kind == "spike" and step - one.step < WINDOW for one in self.reported):
+            self._report(
                 step,
                 "spike",
                 f"the loss has risen from {middle:.3g}, the median of the {WINDOW} steps before, to "
                 f"{losses[-SPIKE_STEPS]:.3g} for {SPIKE_STEPS} steps. Look at the rows of step {first + 1}, "
                 f"{self._rows_of(first)}; if they are right, lower learning_rate or max_grad_norm",
             )
-        if step < FEW_STEPS or any(one.kind in ("risen", "flat") for one in self.told):
+        if step < FEW_STEPS or any(one.kind in ("risen", "flat") for one in self.reported):
             return
         begin, now = median(losses[:5]), median(losses[-WINDOW:])
         before = median(losses[-2 * WINDOW : -WINDOW])
         advice = "Is the learning rate right, are the answers, and does the stage train what it should?"
         if now > begin + max(LEAST_RISE, 0.05 * begin):
-            self._tell(step, "risen", f"the loss is {now:.3g}, and was {begin:.3g} when the stage began. {advice}")
+            self._report(step, "risen", f"the loss is {now:.3g}, and was {begin:.3g} when the stage began. {advice}")
         elif now > max(self._guessing(), 0.97 * before):
-            self._tell(
+            self._report(
                 step,
                 "flat",
                 f"the loss no longer falls, and is {now:.3g}: tokens guessed by how frequent they are would give "
                 f"{self._guessing():.3g}. {advice}",
             )
         elif step == state.max_steps and now > max(0.97 * begin, 0.1):
-            self._tell(step, "flat", f"the loss has never fallen: {begin:.3g} at first, {now:.3g} at last. {advice}")
+            self._report(step, "flat", f"the loss has never fallen: {begin:.3g} at first, {now:.3g} at last. {advice}")
 
     def _rows_of(self, steps: int) -> str:
         """Of the optimizer step after so many."""
@@ -136,9 +136,9 @@ class StageWatch(TrainerCallback):
                 self.guessing = sum(n * math.log(tokens.total() / n) for n in tokens.values()) / max(tokens.total(), 1)
         return self.guessing
 
-    def _tell(self, step: int, kind: str, text: str) -> None:
+    def _report(self, step: int, kind: str, text: str) -> None:
         warning = StageWarning(self.training.stage.name, step, kind, text)
-        self.told.append(warning)
+        self.reported.append(warning)
         if PartialState().is_main_process:
             add_lines(self.path, [_line(warning)])
         console.print(f"{warning.stage}: step {step}: {text}")

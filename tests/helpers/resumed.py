@@ -49,7 +49,7 @@ def pictures(project: Path, epochs: int) -> Path:
 
 def sounds(project: Path, epochs: int) -> Path:
     tiny_audio_folder(project / "ears", "wav2vec2")
-    write_pictures_and_sounds(project / "data", {"train": 12, "test": 4})
+    write_pictures_and_sounds(project / "data", {"train": 34, "test": 4})
     task = {"kind": "classify", "media": ["audio"]}
     data = [{"path": str(project / "data" / f"sounds-{split}.csv"), "task": task, "split": split} for split in SPLITS]
     parts = parts_by_medium(project, "audio")
@@ -58,7 +58,7 @@ def sounds(project: Path, epochs: int) -> Path:
 
 def two_media(project: Path, epochs: int) -> Path:
     tiny_audio_folder(project / "ears", "wav2vec2")
-    write_pictures_and_sounds(project / "data", {"train": 8, "test": 4})
+    write_pictures_and_sounds(project / "data", {"train": 12, "test": 4})
     media = {"pictures": ["image"], "sounds": ["audio"], "both": ["image", "audio"]}
     data = [
         {
@@ -96,7 +96,7 @@ def mixed_tasks(project: Path, epochs: int) -> Path:
     ]
     validated = {"every_n_steps": 2, "limit": 4, "metric": "colour.accuracy", "patience": 2}
     trained = {"train__stages": stages(epochs, heads=True, first={"trains": ["projectors", "heads"]})}
-    return tiny_recipe(project, data=data, train__validation=validated, train__tokens_per_batch=320, **trained, **SET)
+    return tiny_recipe(project, data=data, train__validation=validated, train__tokens_per_batch=192, **trained, **SET)
 
 
 def distilled(project: Path, epochs: int) -> Path:

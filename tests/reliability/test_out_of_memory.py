@@ -129,7 +129,7 @@ def test_a_resumed_run_halves_at_the_same_place(tmp_path):
     options = {"rows": ROWS, "collator": collator_of(NAMED), "save_every_n_steps": 2}
     whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
     model, cut, resumed = (composite_with_lora() for _ in range(3))
-    log = train_composite(model, whole.checkpoints / "tune", callbacks=[Room(model, 3, 40)], **options)
+    log = train_composite(model, whole.checkpoints / "tune", callbacks=[Room(model, 3, 40, backward=True)], **options)
     assert [one["step"] for one in halved(whole)] == [3]
     with pytest.raises(OSError):
         train_composite(cut, run.checkpoints / "tune", callbacks=[Room(cut, 3, 40), At(4, power_cut)], **options)
@@ -176,6 +176,7 @@ def test_what_compares_whole_rows_is_not_halved(tmp_path):
         )
 
 
+@pytest.mark.full
 def test_bad_rows_are_left_out_of_halved_ones(tmp_path):
     """The same rows, losses and weights as where memory does."""
 

@@ -10,7 +10,9 @@ from finetune.model.build import build_model, load_components
 from finetune.recipe.schema import Base, Model
 
 
-@pytest.mark.parametrize(("family", "joins_later"), [("llava", True), ("qwen3_vl", False), ("gemma3", False)])
+@pytest.mark.parametrize(
+    ("family", "joins_later"), [("llava", True), ("qwen3_vl", False), ("gemma3", False), ("paligemma", False)]
+)
 def test_answers_are_those_of_each_question_alone(family, joins_later, tmp_path):
     folder = family_folder(family, tmp_path / "published")
     parts = load_components(Model(base=Base(name=str(folder), quantize="none")), {}, 0, torch.device("cpu"))

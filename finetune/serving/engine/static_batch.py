@@ -3,6 +3,7 @@ and for fusions that keep a batch's media between its steps.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def generate(assistant: Assistant, generations: Sequence[Generation]) -> None:
     device = model.get_input_embeddings().weight.device
     ids, mask = left_padded([generation.input_ids for generation in generations], pad, device)
     positions = [_positions(generation) for generation in generations]
-    beside: dict[str, Tensor] = {}
+    beside: dict[str, Any] = {}
     if (rope := left_padded_positions(positions, mask)) is not None:
         beside["position_ids"] = position_ids(mask, rope)
     if model.placement.prompts_both_ways:

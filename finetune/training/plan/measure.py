@@ -195,7 +195,7 @@ def _evaluate(planned: PlannedRun, model: MultimodalModel, meter: Meter) -> tupl
     gc.collect()
     before = meter.live
     meter.reset()
-    given = ("input_ids", "features", "media", "attention_mask", "rope_positions")
+    given = ("input_ids", "features", "media", "attention_mask", "position_ids", "token_type_ids")
     with torch.no_grad():
         keep = {"logits_to_keep": 1} if model.llm_takes("logits_to_keep") else {}
         outputs = model(**{name: batch[name] for name in given if name in batch}, use_cache=True, **keep)

@@ -146,8 +146,10 @@ class PlannedRun:
             weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
         lengths = samples.taught_lengths
         shares = kind is RowKind.SHARED
-        by_sample, whole_prompts = model.composition.fusion.by_sample, model.placement.prompts_both_ways
-        sharing = sharing_of(samples, by_sample, whole_prompts) if shares else Sharing.none(len(lengths))
+        sharing = Sharing.none(len(lengths))
+        if shares:
+            fusion = model.composition.fusion
+            sharing = sharing_of(samples, fusion.by_sample, model.placement.prompts_both_ways)
         capacity = int(recipe.train.tokens_per_batch)
         packed = plan_rows(
             lengths, weights, capacity=capacity, epochs=1, seed=seed, groups=groups_of(samples), sharing=sharing
