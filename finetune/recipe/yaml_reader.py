@@ -90,7 +90,7 @@ class _Loader(yaml.BaseLoader):
     """Refuses what could grow without bound, or build an object, while it is still an event."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text)  # type: ignore[no-untyped-call]
+        super().__init__(text)
         self.location: Location = ()
         self.nodes = 0
 
