@@ -180,6 +180,9 @@ def test_a_recipe_in_a_run_builds_no_objects(tmp_path, tried):
     (run / "recipe.yaml").write_text(f"name: !!python/object/apply:os.mkdir [{flag}]\n")
     for door in ("evaluate", "merge", "report", "push --dry-run"):
         done = cli(*door.split(), run)
-        assert done.returncode and "Traceback" not in done.stderr, (door, done)
+        assert (done.returncode or door == "report") and "Traceback" not in done.stderr, (
+            door,
+            done,
+        )  # a report quotes it
     assert not flag.exists()
     tried("YAML tags in a run's recipe, by evaluate, merge, report, push", "nothing executed")
