@@ -116,7 +116,7 @@ def test_a_tokenizer_that_only_transformers_reads_gives_exact_lengths(recipe, mo
     """As that of a GGUF file, and one that isn't there yet."""
     reader, samples = Reader(recipe), read_splits(recipe.data, recipe.seed).train
     exact = [len(reader.tokens(sample, sample.source).input_ids) for sample in samples]
-    monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples: None)
+    monkeypatch.setattr("finetune.training.automatic.estimate", lambda *_: None)
     choice = AutoNumbers(recipe)
     assert choice.lengths == exact and max(exact) <= choice.longest <= 1.2 * max(exact)
 
@@ -129,7 +129,7 @@ def test_the_longest_row_is_found_among_more_than_are_tokenized(recipe, tmp_path
     data = [{"path": str(tmp_path / f"{name}.csv"), "task": task} for name in ("rows", "test")]
     words = load_recipe(tiny_recipe(tmp_path, train__stages=[TUNE], data=[data[0], data[1] | {"split": "test"}]))
     exact = AutoNumbers(words).longest
-    monkeypatch.setattr("finetune.training.automatic.estimate", lambda model, samples: None)
+    monkeypatch.setattr("finetune.training.automatic.estimate", lambda *_: None)
     monkeypatch.setattr("finetune.training.plan.rows.READ", 2)
     monkeypatch.setattr("finetune.training.lengths.LONGEST", 1)
     assert AutoNumbers(words).longest == pytest.approx(exact, rel=0.1)
