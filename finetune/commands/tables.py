@@ -62,7 +62,9 @@ def print_descriptions(result: "Descriptions") -> None:
         print(
             error_list(result.errors, f"{len(result.errors):,} file{'s' * (len(result.errors) > 1)} without an answer")
         )
-    print(result, "data:", f"  {result.source}", sep="\n")
+    print(result)
+    if result.rows:
+        print("data:", f"  {result.source}", sep="\n")
 
 
 def print_run(result: "RunResult") -> None:

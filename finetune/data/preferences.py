@@ -1,13 +1,14 @@
 """Preferences in rows: a chosen and a rejected answer, or whether an answer is desirable."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from finetune.data.formats import Columns
 from finetune.data.sample import Answer, Row, Sample
 from finetune.recipe.parts import Needs, TaskPart
+from finetune.recipe.schema import Source
 
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -52,18 +53,24 @@ def without_reward(sample: Sample, task: TaskPart, name: str) -> str | None:
     right = task.read(Answer(sample.answer))
     measure = task.measure(right, right if sample.target is None else sample.target)
     numbers = [key for key, value in measure.items() if isinstance(value, int | float)]
-    known = ", ".join(numbers)
+    known = " or ".join(numbers)
     return None if name in numbers else f"the task {task.kind!r} measures no {name!r}; write reward: {known}"
 
 
-def unfit(samples: Iterable[Sample], needs: Needs) -> Iterator[str]:
-    """Which samples an objective with these needs can't learn from, and why."""
+def unfit(samples: Iterable[Sample], needs: Needs, sources: Sequence[Source]) -> Iterator[str]:
+    """Which samples of a recipe's sources an objective with these needs can't learn from, and why."""
     for sample in samples:
         if needs == "unpaired" and sample.desirable is None:
-            yield f"{sample.where}: no label; write true or false in a column 'desirable'"
+            yield f"{sample.where}: no label; write true or false in {_column(sample, sources, 'desirable')}"
         if needs != "pairs":
             continue
         if sample.rejected is None:
-            yield f"{sample.where}: no rejected answer; write one in a column 'rejected'"
+            yield f"{sample.where}: no rejected answer; write one in {_column(sample, sources, 'rejected')}"
         elif sample.rejected == sample.answer.strip():
             yield f"{sample.where}: chosen and rejected are the same answer, {sample.answer[:40]!r}; leave the row out"
+
+
+def _column(sample: Sample, sources: Sequence[Source], name: str) -> str:
+    """Where a row's value stands in its file."""
+    theirs = sources[sample.source].columns.get(name)
+    return f"the column {theirs!r}, which `columns` names for {name!r}" if theirs else f"a column {name!r}"

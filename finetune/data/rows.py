@@ -180,7 +180,7 @@ def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
         if stage.objective.compares:
             used = stage.sources or [*range(len(recipe.data))]
             chosen = [number for number, source in enumerate(sources_of(splits.train)) if source in used]
-            if errors := list(unfit(picked(splits.train, chosen), stage.objective.needs)):
+            if errors := list(unfit(picked(splits.train, chosen), stage.objective.needs, recipe.data)):
                 headline = f"stage {stage.name!r} has the objective {stage.objective.kind!r}: "
                 headline += f"{len(errors):,} of {len(chosen):,} rows can't be used"
                 if not stage.sources and len(errors) < len(chosen):

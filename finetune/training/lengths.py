@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.common.errors import DataError, ModelError
-from finetune.common.hub import PROBE_SECONDS, reason, unreachable
+from finetune.common.hub import PROBE_SECONDS, loading, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
 from finetune.data.sample import Medium, Sample
 from finetune.recipe.parts import EncoderPart
@@ -190,6 +190,8 @@ class _Counter:
 
 def _encoders_of_base(base: Any) -> dict[str, Any]:
     """{medium: encoder}, without weights. Raises ModelError."""
+    with loading(f"base {base.name!r}", base.name):  # what is out of reach is told before torch is imported
+        pass
     import torch
 
     from finetune.model.base.encoder import BaseEncoder

@@ -10,6 +10,8 @@ import numpy
 import pytest
 import soundfile
 from cli import cli
+from families import ZOO
+from families.recipes import base_recipe
 from hub_server import Hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from loopback import asked_of, hub_on_loopback
@@ -18,7 +20,7 @@ from tiny import tiny_dataset, tiny_picture, tiny_recipe
 import finetune
 from finetune.commands._reader import Reader
 from finetune.commands.check import TEXT_PART_LOADS, check, refuse_multimodal
-from finetune.common.errors import DataError, RecipeError
+from finetune.common.errors import DataError, ModelError, RecipeError
 from finetune.data.rows import read_splits
 from finetune.data.sample import Medium, Message, Sample
 from finetune.recipe.load import load_recipe
@@ -276,6 +278,14 @@ def test_an_llm_that_the_hub_does_not_give_is_a_note_with_its_reason(error, why,
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
     result = check(tiny_recipe(tmp_path, model__llm={"name": "nobody/misspelled"}))
     assert any(f"isn't known: 'nobody/misspelled': {why}" in note for note in result.notes)
+
+
+def test_a_base_out_of_reach_is_an_error_before_anything_slow_is_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(sys.modules, "finetune.model.base.existing", None)  # an import of it fails
+    recipe = base_recipe(tmp_path, ZOO["llava"], tmp_path / "llava", "image", name="nobody/misspelled")
+    with pytest.raises(ModelError, match="base 'nobody/misspelled' isn't in the cache"):
+        check(recipe)
 
 
 @pytest.mark.slow

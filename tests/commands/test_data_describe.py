@@ -20,8 +20,10 @@ from tiny_serving import serving, tiny_assistant
 
 import finetune
 from finetune.commands import data_label
+from finetune.commands.tables import print_descriptions
 from finetune.common.errors import DataError, ModelError, RecipeError
 from finetune.data.describe.assignment import Assignment
+from finetune.data.describe.run import Descriptions
 from finetune.data.sample import Medium, Message
 from finetune.model import load as loading
 from finetune.model.bindings import TaskBinding
@@ -267,6 +269,13 @@ def test_recordings_and_videos(folder, tmp_path):
 def test_what_can_not_be_meant_is_refused(changes, message, folder):
     with pytest.raises(RecipeError, match=message):
         finetune.data_describe(**({"folder": folder, "model": "http://127.0.0.1:9"} | changes))
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_file_without_rows_is_not_offered_to_a_recipe(rows, tmp_path, capsys):
+    errors = () if rows else ("a.png: no question and answer",)
+    print_descriptions(Descriptions(tmp_path / "out.jsonl", tmp_path, "answer", rows, rows, 0, errors))
+    assert ("data:" in capsys.readouterr().out) == bool(rows)
 
 
 def test_our_own_server_describes(folder, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -25,7 +27,7 @@ from finetune.data.sample import KINDS, Medium, Message
 from finetune.export import _run as stage
 from finetune.export import adapter as adapter_target
 from finetune.export._check.probes import answered, held_out_questions, noise
-from finetune.export._check.process import answers_of_process
+from finetune.export._check.process import answers_of_process, last_error
 from finetune.export._contract import (
     EngineAnswers,
     EngineMissing,
@@ -239,6 +241,12 @@ def test_an_adapter_trained_since_the_merge_is_not_exported_as_it_was(run, tmp_p
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(ExportRefused, match=r"fails in a process of its own: ModuleNotFoundError: .*nowhere"):
         answers_of_process(tmp_path, {"chats": [], "max_new_tokens": 1}, ["nowhere"])
+
+
+def test_an_error_of_several_lines_is_told_whole():
+    code = "raise ImportError('\\nSome class requires some library.\\nInstall it.\\n')"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert last_error(process) == "ImportError: Some class requires some library. Install it."
 
 
 def test_an_adapter_over_a_gguf_base_is_not_compared(tmp_path):

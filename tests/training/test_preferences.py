@@ -137,6 +137,16 @@ def test_rows_without_a_preference_are_all_named_before_anything_is_loaded(objec
             command(recipe)
 
 
+def test_a_mistyped_column_of_rejected_answers_is_named(tmp_path):
+    path = preferring(tmp_path, "dpo", {"worse": "Blue", "rejected": None})
+    recipe = json.loads(path.read_text())
+    recipe["data"][0]["columns"] = {"rejected": "wors"}
+    path.write_text(json.dumps(recipe))
+    expected = "no rejected answer; write one in the column 'wors', which `columns` names for 'rejected'"
+    with pytest.raises(DataError, match=expected):
+        finetune.check(path)
+
+
 def test_a_stage_may_be_limited_to_the_sources_with_pairs(tmp_path):
     path = preferring(tmp_path, "dpo")
     recipe = json.loads(path.read_text())

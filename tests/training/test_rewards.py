@@ -144,7 +144,7 @@ def without_llm(folder, path):
     return recipe
 
 
-@pytest.mark.parametrize("name, known", [("loudness", "good, exact_match"), ("iou", "good, exact_match")])
+@pytest.mark.parametrize("name, known", [("loudness", "good or exact_match"), ("iou", "good or exact_match")])
 def test_a_reward_that_the_task_does_not_measure_is_refused(name, known, tmp_path):
     recipe = without_llm(tmp_path, rewarded(tmp_path, {"reward": name}))
     expected = rf"data.0: stage 'reward' learns from rewards, and the task 'answer' measures no '{name}'; .*{known}"
