@@ -136,12 +136,7 @@ ADAPTER = {
     "a link out of its folder": link_outside,
 }
 HARMLESS = {"an auto_mapping in its adapter", "an auto_map in its tokenizer"}  # of no use to anybody: never read
-QUICK = (
-    "a pickled adapter",
-    "a safetensors header of 100 GiB",
-    "a template that reaches for os",
-    "an auto_map in its LLM",
-)
+QUICK = ("a pickled adapter", "an auto_map in its LLM")
 
 
 def outcome_of(adapter):
