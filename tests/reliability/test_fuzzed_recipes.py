@@ -234,7 +234,7 @@ def tried_on(run, tmp_path, monkeypatch):
     return tried_on
 
 
-EXAMPLES = (60, 2000)
+EXAMPLES = (30, 2000)
 
 
 def test_a_spoilt_recipe_is_refused_where_it_is_wrong(tried_on, full, tried):

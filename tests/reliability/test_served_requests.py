@@ -82,7 +82,7 @@ def spoilt(content, generator):
 
 
 def test_malformed_requests_get_no_server_error(assistant, full, tried, tmp_path):
-    by_schema, by_bytes = (8000, 2000) if full else (45, 155)
+    by_schema, by_bytes = (8000, 2000) if full else (20, 100)
     generator = random.Random(1)
     requests = [spoilt(head_of(GOOD) + GOOD.encode(), generator) for _ in range(by_bytes)]
     with server(assistant, log=tmp_path / "log", body_seconds=0.3, max_new_tokens=64) as running:
