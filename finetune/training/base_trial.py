@@ -85,7 +85,7 @@ def _exact(
     native = _native_states(model, samples[-1], shown)[-answered:]
     half = native.dtype != torch.float32 or any(hasattr(p, "SCB") for p in model.causal_lm.parameters())
     native, tolerance = native.float(), HALF_TOLERANCE if half else TOLERANCE
-    table = TokenizedSamples.of(_row(tokens, number) for number, tokens in enumerate(samples))
+    table = TokenizedSamples.of(TokenizedSample.of(tokens, f"trial {number}") for number, tokens in enumerate(samples))
     features = {medium: model.encode(medium, [prepared.values])[0] for medium, prepared in shown.prepared.items()}
     for row_kind in allowed:
         collator = Collator(
@@ -150,20 +150,6 @@ def _noise(kind: str) -> Any:
         return 0.1 * random.standard_normal(16_000).astype(np.float32)
     frames = [PIL.Image.fromarray(random.integers(0, 256, (48, 80, 3), dtype=np.uint8)) for _ in range(4)]
     return frames[0] if kind == "image" else Clip(tuple(frames), (0.0, 0.5, 1.0, 1.5))
-
-
-def _row(tokens: Tokens, number: int) -> TokenizedSample:
-    return TokenizedSample(
-        input_ids=tokens.input_ids,
-        labels=tokens.labels,
-        where=f"trial {number}",
-        media_kinds=[medium.kind for medium in tokens.media],
-        media_paths=[str(medium.path) for medium in tokens.media],
-        media_keys=[medium.key for medium in tokens.media],
-        media_begins=list(tokens.media_begins),
-        media_ends=list(tokens.media_ends),
-        positions=tokens.positions,
-    )
 
 
 def _native_states(model: MultimodalModel, tokens: Tokens, shown: _TrialMedia) -> Tensor:

@@ -190,7 +190,7 @@ class _Counter:
 
 def _encoders_of_base(base: Any) -> dict[str, Any]:
     """{medium: encoder}, without weights. Raises ModelError."""
-    with loading(f"base {base.name!r}", base.name):  # what is out of reach is told before torch is imported
+    with loading(f"base {base.name!r}", base.name):  # reports what is out of reach before torch is imported
         pass
     import torch
 

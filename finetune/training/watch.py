@@ -98,7 +98,7 @@ class StageWatch(TrainerCallback):
                 step,
                 "spike",
                 f"the loss has risen from {middle:.3g}, the median of the {WINDOW} steps before, to "
-                f"{losses[-SPIKE_STEPS]:.3g} for {SPIKE_STEPS} steps. Look at the rows of step {first + 1}, "
+                f"{losses[-SPIKE_STEPS]:.3g} for {SPIKE_STEPS} steps. Check the rows of step {first + 1}, "
                 f"{self._rows_of(first)}; if they are right, lower learning_rate or max_grad_norm",
             )
         if step < FEW_STEPS or any(one.kind in ("risen", "flat") for one in self.reported):

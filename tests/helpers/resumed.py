@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny import tiny_dataset, tiny_recipe
 from tiny_encoders import tiny_audio_folder
 from trained_runs import parts_by_medium, write_pictures_and_sounds, write_rows_of_every_head
+from transformers.trainer_pt_utils import safe_globals
 
 import finetune
 from finetune.training.checkpoints import WholeCheckpoints
@@ -235,7 +236,8 @@ def read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix in (".pt", ".pth"):
-        return torch.load(path, weights_only=False)
+        with safe_globals():  # of the generators, as transformers reads them
+            return torch.load(path, weights_only=True)
     if path.suffix == ".json":
         return without_times(json.loads(path.read_text()))
     return path.read_bytes()

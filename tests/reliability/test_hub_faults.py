@@ -178,4 +178,4 @@ def test_a_commit_whose_answer_is_lost_is_told_as_it_is(hub, tmp_path, tried):
         upload(folder, "me/tiny", state(), private=True, message="m")
     hub.before, hub.faults = lambda _: None, {}
     upload(folder, "me/tiny", state(), private=True, message="m")
-    tried("push: a commit whose answer is lost", "told so; the next one is one whole commit")
+    tried("push: a commit whose answer is lost", "reported as lost; the next one is one whole commit")

@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cli import cli
-from packed import SAMPLES, At, collator_of, composite_with_lora, read, train_composite, weights_of
+from packed import (
+    SAMPLES,
+    At,
+    collator_of,
+    composite_with_lora,
+    composite_without_dropout,
+    read,
+    train_composite,
+    weights_of,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe
@@ -146,14 +155,7 @@ def test_what_is_left_is_trained_as_if_the_bad_row_had_never_been_there(left, ac
     length.
     """
 
-    def plain():
-        model = composite_with_lora()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        return model
-
-    spoiled, clean = plain(), plain()
+    spoiled, clean = composite_without_dropout(), composite_without_dropout()
     rows = [[[0], [1]], [[2]], [[3], *left], [[5]]][: 4 if accumulate > 1 else 3]
     log = train_composite(
         spoiled,

@@ -18,6 +18,7 @@ from packed import (
     At,
     collator_of,
     composite_with_lora,
+    composite_without_dropout,
     power_cut,
     read,
     samples_of,
@@ -81,15 +82,6 @@ class Room(TrainerCallback):
         raise self.error
 
 
-def plain():
-    """Without dropout, whose numbers depend on how rows are computed."""
-    model = composite_with_lora()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 def halved(run):
     return [json.loads(line) for line in (run.data / "micro_batches.jsonl").read_text().splitlines()]
 
@@ -104,7 +96,7 @@ def halved(run):
 )
 def test_rows_are_halved_and_the_losses_stay(step, tokens, accumulate, kind, error, backward, tmp_path, capsys):
     options = {"rows": ROWS, "accumulate": accumulate, "save_every_n_steps": 100}
-    whole, model = plain(), plain()
+    whole, model = composite_without_dropout(), composite_without_dropout()
     expected = train_composite(whole, tmp_path / "a" / "b" / "c", collator=collator_of(NAMED, kind=kind), **options)
     capsys.readouterr()
     run = RunFolder(tmp_path / "run")
@@ -185,7 +177,7 @@ def test_bad_rows_are_left_out_of_halved_ones(tmp_path):
 
     options = {"rows": ROWS[:4], "collator": collator_of(NAMED, read=spoiled), "accumulate": 2}
     options |= {"settings": {"skip_bad_rows": True}, "save_every_n_steps": 100}
-    whole, model = plain(), plain()
+    whole, model = composite_without_dropout(), composite_without_dropout()
     expected = train_composite(whole, tmp_path / "whole" / "checkpoints" / "tune", **options)
     log = train_composite(model, tmp_path / "run" / "checkpoints" / "tune", callbacks=[Room(model, 1, 24)], **options)
     assert [one["loss"] for one in log] == pytest.approx([one["loss"] for one in expected], rel=1e-5)
@@ -264,7 +256,7 @@ def virtual(key):
 def trains_in(folder, rows, accumulate, room, results):
     """A stage of long rows; puts (losses, lines of micro_batches.jsonl, bytes that it took)."""
     samples = [replace(one, where=f"rows.csv:{number + 2}") for number, one in enumerate(samples_of([200] * 16))]
-    model, before = plain(), virtual("VmSize")
+    model, before = composite_without_dropout(), virtual("VmSize")
     if room:
         resource.setrlimit(resource.RLIMIT_AS, (before + room, resource.RLIM_INFINITY))
     log = train_composite(

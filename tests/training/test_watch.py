@@ -1,4 +1,4 @@
-"""What seems wrong with a stage is told while it trains, and kept."""
+"""What seems wrong with a stage is reported while it trains, and kept."""
 
 import math
 from dataclasses import replace

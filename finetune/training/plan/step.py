@@ -145,7 +145,7 @@ def optimizer_bytes(optimizer: Any) -> int:
 
 def on_paper(batch: Any) -> Any:
     """A batch whose features have no data; ids, positions and labels keep theirs. So do media that a base's processor
-    has prepared: which parts of a picture are padding is told by its pixels.
+    has prepared: its pixels tell which parts of a picture are padding.
     """
     paper = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype) if t.is_floating_point() else t, batch)
     named = {kind: all_ for kind, all_ in batch.get("media", {}).items() if all_ and isinstance(all_[0], Mapping)}
