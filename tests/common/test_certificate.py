@@ -11,12 +11,15 @@ from finetune.common.certificate import (
     Certificate,
     comparison,
     file_hashes,
+    hashed_files,
     read_certificate,
+    read_verified,
     verify,
     verify_if_certified,
+    weights_hashes,
 )
 from finetune.common.errors import ArtifactError
-from finetune.common.run_folder import file_hash
+from finetune.common.run_folder import RunFolder, file_hash
 
 
 @pytest.fixture
@@ -34,7 +37,8 @@ def merged(tmp_path):
 def test_it_is_written_with_the_keys_and_values_it_was_read_with(merged, tmp_path):
     before = json.loads((merged / "certificate.json").read_text())
     read_certificate(merged).write(tmp_path / "copy.json")
-    assert json.loads((tmp_path / "copy.json").read_text()) == before
+    text = (tmp_path / "copy.json").read_text(encoding="utf-8")
+    assert json.loads(text) == before and text == json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n"
     assert read_certificate(tmp_path / "copy.json") == read_certificate(merged)
 
 
@@ -70,8 +74,13 @@ def test_a_folder_that_is_as_it_was_is_verified(merged):
 def test_the_file_that_differs_is_named(merged, name):
     certificate = read_certificate(merged)
     (merged / name).write_bytes((merged / name).read_bytes() + b" ")
-    with pytest.raises(ArtifactError, match=rf"{name}: sha256 {file_hash(merged / name)[:12]}.*other weights"):
+    with pytest.raises(ArtifactError) as error:
         verify_if_certified(merged)
+    hashes = file_hash(merged / name)[:12], certificate.sha256[name][:12]
+    assert str(error.value) == (
+        f"{merged / name}: sha256 {hashes[0]}..., certified is {hashes[1]}...: the certificate belongs to other "
+        "weights, or the folder is damaged: copy it again, or merge again"
+    )
     (merged / name).unlink()
     with pytest.raises(ArtifactError, match=rf"{name} is missing, but certified"):
         verify(certificate, merged)
@@ -110,13 +119,65 @@ def test_the_adapter_s_folder_is_checked_likewise(merged, tmp_path):
         verify(read_certificate(merged), adapter, key="adapter_sha256")
 
 
+def test_a_run_s_merged_model_is_checked_and_its_adapter_if_it_is_there(merged, tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "adapter_model.safetensors").write_bytes(b"trained")
+    content = certificate_content(
+        sha256=file_hashes(merged), adapter_sha256={"adapter_model.safetensors": hashlib.sha256(b"trained").hexdigest()}
+    )
+    run.certificate.write_text(json.dumps(content))
+    assert read_verified(run) == read_certificate(run.certificate)  # no adapter/
+    (tmp_path / "elsewhere").rename(run.adapter)
+    assert read_verified(run) == read_certificate(run.certificate)
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"trained again")
+    with pytest.raises(ArtifactError, match=r"adapter/adapter_model\.safetensors: sha256"):
+        read_verified(run)
+    (merged / "config.json").write_bytes(b"[]")
+    with pytest.raises(ArtifactError, match=r"merged/config\.json: sha256"):
+        read_verified(run)
+
+
+def test_a_model_s_files_are_those_that_publishing_does_not_add(tmp_path):
+    names = {"b.safetensors", "a/tokenizer.json", "a/samples"}
+    for name in (*names, "certificate.json", "a/README.md", ".cache/x", "a/.lock", "recipe.yaml", "samples/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert hashed_files(tmp_path) == [tmp_path / name for name in sorted(names)]
+    assert file_hashes(tmp_path) == {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+
+
+def test_an_llm_s_weights_have_hashes_if_they_are_here(tmp_path):
+    for name in ("2.safetensors", "1.safetensors", "model.gguf", "config.json"):
+        (tmp_path / name).write_text(name)
+    hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("1.safetensors", "2.safetensors")}
+    assert weights_hashes(str(tmp_path)) == hashes
+    assert weights_hashes(str(tmp_path / "model.gguf")) == {"model.gguf": hashlib.sha256(b"model.gguf").hexdigest()}
+    assert weights_hashes("organization/model") == {}
+
+
+def test_it_shows_what_was_kept(merged):
+    certificate = read_certificate(merged)
+    text = (
+        "Certificate: merged into the dequantized nf4 LLM; 99.0% of 145 next tokens as trained, KL 0.002 nats, "
+        "on 64 of 70 held-out rows"
+    )
+    assert repr(certificate) == text
+    html = certificate._repr_html_()
+    assert html.startswith(f"<p>{text}</p><table>") and "<td>merged into the dequantized nf4 LLM (kept)</td>" in html
+
+
 def test_the_comparison_has_a_row_a_model(merged):
+    content = json.loads((merged / "certificate.json").read_text())
+    content["base"] |= {"largest_logit_difference": 1e-5, "kl_from_base": 2e-7, "scores": {"mood": {"f1": None}}}
+    content["trained"]["scores"]["words"] = {"accuracy": 1.0}  # its main metric is another
+    (merged / "certificate.json").write_text(json.dumps(content))
     columns, cells = comparison(read_certificate(merged))
-    assert [row[:2] for row in cells] == [
-        ["the adapter over the nf4 LLM", "0"],
-        ["merged into the 16-bit LLM", "inf"],
-        ["merged into the dequantized nf4 LLM (kept)", "0.002"],
-        ["the LLM without the adapter", "2"],
+    assert [row[:-1] for row in cells] == [
+        ["the adapter over the nf4 LLM", "0", "100.0%", "0.3", "1.5"],
+        ["merged into the 16-bit LLM", "inf", "99.0%", "0.3", "1.5"],
+        ["merged into the dequantized nf4 LLM (kept)", "0.002", "99.0%", "0.3", "1.5"],
+        ["the LLM without the adapter", "2", "99.0%", "1e-05", "2e-07"],
     ]
     assert columns == ["", "KL (nats)", "same token", "largest difference", "KL from base", "mood.f1"]
     assert [row[-1] for row in cells] == ["0.700", "", "0.750", ""]
