@@ -24,17 +24,15 @@ def too_long(where: str, lengths: Mapping[str, int], limit: int, objective: Obje
         tokens = objective.tokens_of(tokens)
     if tokens <= limit:
         return None
-    raised = f"more than a row holds: raise train.tokens_per_batch (now {limit})"
+    much = f"{tokens} tokens, more than a row holds: raise train.tokens_per_batch (now {limit})"
     if objective is not None and objective.samples_answers:
         options: Any = objective.options
-        return (
-            f"{where}: the question and {options.answers} answers of {options.max_new_tokens} tokens have {tokens}, "
-            f"{raised}, or lower the objective's answers or max_new_tokens"
-        )
+        answers = f"{options.answers} answers of up to {options.max_new_tokens}"
+        return f"{where}: the question and {answers} have {much}, or lower the objective's answers or max_new_tokens"
     if len(lengths) > 1:
-        answers = f"the {' and the '.join(lengths)} answer with their question have {tokens} tokens"
-        return f"{where}: {answers}, {raised} or shorten them; a medium is never cut"
-    return f"{where}: {tokens} tokens, {raised} or shorten it; a medium is never cut"
+        answers = f"the {' and the '.join(lengths)} answer with their question"
+        return f"{where}: {answers} have {much} or shorten them; a medium is never cut"
+    return f"{where}: {much} or shorten it; a medium is never cut"
 
 
 def refuse_too_long(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate) -> Iterator[str]:
