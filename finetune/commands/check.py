@@ -24,6 +24,7 @@ from finetune.recipe.schema import LanguageModel, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
 from finetune.training.cache_choice import choice_at_hand
 from finetune.training.lengths import Estimate, estimate, fetch_settings, settings_of
+from finetune.training.row_limit import refuse_too_long
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
 # Of these families transformers loads the text part of a vision-language checkpoint by itself.
@@ -104,6 +105,8 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
             notes.append("steps are rough, tokens being estimated from characters: the LLM's tokenizer isn't at hand")
         stages = steps_of(chosen.train, splits.train, estimated.lengths)
         longest = longest_row(loaded, splits.train, estimated)
+        sized = loaded.model_copy(update={"train": chosen.train})
+        warnings += refuse_too_long(sized, splits.train, estimated)
         warnings += _few_steps(chosen.train, splits, estimated.lengths, longest, stages)
     if chosen is None:
         notes.append("numbers for auto are chosen when the run begins: it downloads what tells how long the rows are")

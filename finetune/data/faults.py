@@ -10,7 +10,8 @@ from typing import Any
 from finetune.common.errors import DataError, MissingColumn, option
 from finetune.common.registry import nearest
 from finetune.data.formats._media import kind_of_values
-from finetune.data.sample import KINDS, Row
+from finetune.data.preferences import sample_of
+from finetune.data.sample import KINDS, Row, Sample
 from finetune.recipe.schema import Source
 
 SHOWN = 20  # faults listed at once
@@ -24,7 +25,7 @@ class Faults:
 
     def __init__(self, source: Source, key: str = "", in_recipe: bool = True) -> None:
         self.source, self.key, self.in_recipe = source, key, in_recipe
-        self.texts: list[str] = []
+        self.texts: list[tuple[str, str]] = []  # (place, what is wrong there)
         self._missing: dict[tuple[str, ...], list[Row]] = defaultdict(list)
 
     def unreadable(self, line: int, text: str, raw: str) -> None:
@@ -33,13 +34,20 @@ class Faults:
         if raw.lstrip().startswith("{"):
             with suppress(ValueError, AttributeError, RecursionError):
                 name = json.loads(raw).get("id")
-        self.texts.append(with_id(text, f"{self.source.path.name}:{line}", name))
+        self.add(text, f"{self.source.path.name}:{line}", name)
 
     def unusable(self, row: Row, error: DataError) -> None:
         if isinstance(error, MissingColumn):
             self._missing[missing_columns(self.source, row, error)].append(row)
         else:
-            self.texts.append(with_id(str(error), row.where, row.columns.get("id")))
+            self.add(str(error), row.where, row.columns.get("id"))
+
+    def add(self, text: str, where: str, name: object = None) -> None:
+        """`text`: it may begin with the place `where`. `name`: the row's own id."""
+        if text.startswith(f"{where}: "):
+            self.texts.append((with_id(f"{where}:", where, name).removesuffix(":"), text.removeprefix(f"{where}: ")))
+        else:
+            self.texts.append(("", text))
 
     @property
     def count(self) -> int:
@@ -47,8 +55,12 @@ class Faults:
         return len(self.texts) + sum(map(len, self._missing.values()))
 
     def lines(self, rows: int) -> list[str]:
-        """A line per fault. `rows`: how many rows the source has."""
-        lines = [self._missing_line(columns, own, rows) for columns, own in self._missing.items()] + self.texts
+        """A line per fault, and one for all rows with the same. `rows`: how many rows the source has."""
+        places: dict[str, list[str]] = defaultdict(list)
+        for place, text in self.texts:
+            places[text].append(place)
+        lines = [self._missing_line(columns, own, rows) for columns, own in self._missing.items()]
+        lines += [line_of(text, own) for text, own in places.items()]
         return [f"{self.key}: {line}" for line in lines] if self.key else lines
 
     def _missing_line(self, columns: tuple[str, ...], rows: Sequence[Row], total: int) -> str:
@@ -78,6 +90,9 @@ class Faults:
         options: dict[str, Any] = self.source.task.options.model_dump()
         have = list(rows[0].columns)
         likely = self._likely(columns, rows)
+        turns = likely.get("rejected")
+        if turns and isinstance(rows[0].columns[turns], list):  # which only the format makes an answer of
+            return f"call {turns!r} 'rejected' in the file"
         mapping = {column: likely.get(column, "...") for column in columns}
         cure = f"say which {'they are' if len(columns) > 1 else 'it is'} with {self._mapping(mapping)}"
         if self.source.task.kind == "extract" and options["answer"] in columns:
@@ -92,12 +107,15 @@ class Faults:
         """
         used = {*self.source.columns, *self.source.columns.values(), self.source.group}
         values = {name: [row.columns.get(name) for row in rows[:ROWS_READ]] for name in rows[0].columns}
+        used |= self._read(rows[0])
         kinds = {name: kind_of_values(own) for name, own in values.items() if name not in used}
         likely: dict[str, str] = {}
         for column in columns:
             free = [name for name in kinds if name not in likely.values()]
             of_kind = [name for name in free if column in KINDS and kinds[name] == column]
             near = nearest(column, of_kind) or (of_kind[0] if of_kind else nearest(column, free))
+            if not near and "rejected" in values and len(columns) == 1:  # beside which the answer may be called so
+                near = nearest("chosen", free)
             if near:
                 likely[column] = near
         missing = [column for column in columns if column not in likely]
@@ -110,6 +128,18 @@ class Faults:
         if len(missing) == len(left) == 1 and self.source.task.kind != "extract":  # of JSON, or of fields
             likely[missing[0]] = left[0]
         return likely
+
+    def _read(self, row: Row) -> set[str]:
+        """Columns without which the row would be another sample, or none; none where it isn't one yet."""
+
+        def sample_without(*names: str) -> Sample | None:
+            left = {name: value for name, value in row.columns.items() if name not in names}
+            with suppress(DataError):
+                return sample_of(replace(row, columns=left), self.source.task)
+            return None
+
+        whole = sample_without()
+        return {name for name in row.columns if sample_without(name) != whole} if whole else set()
 
     def _mapping(self, columns: dict[str, str]) -> str:
         if self.in_recipe:
@@ -127,6 +157,18 @@ def _unfound(key: str, theirs: str, have: Sequence[str]) -> str:
     near = nearest(theirs, have)
     there = f"the file has {near!r}: did you mean that?" if near else "the file has no such column"
     return f"{key} names {theirs!r}; {there}"
+
+
+def line_of(text: str, places: Sequence[str]) -> str:
+    """What is wrong in these places, as one line."""
+    first, *others = places
+    line = f"{first}: {text}" if first else text
+    if not others or not first:
+        return line
+    file = first.rpartition(":")[0]
+    shown = ", ".join(place.removeprefix(f"{file}:") for place in others[: SHOWN - 1])
+    more = f" and {len(others) - SHOWN + 1:,} more" if len(others) >= SHOWN else ""
+    return f"{line}; so in {len(others):,} other row{'s' * (len(others) > 1)}: {shown}{more}"
 
 
 def with_id(text: str, where: str, name: object) -> str:

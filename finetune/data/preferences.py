@@ -57,17 +57,17 @@ def without_reward(sample: Sample, task: TaskPart, name: str) -> str | None:
     return None if name in numbers else f"the task {task.kind!r} measures no {name!r}; write reward: {known}"
 
 
-def unfit(samples: Iterable[Sample], needs: Needs, sources: Sequence[Source]) -> Iterator[str]:
+def unfit(samples: Iterable[Sample], needs: Needs, sources: Sequence[Source]) -> Iterator[tuple[Sample, str]]:
     """Which samples of a recipe's sources an objective with these needs can't learn from, and why."""
     for sample in samples:
         if needs == "unpaired" and sample.desirable is None:
-            yield f"{sample.where}: no label; write true or false in {_column(sample, sources, 'desirable')}"
+            yield sample, f"no label; write true or false in {_column(sample, sources, 'desirable')}"
         if needs != "pairs":
             continue
         if sample.rejected is None:
-            yield f"{sample.where}: no rejected answer; write one in {_column(sample, sources, 'rejected')}"
+            yield sample, f"no rejected answer; write one in {_column(sample, sources, 'rejected')}"
         elif sample.rejected == sample.answer.strip():
-            yield f"{sample.where}: chosen and rejected are the same answer, {sample.answer[:40]!r}; leave the row out"
+            yield sample, "chosen and rejected are the same answer; leave the row out"
 
 
 def _column(sample: Sample, sources: Sequence[Source], name: str) -> str:

@@ -180,12 +180,31 @@ def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
         if stage.objective.compares:
             used = stage.sources or [*range(len(recipe.data))]
             chosen = [number for number, source in enumerate(sources_of(splits.train)) if source in used]
-            if errors := list(unfit(picked(splits.train, chosen), stage.objective.needs, recipe.data)):
+            wrong = list(unfit(picked(splits.train, chosen), stage.objective.needs, recipe.data))
+            if wrong:
                 headline = f"stage {stage.name!r} has the objective {stage.objective.kind!r}: "
-                headline += f"{len(errors):,} of {len(chosen):,} rows can't be used"
-                if not stage.sources and len(errors) < len(chosen):
+                headline += f"{len(wrong):,} of {len(chosen):,} rows can't be used"
+                if not stage.sources and len(wrong) < len(chosen):
                     headline += "; its `sources` may name those with rows that can"
-                raise DataError(error_list(errors, headline))
+                raise DataError(error_list(_unfit_lines(wrong, recipe, stage), headline))
+
+
+def _unfit_lines(wrong: Sequence[tuple[Sample, str]], recipe: Recipe, stage: Stage) -> list[str]:
+    """A line for each thing that is wrong with the rows of a source; a missing column with those that are there."""
+    column = "rejected" if stage.objective.needs == "pairs" else "desirable"
+    lines = []
+    for number, source in enumerate(recipe.data):
+        own = {sample.where: (sample, text) for sample, text in wrong if sample.source == number}
+        faults, rows = Faults(source), []
+        if own and all(getattr(sample, column) is None for sample, _ in own.values()):
+            rows = [row for row in lenient_rows(source, lambda *_: None, recipe.media.max_bytes) if row.where in own]
+        missing = bool(rows) and not any(column in row.columns for row in rows)
+        for row in rows if missing else ():
+            faults.unusable(row, MissingColumn("", column))
+        for where, (_, text) in own.items() if not missing else ():
+            faults.add(f"{where}: {text}", where)
+        lines += faults.lines(len(own))
+    return lines
 
 
 def refuse_without_reward(splits: Splits, recipe: Recipe, stage: Stage) -> None:

@@ -1,11 +1,15 @@
 """About how many tokens the rows of a recipe have: from the tokenizer's and the encoders' files, without torch."""
 
 import heapq
+import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,8 @@ from typing import Any
 from finetune.common.errors import DataError, ModelError
 from finetune.common.hub import PROBE_SECONDS, loading, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
-from finetune.data.sample import Medium, Sample
+from finetune.data.sample import Medium, Message, Sample
+from finetune.model.template_limit import limited
 from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import LanguageModel, Limits, Model
 
@@ -82,6 +87,20 @@ def fetch(name: str, revision: str | None, files: Sequence[str]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Count:
+    """Tokens: `usual`, about how many; `most`: with as many tiles as there may be; `least`: how many there are for
+    certain.
+    """
+
+    least: int
+    usual: int
+    most: int
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.least + other.least, self.usual + other.usual, self.most + other.most)
+
+
 def settings_of(name: str, revision: str | None, file: str) -> JsonObject:
     path = local_file(name, revision, file)
     with suppress(OSError, ValueError):
@@ -94,15 +113,23 @@ def estimate(model: Model, samples: Sequence[Sample], limits: Limits) -> Estimat
     """The lengths of samples, with media decoded within limits; None where there are none."""
     if not samples:
         return None
-    tokenizer = _tokenizer(model.language_model)
-    counter = _Counter(model, limits, tokenizer, _Template(model))
-    numbers = random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
-    known = {number: counter.tokens(samples[number]) for number in {*numbers, *likely_longest(samples)}}
-    lengths = [known.get(number, known[numbers[number % len(numbers)]])[0] for number in range(len(samples))]
-    longest = max(most for _, most in known.values())
+    counter = Counter.of(model, limits)
+    numbers = _some(samples)
+    known = {number: counter.tokens(samples[number].messages) for number in counted(samples)}
+    lengths = [known.get(number, known[numbers[number % len(numbers)]]).usual for number in range(len(samples))]
+    longest = max(count.most for count in known.values())
     unknown = tuple(sorted(counter.unknown))
     media = {kind: (min(counts), max(counts)) for kind, counts in counter.counts.items()}
-    return Estimate(lengths, longest, unknown, by_characters=tokenizer is None, media=media)
+    return Estimate(lengths, longest, unknown, by_characters=counter.tokenizer is None, media=media)
+
+
+def _some(samples: Sequence[Sample]) -> list[int]:
+    return random.Random(0).sample(range(len(samples)), min(COUNTED, len(samples)))
+
+
+def counted(samples: Sequence[Sample]) -> set[int]:
+    """Numbers of the samples whose tokens are counted: some at random, and those that are likely the longest."""
+    return {*_some(samples), *likely_longest(samples)}
 
 
 def _tokenizer(llm: LanguageModel) -> Any:
@@ -139,7 +166,11 @@ def likely_longest(samples: Sequence[Sample]) -> set[int]:
 
 
 @dataclass
-class _Counter:
+class Counter:
+    """Counts the tokens of conversations. `unknown`: kinds of media whose tokens aren't known; `counts`, of a base:
+    {kind: how many tokens single media have}.
+    """
+
     model: Model
     limits: Limits
     tokenizer: Any
@@ -148,29 +179,34 @@ class _Counter:
     counts: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     encoders: dict[str, Any] | None = None
 
-    def tokens(self, sample: Sample) -> tuple[int, int]:
-        """About how many, and at most."""
-        text = self.template.render(sample)
-        if self.tokenizer is None:
-            count = ceil(len(text.encode()) / BYTES)
-        else:
-            count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        media = [self.of_medium(medium) for medium in sample.media]
-        return count + sum(usual for usual, _ in media), count + sum(most for _, most in media)
+    @classmethod
+    def of(cls, model: Model, limits: Limits) -> "Counter":
+        return cls(model, limits, _tokenizer(model.language_model), _Template(model))
 
-    def of_medium(self, medium: Medium) -> tuple[int, int]:
+    def tokens(self, messages: Sequence[Message]) -> Count:
+        """Of a conversation, or of a question up to where the assistant's turn begins."""
+        text, rendered = self.template.render(messages)
+        if self.tokenizer is None:
+            usual = ceil(len(text.encode()) / BYTES)
+        else:
+            usual = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        count = Count(usual if rendered and self.tokenizer is not None else 0, usual, usual)
+        media = (part for message in messages for part in message.content if isinstance(part, Medium))
+        return sum(map(self.of_medium, media), count)
+
+    def of_medium(self, medium: Medium) -> Count:
         if self.model.base is not None:
             return self._of_base(medium)
         part = self.model.encoders.get(medium.kind)
         if part is not None and (layout := _layout(part, medium)) is not None:
-            segments, most, rows, marks = layout
+            certain, segments, most, rows, marks = layout
             with suppress(ModelError):  # of a projector that doesn't fit
                 placed = self.model.fusion.placeholders(self.model.projectors[medium.kind].length(rows))
-                return segments * (placed + marks), most * (placed + marks)
+                return Count(certain * placed, segments * (placed + marks), most * (placed + marks))
         self.unknown.add(medium.kind)
-        return 0, 0
+        return Count(0, 0, 0)
 
-    def _of_base(self, medium: Medium) -> tuple[int, int]:
+    def _of_base(self, medium: Medium) -> Count:
         """By the base's own processor, where the file's header holds the size."""
         if self.encoders is None:
             self.encoders = _encoders_of_base(self.model.base)
@@ -181,11 +217,11 @@ class _Counter:
                 layout = encoder.layout_at(medium, self.limits)
         if encoder is None or layout is None:
             self.unknown.add(medium.kind)
-            return 0, 0
+            return Count(0, 0, 0)
         marks = encoder.existing.tokenizer("".join([*layout.marks, layout.end]), add_special_tokens=False)["input_ids"]
         count = layout.rows * len(layout.marks) + len(marks)
         self.counts[medium.kind].add(count)
-        return count, count
+        return Count(count, count, count)
 
 
 def _encoders_of_base(base: Any) -> dict[str, Any]:
@@ -214,28 +250,50 @@ class _Template:
         self.template: Any = None
         if isinstance(text, str):
             from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
 
             with suppress(TemplateError):
-                environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-                self.template = environment.from_string(text)
+                self.template = compiled(text)
 
-    def render(self, sample: Sample) -> str:
+    def render(self, messages: Sequence[Message]) -> tuple[str, bool]:
+        """The text, and whether it is the template's own."""
+        prompt = messages[-1].role != "assistant"
         turns: list[dict[str, Any]] = [
             {"role": message.role, "content": "".join(part for part in message.content if isinstance(part, str))}
-            for message in sample.messages
+            for message in messages
         ]
-        given = turns
+        parts = turns
         if self.of_base:
-            given = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+            parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         if self.template is not None:
             try:
-                return str(self.template.render(messages=given, add_generation_prompt=False, **self.tokens))
+                with limited():
+                    return self.template.render(messages=parts, add_generation_prompt=prompt, **self.tokens), True
             except Exception:  # of any template, for turns that it doesn't take
                 self.template = None
         ends = {"assistant": self.tokens["eos_token"]}
         lines = [f"{turn['role'].capitalize()}:\n{turn['content']}{ends.get(turn['role'], '')}\n" for turn in turns]
-        return self.tokens["bos_token"] + "".join(lines)
+        return self.tokens["bos_token"] + "".join(lines) + "Assistant:\n" * prompt, False
+
+
+def compiled(text: str) -> Any:
+    """A chat template, with what transformers adds to Jinja: its import would take longer. Raises TemplateError."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+    # A block that marks the answer, as its content alone.
+    marked = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", lambda tag: _shown(*tag.groups()), text)
+    return environment.from_string(marked)
+
+
+def _shown(begin: str, closes: str | None, end: str) -> str:
+    return f"{begin}{'endif' if closes else 'if true'}{end}"
 
 
 def _text(token: object) -> str:
@@ -243,9 +301,9 @@ def _text(token: object) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
-def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int, int] | None:
-    """(segments, most segments, feature rows of each, tokens of its mark) of a medium; None where only the weights
-    tell.
+def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int, int, int] | None:
+    """(segments that there are for certain, segments, most segments, feature rows of each, tokens of its mark) of a
+    medium; None where only the weights tell.
     """
     options: Any = part.options
     if part.kind == "whisper":
@@ -257,18 +315,25 @@ def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int, int] | No
         return None
     if part.kind == "vision":
         extra = int(options.tokens == "all")
+        certain = int("patch_size" in _config(options))
         # Of tiles there are as many as the picture's shape and size ask for: half of the most, on average.
         segments, most = (1, 1) if options.tiles == 1 else (1 + (options.tiles + 1) // 2, 1 + options.tiles)
-        return segments, most, grid[0] * grid[1] + extra, 0
+        return certain, segments, most, grid[0] * grid[1] + extra, 0
     if options.frames is None:
         return None
     side = options.pool or max(grid)
-    return options.frames, options.frames, min(grid[0], side) * min(grid[1], side), MARK_TOKENS * options.time
+    rows = min(grid[0], side) * min(grid[1], side)
+    return 0, options.frames, options.frames, rows, MARK_TOKENS * options.time  # a short clip has fewer
+
+
+def _config(options: Any) -> JsonObject:
+    """Of a vision backbone."""
+    config = settings_of(options.name, options.revision, "config.json")
+    return config.get("vision_config", config)  # type: ignore[no-any-return]
 
 
 def _grid(options: Any) -> tuple[int, int] | None:
-    config = settings_of(options.name, options.revision, "config.json")
-    config = config.get("vision_config", config)
+    config = _config(options)
     processor = settings_of(options.name, options.revision, "preprocessor_config.json")
     size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
@@ -280,7 +345,7 @@ def _grid(options: Any) -> tuple[int, int] | None:
     return size["height"] // patch, size["width"] // patch
 
 
-def _windows(options: Any, medium: Medium) -> tuple[int, int, int, int] | None:
+def _windows(options: Any, medium: Medium) -> tuple[int, int, int, int, int] | None:
     import soundfile
 
     try:
@@ -289,4 +354,4 @@ def _windows(options: Any, medium: Medium) -> tuple[int, int, int, int] | None:
         return None
     windows = max(1, int(-(-seconds // options.window_seconds)))
     each = 30.0 if options.pad_to_30_seconds else seconds / windows
-    return windows, windows, max(1, round(50 * each / options.pool)), 0
+    return 0, windows, windows, max(1, round(50 * each / options.pool)), 0

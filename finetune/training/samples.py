@@ -25,6 +25,7 @@ from finetune.model.run import Run
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.parts import Needs, ObjectivePart
 from finetune.recipe.schema import Stage
+from finetune.training.row_limit import too_long
 
 DISTILL_BATCH = 16  # questions answered at once
 COUNTED = ("chosen", "desirable", "undesirable")  # roles: of each pair, and of each labelled answer, one
@@ -181,7 +182,7 @@ def groups_of(samples: TokenizedSamples) -> list[list[int]] | None:
 
 def tokenized(samples: Iterable[Sample], run: Run) -> Iterator[TokenizedSample]:
     """Raises DataError, at the end, with all rows that can't be used."""
-    return _each(samples, lambda sample: (_tokenized(sample, run),))
+    return _each(samples, lambda sample: (_fitting(sample, run),))
 
 
 Item = TypeVar("Item")
@@ -203,6 +204,13 @@ def _each(items: Iterable[Item], rows_of: Callable[[Item], Sequence[TokenizedSam
         raise DataError(error_list(errors, f"{len(errors)} of {count} training rows can't be used"))
 
 
+def _fitting(sample: Sample, run: Run) -> TokenizedSample:
+    """Raises DataError where a packed row doesn't hold it."""
+    row = _tokenized(sample, run)
+    _refuse_too_long(row.input_ids, sample, run)
+    return row
+
+
 def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
     components, binding = run.components, run.bindings[sample.task]
     segments = components.placement.segments_by(run.features.layout)
@@ -211,7 +219,6 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
     else:
         tokens = tokenize(sample, components.tokenizer, components.placeholders, segments)
     target = binding.encode(sample) if binding.trained else None
-    _refuse_too_long(tokens.input_ids, sample, run)
     grouped = binding.trained and sample.group
     return replace(
         TokenizedSample.of(tokens, sample.where),
@@ -223,12 +230,8 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
 
 
 def _refuse_too_long(input_ids: Sequence[int], sample: Sample, run: Run) -> None:
-    limit = int(run.recipe.train.tokens_per_batch)
-    if len(input_ids) > limit:
-        raise DataError(
-            f"{sample.where}: {len(input_ids)} tokens, more than a row holds: raise train.tokens_per_batch "
-            f"(now {limit}) or shorten it; a medium is never cut"
-        )
+    if why := too_long(sample.where, {"": len(input_ids)}, int(run.recipe.train.tokens_per_batch)):
+        raise DataError(why)
 
 
 def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: MultimodalModel) -> Iterator[TokenizedSample]:
@@ -258,7 +261,7 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
 
 
 def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
-    row, components = _tokenized(sample, run), run.components
+    row, components = _fitting(sample, run), run.components
     segments = components.placement.segments_by(run.features.layout)
     teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, segments)
     _refuse_too_long(teacher.input_ids, sample, run)
@@ -287,14 +290,8 @@ def prompts(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> It
         row = _tokenized(sample, run)
         prompt = tokenize_prompt(sample.question, components.tokenizer, components.placeholders, segments, sample.where)
         ids = prompt.input_ids
-        tokens, limit = objective.tokens_of(len(ids)), int(run.recipe.train.tokens_per_batch)
-        if tokens > limit:
-            options: Any = objective.options
-            raise DataError(
-                f"{sample.where}: the question and {options.answers} answers of {options.max_new_tokens} tokens have "
-                f"{tokens}, more than a row holds: raise train.tokens_per_batch (now {limit}), or lower the "
-                "objective's answers or max_new_tokens"
-            )
+        if why := too_long(sample.where, {"": len(ids)}, int(run.recipe.train.tokens_per_batch), objective):
+            raise DataError(why)
         return [replace(row, input_ids=ids, labels=[IGNORED] * len(ids), positions=prompt.positions)]
 
     return _each(samples, prompt_of)
@@ -312,12 +309,9 @@ def _unpaired(number: int, sample: Sample, other: str, run: Run) -> list[Tokeniz
 def _together(number: int, answers: Mapping[str, Sample], run: Run) -> list[TokenizedSample]:
     """Answers to one question, by their roles, which share a packed row."""
     rows = [replace(_tokenized(one, run), role=role, group=str(number)) for role, one in answers.items()]
-    tokens, limit = sum(len(row.input_ids) for row in rows), int(run.recipe.train.tokens_per_batch)
-    if tokens > limit:
-        raise DataError(
-            f"{rows[0].where}: the {' and the '.join(answers)} answer with their question have {tokens} tokens, more "
-            f"than a row holds: raise train.tokens_per_batch (now {limit}) or shorten them; a medium is never cut"
-        )
+    lengths = {row.role: len(row.input_ids) for row in rows}
+    if why := too_long(rows[0].where, lengths, int(run.recipe.train.tokens_per_batch)):
+        raise DataError(why)
     return rows
 
 

@@ -137,7 +137,12 @@ def test_a_row_of_training_under_another_name_in_the_test_is_refused(data):
 
 def test_all_wrong_rows_are_counted_and_twenty_are_shown(tmp_path):
     tiny_picture().save(tmp_path / "a.png")
-    rows = [["a.png", "red"], *[["missing.png", "red"]] * 21, ["a.png", ""], ["../a.png", "red"]]
+    rows = [
+        ["a.png", "red"],
+        *[[f"missing{number}.png", "red"] for number in range(21)],
+        ["a.png", ""],
+        ["../a.png", "red"],
+    ]
     with pytest.raises(DataError) as caught:
         read_splits([source(write(tmp_path / "rows.csv", rows))], 0)
     lines = str(caught.value).splitlines()

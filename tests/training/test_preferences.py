@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -117,14 +118,14 @@ def test_a_reference_is_found_again_only_where_all_that_makes_it_is_equal(tmp_pa
         (
             "dpo",
             {"rejected": None},
-            r"(?s)'prefer' has the objective 'dpo': 8 of 8 rows.*train.jsonl:1: no rejected answer",
+            r"'prefer' has the objective 'dpo': 8 of 8 rows.*\n  train.jsonl:1: no rejected answer.*; so in 7 .* 8$",
         ),
         (
             "dpo",
             {"answer": "Red", "rejected": " Red "},
-            r"(?s)train.jsonl:1: chosen and rejected are the same.*jsonl:8",
+            r"train.jsonl:1: chosen and rejected are the same.*; so in 7 other rows: 2, .*, 8$",
         ),
-        ("kto", {"desirable": "maybe"}, r"train.jsonl:8: no label; write true or false in a column 'desirable'"),
+        ("kto", {"desirable": "maybe"}, r"train.jsonl:1: no label; write true or false in a column 'desirable'; so in"),
     ],
 )
 def test_rows_without_a_preference_are_all_named_before_anything_is_loaded(objective, columns, expected, tmp_path):
@@ -137,14 +138,33 @@ def test_rows_without_a_preference_are_all_named_before_anything_is_loaded(objec
             command(recipe)
 
 
-def test_a_mistyped_column_of_rejected_answers_is_named(tmp_path):
-    path = preferring(tmp_path, "dpo", {"worse": "Blue", "rejected": None})
-    recipe = json.loads(path.read_text())
-    recipe["data"][0]["columns"] = {"rejected": "wors"}
+@pytest.mark.parametrize(
+    ("objective", "written", "names", "expected"),
+    [
+        ("dpo", {"rejected": "rejectd"}, {}, "no column 'rejected' .*'rejectd'.*`columns: {rejected: rejectd}`"),
+        ("dpo", {"rejected": "worse"}, {}, "no column 'rejected' .*'worse'.*`columns: {rejected: worse}`"),
+        (
+            "dpo",
+            {"rejected": "worse"},
+            {"rejected": "wors"},
+            "no column .*; columns.rejected names 'wors'; the file has 'worse'",
+        ),
+        ("dpo", {"answer": "choosen"}, {}, "no column 'answer' .*'choosen'.*`columns: {answer: choosen}`"),
+        ("kto", {"desirable": "thumb"}, {}, "no column 'desirable' .*'thumb'.*`columns: {desirable: thumb}`"),
+    ],
+)
+def test_a_mistyped_column_is_one_message_with_the_nearest_one(objective, written, names, expected, tmp_path):
+    path = preferring(tmp_path, objective)
+    recipe, rows = json.loads(path.read_text()), tmp_path / "data" / "train.jsonl"
+    for ours, theirs in written.items():
+        rows.write_text(rows.read_text().replace(f'"{ours}"', f'"{theirs}"'))
+    if objective == "dpo":
+        rows.write_text(re.sub(', "desirable": (true|false)', "", rows.read_text()))
+    recipe["data"][0]["columns"] = names
     path.write_text(json.dumps(recipe))
-    expected = "no rejected answer; write one in the column 'wors', which `columns` names for 'rejected'"
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(DataError, match=f"train.jsonl:1: here and in 7 of 7 other rows {expected}") as caught:
         finetune.check(path)
+    assert str(caught.value).count("train.jsonl") == 1
 
 
 def test_a_stage_may_be_limited_to_the_sources_with_pairs(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.common.errors import DataError
+from finetune.common.registry import nearest
 from finetune.data.formats import Columns
 
 KINDS = ("image", "audio", "video")
@@ -25,6 +26,7 @@ def with_answers(where: str, columns: Columns) -> Columns:
     if question is None and isinstance(chosen, list):
         beginnings = [chosen] if rejected is None else [chosen, rejected]
         question = _equal_beginning(where, beginnings)
+    turns = question if isinstance(question, list) else []
     if isinstance(question, str):
         question = [{"role": "user", "content": question}]
     if not isinstance(question, list):
@@ -32,12 +34,20 @@ def with_answers(where: str, columns: Columns) -> Columns:
     if rejected is not None:
         added["rejected"] = _text(where, "rejected", _behind(question, rejected))
     if chosen is None:
+        if rejected is not None and turns and _role(turns[-1]) != "assistant":
+            raise DataError(f"{where}: 'rejected' without 'chosen'{_meant(columns)} add the answer that is better")
         return columns | added
     if question and _role(question[-1]) == "assistant":
         raise DataError(f"{where}: the messages end with the assistant's turn, beside 'chosen': keep one of them")
     text = _text(where, "chosen" if "chosen" in columns else "completion", _behind(question, chosen))
     added["messages"] = [*_with_media(question, columns), {"role": "assistant", "content": text}]
     return {key: value for key, value in columns.items() if key != "chosen" or isinstance(value, str)} | added
+
+
+def _meant(columns: Columns) -> str:
+    near = nearest("chosen", [name for name in columns if name != "rejected"])
+    have = ", ".join(map(repr, columns))[:300]
+    return f" (columns: {have})" + (f"; is {near!r} meant? Call it 'chosen', or" if near else ";")
 
 
 def _equal_beginning(where: str, conversations: Sequence[Any]) -> list[Any]:

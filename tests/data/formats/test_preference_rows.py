@@ -148,8 +148,18 @@ def test_a_pair_that_is_none_is_refused_with_its_row(row, expected, tmp_path):
 
 def test_all_such_rows_are_named_at_once(tmp_path):
     wrong = {"chosen": [USER, says("A cat.")], "rejected": [QUESTION, says("A dog.")]}
-    with pytest.raises(DataError, match=r"(?s)2 of 3 rows.*rows.jsonl:1: .*rows.jsonl:3: "):
-        samples_of(tmp_path, [wrong, PAIRS["trl, explicit"], wrong])
+    with pytest.raises(DataError) as caught:
+        samples_of(tmp_path, [wrong, PAIRS["trl, explicit"], *[wrong] * 24])
+    (line, _) = str(caught.value).splitlines()
+    assert line.startswith("rows.jsonl:1: ") and "media in one of them only" in line
+    assert line.endswith(f"; so in 24 other rows: {', '.join(map(str, range(3, 22)))} and 5 more")
+
+
+def test_a_mistyped_column_of_chosen_turns_is_named(tmp_path):
+    row = dict(PAIRS["trl, explicit"])
+    row["choosen"] = row.pop("chosen")
+    with pytest.raises(DataError, match=r"'rejected' without 'chosen' .*; is 'choosen' meant"):
+        samples_of(tmp_path, [row])
 
 
 def test_rows_with_chosen_answers_are_checked_as_they_train(tmp_path):
