@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 from finetune.common.errors import DataError, MediaError
@@ -17,6 +18,7 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.schema import LanguageModel, task_names
 
 CACHED_MEDIA = 512  # media whose view is kept: questions about one picture follow each other
+CACHED_LENGTHS = 2**14  # of different samples
 
 
 class Reader:
@@ -35,6 +37,7 @@ class Reader:
         self.components = load_components(recipe.model, {}, recipe.seed, torch.device("cpu"))
         self.segments = self.components.placement.segments_by(lambda medium: self.inspected(medium)[1])
         self.context = context_of(recipe.model.language_model)
+        self.lengths: dict[bytes, int] = {}  # digest of a sample's texts and layouts -> its tokens
         self.inspected = lru_cache(CACHED_MEDIA)(self._inspected)
 
     def sample(self, source: int, row: Row) -> Sample:
@@ -47,6 +50,21 @@ class Reader:
         if split != "train" or self.recipe.data[source].head.trained:
             return tokenize_prompt(sample.question, tokenizer, placeholders, self.segments, sample.where)
         return tokenize(sample, tokenizer, placeholders, self.segments)
+
+    def _length(self, sample: Sample, source: int, split: str) -> int:
+        """Tokens of a sample: those of an equal one, which are as many, where there was one. Raises DataError."""
+        whole = split == "train" and not self.recipe.data[source].head.trained
+        digest = sha256(repr(whole).encode())
+        for message in sample.messages if whole else sample.question:
+            parts = [part if isinstance(part, str) else (part.kind, *self.segments(part)) for part in message.content]
+            digest.update(repr((message.role, parts)).encode())
+        known = self.lengths.get(digest.digest())
+        if known is None:
+            known = len(self.tokens(sample, source, split).input_ids)
+            if len(self.lengths) >= CACHED_LENGTHS:
+                self.lengths.clear()
+            self.lengths[digest.digest()] = known
+        return known
 
     def _inspected(self, medium: Medium) -> tuple[View, Layout]:
         """What a medium shows, and its layout. Raises DataError, and MediaError if it can't be decoded."""
@@ -98,7 +116,7 @@ class Reader:
     def _measure(self, result: Examined, sample: Sample, split: str) -> None:
         """Add split, tokens, contents and labels. Raises DataError if the row can't be tokenized."""
         source = self.recipe.data[result.source]
-        tokens = len(self.tokens(sample, result.source, split).input_ids)
+        tokens = self._length(sample, result.source, split)
         problem, limit = None, self.recipe.train.tokens_per_batch
         if split == "train" and limit != "auto" and tokens > limit:  # auto holds the longest row
             problem = "long", f"{tokens:,} tokens, more than train.tokens_per_batch ({limit:,})"

@@ -84,7 +84,7 @@ def encode(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]
     for number, piece in enumerate(text.split(CUT)):
         own, places = _encode_behind(piece, tokenizer) if number else _encode(piece, tokenizer)
         ids += own
-        offsets += [(begin + left, begin + right) for left, right in places]
+        offsets += [(begin + left, begin + right) for left, right in places] if begin else places
         begin += len(piece) + len(CUT)
     return ids, offsets
 

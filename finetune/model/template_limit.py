@@ -1,6 +1,7 @@
 """A time limit on chat templates: they come with a model, may be anybody's, and can loop."""
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -22,15 +23,15 @@ class _Watch:
         self.changed = threading.Condition()
         self.ends: dict[int, float] = {}  # thread -> when, as time.monotonic()
         self.thread: threading.Thread | None = None
+        self.until = 0.0  # what the thread waits for; it is woken for what ends sooner, not for each block
 
     def enter(self) -> None:
         with self.changed:
-            first = not self.ends
-            self.ends[threading.get_ident()] = time.monotonic() + SECONDS
+            end = self.ends[threading.get_ident()] = time.monotonic() + SECONDS
             if self.thread is None:
                 self.thread = threading.Thread(target=self._watch, name="templates", daemon=True)
                 self.thread.start()
-            elif first:
+            elif end < self.until:
                 self.changed.notify()
 
     def leave(self) -> bool:
@@ -41,7 +42,8 @@ class _Watch:
     def _watch(self) -> None:
         with self.changed:
             while True:
-                self.changed.wait(min(self.ends.values()) - time.monotonic() if self.ends else None)
+                self.until = min(self.ends.values(), default=math.inf)
+                self.changed.wait(self.until - time.monotonic() if self.ends else None)
                 for thread in [thread for thread, end in self.ends.items() if end <= time.monotonic()]:
                     del self.ends[thread]
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(

@@ -95,11 +95,20 @@ def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placehol
         tokens = _native(sample, tokenizer, placeholders, segments, text, spans)
         return _refuse_empty(tokens, sample)
     input_ids, offsets = encode(text, tokenizer)
-    labels = [
-        token if any(begin <= left and right <= end and right > begin for begin, end in spans) else IGNORED
-        for token, (left, right) in zip(input_ids, offsets, strict=True)
-    ]
+    labels = _labels(input_ids, offsets, spans)
     return _refuse_empty(_expand(sample, tokenizer, input_ids, labels, placeholders, segments), sample)
+
+
+def _labels(
+    input_ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> list[int]:
+    """The tokens inside the spans; IGNORED in the place of the others."""
+    labels = [IGNORED] * len(input_ids)
+    for begin, end in spans:
+        for place, (left, right) in enumerate(offsets):
+            if begin <= left and begin < right <= end:
+                labels[place] = input_ids[place]
+    return labels
 
 
 def _refuse_empty(tokens: Tokens, sample: Sample) -> Tokens:
@@ -263,11 +272,8 @@ def _native(
     if len(media) != len(sample.media) or re.search("|".join(map(re.escape, kinds)), text[last:]):
         raise DataError(f"{sample.where}: {len(sample.media)} media, but the chat template kept another number of them")
     input_ids, offsets = encode("".join([*pieces, text[last:]]), tokenizer)
-    answers = [tuple(place + [by for begin, by in moves if begin <= place][-1] for place in span) for span in spans]
-    labels = [
-        token if any(begin <= left and right <= end and right > begin for begin, end in answers) else IGNORED
-        for token, (left, right) in zip(input_ids, offsets, strict=True)
-    ]
+    moved = [[place + [by for begin, by in moves if begin <= place][-1] for place in span] for span in spans]
+    labels = _labels(input_ids, offsets, [(begin, end) for begin, end in moved])
     lefts, rights = [left for left, _ in offsets], [right for _, right in offsets]
     begins = tuple(bisect_right(rights, begin) for begin, _ in places)
     ends = tuple(bisect_left(lefts, end) for _, end in places)
@@ -317,22 +323,24 @@ def _expand(
     segments: Segments,
 ) -> Tokens:
     ids = {placeholder.id for placeholder in placeholders.values()}
-    if sum(token in ids for token in input_ids) != len(sample.media):
+    places = [place for place, token in enumerate(input_ids) if token in ids]
+    if len(places) != len(sample.media):
         raise DataError(f"{sample.where}: {len(sample.media)} media, but the chat template kept another number of them")
-    media = iter(sample.media)
     out_ids: list[int] = []
     out_labels: list[int] = []
     begins: list[int] = []
     ends: list[int] = []
-    for token, label in zip(input_ids, labels, strict=True):
-        if token not in ids:
-            out_ids.append(token)
-            out_labels.append(label)
-            continue
+    last = 0
+    for place, medium in zip(places, sample.media, strict=True):
+        out_ids += input_ids[last:place]
+        out_labels += labels[last:place]
         begins.append(len(out_ids))
-        out_ids += segment_ids(segments(next(media)), token, tokenizer)
+        out_ids += segment_ids(segments(medium), input_ids[place], tokenizer)
         ends.append(len(out_ids))
         out_labels += [IGNORED] * (len(out_ids) - len(out_labels))
+        last = place + 1
+    out_ids += input_ids[last:]
+    out_labels += labels[last:]
     return Tokens(out_ids, out_labels, sample.media, tuple(begins), tuple(ends))
 
 

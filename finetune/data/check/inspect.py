@@ -2,8 +2,10 @@
 hashes that near-duplicates are found by.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.data.media.audio import RATE
@@ -68,9 +70,16 @@ def picture_hash(picture: "Image") -> tuple[bytes, bytes]:
     grey = np.asarray(small, np.int16)
     rows = grey[:SIDE, 1:] > grey[:SIDE, :-1] + MARGIN
     columns = grey[1:, :SIDE] > grey[:-1, :SIDE] + MARGIN
-    # Shuffled, so that each part of the hash samples the whole picture: many pictures have equal margins.
-    bits = np.concatenate([rows.ravel(), columns.ravel()])[np.random.default_rng(0).permutation(2 * SIDE * SIDE)]
+    bits = np.concatenate([rows.ravel(), columns.ravel()])[_order()]
     return np.packbits(bits).tobytes(), picture.resize((16, 16), box).tobytes()
+
+
+@cache
+def _order() -> "np.ndarray":
+    """Shuffles the bits, so that each part of the hash samples the whole picture: many pictures have equal margins."""
+    import numpy as np
+
+    return np.random.default_rng(0).permutation(2 * SIDE * SIDE)
 
 
 def text_remarks(text: str) -> tuple[Remark, ...]:
@@ -137,6 +146,9 @@ def _sound(audio: "np.ndarray") -> tuple[Remark, ...]:
 
 def _deviation(picture: "Image") -> float:
     """Standard deviation in grey levels, of the channel where it is largest."""
-    import PIL.ImageStat
+    import numpy as np
 
-    return max(PIL.ImageStat.Stat(picture).stddev)
+    counts, levels = np.array(picture.histogram(), np.int64).reshape(-1, 256), np.arange(256)
+    pixels = picture.width * picture.height
+    sums, squares = (counts @ levels).tolist(), (counts @ levels**2).tolist()  # whole numbers: nothing is rounded
+    return math.sqrt(max((square - one**2 / pixels) / pixels for one, square in zip(sums, squares, strict=True)))
