@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +53,9 @@ def _open(path: Path, name: str) -> BinaryIO:
 
 
 def reason(error: BaseException) -> str:
-    """A library's error in one line."""
+    """A library's error in one line, without addresses in memory."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:200]
+    return re.sub(r" ?<[^<>]* object at 0x[^<>]*>", "", " ".join(str(text).split()))[:200]
 
 
 def described(value: object) -> str:
