@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzzed_media
 import hostile_files
-import numpy as np
 import pytest
-from media_files import coded_sound, dicom, moov_first, picture, sine, sound, video
 
 import finetune
 from finetune.common.errors import MediaError
@@ -66,50 +65,12 @@ def test_ghostscript_is_never_called(monkeypatch, tmp_path):
         decode("image", tmp_path / "a.png")
 
 
-SOUND = {
-    "wav": lambda: sound(sine(8000, 0.2), 8000),
-    "flac": lambda: sound(sine(44_100, 0.2), 44_100, "FLAC"),
-    "ogg": lambda: sound(sine(44_100, 0.2), 44_100, "OGG"),
-    "mp3": lambda: sound(sine(44_100, 0.2), 44_100, "MP3"),
-    "m4a": lambda: coded_sound(seconds=0.2),
-    "webm": lambda: coded_sound("webm", "libopus", 48_000, 0.2),
-}
-PICTURES = {form.lower(): lambda form=form: picture(form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")}
-PICTURES["dcm"] = lambda: dicom(np.arange(600, dtype=np.uint16).reshape(20, 30))
-VIDEOS = {
-    "mp4": lambda: moov_first(video(range(20, 120, 10))),
-    "mkv": lambda: video(range(20, 120, 10), form="matroska"),
-    "webm": lambda: video(range(20, 120, 10), form="webm", codec="libvpx"),
-    "avi": lambda: video(range(20, 120, 10), form="avi", codec="mpeg4"),
-    "ts": lambda: video(range(20, 120, 10), form="mpegts", codec="mpeg2video"),
-    "gif": lambda: video(range(20, 120, 10), form="gif", codec="gif", pixels="rgb8"),
-}
-MUTABLE = {
-    **{name: ("image", make) for name, make in PICTURES.items()},
-    **{name: ("audio", make) for name, make in SOUND.items()},
-    **{f"{name}-video": ("video", make) for name, make in VIDEOS.items()},
-}
-MUTATIONS = 40
+SPOILT = 40  # files of each format; `test_fuzzed_media.py` tries more
 
 
-def mutated(content: bytes, random: np.random.Generator) -> bytes:
-    """One to eight bytes overwritten, most of them near the beginning, where headers are."""
-    changed = bytearray(content)
-    for _ in range(random.integers(1, 9)):
-        end = min(len(changed), 200) if random.random() < 0.6 else len(changed)
-        changed[random.integers(0, end)] = random.choice([0, 1, 127, 128, 255, random.integers(0, 256)])
-    return bytes(changed)
-
-
-@pytest.mark.parametrize("name", MUTABLE)
-def test_flipped_bytes_decode_or_are_refused(name):
-    kind, make = MUTABLE[name]
-    content = make()
-    random = np.random.default_rng(list(name.encode()))
-    sampling = {"count": 3} if kind == "video" else {}
-    decode(kind, content, **sampling)
-    for _ in range(MUTATIONS):
-        try:
-            decode(kind, mutated(content, random), where="rows.csv:7", **sampling)
-        except MediaError as error:
-            assert str(error).startswith("rows.csv:7: ")
+@pytest.mark.parametrize("name", fuzzed_media.FORMATS)
+def test_spoilt_files_decode_or_are_refused(name):
+    kind, make = fuzzed_media.FORMATS[name]
+    assert fuzzed_media.fault_of(kind, make()) == ""
+    outcome = fuzzed_media.outcome_of(name, 0, SPOILT)
+    assert not outcome.wrong and not outcome.slow and outcome.decoded + outcome.refused == SPOILT, outcome
