@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,16 @@ def spoilt(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
+@cache
+def whole(name: str) -> bytes:
+    return FORMATS[name][1]()
+
+
 def seeded(name: str, seed: int) -> bytes:
     random = np.random.default_rng([seed, *name.encode()])
     if name == "png" and seed % 4 == 3:  # sound outside, as checksums refuse most others
         return png(16, 12, pixels=spoilt(bytes(12 * (1 + 16 * 3)), random))
-    content = spoilt(FORMATS[name][1](), random)
+    content = spoilt(whole(name), random)
     return with_sums(content) if name == "png" and seed % 2 else content
 
 
@@ -133,7 +139,7 @@ def fault_of(kind: str, content: bytes) -> str | None:
 def outcome_of(name: str, first: int, last: int, begin: Callable[[int], object] = lambda seed: None) -> Outcome:
     """Of the seeds from `first` up to `last`."""
     outcome, kind = Outcome(), FORMATS[name][0]
-    fault_of(kind, FORMATS[name][1]())  # what is imported to decode isn't a medium's memory
+    fault_of(kind, whole(name))  # what is imported to decode isn't a medium's memory
     for seed in range(first, last):
         begin(seed)
         content = seeded(name, seed)
