@@ -25,6 +25,7 @@ from finetune.model.row_plan import RowKind
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import planning, without_auto
 from finetune.training.plan.cards import CARDS, card_like
+from finetune.training.plan.measure import Measured, measure
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, own_card, plan
 from finetune.training.plan.result import TIGHT
@@ -182,6 +183,15 @@ def test_checkpoints_are_automatic_where_the_card_is_small(tmp_path, monkeypatch
     """As few as leave training less than 90% of the card, of three layers."""
     tiny_llm_folder(tmp_path / "llm", num_hidden_layers=3)
     tiny_vision_folder(tmp_path / "encoder")
+    measured: dict[int | str, Measured] = {}
+
+    def measure_once(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
+        every = recipe.train.checkpoint_every_n_layers
+        if every not in measured:
+            measured[every] = measure(recipe, rows, gpu)
+        return measured[every]
+
+    monkeypatch.setattr("finetune.training.plan.plan.measure", measure_once)
     planned = [plan(recipe_in(tmp_path, train__checkpoint_every_n_layers=n), "t4", advise=False) for n in range(4)]
     needed = [result.needed for result in planned]
     assert needed[0] > needed[3] > needed[2] > needed[1] and planned[2].checkpoints_reason == ""
