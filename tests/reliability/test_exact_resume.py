@@ -23,7 +23,7 @@ def cases():
 
 @pytest.mark.parametrize(("name", "cell"), cases())
 def test_from_every_step_a_run_goes_on_as_if_nothing_had_been(name, cell, tmp_path, full, tried):
-    recipe = PROJECTS[name](tmp_path, epochs=3 if full else 1)
+    recipe = PROJECTS[name](tmp_path, epochs=3 * cell.processes if full else 1)
     kept = tmp_path / "kept"
     trained(recipe, tmp_path / "run", cell, kept, whole=True)
     steps = begun_steps(kept)
