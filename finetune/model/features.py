@@ -20,6 +20,14 @@ from finetune.model.feature_store import FeatureStore
 from finetune.recipe.schema import Limits
 
 
+class UnreadableMedia(DataError):
+    """`reasons`: {(kind, key of a medium): why it can't be used}."""
+
+    def __init__(self, message: str, reasons: Mapping[tuple[str, str], str]) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons)
+
+
 class MediaView(Protocol):
     """How media are shown to a model: the layout of one, and its features (S, L, W)."""
 
@@ -123,17 +131,17 @@ class Features:
     def fill(self, media: Sequence[Medium], done: Callable[[], None], batch: int = 1, workers: int = 0) -> None:
         """Compute and keep the features of media of one kind, `batch` at once, decoded in `workers` processes.
 
-        Raises DataError with all media that can't be used; the features of the others are kept.
+        Raises UnreadableMedia with all that can't be used; the features of the others are kept.
         """
         kind = media[0].kind
-        wrong: list[str] = []
+        wrong: dict[tuple[str, str], str] = {}
 
         def computed() -> Iterator[tuple[str, Tensor, Layout]]:
             waiting: list[tuple[Medium, Prepared]] = []
             loader: Any = DataLoader(_Decoding(self, media), batch_size=None, num_workers=workers)
             for number, prepared in enumerate(loader):
                 if isinstance(prepared, str):
-                    wrong.append(prepared)
+                    wrong[kind, media[number].key] = prepared
                 else:
                     waiting.append((media[number], prepared))
                 if waiting and (len(waiting) == batch or number == len(media) - 1):
@@ -144,7 +152,8 @@ class Features:
 
         self.stores[kind].fill(computed(), done)
         if wrong:
-            raise DataError(error_list(wrong, f"{len(wrong)} of {len(media)} media can't be used"))
+            headline = f"{len(wrong)} of {len(media)} media can't be used"
+            raise UnreadableMedia(error_list([*wrong.values()], headline), wrong)
 
     def known(self, kind: str, key: str) -> bool:
         """Whether the cache has the features of a medium, or keeps none of its kind."""

@@ -350,7 +350,8 @@ class Train(Section):
     save_every_n_steps: int = Field(200, ge=1, description="Optimizer steps between checkpoints on disk.")
     skip_bad_rows: bool = Field(
         False,
-        description="Leave out rows whose loss or gradients aren't finite, in place of stopping, and list them in "
+        description="In place of stopping, leave out training rows whose media can't be read when their features are "
+        "cached, listed in RUN/data/unreadable.jsonl, and rows whose loss or gradients aren't finite, listed in "
         "RUN/data/suspects.jsonl.",
     )
     track: list[Tracker] = Field(

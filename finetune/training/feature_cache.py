@@ -17,7 +17,7 @@ from finetune.common.errors import DataError
 from finetune.common.progress import bar, console
 from finetune.data.rows import error_list
 from finetune.data.sample import Medium, Prepared
-from finetune.model.features import Features
+from finetune.model.features import Features, UnreadableMedia
 from finetune.recipe.schema import Train
 from finetune.training.cache_choice import FULLEST
 
@@ -30,35 +30,48 @@ LINE_SECONDS = 30.0
 
 
 def fill_cache(media: Sequence[Medium], features: Features, train: Train) -> None:
-    """Encode what the cache lacks. Prints first how large it gets and from which epoch on it pays."""
+    """Encode what the cache lacks. Prints first how large it gets and from which epoch on it pays. Raises
+    UnreadableMedia, of all kinds, when the others are kept.
+    """
     lacking = features.missing(media)
+    found: list[UnreadableMedia] = []
     for kind, store in features.stores.items():
-        folder, missing = store.folder, lacking.get(kind)
-        if not missing:
-            console.print(f"features of {kind}: all in the cache ({folder})")
-            continue
-        prepared = first_media(features, missing)
-        first, seconds_each = first_features(features, kind, prepared)
-        size = sum(tensor.nbytes for tensor in first) * len(missing) // len(first)
-        seconds = seconds_each * len(missing)
-        console.print(
-            f"features of {kind}: {len(missing):,} × about {tuple(first[0].shape)} "
-            f"{str(first[0].dtype).removeprefix('torch.')} = {size / 2**20:,.0f} MiB on disk; encoded once in about "
-            f"{seconds:.0f} s, without cache {seconds * train.epochs:.0f} s in {train.epochs} epochs: pays from the "
-            "second epoch on"
+        if missing := lacking.get(kind):
+            try:
+                _fill(kind, missing, features, train)
+            except UnreadableMedia as error:
+                found.append(error)
+        else:
+            console.print(f"features of {kind}: all in the cache ({store.folder})")
+    if found:
+        reasons = {medium: reason for error in found for medium, reason in error.reasons.items()}
+        raise UnreadableMedia("\n".join(map(str, found)), reasons)
+
+
+def _fill(kind: str, missing: Sequence[Medium], features: Features, train: Train) -> None:
+    folder = features.stores[kind].folder
+    prepared = first_media(features, missing)
+    first, seconds_each = first_features(features, kind, prepared)
+    size = sum(tensor.nbytes for tensor in first) * len(missing) // len(first)
+    seconds = seconds_each * len(missing)
+    console.print(
+        f"features of {kind}: {len(missing):,} × about {tuple(first[0].shape)} "
+        f"{str(first[0].dtype).removeprefix('torch.')} = {size / 2**20:,.0f} MiB on disk; encoded once in about "
+        f"{seconds:.0f} s, without cache {seconds * train.epochs:.0f} s in {train.epochs} epochs: pays from the "
+        "second epoch on"
+    )
+    free = free_bytes(folder)
+    if size > FULLEST * free:
+        raise DataError(
+            f"the features need {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free in "
+            f"{folder}: set train.cache: false or train.cache_folder"
         )
-        free = free_bytes(folder)
-        if size > FULLEST * free:
-            raise DataError(
-                f"the features need {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free in "
-                f"{folder}: set train.cache: false or train.cache_folder"
-            )
-        batch, workers = train.encode_batch, train.workers
-        if len(missing) >= MANY:
-            batch = batch if batch > 1 else equal_batch(features, kind, prepared)
-            workers = workers or decoders(prepared)
-        with bar(f"encode {kind}", len(missing)) as step, writing(folder, "the features"):
-            features.fill(missing, Pace(kind, len(missing), step), batch, workers)
+    batch, workers = train.encode_batch, train.workers
+    if len(missing) >= MANY:
+        batch = batch if batch > 1 else equal_batch(features, kind, prepared)
+        workers = workers or decoders(prepared)
+    with bar(f"encode {kind}", len(missing)) as step, writing(folder, "the features"):
+        features.fill(missing, Pace(kind, len(missing), step), batch, workers)
 
 
 class Pace:
@@ -101,11 +114,11 @@ def decoders(prepared: Sequence[Prepared]) -> int:
 
 
 def first_media(features: Features, media: Sequence[Medium]) -> list[Prepared]:
-    """A few media, decoded and prepared. Raises DataError where none can be read."""
+    """A few media, decoded and prepared. Raises UnreadableMedia where none can be read."""
     kind = media[0].kind
     count = 1 if len(media) < MANY and features.encoders[kind].layout is not None else ENCODED_FIRST
     prepared: list[Prepared] = []
-    errors: list[str] = []
+    errors: dict[tuple[str, str], str] = {}
     # Taken from all over the rows: files are often sorted, by length too.
     for medium in [*media[:: max(1, len(media) // count)], *media]:
         if len(prepared) == count:
@@ -113,13 +126,10 @@ def first_media(features: Features, media: Sequence[Medium]) -> list[Prepared]:
         try:
             prepared.append(features.prepared(medium))
         except DataError as error:  # reported with all others when the cache is filled
-            errors.append(str(error))
+            errors[kind, medium.key] = str(error)
     if not prepared:
-        headline = (
-            f"none of the {len(media)} media of kind {kind} that have no features yet can be used; "
-            "`finetune data check RECIPE --fix DIR` writes a copy of the rows without such media"
-        )
-        raise DataError(error_list(list(dict.fromkeys(errors)), headline))
+        headline = f"none of the {len(media)} media of kind {kind} that have no features yet can be used"
+        raise UnreadableMedia(error_list([*errors.values()], headline), errors)
     return prepared
 
 

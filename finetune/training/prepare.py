@@ -1,7 +1,7 @@
 """All that is ready before the LLM is loaded, and the rows that each stage uses."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,6 @@ from finetune.model.run import Run
 from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
-from finetune.training.feature_cache import fill_cache
 from finetune.training.kept_samples import RowsDigest, tokenized_samples
 from finetune.training.pack import Row, plan_rows
 from finetune.training.prefixes import sharing_of
@@ -40,6 +39,7 @@ from finetune.training.samples import TokenizedSamples, compared, distilled, gro
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
 from finetune.training.teachers import TeacherData, run_teachers
+from finetune.training.unreadable import fill_and_choose
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,11 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     if first:
         with watch("read"):
             keep_rows(folder, splits, recipe)
-            write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
         if run.features.stores:
             with watch("encode"):
-                held_out = ((medium.kind, medium.key) for sample in validation for medium in sample.media)
-                run.features.check([*splits.train.media_keys(), *held_out])
-                media = [
-                    *splits.train.different_media(run.features.known),
-                    *(medium for sample in validation for medium in sample.media),
-                ]
-                fill_cache(media, run.features, recipe.train)
+                splits = replace(splits, train=fill_and_choose(splits.train, validation, run))
+        with watch("read"):
+            write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
     PartialState().wait_for_everyone()
     run.features.refresh()
     with watch("tokenize"):

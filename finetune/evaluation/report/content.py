@@ -124,7 +124,12 @@ def read_content(run: RunLike) -> Content:
         certificate=read("certificate.json", read_certificate, None),
         commits=_commits(adapter) if adapter else {},
         bindings=adapter.bindings if adapter else {},
-        skipped=[*skipped, *_quarantined(recipe, missing), *_left_out(folder.data / "suspects.jsonl", missing)],
+        skipped=[
+            *skipped,
+            *_quarantined(recipe, missing),
+            *_unreadable(folder.data, missing),
+            *_left_out(folder.data / "suspects.jsonl", missing),
+        ],
         missing=missing,
     )
     if folder.metrics.is_file() and not metrics.scores:
@@ -176,6 +181,17 @@ def _quarantined(recipe: Recipe | None, missing: list[str]) -> list[SkippedRow]:
             if unreadable:
                 missing.append(f"{path.name} beside the sources: {len(unreadable):,} lines can't be read")
     return rows
+
+
+def _unreadable(folder: Path, missing: list[str]) -> list[SkippedRow]:
+    """The rows that training left out since their media couldn't be read."""
+    path = folder / "unreadable.jsonl"
+    if not path.is_file():
+        return []
+    rows, unreadable = _lines(path, lambda entry: (entry["left_out"], SkippedRow(entry["row"], entry["what"])))
+    if unreadable:
+        missing.append(f"data/{path.name}: {len(unreadable):,} lines can't be read")
+    return [row for left_out, row in rows if left_out]
 
 
 def _left_out(path: Path, missing: list[str]) -> list[SkippedRow]:
