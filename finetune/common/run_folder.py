@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -30,6 +30,7 @@ from pydantic import ValidationError
 
 from finetune.common import display
 from finetune.common.errors import OVERWRITE, RESUME, RUN, ArtifactError, RecipeError, TrainingError, option
+from finetune.common.registry import nearest
 from finetune.common.version import DISTRIBUTION, VERSION
 
 JsonObject = dict[str, Any]
@@ -285,12 +286,27 @@ def missing_run(path: Path) -> ArtifactError:
     """What to raise where a run's folder isn't there: it names those that are, beside it and in runs/."""
     found = sorted({file.parent for place in (path.parent, Path("runs")) for file in place.glob("*/recipe.yaml")})
     more = ", ..." if len(found) > SHOWN_RUNS else ""
-    there = (
-        f"; there are: {', '.join(map(str, found[:SHOWN_RUNS]))}{more}"
-        if found
-        else "; `finetune run RECIPE` makes one"
-    )
+    near = nearest_folder(path)
+    if near and near not in found:
+        there = f"; the nearest is {near}"
+    elif found:
+        there = f"; there are: {', '.join(map(str, found[:SHOWN_RUNS]))}{more}"
+    else:
+        there = "; `finetune run RECIPE` makes one"
     return ArtifactError(f"{path}: no such run or folder{there}")
+
+
+def nearest_folder(path: Path) -> Path | None:
+    """The folder beside a path that isn't there with the most similar name."""
+    near = nearest(path.name, folders_beside(path))
+    return path.parent / near if near else None
+
+
+def folders_beside(path: Path) -> list[str]:
+    """Their names, sorted."""
+    with suppress(OSError):
+        return sorted(one.name for one in path.parent.iterdir() if one.is_dir() and not one.name.startswith("."))
+    return []
 
 
 @contextmanager
