@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -202,6 +203,10 @@ class RunFolder:
             raise missing_run(run.path)
         refuse_file(run.path)
         made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
+        if needs == "adapter" and run.recipe.is_file() and not run.adapter.exists():
+            raise ArtifactError(
+                f"{path}: no adapter here: its training hasn't finished; {run.goes_on()} goes on with it"
+            )
         for part in ("recipe", needs):
             if not getattr(run, part).exists():
                 raise ArtifactError(
@@ -209,6 +214,11 @@ class RunFolder:
                     "hasn't finished"
                 )
         return run
+
+    def goes_on(self) -> str:
+        """What resumes its training."""
+        command = f"finetune train {shlex.quote(str(self.recipe))} --run {shlex.quote(str(self.path))} {RESUME[0]}"
+        return option(f"`{command}`", f"finetune.train({str(self.recipe)!r}, {str(self.path)!r}, {RESUME[1]})")
 
     def evaluation_of(self, rows: Path) -> Path:
         """The folder of the scores on rows that the recipe doesn't name."""
