@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from finetune.common import display
 from finetune.common.errors import RecipeError
+from finetune.common.hub import meant_as_path
 from finetune.data.rows import (
     Splits,
     SplitSummary,
@@ -164,8 +165,7 @@ def check_base(recipe: Recipe, why: str | None = None) -> Iterator[str]:
     base = recipe.model.language_model
     config = settings_of(base.name, base.revision, "config.json")
     if not config:
-        because = f"{base.name!r}: {why}" if why else f"there is no config.json of {base.name!r} at hand"
-        yield f"the media that model.base takes aren't known: {because}"
+        yield f"the media that model.base takes aren't known: {_unread(base.name, why)}"
         return
     what, media = (config.get("architectures") or [config.get("model_type")])[0], media_in_config(config)
     if "auto_map" in config and not media:
@@ -188,8 +188,7 @@ def refuse_multimodal(llm: LanguageModel, why: str | None = None) -> Iterator[st
         return
     config = settings_of(llm.name, llm.revision, "config.json")
     if not config:
-        because = f"{llm.name!r}: {why}" if why else f"there is no config.json of {llm.name!r} at hand"
-        yield f"whether model.llm is a text-only LLM isn't known: {because}"
+        yield f"whether model.llm is a text-only LLM isn't known: {_unread(llm.name, why)}"
         return
     what = (config.get("architectures") or [config.get("model_type")])[0]
     sections = [key for key in config if key in OWN_ENCODERS or key.endswith("_encoder_config")]
@@ -204,3 +203,9 @@ def refuse_multimodal(llm: LanguageModel, why: str | None = None) -> Iterator[st
         )
     if config.get("is_encoder_decoder"):
         raise RecipeError(f"model.llm.name: {llm.name!r} is a {what}, an encoder and decoder; take a decoder-only LLM")
+
+
+def _unread(name: str, why: str | None) -> str:
+    """Why a model's config isn't known. `why`: the Hub gives none."""
+    because = f"{name!r}: {why}" if why else f"there is no config.json of {name!r} at hand"
+    return because + meant_as_path(name)

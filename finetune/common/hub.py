@@ -13,7 +13,7 @@ from time import monotonic
 
 from finetune.common.certificate import verify_if_certified
 from finetune.common.errors import ArtifactError, FinetuneError, ModelError
-from finetune.common.run_folder import read_json
+from finetune.common.run_folder import folders_beside, nearest_folder, read_json
 
 # What loading reads; none can hold code.
 MODEL_FILES = ("*.safetensors", "*.finetune", "*.json", "*.txt", "*.jinja", "*.model")
@@ -105,7 +105,7 @@ def loading(what: str, name: str) -> Iterator[bool]:
 
     local, offline = Path(name).exists() or name.endswith(".gguf") or not _is_of_hub(name), constants.is_offline_mode()
     why = None if local else "HF_HUB_OFFLINE is set" if offline else unreachable()
-    missing = f"{what} isn't in the cache, and {why}; {UNSET if offline else CONNECT}"
+    missing = f"{what} isn't in the cache, and {why}; {UNSET if offline else CONNECT}{meant_as_path(name)}"
     if why is not None and not _in_cache(name):
         raise ModelError(missing)
     try:
@@ -113,7 +113,17 @@ def loading(what: str, name: str) -> Iterator[bool]:
     except (*BAD_SETTINGS, OSError) as error:
         if why is not None and isinstance(error, OSError):
             raise ModelError(missing) from error
-        raise ModelError(f"{what} can't be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{what} can't be loaded: {_first_line(error)}{meant_as_path(name)}") from error
+
+
+def meant_as_path(name: str) -> str:
+    """What messages add about a name of the Hub that may be meant as a path, its first folder being here; else ''."""
+    path = Path(name)
+    if path.exists() or not is_repository(name) or not path.parent.is_dir():
+        return ""
+    near, beside = nearest_folder(path), folders_beside(path)
+    there = f"; the nearest is {near}" if near else f"; {path.parent} has {', '.join(beside[:5])}" if beside else ""
+    return f". As a path: there is no folder {name} here{there}"
 
 
 @contextmanager

@@ -19,9 +19,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -30,6 +31,7 @@ from pydantic import ValidationError
 
 from finetune.common import display
 from finetune.common.errors import OVERWRITE, RESUME, RUN, ArtifactError, RecipeError, TrainingError, option
+from finetune.common.registry import nearest
 from finetune.common.version import DISTRIBUTION, VERSION
 
 JsonObject = dict[str, Any]
@@ -201,6 +203,10 @@ class RunFolder:
             raise missing_run(run.path)
         refuse_file(run.path)
         made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
+        if needs == "adapter" and run.recipe.is_file() and not run.adapter.exists():
+            raise ArtifactError(
+                f"{path}: no adapter here: its training hasn't finished; {run.goes_on()} goes on with it"
+            )
         for part in ("recipe", needs):
             if not getattr(run, part).exists():
                 raise ArtifactError(
@@ -208,6 +214,11 @@ class RunFolder:
                     "hasn't finished"
                 )
         return run
+
+    def goes_on(self) -> str:
+        """What resumes its training."""
+        command = f"finetune train {shlex.quote(str(self.recipe))} --run {shlex.quote(str(self.path))} {RESUME[0]}"
+        return option(f"`{command}`", f"finetune.train({str(self.recipe)!r}, {str(self.path)!r}, {RESUME[1]})")
 
     def evaluation_of(self, rows: Path) -> Path:
         """The folder of the scores on rows that the recipe doesn't name."""
@@ -285,12 +296,27 @@ def missing_run(path: Path) -> ArtifactError:
     """What to raise where a run's folder isn't there: it names those that are, beside it and in runs/."""
     found = sorted({file.parent for place in (path.parent, Path("runs")) for file in place.glob("*/recipe.yaml")})
     more = ", ..." if len(found) > SHOWN_RUNS else ""
-    there = (
-        f"; there are: {', '.join(map(str, found[:SHOWN_RUNS]))}{more}"
-        if found
-        else "; `finetune run RECIPE` makes one"
-    )
+    near = nearest_folder(path)
+    if near and near not in found:
+        there = f"; the nearest is {near}"
+    elif found:
+        there = f"; there are: {', '.join(map(str, found[:SHOWN_RUNS]))}{more}"
+    else:
+        there = "; `finetune run RECIPE` makes one"
     return ArtifactError(f"{path}: no such run or folder{there}")
+
+
+def nearest_folder(path: Path) -> Path | None:
+    """The folder beside a path that isn't there with the most similar name."""
+    near = nearest(path.name, folders_beside(path))
+    return path.parent / near if near else None
+
+
+def folders_beside(path: Path) -> list[str]:
+    """Their names, sorted."""
+    with suppress(OSError):
+        return sorted(one.name for one in path.parent.iterdir() if one.is_dir() and not one.name.startswith("."))
+    return []
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from loopback import asked_of, hub_on_loopback
 from tiny import tiny_llm_folder, tiny_recipe, tiny_vision_folder
 from transformers import AutoConfig
 
+import finetune
 from finetune.common import hub
 from finetune.common.errors import DataError, FinetuneError, ModelError
 from finetune.data.formats import hub as datasets_format
@@ -109,6 +110,27 @@ def test_offline_says_so_where_the_cache_lacks_a_model(loader, cached, tmp_path,
         (tmp_path / f"models--{NAME.replace('/', '--')}").mkdir()
     with pytest.raises(ModelError, match=rf"{NAME}.* isn't in the cache, and HF_HUB_OFFLINE is set; unset it"):
         LOADERS[loader](tmp_path)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("loader", [load_tokenizer, lambda name: load_language_model(Llm(name=name), torch.float32)])
+def test_a_name_whose_first_folder_is_here_may_be_meant_as_a_path(loader, offline, waits, tmp_path, monkeypatch):
+    (tmp_path / "weights" / "minimind").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with hub_on_loopback() as server, waits(server.url):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        hub_says = "HF_HUB_OFFLINE is set" if offline else "weights/minimnd"
+        nearest = r"no folder weights/minimnd here; the nearest is weights/minimind$"
+        with pytest.raises(ModelError, match=f"{hub_says}.*As a path: there is {nearest}"):
+            loader("weights/minimnd")
+        with pytest.raises(ModelError, match=r"no folder weights/typo here; weights has minimind$"):
+            loader("weights/typo")
+        with pytest.raises(ModelError, match="someone/minimind") as caught:
+            loader("someone/minimind")
+        assert "path" not in str(caught.value)
+    with pytest.raises(FinetuneError, match=r"weights/minimnd: no such run or folder; the nearest is weights/minimind"):
+        finetune.load("weights/minimnd")
 
 
 def test_what_is_in_the_cache_is_loaded_without_a_network(waits, tmp_path):

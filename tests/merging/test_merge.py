@@ -246,7 +246,9 @@ def test_damaged_files_are_named_and_nothing_is_written(run, tmp_path, name, dam
 
 def test_a_run_that_never_ended_says_so(run, tmp_path):
     shutil.copy(run / "recipe.yaml", tmp_path / "recipe.yaml")
-    with pytest.raises(ArtifactError, match=r"no adapter here: .*`finetune train` hasn't finished"):
+    with pytest.raises(
+        ArtifactError, match=r"no adapter here: its training hasn't finished; finetune.train\(.*resume=True\) goes"
+    ):
         finetune.merge(tmp_path)
     with pytest.raises(ArtifactError, match=r"no such run or folder"):
         finetune.merge(tmp_path / "nowhere")

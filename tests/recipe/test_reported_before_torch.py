@@ -79,7 +79,7 @@ def test_a_wrong_option_is_reported(verb, folder, run):
         ("predict some/where/else x.yaml", "no such run or folder"),
         ("evaluate x.yaml", "x.yaml: a file, where the folder of a run is needed; `finetune run x.yaml` makes one"),
         ("predict x.yaml x.yaml", "x.yaml: a file, where the folder of a run is needed; `finetune run x.yaml` makes"),
-        ("chat other/begun", "no adapter here: not a run folder, or `finetune train` hasn't finished"),
+        ("chat other/begun", "`finetune train other/begun/recipe.yaml --run other/begun --resume` goes on"),
         ("evaluate runs/cals", "runs/cals: no such run or folder; there are: runs/calls"),
         ("merge runs/cals", "runs/cals: no such run or folder"),
         ("export runs/cals --to gguf", "runs/cals: no such run or folder"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import forked
 import pytest
@@ -16,10 +17,12 @@ from packed import At, composite_with_lora, train_composite
 from safetensors.torch import load_file
 from tiny import tiny_recipe
 
-from finetune.common.errors import Interrupted
+import finetune
+from finetune.common.errors import ArtifactError, Interrupted
 from finetune.common.run_folder import damage
 from finetune.common.signals import SIGNALS
 from finetune.training.stopping import StopBetweenSteps
+from finetune.training.trainer import StageTrainer
 
 STAGE = {"name": "tune", "trains": ["projectors", "adapter"], "learning_rate": 5.0e-3, "epochs": 30}
 
@@ -39,6 +42,18 @@ def test_a_signal_saves_after_the_step(number, tmp_path, capfd):
     assert [path.name for path in folder.iterdir()] == ["checkpoint-3"] and damage(folder / "checkpoint-3") is None
     assert "finishing this step and saving a checkpoint" in capfd.readouterr().err
     assert [signal.getsignal(each) for each in SIGNALS] == handlers
+
+
+def test_an_interrupted_run_says_what_goes_on_with_it(tmp_path, monkeypatch):
+    recipe, run = tiny_recipe(tmp_path, train__stages=[STAGE | {"epochs": 1}]), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageTrainer, "training_step", Mock(side_effect=KeyboardInterrupt))
+        finetune.train(recipe, run)
+    for ask in (finetune.evaluate, finetune.merge, finetune.load):
+        with pytest.raises(ArtifactError, match="its training hasn't finished; ") as caught:
+            ask(run)
+    command = str(caught.value).partition("; ")[2].removesuffix(" goes on with it")
+    assert eval(command, {"finetune": finetune}).adapter.is_dir()
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])

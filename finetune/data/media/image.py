@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from finetune.common.errors import MediaError
 from finetune.data.media import _source
@@ -22,6 +22,9 @@ UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error),
     *(EOFError, MemoryError, OverflowError, RuntimeError, AttributeError),
 )
+PNG = b"\x89PNG\r\n\x1a\n"
+LATE_EXIF = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold EXIF or XMP
+MOST_CHUNKS = 1 << 16  # that are searched
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # of them, those that swap width and height
 DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # grey in more than 8 bits
@@ -70,10 +73,35 @@ def image_size(source: Path | bytes, *, where: str = "") -> tuple[int, int]:
         try:
             with _quiet(), PIL.Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
-                return (height, width) if _orientation(image) in SIDEWAYS else (width, height)
+                sideways = _orientation(image, known=_has_no_late_exif(file)) in SIDEWAYS
+                return (height, width) if sideways else (width, height)
         except (*UNREADABLE, PIL.Image.DecompressionBombError):
             pass
     return decode_image(source, where=where).size  # DICOM; or raises the reason
+
+
+def _has_no_late_exif(file: IO[bytes]) -> bool:
+    """Whether a file is a whole PNG without anything behind its pixels that could turn it. Pillow decodes a PNG's
+    pixels to find its orientation, because a chunk with it may stand there.
+    """
+    place, pixels = file.tell(), False
+    try:
+        file.seek(0)
+        if file.read(len(PNG)) != PNG:
+            return False
+        for _ in range(MOST_CHUNKS):
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if kind == b"IEND":
+                return pixels
+            if pixels and kind in LATE_EXIF:
+                return False
+            pixels |= kind == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)  # 4: the checksum
+        return False
+    except struct.error:  # the file ends
+        return False
+    finally:
+        file.seek(place)
 
 
 def blank_like(image: "Image") -> "Image":
@@ -164,9 +192,13 @@ def _upright(image: "Image") -> "Image":
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def _orientation(image: "Image") -> Any:
+def _orientation(image: "Image", known: bool = False) -> Any:
+    """The EXIF tag. `known`: all that tells it has been read, so that a PNG's pixels needn't be."""
+    import PIL.Image
+
     try:
-        return image.getexif().get(ORIENTATION)
+        exif = PIL.Image.Image.getexif(image) if known else image.getexif()
+        return exif.get(ORIENTATION)
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, EOFError, OverflowError):
         return None
 

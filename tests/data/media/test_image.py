@@ -6,9 +6,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+from PIL.PngImagePlugin import PngImageFile
 
 from finetune.common.errors import MediaError
-from finetune.data.media.image import blank_like, decode_image
+from finetune.data.media.image import blank_like, decode_image, image_size
 from finetune.recipe.schema import Limits
 
 
@@ -158,3 +159,23 @@ def test_large_and_missing_files_are_refused_by_name(tmp_path):
 def test_a_blank_picture_shows_nothing():
     blank = blank_like(PIL.Image.effect_noise((30, 20), 80).convert("RGB"))
     assert blank.size == (30, 20) and len(blank.getcolors()) == 1
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels_unless_a_chunk_behind_them_may_turn_it(monkeypatch):
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    wide = PIL.Image.new("RGB", (40, 30))
+    files = {"plain": saved(wide), "turned": saved(wide, exif=turned)}
+    begin = files["turned"].index(b"eXIf") - 4
+    (length,) = struct.unpack_from(">I", files["turned"], begin)
+    chunk = files["turned"][begin : begin + length + 12]
+    end = files["plain"].index(b"IEND") - 4
+    files["late"] = files["plain"][:end] + chunk + files["plain"][end:]
+    files["cut"] = files["late"][: end + 8]
+    expected = {"plain": (40, 30), "turned": (30, 40), "late": (30, 40), "cut": (40, 30)}
+    assert {name: image_size(content) for name, content in files.items()} == expected
+    assert all(decode_image(files[name]).size == expected[name] for name in ("plain", "turned", "late"))
+    monkeypatch.setattr(PngImageFile, "load", None)
+    assert {name: image_size(files[name]) for name in ("plain", "turned")} == {"plain": (40, 30), "turned": (30, 40)}
+    with pytest.raises(TypeError):
+        PIL.Image.open(io.BytesIO(files["late"])).getexif()
