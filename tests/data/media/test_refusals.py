@@ -1,4 +1,4 @@
-"""Bounds of media to the byte, pixel and sample, and what is said to the letter where one is passed."""
+"""Bounds of media to the byte, pixel and sample, and the errors beyond them, to the letter."""
 
 import io
 import os
@@ -31,7 +31,7 @@ ANEW = "; write the file anew"
 
 
 def refusal(kind: str, source: Any, limits: Limits | None = None, **options: Any) -> str:
-    """What is said where it is refused, behind its place."""
+    """The error, behind its place."""
     with pytest.raises(MediaError) as error:
         decode(kind, source, where="rows.csv:7", limits=limits or Limits(), **options)
     where, _, text = str(error.value).partition(": ")
@@ -83,8 +83,8 @@ def test_a_place_is_named_by_row_else_path_else_kind(kind, tmp_path):
 def test_bytes_are_bounded_inclusively():
     content = picture()
     assert decode("image", content, limits=Limits(max_bytes=len(content)))
-    said = f"{len(content):,} bytes; at most {len(content) - 1:,} are read (`media.max_bytes`)"
-    assert refusal("image", content, Limits(max_bytes=len(content) - 1)) == said
+    message = f"{len(content):,} bytes; at most {len(content) - 1:,} are read (`media.max_bytes`)"
+    assert refusal("image", content, Limits(max_bytes=len(content) - 1)) == message
 
 
 def test_a_file_is_opened_at_its_beginning_and_has_no_name(tmp_path):
@@ -189,7 +189,7 @@ def test_a_picture_is_shrunk_to_its_bound(size, most, shrunk_to):
         np.testing.assert_array_equal(np.asarray(decode("image", held, limits=limits)), np.asarray(expected))
 
 
-def test_what_is_wrong_with_a_picture_is_said():
+def test_what_is_wrong_with_a_picture_is_named():
     supported = "not a picture in a supported format (PNG, JPEG, WEBP, GIF, BMP, TIFF, DICOM)"
     assert refusal("image", b"nonsense") == supported
     broken = refusal("image", picture("JPEG")[:600])
@@ -222,8 +222,8 @@ def test_a_picture_that_a_program_holds_is_taken_as_it_is_or_refused(tmp_path):
         "64x48 pixels; at most 3,071 are decoded (`media.max_pixels`)"
     )
     (tmp_path / "a.png").write_bytes(picture("PNG")[:2000])
-    said = refusal("image", PIL.Image.open(tmp_path / "a.png"))
-    assert said.startswith("can't be decoded (") and said.endswith(")")
+    message = refusal("image", PIL.Image.open(tmp_path / "a.png"))
+    assert message.startswith("can't be decoded (") and message.endswith(")")
 
 
 # ------------------------------------------------------------------ DICOM
@@ -233,12 +233,14 @@ def grey(**elements: Any) -> bytes:
     return dicom(np.arange(100, dtype=np.int16).reshape(10, 10), **elements)
 
 
-def test_what_is_wrong_with_a_dicom_file_is_said():
+def test_what_is_wrong_with_a_dicom_file_is_named():
     assert refusal("image", dicom(None)) == "a DICOM file without pixels; remove the row"
     deflated = "a deflated DICOM file, which isn't supported; write it with another transfer syntax"
     assert refusal("image", grey().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99\0")) == deflated
-    said = refusal("image", grey()[:-50])
-    assert said.startswith("a DICOM file that can't be decoded (") and said.endswith("); write it anew, uncompressed")
+    message = refusal("image", grey()[:-50])
+    assert message.startswith("a DICOM file that can't be decoded (") and message.endswith(
+        "); write it anew, uncompressed"
+    )
     nan = dicom(np.zeros((2, 2), np.int16), RescaleSlope="1", RescaleIntercept="1")
     assert decode("image", nan).size == (2, 2)
 
@@ -262,8 +264,8 @@ def test_pixels_of_a_dicom_file_are_bounded_inclusively():
 
 def test_runs_longer_than_their_frame_are_refused():
     header = dicom(None, Rows=4, Columns=5, SamplesPerPixel=1, BitsAllocated=8, BitsStored=8, HighBit=7)
-    said = refusal("image", encapsulated(header, bytes(106), "5"))
-    assert said == "106 bytes of a frame that holds 20; write it anew"
+    message = refusal("image", encapsulated(header, bytes(106), "5"))
+    assert message == "106 bytes of a frame that holds 20; write it anew"
     rle = struct.pack("<16I", 1, 64, *[0] * 14)  # one segment
     rows = b"".join(bytes([4, *range(row, row + 5)]) for row in (0, 50, 100, 150))
     values = np.array([range(row, row + 5) for row in (0, 50, 100, 150)])
@@ -297,7 +299,7 @@ def test_windows_are_those_of_the_standard():
 # ------------------------------------------------------------------ sound
 
 
-def test_what_is_wrong_with_a_recording_is_said():
+def test_what_is_wrong_with_a_recording_is_named():
     assert refusal("audio", wav(b"")) == "empty, no sample of sound; remove the row"
     assert refusal("audio", wav(bytes(100), rate=999)) == "999 samples a second; 1,000 to 768,000 are read"
     assert refusal("audio", wav(bytes(130), channels=65, bits=8)) == "65 channels; 1 to 64 are read"
@@ -387,8 +389,8 @@ def test_samples_are_counted_whatever_the_header_says(monkeypatch):
     with through(70_001):
         assert refusal("audio", wav(bytes(9))) == "cut off: only 70,000 of 70,001 samples; write the file anew"
     with through(0):
-        said = refusal("audio", wav(bytes(9)), Limits(max_seconds=4.3))
-        assert said == "4.4 s or more; at most 4.3 s are read (`media.max_seconds`)"
+        message = refusal("audio", wav(bytes(9)), Limits(max_seconds=4.3))
+        assert message == "4.4 s or more; at most 4.3 s are read (`media.max_seconds`)"
     with through(0, RuntimeError("flac\nlost sync")):
         assert refusal("audio", wav(bytes(9))) == "can't be decoded (flac lost sync); write the file anew"
 
@@ -454,7 +456,7 @@ def test_missing_bytes_are_counted():
 # ------------------------------------------------------------------ video
 
 
-def test_what_is_wrong_with_a_video_is_said():
+def test_what_is_wrong_with_a_video_is_named():
     formats = ", ".join(_libav.VIDEO)
     assert refusal("video", picture()) == f"not in a supported format ({formats})"
     assert refusal("video", coded_sound()) == "no video in it (mov,mp4,m4a,3gp,3g2,mj2); remove the row"
@@ -502,12 +504,12 @@ def test_frames_that_a_program_holds_are_taken_or_refused():
     with pytest.raises(MediaError, match=r"^video: a int; give"):
         clip_of(3)
     assert len(clip_of((frames, 4), limits=Limits(max_seconds=1.0, max_pixels=6, max_frames=4)).frames) == 4
-    for limits, said in (
+    for limits, message in (
         (Limits(max_seconds=0.9), "1.0 s or more; at most 0.9 s are read (`media.max_seconds`)"),
         (Limits(max_pixels=5), "3x2 pixels; at most 5 are decoded (`media.max_pixels`)"),
         (Limits(max_frames=3), "4 frames; at most 3 are read (`media.max_frames`)"),
     ):
-        assert refusal("video", (frames, 4), limits) == said
+        assert refusal("video", (frames, 4), limits) == message
     large = np.zeros((1, 64, 64, 3), np.uint8)
     assert clip_of((large, 1), limits=Limits(shrink_to_pixels=1024)).frames[0].size == (32, 32)
     assert decode("video", video(range(20, 40, 10)), limits=Limits(shrink_to_pixels=1024)).frames[0].size == (36, 27)
