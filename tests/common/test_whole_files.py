@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, their hashes, and what is said about those that aren't whole."""
+"""Files and folders that appear whole or not at all, their hashes, and the errors about those that are damaged."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Which media are decoded and encoded, how many at once, and when the cache is asked instead. The encoder counts."""
+"""Which media are decoded and encoded, how many at once, and when the cache is read instead. The encoder counts."""
 
 import hashlib
 from dataclasses import dataclass, field

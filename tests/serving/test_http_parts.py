@@ -37,7 +37,7 @@ def refused(path: str = "/v1/models", key: str | None = None, origins: tuple[str
     return None if error is None else (error.status, error.message)
 
 
-def test_why_access_is_refused_is_said():
+def test_why_access_is_refused_is_named():
     assert refused(host="localhost") is None
     served = "without an API key only localhost, 127.0.0.1, ::1 are served, not "
     assert refused(host="a" * 101) == (403, served + repr("a" * 100))
@@ -49,8 +49,8 @@ def test_why_access_is_refused_is_said():
     )
     assert refused(host="localhost", origin="https://a.example", origins=("https://a.example",)) is None
     missing = (401, "send the server's key: Authorization: Bearer KEY")
-    for given in ("", "key", "bearer", "Bearer other", "Basic key", "Bearer key key"):
-        assert refused(key="key", authorization=given) == missing, given
+    for sent in ("", "key", "bearer", "Bearer other", "Basic key", "Bearer key key"):
+        assert refused(key="key", authorization=sent) == missing, sent
     assert refused(key="key") == missing and refused(key="key", host="localhost") == missing
     assert refused(key="key", authorization="BEARER  key ") is None
     assert refused("/", key="key") is None and refused("/health", key="key") is None and refused("/health/", key="key")
@@ -291,16 +291,16 @@ def test_media_become_files_in_their_places(read):
     assert (image.path.read_bytes(), video.path.read_bytes()) == (png, b"xy")
     error = read.reader.api_error(DataError(f"{image.path}: no; {read.folder}/x: at most 5 (`media.max_bytes`)"))
     assert error.message == "messages[0].content[1]: no; x: at most 5 (`max_bytes`)" and error.status == 400
-    for given in (
+    for sent in (
         base64.b64encode(b"RIFF....WAVE").decode(),
         f"DATA:audio/x;base64,{base64.b64encode(b'RIFF....WAVE').decode()}",
     ):
-        (request,) = read.chat({"type": "input_audio", "input_audio": {"data": given}})
+        (request,) = read.chat({"type": "input_audio", "input_audio": {"data": sent}})
         (sound,) = request.messages[0].content
         assert sound.kind == "audio" and sound.path.name == "0.wav" and sound.path.read_bytes() == b"RIFF....WAVE"
 
 
-def test_what_is_wrong_with_a_medium_is_said(read):
+def test_what_is_wrong_with_a_medium_is_named(read):
     def wrong(*content: Any, **more: Any) -> tuple[Any, ...]:
         return error_of(read.chat, {"type": "text", "text": "a"}, *content, **more)
 

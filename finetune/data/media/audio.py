@@ -18,7 +18,8 @@ MAX_CHANNELS = 64
 BLOCK = 65_536  # samples decoded at once
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF")
 UNKNOWN = 2**62  # libsndfile's count of samples is at least so large if the header has none
-OPEN_ENDED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes of the data chunk in WAV files that were streamed
+OPEN_ENDED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes of the sound in files that were streamed
+W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
 
 
 def decode_audio(source: Path | bytes, *, where: str = "", limits: Limits = _source.LIMITS) -> "np.ndarray":
@@ -166,27 +167,46 @@ def _check_form(rate: int, channels: int, name: str) -> None:
 
 
 def _check_whole(file: BinaryIO, name: str) -> None:
-    """Raises MediaError for a WAV or Ogg file that is cut off: libsndfile would read the rest as if it were all."""
+    """Raises MediaError for a file that is cut off, where libsndfile would read the rest as if it were all."""
     content = file.read()
     file.seek(0)
-    missing = 0
-    if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
-        missing = _missing_of_wav(content)
-    elif content[:4] == b"OggS":
-        missing = _missing_of_ogg(content)
-    if missing > 0:
+    if (missing := _missing(content)) > 0:
         raise MediaError(f"{name}: cut off: {missing:,} bytes or more are missing; write the file anew")
 
 
-def _missing_of_wav(content: bytes) -> int:
-    """Bytes of the data chunk beyond the end of the file."""
-    start = 12
-    while start + 8 <= len(content):
-        kind, size = struct.unpack_from("<4sI", content, start)
-        if kind == b"data":
-            return 0 if size in OPEN_ENDED else start + 8 + size - len(content)
-        start += 8 + size + size % 2
-    return 8  # no data chunk at all
+def _missing(content: bytes) -> int:
+    """Bytes of the sound beyond the end of the file, if its format tells how many there are."""
+    head, form = content[:4], content[8:12]
+    if head == b"OggS":
+        return _missing_of_ogg(content)
+    if head in (b"RIFF", b"RF64") and form == b"WAVE":
+        return _missing_of_chunk(content, b"data", 12, "<4sI")
+    if head == b"FORM" and form in (b"AIFF", b"AIFC"):
+        return _missing_of_chunk(content, b"SSND", 12, ">4sI")
+    if head == b"caff":
+        return _missing_of_chunk(content, b"data", 8, ">4sQ", align=1)
+    if content.startswith(W64):
+        return _missing_of_chunk(content, b"data", 40, "<16sQ", align=8, counted=24)
+    if head == b".snd" and len(content) >= 12:
+        begin, size = struct.unpack_from(">II", content, 4)
+        return 0 if size in OPEN_ENDED else begin + size - len(content)
+    return 0
+
+
+def _missing_of_chunk(content: bytes, sound: bytes, start: int, header: str, align: int = 2, counted: int = 0) -> int:
+    """Bytes of the chunk `sound` beyond the end of the file, of chunks from `start` on. `header`: of each, its kind and
+    size, in which `counted` bytes are the header's own; `align`: multiples of so many bytes at which chunks begin.
+    """
+    length = struct.calcsize(header) - counted
+    while start + length + counted <= len(content):
+        kind, size = struct.unpack_from(header, content, start)
+        if kind[:4] == sound:
+            if content[:4] == b"RF64" and content[12:16] == b"ds64" and size == 0xFFFFFFFF:
+                (size,) = struct.unpack_from("<Q", content, 28)
+            return 0 if size in OPEN_ENDED or size >= UNKNOWN else start + length + size - len(content)
+        start += length + max(size, counted)
+        start += -start % align
+    return 8  # no such chunk at all
 
 
 def _missing_of_ogg(content: bytes) -> int:
