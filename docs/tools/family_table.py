@@ -1,11 +1,12 @@
 """Writes the table of docs/existing-models.md and existing-models.zh.md: what works with each family of models,
 tried on random models of two layers.
 
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/family_table.py [FAMILY ...]
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python docs/tools/family_table.py [--engines] [FAMILY ...]
 
 Families named are measured anew, the others' rows stay; without names all are. Takes minutes on a CPU. Families whose
 processor needs a package that isn't installed keep their rows. The variables FINETUNE_VLLM and FINETUNE_LLAMA_CPP name
-the engines, as for tests/engines; without them the cells of vLLM and GGUF stay as they are.
+the engines, as for tests/engines; without them the cells of vLLM and GGUF stay as they are; with --engines, all others.
+The pages are written after each family.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import torch  # noqa: E402
-from families import ZOO, family_folder  # noqa: E402
+from families import ZOO  # noqa: E402
+from families.family import write_family  # noqa: E402
 from families.recipes import base_recipe  # noqa: E402
 
 import finetune  # noqa: E402
@@ -70,6 +72,7 @@ CHINESE = {
     "audio": "音频",
 }
 NOT_TRIED = "not tried"
+LLAMA_CPP_WINDOW = 112  # pixels, of Qwen2.5-VL's attention, whatever the config says
 # Columns, by the variable that names the engine: target of `finetune export` and its options.
 ENGINES = {
     "FINETUNE_VLLM": ("vllm", ()),
@@ -89,21 +92,37 @@ class Measured:
         return f"| {NAMES[self.family]} | {' | '.join(self.cells)} |"
 
 
-def measure(name: str, medium: str, folder: Path, engines: list[str]) -> Measured:
-    """Train in 16 or 32 and in 4 bits, with features cached and not, merge, and export. `engines`: the last cells as
-    they were.
+def measure(name: str, medium: str, folder: Path, before: list[str], engines_only: bool) -> Measured:
+    """Train in 16 or 32 and in 4 bits, with features cached and not, merge, and export. `before`: the cells as they
+    were.
     """
-    base = family_folder(name, folder / "base")
-    recipe = base_recipe(folder, ZOO[name], base, medium)
+    family = ZOO[name]
+    if name == "qwen2_5_vl":
+        vision = {**family.config["vision_config"], "window_size": LLAMA_CPP_WINDOW}
+        family = replace(family, config={**family.config, "vision_config": vision})
+    recipe = base_recipe(folder, family, write_family(family, folder / "base"), medium)
     try:
-        plain = trained(recipe, folder / "plain", "train.cache=false")
+        cached = trained(recipe, folder / "cached", "train.cache=true")
     except FinetuneError:
         return Measured(name, (medium, "refused", *["–"] * (len(COLUMNS) - 2)))
-    kind = plain.read_metrics()["train"]["row_kind"]
-    cached = trained(recipe, folder / "cached", "train.cache=true")
-    four_bits = trained(recipe, folder / "nf4", "model.base.quantize=nf4")
     certificate = finetune.merge(cached)
-    cells = (
+    first = len(COLUMNS) - 1 - len(ENGINES)
+    cells = tuple(before[:first]) if engines_only else measured_here(recipe, folder, cached, certificate)
+    if os.environ.keys() & ENGINES:
+        finetune.evaluate(cached)  # the engines are asked what it asks
+    engines = before[first:]
+    for place, (variable, (target, options)) in enumerate(ENGINES.items()):
+        if variable in os.environ:
+            engines[place] = answered_alike(cached, target, options)
+    return Measured(name, (medium, *cells, *engines))
+
+
+def measured_here(recipe: Path, folder: Path, cached: finetune.RunFolder, certificate: Any) -> tuple[str, ...]:
+    """The cells that need no engine."""
+    plain = trained(recipe, folder / "plain", "train.cache=false")
+    four_bits = trained(recipe, folder / "nf4", "model.base.quantize=nf4")
+    kind = plain.read_metrics()["train"]["row_kind"]
+    return (
         learned(losses(plain)),
         learned(losses(four_bits)),
         yes(kind != "padded"),
@@ -111,12 +130,6 @@ def measure(name: str, medium: str, folder: Path, engines: list[str]) -> Measure
         yes(kind == "shared"),
         yes(certificate.saved.agreement == 1),
     )
-    if os.environ.keys() & ENGINES:
-        finetune.evaluate(cached)  # the engines are asked what it asks
-    for place, (variable, (target, options)) in enumerate(ENGINES.items()):
-        if variable in os.environ:
-            engines[place] = answered_alike(cached, target, options)
-    return Measured(name, (medium, *cells, *engines))
 
 
 def answered_alike(run: finetune.RunFolder, target: str, options: tuple[str, ...]) -> str:
@@ -128,6 +141,7 @@ def answered_alike(run: finetune.RunFolder, target: str, options: tuple[str, ...
         return "refused"
     if (found := result.verification) is None:
         raise SystemExit(f"{target}: {result.not_verified}")
+    print(found, file=sys.stderr)
     return yes(found.equal_first_tokens == found.rows and found.different > 1)
 
 
@@ -176,13 +190,13 @@ def write(rows: list[str]) -> None:
         page.write_text(text[: found.start()] + table(rows, language) + text[found.end() :], encoding="utf-8")
 
 
-def main(names: list[str]) -> None:
+def main(names: list[str], engines_only: bool) -> None:
     rows: dict[str, list[str]] = {}
-    engines: dict[tuple[str, str], list[str]] = {}
+    cells: dict[tuple[str, str], list[str]] = {}
     for row in written_rows():
-        family, medium, *cells = row.strip("| ").split(" | ")
+        family, medium, *others = row.strip("| ").split(" | ")
         rows.setdefault(family, []).append(row)
-        engines[family, medium] = cells[-len(ENGINES) :]
+        cells[family, medium] = others
     for name in names or NAMES:
         if ZOO[name].missing:
             print(f"{name}: not measured: {', '.join(ZOO[name].missing)} missing", file=sys.stderr)
@@ -191,13 +205,13 @@ def main(names: list[str]) -> None:
         for medium in ZOO[name].media:
             if medium == "video":  # needs torchvision
                 continue
-            before = engines.get((NAMES[name], medium), [NOT_TRIED] * len(ENGINES))
+            before = cells.get((NAMES[name], medium), [NOT_TRIED] * (len(COLUMNS) - 1))
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                found.append(measure(name, medium, Path(folder), before).row)
+                found.append(measure(name, medium, Path(folder), before, engines_only).row)
             print(json.dumps(found[-1]), file=sys.stderr)
         rows[NAMES[name]] = found
-    write([row for name in NAMES.values() for row in rows.get(name, ())])
+        write([row for name in NAMES.values() for row in rows.get(name, ())])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main([name for name in sys.argv[1:] if name != "--engines"], "--engines" in sys.argv)

@@ -98,11 +98,13 @@ def _write_base(
     import tempfile
 
     from finetune.export._base import copy_base
+    from finetune.export._gguf.base_template import write_template
     from finetune.export._gguf.language_model import convert_folder
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         native = Path(scratch)
         architecture = copy_base(model.folder, native)
+        write_template(native, architecture)
         convert_folder(native, folder / LLM, name, sources, quantizer, options.quantization)
         media_type = "F32" if options.quantization == "F32" else "F16"
         convert_folder(native, folder / MEDIA, name, sources, None, media_type, media=True)
@@ -114,7 +116,7 @@ def _write_base(
 
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> EngineAnswers:
     """In a llama-server, over OpenAI's API."""
-    from finetune.export._check.openai_server import chat_completion, serving
+    from finetune.export._check.openai_server import answer_ids, serving
     from finetune.export._gguf.programs import find_program, version_of
 
     executable = find_program("llama-server", options.llama_cpp)
@@ -124,13 +126,15 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     if (folder / MEDIA).is_file():
         command += ["--mmproj", str(folder / MEDIA)]
     end_ids = end_tokens(folder / LLM)
-    answers = []
+    # `logprobs` leave out tokens that are parts of a character.
+    fields = {"verbose": True, "return_tokens": True, "cache_prompt": False}
     with serving("llama-server", command, options.start_seconds) as server:
-        for probe in probes:
-            choice = chat_completion(server, probe.messages, max_new_tokens, logprobs=True, cache_prompt=False)
-            tokens = (choice.get("logprobs") or {"content": []})["content"]
-            answers.append(without_end([token["id"] for token in tokens], end_ids))
-    return EngineAnswers(f"llama.cpp {version_of(executable)}", tuple(answers))
+        answers = [
+            answer_ids(server, probe.messages, max_new_tokens, lambda body: body["__verbose"]["tokens"], **fields)
+            for probe in probes
+        ]
+    ended = tuple(without_end(answer, end_ids) for answer in answers)
+    return EngineAnswers(f"llama.cpp {version_of(executable)}", ended)
 
 
 def end_tokens(path: Path) -> list[int]:

@@ -19,6 +19,7 @@ COMPARED_MEDIA = ("image", "audio")  # and what composites are served with
 MODEL = "exported"  # its name in the API during verification
 ADAPTER = "adapter"  # the adapter's folder, and its name in the API
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM reserves room for
+QWEN2_ONLY = ("AudioFlamingo3ForConditionalGeneration",)  # classes of vLLM that load any other LLM's weights wrongly
 REFUSED = {
     "Qwen2AudioForConditionalGeneration": "doesn't run in vLLM's transformers backend, and vLLM's own class takes no "
     "LLM but Qwen2"
@@ -56,9 +57,12 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
             raise ExportRefused("vllm: the option `adapter` isn't for bases: export without it")
         name = copy_base(model.folder, folder)
         write_first_token(folder)
-        command = f"vllm serve FOLDER --dtype {read_json(folder / 'config.json')['dtype']}"
-        details = {"command": command}
-        return ExportedModel(name, "vLLM's own class of this name", (f"to serve it: {command}",), details)
+        config = for_vllm(read_json(folder / "config.json"))
+        write_json(folder / "config.json", config)
+        is_own = config["architectures"] == [name]
+        reason = "vLLM's own class of this name" if is_own else "vLLM's own class takes no LLM but Qwen2"
+        command = f"vllm serve FOLDER --dtype {config['dtype']}"
+        return ExportedModel(name, reason, (f"to serve it: {command}",), {"command": command})
     assistant = load_merged(model.folder, torch.device("cpu"))
     if (reason := unsupported(assistant.model)) is not None:
         raise ExportRefused(f"{model.folder}: vLLM can't serve it: {reason}; `finetune serve` does")
@@ -83,6 +87,19 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
     write_served(assistant, folder, BACKEND)
     notes = (INSTALL_PLUGIN, f"to serve it: {command}")
     return ExportedModel("ServedModel", reason, notes, {"command": command})
+
+
+def for_vllm(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a base. vLLM reads in the LLM's part whether input and output embeddings are one, where a base may
+    have it beside the LLM's; with them tied and the file without them, it would answer from an empty output layer.
+    """
+    text = dict(config.get("text_config", {}))
+    if text and config.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = True
+        config = config | {"text_config": text}
+    if config["architectures"][0] in QWEN2_ONLY and text["model_type"] != "qwen2":
+        config = config | {"architectures": [BACKEND]}
+    return config
 
 
 def unsupported(composite: Any) -> str | None:
@@ -129,7 +146,7 @@ def drop_pooling(encoder: Any) -> None:
 def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_tokens: int) -> EngineAnswers:
     """In a vLLM server, over OpenAI's API."""
     from finetune.common.run_folder import read_json
-    from finetune.export._check.openai_server import chat_completion, serving
+    from finetune.export._check.openai_server import answer_ids, serving
     from finetune.export._vllm import environment
 
     config = read_json(folder / "config.json")
@@ -149,5 +166,8 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     # Without it the LLM's generation config may set another penalty.
     fields = {"model": name, "repetition_penalty": 1.0, "return_token_ids": True}
     with serving("vLLM", command, options.start_seconds, environment.server_environment(python)) as server:
-        choices = [chat_completion(server, probe.messages, max_new_tokens, **fields) for probe in probes]
-    return EngineAnswers(f"vLLM {version}", tuple(without_end(choice["token_ids"], end_ids) for choice in choices))
+        answers = [
+            answer_ids(server, probe.messages, max_new_tokens, lambda body: body["choices"][0]["token_ids"], **fields)
+            for probe in probes
+        ]
+    return EngineAnswers(f"vLLM {version}", tuple(without_end(answer, end_ids) for answer in answers))

@@ -308,7 +308,8 @@ class Answers(BaseHTTPRequestHandler):
         if parts[-1].get("text") == "refuse":
             return self.say(400, {{"error": "too long"}})
         ids = [len(parts), request["temperature"], 2]
-        self.say(200, {{"choices": [{{"logprobs": {{"content": [{{"id": i}} for i in ids]}}}}]}})
+        assert request["verbose"] and request["return_tokens"]
+        self.say(200, {{"choices": [], "__verbose": {{"tokens": ids}}}})
     def log_message(self, *_): pass
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answers).serve_forever()
 """

@@ -372,3 +372,16 @@ def test_the_own_class_needs_its_plugin(tmp_path):
     python = pretended(tmp_path, plugins="[]")
     with pytest.raises(EngineMissing, match="pip install --no-deps"):
         vllm.answer(exported(tmp_path, "finetune_served"), [], vllm.Options(python=str(python)), 8)
+
+
+def test_the_config_of_a_base_names_what_vllm_reads_it_by():
+    tied = {"architectures": ["SmolVLMForConditionalGeneration"], "tie_word_embeddings": True}
+    tied["text_config"] = {"model_type": "llama", "tie_word_embeddings": False}
+    config = vllm.for_vllm(tied)
+    assert config["text_config"]["tie_word_embeddings"] and config["architectures"] == tied["architectures"]
+    untied = tied | {"tie_word_embeddings": False}
+    assert vllm.for_vllm(untied) == untied
+    for kind, architecture in (("qwen2", "AudioFlamingo3ForConditionalGeneration"), ("llama", vllm.BACKEND)):
+        flamingo = {"architectures": ["AudioFlamingo3ForConditionalGeneration"], "text_config": {"model_type": kind}}
+        assert vllm.for_vllm(flamingo) == flamingo | {"architectures": [architecture]}
+    assert vllm.for_vllm({"architectures": ["Phi4MultimodalForCausalLM"]})  # without a text_config

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -70,8 +70,17 @@ def serving(
             _stop(process)
 
 
-def chat_completion(server: Server, messages: Sequence[Message], max_new_tokens: int, **fields: Any) -> dict[str, Any]:
-    """The greedy choice of a chat completion; `fields` are added to the request. Raises ExportRefused."""
+def answer_ids(
+    server: Server,
+    messages: Sequence[Message],
+    max_new_tokens: int,
+    read: Callable[[Any], list[int]],
+    **fields: Any,
+) -> list[int]:
+    """Token ids of a greedy chat completion, which `read` takes from the response; `fields` are added to the request.
+
+    Raises ExportRefused.
+    """
     body = {
         "messages": [{"role": message.role, "content": content_of(message)} for message in messages],
         "max_tokens": max_new_tokens,
@@ -81,10 +90,9 @@ def chat_completion(server: Server, messages: Sequence[Message], max_new_tokens:
     try:
         response = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS, trust_env=False)
         response.raise_for_status()
-        choice: dict[str, Any] = response.json()["choices"][0]
-        return choice
+        return read(response.json())
     except (httpx2.HTTPError, ValueError, LookupError) as error:
-        reason = error.response.text[:400] if isinstance(error, httpx2.HTTPStatusError) else error
+        reason = error.response.text[:400] if isinstance(error, httpx2.HTTPStatusError) else repr(error)
         raise ExportRefused(f"{server.engine} doesn't answer a question: {reason}\n{server.log_excerpt()}") from None
 
 

@@ -75,10 +75,11 @@ GEMMA3 = Family(
         "text_config": {
             "model_type": "gemma3_text",
             **TEXT,
+            "num_hidden_layers": 6,  # the last without a window, as llama.cpp assumes
             "head_dim": 32,
             "query_pre_attn_scalar": 32,
             "sliding_window": 8,
-            "sliding_window_pattern": 2,
+            "sliding_window_pattern": 6,
             "pad_token_id": "<pad>",
             "bos_token_id": "<bos>",
             "eos_token_id": "<eos>",

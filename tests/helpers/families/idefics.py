@@ -96,4 +96,5 @@ SMOLVLM = replace(
         "video_processor_type": "SmolVLMVideoProcessor",
     },
     needs=("num2words",),
+    seed=1,
 )

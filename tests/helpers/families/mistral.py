@@ -104,7 +104,7 @@ VOXTRAL = Family(
             "model_type": "voxtral_encoder",
             "hidden_size": 64,
             "intermediate_size": 256,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_mel_bins": ENCODER["num_mel_bins"],
             "max_source_positions": 1500,

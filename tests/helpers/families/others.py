@@ -84,7 +84,7 @@ MINICPM_V = Family(
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
         },
-        "vision_config": VISION,
+        "vision_config": {**VISION, "image_size": 560},  # 70 positions a side, as llama.cpp assumes
     },
     tokenizer="byte_level",
     special=(
@@ -106,7 +106,7 @@ MINICPM_V = Family(
     preprocessor_config={
         **HALF,
         "image_processor_type": "MiniCPMV4_6ImageProcessor",
-        "max_slice_nums": 2,
+        "max_slice_nums": 9,
         "patch_size": 8,
         "processor_class": "MiniCPMV4_6Processor",
         "scale_resolution": 32,

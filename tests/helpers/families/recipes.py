@@ -12,7 +12,7 @@ from trained_runs import write_table
 from families.family import Family
 
 ROWS = {"train": 8, "test": 4}
-SIZES = ((80, 48), (48, 48), (40, 72))
+SIZES = ((80, 48), (48, 48), (36, 68))
 
 
 def write_rows(folder: Path, medium: str) -> Path:

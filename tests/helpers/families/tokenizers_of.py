@@ -12,6 +12,7 @@ SIZE = 512
 TEXTS = (
     *("What is this? Describe the picture.", "user assistant model system USER ASSISTANT User Assistant"),
     *("red green blue yellow", "a red square", "Here is the original image and here are some crops to help you"),
+    *("\n\n",) * 9,  # often enough for a token of its own, which llama.cpp wants for Idefics3
 )
 
 
