@@ -17,6 +17,7 @@ from finetune.common.run_folder import RunFolder, damaged, file_hash, read_json,
 NAME = "certificate.json"
 FORMAT: Literal[1] = 1
 BARE = "the LLM without the adapter"
+BARE_BASE = "the base model without the adapter"
 UNTRAINED = "the untrained model"  # the base where no stage trains the adapter
 PUBLISHED_BESIDE = ("recipe.yaml", "samples")  # what publishing puts beside a model's own files
 
@@ -95,7 +96,8 @@ class Certificate(CertificatePart):
     trained: Measures = Field(description="Of the reference itself.")
     base: Measures = Field(description="Of the base: `base_is` says what it is.")
     base_is: str = Field(
-        default=BARE, description="The LLM without the adapter, the other parts as trained; or the untrained model."
+        default=BARE,
+        description="The LLM or base without the adapter, the other parts as trained; or the untrained model.",
     )
     bounds: Bounds
     versions: dict[str, str] = Field(description="Package -> version.")

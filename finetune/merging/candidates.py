@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from finetune.common.certificate import BARE, UNTRAINED, Dtypes, Measures
+from finetune.common.certificate import BARE, BARE_BASE, UNTRAINED, Dtypes, Measures
 from finetune.common.errors import ArtifactError
 from finetune.common.progress import fresh_memory
 from finetune.merging.compare import ComparedSamples, EncodedOnce, distances
@@ -80,14 +80,18 @@ class MergeJob:
         return self.run.recipe.model.language_model
 
     @property
+    def noun(self) -> str:
+        return "base model" if self.run.recipe.model.base else "LLM"
+
+    @property
     def reference(self) -> str:
-        llm = "16-bit" if self.llm.quantize == "none" else self.llm.quantize
-        return f"the adapter over the {llm} LLM" if self.lora else f"the {llm} LLM"
+        llm = f"{'16-bit' if self.llm.quantize == 'none' else self.llm.quantize} {self.noun}"
+        return f"the adapter over the {llm}" if self.lora else f"the {llm}"
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        plain, quantize = Candidate("the 16-bit LLM", False), self.llm.quantize
-        return (plain,) if quantize == "none" else (plain, Candidate(f"the dequantized {quantize} LLM", True))
+        plain, quantize = Candidate(f"the 16-bit {self.noun}", False), self.llm.quantize
+        return (plain,) if quantize == "none" else (plain, Candidate(f"the dequantized {quantize} {self.noun}", True))
 
     @property
     def dtypes(self) -> Dtypes:
@@ -98,7 +102,8 @@ class MergeJob:
     @property
     def base_is(self) -> str:
         """What merged models are compared with: with an adapter that was trained, the LLM without it."""
-        return BARE if self.run.recipe.trains_adapter else UNTRAINED
+        bare = BARE_BASE if self.run.recipe.model.base else BARE
+        return bare if self.run.recipe.trains_adapter else UNTRAINED
 
     def composite(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:
         """The model as it was trained, or with its adapter over an LLM that is quantized otherwise."""
@@ -121,7 +126,7 @@ class MergeJob:
         saved.
         """
         components, features = self.run.components, self.run.features
-        model, bare = self.untrained(components, self.llm.quantize, bool(components.tuned)), self.base_is == BARE
+        model, bare = self.untrained(components, self.llm.quantize, bool(components.tuned)), self.base_is != UNTRAINED
         if not bare:
             view = EncodedOnce(features)  # with encoders as they were before they were tuned
             base, base_scores = list(comparison.next_tokens(model, view)), comparison.scores(model, features, view)

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from finetune.common import certificate
-from finetune.common.certificate import BARE, Bounds, Certificate, LanguageModelFiles, Measures
+from finetune.common.certificate import BARE_BASE, UNTRAINED, Bounds, Certificate, LanguageModelFiles, Measures
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.memory import MERGING, enough_memory
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
@@ -178,12 +178,12 @@ def chosen(measures: Mapping[str, Measures]) -> tuple[str, str]:
     """(the candidate that is kept, why)."""
     first, *others = measures
     if not others:
-        return first, "the LLM was trained as it is, unquantized: there is no other"
+        return first, "it was trained as it is, unquantized: there is no other"
     best, other = sorted(measures, key=lambda name: measures[name].kl)
     if measures[first].kl <= measures[best].kl + SAME:
         best, other = first, others[0]
         if measures[other].kl <= measures[best].kl + SAME:
-            return best, f"both are within {SAME:g} nats of each other, and this is the LLM that was published"
+            return best, f"both are within {SAME:g} nats of each other, and this is what was published"
     kl, than = measures[best].kl, measures[other].kl
     return best, f"its KL divergence from what was trained is {kl:.2g} nats a token, that of {other} {than:.2g}"
 
@@ -214,9 +214,10 @@ def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds, ba
     if least is None:
         return
     if trained.measures.kl_from_base < least or saved.kl_from_base < least:
-        if base_is == BARE:
+        if base_is != UNTRAINED:
+            noun = "base model" if base_is == BARE_BASE else "LLM"
             raise MergeRefused(
-                "the merged model equals the untrained LLM: the adapter has learned nothing, or wasn't merged. "
+                f"the merged model equals the untrained {noun}: the adapter has learned nothing, or wasn't merged. "
                 "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
             )
         raise MergeRefused(

@@ -41,6 +41,7 @@ def write_card(folder: Path, publication: Publication) -> None:
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=content.name,
         merged=publication.merged,
+        existing=recipe.model.base is not None,
         media=" and ".join(words.NOUNS[kind][1] for kind in media),
         bases=publication.bases,
         tasks=", ".join(
@@ -90,7 +91,8 @@ def cell(text: str) -> str:
 def card_data(publication: Publication, tag: str) -> ModelCardData:
     """The card's metadata. The Hub's words for the relation to a base model are adapter, merge, quantized, finetune."""
     content, options, merged = publication.content, publication.recipe.publish, publication.merged
-    on_hub = [base.name for base in sorted(publication.bases, key=lambda base: base.key != "llm") if base.name]
+    main = publication.recipe.model.language_part
+    on_hub = [base.name for base in sorted(publication.bases, key=lambda base: base.key != main) if base.name]
     datasets = [str(s.path) for s in publication.recipe.data if s.format is not None and s.format.kind == "hub"]
     heads = {binding.head.kind for binding in content.bindings.values()}
     relation = {"base_model_relation": "merge" if merged else "adapter"} if on_hub else {}

@@ -16,7 +16,7 @@ from finetune.recipe.schema import Source
 
 @dataclass(frozen=True)
 class Base:
-    """An LLM or encoder that was taken from elsewhere. `key`: "llm" or "encoders.NAME"; `path`: its name in the recipe;
+    """A model that was taken from elsewhere. `key`: "llm", "base" or "encoders.NAME"; `path`: its name in the recipe;
     `name`: its Hub id, None for a local folder; `revision`: its commit there, if known.
     """
 
@@ -33,7 +33,8 @@ class Base:
 
     @property
     def role(self) -> str:
-        return "LLM" if self.key == "llm" else f"encoder of {self.key.removeprefix('encoders.')}"
+        names = {"llm": "LLM", "base": "base model"}
+        return names.get(self.key) or f"encoder of {self.key.removeprefix('encoders.')}"
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Publication:
 
     @property
     def licence(self) -> str | None:
-        llm = next((base.licence for base in self.bases if base.key == "llm"), None)
-        return self.recipe.publish.license or llm
+        main = next((base.licence for base in self.bases if base.key == self.recipe.model.language_part), None)
+        return self.recipe.publish.license or main
 
 
 def bases_of(recipe: Recipe, commits: Mapping[str, str | None]) -> list[Base]:
-    """The LLM and the encoders of a resolved recipe. `commits`: by `Base.key`, as they were trained over."""
-    paths = {"llm": recipe.model.language_model.name}
+    """The LLM, or base, and the encoders of a resolved recipe. `commits`: by `Base.key`, as they were trained over."""
+    paths = {recipe.model.language_part: recipe.model.language_model.name}
     for medium, encoder in recipe.model.encoders.items():
         paths[f"encoders.{medium}"] = str(getattr(encoder.options, "name", encoder.kind))
     hub_names = recipe.publish.hub_names

@@ -19,9 +19,9 @@ def stage_adapter(source: Path, into: Path, bases: Sequence[Base]) -> None:
     """Copy an adapter's folder; its LLM and encoders are named as on the Hub, each with its commit."""
     copy_cleaned(source, into, bases)
     by_key = {base.key: base for base in bases}
-    llm, content = by_key["llm"], read_json(into / MANIFEST)
-    key = "llm" if content["model"]["llm"] else "base"
-    content["model"][key] |= {"name": llm.public_name, "revision": llm.revision}
+    content = read_json(into / MANIFEST)
+    llm = by_key["llm" if content["model"]["llm"] else "base"]
+    content["model"][llm.key] |= {"name": llm.public_name, "revision": llm.revision}
     for medium, encoder in content["model"]["encoders"].items():
         base = by_key[f"encoders.{medium}"]
         encoder |= {"name": base.public_name, "revision": base.revision}

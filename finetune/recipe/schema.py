@@ -41,8 +41,8 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Quantize = Literal["nf4", "int8", "none"]
 MediumName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
-PublishedPart = Annotated[str, Field(pattern=r"^(llm|data|encoders\.[a-z][a-z0-9_]*)$")]
-ModelPart = Annotated[str, Field(pattern=r"^(llm|encoders\.[a-z][a-z0-9_]*)$")]
+PublishedPart = Annotated[str, Field(pattern=r"^(llm|base|data|encoders\.[a-z][a-z0-9_]*)$")]
+ModelPart = Annotated[str, Field(pattern=r"^(llm|base|encoders\.[a-z][a-z0-9_]*)$")]
 LicenceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 HostName = Annotated[str, Field(pattern=r"^(\*\.)?[^\s/*@]+$")]
 
@@ -136,6 +136,11 @@ class Model(Section):
     def language_key(self) -> str:
         """The key of these settings in a recipe."""
         return "model.base" if self.base else "model.llm"
+
+    @property
+    def language_part(self) -> str:
+        """Its name among published parts."""
+        return "base" if self.base else "llm"
 
     def with_language_model(self, **changes: Any) -> "Model":
         """A copy with other settings of the LLM, or of the existing model."""
@@ -401,13 +406,16 @@ class Publish(Section):
     repo: str | None = Field(None, description="Hub repository, owner/name; null: none.")
     private: bool = Field(True, description="Create the repository as private.")
     license: LicenceName | None = Field(
-        None, description="Licence of what is published, as the Hub spells it: apache-2.0; null: that of the LLM."
+        None,
+        description="Licence of what is published, as the Hub spells it: apache-2.0; null: that of the LLM or base.",
     )
     licenses: dict[PublishedPart, str] = Field(
-        {}, description="Part (llm, encoders.NAME, data) -> its licence; others are read from the parts' own cards."
+        {},
+        description="Part (llm, base, encoders.NAME, data) -> its licence; others are read from the parts' own cards.",
     )
     hub_names: dict[ModelPart, str] = Field(
-        {}, description="Part (llm, encoders.NAME) that is a local folder -> the Hub repository with the same weights."
+        {},
+        description="Part (llm, base, encoders.NAME) that is a local folder -> Hub repository with the same weights.",
     )
     languages: list[str] = Field([], description="Languages of questions and answers: ISO 639 codes such as en, zh.")
     datasets: list[str] = Field([], description="Hub ids of further training data, for the card.")

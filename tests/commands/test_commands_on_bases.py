@@ -8,10 +8,12 @@ import pytest
 from cli import cli
 from families import ZOO, family_folder
 from families.recipes import base_recipe
+from huggingface_hub import ModelCard
 from loopback import asked_of, hub_on_loopback
+from trained_runs import copy_of
 
 import finetune
-from finetune.common.errors import RecipeError
+from finetune.common.errors import PublishError, RecipeError
 from finetune.common.hub import MODEL_FILES
 from finetune.data.sample import Medium
 from finetune.model.assistant import FileView
@@ -31,12 +33,20 @@ def recipe(tmp_path_factory):
     content = json.loads(path.read_text())
     content["media"] = {"shrink_to_pixels": BOUND}
     content["publish"] = {
-        "licenses": {"llm": "mit", "data": "mit"},
-        "hub_names": {"llm": "org/base"},
+        "licenses": {"base": "mit", "data": "mit"},
+        "hub_names": {"base": "org/base"},
         "languages": ["en"],
     }
     path.write_text(json.dumps(content))
     return path
+
+
+def test_a_base_is_no_llm_where_its_licence_is_named(run, tmp_path):
+    copy = copy_of(run, tmp_path)
+    text = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(text.replace("    base: mit", "    llm: mit"))
+    with pytest.raises(PublishError, match="publish names 'llm', but this model has base, data"):
+        finetune.push(copy, "me/model", dry_run=True)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,11 @@ def test_it_is_published_and_comes_back(run, tmp_path, monkeypatch):
             done = cli("push", run, "--repo", repo, *options)
             assert done.returncode == 0, done.stderr
             pulled = finetune.pull(repo, tmp_path / repo)
+            card = ModelCard.load(pulled.path / "README.md")
+            assert card.data.base_model == ["org/base"] and card.data.license == "mit"
+            assert card.text.count("- base model: ") == 2 and "LLM" not in card.text
+            if "--merged" in options:
+                assert "LLM" not in (pulled.path / "certificate.json").read_text()
             model = finetune.load(pulled.path)
             assert model.limits.shrink_to_pixels == BOUND
             assert model.answer(QUESTION, image=picture_of(run), max_new_tokens=4) == expected

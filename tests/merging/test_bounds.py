@@ -97,7 +97,7 @@ def test_a_candidate_that_is_closer_by_more_than_rounding_is_kept():
 
 
 def test_of_an_llm_that_was_not_quantized_there_is_one_candidate():
-    assert merge.chosen({PLAIN: measures()}) == (PLAIN, "the LLM was trained as it is, unquantized: there is no other")
+    assert merge.chosen({PLAIN: measures()}) == (PLAIN, "it was trained as it is, unquantized: there is no other")
 
 
 def base(**changes) -> Llm:

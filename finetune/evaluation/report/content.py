@@ -158,7 +158,7 @@ def _recipe(path: Path) -> Recipe:
 def _commits(adapter: AdapterManifest) -> dict[str, str | None]:
     encoders = adapter.model.encoders.items()
     revisions = {f"encoders.{medium}": getattr(encoder.options, "revision", None) for medium, encoder in encoders}
-    return {"llm": adapter.model.language_model.revision, **revisions}
+    return {adapter.model.language_part: adapter.model.language_model.revision, **revisions}
 
 
 def _checked(path: Path) -> list[SkippedRow]:

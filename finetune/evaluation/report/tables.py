@@ -223,8 +223,9 @@ def components(content: Content) -> list[ComponentRow]:
         return []
     llm = recipe.model.language_model
     options = words.options(llm.model_dump(mode="json", exclude={"name", "revision"}))
-    commit = content.commits.get("llm") or llm.revision or ""
-    rows = [ComponentRow("LLM", words.short_path(llm.name), options, commit)]
+    commit = content.commits.get(recipe.model.language_part) or llm.revision or ""
+    existing = recipe.model.base is not None
+    rows = [ComponentRow("base model" if existing else "LLM", words.short_path(llm.name), options, commit)]
     for medium, encoder in recipe.model.encoders.items():
         settings: dict[str, object] = encoder.options.model_dump(mode="json")
         name, revision = settings.pop("name", ""), settings.pop("revision", None)
@@ -233,9 +234,11 @@ def components(content: Content) -> list[ComponentRow]:
         rows.append(ComponentRow(f"encoder of {medium}", title, words.options(settings), commit))
     for medium, projector in recipe.model.projectors.items():
         rows.append(ComponentRow(f"projector of {medium}", projector.kind, _options(projector)))
-    rows.append(ComponentRow("fusion", recipe.model.fusion.kind, _options(recipe.model.fusion)))
+    if not existing:
+        rows.append(ComponentRow("fusion", recipe.model.fusion.kind, _options(recipe.model.fusion)))
     if recipe.adapter:
-        rows.append(ComponentRow("adapter", "LoRA on the LLM", words.options(recipe.adapter.model_dump(mode="json"))))
+        on = "base model" if existing else "LLM"
+        rows.append(ComponentRow("adapter", f"LoRA on the {on}", words.options(recipe.adapter.model_dump(mode="json"))))
     for medium, tuning in recipe.tune_encoders.items():
         rows.append(ComponentRow(f"tuning of {medium}", "encoder", words.options(tuning.model_dump(mode="json"))))
     return rows
