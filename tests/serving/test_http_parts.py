@@ -614,10 +614,19 @@ def test_metrics_count_what_was_answered():
     assert found["finetune_engine_hits_total"] == 3 and found["finetune_engine_running"] == 2
     buckets = [found[f'finetune_first_token_seconds_bucket{{le="{float(le)}",model="shelf"}}'] for le in SECONDS]
     assert buckets == [float(le >= 0.3) for le in SECONDS]
-    text = metrics.text().decode()
-    assert "# HELP finetune_prompt_tokens_total Prompt tokens, media included.\n" in text
-    assert "# HELP finetune_engine_running Of the engine, now.\n" in text
-    assert "# HELP finetune_engine_hits_total Of the engine, since its start.\n" in text
+    lines = [line for line in metrics.text().decode().splitlines() if line.startswith("# HELP")]
+    described = dict(line.removeprefix("# HELP finetune_").split(" ", 1) for line in lines if "_created" not in line)
+    assert described == {
+        "requests_total": "Responses by path and HTTP status.",
+        "request_seconds": "From a request's arrival to the end of its response, s.",
+        "first_token_seconds": "From a request's arrival to the first text of its answer, s.",
+        "prompt_tokens_total": "Prompt tokens, media included.",
+        "cached_tokens_total": "Prompt tokens found in the prefix cache.",
+        "completion_tokens_total": "Generated tokens.",
+        "stopped_total": "Requests cancelled by their client.",
+        "engine_hits_total": "Of the engine, since its start.",
+        "engine_running": "Of the engine, now.",
+    }
 
 
 def test_requests_are_timed_and_counted_by_path_and_status(monkeypatch):
@@ -641,7 +650,7 @@ def test_requests_are_timed_and_counted_by_path_and_status(monkeypatch):
         called(counted, {"type": "http", "path": "/fails"})
     called(RequestMetrics(lambda *_: asyncio.sleep(0), metrics, []), {"type": "lifespan"})
     found = values(metrics)
-    for path, status, seconds in (("/known", 201, 2.0), ("other", 201, 0.25), ("/fails", 0, 4.0)):
+    for path, status, seconds in (("/known", 201, 2.0), ("other", 201, 0.25), ("/fails", 500, 4.0)):
         assert found[f'finetune_requests_total{{path="{path}",status="{status}"}}'] == 1
         assert found[f'finetune_request_seconds_sum{{path="{path}"}}'] == seconds
     assert sum(value for name, value in found.items() if name.startswith("finetune_requests_total")) == 3

@@ -69,6 +69,9 @@ class RequestMetrics:
 
         try:
             await self.app(scope, receive, send_and_note)
+        except Exception:  # answered further out
+            status = status or 500
+            raise
         finally:
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(perf_counter() - begin)
