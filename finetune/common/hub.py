@@ -31,6 +31,13 @@ BAD_SETTINGS = (
 )
 CONNECT = "check the connection, set HF_ENDPOINT to a mirror (https://hf-mirror.com), or name a folder that holds it"
 UNSET = "unset it to download, or name a folder that holds it"
+OWN_CODE = (
+    "comes with code of its own, which runs for an LLM alone, with `trust_remote_code` and a commit as `revision`; "
+    "take a model whose class transformers has"
+)
+NO_PROCESSOR = (
+    "it has no processor: copy processor_config.json or preprocessor_config.json from the model that it was made from"
+)
 REASONS = {
     403: "the token lacks the permission: create one that may write to this repository, and log in again",
     409: "somebody else changed it at the same time; try again",
@@ -113,7 +120,7 @@ def loading(what: str, name: str) -> Iterator[bool]:
     except (*BAD_SETTINGS, OSError) as error:
         if why is not None and isinstance(error, OSError):
             raise ModelError(missing) from error
-        raise ModelError(f"{what} can't be loaded: {_first_line(error)}{meant_as_path(name)}") from error
+        raise ModelError(f"{what} can't be loaded: {_why(error)}{meant_as_path(name)}") from error
 
 
 def meant_as_path(name: str) -> str:
@@ -205,6 +212,16 @@ def reason(error: BaseException) -> str:
     if status is not None and status < 500:
         return f"the Hub answers {status}: {_first_line(error)}"
     return f"the Hub doesn't answer as it should ({_first_line(error)}); check the connection, and try again"
+
+
+def _why(error: BaseException) -> str:
+    """In a line, with what to do where transformers doesn't say it."""
+    text = str(error)
+    if "custom code" in text:
+        return f"it {OWN_CODE}"
+    if re.search("Can't load (the )?(image processor|feature extractor|video processor|processor)", text):
+        return NO_PROCESSOR
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.hub import loading
 from finetune.model.bounds import refuse_oversized
 from finetune.model.template_limit import TemplateTimeout, limited
-from finetune.recipe.schema import LanguageModel
+from finetune.recipe.schema import Base, LanguageModel
 
 ROOM = 0.75  # of the free memory, for weights that are dequantized once: a step needs the rest
 # For base models, whose tokenizers carry no chat template. An answer begins on a new line: a space before it would melt
@@ -61,7 +61,7 @@ def read_config(llm: LanguageModel) -> Any:
     if llm.name.endswith(".gguf"):
         folder, _, file = llm.name.rpartition("/")
         source = {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
-    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
+    with loading(f"{'base' if isinstance(llm, Base) else 'LLM'} {llm.name!r}", llm.name) as local_only:
         return AutoConfig.from_pretrained(
             trust_remote_code=llm.trust_remote_code, local_files_only=local_only, **source
         )

@@ -11,7 +11,8 @@ import textwrap
 import PIL.Image
 import pytest
 import torch
-from families import family_folder
+from families import ZOO, family_folder
+from families.recipes import base_recipe
 from safetensors.torch import load_file
 
 import finetune
@@ -202,6 +203,25 @@ def test_conflicts_are_told_when_the_recipe_is_read(model, message, tmp_path):
             data=[{"path": str(path), "task": "vqa", "hold_out": 0.3}],
             train={"stages": [{"name": "tune", "trains": ["adapter"], "learning_rate": 1e-3}]},
         )
+
+
+@pytest.mark.parametrize("spoilt", ["own code", "no processor"])
+def test_a_base_that_can_not_be_loaded_is_one_message_before_weights_are_read(spoilt, tmp_path):
+    base = family_folder("llava", tmp_path / "published")
+    path = base_recipe(tmp_path, ZOO["llava"], base, "image")
+    (base / "model.safetensors").unlink()
+    if spoilt == "own code":
+        config = json.loads((base / "config.json").read_text())
+        config |= {"model_type": "new", "architectures": ["New"], "auto_map": {"AutoConfig": "new.C"}}
+        (base / "config.json").write_text(json.dumps(config))
+    else:
+        for file in base.glob("*processor*.json"):
+            file.unlink()
+    words = {"own code": "it comes with code of its own.*; take", "no processor": "it has no processor: copy"}[spoilt]
+    for begin in (finetune.check, lambda recipe: finetune.train(recipe, tmp_path / "run")):
+        with pytest.raises(ModelError, match=f"base '.*published' can't be loaded: {words}") as caught:
+            begin(path)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_features_of_projectors_that_train_are_not_cached(tmp_path):
