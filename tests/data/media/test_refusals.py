@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
@@ -64,6 +65,14 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     monkeypatch.setattr(os, "open", denied)
     assert refusal("image", tmp_path / "a") == f"no permission to read it: {tmp_path}/a"
+
+
+def test_a_pipe_that_takes_a_file_s_place_does_not_block(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(picture())
+    real, flags = os.open, []
+    monkeypatch.setattr(os, "open", lambda path, mode: flags.append(mode) or real(path, mode))
+    decode("image", tmp_path / "a")
+    assert flags == [os.O_RDONLY | os.O_NONBLOCK]
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "video"])
@@ -191,7 +200,8 @@ def test_a_picture_is_shrunk_to_its_bound(size, most, shrunk_to):
 
 def test_what_is_wrong_with_a_picture_is_named():
     supported = "not a picture in a supported format (PNG, JPEG, WEBP, GIF, BMP, TIFF, DICOM)"
-    assert refusal("image", b"nonsense") == supported
+    for content in (b"nonsense", b"P6 1 1 255\nabc"):  # the second is a portable pixmap, which Pillow reads
+        assert refusal("image", content) == supported
     broken = refusal("image", picture("JPEG")[:600])
     assert broken.startswith("can't be decoded (") and broken.endswith(f"){ANEW}")
     bomb = refusal("image", png(50_000, 50_000))
@@ -444,6 +454,9 @@ def test_missing_bytes_are_counted():
     odd = whole.replace(b"data", b"LIST" + struct.pack("<I", 3) + b"abc\0data")
     assert [_missing(odd[: len(odd) - cut]) for cut in (0, 7)] == [0, 7]
     assert _missing(whole[:36]) == 8 and _missing(whole[:43]) == 8 and _missing(whole[:44]) == 100
+    w64 = sound(np.zeros(100), form="W64")
+    w64 = w64[:40] + struct.pack("<16sQ", b"junk", 27) + bytes(8) + w64[40:]  # 3 bytes and 5 to the next multiple of 8
+    assert [_missing(w64[: len(w64) - cut]) for cut in (0, 5)] == [0, 5]
     for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
         assert _missing(wav(bytes(100), size=size)) == 0
     page = b"OggS" + bytes(22) + bytes([2, 10, 20]) + bytes(30)
@@ -569,6 +582,23 @@ def test_the_blank_clip_keeps_sizes_and_times():
 # ------------------------------------------------------------------ containers
 
 
+@pytest.mark.parametrize("kind, formats", [("audio", _libav.AUDIO), ("video", _libav.VIDEO)])
+def test_containers_open_nothing_else_and_within_limits(kind, formats, monkeypatch):
+    content, opened = coded_sound(), []
+
+    def noted(file: Any, **keywords: Any) -> Any:
+        opened.append((file.tell(), keywords))
+        raise av.error.InvalidDataError(1, "not\nvalid")
+
+    monkeypatch.setattr(av, "open", noted)
+    message = refusal(kind, content, Limits(max_pixels=77))
+    names = ", ".join(formats)
+    assert message == f"can't be opened as one of {names} (not valid)"
+    options = {"format_whitelist": names.replace(" ", ""), "protocol_whitelist": "none"}
+    options |= {"max_pixels": "77", "max_streams": "64"}
+    assert opened == [(0, {"mode": "r", "options": options, "metadata_errors": "replace"})]
+
+
 def declared(name: str, stream: tuple[int | None, Fraction | None], container: int | None) -> float | None:
     opened = SimpleNamespace(format=SimpleNamespace(name=name), duration=container)
     return _libav.declared_seconds(opened, SimpleNamespace(duration=stream[0], time_base=stream[1]))
@@ -619,6 +649,8 @@ def test_only_the_index_of_a_movie_is_read():
     for content in (box(b"moov") + box(b"free", many), box(b"free", many) + box(b"moov")):
         with pytest.raises(MediaError, match="its index counts"):
             check_index(content)
+    with pytest.raises(MediaError, match="its index counts"):
+        check_index(box(b"moov", many) + b"\0\0\0\7 no box")
     to_the_end = struct.pack(">I4s", 0, b"moov") + many
     with pytest.raises(MediaError, match="its index counts"):
         check_index(to_the_end)
