@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+from av.stream import Disposition
 from hostile_files import encapsulated, png, wav
 from media_files import coded_sound, dicom, moov_first, noise, picture, sine, sound, video
 
@@ -553,6 +554,77 @@ def test_frames_are_chosen_by_number_or_by_time(ticks, sampling, chosen):
     lasts = 16 if ticks == (0, 10) else 12 if ticks == (0, 9) else 6 if ticks == (0, 4, 25) else 5
     sampling = {"count": None, "per_second": None} | sampling
     assert _choose(frames_at(*ticks, lasts=lasts), **sampling) == chosen
+
+
+class Streams(list):
+    @property
+    def video(self) -> list[Any]:
+        return [one for one in self if one.type == "video"]
+
+
+class Film:
+    """What libav opens: a video of 4x3 pixels, sound and subtitles. Packets: (stream, tick, duration, changes)."""
+
+    def __init__(
+        self, *packets: tuple[Any, ...], rate: int | None = 5, seconds: float | None = None, start: int = 0
+    ) -> None:
+        common = {"time_base": Fraction(1, 10), "duration": None, "codec_context": object()}
+        common |= {"disposition": Disposition(0), "width": 4, "height": 3}
+        common |= {"average_rate": None, "guessed_rate": rate and Fraction(rate)}
+        self.streams = Streams(SimpleNamespace(type=one, **common) for one in ("video", "audio", "subtitle"))
+        self.packets, self.format = packets, SimpleNamespace(name="mov,mp4")
+        self.duration, self.start_time = seconds and int(seconds * 1_000_000), start * 1_000_000
+        self.demuxed: list[str] = []
+
+    def demux(self, streams: list[Any]) -> Any:
+        self.demuxed = [one.type for one in streams]
+        for number, (stream, tick, duration, *changes) in enumerate(self.packets):
+            fields = {"size": 1, "is_corrupt": False, "is_discard": False, "is_keyframe": number == 0, "dts": tick}
+            fields |= {"pts": tick, "duration": duration, "time_base": Fraction(1, 10), "stream": self.streams[stream]}
+            yield SimpleNamespace(**(fields | dict(*changes)))
+
+
+@pytest.fixture
+def surveyed(monkeypatch):
+    def survey(film: Film, limits: Limits | None = None) -> _Frames:
+        monkeypatch.setattr(_libav, "container", lambda *_: nullcontext(film))
+        return video_module._survey(io.BytesIO(), "a", limits or Limits())
+
+    return survey
+
+
+def test_frames_are_known_by_their_packets(surveyed):
+    film = Film((0, 0, None), (1, 50, 1), (0, 2, 3), (0, 1, 4), (0, 9, 1, {"size": 0}), (0, 8, 1, {"is_discard": True}))
+    assert surveyed(film) == _Frames((0, 2, 1), (True, False, False), Fraction(1, 10), True, 3)
+    assert film.demuxed == ["video", "audio"]
+    assert surveyed(Film((0, 7, None))) == _Frames((7,), (True,), Fraction(1, 10), True, 1)
+    untimed = (0, 3, 1), (0, None, 1), (0, None, None)
+    assert surveyed(Film(*untimed)) == _Frames((0, 1, 2), (True, False, False), Fraction(1, 5), False)
+    assert surveyed(Film(*untimed, rate=None)).unit == Fraction(1, 25)
+
+
+def test_a_film_is_cut_off_where_less_than_half_of_it_is_there(surveyed):
+    assert surveyed(Film((0, 0, 1), (1, 40, 10), seconds=10.0)).ticks == (0,)  # of any stream
+    for film, message in (
+        (Film((0, 0, 1), (1, 39, 10), seconds=10.0), "cut off: only 4.9 of 10.0 s; write the file anew"),
+        (Film((0, 20, 1), (1, 60, 9), seconds=10.0, start=2), "cut off: only 4.9 of 10.0 s; write the file anew"),
+        (Film((0, 20, 5), (0, 9, 1, {"is_corrupt": True})), "cut off after 2.5 s; write the file anew"),
+        (Film((1, 20, 5)), "a video without frames; remove the row"),
+    ):
+        with pytest.raises(MediaError) as error:
+            surveyed(film)
+        assert str(error.value) == f"a: {message}"
+    assert surveyed(Film((0, 20, 5), (1, 9, 1, {"is_corrupt": True}))).ticks == (20,)  # sound may be damaged
+
+
+def test_length_is_counted_by_frames_and_by_their_times(surveyed):
+    limits = Limits(max_seconds=1.0)
+    assert len(surveyed(Film(*[(0, 0, 0)] * 240), limits).ticks) == 240
+    with pytest.raises(MediaError, match=r"^a: 1\.0 s or more; at most 1 s"):
+        surveyed(Film(*[(0, 0, 0)] * 241), limits)
+    assert surveyed(Film((0, 5, 1), (0, 15, 1)), limits).ticks == (5, 15)
+    with pytest.raises(MediaError, match=r"^a: 1\.1 s or more; at most 1 s"):
+        surveyed(Film((0, 5, 1), (0, 16, 1)), limits)
 
 
 def test_packets_are_decoded_from_the_keyframe_before():
