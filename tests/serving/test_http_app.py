@@ -33,7 +33,14 @@ class Server:
         self.files: list[int] = []  # in the folder, as each part of a response is sent
 
     def call(
-        self, path: str, body: Any = None, *, leaves: float | None = None, stalls: bool = False, **headers: str
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        method: str = "",
+        leaves: float | None = None,
+        stalls: bool = False,
+        **headers: str,
     ) -> tuple[int, dict[str, str], Any]:
         """(status, headers, JSON or text). A body comes in parts of 50 bytes, and never ends if it `stalls`."""
         content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -53,7 +60,7 @@ class Server:
         every = {"host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
         scope = {
             "type": "http",
-            "method": "GET" if body is None else "POST",
+            "method": method or ("GET" if body is None else "POST"),
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
@@ -291,6 +298,9 @@ def test_allowed_origins(tmp_path):
     assert status == 429 and headers["access-control-allow-origin"] == site
     assert headers["access-control-expose-headers"] == "Retry-After"
     assert server.call(CHAT, chat(), origin="https://other.example")[0] == 403
+    for method, status in (("POST", 200), ("GET", 200), ("PUT", 400)):
+        names = {"access_control_request_method": method, "access_control_request_headers": "authorization"}
+        assert server.call(CHAT, method="OPTIONS", origin=site, **names)[0] == status
     plain = Server(tmp_path).call(CHAT, chat(), origin="http://localhost")
     assert plain[0] == 200 and "access-control-allow-origin" not in plain[1]
 

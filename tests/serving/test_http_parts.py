@@ -546,6 +546,13 @@ def test_logprobs_of_events():
     assert [event["choices"][0]["logprobs"] for event in found[:-1]] == [None, {"content": [entry], "refusal": None}]
 
 
+def test_pieces_of_several_answers_come_as_they_arrive():
+    slow = Stream(0.1, AnswerPiece("a"), 0.1, AnswerPiece("b", (), "stop"))
+    quick = Stream(AnswerPiece("c"), AnswerPiece("d", (), "stop"))
+    choices = [event["choices"][0] for event in completed([slow, quick], events)[0][2:-1]]
+    assert [(one["index"], one["delta"]["content"]) for one in choices] == [(1, "c"), (1, "d"), (0, "a"), (0, "b")]
+
+
 def test_text_of_events_is_readable():
     async def raw(completion: ChatCompletion) -> str:
         return "".join([event async for event in completion.events(None)])
@@ -657,6 +664,7 @@ def test_requests_are_timed_and_counted_by_path_and_status(monkeypatch):
 
 
 def test_the_page_runs_its_own_script_and_nothing_else():
+    page.cache_clear()
     html, headers = page()
     rules = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
     for tag in ("script", "style"):

@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+from av.stream import Disposition
 from hostile_files import encapsulated, png, wav
 from media_files import coded_sound, dicom, moov_first, noise, picture, sine, sound, video
 
@@ -64,6 +66,14 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     monkeypatch.setattr(os, "open", denied)
     assert refusal("image", tmp_path / "a") == f"no permission to read it: {tmp_path}/a"
+
+
+def test_a_pipe_that_takes_a_file_s_place_does_not_block(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(picture())
+    real, flags = os.open, []
+    monkeypatch.setattr(os, "open", lambda path, mode: flags.append(mode) or real(path, mode))
+    decode("image", tmp_path / "a")
+    assert flags == [os.O_RDONLY | os.O_NONBLOCK]
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "video"])
@@ -191,7 +201,8 @@ def test_a_picture_is_shrunk_to_its_bound(size, most, shrunk_to):
 
 def test_what_is_wrong_with_a_picture_is_named():
     supported = "not a picture in a supported format (PNG, JPEG, WEBP, GIF, BMP, TIFF, DICOM)"
-    assert refusal("image", b"nonsense") == supported
+    for content in (b"nonsense", b"P6 1 1 255\nabc"):  # the second is a portable pixmap, which Pillow reads
+        assert refusal("image", content) == supported
     broken = refusal("image", picture("JPEG")[:600])
     assert broken.startswith("can't be decoded (") and broken.endswith(f"){ANEW}")
     bomb = refusal("image", png(50_000, 50_000))
@@ -444,6 +455,9 @@ def test_missing_bytes_are_counted():
     odd = whole.replace(b"data", b"LIST" + struct.pack("<I", 3) + b"abc\0data")
     assert [_missing(odd[: len(odd) - cut]) for cut in (0, 7)] == [0, 7]
     assert _missing(whole[:36]) == 8 and _missing(whole[:43]) == 8 and _missing(whole[:44]) == 100
+    w64 = sound(np.zeros(100), form="W64")
+    w64 = w64[:40] + struct.pack("<16sQ", b"junk", 27) + bytes(8) + w64[40:]  # 3 bytes and 5 to the next multiple of 8
+    assert [_missing(w64[: len(w64) - cut]) for cut in (0, 5)] == [0, 5]
     for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
         assert _missing(wav(bytes(100), size=size)) == 0
     page = b"OggS" + bytes(22) + bytes([2, 10, 20]) + bytes(30)
@@ -542,6 +556,77 @@ def test_frames_are_chosen_by_number_or_by_time(ticks, sampling, chosen):
     assert _choose(frames_at(*ticks, lasts=lasts), **sampling) == chosen
 
 
+class Streams(list):
+    @property
+    def video(self) -> list[Any]:
+        return [one for one in self if one.type == "video"]
+
+
+class Film:
+    """What libav opens: a video of 4x3 pixels, sound and subtitles. Packets: (stream, tick, duration, changes)."""
+
+    def __init__(
+        self, *packets: tuple[Any, ...], rate: int | None = 5, seconds: float | None = None, start: int = 0
+    ) -> None:
+        common = {"time_base": Fraction(1, 10), "duration": None, "codec_context": object()}
+        common |= {"disposition": Disposition(0), "width": 4, "height": 3}
+        common |= {"average_rate": None, "guessed_rate": rate and Fraction(rate)}
+        self.streams = Streams(SimpleNamespace(type=one, **common) for one in ("video", "audio", "subtitle"))
+        self.packets, self.format = packets, SimpleNamespace(name="mov,mp4")
+        self.duration, self.start_time = seconds and int(seconds * 1_000_000), start * 1_000_000
+        self.demuxed: list[str] = []
+
+    def demux(self, streams: list[Any]) -> Any:
+        self.demuxed = [one.type for one in streams]
+        for number, (stream, tick, duration, *changes) in enumerate(self.packets):
+            fields = {"size": 1, "is_corrupt": False, "is_discard": False, "is_keyframe": number == 0, "dts": tick}
+            fields |= {"pts": tick, "duration": duration, "time_base": Fraction(1, 10), "stream": self.streams[stream]}
+            yield SimpleNamespace(**(fields | dict(*changes)))
+
+
+@pytest.fixture
+def surveyed(monkeypatch):
+    def survey(film: Film, limits: Limits | None = None) -> _Frames:
+        monkeypatch.setattr(_libav, "container", lambda *_: nullcontext(film))
+        return video_module._survey(io.BytesIO(), "a", limits or Limits())
+
+    return survey
+
+
+def test_frames_are_known_by_their_packets(surveyed):
+    film = Film((0, 0, None), (1, 50, 1), (0, 2, 3), (0, 1, 4), (0, 9, 1, {"size": 0}), (0, 8, 1, {"is_discard": True}))
+    assert surveyed(film) == _Frames((0, 2, 1), (True, False, False), Fraction(1, 10), True, 3)
+    assert film.demuxed == ["video", "audio"]
+    assert surveyed(Film((0, 7, None))) == _Frames((7,), (True,), Fraction(1, 10), True, 1)
+    untimed = (0, 3, 1), (0, None, 1), (0, None, None)
+    assert surveyed(Film(*untimed)) == _Frames((0, 1, 2), (True, False, False), Fraction(1, 5), False)
+    assert surveyed(Film(*untimed, rate=None)).unit == Fraction(1, 25)
+
+
+def test_a_film_is_cut_off_where_less_than_half_of_it_is_there(surveyed):
+    assert surveyed(Film((0, 0, 1), (1, 40, 10), seconds=10.0)).ticks == (0,)  # of any stream
+    for film, message in (
+        (Film((0, 0, 1), (1, 39, 10), seconds=10.0), "cut off: only 4.9 of 10.0 s; write the file anew"),
+        (Film((0, 20, 1), (1, 60, 9), seconds=10.0, start=2), "cut off: only 4.9 of 10.0 s; write the file anew"),
+        (Film((0, 20, 5), (0, 9, 1, {"is_corrupt": True})), "cut off after 2.5 s; write the file anew"),
+        (Film((1, 20, 5)), "a video without frames; remove the row"),
+    ):
+        with pytest.raises(MediaError) as error:
+            surveyed(film)
+        assert str(error.value) == f"a: {message}"
+    assert surveyed(Film((0, 20, 5), (1, 9, 1, {"is_corrupt": True}))).ticks == (20,)  # sound may be damaged
+
+
+def test_length_is_counted_by_frames_and_by_their_times(surveyed):
+    limits = Limits(max_seconds=1.0)
+    assert len(surveyed(Film(*[(0, 0, 0)] * 240), limits).ticks) == 240
+    with pytest.raises(MediaError, match=r"^a: 1\.0 s or more; at most 1 s"):
+        surveyed(Film(*[(0, 0, 0)] * 241), limits)
+    assert surveyed(Film((0, 5, 1), (0, 15, 1)), limits).ticks == (5, 15)
+    with pytest.raises(MediaError, match=r"^a: 1\.1 s or more; at most 1 s"):
+        surveyed(Film((0, 5, 1), (0, 16, 1)), limits)
+
+
 def test_packets_are_decoded_from_the_keyframe_before():
     known = frames_at(0, 1, 2, 3, 4, 5, 6, 7, 8, keys=(0, 3, 6))
     for chosen, needed in (
@@ -567,6 +652,23 @@ def test_the_blank_clip_keeps_sizes_and_times():
 
 
 # ------------------------------------------------------------------ containers
+
+
+@pytest.mark.parametrize("kind, formats", [("audio", _libav.AUDIO), ("video", _libav.VIDEO)])
+def test_containers_open_nothing_else_and_within_limits(kind, formats, monkeypatch):
+    content, opened = coded_sound(), []
+
+    def noted(file: Any, **keywords: Any) -> Any:
+        opened.append((file.tell(), keywords))
+        raise av.error.InvalidDataError(1, "not\nvalid")
+
+    monkeypatch.setattr(av, "open", noted)
+    message = refusal(kind, content, Limits(max_pixels=77))
+    names = ", ".join(formats)
+    assert message == f"can't be opened as one of {names} (not valid)"
+    options = {"format_whitelist": names.replace(" ", ""), "protocol_whitelist": "none"}
+    options |= {"max_pixels": "77", "max_streams": "64"}
+    assert opened == [(0, {"mode": "r", "options": options, "metadata_errors": "replace"})]
 
 
 def declared(name: str, stream: tuple[int | None, Fraction | None], container: int | None) -> float | None:
@@ -619,6 +721,8 @@ def test_only_the_index_of_a_movie_is_read():
     for content in (box(b"moov") + box(b"free", many), box(b"free", many) + box(b"moov")):
         with pytest.raises(MediaError, match="its index counts"):
             check_index(content)
+    with pytest.raises(MediaError, match="its index counts"):
+        check_index(box(b"moov", many) + b"\0\0\0\7 no box")
     to_the_end = struct.pack(">I4s", 0, b"moov") + many
     with pytest.raises(MediaError, match="its index counts"):
         check_index(to_the_end)
