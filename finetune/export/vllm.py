@@ -60,9 +60,9 @@ def write(model: MergedModel, folder: Path, options: Options) -> ExportedModel:
         config = for_vllm(read_json(folder / "config.json"))
         write_json(folder / "config.json", config)
         is_own = config["architectures"] == [name]
-        reason = "vLLM's own class of this name" if is_own else "vLLM's own class takes no LLM but Qwen2"
+        why = "vLLM's own class of this name" if is_own else "vLLM's own class takes no LLM but Qwen2"
         command = f"vllm serve FOLDER --dtype {config['dtype']}"
-        return ExportedModel(name, reason, (f"to serve it: {command}",), {"command": command})
+        return ExportedModel(name, why, (f"to serve it: {command}",), {"command": command})
     assistant = load_merged(model.folder, torch.device("cpu"))
     if (reason := unsupported(assistant.model)) is not None:
         raise ExportRefused(f"{model.folder}: vLLM can't serve it: {reason}; `finetune serve` does")
