@@ -134,14 +134,16 @@ class Features:
         Raises UnreadableMedia with all that can't be used; the features of the others are kept.
         """
         kind = media[0].kind
-        wrong: dict[tuple[str, str], str] = {}
+        wrong: list[str] = []
+        reasons: dict[tuple[str, str], str] = {}
 
         def computed() -> Iterator[tuple[str, Tensor, Layout]]:
             waiting: list[tuple[Medium, Prepared]] = []
             loader: Any = DataLoader(_Decoding(self, media), batch_size=None, num_workers=workers)
             for number, prepared in enumerate(loader):
                 if isinstance(prepared, str):
-                    wrong[kind, media[number].key] = prepared
+                    wrong.append(prepared)
+                    reasons[kind, media[number].key] = prepared
                 else:
                     waiting.append((media[number], prepared))
                 if waiting and (len(waiting) == batch or number == len(media) - 1):
@@ -153,7 +155,7 @@ class Features:
         self.stores[kind].fill(computed(), done)
         if wrong:
             headline = f"{len(wrong)} of {len(media)} media can't be used"
-            raise UnreadableMedia(error_list([*wrong.values()], headline), wrong)
+            raise UnreadableMedia(error_list(wrong, headline), reasons)
 
     def known(self, kind: str, key: str) -> bool:
         """Whether the cache has the features of a medium, or keeps none of its kind."""
