@@ -99,7 +99,7 @@ def measure(name: str, medium: str, folder: Path, before: list[str], engines_onl
     family = ZOO[name]
     if name == "qwen2_5_vl":
         vision = {**family.config["vision_config"], "window_size": LLAMA_CPP_WINDOW}
-        family = replace(family, config={**family.config, "vision_config": vision})
+        family = replace(family, config={**family.config, "vision_config": vision}, seed=1)  # 0 has near ties
     recipe = base_recipe(folder, family, write_family(family, folder / "base"), medium)
     try:
         cached = trained(recipe, folder / "cached", "train.cache=true")
