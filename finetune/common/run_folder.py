@@ -202,7 +202,7 @@ class RunFolder:
         if not run.path.exists():
             raise missing_run(run.path)
         refuse_file(run.path)
-        made_by = {"recipe": "train", "adapter": "train", "metrics": "evaluate", "merged": "merge"}
+        made_by = {"recipe": "train", "metrics": "evaluate", "merged": "merge"}
         if needs == "adapter" and run.recipe.is_file() and not run.adapter.exists():
             raise ArtifactError(
                 f"{path}: no adapter here: its training hasn't finished; {run.goes_on()} goes on with it"
