@@ -97,7 +97,7 @@ def test_a_full_disk_costs_nothing_that_was_learnt(kind, whole, tmp_path, full, 
         assert same, share
         kept.append(len(found))
     assert kept == sorted(kept) and (kind == "size" or kept[-1] > 0)
-    tried(f"{kind} full at {len(shares)} places of a stage", "path and bytes told; resumed to the same weights")
+    tried(f"{kind} full at {len(shares)} places of a stage", "path and bytes named; resumed to the same weights")
 
 
 def test_room_is_looked_at_before_training(tmp_path, monkeypatch):

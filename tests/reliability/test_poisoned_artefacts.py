@@ -165,7 +165,7 @@ def test_a_poisoned_adapter_executes_nothing(what, finished_run, tmp_path, monke
         for door in (f"chat {adapter} hi", f"merge {run}", f"export {run} --to vllm", f"push {run} --dry-run"):
             cli(*door.split())  # which raises what would be a traceback
             assert not flag.exists(), door
-    tried(f"{what}, by load" + ", chat, merge, export, push" * full, f"nothing executed; {reason[:120] or 'ignored'}")
+    tried(f"{what}, by load" + ", chat, merge, export, push" * full, "nothing executed" + ", refused" * bool(reason))
 
 
 def test_a_recipe_in_a_run_builds_no_objects(tmp_path, tried):
