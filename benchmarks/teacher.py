@@ -47,7 +47,7 @@ def main() -> int:
         distill = {"kind": "distill", "teacher": str(teacher.resolve()), "answers": "given"}
         objectives: dict[str, Any] = {"next_token": "next_token", "distill": distill}
         found = {
-            (seed, name): train(recipe, folder / f"seed-{seed}-{name}", seed, objective)
+            (seed, name): train(recipe, folder / f"{chosen.rows}x{chosen.epochs}-seed-{seed}-{name}", seed, objective)
             for seed in chosen.seeds
             for name, objective in objectives.items()
         }
@@ -62,7 +62,9 @@ def write_recipe(path: Path, count: int, epochs: int) -> Path:
     with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["image", "label"])
-        writer.writerows([str(EMOJI / row["image"]), row["label"]] for row in rows[:: len(rows) // count][:count])
+        writer.writerows(
+            [str(EMOJI / row["image"]), row["label"]] for row in rows[:: max(1, len(rows) // count)][:count]
+        )
     recipe = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
     recipe["model"]["llm"]["name"] = str(ROOT / "weights/minimind2-small")
     recipe["model"]["encoders"]["image"]["name"] = str(ROOT / "weights/mobilenet-v2")

@@ -36,8 +36,8 @@ def refuse_full(folder: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def writing(folder: Path, what: str) -> Iterator[None]:
-    """Raises TrainingError where the disk gets full in the block."""
+def writing(folder: Path, what: str, then: str = "") -> Iterator[None]:
+    """Raises TrainingError where the disk gets full in the block. `then`: what to do with room, if not to resume."""
     try:
         yield
     except FinetuneError:
@@ -49,5 +49,5 @@ def writing(folder: Path, what: str) -> Iterator[None]:
         free = free_bytes(folder)
         raise TrainingError(
             f"{folder}: no room for {what}: {free:,} bytes are free, and a file may be no larger than the system "
-            f"allows. What was there before is whole: make room, and {option(*RESUME)} goes on"
+            f"allows. What was there before is whole: make room, and {then or f'{option(*RESUME)} goes on'}"
         ) from error

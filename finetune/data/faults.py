@@ -107,7 +107,7 @@ class Faults:
         """
         used = {*self.source.columns, *self.source.columns.values(), self.source.group}
         values = {name: [row.columns.get(name) for row in rows[:ROWS_READ]] for name in rows[0].columns}
-        used |= self._read(rows[0])
+        used |= self._needed(rows[0])
         kinds = {name: kind_of_values(own) for name, own in values.items() if name not in used}
         likely: dict[str, str] = {}
         for column in columns:
@@ -129,7 +129,7 @@ class Faults:
             likely[missing[0]] = left[0]
         return likely
 
-    def _read(self, row: Row) -> set[str]:
+    def _needed(self, row: Row) -> set[str]:
         """Columns without which the row would be another sample, or none; none where it isn't one yet."""
 
         def sample_without(*names: str) -> Sample | None:
@@ -163,9 +163,11 @@ def line_of(text: str, places: Sequence[str]) -> str:
     """What is wrong in these places, as one line."""
     first, *others = places
     line = f"{first}: {text}" if first else text
-    if not others or not first:
+    if not first:
+        return f"{line} ({len(places):,} times)" if others else line
+    if not others:
         return line
-    file = first.rpartition(":")[0]
+    file = first.partition(" (id ")[0].rpartition(":")[0]
     shown = ", ".join(place.removeprefix(f"{file}:") for place in others[: SHOWN - 1])
     more = f" and {len(others) - SHOWN + 1:,} more" if len(others) >= SHOWN else ""
     return f"{line}; so in {len(others):,} other row{'s' * (len(others) > 1)}: {shown}{more}"

@@ -3,7 +3,7 @@
 import random
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -186,17 +186,22 @@ def refuse_unfit(splits: Splits, recipe: Recipe) -> None:
                 headline += f"{len(wrong):,} of {len(chosen):,} rows can't be used"
                 if not stage.sources and len(wrong) < len(chosen):
                     headline += "; its `sources` may name those with rows that can"
-                raise DataError(error_list(_unfit_lines(wrong, recipe, stage), headline))
+                counts = Counter(sources_of(splits.train))
+                raise DataError(error_list(_unfit_lines(wrong, counts, recipe, stage), headline))
 
 
-def _unfit_lines(wrong: Sequence[tuple[Sample, str]], recipe: Recipe, stage: Stage) -> list[str]:
-    """A line for each thing that is wrong with the rows of a source; a missing column with those that are there."""
+def _unfit_lines(
+    wrong: Sequence[tuple[Sample, str]], counts: Mapping[int, int], recipe: Recipe, stage: Stage
+) -> list[str]:
+    """A line for each thing that is wrong with the rows of a source; a column that all of them lack, with those that
+    are there. `counts`: {source: its training rows}.
+    """
     column = "rejected" if stage.objective.needs == "pairs" else "desirable"
     lines = []
     for number, source in enumerate(recipe.data):
         own = {sample.where: (sample, text) for sample, text in wrong if sample.source == number}
         faults, rows = Faults(source), []
-        if own and all(getattr(sample, column) is None for sample, _ in own.values()):
+        if len(own) == counts[number] and all(getattr(sample, column) is None for sample, _ in own.values()):
             rows = [row for row in lenient_rows(source, lambda *_: None, recipe.media.max_bytes) if row.where in own]
         missing = bool(rows) and not any(column in row.columns for row in rows)
         for row in rows if missing else ():

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from finetune.common import certificate
+from finetune.common.disk import writing
 from finetune.common.errors import ArtifactError, ExportRefused, option
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder, write_json
@@ -40,6 +41,7 @@ def export_run(
 
     Raises RecipeError for an unknown target or option, ArtifactError for a source that can't be exported or an existing
     folder, and ExportRefused, leaving no folder, if the target can't run the model or answers differently.
+    TrainingError if the disk gets full.
     """
     quiet_libraries()
     refuse_several_processes("`finetune export`")
@@ -48,7 +50,7 @@ def export_run(
     with tempfile.TemporaryDirectory() as media_folder, bar(f"export {to}", 3) as step:
         probes = make_probes(model, Path(source), Path(media_folder), target.COMPARED_MEDIA) if verify else []
         step()
-        with whole_folder(folder) as partial:
+        with writing(folder, "the exported model", "export again"), whole_folder(folder) as partial:
             exported = target.write(model, partial, target_options)
             fresh_memory()
             step()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from finetune.common import certificate
 from finetune.common.certificate import BARE_BASE, UNTRAINED, Bounds, Certificate, LanguageModelFiles, Measures
+from finetune.common.disk import writing
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.memory import MERGING, enough_memory
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
@@ -66,7 +67,7 @@ def merge(run: RunLike) -> Certificate:
     computed = loaded.components.dtype
     dtype = computed if recipe.merge.dtype == "auto" else resolve_dtype(recipe.merge.dtype, loaded.components.device)
     try:
-        with whole_folder(folder.merged) as partial:
+        with writing(folder.merged, "the merged model", "merge again"), whole_folder(folder.merged) as partial:
             merged = merge_into(partial, MergeJob(loaded, lora, dtype), comparison, llm_files, len(held_out))
     except MergeRefused as refused:
         folder.update_metrics(merge={"refused": str(refused)})

@@ -21,7 +21,7 @@ from finetune.recipe.schema import Limits
 
 
 class UnreadableMedia(DataError):
-    """`reasons`: {(kind, key of a medium): why it can't be used}."""
+    """`reasons`: {(kind, key of a medium): why it can't be used, without a row's place}."""
 
     def __init__(self, message: str, reasons: Mapping[tuple[str, str], str]) -> None:
         super().__init__(message)
@@ -143,7 +143,7 @@ class Features:
             for number, prepared in enumerate(loader):
                 if isinstance(prepared, str):
                     wrong.append(prepared)
-                    reasons[kind, media[number].key] = prepared
+                    reasons[kind, media[number].key] = prepared.removeprefix(f"{media[number].where}: ")
                 else:
                     waiting.append((media[number], prepared))
                 if waiting and (len(waiting) == batch or number == len(media) - 1):

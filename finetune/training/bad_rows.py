@@ -28,8 +28,6 @@ class BadRows:
         self.trainer, self.suspects, self.skip = trainer, suspects, skip
         self.removed: Any = 0  # items of the step that were left out
         self.lost = 0  # packed rows in succession of which nothing was learned
-        if skip and trainer.accelerator.num_processes > 1:  # their gradients are summed before they are tried
-            raise TrainingError("train.skip_bad_rows: only for one process; leave it out, or launch one")
 
     def loss(self, model: Any, inputs: Any, row: Row, items: Any) -> Tensor:
         """The loss of a packed row, whose batch is `inputs`, with its gradients. Raises NotFinite."""

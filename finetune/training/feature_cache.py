@@ -118,7 +118,8 @@ def first_media(features: Features, media: Sequence[Medium]) -> list[Prepared]:
     kind = media[0].kind
     count = 1 if len(media) < MANY and features.encoders[kind].layout is not None else ENCODED_FIRST
     prepared: list[Prepared] = []
-    errors: dict[tuple[str, str], str] = {}
+    errors: list[str] = []
+    reasons: dict[tuple[str, str], str] = {}
     # Taken from all over the rows: files are often sorted, by length too.
     for medium in [*media[:: max(1, len(media) // count)], *media]:
         if len(prepared) == count:
@@ -126,10 +127,11 @@ def first_media(features: Features, media: Sequence[Medium]) -> list[Prepared]:
         try:
             prepared.append(features.prepared(medium))
         except DataError as error:  # reported with all others when the cache is filled
-            errors[kind, medium.key] = str(error)
+            errors.append(str(error))
+            reasons[kind, medium.key] = str(error).removeprefix(f"{medium.where}: ")
     if not prepared:
         headline = f"none of the {len(media)} media of kind {kind} that have no features yet can be used"
-        raise UnreadableMedia(error_list([*errors.values()], headline), errors)
+        raise UnreadableMedia(error_list(list(dict.fromkeys(errors)), headline), reasons)
     return prepared
 
 

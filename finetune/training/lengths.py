@@ -30,6 +30,11 @@ LONGEST = 50  # samples with the most text, media or bytes, counted too
 MARK_TOKENS = 4  # "1.5s " before a frame
 BYTES = 4  # of UTF-8 a token, where the tokenizer isn't at hand: an English word, or a Chinese character and a third
 STRIDE = 32  # pixels that a cell of a convolutional backbone's last grid stands for
+PYRAMIDS = {
+    "depths",
+    "hidden_sizes",
+    "neck_hidden_sizes",
+}  # in configs of backbones whose last grid is coarser than their patches
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,10 @@ def _tokenizer(llm: LanguageModel) -> Any:
     from tokenizers import Tokenizer
 
     with suppress(Exception):  # of the Rust library, for a file of another version
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
     return None
 
 
@@ -287,6 +295,7 @@ def compiled(text: str) -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+    environment.globals |= {"tools": None, "documents": None}
     # A block that marks the answer, as its content alone.
     marked = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", lambda tag: _shown(*tag.groups()), text)
     return environment.from_string(marked)
@@ -315,7 +324,8 @@ def _layout(part: EncoderPart, medium: Medium) -> tuple[int, int, int, int, int]
         return None
     if part.kind == "vision":
         extra = int(options.tokens == "all")
-        certain = int("patch_size" in _config(options))
+        config = _config(options)
+        certain = int("patch_size" in config and not PYRAMIDS & config.keys())
         # Of tiles there are as many as the picture's shape and size ask for: half of the most, on average.
         segments, most = (1, 1) if options.tiles == 1 else (1 + (options.tiles + 1) // 2, 1 + options.tiles)
         return certain, segments, most, grid[0] * grid[1] + extra, 0
@@ -339,7 +349,7 @@ def _grid(options: Any) -> tuple[int, int] | None:
     if not isinstance(size, dict) or not {"height", "width"} <= size.keys():
         side = size if isinstance(size, int) else config.get("image_size")
         size = {"height": side, "width": side}
-    patch = config.get("patch_size", STRIDE)
+    patch = STRIDE if PYRAMIDS & config.keys() else config.get("patch_size", STRIDE)
     if not all(isinstance(number, int) for number in (size["height"], size["width"], patch)):
         return None
     return size["height"] // patch, size["width"] // patch

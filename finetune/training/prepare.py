@@ -39,7 +39,7 @@ from finetune.training.samples import TokenizedSamples, compared, distilled, gro
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
 from finetune.training.teachers import TeacherData, run_teachers
-from finetune.training.unreadable import fill_and_choose
+from finetune.training.unreadable import fill_and_leave_out
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class PreparedRun:
 def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> PreparedRun:
     """Rows read, their media encoded, their conversations tokenized. `shared`: components that are loaded already."""
     first = PartialState().is_main_process
+    if recipe.train.skip_bad_rows and PartialState().num_processes > 1:  # gradients are summed before they are tried
+        raise TrainingError("train.skip_bad_rows: only for one process; leave it out, or launch one")
     watch = Stopwatch()
     refuse_unfit_teachers(recipe)
     with watch("read"):
@@ -105,7 +107,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
             keep_rows(folder, splits, recipe)
         if run.features.stores:
             with watch("encode"):
-                splits = replace(splits, train=fill_and_choose(splits.train, validation, run))
+                splits = replace(splits, train=fill_and_leave_out(splits.train, validation, run))
         with watch("read"):
             write_json(folder.data / "summary.json", {split: asdict(one) for split, one in summary(splits).items()})
     PartialState().wait_for_everyone()

@@ -91,7 +91,9 @@ class _Places:
             if number not in before:
                 continue
             if objective.needs == "texts":
-                yield {"": sample.in_words()}, None
+                words, options = sample.in_words(), objective.options
+                own = getattr(options, "answers", "given") == "given"
+                yield {"": words if own else replace(words, messages=words.question)}, None
             elif objective.needs == "pairs":
                 yield {"chosen": sample, "rejected": _rejected(sample)}, None
             elif objective.needs == "unpaired":

@@ -168,3 +168,21 @@ def test_inodes_of_network_drives_fit_where_they_are_kept(data, read, monkeypatc
     chosen = sources(data)
     splits, count = read(chosen)
     assert count == COUNT and content(splits) == content(read(chosen)[0])
+
+
+class Payload:
+    """Unpickled it makes a folder."""
+
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.flag),)
+
+
+def test_a_pickle_among_the_kept_rows_is_not_executed(data, read, tmp_path):
+    wanted = content(read(sources(data))[0])
+    (file,) = (tmp_path / "cache").rglob("split-*.npz")
+    np.savez(file, split=np.array([Payload(tmp_path / "executed")], object), together=np.zeros(0, np.int64))
+    assert content(read(sources(data))[0]) == wanted
+    assert not (tmp_path / "executed").exists()

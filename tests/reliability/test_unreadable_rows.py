@@ -7,12 +7,16 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState
 from cli import cli
 from safetensors.torch import load_file
 from tiny import tiny_dataset, tiny_recipe
 
 from finetune.common.errors import TrainingError
+from finetune.common.run_folder import RunFolder
+from finetune.recipe.load import load_recipe
 from finetune.training import run_stage
+from finetune.training.prepare import prepare
 
 pytestmark = pytest.mark.slow
 ROWS, BAD = 32, 24
@@ -107,7 +111,29 @@ def test_rows_that_are_scored_are_never_left_out(tmp_path):
     (tmp_path / "data" / "no.png").write_text("no picture")
     (tmp_path / "data" / "scored.csv").write_text("image,label\nno.png,red\n")
     stopped = cli("train", recipe, "--run", "run", cwd=tmp_path)
-    assert stopped.returncode == 2 and "scored.csv:2" in stopped.stderr
+    message = " ".join(stopped.stderr.split())
+    assert stopped.returncode == 2 and "scored.csv:2" in message and "rows to score are never left out" in message
+    assert "skip_bad_rows=true" not in message
+    assert [(one["row"], one["left_out"]) for one in listed(tmp_path / "run")] == [("scored.csv:2", False)]
+
+
+def test_rows_of_two_sources_are_counted_apart(project, tmp_path):
+    """Each row by its own place, where files have the same name and pictures."""
+    recipe, bad = project
+    content = json.loads(recipe.read_text())
+    content["data"].append(content["data"][0] | {"task": {"kind": "classify", "prompt": "Which colour?"}})
+    recipe.write_text(json.dumps(content))
+    stopped = cli("train", recipe, "--run", "run", cwd=tmp_path)
+    assert f"{2 * BAD} of {2 * ROWS} training rows can't be used" in " ".join(stopped.stderr.split())
+    rows = listed(tmp_path / "run")
+    assert [one["row"] for one in rows] == [*bad, *bad] and not any("train.csv" in one["what"] for one in rows)
+
+
+def test_several_processes_are_refused_before_anything_is_encoded(project, tmp_path, monkeypatch):
+    recipe, _ = project
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    with pytest.raises(TrainingError, match="skip_bad_rows: only for one process"):
+        prepare(RunFolder(tmp_path / "run"), load_recipe(recipe, ["train.skip_bad_rows=true"]))
 
 
 def test_training_stops_where_a_stage_has_no_row_left(tmp_path):
@@ -115,4 +141,6 @@ def test_training_stops_where_a_stage_has_no_row_left(tmp_path):
     for number in range(8):
         (tmp_path / "data" / "images" / f"train{number}.png").write_text(f"no picture {number}")
     stopped = cli("train", tiny_recipe(tmp_path), "--run", "run", *SKIP, cwd=tmp_path)
-    assert stopped.returncode == 2 and "8 of 8 training rows can't be used" in " ".join(stopped.stderr.split())
+    message = " ".join(stopped.stderr.split())
+    assert stopped.returncode == 2 and "8 of 8 training rows can't be used" in message
+    assert "without them stage 'align' has no row" in message

@@ -77,6 +77,16 @@ def test_a_file_that_was_not_copied_is_seen(name, cut, tmp_path, capsys):
     assert f"{name}ismissing" in "".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("left", [0, 100])
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".pt", ".pth"))])
+def test_a_file_that_is_cut_off_is_seen(name, left, cut, tmp_path, capsys):
+    run = copied(cut, tmp_path)
+    file = run.checkpoints / "tune" / "checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[:left])
+    assert newest_whole(run, "tune").name == "checkpoint-2"
+    assert name in "".join(capsys.readouterr().err.split())
+
+
 def test_without_a_whole_checkpoint_the_run_says_how_to_begin_anew(cut, tmp_path):
     run = copied(cut, tmp_path)
     for step in (2, 4):

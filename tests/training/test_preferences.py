@@ -167,6 +167,18 @@ def test_a_mistyped_column_is_one_message_with_the_nearest_one(objective, writte
     assert str(caught.value).count("train.jsonl") == 1
 
 
+def test_a_column_that_some_rows_lack_is_not_taken_for_a_mistyped_one(tmp_path):
+    path = preferring(tmp_path, "dpo")
+    rows = tmp_path / "data" / "train.jsonl"
+    lines = [json.loads(line) | {"remark": "good"} for line in rows.read_text().splitlines()]
+    for line in lines[:3]:
+        del line["rejected"]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match="3 of 8 rows can't be used") as refused:
+        finetune.check(path)
+    assert "remark" not in str(refused.value)
+
+
 def test_a_stage_may_be_limited_to_the_sources_with_pairs(tmp_path):
     path = preferring(tmp_path, "dpo")
     recipe = json.loads(path.read_text())

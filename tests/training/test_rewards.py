@@ -127,12 +127,13 @@ def sample_of(task, columns):
         ("extract", {"json": '{"total": 3, "name": "Li"}'}, '{"total": 3, "name": "Wu"}', "good", 0.5),
         ("extract", {"json": '{"total": 3, "name": "Li"}'}, '{"total": 3', "json_valid", 0.0),
         ("transcribe", {"text": "abcde"}, "abcxy", "good", 0.6),
+        ("ground", {"phrase": "the cat", "boxes": [0, 0, 400, 500]}, "[0, 0, 400, 250]", "iou", 0.5),
         ("classify", {"label": "red"}, "blue", "good", 0.0),
         ("classify", {"label": "red"}, "red", "good", 1.0),
     ],
 )
 def test_the_task_s_own_measure_is_the_reward(task, columns, answer, name, expected):
-    part = TaskPart.of(task, media=())
+    part = TaskPart.of(task, media=(), **({"units": "thousandths"} if task == "ground" else {}))
     binding = TaskBinding(task=part, head=HeadPart.of("language"))
     reward = task_reward({"here": binding}, name)
     assert reward(sample_of(part, columns), answer) == pytest.approx(expected)

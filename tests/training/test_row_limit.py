@@ -81,12 +81,54 @@ def test_what_is_only_estimated_is_a_warning(tmp_path):
     assert warning.startswith("4 of 6 training rows are likely too long, and the run would refuse them, such as train")
 
 
+def test_padding_and_truncation_of_the_tokenizer_s_file_are_not_counted(tmp_path):
+    """Of a model that was saved with rows filled up to a fixed length."""
+    recipe = asking(tmp_path, "next_token", 512)
+    file = tmp_path / "llm" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    padding = {"strategy": {"Fixed": 2048}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    file.write_text(json.dumps(settings | {"padding": padding}))
+    finetune.check(recipe)
+    truncation = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    file.write_text(json.dumps(settings | {"truncation": truncation}))
+    with pytest.raises(DataError, match="more than a row holds"):
+        finetune.check(recipe, ["train.tokens_per_batch=32"])
+
+
+@pytest.mark.parametrize("architecture", ["convnext", "swin"])
+def test_rows_of_a_backbone_whose_grid_is_not_its_patches_are_no_certainty(architecture, tmp_path):
+    recipe = asking(tmp_path, "next_token", 512)
+    file = tmp_path / "encoder" / "config.json"
+    file.write_text(json.dumps({"model_type": architecture, "patch_size": 4, "depths": [1], "image_size": 224}))
+    finetune.check(recipe)
+
+
+def test_the_llm_s_own_answers_are_not_those_of_the_rows(tmp_path):
+    """They may be shorter: what is certain is the question in words."""
+    recipe = json.loads(asking(tmp_path, "distill", 256).read_text())
+    recipe["train"]["stages"][0]["objective"] = {"kind": "distill", "answers": "own", "max_new_tokens": 4}
+    for source in recipe["data"]:
+        file = Path(source["path"])
+        rows = [json.loads(line) | {"answer": "no idea " * 20, "caption": "a square " * 30} for line in file.open()]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    recipe_file, limit = tmp_path / "recipe.json", ["train.tokens_per_batch=300"]
+    recipe_file.write_text(json.dumps(recipe))
+    with pytest.raises(DataError) as refused:
+        finetune.check(
+            tmp_path / "recipe.json", ["train.stages.0.objective.answers=given", "train.tokens_per_batch=170"]
+        )
+    assert "more than a row holds" in str(refused.value)
+    finetune.check(recipe_file, limit)
+
+
 @pytest.mark.parametrize(
     "template",
     [
         CHATML,
         "{%- for m in messages -%}{% if loop.first %}{% continue %}{% endif %}\n  {{ m.content|tojson }}{% endfor %}",
         "{% if add_generation_prompt %}{{ strftime_now('%Y') }}{% endif %}{{ messages[0]['content'] }}\n",
+        "{% if tools is not none %}Tools:{% endif %}{{ messages[0]['content'] }}",
     ],
 )
 def test_chat_templates_are_rendered_as_transformers_does(template):

@@ -18,7 +18,7 @@ MAX_CHANNELS = 64
 BLOCK = 65_536  # samples decoded at once
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF")
 UNKNOWN = 2**62  # libsndfile's count of samples is at least so large if the header has none
-OPEN_ENDED = (0, 0x7FFFFFFF, 0xFFFFFFFF)  # sizes of the sound in files that were streamed
+STREAMED = 0x7F000000  # bytes of sound: programs that write into a pipe declare so many or more, or 0
 W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
 
 
@@ -189,7 +189,7 @@ def _missing(content: bytes) -> int:
         return _missing_of_chunk(content, b"data", 40, "<16sQ", align=8, counted=24)
     if head == b".snd" and len(content) >= 12:
         begin, size = struct.unpack_from(">II", content, 4)
-        return 0 if size in OPEN_ENDED else begin + size - len(content)
+        return begin + size - len(content) if 0 < size < STREAMED else 0
     return 0
 
 
@@ -203,7 +203,7 @@ def _missing_of_chunk(content: bytes, sound: bytes, start: int, header: str, ali
         if kind[:4] == sound:
             if content[:4] == b"RF64" and content[12:16] == b"ds64" and size == 0xFFFFFFFF:
                 (size,) = struct.unpack_from("<Q", content, 28)
-            return 0 if size in OPEN_ENDED or size >= UNKNOWN else start + length + size - len(content)
+            return start + length + size - len(content) if 0 < size < STREAMED else 0
         start += length + max(size, counted)
         start += -start % align
     return 8  # no such chunk at all

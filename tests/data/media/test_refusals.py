@@ -346,6 +346,10 @@ def test_lengths_of_streamed_recordings_are_unknown():
     samples = np.zeros(1000)
     au = sound(samples, form="AU")
     assert len(decode("audio", au[:8] + b"\xff" * 4 + au[12:])) == 1000
+    for form, mark, size in (("AIFF", b"SSND", ">I"), ("WAV", b"data", "<I")):  # as sox writes them into a pipe
+        whole = sound(samples, form=form)
+        at = whole.index(mark) + 4
+        assert len(decode("audio", whole[:at] + struct.pack(size, 0x7F000008) + whole[at + 4 :])) == 1000
     caf = sound(samples, form="CAF")
     at = caf.index(b"data") + 4
     assert len(decode("audio", caf[:at] + b"\xff" * 8 + caf[at + 8 :])) == 1000
