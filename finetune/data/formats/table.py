@@ -87,9 +87,6 @@ def check_header(path: Path, header: list[str], options: Options) -> None:
 
 
 def _sheet_rows(path: Path, options: Options) -> NumberedRows:
-    import zipfile
-    from xml.etree.ElementTree import ParseError
-
     import openpyxl
 
     if options.encoding or options.delimiter:
@@ -111,7 +108,9 @@ def _sheet_rows(path: Path, options: Options) -> NumberedRows:
                     yield number, dict(zip(header, texts, strict=False))
         finally:
             book.close()
-    except (zipfile.BadZipFile, OSError, KeyError, ValueError, ParseError, EOFError, IndexError) as error:
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, zlib, the XML parser and openpyxl have errors of many kinds for damaged files
         raise DataError(f"{path}: not an XLSX file that can be read ({error}); save it anew") from None
 
 

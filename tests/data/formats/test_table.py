@@ -1,4 +1,5 @@
 import csv
+import random
 
 import openpyxl
 import pytest
@@ -92,6 +93,23 @@ def test_cells_of_a_sheet_are_read_as_they_are_shown(tmp_path):
         read(path, sheet="März")
     with pytest.raises(DataError, match="has no `encoding`"):
         read(path, encoding="gb18030")
+
+
+def test_a_sheet_with_changed_bytes_is_read_or_a_data_error(tmp_path):
+    """Compressed data, flags of encryption and versions of ZIP, XML: each breaks with an error of its own."""
+    path = tiny_formats.sheet(tmp_path)
+    whole, generator, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for place in generator.sample(range(len(whole)), 4):
+            content[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        try:
+            read(path)
+        except DataError as error:
+            refused += 1
+            assert "not an XLSX file that can be read" in str(error)
+    assert refused > 20
 
 
 @pytest.mark.parametrize("cut", [0, 10, 2000, 4000])
