@@ -162,10 +162,15 @@ def test_a_poisoned_adapter_executes_nothing(what, finished_run, tmp_path, monke
     assert not flag.exists()
     assert reason or what in HARMLESS
     if full:
-        for door in (f"chat {adapter} hi", f"merge {run}", f"export {run} --to vllm", f"push {run} --dry-run"):
+        doors = [f"chat {adapter} hi", f"merge {run}", f"export {run} --to vllm", f"push {run} --dry-run"]
+        if reason and not reason.startswith("prompt: "):  # else it would serve
+            doors.append(f"serve {adapter} --port 0")
+        doors.append(f"train {run / 'recipe.yaml'} --run {run} --resume")  # which may make the adapter anew
+        for door in doors:
             cli(*door.split())  # which raises what would be a traceback
             assert not flag.exists(), door
-    tried(f"{what}, by load" + ", chat, merge, export, push" * full, "nothing executed" + ", refused" * bool(reason))
+    others = ", chat, merge, export, push, serve, train --resume" * full
+    tried(f"{what}, by load{others}", "nothing executed" + ", refused" * bool(reason))
 
 
 def test_a_recipe_in_a_run_builds_no_objects(tmp_path, tried):
