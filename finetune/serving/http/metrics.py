@@ -69,7 +69,7 @@ class RequestMetrics:
 
         try:
             await self.app(scope, receive, send_and_note)
-        except Exception:  # answered further out
+        except Exception:  # counted, and raised again for the handler of errors
             status = status or 500
             raise
         finally:
