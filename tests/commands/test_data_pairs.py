@@ -155,6 +155,13 @@ def test_the_command_line(run, tmp_path):
     assert done.returncode == 2 and "write score or person" in done.stderr
     done = cli("data", "pairs", str(run.path), "--encoding", "big5")
     assert done.returncode == 2 and "name them with --data" in done.stderr
+    sampling = ("--answers", "2", "--temperature", "5", "--max-new-tokens", "6", "--limit", "2")
+    with endpoint(lambda body: answer("maybe")) as (address, judge):
+        done = cli(
+            "data", "pairs", str(run.path), "--judge", address, *sampling, "--out", str(tmp_path / "pairs.jsonl")
+        )
+    assert done.returncode == 1 and "2 rows without a verdict" in done.stdout, done.stderr
+    assert "the judge writes neither A, B nor tie: 'maybe'" in done.stdout and len(judge.bodies) == 4
 
 
 def shown(body):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import ZOO, conversation, family_folder, noise
 from families.native import native_inputs, native_model, native_processor
+from families.recipes import base_settings
 from peft import PeftModel
 
 from finetune.common.errors import ModelError
@@ -250,21 +251,31 @@ def _example(medium):
 
 
 def test_plain_peft_loads_our_adapter_on_the_native_class(opened, tmp_path):
-    """The native model with PEFT's classes alone, none of ours, computes what ours does: of what trained in it, the
-    adapter. In a process that never imports ours: tests/training/test_existing_model_run.py.
-    """
-    parts = opened.components
+    """In a process that never imports ours: tests/training/test_existing_model_run.py."""
+    inputs = native_inputs(opened.processor, conversation(opened.name, opened.media[0]))
+    assert_plain_peft_is_ours(opened.components, opened.native, inputs, tmp_path)
+
+
+def test_plain_peft_loads_our_adapter_on_voxtral(tmp_path):
+    folder = family_folder("voxtral", tmp_path / "base")
+    settings = base_settings(ZOO["voxtral"], folder)
+    parts = load_components(Model(base=Base(**settings)), {}, 0, CPU)
+    inputs = native_inputs(native_processor(folder), conversation("voxtral"))
+    assert_plain_peft_is_ours(parts, native_model(folder), inputs, tmp_path / "adapter")
+
+
+def assert_plain_peft_is_ours(parts, native, inputs, folder):
+    """The native model with an adapter of ours, by PEFT's classes and none of ours, computes what ours does."""
     model = build_model(parts, Adapter(rank=2), seed=0, bindings={}, with_encoders=False)
     torch.manual_seed(1)
     lora = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
     with torch.no_grad():
         for parameter in lora:
             parameter.normal_(std=0.1)
-    save_trained(model.eval(), tmp_path)
-    inputs = native_inputs(opened.processor, conversation(opened.name, opened.media[0]))
+    save_trained(model.eval(), folder)
     with torch.no_grad():
-        bare = opened.native(**inputs).logits
-        plain = PeftModel.from_pretrained(opened.native, tmp_path).eval()
+        bare = native(**inputs).logits
+        plain = PeftModel.from_pretrained(native, folder).eval()
         tuned = plain(**inputs).logits
         ours = model.language_model(**inputs).logits
     assert {type(module).__module__.split(".")[0] for module in plain.modules()} <= {"torch", "transformers", "peft"}
