@@ -16,10 +16,14 @@ from finetune.common.run_folder import RunFolder, damaged, file_hash, read_json,
 
 NAME = "certificate.json"
 FORMAT: Literal[1] = 1
-BARE = "the LLM without the adapter"
-BARE_BASE = "the base model without the adapter"
 UNTRAINED = "the untrained model"  # the base where no stage trains the adapter
 PUBLISHED_BESIDE = ("recipe.yaml", "samples")  # what publishing puts beside a model's own files
+
+
+def without_adapter(noun: str) -> str:
+    """What a merged model is compared with. `noun`: LLM or base model."""
+    return f"the {noun} without the adapter"
+
 
 # JSON has no infinity: null stands for it, where a model gives a probability that isn't a number.
 Distance = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
@@ -96,7 +100,7 @@ class Certificate(CertificatePart):
     trained: Measures = Field(description="Of the reference itself.")
     base: Measures = Field(description="Of the base: `base_is` says what it is.")
     base_is: str = Field(
-        default=BARE,
+        default=without_adapter("LLM"),
         description="The LLM or base without the adapter, the other parts as trained; or the untrained model.",
     )
     bounds: Bounds

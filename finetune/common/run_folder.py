@@ -205,7 +205,7 @@ class RunFolder:
         made_by = {"recipe": "train", "metrics": "evaluate", "merged": "merge"}
         if needs == "adapter" and run.recipe.is_file() and not run.adapter.exists():
             raise ArtifactError(
-                f"{path}: no adapter here: its training hasn't finished; {run.goes_on()} goes on with it"
+                f"{path}: no adapter here: its training hasn't finished; {run.resume_command()} goes on with it"
             )
         for part in ("recipe", needs):
             if not getattr(run, part).exists():
@@ -215,7 +215,7 @@ class RunFolder:
                 )
         return run
 
-    def goes_on(self) -> str:
+    def resume_command(self) -> str:
         """What resumes its training."""
         command = f"finetune train {shlex.quote(str(self.recipe))} --run {shlex.quote(str(self.path))} {RESUME[0]}"
         return option(f"`{command}`", f"finetune.train({str(self.recipe)!r}, {str(self.path)!r}, {RESUME[1]})")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from finetune.common.certificate import BARE, BARE_BASE, UNTRAINED, Dtypes, Measures
+from finetune.common.certificate import UNTRAINED, Dtypes, Measures, without_adapter
 from finetune.common.errors import ArtifactError
 from finetune.common.progress import fresh_memory
 from finetune.merging.compare import ComparedSamples, EncodedOnce, distances
@@ -81,7 +81,7 @@ class MergeJob:
 
     @property
     def noun(self) -> str:
-        return "base model" if self.run.recipe.model.base else "LLM"
+        return self.run.recipe.model.language_noun
 
     @property
     def reference(self) -> str:
@@ -102,8 +102,7 @@ class MergeJob:
     @property
     def base_is(self) -> str:
         """What merged models are compared with: with an adapter that was trained, the LLM without it."""
-        bare = BARE_BASE if self.run.recipe.model.base else BARE
-        return bare if self.run.recipe.trains_adapter else UNTRAINED
+        return without_adapter(self.noun) if self.run.recipe.trains_adapter else UNTRAINED
 
     def composite(self, components: Components, quantize: Quantize, with_encoders: bool = False) -> MultimodalModel:
         """The model as it was trained, or with its adapter over an LLM that is quantized otherwise."""

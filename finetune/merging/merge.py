@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from finetune.common import certificate
-from finetune.common.certificate import BARE_BASE, UNTRAINED, Bounds, Certificate, LanguageModelFiles, Measures
+from finetune.common.certificate import UNTRAINED, Bounds, Certificate, LanguageModelFiles, Measures
 from finetune.common.disk import writing
 from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.memory import MERGING, enough_memory
@@ -216,9 +216,8 @@ def refuse_unless_faithful(saved: Measures, trained: Trained, bounds: Bounds, ba
         return
     if trained.measures.kl_from_base < least or saved.kl_from_base < least:
         if base_is != UNTRAINED:
-            noun = "base model" if base_is == BARE_BASE else "LLM"
             raise MergeRefused(
-                f"the merged model equals the untrained {noun}: the adapter has learned nothing, or wasn't merged. "
+                f"the merged model equals {base_is}, which has learned nothing or wasn't merged. "
                 "Nothing was kept. See whether a stage of the recipe trains 'adapter', and for more than a few steps"
             )
         raise MergeRefused(

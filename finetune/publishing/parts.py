@@ -11,7 +11,7 @@ from finetune.common import hub
 from finetune.common.errors import ModelError
 from finetune.evaluation.report.content import Content
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import Source
+from finetune.recipe.schema import LANGUAGE_NOUNS, Source
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Base:
 
     @property
     def role(self) -> str:
-        names = {"llm": "LLM", "base": "base model"}
-        return names.get(self.key) or f"encoder of {self.key.removeprefix('encoders.')}"
+        return LANGUAGE_NOUNS.get(self.key) or f"encoder of {self.key.removeprefix('encoders.')}"
 
 
 @dataclass(frozen=True)

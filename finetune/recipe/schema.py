@@ -107,6 +107,9 @@ def _named(base: Any) -> Any:
     return {"name": base} if isinstance(base, str) else base
 
 
+LANGUAGE_NOUNS = {"llm": "LLM", "base": "base model"}  # by their names among published parts
+
+
 class Model(Section):
     """Either `llm` with its own encoders and projectors, or a `base` that has them."""
 
@@ -141,6 +144,11 @@ class Model(Section):
     def language_part(self) -> str:
         """Its name among published parts."""
         return "base" if self.base else "llm"
+
+    @property
+    def language_noun(self) -> str:
+        """How messages and reports call it."""
+        return LANGUAGE_NOUNS[self.language_part]
 
     def with_language_model(self, **changes: Any) -> "Model":
         """A copy with other settings of the LLM, or of the existing model."""

@@ -42,28 +42,28 @@ BOUNDS = Bounds(min_agreement=0.95, max_kl=0.1, min_kl_from_base=1e-6)
         (measures(agreement=0.94), r"6\.0% of 200 positions \(KL 0\.01\); merge\.min_agreement is 0\.95"),
         (measures(kl=0.11), r"0\.11 nats .*200 positions\); merge\.max_kl is 0\.1"),
         (measures(kl=math.inf), r"inf nats"),
-        (measures(kl=0, kl_from_base=0.9e-6), "equals the untrained LLM"),
+        (measures(kl=0, kl_from_base=0.9e-6), "equals the LLM without the adapter"),
         (measures(kl=0.05, kl_from_base=0.05), r"\(KL 0\.05\) than to the LLM without the adapter \(0\.05\)"),
         (measures(kl=0.05, kl_from_base=0.04), "lost in rounding"),
     ],
 )
 def test_beyond_any_bound_a_merge_is_refused_with_its_numbers(saved, words):
     with pytest.raises(MergeRefused, match=words) as caught:
-        merge.refuse_unless_faithful(saved, trained(), BOUNDS, certificate.BARE)
+        merge.refuse_unless_faithful(saved, trained(), BOUNDS, certificate.without_adapter("LLM"))
     assert "Nothing was kept" in str(caught.value)
 
 
 def test_an_adapter_that_has_learned_nothing_is_refused():
-    with pytest.raises(MergeRefused, match="equals the untrained LLM"):
+    with pytest.raises(MergeRefused, match="equals the LLM without the adapter"):
         merge.refuse_unless_faithful(
-            measures(0, 1, kl_from_base=1.0), trained(kl_from_base=0.9e-6), BOUNDS, certificate.BARE
+            measures(0, 1, kl_from_base=1.0), trained(kl_from_base=0.9e-6), BOUNDS, certificate.without_adapter("LLM")
         )
 
 
 @pytest.mark.parametrize("saved", [measures(agreement=0.95), measures(kl=0.1), measures(kl=0, kl_from_base=1e-6)])
 def test_at_a_bound_a_merge_is_kept(saved):
-    merge.refuse_unless_faithful(saved, trained(), BOUNDS, certificate.BARE)
-    merge.refuse_unless_faithful(saved, trained(kl_from_base=1e-6), BOUNDS, certificate.BARE)
+    merge.refuse_unless_faithful(saved, trained(), BOUNDS, certificate.without_adapter("LLM"))
+    merge.refuse_unless_faithful(saved, trained(kl_from_base=1e-6), BOUNDS, certificate.without_adapter("LLM"))
 
 
 def test_bounds_are_the_recipes():
@@ -179,7 +179,7 @@ class Job:
         recipe = SimpleNamespace(adapter="LoRA", merge=SimpleNamespace(min_agreement=0.95, max_kl=0.1))
         self.run = SimpleNamespace(recipe=recipe, folder=SimpleNamespace(adapter=folder))
         self.reference, self.dtype = "the adapter over the nf4 LLM", "torch.bfloat16"
-        self.base_is = certificate.BARE
+        self.base_is = certificate.without_adapter("LLM")
         self.dtypes = Dtypes(llm="nf4", computed="float32", merged="bfloat16")
 
     def measure_trained(self, comparison):

@@ -160,7 +160,7 @@ def test_a_refused_merge_leaves_the_older_one(run, tmp_path):
     other = few_rows(run, tmp_path)
     spoil(other, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
     before = file_digests(other)
-    with pytest.raises(MergeRefused, match="equals the untrained LLM"):
+    with pytest.raises(MergeRefused, match="equals the LLM without the adapter"):
         finetune.merge(other)
     assert_only_the_reason_is_written(other, before)
 

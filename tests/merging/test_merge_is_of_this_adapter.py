@@ -60,7 +60,7 @@ def test_rounding_alone_is_no_adapter(run):
     spoil(run / "adapter" / "adapter_model.safetensors", lambda name, t: torch.zeros_like(t) if "lora_B" in name else t)
     change(run / "recipe.yaml", "dtype: auto\n  min_agreement", "dtype: bfloat16\n  min_agreement")
     change(run / "recipe.yaml", "min_agreement: 0.95", "min_agreement: 0.0")
-    with pytest.raises(MergeRefused, match="equals the untrained LLM"):
+    with pytest.raises(MergeRefused, match="equals the LLM without the adapter"):
         finetune.merge(run)
     assert not (run / "merged").exists()
 

@@ -27,7 +27,9 @@ BASES = {
     "qwen-vl-t4": "qwen2_5_vl",
     "gemma3-16gb": "gemma3",
     "qwen2-audio-16gb": "qwen2_audio",
+    "qwen2-audio-t4": "qwen2_audio",
     "voxtral-16gb": "voxtral",
+    "voxtral-t4": "voxtral",
 }
 every = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 

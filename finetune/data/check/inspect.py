@@ -70,13 +70,15 @@ def picture_hash(picture: "Image") -> tuple[bytes, bytes]:
     grey = np.asarray(small, np.int16)
     rows = grey[:SIDE, 1:] > grey[:SIDE, :-1] + MARGIN
     columns = grey[1:, :SIDE] > grey[:-1, :SIDE] + MARGIN
-    bits = np.concatenate([rows.ravel(), columns.ravel()])[_order()]
+    bits = np.concatenate([rows.ravel(), columns.ravel()])[_shuffled_bits()]
     return np.packbits(bits).tobytes(), picture.resize((16, 16), box).tobytes()
 
 
 @cache
-def _order() -> "np.ndarray":
-    """Shuffles the bits, so that each part of the hash samples the whole picture: many pictures have equal margins."""
+def _shuffled_bits() -> "np.ndarray":
+    """Places of the bits in a random order, so that each part of the hash samples the whole picture: many pictures have
+    equal margins.
+    """
     import numpy as np
 
     return np.random.default_rng(0).permutation(2 * SIDE * SIDE)

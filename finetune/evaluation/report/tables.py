@@ -225,7 +225,7 @@ def components(content: Content) -> list[ComponentRow]:
     options = words.options(llm.model_dump(mode="json", exclude={"name", "revision"}))
     commit = content.commits.get(recipe.model.language_part) or llm.revision or ""
     existing = recipe.model.base is not None
-    rows = [ComponentRow("base model" if existing else "LLM", words.short_path(llm.name), options, commit)]
+    rows = [ComponentRow(recipe.model.language_noun, words.short_path(llm.name), options, commit)]
     for medium, encoder in recipe.model.encoders.items():
         settings: dict[str, object] = encoder.options.model_dump(mode="json")
         name, revision = settings.pop("name", ""), settings.pop("revision", None)
@@ -237,8 +237,8 @@ def components(content: Content) -> list[ComponentRow]:
     if not existing:
         rows.append(ComponentRow("fusion", recipe.model.fusion.kind, _options(recipe.model.fusion)))
     if recipe.adapter:
-        on = "base model" if existing else "LLM"
-        rows.append(ComponentRow("adapter", f"LoRA on the {on}", words.options(recipe.adapter.model_dump(mode="json"))))
+        on = f"LoRA on the {recipe.model.language_noun}"
+        rows.append(ComponentRow("adapter", on, words.options(recipe.adapter.model_dump(mode="json"))))
     for medium, tuning in recipe.tune_encoders.items():
         rows.append(ComponentRow(f"tuning of {medium}", "encoder", words.options(tuning.model_dump(mode="json"))))
     return rows

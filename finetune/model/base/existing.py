@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from finetune.common.errors import ModelError
-from finetune.common.hub import loading
+from finetune.common.hub import NO_PROCESSOR, loading
 from finetune.data.sample import Layout
 from finetune.model.base.both_ways import reads_prompts_both_ways
 from finetune.model.base.config import SECTIONS, media_in_config
@@ -263,10 +263,7 @@ def _processor(name: str, config: Any, options: Mapping[str, Any]) -> Any:
     except ImportError as error:
         processor = _without_videos(name, config, options, error)
     if getattr(processor, "tokenizer", None) is None:
-        raise ModelError(
-            f"base {name!r}: there is no processor of its media in it, only a {type(processor).__name__}: take the "
-            "repository that has preprocessor_config.json, or copy it from there"
-        )
+        raise ModelError(f"base {name!r} can't be loaded: {NO_PROCESSOR} (there is only a {type(processor).__name__})")
     return processor
 
 
