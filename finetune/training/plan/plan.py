@@ -72,8 +72,8 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
 
 def share_of_vllm(recipe: Recipe) -> float:
     """Of a card's memory, which a stage leaves to the server that samples its answers."""
-    objectives: list[Any] = [stage.objective for stage in recipe.train.stages]
-    return max([0.0, *(one.options.sampler_memory for one in objectives if one.sampled_by_vllm)])
+    options: list[Any] = [one.objective.options for one in recipe.train.stages if one.objective.sampled_by_vllm]
+    return max([0.0, *(float(one.sampler_memory) for one in options)])
 
 
 def _numbers(recipe: Recipe, card: Card) -> Numbers:
