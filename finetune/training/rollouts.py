@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from finetune.common.errors import DataError, TrainingError
+from finetune.common.errors import ArtifactError, DataError, TrainingError
 from finetune.common.run_folder import read_json, write_json
 from finetune.data.sample import Answer, Message, Sample
 from finetune.model.assistant import Assistant
@@ -163,15 +164,12 @@ class Rollouts:
 
     def begin(self, trained: Sequence[nn.Parameter], checkpoint: Path | None = None) -> None:
         """To be called with the weights that the stage begins with, also before a checkpoint is loaded. Where the loss
-        has a KL divergence, the trained weights are copied, so that no second model is needed.
+        has a KL divergence, the trained weights are copied, so that no second model is needed. Raises ArtifactError.
         """
         if self.options.beta:
             self.initial = [(parameter, parameter.detach().clone()) for parameter in trained]
         if checkpoint and step_of(checkpoint) % self.options.iterations:  # the next step has the same answers
-            self.rows = [
-                [Group(group["number"], [SampledAnswer(**answer) for answer in group["answers"]]) for group in groups]
-                for groups in read_json(checkpoint / file_name())["rows"]
-            ]
+            self.rows = answers_in(checkpoint / file_name(), len(self.samples))
 
     def batches(
         self, rows: Sequence[PackedRow], step: int, model: Any, autocast: AbstractContextManager[None]
@@ -343,6 +341,19 @@ def figures_of(groups: Sequence[Group]) -> dict[str, float]:
         "no_signal": fmean(not group.has_signal for group in groups),
         "answer_tokens": fmean(len(answer.tokens) for group in groups for answer in group.answers),
     }
+
+
+def answers_in(path: Path, samples: int) -> list[list[Group]]:
+    """What `Rollouts.save` wrote, of a stage with so many samples. Raises ArtifactError."""
+    try:
+        rows = TypeAdapter(list[list[Group]]).validate_python(read_json(path).get("rows"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArtifactError(f"{path} is damaged: rows{list(first['loc'])}: {first['msg']}") from None
+    numbers = (group.number for groups in rows for group in groups)
+    if unknown := [number for number in numbers if not 0 <= number < samples]:
+        raise ArtifactError(f"{path} is damaged: it has answers to row {unknown[0]} of {samples}")
+    return rows
 
 
 def file_name() -> str:

@@ -15,7 +15,7 @@ from hostile_run import EVIL, EVIL_NAME, HURT, spoil_run
 from tiny import tiny_picture, tiny_recipe
 from trained_runs import copy_of
 
-from finetune.commands.data_label import media_html
+from finetune.commands.data_label import Item, Labelling, Line, build_page, media_html
 from finetune.common import display
 from finetune.data.sample import Answer, Medium
 from finetune.evaluation.report.report import report
@@ -90,6 +90,31 @@ def test_the_report(window, finished_run, tmp_path, tried):
     spoil_run(run, tmp_path)
     harmless(window, report(run).path.as_uri(), 10)
     tried("the report of a run with hostile labels, names and answers", "no script runs")
+
+
+@pytest.mark.parametrize("labels", [[EVIL, "b"], [f"{EVIL}{number}" for number in range(30)]], ids=["buttons", "list"])
+def test_the_labelling_page(window, labels, tmp_path, tried):
+    gradio = pytest.importorskip("gradio", reason="gradio isn't installed: pip install 'finetune-kit[label]'")
+    picture = tmp_path / EVIL_NAME
+    tiny_picture().save(picture, "PNG")
+    media = (Medium("image", picture), Medium("image", tmp_path / f"{EVIL_NAME} is missing"))
+    items = [Item(media, (), Line(EVIL, EVIL, EVIL, EVIL, "0.5", label)) for label in ("", labels[0])]
+    page = build_page(gradio, Labelling(tmp_path / f"{EVIL_NAME}.csv", items, labels))
+    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
+    try:
+        harmless(window, address, 0)
+        window.wait("document.body.innerText.includes('1 of 2 labelled')")
+        for place in (0, 1):
+            window.run("[...document.querySelectorAll('textarea')].at(-1).select()")
+            window.type(EVIL)
+            window.enter()
+            window.wait(f"document.body.innerText.includes('{1 + place} of 2 labelled')")
+        assert window.run(MARKUP) == [] and not window.run("window.hurt") and not window.errors()
+        assert all(one.startswith((address, "data:", "blob:")) for one in window.requests()), window.requests()
+        assert window.run(f"document.body.textContent.split({json.dumps(EVIL)}).length") > 2
+    finally:
+        page.close()
+    tried("the labelling page with hostile rows, names and labels", "no script runs")
 
 
 MODELS = {EVIL: ModelInfo(("image",), {EVIL: TaskInfo("label", (EVIL, "b"), EVIL)}, 512)}

@@ -10,6 +10,7 @@ import struct
 
 import pytest
 from cli import cli
+from loopback import asked_of, hub_on_loopback
 from trained_runs import copy_of
 
 import finetune
@@ -148,6 +149,16 @@ def outcome_of(adapter):
     return ""
 
 
+def pull_from_loopback(adapter, to, monkeypatch):
+    """The folder, as it comes back from a repository that holds all of its files."""
+    files = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
+    with hub_on_loopback() as hub, asked_of(hub, monkeypatch, to.parent / "cache"):
+        hub.add("me/poisoned", files)
+        pulled = finetune.pull("me/poisoned", to).path
+    assert not list(pulled.glob("*.py")) and not list(pulled.glob("*.bin"))
+    return pulled
+
+
 @pytest.mark.parametrize(
     "what", [one if one in QUICK else pytest.param(one, marks=pytest.mark.full) for one in ADAPTER]
 )
@@ -166,10 +177,12 @@ def test_a_poisoned_adapter_executes_nothing(what, finished_run, tmp_path, monke
         if reason and not reason.startswith("prompt: "):  # else it would serve
             doors.append(f"serve {adapter} --port 0")
         doors.append(f"train {run / 'recipe.yaml'} --run {run} --resume")  # which may make the adapter anew
+        pulled = pull_from_loopback(adapter, tmp_path / "pulled", monkeypatch)
+        doors.append(f"chat {pulled} hi")
         for door in doors:
             cli(*door.split())  # which raises what would be a traceback
             assert not flag.exists(), door
-    others = ", chat, merge, export, push, serve, train --resume" * full
+    others = ", chat, merge, export, push, serve, train --resume, and pulled" * full
     tried(f"{what}, by load{others}", "nothing executed" + ", refused" * bool(reason))
 
 

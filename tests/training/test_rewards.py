@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from tiny import FUSIONS, tiny_recipe
 
 import finetune
-from finetune.common.errors import DataError, RecipeError, TrainingError
+from finetune.common.errors import ArtifactError, DataError, RecipeError, TrainingError
 from finetune.data.sample import Row
 from finetune.model.bindings import TaskBinding
 from finetune.recipe.parts import HeadPart, TaskPart
 from finetune.recipe.schema import Limits, Stage
 from finetune.training import rollouts as rollouts_module
-from finetune.training.rollouts import Rollouts, task_reward
+from finetune.training.rollouts import Rollouts, answers_in, task_reward
 from finetune.training.trainer import StageTrainer
 
 STAGE = {"name": "reward", "trains": ["projectors", "adapter"], "learning_rate": 2e-2, "epochs": 2}
@@ -103,6 +103,21 @@ def test_an_interrupted_stage_ends_as_an_uninterrupted_one(tmp_path, monkeypatch
     assert stage_of(resumed)["figures"] == stage_of(whole)["figures"]
     kl = stage_of(whole)["figures"]["kl"]
     assert kl[0] == pytest.approx(0, abs=1e-3) and kl[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x04.", "is damaged"),
+        (b"{}", r"rows\[\]: Input should be a valid list"),
+        (b'{"rows": [[{"number": 1, "answers": [{"tokens": "a", "reward": 1}]}]]}', r"rows\[0, 0, 'answers', 0, 'tok"),
+        (b'{"rows": [[{"number": 8, "answers": []}]]}', "answers to row 8 of 8"),
+    ],
+)
+def test_damaged_answers_of_a_checkpoint_are_refused(content, message, tmp_path):
+    (tmp_path / "answers.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=message):
+        answers_in(tmp_path / "answers.json", 8)
 
 
 def test_weights_are_as_they_were_after_a_look_at_the_beginning(tmp_path, monkeypatch):
