@@ -186,22 +186,43 @@ def data_pairs(
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines of the pairs.")] = Path("pairs.jsonl"),
     by: Annotated[str, typer.Option(help="Who chooses: score, the task's own, or person.")] = "score",
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|FOLDER|URL", help="Who chooses: a model of ours, or an OpenAI-compatible endpoint."),
+    ] = None,
     answers: Annotated[int, typer.Option(min=2, help="Answers sampled to each question.")] = 4,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax that tokens are drawn from.")] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Most rows to sample answers for; default: all.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the judge at once.")] = 4,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the model at the judge's URL; default: the only one there.")
+    ] = None,
+    key_variable: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable with the key of the judge's URL.")
+    ] = "FINETUNE_API_KEY",
     columns: Columns = None,
     media_folder: MediaFolder = None,
     encoding: Encoding = None,
 ) -> None:
-    """Sample answers and pair the best with the worst, for objectives that learn from preferences."""
+    """Sample answers and pair the best with the worst, for objectives that learn from preferences. Exit status 1 where
+    a judge gives no verdict on some.
+    """
     from finetune.commands.data_pairs import PairOptions, data_pairs
+    from finetune.commands.tables import print_pairs
+    from finetune.data.describe.options import DescribeOptions
 
     if by not in ("score", "person"):
         raise RecipeError(f"--by {by}: write score or person")
     if data is None and (columns or media_folder or encoding):
         raise RecipeError("--columns, --media-folder and --encoding are about other rows: name them with --data")
     chooser: Literal["score", "person"] = "person" if by == "person" else "score"
-    options = PairOptions(answers, temperature, max_new_tokens, limit, chooser, media_folder, encoding)
-    print(data_pairs(run, data, out=out, task=task, columns=columns_of(columns or []) or None, options=options))
+    asking = DescribeOptions(concurrency=concurrency, model_name=model_name, key_variable=key_variable)
+    options = PairOptions(
+        answers, temperature, max_new_tokens, limit, chooser, media_folder, encoding, judge=judge, asking=asking
+    )
+    result = data_pairs(run, data, out=out, task=task, columns=columns_of(columns or []) or None, options=options)
+    print_pairs(result)
+    if result.errors:
+        raise typer.Exit(1)

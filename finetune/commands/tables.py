@@ -14,6 +14,7 @@ from finetune.data.rows import SHOWN, error_list
 
 if TYPE_CHECKING:
     from finetune.commands.data_check import CheckResult
+    from finetune.commands.data_pairs import PairsResult
     from finetune.commands.data_preview import Previews
     from finetune.commands.predict import Predictions
     from finetune.commands.run import RunResult
@@ -65,6 +66,12 @@ def print_descriptions(result: "Descriptions") -> None:
     print(result)
     if result.rows:
         print("data:", f"  {result.source}", sep="\n")
+
+
+def print_pairs(result: "PairsResult") -> None:
+    if count := len(result.errors):
+        print(error_list(result.errors, f"{count:,} row{'s' * (count > 1)} without a verdict"))
+    print(result)
 
 
 def print_run(result: "RunResult") -> None:

@@ -379,10 +379,15 @@ CONVERSION = {  # a converter that knows Qwen2 and a multimodal class of its own
 
             @classmethod
             def register(cls, name):
-                return lambda known: cls.classes.setdefault(name, known)
+                return lambda known: cls.classes.update({name: known})
 
         class Known:
             model_arch, supports_mtp_export = "known", True
+
+            def get_vocab_base_pre(self, tokenizer):
+                if tokenizer == "of a known hash":
+                    return "qwen2"
+                raise NotImplementedError
 
         ModelBase.classes |= {"Qwen2ForCausalLM": Known, "KnownForConditionalGeneration": Known}
 
@@ -398,6 +403,13 @@ CONVERSION = {  # a converter that knows Qwen2 and a multimodal class of its own
         import pathlib, sys
 
         pathlib.Path(sys.argv[1], "arguments").write_text(" ".join(sys.argv[2:]))
+
+        if __name__ == "__main__" and "pre-tokenizer" in sys.argv:
+            from conversion import Known, get_model_class
+
+            for tokenizer in ("of a known hash", "of another"):
+                print(get_model_class("Qwen2ForCausalLM")().get_vocab_base_pre(tokenizer))
+            Known().get_vocab_base_pre("of another")
     """,
 }
 
@@ -411,6 +423,20 @@ CONVERSION = {  # a converter that knows Qwen2 and a multimodal class of its own
     ],
 )
 def test_the_converter_learns_the_class_of_an_llm_inside(tmp_path, whole, options, named, added):
+    folder = tmp_path / "base"
+    assert converted(tmp_path, whole, "", options).returncode == 0
+    assert read_json(folder / "config.json")["text_config"].get("architectures") == named
+    assert (folder / "arguments").read_text().split() == [*options, *added]
+
+
+def test_a_tokenizer_of_unknown_hash_gets_the_pre_tokenizer_by_a_registered_subclass(tmp_path):
+    """The converter's own class still refuses it."""
+    process = converted(tmp_path, "UnknownForConditionalGeneration", "smollm", ["pre-tokenizer"])
+    assert process.stdout.split() == ["qwen2", "smollm"]
+    assert process.returncode and process.stderr.strip().endswith("NotImplementedError")
+
+
+def converted(tmp_path, whole, pre_tokenizer, options):
     for name, text in CONVERSION.items():
         (tmp_path / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sources" / name).write_text(dedent(text))
@@ -418,7 +444,5 @@ def test_the_converter_learns_the_class_of_an_llm_inside(tmp_path, whole, option
     folder.mkdir()
     write_json(folder / "config.json", {"architectures": [whole], "text_config": {"model_type": "qwen2"}})
     script = Path(language_model.__file__).with_name("convert.py")
-    command = [sys.executable, str(script), str(tmp_path / "sources"), "", "Qwen2ForCausalLM", str(folder), *options]
-    subprocess.run(command, check=True, capture_output=True)
-    assert read_json(folder / "config.json")["text_config"].get("architectures") == named
-    assert (folder / "arguments").read_text().split() == [*options, *added]
+    command = [sys.executable, str(script), str(tmp_path / "sources"), pre_tokenizer, "Qwen2ForCausalLM", str(folder)]
+    return subprocess.run([*command, *options], capture_output=True, text=True)

@@ -25,8 +25,10 @@ def main() -> None:
 
 
 def prepare(file: Path, pre_tokenizer: str, architecture: str) -> None:
-    """Name the LLM's class where the converter needs it, and let it fall back to `pre_tokenizer`."""
-    from conversion import ModelType, get_model_architecture, get_model_class  # type: ignore[import-not-found]
+    """Name the LLM's class where the converter needs it, and register a subclass of the converter's class for it that
+    falls back to `pre_tokenizer`.
+    """
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class  # type: ignore[import-not-found]
 
     config = json.loads(file.read_text(encoding="utf-8"))
     if architecture and not is_known(get_model_architecture(config, ModelType.TEXT)):
@@ -35,25 +37,21 @@ def prepare(file: Path, pre_tokenizer: str, architecture: str) -> None:
     name = get_model_architecture(config, ModelType.TEXT)
     if not is_known(name):
         return  # the converter reports it
-    if getattr(get_model_class(name), "supports_mtp_export", False):
+    known = get_model_class(name)
+    if getattr(known, "supports_mtp_export", False):
         sys.argv.append("--no-mtp")  # transformers doesn't load these layers, so they aren't in the folder
-    if pre_tokenizer:
-        fall_back_to(pre_tokenizer)
+    if not pre_tokenizer:
+        return
 
+    @ModelBase.register(name)
+    class Model(known):  # type: ignore[misc, valid-type]
+        model_arch = known.model_arch
 
-def fall_back_to(pre_tokenizer: str) -> None:
-    """For tokenizers whose hash the converter doesn't know."""
-    from conversion import TextModel
-
-    find = TextModel.get_vocab_base_pre
-
-    def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
-        try:
-            return str(find(self, tokenizer))
-        except NotImplementedError:
-            return pre_tokenizer
-
-    TextModel.get_vocab_base_pre = get_vocab_base_pre
+        def get_vocab_base_pre(self, tokenizer: Any) -> str:
+            try:
+                return str(super().get_vocab_base_pre(tokenizer))
+            except NotImplementedError:
+                return pre_tokenizer
 
 
 def is_known(architecture: str) -> bool:

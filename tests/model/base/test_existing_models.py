@@ -6,19 +6,24 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
-from families import ZOO, conversation, family_folder
+from families import ZOO, conversation, family_folder, noise
 from families.native import native_inputs, native_model, native_processor
+from peft import PeftModel
 
 from finetune.common.errors import ModelError
 from finetune.data.sample import Medium, Message, Sample
+from finetune.model.adapter import save_trained
 from finetune.model.assistant import Assistant, FileView
 from finetune.model.base.both_ways import answer_types
 from finetune.model.base.config import media_in_config
 from finetune.model.base.existing import beside_language, language_modules
 from finetune.model.base.roles import encoder_of, linear_layers
 from finetune.model.build import build_model, load_components
+from finetune.model.features import Features
 from finetune.model.padding import left_padded_positions
 from finetune.model.prompts import PromptBatch, answer_log_probabilities, generate
 from finetune.model.row_plan import RowKind
@@ -28,6 +33,7 @@ from finetune.training.base_trial import base_row_kind
 
 CPU = torch.device("cpu")
 NOT_YET = {"voxtral"}  # its processor has no `__call__` for text with media
+ONE_SIZE = {"llava", "gemma3", "paligemma"}  # whatever the picture's
 PREFIX = {"paligemma"}  # whose prompts are read both ways
 # Ours ends what the template leaves open, or asks as the template answers.
 ENDED_BY_US = {"llava"}
@@ -93,6 +99,26 @@ def test_token_ids_are_those_of_the_native_processor(opened):
             ][0].tolist()
             ours = ours[: len(native)]
         assert ours == native
+
+
+def test_placeholders_of_pictures_are_counted_before_a_pixel_is_decoded(opened, tmp_path, monkeypatch):
+    """As many as transformers' processor writes for the picture itself."""
+    if "image" not in opened.media:
+        return
+    counts = set()
+    for number, size in enumerate([(80, 48), (37, 61), (33, 32), (24, 160), (200, 90)]):
+        path = tmp_path / f"{number}.png"
+        noise(size, number).save(path)
+        with monkeypatch.context() as patched:
+            patched.setattr(PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("a pixel was decoded"))
+            layout = Features(opened.components.encoders, None, Limits()).layout(Medium("image", path))
+        (asked, *_) = conversation(opened.name, "image")
+        asked["content"][0]["image"] = PIL.Image.open(path).convert("RGB")
+        ids = native_inputs(opened.processor, [asked], add_generation_prompt=True)["input_ids"]
+        count = int((ids == opened.components.base.token_id("image")).sum())
+        assert layout.rows * len(layout.marks) == count > 0, size
+        counts.add(count)
+    assert (len(counts) == 1) == (opened.name in ONE_SIZE)
 
 
 def test_logits_are_those_of_the_native_forward(opened):
@@ -221,6 +247,31 @@ def _example(medium):
     from finetune.data.media import example
 
     return example(medium)
+
+
+def test_plain_peft_loads_our_adapter_on_the_native_class(opened, tmp_path):
+    """The native model with PEFT's classes alone, none of ours, computes what ours does: of what trained in it, the
+    adapter. In a process that never imports ours: tests/training/test_existing_model_run.py.
+    """
+    parts = opened.components
+    model = build_model(parts, Adapter(rank=2), seed=0, bindings={}, with_encoders=False)
+    torch.manual_seed(1)
+    lora = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for parameter in lora:
+            parameter.normal_(std=0.1)
+    save_trained(model.eval(), tmp_path)
+    inputs = native_inputs(opened.processor, conversation(opened.name, opened.media[0]))
+    with torch.no_grad():
+        bare = opened.native(**inputs).logits
+        plain = PeftModel.from_pretrained(opened.native, tmp_path).eval()
+        tuned = plain(**inputs).logits
+        ours = model.language_model(**inputs).logits
+    assert {type(module).__module__.split(".")[0] for module in plain.modules()} <= {"torch", "transformers", "peft"}
+    assert sum("lora_B" in name for name, _ in plain.named_parameters()) == len(lora) > 0
+    plain.unload()
+    torch.testing.assert_close(tuned, ours, atol=1e-5, rtol=1e-5)
+    assert (tuned - bare).abs().max() > 1e-2
 
 
 def test_an_adapter_lies_in_the_decoder_alone(tmp_path):

@@ -113,28 +113,59 @@ def trl_trainer(policy, base, folder, rewards=REWARDS, beta=0.0, **options):
 KINDS = [RowKind.SHARED, RowKind.SEGMENTS, RowKind.PADDED]
 
 
-@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dr_grpo", "dapo"])
-@pytest.mark.parametrize("beta, temperature", [(0.0, 1.0), (0.3, 0.7)])
-def test_it_is_trl_s_where_ratios_are_clipped(loss, beta, temperature, tmp_path):
-    common = {"beta": beta, "temperature": temperature}
-    ours = Ours(loss=loss, iterations=2, clip=0.1, clip_high=0.15, **common)
+KIN = [  # (loss, its options, and trl's where these have another name)
+    ("cispo", {"clip_high": 1.05, "epsilon_high": 1.05}),
+    ("sapo", {}),
+    ("sapo", {"sapo_temperature_pos": 3.0, "sapo_temperature_neg": 5.0}),
+    ("luspo", {"importance_sampling_level": "sequence"}),
+    ("luspo", {}),
+    ("vespo", {}),
+    ("vespo", {"vespo_k_pos": 1.0, "vespo_lambda_pos": 2.0, "vespo_k_neg": 0.5, "vespo_lambda_neg": 0.0}),
+    ("grpo", {"importance_sampling_level": "sequence"}),  # GSPO
+    ("dapo", {"importance_sampling_level": "sequence"}),
+]
+PLAIN = {"beta": 0.0, "temperature": 1.0}
+WITH_KL = {"beta": 0.3, "temperature": 0.7}
+CASES = [
+    *((loss, options) for loss in ("grpo", "bnpo", "dr_grpo", "dapo") for options in (PLAIN, WITH_KL)),
+    *((loss, options | WITH_KL) for loss, options in KIN),
+]
+
+
+def both(loss, tmp_path, **options):
+    """(ours, its batch, trl's trainer, its inputs), where the weights have changed since answers were sampled."""
+    theirs = {"epsilon": 0.1, "epsilon_high": 0.15} | options
+    theirs.pop("clip_high", None)
+    own = {"clip": 0.1, "clip_high": 0.15} | options
+    own.pop("epsilon_high", None)
+    ours = Ours(loss=loss, iterations=2, **own)
     ours.batches()
-    theirs = trl_trainer(
-        ours.policy, ours.base, tmp_path, loss_type=loss, num_iterations=2, epsilon=0.1, epsilon_high=0.15, **common
-    )
-    inputs = theirs._generate_and_score_completions([{"prompt": text} for text in "aaabbb"])
+    trainer = trl_trainer(ours.policy, ours.base, tmp_path, loss_type=loss, num_iterations=2, **theirs)
+    inputs = trainer._generate_and_score_completions([{"prompt": text} for text in "aaabbb"])
     ours.change()
-    theirs.model.load_state_dict(ours.policy.state_dict())
+    trainer.model.load_state_dict(ours.policy.state_dict())
     (batch,) = ours.batches()
+    return ours, batch, trainer, inputs
+
+
+@pytest.mark.parametrize("loss, options", CASES)
+def test_it_is_trl_s_where_ratios_have_left_1(loss, options, tmp_path):
+    ours, batch, theirs, inputs = both(loss, tmp_path, **options)
     found = ours.loss(batch)
     expected = theirs._compute_loss(theirs.model, inputs)
     assert found.total.item() / batch["items"] == pytest.approx(expected.item(), abs=1e-5)
     metrics = theirs._metrics["train"]
-    assert 0.1 < found.figures["clipped"] == pytest.approx(metrics["clip_ratio/region_mean"][0], abs=1e-6)
+    shares = metrics.get("clip_ratio/region_mean") or metrics.get("cispo_clip_ratio")
+    assert ("clipped" in found.figures) == bool(shares)
+    if shares:
+        assert 0.05 < found.figures["clipped"] == pytest.approx(shares[0], abs=1e-6)
     assert found.figures["reward"] == pytest.approx(metrics["reward"][0])
-    if beta:
+    if options["beta"]:
         assert 1e-3 < found.figures["kl"] == pytest.approx(metrics["kl"][0], abs=1e-5)
     assert abs(expected.item()) > 1e-3
+    (found.total / batch["items"]).backward()
+    expected.backward()
+    assert_gradients_are(ours, theirs)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -153,7 +184,11 @@ def test_it_is_trl_s_for_answers_of_now(kind, scale, tmp_path):
     assert found.figures["no_signal"] == 0.5
     if scale != "batch":  # where trl counts all or none
         assert theirs._metrics["train"]["frac_reward_zero_std"] == [0.5]
-    # The gradient of a merged weight W + s B A, sent on to A: s B^T G.
+    assert_gradients_are(ours, theirs)
+
+
+def assert_gradients_are(ours, theirs):
+    """The gradient of a merged weight W + s B A, sent on to A: s B^T G."""
     gradients = {name: p.grad for name, p in theirs.model.named_parameters()}
     checked = 0
     for name, module in ours.model.language_model.named_modules():
@@ -163,6 +198,29 @@ def test_it_is_trl_s_for_answers_of_now(kind, scale, tmp_path):
             torch.testing.assert_close(module.lora_A["default"].weight.grad, expected, atol=1e-6, rtol=1e-3)
             checked += float(expected.abs().sum()) > 0
     assert checked > 5
+
+
+@pytest.mark.parametrize("loss, options", KIN)
+def test_other_losses_are_other_losses(loss, options, tmp_path):
+    """A control: trl's next of kin, on the same answers, is further off than the bound by far."""
+    ours, batch, theirs, inputs = both(loss, tmp_path, **options)
+    theirs.loss_type, theirs.importance_sampling_level = (
+        "dapo" if loss in ("cispo", "dapo", "vespo") else "grpo",
+        "token",
+    )
+    found = ours.loss(batch).total.item() / batch["items"]
+    assert abs(found - theirs._compute_loss(theirs.model, inputs).item()) > 1e-3
+
+
+def test_cispo_needs_its_bound():
+    with pytest.raises(ValueError, match="cispo needs clip_high"):
+        ObjectivePart.of("grpo", loss="cispo")
+
+
+def test_vespo_is_not_corrected_twice():
+    with pytest.raises(ValueError, match=r"vespo weighs whole answers itself: .* write correction: none"):
+        ObjectivePart.of("grpo", loss="vespo", sampler="vllm")
+    assert not ObjectivePart.of("grpo", loss="vespo", sampler="vllm", correction="none").options.corrected
 
 
 def drawn_otherwise():
@@ -180,7 +238,7 @@ def drawn_otherwise():
 
 
 @pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"])
-@pytest.mark.parametrize("iterations, loss, beta", [(1, "grpo", 0.0), (2, "dapo", 0.3)])
+@pytest.mark.parametrize("iterations, loss, beta", [(1, "grpo", 0.0), (2, "dapo", 0.3), (2, "sapo", 0.0)])
 def test_another_sampler_s_probabilities_are_corrected_as_by_trl(mode, iterations, loss, beta, tmp_path):
     drawn, limit = drawn_otherwise(), 1.5
     ours = Ours(
@@ -235,7 +293,7 @@ def test_a_row_without_signal_is_a_step_without_gradient():
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "luspo", "vespo"])
 def test_a_step_of_several_rows_is_that_of_one_row(loss):
     one, several = Ours(loss=loss), Ours(loss=loss)
     (batch,) = one.batches()
