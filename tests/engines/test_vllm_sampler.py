@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import ZOO, family_folder, noise
+from families.recipes import base_recipe
 from tiny import tiny_llm_folder, tiny_recipe
 
 import finetune
@@ -102,6 +104,22 @@ def test_answers_have_the_probabilities_of_the_model_after_each_change_of_its_ad
     finally:
         sampler.close()
     assert {path.name for path in (tmp_path / "vllm").iterdir()} == {"vllm.log"}
+
+
+def test_a_base_is_its_language_model_alone(tmp_path):
+    recipe = base_recipe(tmp_path, ZOO["llava"], family_folder("llava", tmp_path / "base"), "image")
+    assistant = finetune.load(finetune.train(recipe, tmp_path / "run"))
+    shake(assistant.model, 0)
+    noise((80, 48)).save(tmp_path / "a.png")
+    question = (Message("user", (Medium("image", tmp_path / "a.png"), "What is this?")),)
+    sampler = VllmSampler(assistant, FileView(assistant.encoders, assistant.limits), 128, tmp_path / "vllm")
+    try:
+        (drawn,) = sampler([question], options_of(1.0), seed=0)
+    finally:
+        sampler.close()
+    assert distances(assistant, question, drawn, 1.0)[0] < 0.05
+    shake(assistant.model, 1)
+    assert distances(assistant, question, drawn, 1.0)[0] > 0.1
 
 
 def test_a_stage_learns_from_its_answers(tmp_path):
