@@ -25,6 +25,7 @@ from finetune.recipe.schema import LanguageModel, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
 from finetune.training.cache_choice import choice_at_hand
 from finetune.training.lengths import Estimate, estimate, fetch_settings, settings_of
+from finetune.training.missing_sampler import refuse_missing_sampler, refuse_unplain_base
 from finetune.training.row_limit import refuse_too_long
 from finetune.training.steps import FEW_STEPS, StageSteps, more_steps, steps_of
 
@@ -85,8 +86,11 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     loaded = as_recipe(recipe, overrides)
     refuse_missing_packages(loaded)
     refuse_unfit_teachers(loaded)
+    refuse_missing_sampler(loaded)
     refused, llm = fetch_settings(loaded.model), loaded.model.language_model
     why = refused.get(llm.name)
+    if not why:
+        refuse_unplain_base(loaded)
     notes = [*remarks(loaded), *(check_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why))]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)

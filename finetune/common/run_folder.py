@@ -4,7 +4,8 @@ runs/NAME/
   recipe.yaml        as resolved, with package versions below it in versions.json
   data/              counts per split, tokenized rows; suspects.jsonl, rows of a loss that wasn't finite;
                      changes.jsonl, what the recipe was given anew on a resume; micro_batches.jsonl, from which step
-                     on rows are computed in pieces; warnings.jsonl, what seemed wrong with a stage
+                     on rows are computed in pieces; warnings.jsonl, what seemed wrong with a stage; vllm-STAGE/,
+                     the log of a server that sampled its answers
   checkpoints/STAGE/checkpoint-N/    appears under this name only when it is whole; the last two are kept; STAGE/final
                      when the stage is done; the hashes of its files are in each
   tensorboard/STAGE/ event files, if train.track names tensorboard

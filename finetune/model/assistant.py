@@ -179,6 +179,13 @@ class Assistant:
         ends = answer_ends(self.tokenizer, self.model.causal_lm.generation_config)
         return [up_to_end(one, ends) for one in tokens.tolist()]
 
+    @torch.no_grad()
+    def embedded(self, conversations: Sequence[Sequence[Message]], view: MediaView) -> list[Tensor]:
+        """What the LLM reads of each conversation: embeddings (T, D) of its tokens and media, in the LLM's dtype."""
+        dtype = self.model.causal_lm.dtype
+        batches = [self._padded([one], view) for one in self._prompts(conversations, self.strengths(None), view)]
+        return [self.model.embed(batch.input_ids, batch.features)[0].to(dtype) for batch in batches]
+
     def probabilities(
         self,
         prompt: str = "",

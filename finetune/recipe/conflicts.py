@@ -10,6 +10,7 @@ from finetune.recipe.words import Location, Problem, describe, shorten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MEDIA = ("image", "audio", "video")
+VLLM_RANK = 512  # the largest
 HOLD_OUT_KEYS = {"validation": "hold_out_validation", "test": "hold_out"}
 
 
@@ -225,6 +226,22 @@ def _sampling_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -
                 f"stage {stage.name!r} has the objective {kind!r}, which needs written answers: leave `answers` out."
             )
             yield Problem(("data", number, "head", "answers"), message)
+    if stage.objective.sampled_by_vllm and (reason := _unfit_for_vllm(recipe)):
+        yield Problem((*where, "objective", "sampler"), f"vllm can't sample: {reason}. Leave it out.")
+
+
+def _unfit_for_vllm(recipe: RecipeSections) -> str | None:
+    """Why vLLM can't be the LLM that a recipe trains, given embeddings and a plain LoRA; None if it can."""
+    adapter = recipe.adapter
+    if recipe.model.fusion.kind != "prefix":
+        return f"it has no place for the fusion {recipe.model.fusion.kind!r}"
+    if recipe.model.language_model.trust_remote_code:
+        return "it isn't given the LLM's own code"
+    if adapter is not None and adapter.dora:
+        return "it takes no DoRA (adapter.dora)"
+    if adapter is not None and adapter.rank > VLLM_RANK:
+        return f"it takes LoRA up to rank {VLLM_RANK} (adapter.rank)"
+    return None
 
 
 def _target_conflicts(recipe: RecipeSections, stage: Stage, where: Location) -> Iterator[Problem]:

@@ -241,6 +241,11 @@ class ObjectivePart(Part):
         return self.needs == "prompts"
 
     @property
+    def sampled_by_vllm(self) -> bool:
+        """Whether these answers come from a vLLM server."""
+        return getattr(self.options, "sampler", "") == "vllm"
+
+    @property
     def iterations(self) -> int:
         """Optimizer steps that each row is used for in an epoch."""
         return int(getattr(self.options, "iterations", 1))

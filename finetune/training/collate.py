@@ -78,11 +78,12 @@ class DistributionsBatch(TypedDict):
 class RolloutBatch(TypedDict, total=False):
     """Answers sampled from the model itself: `answers` of them, of `tokens` tokens in all. S of them are in the batch;
     the others equal one of these, or have no gradient. `advantages` (S,); `before` (K,): log-probabilities when they
-    were sampled; `figures`: of all answers.
+    were sampled, `drawn` (K,): by the engine that sampled them; `figures`: of all answers.
     """
 
     advantages: Tensor
     before: Tensor
+    drawn: Tensor
     answers: int
     tokens: int
     figures: dict[str, float]

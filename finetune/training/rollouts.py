@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from accelerate import PartialState
@@ -41,17 +41,27 @@ Reward: TypeAlias = Callable[[Sample, str], float]
 SMALLEST_DEVIATION = 1e-4  # added to the deviation of rewards, as in trl
 
 
+class Drawn(NamedTuple):
+    """An answer as token ids, the end token included if it was reached. `log_probs`: of these, by an engine that isn't
+    the model itself.
+    """
+
+    tokens: list[int]
+    log_probs: Sequence[float] = ()
+
+
 class Sampler(Protocol):
     """The source of sampled answers."""
 
-    def __call__(self, questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[list[int]]]:
-        """`options.answers` answers to each question, as token ids, the end token included if it was reached."""
+    def __call__(self, questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[Drawn]]:
+        """`options.answers` answers to each question."""
 
 
 @dataclass(frozen=True)
 class SampledAnswer:
     """`tokens`: its ids. `before`, `reference`: log-probabilities of these under the weights that it was sampled with,
-    and under those that the stage began with; empty where the loss doesn't need them.
+    and under those that the stage began with; `drawn`: by the engine that sampled it. Empty where the loss doesn't need
+    them.
     """
 
     tokens: list[int]
@@ -59,6 +69,7 @@ class SampledAnswer:
     advantage: float = 0.0
     before: Sequence[float] = ()
     reference: Sequence[float] = ()
+    drawn: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -88,16 +99,17 @@ class Group:
 def policy_sampler(assistant: Assistant, view: MediaView) -> Sampler:
     """Samples from the model that trains, without dropout."""
 
-    def sample(questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[list[int]]]:
+    def sample(questions: Sequence[Sequence[Message]], options: Any, seed: int) -> list[list[Drawn]]:
         device = assistant.model.get_input_embeddings().weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            drawn = assistant.draw(
+            tokens = assistant.draw(
                 [question for question in questions for _ in range(options.answers)],
                 max_new_tokens=options.max_new_tokens,
                 temperature=options.temperature,
                 view=view,
             )
+        drawn = [Drawn(one) for one in tokens]
         return [drawn[start : start + options.answers] for start in range(0, len(drawn), options.answers)]
 
     return sample
@@ -185,10 +197,21 @@ class Rollouts:
     def _answers_to(self, numbers: Sequence[int], place: str) -> list[Group]:
         origin = f"{self.seed}/{self.stage.name}/{place}/{PartialState().process_index}"
         seed = int.from_bytes(hashlib.sha256(origin.encode()).digest()[:4])
-        tokens = self.sampler([self.samples[number].question for number in numbers], self.options, seed)
+        drawn = self.sampler([self.samples[number].question for number in numbers], self.options, seed)
+        corrected = self.options.corrected
         return [
-            Group(number, [SampledAnswer(one, self._reward_of(self.samples[number], one)) for one in own])
-            for number, own in zip(numbers, tokens, strict=True)
+            Group(
+                number,
+                [
+                    SampledAnswer(
+                        one.tokens,
+                        self._reward_of(self.samples[number], one.tokens),
+                        drawn=one.log_probs if corrected else (),
+                    )
+                    for one in own
+                ],
+            )
+            for number, own in zip(numbers, drawn, strict=True)
         ]
 
     def _reward_of(self, sample: Sample, tokens: Sequence[int]) -> float:
@@ -228,6 +251,10 @@ class Rollouts:
                 parameter.data = data
             torch.clear_autocast_cache()
 
+    def close(self) -> None:
+        """To be called when the stage ends: a sampler may have begun a process."""
+        getattr(self.sampler, "close", lambda: None)()
+
     def save(self, path: Path) -> None:
         write_json(path, {"rows": [[asdict(group) for group in groups] for groups in self.rows]})
 
@@ -241,7 +268,7 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     """The batch of a row's groups; a filler row where none of them has a gradient."""
     options: Any = stage.objective.options
     trained = [group for group in groups if has_gradient(group, options)]
-    stand_in = SampledAnswer(questions.samples[0].input_ids[-1:], 0.0, 0.0, [0.0], [0.0])
+    stand_in = SampledAnswer(questions.samples[0].input_ids[-1:], 0.0, 0.0, [0.0], [0.0], [0.0])
     learned = [(group.number, group.distinct) for group in trained] or [(0, [(stand_in, 1)])]
     answers = [answer for _, distinct in learned for answer, _ in distinct]
     collator = copy(questions)
@@ -263,6 +290,8 @@ def batch_of(stage: Stage, questions: Collator, groups: Sequence[Group]) -> Batc
     )
     if options.iterations > 1:
         batch["rollout"]["before"] = torch.tensor([value for answer in answers for value in answer.before])
+    if options.corrected:
+        batch["rollout"]["drawn"] = torch.tensor([value for answer in answers for value in answer.drawn])
     items_of = stage.objective.module.items_of
     batch["items"] = items_of(options, batch["rollout"]["tokens"], len(drawn)) if drawn else 0
     return batch
@@ -290,7 +319,9 @@ def longest_answers(stage: Stage, collator: Collator, row: Row) -> Batch:
     options: Any = stage.objective.options
     tokens = collator.samples[0].input_ids[-1:] * options.max_new_tokens
     zeros = [0.0] * len(tokens)
-    answers = [SampledAnswer(tokens, float(number), float(number), zeros, zeros) for number in range(options.answers)]
+    answers = [
+        SampledAnswer(tokens, float(number), float(number), zeros, zeros, zeros) for number in range(options.answers)
+    ]
     groups = [Group(number, answers) for group in row for number in group]
     return batch_of(stage, collator, groups)
 

@@ -39,9 +39,10 @@ from finetune.training.began import model_files, record_versions, refuse_other_m
 from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
+from finetune.training.missing_sampler import refuse_missing_sampler, refuse_unplain_base
 from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
-from finetune.training.rollouts import Reward, Rollouts, policy_sampler, row_kind_of_answers, task_reward
+from finetune.training.rollouts import Reward, Rollouts, Sampler, policy_sampler, row_kind_of_answers, task_reward
 from finetune.training.run_stage import run_stage
 from finetune.training.shared import Shared, language_model_for
 from finetune.training.stage_training import StageTraining
@@ -49,6 +50,7 @@ from finetune.training.steps import samples_of
 from finetune.training.tracked_answers import TrackedAnswer, TrackedRows
 from finetune.training.trainer import refuse_several_gpus
 from finetune.training.validation import OnValidation, ValidationCallback
+from finetune.training.vllm_sampler import VllmSampler
 
 
 def train(
@@ -94,6 +96,8 @@ def train_in(
     fresh_memory()
     refuse_several_gpus()
     refuse_missing_packages(recipe)
+    refuse_missing_sampler(recipe)
+    refuse_unplain_base(recipe)
     on_gpu = default_device().type == "cuda"
     # Encoding may keep the others waiting for hours.
     processes = PartialState(cpu=default_device().type == "cpu", timeout=timedelta(days=1))
@@ -215,15 +219,22 @@ def rollouts_of(
     prepared: PreparedRun, stage: Stage, collator: Collator, model: MultimodalModel, reward: Reward | None
 ) -> Rollouts:
     """The rollouts of a stage that samples answers. `reward`: see `train`."""
-    run, options = prepared.run, stage.objective.options
+    run = prepared.run
+    options: Any = stage.objective.options
     tokenizer: Any = run.components.tokenizer
+    assistant = run.assistant(model)
+    sampler: Sampler = policy_sampler(assistant, run.features)
+    if stage.objective.sampled_by_vllm:
+        longest = max(collator.samples.lengths) + options.max_new_tokens
+        folder = run.folder.data / f"vllm-{stage.name}"
+        sampler = VllmSampler(assistant, run.features, longest, folder)
     return Rollouts(
         stage,
         picked(prepared.training, samples_of(stage, prepared.training)),
         collator,
-        sampler=policy_sampler(run.assistant(model), run.features),
+        sampler=sampler,
         decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
-        reward=reward or task_reward(run.bindings, getattr(options, "reward", "good")),
+        reward=reward or task_reward(run.bindings, options.reward),
         seed=run.recipe.seed,
     )
 

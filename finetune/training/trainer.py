@@ -101,6 +101,8 @@ def train_stage(
     finally:
         for callback in callbacks:
             getattr(callback, "close", lambda: None)()
+        if rollouts:
+            rollouts.close()
         end_tracking(track)
         for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
             training.model.__dict__.pop(patched, None)

@@ -4,15 +4,14 @@ is started and stopped, tried on a program that only pretends to be one.
 
 import ast
 import json
-import os
 import sys
-import time
 from pathlib import Path
 from textwrap import dedent
 
 import PIL.Image
 import pytest
 import torch
+from pretended_vllm import gone
 from safetensors.torch import load_file
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound
@@ -331,19 +330,6 @@ def exported(folder: Path, model_type: str) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, "dtype": "float32"}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
     return folder
-
-
-def gone(pid: int) -> bool:
-    """Within seconds: a signal takes its time."""
-    for _ in range(50):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_questions_go_over_the_api_and_no_process_is_left(tmp_path):

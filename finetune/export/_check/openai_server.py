@@ -6,12 +6,14 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import IO, Any
 
 import httpx2
@@ -22,6 +24,7 @@ from finetune.data.sample import Message
 ANSWER_SECONDS = 600.0
 STOP_SECONDS = 20.0
 LOG_LINES = 8  # quoted in an error
+ATTENDED = Path(__file__).with_name("attended.py")
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,28 @@ class Server:
 
 @contextmanager
 def serving(
-    engine: str, command: Sequence[str], start_seconds: float, environment: Mapping[str, str] | None = None
+    engine: str,
+    command: Sequence[str],
+    start_seconds: float,
+    environment: Mapping[str, str] | None = None,
+    log_file: Path | None = None,
 ) -> Iterator[Server]:
-    """Run `command`, which accepts `--host` and `--port`, on a free port of this machine until the block ends.
+    """Run `command`, which accepts `--host` and `--port`, on a free port of this machine until the block ends, or this
+    process does. `log_file`: where its output is kept, behind what is there.
 
     Raises ExportRefused with an excerpt of its log if it isn't ready in time.
     """
+    attended = [sys.executable, "-I", str(ATTENDED), str(os.getpid())]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as log:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        log_file.open("a+b") if log_file else tempfile.TemporaryFile() as log,
+    ):
         # A group of its own: an engine's workers are processes too, and none may outlive this.
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*attended, *command, "--host", "127.0.0.1", "--port", str(port)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -32,7 +32,7 @@ def find_python(option: str | None) -> str:
     """Raises EngineMissing."""
     python = option or os.environ.get(VARIABLE)
     if not python:
-        raise EngineMissing(f"vLLM is needed to compare: {INSTALL}")
+        raise EngineMissing(f"needs vLLM: {INSTALL}")
     if not Path(python).is_file():
         raise EngineMissing(f"{python}, named as vLLM's python, doesn't exist: {INSTALL}")
     return str(Path(python).absolute())

@@ -13,13 +13,15 @@ from finetune.training.objectives._policy_losses import LOSSES, SampledTokens, r
 from finetune.training.objectives._preferences import answers_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from finetune.model.composite import MultimodalModel
     from finetune.training.collate import Batch
 
 NEEDS: Needs = "prompts"
 REFERENCE = False  # answers change from step to step: there is none to be computed once
 HEADS = False
-FIGURES: tuple[str, ...] = ("reward", "reward_deviation", "no_signal", "answer_tokens", "clipped", "kl")
+FIGURES: tuple[str, ...] = ("reward", "reward_deviation", "no_signal", "answer_tokens", "clipped", "kl", "correction")
 
 
 class Options(PartOptions):
@@ -68,6 +70,24 @@ class Options(PartOptions):
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL divergence from the weights that the stage began with; 0: none."
     )
+    sampler: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What samples the answers: the model that trains, by transformers' generate, or a vLLM server with "
+        "its weights, which runs beside it in an environment of its own.",
+    )
+    sampler_memory: float = Field(0.4, gt=0, lt=1, description="Share of the GPU's memory that vLLM takes.")
+    correction: Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"] = Field(
+        "sequence_mask",
+        description="What is done where vLLM's probabilities aren't the model's, by trl's names: losses are multiplied "
+        "by the ratio of both, of a token or of the answer (sequence); where it is above `correction_limit` by 0 "
+        "(mask), or by the limit (truncate).",
+    )
+    correction_limit: float = Field(3.0, gt=0, description="The largest of these ratios.")
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the loss needs log-probabilities by the sampler."""
+        return self.sampler == "vllm" and self.correction != "none"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -76,6 +96,8 @@ class Options(PartOptions):
                 "loss: cispo needs clip_high, the largest weight of a token: 5.0 is usual; trl's default, `clip`, "
                 "gives nearly all tokens the same weight"
             )
+        if self.loss == "vespo" and self.corrected:
+            raise ValueError("loss: vespo weighs whole answers itself: with sampler: vllm write correction: none")
         return self
 
 
@@ -102,6 +124,11 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     losses, clipped = LOSSES[options.loss].of(tokens, ratios, options)
     figures = dict(rollout["figures"])
     trained = bool(answers.of("sampled"))
+    if options.corrected:
+        correction = corrections(tokens, rollout.get("before", own.detach()) - rollout["drawn"], options)
+        losses = losses * correction
+        if trained:
+            figures["correction"] = float((correction * weights).sum() / weights.sum())
     if trained and clipped is not None:
         counted = weights / tokens.lengths if options.importance_sampling_level == "sequence" else weights
         figures["clipped"] = float((clipped * counted).sum() / counted.sum())
@@ -123,3 +150,13 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     return BatchLoss(
         losses.sum(), batch["items"], answers.right, len(own) * trained, figures, weight=rollout["answers"]
     )
+
+
+def corrections(tokens: SampledTokens, differences: "Tensor", options: Options) -> "Tensor":
+    """What the losses of tokens are multiplied by (K,). `differences` (K,): of their log-probabilities, the model's
+    less the sampler's.
+    """
+    ratios = (tokens.sums(differences) if options.correction.startswith("sequence") else differences).exp()
+    if options.correction.endswith("truncate"):
+        return ratios.clamp(max=options.correction_limit)
+    return ratios.masked_fill(ratios > options.correction_limit, 0.0)

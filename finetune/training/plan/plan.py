@@ -36,6 +36,7 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     quiet_libraries()
     card = card_named(gpu) if gpu else own_card() or CARDS[DEFAULT]
     card = card if rent is None else replace(card, rent=rent)
+    card = replace(card, memory=card.memory * (1 - share_of_vllm(recipe)))
     dtype = recipe.model.language_model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if card.bfloat16 else "float16"
@@ -67,6 +68,12 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
         seconds=_seconds(recipe, rows, measured, card),
         notes=(*reasons, *_notes(recipe, rows, measured, card)),
     )
+
+
+def share_of_vllm(recipe: Recipe) -> float:
+    """Of a card's memory, which a stage leaves to the server that samples its answers."""
+    options: list[Any] = [one.objective.options for one in recipe.train.stages if one.objective.sampled_by_vllm]
+    return max([0.0, *(float(one.sampler_memory) for one in options)])
 
 
 def _numbers(recipe: Recipe, card: Card) -> Numbers:
@@ -242,6 +249,8 @@ def _notes(recipe: Recipe, rows: PlannedRows, measured: Measured, card: Card) ->
         f"{CONTEXT / GIB:.1f} GiB are added for CUDA, and {FRAGMENTED:.0%} for gaps in its allocator",
         f"hours are at {UTILISATION:.0%} of the card's dense speed ({card.tflops:.0f} TFLOPS in 16 bits)",
     ]
+    if share := share_of_vllm(recipe):
+        notes.append(f"vLLM has {share:.0%} of the card beside this: {card.memory:.1f} GiB are what it leaves")
     if len(rows.training) < rows.count:
         notes.append(f"{len(rows.training)} of {rows.count:,} training rows were tokenized")
     if measured.row_kind is RowKind.PADDED:

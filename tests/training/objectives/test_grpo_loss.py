@@ -15,11 +15,12 @@ from finetune.model.adapter import attach
 from finetune.model.row_plan import RowKind, by_segments
 from finetune.recipe.parts import ObjectivePart
 from finetune.recipe.schema import Adapter, Stage
-from finetune.training.rollouts import Rollouts
+from finetune.training.rollouts import Drawn, Rollouts
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11]]
 # One of them twice, which is learned as one of twice the weight.
 ANSWERS = [[[20, 21, 22], [30, 31, 32, 33, 34], [20]], [[40, 41, 42, 43], [44, 45], [44, 45]]]
+DRAWN = [[Drawn(answer) for answer in answers] for answers in ANSWERS]
 REWARDS = [[1.0, 0.0, 0.25], [0.0, 0.5, 0.5]]
 LONGEST = 7
 
@@ -27,7 +28,7 @@ LONGEST = 7
 class Ours:
     """A composite that has changed since its stage began, and has sampled ANSWERS before that."""
 
-    def __init__(self, kind=RowKind.SHARED, rewards=REWARDS, **options):
+    def __init__(self, kind=RowKind.SHARED, rewards=REWARDS, drawn=DRAWN, **options):
         torch.manual_seed(0)
         self.model = tiny_composite()
         attach(self.model, Adapter(rank=2, alpha=4.0))
@@ -40,7 +41,7 @@ class Ours:
             Stage(name="reward", trains=["adapter"], learning_rate=1e-3, objective=self.part.dump()),
             [Question() for _ in PROMPTS],
             collator_of(questions, kind=kind),
-            sampler=lambda questions, options, seed: ANSWERS,
+            sampler=lambda questions, options, seed: drawn,
             decode=str,
             reward=lambda sample, answer: next(given),
             seed=1,
@@ -216,6 +217,66 @@ def test_cispo_needs_its_bound():
         ObjectivePart.of("grpo", loss="cispo")
 
 
+def test_vespo_is_not_corrected_twice():
+    with pytest.raises(ValueError, match=r"vespo weighs whole answers itself: .* write correction: none"):
+        ObjectivePart.of("grpo", loss="vespo", sampler="vllm")
+    assert not ObjectivePart.of("grpo", loss="vespo", sampler="vllm", correction="none").options.corrected
+
+
+def drawn_otherwise():
+    """ANSWERS by a sampler whose log-probabilities are up to 1.5 from the model's."""
+    exact = Ours(iterations=2)
+    exact.batches()
+    generator, noise = torch.Generator().manual_seed(5), {}
+    for group in exact.rollouts.rows[0]:
+        for one in group.answers:  # equal answers have equal ones
+            noise.setdefault(tuple(one.tokens), 3 * torch.rand(len(one.tokens), generator=generator) - 1.5)
+    return [
+        [Drawn(one.tokens, (torch.tensor(one.before) + noise[tuple(one.tokens)]).tolist()) for one in group.answers]
+        for group in exact.rollouts.rows[0]
+    ]
+
+
+@pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"])
+@pytest.mark.parametrize("iterations, loss, beta", [(1, "grpo", 0.0), (2, "dapo", 0.3), (2, "sapo", 0.0)])
+def test_another_sampler_s_probabilities_are_corrected_as_by_trl(mode, iterations, loss, beta, tmp_path):
+    drawn, limit = drawn_otherwise(), 1.5
+    ours = Ours(
+        drawn=drawn,
+        sampler="vllm",
+        correction=mode,
+        correction_limit=limit,
+        loss=loss,
+        iterations=iterations,
+        beta=beta,
+    )
+    (batch,) = ours.batches()
+    options = {"loss_type": loss, "num_iterations": iterations}
+    if mode != "none":
+        options["vllm_importance_sampling_mode"] = mode
+    theirs = trl_trainer(
+        ours.policy, ours.base, tmp_path, beta=beta, vllm_importance_sampling_clip_max=limit, **options
+    )
+    theirs.use_vllm, theirs.vllm_importance_sampling_correction = True, mode != "none"
+    log_probs = [list(one.log_probs) for group in drawn for one in group]
+    generated = theirs._generate([])
+    theirs._generate = lambda texts: (*generated[:4], log_probs, *generated[5:])
+    inputs = theirs._generate_and_score_completions([{"prompt": text} for text in "aaabbb"])
+    if iterations > 1:
+        ours.change()
+        theirs.model.load_state_dict(ours.policy.state_dict())
+        (batch,) = ours.batches()
+    found = ours.loss(batch)
+    expected = theirs._compute_loss(theirs.model, inputs)
+    assert found.total.item() / batch["items"] == pytest.approx(expected.item(), abs=1e-5)
+    uncorrected = ours.part.options.model_copy(update={"correction": "none"})
+    if mode != "none":
+        with by_segments(ours.model.causal_lm):
+            without = ours.part.module.loss(ours.model, ours.model, batch, uncorrected)
+        assert abs(without.total.item() - found.total.item()) > 1e-2
+        assert 0 < found.figures["correction"] != 1
+
+
 def test_a_row_without_signal_is_a_step_without_gradient():
     ours = Ours(rewards=[[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     (batch,) = ours.batches()
@@ -237,7 +298,7 @@ def test_a_step_of_several_rows_is_that_of_one_row(loss):
     one, several = Ours(loss=loss), Ours(loss=loss)
     (batch,) = one.batches()
     expected = one.loss(batch)
-    several.rollouts.sampler = lambda questions, options, seed, left=[*ANSWERS]: [left.pop(0)]
+    several.rollouts.sampler = lambda questions, options, seed, left=[*DRAWN]: [left.pop(0)]
     batches = several.batches([[[0]], [[1]]])
     found = [several.loss(batch) for batch in batches]
     assert sum(batch["items"] for batch in batches) == batch["items"]
