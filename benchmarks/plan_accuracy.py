@@ -124,7 +124,7 @@ def real(pair: Pair, folder: Path, gpu: bool) -> tuple[dict[str, int], int, int]
     from finetune.common.progress import quiet_libraries
     from finetune.model.build import load_components, load_llm
     from finetune.model.features import Features
-    from finetune.model.row_plan import likely_row_kind
+    from finetune.model.row_plan import likely_layout
     from finetune.training.plan.measure import step_of
     from finetune.training.plan.meter import Meter
     from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
@@ -141,7 +141,7 @@ def real(pair: Pair, folder: Path, gpu: bool) -> tuple[dict[str, int], int, int]
         model = run.run.build(with_encoders=not recipe.train.cache, language_model=load_llm(components))
         set_up(model, recipe.train)
     stage = recipe.train.stages[-1]
-    kind = likely_row_kind(model.causal_lm, by_segments=recipe.model.language_model.attention == "auto")
+    kind = likely_layout(model.causal_lm, by_segments=recipe.model.language_model.attention == "auto").kind
     training, batch, _ = step_of(run, model, stage, kind, recipe.seed + 1000 * (len(recipe.train.stages) - 1))
     gc.collect()
     if gpu:

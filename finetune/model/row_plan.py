@@ -283,20 +283,68 @@ class RowKind(StrEnum):
     SHARED = "shared"  # as segments, and what samples of a row begin with stands there once
 
 
+class Layout(NamedTuple):
+    """`why`: why the LLM takes none better; '' where it takes what was asked for."""
+
+    kind: RowKind
+    why: str = ""
+
+
 def row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True) -> RowKind:
     """The best that is exact for this LLM, tried; without `by_segments`, by its own attention."""
+    return layout(causal_lm, share, by_segments).kind
+
+
+def layout(causal_lm: Any, share: bool = True, by_segments: bool = True) -> Layout:
+    """As `row_kind`, with the reason."""
     if by_segments and attends_by_segments(causal_lm):
-        return RowKind.SHARED if share and shares_prefixes(causal_lm) else RowKind.SEGMENTS
-    return RowKind.PACKED if packs_exactly(causal_lm) else RowKind.PADDED
+        why = why_unshared(causal_lm) if share else ""
+        if share and not why and not shares_prefixes(causal_lm):
+            why = "tried: samples behind one prefix differ from samples alone"
+        return Layout(RowKind.SHARED if share and not why else RowKind.SEGMENTS, why)
+    if packs_exactly(causal_lm):
+        settable = _attending(causal_lm)._can_set_attn_implementation()
+        found = "tried: by segments samples differ from samples alone" if settable else "its attention is its own code"
+        return Layout(RowKind.PACKED, found if by_segments else "")
+    return Layout(RowKind.PADDED, _why_padded(causal_lm) or "tried: samples of one row differ from samples alone")
 
 
-def likely_row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True) -> RowKind:
-    """As `row_kind`, by what the LLM's class takes: of an LLM without weights, which can't be tried."""
-    if "position_ids" not in signature(causal_lm.forward).parameters:
-        return RowKind.PADDED
+def likely_layout(causal_lm: Any, share: bool = True, by_segments: bool = True) -> Layout:
+    """As `layout`, by the LLM's class and config: of an LLM without weights, which can't be tried."""
+    if why := _why_padded(causal_lm):
+        return Layout(RowKind.PADDED, why)
     if by_segments and _attending(causal_lm)._can_set_attn_implementation():
-        return RowKind.SHARED if share else RowKind.SEGMENTS
-    return RowKind.PACKED
+        why = why_unshared(causal_lm) if share else ""
+        return Layout(RowKind.SHARED if share and not why else RowKind.SEGMENTS, why)
+    return Layout(RowKind.PACKED, "its attention is its own code" if by_segments else "")
+
+
+def router_loss(causal_lm: Any) -> float:
+    """By how much trl weighs the auxiliary loss of an LLM's routers; 0 where there is none."""
+    config = causal_lm.config.get_text_config()
+    return float(getattr(config, "router_aux_loss_coef", 0.0)) if hasattr(config, "output_router_logits") else 0.0
+
+
+def why_unshared(causal_lm: Any) -> str:
+    """What no trial of hidden states shows; '' where nothing is against sharing."""
+    weight = router_loss(causal_lm)
+    if not weight:
+        return ""
+    return (
+        f"the auxiliary loss of its routers (router_aux_loss_coef: {weight:g}) is a mean over all tokens of all samples"
+    )
+
+
+def _why_padded(causal_lm: Any) -> str:
+    """What is known without a trial; '' where rows may be packed."""
+    config = causal_lm.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if kinds or causal_lm._is_stateful:
+        layers = f"its layers ({', '.join(sorted(kinds))})" if kinds else "the state that it keeps"
+        return f"in {layers} a sample would depend on what stands before it in the row"
+    if "position_ids" not in signature(causal_lm.forward).parameters:
+        return "it takes no positions, which would begin anew with each sample"
+    return ""
 
 
 def packs_exactly(causal_lm: Any) -> bool:

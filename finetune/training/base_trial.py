@@ -21,7 +21,7 @@ from finetune.model.build import Components
 from finetune.model.composite import MultimodalModel
 from finetune.model.padding import left_padded_positions, position_ids
 from finetune.model.prefixes import prompt_tokens
-from finetune.model.row_plan import RowKind, by_segments, short_windows
+from finetune.model.row_plan import RowKind, by_segments, short_windows, why_unshared
 from finetune.model.tokenize import Tokens, tokenize
 from finetune.training.collate import Collator, PackedRow
 from finetune.training.samples import TokenizedSample, TokenizedSamples
@@ -54,7 +54,8 @@ def base_row_kind(
     of each task, tried one by one and together. Without `segments`, by the base's own attention. Raises ModelError
     where not even single samples are as they are alone in the base's own forward.
     """
-    allowed = [kind for kind in KINDS if (share or kind is not RowKind.SHARED)]
+    why = why_unshared(model.causal_lm) if share else ""
+    allowed = [kind for kind in KINDS if (share and not why) or kind is not RowKind.SHARED]
     allowed = [kind for kind in allowed if segments or kind in (RowKind.PACKED, RowKind.PADDED)]
     before = model.training
     model.eval()
@@ -71,7 +72,8 @@ def base_row_kind(
     finally:
         model.train(before)
     name = type(model.causal_lm).__name__
-    return allowed[0], f"{name} is opened: its decoder reads features of its encoders, in rows that are {allowed[0]}"
+    line = f"{name} is opened: its decoder reads features of its encoders, in rows that are {allowed[0]}"
+    return allowed[0], f"{line}: {why}" if why and allowed[0] is RowKind.SEGMENTS else line
 
 
 @torch.no_grad()

@@ -121,6 +121,9 @@ class MicroBatches:
         objective = self.training.stage.objective
         if not objective.separable:
             return f"the loss of {objective.kind} is one of whole packed rows, which can't be halved"
+        if self.trainer.aux_loss_enabled:
+            llm = type(self.trainer.accelerator.unwrap_model(self.trainer.model).causal_lm).__name__
+            return f"the auxiliary loss of the routers of {llm} is one of whole packed rows, which can't be halved"
         units = self.suspects.units(self.piece)
         if len(units) == 1:
             return f"{self.suspects.names(units[0])[0]} takes more than there is, alone"

@@ -30,7 +30,7 @@ from finetune.model.features import features_key
 from finetune.model.language_model import default_device
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
-from finetune.model.row_plan import RowKind, row_kind
+from finetune.model.row_plan import RowKind, layout
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
 from finetune.recipe.schema import Stage, Train
@@ -254,6 +254,13 @@ def origin_of(run: Run, model: MultimodalModel) -> str:
     return json.dumps(content)
 
 
+LAID_OUT = {
+    RowKind.PADDED: "each sample has a padded row of its own",
+    RowKind.PACKED: "rows are packed under a mask, and share no prefixes",
+    RowKind.SEGMENTS: "rows are packed, and share no prefixes",
+}
+
+
 def layout_of(model: MultimodalModel, run: Run) -> RowKind:
     """How this LLM's rows are laid out; what it can't take is printed."""
     recipe = run.recipe
@@ -263,16 +270,13 @@ def layout_of(model: MultimodalModel, run: Run) -> RowKind:
         kind, line = base_row_kind(model, run.components, shown, share, attention == "auto")
         console.print(line)
         return kind
-    kind = row_kind(model.causal_lm, share, by_segments=attention == "auto")
+    kind, why = layout(model.causal_lm, share, by_segments=attention == "auto")
     if attention != "auto":
         key = f"{recipe.model.language_key}.attention"
         console.print(f"rows are {kind}, without shared prefixes: {key} is {attention}, not auto")
-    elif kind is RowKind.PADDED:
-        console.print("in this LLM packed samples would attend to each other: each has a padded row of its own instead")
-    elif kind is RowKind.PACKED:
-        console.print("this LLM's attention can't go by segments: rows are packed under a mask, and share no prefixes")
-    elif kind is RowKind.SEGMENTS and share:
-        console.print("in this LLM samples behind one prefix would differ from samples alone: no prefixes are shared")
+    if why:
+        name = f"{type(model.causal_lm).__name__} ({model.causal_lm.config.model_type})"
+        console.print(f"{name}: {LAID_OUT[kind]}: {why}")
     return kind
 
 

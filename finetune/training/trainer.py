@@ -236,6 +236,9 @@ class StageTrainer(SFTTrainer):
         # As in trl: items are counted over all processes, and gradients are averaged over them.
         loss = found.total / (num_items_in_batch if num_items_in_batch else max(found.items, 1))
         loss = loss * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        if found.auxiliary is not None:
+            rows = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * found.auxiliary / rows
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:

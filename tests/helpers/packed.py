@@ -90,10 +90,10 @@ ROWS = [[[0], [1]], [[2]], [[3], [4]], [[5], [0]], [[1], [2]], [[3], [5]]]  # nu
 SAMPLES = samples_of([9, 6, 12, 7, 8, 10])
 
 
-def composite_with_lora() -> MultimodalModel:
+def composite_with_lora(family: str = "llama", dropout: float = 0.1) -> MultimodalModel:
     torch.manual_seed(0)
-    model = tiny_composite()
-    attach(model, Adapter(rank=2, alpha=4.0, dropout=0.1))
+    model = tiny_composite(family)
+    attach(model, Adapter(rank=2, alpha=4.0, dropout=dropout))
     return model
 
 

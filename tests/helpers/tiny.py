@@ -46,6 +46,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256},
 }
+EXPERTS = COMMON | {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+MORE_FAMILIES: dict[str, dict[str, Any]] = {  # of which a few tests make all that they try
+    "mixtral": EXPERTS | {"num_local_experts": 4},
+    "qwen3_moe": EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8},
+    "gpt_oss": EXPERTS | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8},
+    "cohere2": COMMON | {"num_key_value_heads": 2, "sliding_window": 8},
+    "olmo3": COMMON | {"num_key_value_heads": 2, "sliding_window": 8},
+    "glm": COMMON | {"num_key_value_heads": 2, "head_dim": 8},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "lfm2": COMMON | {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "falcon_h1": COMMON
+    | {"num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "llama4_text": EXPERTS | {"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 8},
+    "rwkv": COMMON | {"attention_hidden_size": 32},
+}
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -58,7 +73,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 def tiny_llm(family: str = "llama", vocabulary: int = VOCABULARY, **changes: Any) -> Any:
     """A causal LM whose attention, head and biases all weigh in: fresh weights are too small for a leak to show."""
     sizes = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = transformers.AutoConfig.for_model(family, **(sizes | FAMILIES[family] | changes))
+    config = transformers.AutoConfig.for_model(family, **(sizes | (MORE_FAMILIES | FAMILIES)[family] | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

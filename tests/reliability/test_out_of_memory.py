@@ -168,6 +168,19 @@ def test_what_compares_whole_rows_is_not_halved(tmp_path):
         )
 
 
+def test_rows_with_an_auxiliary_loss_are_not_halved(tmp_path):
+    model = composite_with_lora("mixtral", dropout=0.0)
+    stopped = r"the auxiliary loss of the routers of MixtralForCausalLM is one of whole packed rows, which can't be"
+    with pytest.raises(OutOfMemory, match=stopped):
+        train_composite(
+            model,
+            tmp_path / "checkpoints" / "tune",
+            rows=ROWS,
+            callbacks=[Room(model, 1, 20)],
+            collator=collator_of(NAMED),
+        )
+
+
 @pytest.mark.full
 def test_bad_rows_are_left_out_of_halved_ones(tmp_path):
     """The same rows, losses and weights as where memory does."""

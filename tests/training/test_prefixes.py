@@ -8,8 +8,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from packed import OUTPUTS, collator_of, composite_with_heads, head_scores, shake, tokenized_sample
-from tiny import FAMILIES, FUSIONS, PLACEHOLDER, part, tiny_composite, tiny_encoder, tiny_llm, tiny_llm_folder
+from packed import (
+    OUTPUTS,
+    collator_of,
+    composite_with_heads,
+    head_scores,
+    shake,
+    tokenized_sample,
+    train_composite,
+)
+from tiny import (
+    FAMILIES,
+    FUSIONS,
+    MORE_FAMILIES,
+    PLACEHOLDER,
+    part,
+    tiny_composite,
+    tiny_encoder,
+    tiny_llm,
+    tiny_llm_folder,
+)
 
 from finetune.model import row_plan
 from finetune.model.adapter import attach
@@ -17,12 +35,13 @@ from finetune.model.compose import compose
 from finetune.model.imitation import Teacher
 from finetune.model.language_model import load_language_model
 from finetune.model.prefixes import shared_beginning
-from finetune.model.row_plan import RowKind, RowPlan, RowSegment, by_segments, row_kind
+from finetune.model.row_plan import RowKind, RowPlan, RowSegment, by_segments, layout, likely_layout, row_kind
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Llm
 from finetune.training import prefixes
 from finetune.training.prefixes import sharing_of
 from finetune.training.samples import TokenizedSamples
+from finetune.training.train import layout_of
 
 PICTURE = [PLACEHOLDER] * 4
 
@@ -94,20 +113,137 @@ def assert_equal(expected, found):
     assert distance(expected[1], found[1]) < 1e-5
 
 
-SHARING = [family for family in FAMILIES if family not in {"falcon", "bloom", "mpt"}]
+ROUTED = {"mixtral", "qwen3_moe", "gpt_oss"}  # with an auxiliary loss
+PADDED = {"falcon": "tried", "bloom": "no positions", "mpt": "no positions", "rwkv": "the state that it keeps"} | {
+    family: f"in its layers ({layers})"
+    for family, layers in {"lfm2": "conv", "falcon_h1": "hybrid", "llama4_text": "chunked_attention"}.items()
+}
+ALL = [*FAMILIES, *MORE_FAMILIES]
+EXACT = [family for family in ALL if family not in {*PADDED, "gptj"}]  # behind a prefix they are as they are alone
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_which_families_share(family):
+@pytest.mark.parametrize("family", ALL)
+def test_which_families_share_and_why_others_do_not(family):
     torch.manual_seed(0)
     model = tiny_llm(family)
-    assert row_kind(model) is (RowKind.SHARED if family in SHARING else RowKind.PADDED)
-    assert row_kind(model, share=False) is (RowKind.SEGMENTS if family in SHARING else RowKind.PADDED)
+    kind, why = layout(model)
+    if family in EXACT:
+        assert kind is (RowKind.SEGMENTS if family in ROUTED else RowKind.SHARED)
+        assert ("the auxiliary loss of its routers (router_aux_loss_coef: 0.001)" in why) == (family in ROUTED)
+        assert layout(model, share=False) == (RowKind.SEGMENTS, "")
+    elif family == "gptj":
+        assert (kind, why) == (RowKind.PACKED, "its attention is its own code")
+    else:
+        assert kind is RowKind.PADDED and PADDED[family] in why
+    if family != "falcon":  # which only a trial shows
+        assert likely_layout(model) == (kind, why)
 
 
-@pytest.mark.parametrize("family", SHARING)
+@pytest.mark.parametrize("family", EXACT)
 def test_losses_and_gradients_are_those_of_separate_rows(family):
     assert_equal(*apart_and_shared(composite(family), QUESTIONS, GROUPS))
+
+
+def test_routers_learn_from_all_tokens_of_all_samples(tmp_path):
+    """The auxiliary loss of a mixture of experts, in the rows that it has, against padded ones; shared rows would have
+    another.
+    """
+
+    def loss(kind):
+        model = composite("mixtral")
+        options = {"rows": [GROUPS], "collator": collator_of(QUESTIONS, kind=kind), "save_every_n_steps": 100}
+        (entry,) = train_composite(model, tmp_path / kind, **options)
+        assert entry["aux_loss"] > 1
+        return entry["loss"]
+
+    padded = loss(RowKind.PADDED)
+    assert loss(row_kind(composite("mixtral").causal_lm)) == pytest.approx(padded, abs=2e-6)
+    assert loss(RowKind.SHARED) != pytest.approx(padded, abs=1e-5)
+
+
+def test_without_an_auxiliary_loss_a_mixture_of_experts_shares():
+    torch.manual_seed(0)
+    assert layout(tiny_llm("mixtral", router_aux_loss_coef=0.0)) == (RowKind.SHARED, "")
+
+
+def cheating(change):
+    """An LLM whose embeddings are changed on the way: `change(embeddings (1, T, D), positions (1, T))`."""
+    torch.manual_seed(0)
+    model = tiny_llm()
+    forward = model.model.forward
+
+    def changed(inputs_embeds, position_ids, **options):
+        return forward(inputs_embeds=change(inputs_embeds, position_ids), position_ids=position_ids, **options)
+
+    model.model.forward = changed
+    return model
+
+
+def leaks(embeddings, positions):
+    """Each branch but the first sees the token before it: of another branch, not of the prefix."""
+    begins = positions == positions[0, 6] if positions.shape[1] == 18 else torch.zeros_like(positions).bool()
+    return embeddings + begins[..., None] * embeddings.roll(1, 1)
+
+
+def leaks_unseen(embeddings, positions):
+    """The same with a gradient and no value."""
+    moved = embeddings.roll(7, 1) if positions.shape[1] == 18 else embeddings
+    return embeddings + moved - moved.detach()
+
+
+def blind_to_the_prefix(embeddings, positions):
+    return torch.where((positions < 6)[..., None], embeddings.detach(), embeddings)
+
+
+@pytest.mark.parametrize("change", [leaks, leaks_unseen, blind_to_the_prefix])
+def test_the_trial_refuses_an_llm_that_cheats(change):
+    assert row_kind(cheating(lambda embeddings, positions: embeddings)) is RowKind.SHARED
+    cheat = cheating(change)
+    assert not row_plan.shares_prefixes(cheat)
+    if change is not blind_to_the_prefix:  # samples that share nothing have what they have alone
+        assert layout(cheat) == (RowKind.SEGMENTS, "tried: samples behind one prefix differ from samples alone")
+
+
+def test_the_trial_refuses_positions_that_begin_anew(monkeypatch):
+    """Of an LLM that counts them by itself, from where a segment begins."""
+    torch.manual_seed(0)
+    model = tiny_llm()
+    forward = model.model.forward
+
+    def restarting(inputs_embeds, position_ids, **options):
+        plan = row_plan._current.get()
+        if plan is not None:
+            position_ids = torch.cat([torch.arange(segment.length) for segment in plan.segments])[None]
+        return forward(inputs_embeds=inputs_embeds, position_ids=position_ids, **options)
+
+    model.model.forward = restarting
+    assert row_kind(model) is RowKind.SEGMENTS
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "printed"),
+    [
+        ("llama", "auto", ""),
+        ("llama", "sdpa", "rows are packed, without shared prefixes: model.llm.attention is sdpa, not auto"),
+        ("mixtral", "auto", "MixtralForCausalLM (mixtral): rows are packed, and share no prefixes: the auxiliary loss"),
+        ("gptj", "auto", "GPTJForCausalLM (gptj): rows are packed under a mask, and share no prefixes: its attention"),
+        ("bloom", "auto", "BloomForCausalLM (bloom): each sample has a padded row of its own: it takes no positions"),
+        (
+            "lfm2",
+            "auto",
+            "Lfm2ForCausalLM (lfm2): each sample has a padded row of its own: in its layers (conv) a sample",
+        ),
+    ],
+)
+def test_a_run_prints_how_rows_are_laid_out_and_why(family, attention, printed, capsys):
+    torch.manual_seed(0)
+    recipe = SimpleNamespace(
+        model=SimpleNamespace(language_model=SimpleNamespace(attention=attention), language_key="model.llm", base=None),
+        train=SimpleNamespace(share_prefixes=True),
+    )
+    kind = layout_of(SimpleNamespace(causal_lm=tiny_llm(family)), SimpleNamespace(recipe=recipe))
+    assert (kind is RowKind.SHARED) == (printed == "")
+    assert " ".join(capsys.readouterr().err.split()).startswith(printed)
 
 
 def test_cross_attention_finds_the_media_of_a_prefix():

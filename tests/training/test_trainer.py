@@ -102,12 +102,20 @@ def test_the_logged_loss_is_the_mean_over_the_learned_tokens(tmp_path):
     assert train_composite(model, tmp_path)[0]["loss"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_weighted_losses_of_equal_weights_are_the_plain_ones(tmp_path):
-    """The branch for heads and weights, with no head and all weights 1, against trl's own loss."""
+@pytest.mark.parametrize(("family", "accumulate"), [("llama", 1), ("mixtral", 2)])
+def test_weighted_losses_of_equal_weights_are_the_plain_ones(family, accumulate, tmp_path):
+    """The branch for heads and weights, with no head and all weights 1, against trl's own loss, an auxiliary one of
+    routers included.
+    """
+    options = {"accumulate": accumulate, "save_every_n_steps": 100}
+    dropout = 0.1 if family == "llama" else 0.0  # PEFT has none for experts
     torch.manual_seed(0)
-    plain = train_composite(composite_with_lora(), tmp_path / "plain")
+    plain = train_composite(composite_with_lora(family, dropout), tmp_path / "plain", **options)
     torch.manual_seed(0)
-    weighted = train_composite(composite_with_lora(), tmp_path / "weighted", collator=collator_of(SAMPLES, heads={}))
+    collator = collator_of(SAMPLES, heads={})
+    weighted = train_composite(
+        composite_with_lora(family, dropout), tmp_path / "weighted", collator=collator, **options
+    )
     assert len(plain) == len(weighted) > 2
     for theirs, ours in zip(plain, weighted, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

@@ -19,6 +19,7 @@ class BatchLoss:
     """`total`: the loss summed over `items`, a scalar with its gradient. The trainer divides it by the items of all
     batches and processes of an optimizer step. `right` of `count` tokens and labels are predicted. `figures`: means
     over the items, or over `weight` of them where that is another number, by the names in the file's `FIGURES`.
+    `auxiliary`: that of an LLM's routers, a mean over the batch's tokens, not yet weighted.
     """
 
     total: "Tensor"
@@ -27,6 +28,7 @@ class BatchLoss:
     count: int
     figures: Mapping[str, float] = field(default_factory=dict)
     weight: int | None = None
+    auxiliary: "Tensor | None" = None
 
 
 class ObjectiveContract(Protocol):

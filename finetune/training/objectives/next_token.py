@@ -27,9 +27,12 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     """
     if "heads" not in batch:
         return None
+    from finetune.model.row_plan import router_loss
+
     inputs = {key: value for key, value in batch.items() if key not in ("heads", "loss_weights", "items")}
     rows = {name: head["rows"] for name, head in batch["heads"].items()}
-    outputs = model(**inputs, head_rows=rows, use_cache=False, fused_lm_head=True)
+    routed = {"output_router_logits": True} if router_loss(composite.causal_lm) else {}
+    outputs = model(**inputs, **routed, head_rows=rows, use_cache=False, fused_lm_head=True)
     total = -(outputs.log_probs * batch["loss_weights"]).sum()
     right, count = float(outputs.is_top1.sum()), int(outputs.label_mask.sum())
     for name, head in batch["heads"].items():
@@ -41,4 +44,4 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
         if scores.shape[1] > 1 and not binding.settings.several:
             right += float((scores.argmax(1) == head["targets"].argmax(1)).sum())
             count += len(scores)
-    return BatchLoss(total, batch["items"], right, count)
+    return BatchLoss(total, batch["items"], right, count, auxiliary=outputs.aux_loss)

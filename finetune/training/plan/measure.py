@@ -8,7 +8,7 @@ import torch
 
 from finetune.model.adapter import trained_tensors
 from finetune.model.composite import MultimodalModel
-from finetune.model.row_plan import RowKind, likely_row_kind
+from finetune.model.row_plan import Layout, RowKind, likely_layout
 from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
@@ -48,7 +48,7 @@ class Measured:
     weights_16bit: int
     kv_token: int
     longest: int
-    row_kind: RowKind
+    layout: Layout
 
 
 def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
@@ -57,7 +57,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
     components, dtype = planned.run.components, planned.run.components.dtype
     model = composed(planned, recipe, dtype)
     by_segments = recipe.model.language_model.attention == "auto"
-    row_kind = likely_row_kind(model.causal_lm, recipe.train.share_prefixes, by_segments)
+    layout = likely_layout(model.causal_lm, recipe.train.share_prefixes, by_segments)
     weights_16bit = 2 * sum(p.numel() for name, p in model.language_model.named_parameters() if "lora_" not in name)
     if components.base is not None:
         _ = model.examples  # prepared here, with data
@@ -76,7 +76,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
         states = 0
         for number, stage in enumerate(recipe.train.stages):
             with with_data():
-                training, batch, in_all = step_of(planned, model, stage, row_kind, recipe.seed + 1000 * number)
+                training, batch, in_all = step_of(planned, model, stage, layout.kind, recipe.seed + 1000 * number)
             memory = measure_step(training, on_paper(batch), meter, gpu)
             tokens = batch["input_ids"].numel()
             stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens)
@@ -94,7 +94,7 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
         weights_16bit=weights_16bit,
         kv_token=kv_token,
         longest=longest,
-        row_kind=row_kind,
+        layout=layout,
     )
 
 

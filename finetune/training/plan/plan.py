@@ -8,7 +8,6 @@ from typing import Any
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.progress import quiet_libraries
 from finetune.model.language_model import read_config
-from finetune.model.row_plan import RowKind
 from finetune.recipe.load import Recipe
 from finetune.training.automatic import AutoNumbers
 from finetune.training.cache_choice import choice_at_hand, choose_cache
@@ -253,8 +252,8 @@ def _notes(recipe: Recipe, rows: PlannedRows, measured: Measured, card: Card) ->
         notes.append(f"vLLM has {share:.0%} of the card beside this: {card.memory:.1f} GiB are what it leaves")
     if len(rows.training) < rows.count:
         notes.append(f"{len(rows.training)} of {rows.count:,} training rows were tokenized")
-    if measured.row_kind is RowKind.PADDED:
-        notes.append("this LLM takes no positions: samples were planned in padded rows")
+    if measured.layout.why:
+        notes.append(f"rows were planned as {measured.layout.kind} ones: of this LLM, {measured.layout.why}")
     if recipe.model.language_model.attention not in ("auto", "sdpa", "eager"):
         notes.append(f"{recipe.model.language_model.attention} was planned as torch's own fused attention")
     return tuple(notes)
