@@ -8,7 +8,8 @@ and have random weights, so that what is measured is what depends on rows. Each 
 its own; the second finds the caches that the first has filled. The files are in the system's page cache in both.
 
 Seconds of each phase are CPU seconds. Memory in MiB: the most that the process has held, what it holds after the first
-step, and of that what isn't a mapped file, which the system may drop.
+step, and of that what isn't a mapped file, which the system may drop: `own`, and `kept` when the C library has given
+back what nothing uses. Below, by how many bytes a row they grow from the fewest to the most rows, in second starts.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 WORDS = ("the", "red", "small", "house", "tree", "river", "猫", "狗", "在", "红色", "房子", "is", "not", "what", "how")
 SIDE = 32  # pixels
+SIZES = ("peak", "resident", "own", "kept")
 PHASES = ("import", "read", "components", "encode", "tokenize", "llm", "pack", "step")
 
 
@@ -105,7 +107,7 @@ def recipe_of(folder: Path, pictures: bool) -> dict[str, Any]:
 
 def start(recipe_path: Path, run: Path, begin: float) -> dict[str, Any]:
     """What this process takes, which began at `begin` (by `perf_counter`): CPU seconds by phase, bytes."""
-    from finetune.common.progress import Stopwatch, console, quiet_libraries
+    from finetune.common.progress import Stopwatch, console, quiet_libraries, trim_memory
     from finetune.common.run_folder import RunFolder
     from finetune.model.trainable import set_trainable
     from finetune.recipe.load import load_recipe
@@ -123,6 +125,8 @@ def start(recipe_path: Path, run: Path, begin: float) -> dict[str, Any]:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.memory = memory()
+            trim_memory()
+            self.memory["kept"] = memory()["own"]
             control.should_training_stop = True
 
     watch = Stopwatch()
@@ -188,7 +192,7 @@ def measure(kind: str, rows: int, pictures: int) -> list[dict[str, Any]]:
 
 def line(one: dict[str, Any]) -> str:
     phases = "".join(f"{one['phases'].get(name, 0):>{max(6, len(name)) + 2}.1f}" for name in PHASES)
-    sizes = "".join(f"{one['memory'][name] / 2**20:>10,.0f}" for name in ("peak", "resident", "own"))
+    sizes = "".join(f"{one['memory'][name] / 2**20:>10,.0f}" for name in SIZES)
     return (
         f"{one['kind']:<8}{one['rows']:>8,}  {one['start']:<7}{one['seconds']:>8.1f}{one['cpu_seconds']:>8.1f}"
         f"{phases}{sizes}"
@@ -208,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(start(*given.start, begin)))
         return
     phases = "".join(f"{name:>{max(6, len(name)) + 2}}" for name in PHASES)
-    sizes = "".join(f"{name:>10}" for name in ("peak", "resident", "own"))
+    sizes = "".join(f"{name:>10}" for name in SIZES)
     print(f"{'kind':<8}{'rows':>8}  {'start':<7}{'seconds':>8}{'CPU':>8}{phases}{sizes}")
     found = []
     for kind in given.kinds:
@@ -216,6 +220,15 @@ def main(arguments: list[str] | None = None) -> None:
             for one in measure(kind, rows, given.pictures):
                 found.append(one)
                 print(line(one), flush=True)
+        if len(given.rows) > 1:
+            few, many = (
+                next(one for one in found[::-1] if one["kind"] == kind and one["rows"] == rows)
+                for rows in (min(given.rows), max(given.rows))
+            )
+            grown = {
+                name: (many["memory"][name] - few["memory"][name]) / (many["rows"] - few["rows"]) for name in SIZES
+            }
+            print(f"{kind}, bytes a row: " + ", ".join(f"{name} {size:,.0f}" for name, size in grown.items()))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -8,15 +8,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from time import time
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from finetune.common.errors import DataError
 
-BATCH = 1000  # rows written at once; fewer stay in memory, since they are soon made anew
+BATCH = 1000  # rows; fewer stay in memory, since they are soon made anew
+AT_ONCE = 4000  # rows that are written; of each batch of an opened table some kilobytes are in memory
 UNUSED_SECONDS = 30 * 24 * 3600.0
 FILE = "rows.arrow"
 
@@ -29,6 +33,27 @@ def opened(folder: Path) -> pa.Table | None:
     except (OSError, pa.ArrowInvalid):
         return None
     return table
+
+
+def taken(column: pa.ChunkedArray, places: npt.NDArray[np.integer[Any]]) -> pa.ChunkedArray:
+    """The values of a column in these places, in their order. Arrow's own `take` copies the whole column before, where
+    it has several chunks.
+    """
+    if len(places) == 0:
+        return column.slice(0, 0)
+    first, last = int(places[0]), int(places[-1])
+    if last - first == len(places) - 1 and np.array_equal(places, np.arange(first, last + 1)):
+        return column.slice(first, len(places))
+    ends = np.cumsum([len(chunk) for chunk in column.chunks])
+    chunks = np.searchsorted(ends, places, "right")
+    borders = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(places)]
+    if len(borders) > 2 * column.num_chunks + 2:  # in no order
+        return column.take(pa.array(places))
+    parts = []
+    for begin, end in pairwise(borders):
+        chunk = column.chunk(int(chunks[begin]))
+        parts.append(chunk.take(pa.array(places[begin:end] - (ends[chunks[begin]] - len(chunk)))))
+    return pa.chunked_array(parts, column.type)
 
 
 def keep(
@@ -45,7 +70,7 @@ def keep(
     """
     batches = _batches(schema, rows)
     first = list(islice(batches, 1))
-    writing = _new_folder(folder) if folder and first and (always or first[0].num_rows == BATCH) else None
+    writing = _new_folder(folder) if folder and first and (always or first[0].num_rows >= BATCH) else None
     if folder is None or writing is None:
         return pa.Table.from_batches([*first, *batches], schema)
     try:
@@ -70,7 +95,7 @@ def keep(
 
 def _batches(schema: pa.Schema, rows: Iterable[Mapping[str, object]]) -> Iterator[pa.RecordBatch]:
     rows = iter(rows)
-    while chunk := list(islice(rows, BATCH)):
+    while chunk := list(islice(rows, AT_ONCE)):
         yield pa.RecordBatch.from_pylist(chunk, schema)
 
 

@@ -2,6 +2,7 @@
 
 import random
 import shlex
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 30  # to score
 SHOWN_LABELS = 5
+SHOWN_ANSWERS = 100  # different ones; of more none are kept in a summary
 TOGETHER = "rows that share media or a group stay together"
 MOST_HELD_OUT = 0.5  # of 1: share of rows that is proposed
 
@@ -298,19 +300,19 @@ def subset(samples: Sequence[Sample], limit: int | None, seed: int) -> list[Samp
     return [samples[i] for i in sorted(chosen[:limit])]
 
 
-def by_task(samples: Sequence[Sample]) -> dict[str, list[int]]:
+def by_task(samples: Sequence[Sample]) -> dict[str, "array[int]"]:
     """{name of the task binding: numbers of its samples}."""
     table = _table(samples)
-    tasks = [table.tasks[source] for source in sources_of(table)] if table else [sample.task for sample in samples]
-    numbers: dict[str, list[int]] = {}
+    tasks = (table.tasks[source] for source in sources_of(table)) if table else (sample.task for sample in samples)
+    numbers: dict[str, array[int]] = {}
     for number, task in enumerate(tasks):
-        numbers.setdefault(task, []).append(number)
+        numbers.setdefault(task, array("q")).append(number)
     return numbers
 
 
-def sources_of(samples: Sequence[Sample]) -> list[int]:
+def sources_of(samples: Sequence[Sample]) -> "array[int]":
     """The number of each sample's source."""
-    return table.sources.tolist() if (table := _table(samples)) else [sample.source for sample in samples]
+    return array("i", table.sources.tobytes() if (table := _table(samples)) else [one.source for one in samples])
 
 
 def picked(samples: Sequence[Sample], numbers: Sequence[int]) -> Sequence[Sample]:
@@ -334,19 +336,21 @@ def _table(samples: Sequence[Sample]) -> "SampleTable | None":
     return samples if isinstance(samples, SampleTable) and len(samples) else None
 
 
-def sampling_weights(samples: Sequence[Sample], temperature: float) -> list[float]:
+def sampling_weights(samples: Sequence[Sample], temperature: float) -> "array[float]":
     """Times each sample is used per epoch: its weight, and with a temperature above 1 a factor by which a source of n
     rows counts n^(1 / temperature) (Arivazhagan et al. 2019, https://arxiv.org/abs/1907.05019). The sum stays.
     """
     rows: dict[int, float] = defaultdict(float)
     sources = sources_of(samples)
     table = _table(samples)
-    weights = [table.weights[source] for source in sources] if table else [sample.weight for sample in samples]
+    own = (table.weights[source] for source in sources) if table else (sample.weight for sample in samples)
+    weights = array("d", own)
     for source, weight in zip(sources, weights, strict=True):
         rows[source] += weight
     wanted = {source: count ** (1 / temperature) for source, count in rows.items()}
     scale = sum(rows.values()) / sum(wanted.values())
-    return [weight * scale * wanted[source] / rows[source] for source, weight in zip(sources, weights, strict=True)]
+    pairs = zip(sources, weights, strict=True)
+    return array("d", (weight * scale * wanted[source] / rows[source] for source, weight in pairs))
 
 
 def error_list(errors: Sequence[str], headline: str) -> str:
@@ -386,11 +390,11 @@ def summary(splits: Splits) -> dict[str, SplitSummary]:
     summaries = {}
     for split in SPLITS:
         samples = splits.of(split)
-        answers = samples.answers()
+        different, answers = samples.answers(SHOWN_ANSWERS)
         summaries[split] = SplitSummary(
             rows=len(samples),
             media=samples.count_media(),
-            different_answers=len(answers),
-            answers=dict(answers.most_common(20)) if len(answers) <= 100 else {},
+            different_answers=different,
+            answers=dict(answers.most_common(20)),
         )
     return summaries

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from finetune.common.kept_tables import BATCH, taken
 from finetune.data.hold_out import sample_key
 from finetune.data.media_index import Stamp
 from finetune.data.sample import Medium, Message, Sample
@@ -31,7 +32,7 @@ SCHEMA = pa.schema(
         "sample": pa.large_string(),  # large: all of them together may have more than 2 GiB
     }
 )
-Numbers = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.integer[Any]]
 
 
 def columns_of(sample: Sample, source: int, stays: Sequence[str]) -> dict[str, object]:
@@ -77,7 +78,7 @@ class SampleTable(Sequence[Sample]):
         self, table: pa.Table, tasks: Sequence[str], weights: Sequence[float], numbers: Numbers | None = None
     ) -> None:
         self.table, self.tasks, self.weights = table, tuple(tasks), tuple(weights)
-        self.numbers = np.arange(table.num_rows) if numbers is None else numbers
+        self.numbers = np.arange(table.num_rows, dtype=np.int32) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -96,8 +97,8 @@ class SampleTable(Sequence[Sample]):
         return self._sample(where, source, text)
 
     def __iter__(self) -> Iterator[Sample]:
-        columns = (self.column(name) for name in ("where", "source", "sample"))
-        for where, source, text in zip(*map(_values, columns), strict=True):
+        columns = map(self.each, ("where", "source", "sample"))
+        for where, source, text in zip(*columns, strict=True):
             yield self._sample(where, source, text)
 
     def _sample(self, where: bytes, source: int, text: str) -> Sample:
@@ -128,9 +129,12 @@ class SampleTable(Sequence[Sample]):
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of `SCHEMA`, a value for each sample."""
-        column = self.table.column(name)
-        whole = len(self.numbers) == self.table.num_rows and bool((self.numbers == np.arange(len(self.numbers))).all())
-        return column if whole else column.take(pa.array(self.numbers))
+        return taken(self.table.column(name), self.numbers)
+
+    def each(self, name: str) -> Iterator[Any]:
+        """The values of a column, a few of which are in memory at a time."""
+        for start in range(0, len(self), BATCH):
+            yield from taken(self.table.column(name), self.numbers[start : start + BATCH]).to_pylist()
 
     @property
     def sources(self) -> npt.NDArray[np.int32]:
@@ -140,12 +144,16 @@ class SampleTable(Sequence[Sample]):
 
     @property
     def wheres(self) -> Iterator[str]:
-        return (where.decode("utf-8", "surrogateescape") for where in _values(self.column("where")))
+        return (where.decode("utf-8", "surrogateescape") for where in self.each("where"))
 
-    def answers(self) -> Counter[str]:
-        """{answer: number of samples}, in the order in which they come."""
+    def answers(self, most: int) -> tuple[int, Counter[str]]:
+        """(how many answers differ, {answer: number of samples} in the order in which they come, where these are no
+        more than `most`).
+        """
         counted = pc.value_counts(self.column("answer"))
-        return Counter(dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True)))
+        values, counts = (counted.field(name) for name in ("values", "counts"))
+        few = len(values) <= most
+        return len(values), Counter(dict(zip(values.to_pylist(), counts.to_pylist(), strict=True)) if few else {})
 
     def with_keys(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Which of the samples have one of these keys."""
@@ -166,11 +174,11 @@ class SampleTable(Sequence[Sample]):
 
     def kinds(self) -> Counter[str]:
         """{kind: how many media}, in the order in which they come."""
-        return Counter(name.partition(" ")[0] for names in _values(self.column("media")) for name in names)
+        return Counter(name.partition(" ")[0] for names in self.each("media") for name in names)
 
     def media_keys(self) -> Iterator[tuple[str, str]]:
         """(kind, key) of all media, each content once."""
-        names = dict.fromkeys(name for names in _values(self.column("media")) for name in names)
+        names = dict.fromkeys(name for names in self.each("media") for name in names)
         for name in names:
             kind, _, key = name.partition(" ")
             yield kind, key
@@ -178,7 +186,7 @@ class SampleTable(Sequence[Sample]):
     def different_media(self, known: Callable[[str, str], bool]) -> Iterator[Medium]:
         """Media of which `known(kind, key)` isn't true, each content once."""
         seen: set[str] = set()
-        for number, names in enumerate(_values(self.column("media"))):
+        for number, names in enumerate(self.each("media")):
             unknown = [name for name in names if name not in seen and not known(*name.split(" "))]
             if unknown:
                 seen.update(unknown)
@@ -207,9 +215,3 @@ def newest(table: pa.Table) -> int:
         times = batch.column("stamps").flatten().to_numpy()[1::3]
         latest = max(latest, int(times.max(initial=0)))
     return latest
-
-
-def _values(column: pa.ChunkedArray) -> Iterator[Any]:
-    for chunk in column.chunks:
-        for start in range(0, len(chunk), 1000):
-            yield from chunk.slice(start, 1000).to_pylist()

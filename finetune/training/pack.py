@@ -73,28 +73,37 @@ class Sharing:
         return cls(range(count), [0] * count)
 
 
-def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int], capacity: int, order: Sequence[int], apart: Sequence[int] | None = None
+) -> list[list[int]]:
     """First fit over a few open rows, in the given order of samples -> rows of sample numbers.
 
-    `lengths` in tokens, `capacity` in tokens of a row. Raises DataError where a sample is longer than a row.
+    `lengths` in tokens, `capacity` in tokens of a row. `apart`: tokens of each if nothing were shared, of which a row
+    holds `capacity` on average: what one lacks another may have more. Raises DataError where a sample is longer than a
+    row.
     """
-    open_rows: list[tuple[int, list[int]]] = []  # (tokens free, samples)
+    apart = apart or lengths
+    open_rows: list[tuple[int, int, list[int]]] = []  # (tokens free, free if nothing were shared, samples)
     rows: list[list[int]] = []
+    lacking = 0  # of rows that are closed
     for sample in order:
-        need = lengths[sample]
+        need, alone = lengths[sample], apart[sample]
         if need > capacity:
             raise DataError(f"sample {sample} has {need} tokens: more than tokens_per_batch ({capacity})")
-        for place, (free, row) in enumerate(open_rows):
-            if need <= free:
+        for place, (free, free_apart, row) in enumerate(open_rows):
+            if need <= free and alone <= free_apart:
                 row.append(sample)
-                open_rows[place] = (free - need, row)
+                open_rows[place] = (free - need, free_apart - alone, row)
                 break
         else:
             row = [sample]
             rows.append(row)
-            open_rows.append((capacity - need, row))
+            open_rows.append((capacity - need, capacity + lacking - alone, row))
+            lacking = 0
             if len(open_rows) > 8:  # keep the order close to the shuffled one: the fullest row is closed
-                open_rows.remove(min(open_rows, key=lambda entry: entry[0]))
+                fullest = min(open_rows, key=lambda entry: min(entry[:2]))
+                open_rows.remove(fullest)
+                lacking = max(fullest[1], 0)
     return rows
 
 
@@ -142,22 +151,21 @@ def plan_rows(
     rows = Rows()
     sharing = sharing or Sharing.none(len(lengths))
     for epoch in range(epochs):
-        alone = [[sample] for sample in range(len(lengths))]
-        whole = units(groups, lengths, capacity, f"{seed}/{epoch}") if groups else alone
-        order = epoch_order([weights[unit[0]] for unit in whole], seed, epoch)
-        pieces = gather([whole[number] for number in order], lengths, sharing, capacity)
-        # Counted as if nothing were shared, so that a step has as many samples as without sharing, and an epoch as
-        # many steps.
+        whole = units(groups, lengths, capacity, f"{seed}/{epoch}") if groups else None
+        order = epoch_order([weights[unit[0]] for unit in whole] if whole else weights, seed, epoch)
+        drawn = (whole[number] if whole else [number] for number in order)
+        pieces = gather(drawn, lengths, sharing, capacity)
+        # A row has as many samples as without sharing, on average, so that an epoch has as many steps; but a group that
+        # alone would fill more than a row stays together, and is one.
         apart = [sum(lengths[sample] for group in piece for sample in group) for piece in pieces]
         together = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
-        tokens = [max(min(one, capacity), other) for one, other in zip(apart, together, strict=True)]
-        packed = pack(tokens, capacity, range(len(pieces)))
+        packed = pack(together, capacity, range(len(pieces)), apart)
         for row in packed:
             rows.append(chain.from_iterable(pieces[number] for number in row))
     return rows
 
 
-def gather(drawn: Sequence[Sequence[int]], lengths: Sequence[int], sharing: Sharing, capacity: int) -> list[Row]:
+def gather(drawn: Iterable[Sequence[int]], lengths: Sequence[int], sharing: Sharing, capacity: int) -> list[Row]:
     """Units in the order in which they were drawn -> parts of rows, where the first of those that share their beginning
     stood: all of them, or if they're more than MOST_BRANCHES, as many as a row would hold if nothing were shared.
     """

@@ -1,5 +1,6 @@
 """What training samples begin with in common, tokens and media: a row needs it only once, as their prefix."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +28,7 @@ def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False, whole_p
     beginnings, starts = _beginnings(samples)
     order = _sorted(beginnings, starts)
     in_order = (beginnings[starts[number] : starts[number + 1]] for number in order)
-    shared = [_equal(one, other) for one, other in pairwise(in_order)]
+    shared = array("q", (_equal(one, other) for one, other in pairwise(in_order)))
     del beginnings, in_order
     needed = [0] * count
     if media_in_prefix:
@@ -38,7 +39,7 @@ def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False, whole_p
         needed = [max(least, int(prompts[number])) for least, number in zip(needed, order, strict=True)]
     lengths, teachers = samples.taught_lengths, samples.arrow("teacher_input_ids")
     taught = teachers.is_valid().to_numpy()
-    group, saved = list(range(count)), [0] * count
+    group, saved = array("q", range(count)), [0] * count
     for span in _best_groups(shared, needed):
         members = order[span.begin : span.end].tolist()
         tokens = min(span.depth, _shared_by_teachers(samples, members)) if taught[members].all() else span.depth
@@ -140,7 +141,8 @@ def _shared_by_teachers(samples: TokenizedSamples, members: Sequence[int]) -> in
 @dataclass(slots=True)
 class _Node:
     """Sorted samples [begin, end) that share `depth` tokens, and may only stand behind a prefix of at least `least`.
-    `saved`: tokens that their best division into groups saves, which is this one group, or that of its children.
+    `saved`: tokens that their best division into groups saves, which is this one group where `children` is None, or
+    that of the children.
     """
 
     begin: int
@@ -152,7 +154,8 @@ class _Node:
 
     def add(self, child: "_Node") -> None:
         self.children = self.children or []
-        self.children.append(child)
+        if child.end - child.begin > 1:  # no sample alone, since these are many
+            self.children.append(child)
         self.saved += child.saved
         self.end = child.end
         self.least = max(self.least, child.least)
@@ -180,7 +183,7 @@ def _best_groups(shared: Sequence[int], least: Sequence[int]) -> list[_Node]:
     groups, nodes = [], path[0].children or []
     while nodes:
         node = nodes.pop()
-        if node.children:
+        if node.children is not None:
             nodes.extend(node.children)
         elif node.end - node.begin > 1:
             groups.append(node)

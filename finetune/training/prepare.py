@@ -1,5 +1,6 @@
 """All that is ready before the LLM is loaded, and the rows that each stage uses."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -144,13 +145,13 @@ def samples_by_stage(training: Sequence[Sample], run: Run, digest: str) -> tuple
 
 def name_control_tokens(training: SampleTable, tokenizer: Any) -> None:
     """Print how many answers spell control tokens of the LLM, and the first of them."""
-    answers = training.column("answer").to_pylist()
-    found = {number: tokens for number, answer in enumerate(answers) if (tokens := spelled(answer or "", tokenizer))}
-    if found:
-        first = min(found)
+    answers = enumerate(training.each("answer"))
+    found = ((number, tokens) for number, answer in answers if (tokens := spelled(answer or "", tokenizer)))
+    if first := next(found, None):
+        number, tokens = first
         console.print(
-            f"{training[first].where}: the answer spells {', '.join(found[first])}, of which the LLM's chat is built; "
-            f"{len(found):,} answers do: they are learned as text, not as such tokens"
+            f"{training[number].where}: the answer spells {', '.join(tokens)}, of which the LLM's chat is built; "
+            f"{1 + sum(1 for _ in found):,} answers do: they are learned as text, not as such tokens"
         )
 
 
@@ -177,7 +178,7 @@ def stage_rows(
         samples = TokenizedSamples.of(distilled(own, stage, run, model))
     elif stage.name in prepared.by_stage:
         samples = prepared.by_stage[stage.name]
-        weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
+        weights = array("d", (weight for weight in weights for _ in range(len(samples) // len(own))))
     else:
         samples = prepared.samples.select(chosen)
     if stage.objective.samples_answers:

@@ -1,5 +1,6 @@
 """Training rows as token ids, with a teacher's beside them where a stage distills, or all answers that are compared."""
 
+from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 
 from finetune.common.errors import DataError
-from finetune.common.kept_tables import keep
+from finetune.common.kept_tables import keep, taken
 from finetune.common.progress import bar
 from finetune.common.run_folder import read_json, write_json
 from finetune.data.rows import answers_of, error_list
@@ -115,9 +116,9 @@ SCHEMA = pa.schema(
 class TokenizedSamples:
     """Training rows in an Arrow table of `SCHEMA`, read one at a time. `numbers`: which of its rows; None: all."""
 
-    def __init__(self, table: pa.Table, numbers: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(self, table: pa.Table, numbers: npt.NDArray[np.integer[Any]] | None = None) -> None:
         self.table = table
-        self.numbers = np.arange(table.num_rows) if numbers is None else numbers
+        self.numbers = np.arange(table.num_rows, dtype=np.int32) if numbers is None else numbers
 
     @classmethod
     def of(cls, samples: Iterable[TokenizedSample]) -> "TokenizedSamples":
@@ -132,39 +133,42 @@ class TokenizedSamples:
 
     def arrow(self, name: str) -> pa.ChunkedArray:
         """A column, a value for each sample."""
-        column, first = self.table.column(name), int(self.numbers[0]) if len(self.numbers) else 0
-        in_succession = np.array_equal(self.numbers, np.arange(first, first + len(self.numbers)))
-        return column.slice(first, len(self.numbers)) if in_succession else column.take(pa.array(self.numbers))
+        return taken(self.table.column(name), self.numbers)
 
     def column(self, name: str) -> list[Any]:
         result: list[Any] = self.arrow(name).to_pylist()
         return result
 
     def select(self, numbers: Sequence[int]) -> "TokenizedSamples":
-        return TokenizedSamples(self.table, self.numbers[np.asarray(numbers, np.int64)])
+        chosen = np.asarray(numbers, np.int32)
+        whole = len(chosen) == len(self) and np.array_equal(chosen, np.arange(len(self)))
+        return self if whole else TokenizedSamples(self.table, self.numbers[chosen])
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> "array[int]":
         """Tokens of each sample."""
-        result: list[int] = pc.list_value_length(self.arrow("input_ids")).to_pylist()
-        return result
+        return _array(pc.list_value_length(self.arrow("input_ids")).to_numpy())
 
     @property
-    def learned(self) -> list[int]:
+    def learned(self) -> "array[int]":
         """Learned tokens of each sample."""
         column = self.arrow("labels")
         ends = np.cumsum(pc.list_value_length(column).to_numpy())
         learned = pc.list_flatten(column).to_numpy() != IGNORED
         learned[np.append(0, ends[:-1])] = False  # nothing predicts the first
         sums = np.append(0, np.cumsum(learned))[np.append(0, ends)]
-        result: list[int] = np.diff(sums).tolist()
-        return result
+        return _array(np.diff(sums))
 
     @property
-    def taught_lengths(self) -> list[int]:
+    def taught_lengths(self) -> "array[int]":
         """Tokens that a packed row must hold for each sample: with a teacher, as many as the longer of the two has."""
-        teachers = pc.list_value_length(self.arrow("teacher_input_ids")).fill_null(0).to_pylist()
-        return [max(length, other) for length, other in zip(self.lengths, teachers, strict=True)]
+        teachers = pc.list_value_length(self.arrow("teacher_input_ids")).fill_null(0).to_numpy()
+        return _array(np.maximum(self.lengths, teachers))
+
+
+def _array(numbers: npt.NDArray[Any]) -> "array[int]":
+    """Whole numbers in 8 bytes each, which Python reads as its own."""
+    return array("q", numbers.astype(np.int64).tobytes())
 
 
 def groups_of(samples: TokenizedSamples) -> list[list[int]] | None:

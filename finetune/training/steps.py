@@ -1,5 +1,6 @@
 """Optimizer steps of the stages, counted before they train. Imports no torch."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -33,9 +34,10 @@ class StageSteps:
         return max(1, round(self.per_epoch * self.epochs))
 
 
-def samples_of(stage: Stage, samples: Sequence[Sample]) -> list[int]:
+def samples_of(stage: Stage, samples: Sequence[Sample]) -> "array[int]":
     """Numbers of the training samples that a stage uses."""
-    return [i for i, source in enumerate(sources_of(samples)) if not stage.sources or source in stage.sources]
+    sources = enumerate(sources_of(samples))
+    return array("q", (i for i, source in sources if not stage.sources or source in stage.sources))
 
 
 def steps_of(train: Train, samples: Sequence[Sample], lengths: Sequence[int]) -> tuple[StageSteps, ...]:

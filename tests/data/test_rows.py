@@ -110,7 +110,7 @@ def sample(source: int, weight: float = 1.0, group: str = "") -> Sample:
 
 def test_a_temperature_lifts_small_sources_and_keeps_the_sum():
     samples = [sample(0)] * 900 + [sample(1)] * 100
-    assert sampling_weights(samples, 1.0) == [1.0] * 1000
+    assert [*sampling_weights(samples, 1.0)] == [1.0] * 1000
     weights = sampling_weights(samples, 2.0)
     assert sum(weights) == pytest.approx(1000)
     assert 900 * weights[0] / (100 * weights[-1]) == pytest.approx(3.0)  # sqrt(900) : sqrt(100)

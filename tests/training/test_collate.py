@@ -56,5 +56,5 @@ def test_several_rows_become_one():
 
 def test_learned_tokens_are_counted_for_all_samples_at_once():
     samples = TokenizedSamples.of(SAMPLES).select([2, 0, 1])
-    assert samples.learned == [SAMPLES[number].learned for number in (2, 0, 1)]
-    assert samples.learned == [sum(label != -100 for label in SAMPLES[number].labels[1:]) for number in (2, 0, 1)]
+    assert [*samples.learned] == [SAMPLES[number].learned for number in (2, 0, 1)]
+    assert [*samples.learned] == [sum(label != -100 for label in SAMPLES[number].labels[1:]) for number in (2, 0, 1)]

@@ -60,7 +60,7 @@ def test_rows_are_tokenized_once(made):
         kept = {name: value for name, value in vars(row).items() if name not in PLACES}
         expected.update(json.dumps(kept).encode())
     assert digest == expected.hexdigest()
-    assert second.lengths == [len(row.input_ids) for row in rows(second)]
+    assert [*second.lengths] == [len(row.input_ids) for row in rows(second)]
     chosen = second.select([1, 4])
     assert rows(chosen) == [second[1], second[4]] and chosen.column("where") == [second[1].where, second[4].where]
 

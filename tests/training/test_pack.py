@@ -140,14 +140,34 @@ def test_how_many_samples_stand_behind_a_prefix_is_bounded():
     assert [len(group) for row in rows for group in row] == [MOST_BRANCHES] * 3 + [2]
 
 
-def test_an_epoch_has_as_many_steps_as_without_sharing():
+@pytest.mark.parametrize(
+    ("lengths", "questions", "saved", "capacity"),
+    [
+        ((30, 60), 5, 20, 512),
+        ((30, 60), 300, 20, 512),
+        ((34, 38), 5, 22, 512),
+        ((70, 76), 5, 55, 512),
+        ((116, 125), 2, 105, 512),
+        ((116, 125), 5, 105, 2048),
+        ((600, 640), 5, 585, 4096),
+    ],
+)
+def test_an_epoch_has_as_many_steps_as_without_sharing(lengths, questions, saved, capacity):
     generator = random.Random(0)
-    lengths = [generator.randint(30, 60) for _ in range(300)]
-    for sharing in (Sharing([n // 5 for n in range(300)], [20] * 300), Sharing([0] * 300, [20] * 300)):
-        apart, shared = (
-            len(plan_rows(lengths, [1.0] * 300, capacity=512, epochs=1, seed=0, sharing=s)) for s in (None, sharing)
-        )
-        assert abs(shared - apart) <= 0.1 * apart
+    tokens = [generator.randint(*lengths) for _ in range(60 * min(questions, 5))]
+    sharing = Sharing([number // questions for number in range(len(tokens))], [saved] * len(tokens))
+    apart, shared = (
+        len(plan_rows(tokens, [1.0] * len(tokens), capacity=capacity, epochs=1, seed=0, sharing=one))
+        for one in (None, sharing)
+    )
+    assert abs(shared - apart) <= 0.1 * apart + 1
+
+
+def test_a_group_that_alone_would_fill_more_than_a_row_stays_together():
+    """So that an epoch has fewer steps: here two fifths."""
+    sharing = Sharing([number // 10 for number in range(600)], [105] * 600)
+    rows = plan_rows([120] * 600, [1.0] * 600, capacity=512, epochs=1, seed=0, sharing=sharing)
+    assert [len(group) for row in rows for group in row] == [10] * 60 and len(rows) == 60  # 4 in a row otherwise
 
 
 def test_a_ranking_keeps_its_samples_in_a_row_and_shares_within_it():

@@ -1,5 +1,6 @@
 """What a plan knows of the rows: some of them tokenized, and how many there are."""
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class PlannedRun:
         if stage.objective.compares:
             own = [training[i] for i in chosen]
             samples = TokenizedSamples.of(compared(own, stage.objective.needs, self.run))
-            weights = [weight for weight in weights for _ in range(len(samples) // len(own))]
+            weights = array("d", (weight for weight in weights for _ in range(len(samples) // len(own))))
         lengths = samples.taught_lengths
         shares = kind is RowKind.SHARED
         sharing = Sharing.none(len(lengths))
@@ -183,7 +184,7 @@ class PlannedRun:
 
     def prompts(self, batch: int) -> Batch:
         """The longest sample so many times, as prompts that are answered at once."""
-        longest = max(range(len(self.samples)), key=lambda number: self.samples.lengths[number])
+        longest = max(range(len(self.samples)), key=self.samples.lengths.__getitem__)
         collator = self.collator(self.samples, weighted=False, kind=RowKind.PADDED)
         return collator([PackedRow(groups=[[longest]] * batch, filler=False)])
 
