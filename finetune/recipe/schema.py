@@ -328,7 +328,8 @@ class Train(Section):
     )
     share_prefixes: bool = Field(
         True,
-        description="Compute once what samples of a packed row begin with, tokens and media; the losses are the same.",
+        description="Compute once what samples of a packed row begin with, tokens and media. The losses are the same, "
+        "but that LoRA dropout is drawn once for all samples behind a beginning.",
     )
     accumulate: int = Field(1, ge=1, description="Packed rows per device per optimizer step.")
     cache: bool | Literal["auto"] = Field(
