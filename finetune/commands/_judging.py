@@ -69,7 +69,9 @@ class Verdicts:
 
 
 def judge_all(comparisons: Sequence[Comparison], judge: Describer) -> Verdicts:
-    """Raises DataError where many requests one after another fail, ModelError where no request can succeed."""
+    """Raises DataError where many requests one after another fail, or none gives a verdict; ModelError where no request
+    can succeed.
+    """
     found = Verdicts()
     verdicts: dict[int, dict[int, Verdict | DataError]] = {}
     for number, first, answer in _asked(comparisons, judge):
@@ -89,6 +91,8 @@ def judge_all(comparisons: Sequence[Comparison], judge: Describer) -> Verdicts:
             origin = Origin(answer.model, answer.revision, judge.address, f"judge {PROMPT_VERSION}", now)
             found.better[number] = (own[0], origin)
     found.errors.sort()
+    if len(found.errors) == len(comparisons) > 0:
+        raise DataError(f"the judge gives no verdict at all; {found.errors[0]}")
     return found
 
 

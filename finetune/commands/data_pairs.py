@@ -284,6 +284,11 @@ def read_decided(out: Path, samples: Sequence[Sample], run: Path, judged: bool =
     found, unknown = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
+        if judged and "answers" in row:
+            raise DataError(
+                f"{path}: these answers wait for a person: leave out the judge, or name another file with "
+                f"{option('--out', 'out=')}"
+            )
         if row["run"] != str(run.resolve()):
             raise DataError(
                 f"{path}:{number}: answers of the run {row['run']}, not of {run.resolve()}; name another file with "

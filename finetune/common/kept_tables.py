@@ -48,7 +48,8 @@ def taken(column: pa.ChunkedArray, places: npt.NDArray[np.integer[Any]]) -> pa.C
     chunks = np.searchsorted(ends, places, "right")
     borders = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(places)]
     if len(borders) > 2 * column.num_chunks + 2:  # in no order
-        return column.take(pa.array(places))
+        order = np.argsort(places, kind="stable")
+        return taken(column, places[order]).take(pa.array(np.argsort(order, kind="stable")))
     parts = []
     for begin, end in pairwise(borders):
         chunk = column.chunk(int(chunks[begin]))

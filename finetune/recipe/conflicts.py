@@ -236,7 +236,7 @@ def _unfit_for_vllm(recipe: RecipeSections) -> str | None:
     if recipe.model.fusion.kind != "prefix":
         return f"it has no place for the fusion {recipe.model.fusion.kind!r}"
     if recipe.model.language_model.trust_remote_code:
-        return "it isn't given the LLM's own code"
+        return "the LLM needs code of its own, which vLLM isn't given"
     if adapter is not None and adapter.dora:
         return "it takes no DoRA (adapter.dora)"
     if adapter is not None and adapter.rank > VLLM_RANK:

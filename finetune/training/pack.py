@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from math import ceil
 from typing import overload
 
 from finetune.common.errors import DataError
@@ -74,15 +75,18 @@ class Sharing:
 
 
 def pack(
-    lengths: Sequence[int], capacity: int, order: Sequence[int], apart: Sequence[int] | None = None
+    lengths: Sequence[int],
+    capacity: int,
+    order: Sequence[int],
+    apart: Sequence[int] | None = None,
+    mean: int | None = None,
 ) -> list[list[int]]:
     """First fit over a few open rows, in the given order of samples -> rows of sample numbers.
 
     `lengths` in tokens, `capacity` in tokens of a row. `apart`: tokens of each if nothing were shared, of which a row
-    holds `capacity` on average: what one lacks another may have more. Raises DataError where a sample is longer than a
-    row.
+    holds `mean` on average: what one lacks another may have more. Raises DataError where a sample is longer than a row.
     """
-    apart = apart or lengths
+    apart, mean = apart or lengths, mean or capacity
     open_rows: list[tuple[int, int, list[int]]] = []  # (tokens free, free if nothing were shared, samples)
     rows: list[list[int]] = []
     lacking = 0  # of rows that are closed
@@ -98,12 +102,12 @@ def pack(
         else:
             row = [sample]
             rows.append(row)
-            open_rows.append((capacity - need, capacity + lacking - alone, row))
+            open_rows.append((capacity - need, mean + lacking - alone, row))
             lacking = 0
             if len(open_rows) > 8:  # keep the order close to the shuffled one: the fullest row is closed
                 fullest = min(open_rows, key=lambda entry: min(entry[:2]))
                 open_rows.remove(fullest)
-                lacking = max(fullest[1], 0)
+                lacking = min(max(fullest[1], 0), mean)
     return rows
 
 
@@ -159,7 +163,11 @@ def plan_rows(
         # alone would fill more than a row stays together, and is one.
         apart = [sum(lengths[sample] for group in piece for sample in group) for piece in pieces]
         together = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
-        packed = pack(together, capacity, range(len(pieces)), apart)
+        mean = capacity
+        if any(sharing.saved):
+            sizes = [sum(lengths[sample] for sample in unit) for unit in whole] if whole else lengths
+            mean = ceil(sum(apart) / max(len(pack(sizes, capacity, order)), 1))
+        packed = pack(together, capacity, range(len(pieces)), apart, mean)
         for row in packed:
             rows.append(chain.from_iterable(pieces[number] for number in row))
     return rows

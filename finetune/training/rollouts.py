@@ -169,7 +169,7 @@ class Rollouts:
         if self.options.beta:
             self.initial = [(parameter, parameter.detach().clone()) for parameter in trained]
         if checkpoint and step_of(checkpoint) % self.options.iterations:  # the next step has the same answers
-            self.rows = answers_in(checkpoint / file_name(), len(self.samples))
+            self.rows = answers_in(checkpoint / file_name(), len(self.samples), self.options.answers)
 
     def batches(
         self, rows: Sequence[PackedRow], step: int, model: Any, autocast: AbstractContextManager[None]
@@ -343,8 +343,8 @@ def figures_of(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def answers_in(path: Path, samples: int) -> list[list[Group]]:
-    """What `Rollouts.save` wrote, of a stage with so many samples. Raises ArtifactError."""
+def answers_in(path: Path, samples: int, each: int) -> list[list[Group]]:
+    """What `Rollouts.save` wrote, of a stage with so many samples and answers to each. Raises ArtifactError."""
     try:
         rows = TypeAdapter(list[list[Group]]).validate_python(read_json(path).get("rows"))
     except ValidationError as error:
@@ -353,7 +353,17 @@ def answers_in(path: Path, samples: int) -> list[list[Group]]:
     numbers = (group.number for groups in rows for group in groups)
     if unknown := [number for number in numbers if not 0 <= number < samples]:
         raise ArtifactError(f"{path} is damaged: it has answers to row {unknown[0]} of {samples}")
+    for group in (group for groups in rows for group in groups):
+        if len(group.answers) != each or not all(map(_is_whole, group.answers)):
+            raise ArtifactError(f"{path} is damaged: the answers to row {group.number} aren't {each} whole ones")
     return rows
+
+
+def _is_whole(answer: SampledAnswer) -> bool:
+    sizes = {len(values) for values in (answer.before, answer.reference, answer.drawn) if len(values)}
+    numbers = [answer.reward, answer.advantage, *answer.before, *answer.reference, *answer.drawn]
+    whole = bool(answer.tokens) and min(answer.tokens) >= 0 and sizes <= {len(answer.tokens)}
+    return whole and all(map(math.isfinite, numbers))
 
 
 def file_name() -> str:

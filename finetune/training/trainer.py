@@ -99,10 +99,10 @@ def train_stage(
                 )
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
-        for callback in callbacks:
-            getattr(callback, "close", lambda: None)()
         if rollouts:
             rollouts.close()
+        for callback in callbacks:
+            getattr(callback, "close", lambda: None)()
         end_tracking(track)
         for patched in ("forward", "_original_forward"):  # trl's fused head and accelerate's autocast
             training.model.__dict__.pop(patched, None)

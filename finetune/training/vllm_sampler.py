@@ -87,7 +87,8 @@ class VllmSampler:
         command += ["--gpu-memory-utilization", str(options.sampler_memory)]
         if default_device().type == "cpu":
             command += ["--enforce-eager"]
-        if config := getattr(self.assistant.model.language_model, "peft_config", None):
+        if self.alone.lora_targets:
+            config = self.assistant.model.language_model.peft_config
             rank = next(rank for rank in RANKS if rank >= config["default"].r)
             command += ["--enable-lora", "--max-lora-rank", str(rank)]
             # Else it wraps the table of embeddings too, and fails where it reads embeddings beside tokens (0.32).
@@ -102,14 +103,14 @@ class VllmSampler:
 
     def _with_current_adapter(self) -> str:
         """The name in the API of the LLM as it is now."""
-        if not hasattr(self.assistant.model.language_model, "peft_config"):
+        if not self.alone.lora_targets:
             return LLM
         if self.adapters:
             self._post("unload_lora_adapter", {"lora_name": f"step-{self.adapters}"})
         self.adapters += 1
         folder = self.folder / ADAPTER
         self.alone.write_adapter(folder)
-        name = f"step-{self.adapters}"  # never one again: keys and values are kept by it
+        name = f"step-{self.adapters}"  # never used twice: vLLM keeps keys and values by name
         self._post("load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
         return name
 
@@ -123,7 +124,7 @@ class VllmSampler:
             "n": options.answers,
             "seed": seed,
             "temperature": options.temperature,
-            "max_tokens": min(options.max_new_tokens, self.longest - len(embeddings)),
+            "max_tokens": max(1, min(options.max_new_tokens, self.longest - len(embeddings))),
             "stop_token_ids": ends,
             "logit_bias": {str(token): NEVER for token in media},
             "logprobs": 0,
@@ -137,7 +138,7 @@ class VllmSampler:
             drawn = []
         whole = [one for one in drawn if len(one.tokens) == len(one.log_probs) and None not in one.log_probs]
         if len(whole) != options.answers:
-            raise TrainingError(f"vLLM's answer isn't one: {response.text[:400]!r}")
+            raise TrainingError(f"vLLM's response can't be read, or lacks answers: {response.text[:400]!r}")
         return drawn
 
     def _post(self, path: str, body: dict[str, Any]) -> httpx2.Response:

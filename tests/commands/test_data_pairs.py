@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -148,6 +149,12 @@ def test_other_rows_are_asked_too_and_mistakes_are_told(run, tmp_path, monkeypat
     (tmp_path / "pairs.candidates.jsonl").write_text(json.dumps({**foreign, "run": "runs/other"}) + "\n")
     with pytest.raises(DataError, match=r"candidates\.jsonl:1: answers of the run runs/other"):
         finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=options)
+    waiting = {**foreign, "run": str(Path(run.path).resolve()), "answers": "A: a"}
+    (tmp_path / "pairs.candidates.jsonl").write_text(json.dumps(waiting) + "\n")
+    with pytest.raises(DataError, match="wait for a person"), endpoint(lambda body: answer("A")) as (address, _):
+        judged = finetune.PairOptions(judge=address)
+        finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=judged)
+    assert (tmp_path / "pairs.candidates.jsonl").exists()
 
 
 def test_the_command_line(run, tmp_path):
@@ -156,12 +163,14 @@ def test_the_command_line(run, tmp_path):
     done = cli("data", "pairs", str(run.path), "--encoding", "big5")
     assert done.returncode == 2 and "name them with --data" in done.stderr
     sampling = ("--answers", "2", "--temperature", "5", "--max-new-tokens", "6", "--limit", "2")
-    with endpoint(lambda body: answer("maybe")) as (address, judge):
-        done = cli(
-            "data", "pairs", str(run.path), "--judge", address, *sampling, "--out", str(tmp_path / "pairs.jsonl")
-        )
-    assert done.returncode == 1 and "2 rows without a verdict" in done.stdout, done.stderr
-    assert "the judge writes neither A, B nor tie: 'maybe'" in done.stdout and len(judge.bodies) == 4
+    out, words = tmp_path / "pairs.jsonl", iter(["maybe"] * 5)
+    with endpoint(lambda body: answer(next(words, "tie"))) as (address, judge):
+        pairs = ("data", "pairs", str(run.path), "--judge", address, *sampling, "--out", str(out))
+        done = cli(*pairs)
+        assert done.returncode == 2 and "gives no verdict at all" in done.stderr and not out.exists()
+        done = cli(*pairs)  # goes on with the answers that were sampled
+    assert done.returncode == 1 and "1 row without a verdict" in done.stdout, (done.stdout, done.stderr)
+    assert "the judge writes neither A, B nor tie: 'maybe'" in done.stdout and len(judge.bodies) == 8
 
 
 def shown(body):

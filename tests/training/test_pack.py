@@ -150,6 +150,11 @@ def test_how_many_samples_stand_behind_a_prefix_is_bounded():
         ((116, 125), 2, 105, 512),
         ((116, 125), 5, 105, 2048),
         ((600, 640), 5, 585, 4096),
+        ((40, 40), 2, 30, 100),
+        ((26, 26), 3, 20, 100),
+        ((700, 700), 2, 600, 2048),
+        ((340, 340), 2, 256, 1024),
+        ((700, 700), 4, 600, 4096),
     ],
 )
 def test_an_epoch_has_as_many_steps_as_without_sharing(lengths, questions, saved, capacity):

@@ -112,12 +112,21 @@ def test_an_interrupted_stage_ends_as_an_uninterrupted_one(tmp_path, monkeypatch
         (b"{}", r"rows\[\]: Input should be a valid list"),
         (b'{"rows": [[{"number": 1, "answers": [{"tokens": "a", "reward": 1}]}]]}', r"rows\[0, 0, 'answers', 0, 'tok"),
         (b'{"rows": [[{"number": 8, "answers": []}]]}', "answers to row 8 of 8"),
+        (b'{"rows": [[{"number": 1, "answers": []}]]}', "to row 1 aren't 2 whole ones"),
+        (
+            b'{"rows": [[{"number": 1, "answers": [{"tokens": [1], "reward": NaN}, {"tokens": [1], "reward": 0}]}]]}',
+            "aren't",
+        ),
+        (
+            b'{"rows": [[{"number": 1, "answers": [{"tokens": [], "reward": 1}, {"tokens": [1], "reward": 0}]}]]}',
+            "aren't",
+        ),
     ],
 )
 def test_damaged_answers_of_a_checkpoint_are_refused(content, message, tmp_path):
     (tmp_path / "answers.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=message):
-        answers_in(tmp_path / "answers.json", 8)
+        answers_in(tmp_path / "answers.json", 8, 2)
 
 
 def test_weights_are_as_they_were_after_a_look_at_the_beginning(tmp_path, monkeypatch):

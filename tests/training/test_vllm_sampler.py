@@ -132,7 +132,7 @@ def test_what_is_missing_is_said_before_anything_is_loaded(tmp_path, monkeypatch
         (["adapter.dora=true"], "takes no DoRA"),
         (["adapter.rank=600"], "up to rank 512"),
         (["model.fusion=cross_attention"], "no place for the fusion 'cross_attention'"),
-        (["model.llm.trust_remote_code=true", f"model.llm.revision={'a' * 40}"], "the LLM's own code"),
+        (["model.llm.trust_remote_code=true", f"model.llm.revision={'a' * 40}"], "the LLM needs code of its own"),
     ],
 )
 def test_what_vllm_cannot_be_is_refused_by_the_recipe_alone(tmp_path, changes, reason):

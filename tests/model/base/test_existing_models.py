@@ -189,6 +189,15 @@ def test_rows_are_shared_where_they_are_exact(opened):
         assert kind is RowKind.SHARED and type(opened.native).__name__ in line
 
 
+def test_routers_of_a_base_keep_rows_from_being_shared(tmp_path, monkeypatch):
+    opened = Opened("qwen2_vl", tmp_path / "base")
+    config = opened.model.causal_lm.config.get_text_config()
+    monkeypatch.setattr(config, "output_router_logits", False, raising=False)
+    monkeypatch.setattr(config, "router_aux_loss_coef", 0.01, raising=False)
+    kind, line = base_row_kind(opened.model, opened.components, [("image",)], share=True, segments=True)
+    assert kind is RowKind.SEGMENTS and "rows that are segments: the auxiliary loss of its routers" in line
+
+
 @pytest.mark.parametrize(("name", "exact"), [("qwen2_5_omni", True), ("phi4_multimodal", False)])
 def test_media_that_a_task_shows_together_are_tried_together(tmp_path, name, exact):
     if missing := ZOO[name].missing:
