@@ -71,8 +71,11 @@ def test_training_beside_trl_at_toy_size(setting):
     llm = setting.folder / "llm"
     assert json.loads((llm / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     assert "of 970 tokens ours reads 666" in detail(setting, "k=5 prepare")
-    for name in ("ours-compiled", "trl-compiled"):
+    for name in ("ours", "trl", "ours-compiled", "trl-compiled"):
         assert "samples/s" in detail(setting, f"k=5 {name}")
+    assert "ours reads" in detail(setting, "k=1 prepare")
+    for name in ("ours", "trl", "ours-checkpointed", "trl-checkpointed"):
+        assert "samples/s" in detail(setting, f"k=1 {name}")
     training = import_module("benchmarks.gpu.checks.training")
     with pytest.raises(Skipped, match="need a GPU"):
         training.check(setting, "5", "ours-liger")
@@ -133,12 +136,14 @@ def test_ratios_and_goals():
     assert "goal 4 times trl: not measured" in judged(5, runs)
 
 
-def test_the_command_prints_a_line_a_check_and_its_report(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--toy", "--only", "rows"])
+def test_the_command_prints_a_line_a_check_and_its_report(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--toy", "--only", "rows", "--append"])
+    monkeypatch.setattr("benchmarks.gpu.report.RESULTS", tmp_path / "RESULTS.md")
     monkeypatch.setattr("benchmarks.gpu.__main__.run_all", lambda setting, steps, seconds: map(failed, steps))
     assert main() == 1
     printed = capsys.readouterr().out
     assert printed.startswith("fail  machine") and "| rows | fail | 0.0 | not \\| so |" in printed
+    assert (tmp_path / "RESULTS.md").read_text() in printed
 
 
 def failed(step):
