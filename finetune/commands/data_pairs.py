@@ -199,7 +199,8 @@ def two_answers(
     fresh_memory()  # before a judge is loaded
     if waits:
         rows = [_labelling_row(one) if by_person else _candidates_row(one) for one in found]
-        _write(candidates_path(out), [{**row, "run": str(folder.path.resolve())} for row in rows])
+        known = {"run": str(folder.path.resolve()), "rows": len(samples)}
+        _write(candidates_path(out), [{**row, **known} for row in rows])
     return found
 
 
@@ -293,6 +294,11 @@ def read_decided(out: Path, samples: Sequence[Sample], run: Path, judged: bool =
             raise DataError(
                 f"{path}:{number}: answers of the run {row['run']}, not of {run.resolve()}; name another file with "
                 f"{option('--out', 'out=')}"
+            )
+        if (sampled := row.get("rows", len(samples))) != len(samples):
+            raise DataError(
+                f"{path}:{number}: answers to {sampled:,} rows were sampled, and this call is about {len(samples):,}; "
+                f"call it as before, or name another file with {option('--out', 'out=')}"
             )
         if row["of"] not in by_place:
             unknown.append(str(row["of"]))

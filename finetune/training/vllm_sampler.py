@@ -71,7 +71,12 @@ class VllmSampler:
         embedded = self.assistant.embedded(questions, self.view)
         seeds = range(seed, seed + len(questions) * options.answers, options.answers)  # vLLM counts on, an answer each
         with ThreadPoolExecutor(max(1, len(questions))) as threads:  # vLLM computes them together
-            return list(threads.map(ask, embedded, seeds))
+            try:
+                return list(threads.map(ask, embedded, seeds))
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self.close()  # ends the other requests
+                raise
 
     def _started(self, options: Any) -> Server:
         python = environment.find_python(None)

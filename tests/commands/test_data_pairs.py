@@ -149,6 +149,11 @@ def test_other_rows_are_asked_too_and_mistakes_are_told(run, tmp_path, monkeypat
     (tmp_path / "pairs.candidates.jsonl").write_text(json.dumps({**foreign, "run": "runs/other"}) + "\n")
     with pytest.raises(DataError, match=r"candidates\.jsonl:1: answers of the run runs/other"):
         finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=options)
+    (tmp_path / "pairs.candidates.jsonl").write_text(
+        json.dumps({**foreign, "run": str(Path(run.path).resolve()), "rows": 70}) + "\n"
+    )
+    with pytest.raises(DataError, match="answers to 70 rows were sampled, and this call is about"):
+        finetune.data_pairs(run, others, out=tmp_path / "pairs.jsonl", options=options)
     waiting = {**foreign, "run": str(Path(run.path).resolve()), "answers": "A: a"}
     (tmp_path / "pairs.candidates.jsonl").write_text(json.dumps(waiting) + "\n")
     with pytest.raises(DataError, match="wait for a person"), endpoint(lambda body: answer("A")) as (address, _):
