@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.common.errors import ArtifactError, ModelError
 from finetune.common.hub import reading
@@ -44,6 +44,7 @@ def attach(model: MultimodalModel, adapter: Adapter | None, tuning: Mapping[str,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         target_modules=targets,
+        exclude_modules=routers(model.language_model) or None,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         init_lora_weights=initialization,
@@ -59,6 +60,16 @@ def attach(model: MultimodalModel, adapter: Adapter | None, tuning: Mapping[str,
         raise ModelError(
             "adapter.targets: the output head can't be one: the loss reads its weights directly; leave it out"
         )
+
+
+def routers(language_model: nn.Module) -> list[str]:
+    """Names of linear layers of an LLM whose forward pass is one of their own, as of Phi-MoE's routers, which give a
+    pair: LoRA takes them for plain ones.
+    """
+    layers = ((name, type(one)) for name, one in language_model.named_modules() if isinstance(one, nn.Linear))
+    return [
+        name for name, kind in layers if kind.__module__.startswith("transformers.models.") and "forward" in vars(kind)
+    ]
 
 
 def saved_adapter(folder: Path) -> Adapter | None:

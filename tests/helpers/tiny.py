@@ -51,6 +51,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {  # of which a few tests make all th
     "mixtral": EXPERTS | {"num_local_experts": 4},
     "qwen3_moe": EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 8},
     "gpt_oss": EXPERTS | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 8},
+    "phimoe": EXPERTS | {"num_local_experts": 4, "router_aux_loss_coef": 0.001},
     "cohere2": COMMON | {"num_key_value_heads": 2, "sliding_window": 8},
     "olmo3": COMMON | {"num_key_value_heads": 2, "sliding_window": 8},
     "glm": COMMON | {"num_key_value_heads": 2, "head_dim": 8},

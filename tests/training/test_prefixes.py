@@ -113,7 +113,7 @@ def assert_equal(expected, found):
     assert distance(expected[1], found[1]) < 1e-5
 
 
-ROUTED = {"mixtral", "qwen3_moe", "gpt_oss"}  # with an auxiliary loss
+ROUTED = {"mixtral", "qwen3_moe", "gpt_oss", "phimoe"}  # with an auxiliary loss
 PADDED = {"falcon": "tried", "bloom": "no positions", "mpt": "no positions", "rwkv": "the state that it keeps"} | {
     family: f"in its layers ({layers})"
     for family, layers in {"lfm2": "conv", "falcon_h1": "hybrid", "llama4_text": "chunked_attention"}.items()
