@@ -9,6 +9,8 @@ import csv
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +101,29 @@ def kept(name: str) -> dict[str, list[float]]:
     return result
 
 
-def record_modules(name: str, file: Path) -> None:
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, list[int], float]]]:
+    """What each module gives, call by call: its name in the outermost module that is called, shape, norm."""
     calls: list[tuple[str, list[int], float]] = []
+    names: dict[torch.nn.Module, str] = {}
+
+    def enter(module: torch.nn.Module, arguments: Any) -> None:
+        if module not in names:
+            of = type(module).__name__
+            names.update((one, f"{of}.{name}" if name else of) for name, one in module.named_modules())
 
     def hook(module: torch.nn.Module, arguments: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) and output else output
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and len(calls) < CALLS:
-            calls.append((type(module).__name__, list(tensor.shape), float(tensor.detach().double().norm())))
+            calls.append((names[module], list(tensor.shape), float(tensor.detach().double().norm())))
 
-    with torch.nn.modules.module.register_module_forward_hook(hook), tempfile.TemporaryDirectory() as folder:
+    modules = torch.nn.modules.module
+    with modules.register_module_forward_pre_hook(enter), modules.register_module_forward_hook(hook):
+        yield calls
+
+
+def record_modules(name: str, file: Path) -> None:
+    with recorded() as calls, tempfile.TemporaryDirectory() as folder:
         losses(name, Path(folder))
     file.write_text(json.dumps(calls))
 

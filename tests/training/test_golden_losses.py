@@ -6,6 +6,7 @@ import json
 
 import golden_runs
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -27,3 +28,21 @@ def test_two_recordings_part_where_a_module_differs(tmp_path):
         (tmp_path / name).write_text(json.dumps(calls))
     assert golden_runs.part(tmp_path / "a", tmp_path / "b") == "2 calls are equal"
     assert golden_runs.part(tmp_path / "a", tmp_path / "c").startswith("call 1: Norm [1, 3] of norm 1.0 |")
+
+
+def test_recordings_name_the_module_where_they_part(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()))
+    for name in ("a", "b"):
+        with golden_runs.recorded() as calls:
+            model(torch.ones(1, 3))
+        (tmp_path / name).write_text(json.dumps(calls))
+        torch.nn.init.ones_(model[1][0].weight)
+    assert [name for name, _, _ in calls] == [
+        "Sequential.0",
+        "Sequential.1.0",
+        "Sequential.1.1",
+        "Sequential.1",
+        "Sequential",
+    ]
+    assert golden_runs.part(tmp_path / "a", tmp_path / "b").startswith("call 1: Sequential.1.0 [1, 3] of norm ")
