@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune.commands._options import Columns, Encoding, MediaFolder, RecipeFile, Run, Set, columns_of
+from finetune.commands._options import (
+    Columns,
+    Encoding,
+    KeyVariable,
+    MediaFolder,
+    ModelName,
+    RecipeFile,
+    Run,
+    Set,
+    columns_of,
+)
 from finetune.common.errors import RecipeError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at rows, split, label and write them.")
@@ -108,12 +118,8 @@ def data_describe(
     limit: Annotated[int | None, typer.Option(min=1, help="Files described at most.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Files processed at once.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 512,
-    model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the model at the URL; default: the only one there.")
-    ] = None,
-    key_variable: Annotated[
-        str, typer.Option(metavar="NAME", help="Environment variable with the key of the URL.")
-    ] = "FINETUNE_API_KEY",
+    model_name: ModelName = None,
+    key_variable: KeyVariable = "FINETUNE_API_KEY",
     retries: Annotated[int, typer.Option(min=0, help="Of a request that the URL is too busy for.")] = 5,
     max_pixels: Annotated[int, typer.Option(min=1, help="Larger pictures are scaled down for the URL.")] = 1_000_000,
     frames: Annotated[
@@ -196,12 +202,8 @@ def data_pairs(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 64,
     task: Annotated[str | None, typer.Option(metavar="NAME", help="Which of several tasks.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to the judge at once.")] = 4,
-    model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the model at the judge's URL; default: the only one there.")
-    ] = None,
-    key_variable: Annotated[
-        str, typer.Option(metavar="NAME", help="Environment variable with the key of the judge's URL.")
-    ] = "FINETUNE_API_KEY",
+    model_name: ModelName = None,
+    key_variable: KeyVariable = "FINETUNE_API_KEY",
     columns: Columns = None,
     media_folder: MediaFolder = None,
     encoding: Encoding = None,

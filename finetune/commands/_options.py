@@ -28,6 +28,11 @@ MediaFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of the media that rows name; default: that of the rows.")
 ]
 
+ModelName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of the model at the URL; default: the only one there.")
+]
+KeyVariable = Annotated[str, typer.Option(metavar="NAME", help="Environment variable with the key of the URL.")]
+
 
 def strength_of(given: list[str]) -> float | dict[str, float] | None:
     """'0.5', or 'image=0.5' any number of times."""

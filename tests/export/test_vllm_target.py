@@ -6,12 +6,11 @@ import ast
 import json
 import sys
 from pathlib import Path
-from textwrap import dedent
 
 import PIL.Image
 import pytest
 import torch
-from pretended_vllm import gone
+from pretended_vllm import PretendedVllm, gone
 from safetensors.torch import load_file
 from tiny import part, tiny_encoder
 from tiny_encoders import tiny_encoder_of, tiny_sound
@@ -285,47 +284,6 @@ def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):
         environment.version_of(sys.executable, plugin=False)
 
 
-# Answers `-c` as an environment with vLLM does, and `-m` as its server: with a process of its own that outlives it.
-PRETENDS = """
-    import http.server, json, subprocess, sys
-    if sys.argv[1] == "-c":
-        print(json.dumps(["9.9", {plugins}]))
-        sys.exit()
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    open({pids!r}, "w").write(str(child.pid))
-    print("INFO: it begins")
-    if {broken}:
-        print("ValueError: no such thing as this model", flush=True)
-        sys.exit(3)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200), self.end_headers()
-
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            open({pids!r} + ".request", "w").write(json.dumps(request))
-            choice = dict(token_ids=[5, 6, 2], message=dict(content="ab"))
-            self.send_response(200), self.end_headers()
-            self.wfile.write(json.dumps(dict(choices=[choice])).encode())
-
-        def log_message(self, *args):
-            pass
-
-    port = int(sys.argv[sys.argv.index("--port") + 1])
-    http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-
-
-def pretended(folder: Path, broken: bool = False, plugins: str = "['finetune']") -> Path:
-    """A python that has, so it says, vLLM."""
-    script = folder / "python"
-    text = dedent(PRETENDS).format(pids=str(folder / "pid"), broken=broken, plugins=plugins)
-    script.write_text(f"#!{sys.executable}\n{text}")
-    script.chmod(0o755)
-    return script
-
-
 def exported(folder: Path, model_type: str) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, "dtype": "float32"}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
@@ -333,31 +291,31 @@ def exported(folder: Path, model_type: str) -> Path:
 
 
 def test_questions_go_over_the_api_and_no_process_is_left(tmp_path):
-    python = pretended(tmp_path)
+    pretended = PretendedVllm(tmp_path / "vllm")
     noise("image").save(tmp_path / "a.png")
     probe = Probe((Message("user", (Medium("image", tmp_path / "a.png"), "What?")),), (5, 6))
-    engine = vllm.answer(exported(tmp_path, "llava"), [probe], vllm.Options(python=str(python)), 8)
+    engine = vllm.answer(exported(tmp_path, "llava"), [probe], vllm.Options(python=str(pretended.python)), 8)
     assert engine.engine == "vLLM 9.9"
     assert engine.answers == ((5, 6),)  # without the end token
-    request = json.loads((tmp_path / "pid.request").read_text())
+    ((_, request),) = pretended.requests
     assert (request["temperature"], request["max_tokens"]) == (0, 8)
     image, text = request["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert text == {"type": "text", "text": "What?"}
-    assert gone(int((tmp_path / "pid").read_text()))
+    assert all(map(gone, pretended.pids))
 
 
 def test_a_server_that_does_not_start_is_quoted_and_stopped(tmp_path):
-    python = pretended(tmp_path, broken=True)
+    pretended = PretendedVllm(tmp_path / "vllm", fails_after=None)
     with pytest.raises(ExportRefused, match="ValueError: no such thing as this model"):
-        vllm.answer(exported(tmp_path, "llava"), [], vllm.Options(python=str(python)), 8)
-    assert gone(int((tmp_path / "pid").read_text()))
+        vllm.answer(exported(tmp_path, "llava"), [], vllm.Options(python=str(pretended.python)), 8)
+    assert all(map(gone, pretended.pids))
 
 
 def test_the_own_class_needs_its_plugin(tmp_path):
-    python = pretended(tmp_path, plugins="[]")
+    pretended = PretendedVllm(tmp_path / "vllm")
     with pytest.raises(EngineMissing, match="pip install --no-deps"):
-        vllm.answer(exported(tmp_path, "finetune_served"), [], vllm.Options(python=str(python)), 8)
+        vllm.answer(exported(tmp_path, "finetune_served"), [], vllm.Options(python=str(pretended.python)), 8)
 
 
 def test_the_config_of_a_base_names_what_vllm_reads_it_by():

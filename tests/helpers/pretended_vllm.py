@@ -26,7 +26,8 @@ PROGRAM = """
             self.send_response(200), self.end_headers()
 
         def do_POST(self):
-            if self.headers["Authorization"] != "Bearer " + os.environ["VLLM_API_KEY"]:
+            key = os.environ.get("VLLM_API_KEY")
+            if key and self.headers["Authorization"] != "Bearer " + key:
                 self.send_response(401), self.end_headers()
                 return
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -40,6 +41,8 @@ PROGRAM = """
                 dict(index=n, token_ids=[300 + n + asked % 3, 301], logprobs=dict(token_logprobs=[-5.5, -6.0 - n]))
                 for n in range(request.get("n", 0))
             ]
+            if "/chat/" in self.path:
+                choices = [dict(token_ids=[5, 6, 2], message=dict(content="ab"))]
             self.send_response(200), self.end_headers()
             self.wfile.write(json.dumps(dict(choices=choices[::-1])).encode())
 
