@@ -62,14 +62,14 @@ def attach(model: MultimodalModel, adapter: Adapter | None, tuning: Mapping[str,
         )
 
 
+@torch.no_grad()
 def routers(language_model: nn.Module) -> list[str]:
-    """Names of linear layers of an LLM whose forward pass is one of their own, as of Phi-MoE's routers, which give a
-    pair: LoRA takes them for plain ones.
+    """Names of linear layers of an LLM that give something else than a tensor, as Phi-MoE's routers, which give a pair:
+    LoRA takes them for plain ones.
     """
-    layers = ((name, type(one)) for name, one in language_model.named_modules() if isinstance(one, nn.Linear))
-    return [
-        name for name, kind in layers if kind.__module__.startswith("transformers.models.") and "forward" in vars(kind)
-    ]
+    layers = [(name, one) for name, one in language_model.named_modules() if isinstance(one, nn.Linear)]
+    own = [(name, one) for name, one in layers if type(one).__module__.startswith("transformers.models.")]
+    return [name for name, one in own if not isinstance(one(one.weight.new_zeros(1, one.in_features)), Tensor)]
 
 
 def saved_adapter(folder: Path) -> Adapter | None:
