@@ -94,7 +94,8 @@ class Batch(TokenBatch, total=False):
     a stage distills; `distributions`, where its teacher is another model; `compared`, where answers are compared;
     `rollout`, where these are sampled from the model itself. `items`: what the loss is a mean over, where that isn't
     the learned tokens: pairs, or labelled answers. Where losses are weighted: `loss_weights` (1, K), `heads` {name:
-    HeadBatch}, and `items` counts learned tokens and samples that heads answer.
+    HeadBatch}, and `items` counts learned tokens and samples that heads answer. `output_router_logits`: the LLM is to
+    give its routers' auxiliary loss.
     """
 
     features: dict[str, list[Tensor]]
@@ -106,6 +107,7 @@ class Batch(TokenBatch, total=False):
     heads: dict[str, HeadBatch]
     compared: ComparedBatch
     rollout: RolloutBatch
+    output_router_logits: bool
 
 
 class DistributionsBySample(Protocol):

@@ -220,7 +220,7 @@ class StageTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean over items of the stage's objective; trl's own loss where the objective leaves it to trl."""
-        batch: Batch = inputs
+        batch: Batch = {**inputs, "output_router_logits": True} if self.aux_loss_enabled else inputs
         objective = self.stage.objective
         found: BatchLoss | None = objective.module.loss(
             model, self.accelerator.unwrap_model(model), batch, objective.options

@@ -47,5 +47,6 @@ class ObjectiveContract(Protocol):
 
     def loss(self, model: Any, composite: "MultimodalModel", batch: "Batch", options: Any) -> BatchLoss | None:
         """The loss of a batch. `model` is to be called: `composite` as accelerate wraps it, with trl's fused head that
-        gives `log_probs` (1, K) of the K learned tokens. None: trl's own cross-entropy.
+        gives `log_probs` (1, K) of the K learned tokens. None: trl's own cross-entropy. All of `batch` that isn't the
+        objective's own goes on to the model: it asks for the auxiliary loss of routers, where trl adds one.
         """

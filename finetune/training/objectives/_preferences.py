@@ -21,7 +21,8 @@ class Answers:
     `reference` (S,): the same as the stage found the weights, None without a reference; `tokens` (S,): of each answer;
     `weights` (S,): of their losses; `roles`: which answer each is; `by_token` (K,): log-probabilities of the tokens;
     `right`: tokens that are the most likely ones; `kl`: half the mean squared log-ratio of a token's probabilities to
-    the reference's, in nats, an estimate of the KL divergence of a token (k2, http://joschu.net/blog/kl-approx.html).
+    the reference's, in nats, an estimate of the KL divergence of a token (k2, http://joschu.net/blog/kl-approx.html);
+    `auxiliary`: as in `BatchLoss`.
     """
 
     log_probs: "Tensor"
@@ -32,6 +33,7 @@ class Answers:
     by_token: "Tensor"
     right: float
     kl: float
+    auxiliary: "Tensor | None"
 
     def of(self, role: str) -> list[int]:
         return [number for number, other in enumerate(self.roles) if other == role]
@@ -83,6 +85,7 @@ def answers_of(model: Any, batch: "Batch") -> Answers:
         by_token=by_token,
         right=float(outputs.is_top1.sum()),
         kl=kl,
+        auxiliary=outputs.aux_loss,
     )
 
 
@@ -95,13 +98,14 @@ def pair_loss(answers: Answers, losses: "Tensor", rewards: "Tensor", sft_weight:
     if sft_weight:
         total = total + sft_weight * answers.cross_entropy * len(chosen)
     if not chosen:  # a filler row: all weights stay in the graph
-        return BatchLoss(total + 0.0 * answers.by_token.sum(), 0, 0.0, 0)
+        return BatchLoss(total + 0.0 * answers.by_token.sum(), 0, 0.0, 0, auxiliary=answers.auxiliary)
     rewards = rewards.detach()
     better, worse = rewards[chosen], rewards[rejected]
     values = ((better > worse).float(), better - worse, better, worse)
     figures = {name: float(value.mean()) for name, value in zip(PAIR_FIGURES, values, strict=True)}
     figures |= {"kl": answers.kl} if answers.reference is not None else {}
-    return BatchLoss(total, len(chosen), answers.right, answers.by_token.numel(), figures)
+    learned = answers.by_token.numel()
+    return BatchLoss(total, len(chosen), answers.right, learned, figures, auxiliary=answers.auxiliary)
 
 
 def smoothed(margins: "Tensor", label_smoothing: float) -> "Tensor":

@@ -148,7 +148,13 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     elif mean_over == "rows":
         losses = losses / max(rollout["tokens"], 1)
     return BatchLoss(
-        losses.sum(), batch["items"], answers.right, len(own) * trained, figures, weight=rollout["answers"]
+        losses.sum(),
+        batch["items"],
+        answers.right,
+        len(own) * trained,
+        figures,
+        weight=rollout["answers"],
+        auxiliary=answers.auxiliary,
     )
 
 

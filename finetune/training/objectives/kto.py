@@ -35,7 +35,7 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     good, bad, others = (answers.of(role) for role in ("desirable", "undesirable", "other"))
     zero = answers.by_token.sum() * 0.0
     if not others:
-        return BatchLoss(zero, 0, 0.0, 0)
+        return BatchLoss(zero, 0, 0.0, 0, auxiliary=answers.auxiliary)
     ratios = answers.ratios
     divergence = ratios[others].detach().mean().clamp(min=0)
     losses = 1 - (options.beta * (ratios[good] - divergence)).sigmoid()
@@ -46,4 +46,5 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     means = {"reward_desirable": good, "reward_undesirable": bad}
     figures = {name: float(rewards[numbers].mean()) for name, numbers in means.items() if numbers}
     figures |= {"kl_of_others": float(divergence), "kl": answers.kl}
-    return BatchLoss(total, len(good) + len(bad), answers.right, answers.by_token.numel(), figures)
+    items, learned = len(good) + len(bad), answers.by_token.numel()
+    return BatchLoss(total, items, answers.right, learned, figures, auxiliary=answers.auxiliary)

@@ -27,12 +27,9 @@ def loss(model: Any, composite: "MultimodalModel", batch: "Batch", options: Opti
     """
     if "heads" not in batch:
         return None
-    from finetune.model.row_plan import router_loss
-
     inputs = {key: value for key, value in batch.items() if key not in ("heads", "loss_weights", "items")}
     rows = {name: head["rows"] for name, head in batch["heads"].items()}
-    routed = {"output_router_logits": True} if router_loss(composite.causal_lm) else {}
-    outputs = model(**inputs, **routed, head_rows=rows, use_cache=False, fused_lm_head=True)
+    outputs = model(**inputs, head_rows=rows, use_cache=False, fused_lm_head=True)
     total = -(outputs.log_probs * batch["loss_weights"]).sum()
     right, count = float(outputs.is_top1.sum()), int(outputs.label_mask.sum())
     for name, head in batch["heads"].items():

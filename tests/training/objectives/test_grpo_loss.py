@@ -28,9 +28,9 @@ LONGEST = 7
 class Ours:
     """A composite that has changed since its stage began, and has sampled ANSWERS before that."""
 
-    def __init__(self, kind=RowKind.SHARED, rewards=REWARDS, drawn=DRAWN, **options):
+    def __init__(self, kind=RowKind.SHARED, rewards=REWARDS, drawn=DRAWN, family="llama", **options):
         torch.manual_seed(0)
-        self.model = tiny_composite()
+        self.model = tiny_composite(family)
         attach(self.model, Adapter(rank=2, alpha=4.0))
         self.base = deepcopy(self.model.language_model).merge_and_unload()
         self.part = ObjectivePart.of("grpo", answers=3, max_new_tokens=LONGEST, **options)
@@ -185,6 +185,25 @@ def test_it_is_trl_s_for_answers_of_now(kind, scale, tmp_path):
     if scale != "batch":  # where trl counts all or none
         assert theirs._metrics["train"]["frac_reward_zero_std"] == [0.5]
     assert_gradients_are(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", [RowKind.SEGMENTS, RowKind.PADDED])
+def test_the_auxiliary_loss_of_routers_is_trl_s(kind, tmp_path, monkeypatch):
+    """Of answers that differ: equal ones are read once, and their tokens count once in its mean."""
+    answers = [ANSWERS[0], [*ANSWERS[1][:2], [46, 47]]]
+    monkeypatch.setitem(globals(), "ANSWERS", answers)
+    drawn = [[Drawn(answer) for answer in group] for group in answers]
+    ours = Ours(kind, family="mixtral", loss="grpo", drawn=drawn)
+    found = []
+    for coefficient in (0.7, 0.0):
+        trainer = trl_trainer(
+            ours.policy, ours.base, tmp_path, loss_type="grpo", router_aux_loss_coef=coefficient, scale_rewards="none"
+        )
+        inputs = trainer._generate_and_score_completions([{"prompt": text} for text in "aaabbb"])
+        found.append(trainer._compute_loss(trainer.model, inputs).item())
+    (batch,) = ours.batches()
+    auxiliary = ours.loss(batch | {"output_router_logits": True}).auxiliary
+    assert 0.7 * auxiliary.item() == pytest.approx(found[0] - found[1], abs=1e-5) and found[0] - found[1] > 0.1
 
 
 def assert_gradients_are(ours, theirs):

@@ -55,9 +55,9 @@ def labelled_answers():
 class Ours:
     """A composite whose reference was taken before its LoRA was changed."""
 
-    def __init__(self, samples, kind, folder):
+    def __init__(self, samples, kind, folder, family="llama"):
         torch.manual_seed(0)
-        self.model = tiny_composite()
+        self.model = tiny_composite(family)
         self.base = deepcopy(self.model.causal_lm)
         attach(self.model, Adapter(rank=2, alpha=4.0))
         add_fused_lm_head(self.model, outputs=("log_probs", "entropy", "is_top1"))
@@ -68,9 +68,9 @@ class Ours:
         shake(self.model)
         self.model.train()
 
-    def loss(self, kind, **options):
+    def loss(self, kind, routed=False, **options):
         part = ObjectivePart.of(kind, **options)
-        batch = self.collator([{"groups": self.row, "filler": False}])
+        batch = self.collator([{"groups": self.row, "filler": False}]) | {"output_router_logits": routed}
         if not part.reference:
             batch["compared"].pop("reference")
         with by_segments(self.model.causal_lm) if "row_plan" in batch else nullcontext():
@@ -208,6 +208,18 @@ def test_kto_is_trl_s(kind, tmp_path):
     assert found.items == 3 and found.total.item() / 3 == pytest.approx(expected, abs=1e-5)
     assert found.figures["kl_of_others"] == pytest.approx(trainer._metrics["train"]["kl"][0], abs=1e-5)
     assert found.figures["reward_desirable"] == pytest.approx(trainer._metrics["train"]["rewards/chosen"][0], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [RowKind.SEGMENTS, RowKind.PADDED])
+def test_the_auxiliary_loss_of_routers_is_trl_s(kind, tmp_path):
+    ours = Ours(pairs(), kind, tmp_path, "mixtral")
+    with_it, without = (trl_dpo(ours, tmp_path / str(c), router_aux_loss_coef=c)[0] for c in (0.7, 0.0))
+    found = ours.loss("dpo", routed=True)
+    assert found.total.item() / 3 == pytest.approx(without, abs=1e-5)
+    assert 0.7 * found.auxiliary.item() == pytest.approx(with_it - without, abs=1e-5) and with_it - without > 0.1
+    for other in ("ipo", "simpo", "orpo"):
+        assert ours.loss(other, routed=True).auxiliary.item() == pytest.approx(found.auxiliary.item())
+    assert Ours(labelled_answers(), kind, tmp_path / "kto", "mixtral").loss("kto", routed=True).auxiliary.requires_grad
 
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "simpo", "orpo"])
