@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from finetune.common.progress import trim_memory
+
 FEW = 9  # steps
 
 
@@ -26,6 +28,7 @@ class Memory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
+            trim_memory()  # so that what loading has freed is counted when it is taken again
             Path("/proc/self/clear_refs").write_text("5")  # the peak (VmHWM) is now what is resident
         self.loaded = self.peak()
 
