@@ -1,6 +1,5 @@
 """Values that aren't finite: the training stops in the same step with the rows named, or leaves such rows out."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,4 +164,4 @@ def _for_other_items(gradients: Mapping[nn.Parameter, Tensor], items: Any, other
 
 def finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return bool(torch.isfinite(get_total_norm(gradients, math.inf)))  # the largest one
+    return bool(torch.isfinite(get_total_norm(gradients)))

@@ -14,7 +14,6 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import nn
-from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from finetune.common.progress import console
@@ -78,8 +77,7 @@ class StageWatch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for role in self.parts.keys() & self.used:
-            gradients = [p.grad for p in self.parts[role] if p.grad is not None]
-            silent = not gradients or float(get_total_norm(gradients, math.inf)) == 0
+            silent = not any(p.grad is not None and bool(p.grad.any()) for p in self.parts[role])
             self.silent[role] = self.silent[role] + 1 if silent else 0
             if self.silent[role] == SILENT_STEPS:
                 text = f"{role} has had no gradient in {SILENT_STEPS} steps: nothing in it learns"
