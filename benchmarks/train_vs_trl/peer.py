@@ -175,7 +175,6 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
         warmup_steps=stage.warmup if stage.warmup * steps >= 1 else 0.0,  # as ours
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
-        optim=stage.optimizer,
         gradient_checkpointing="checkpointed" in kind,  # trl's default is True: slower, smaller
         use_liger_kernel=on_gpu and find_spec("liger_kernel") is not None and "plain" not in kind,
         bf16=on_gpu,

@@ -78,6 +78,9 @@ def _arrow(numbers: "array[int]") -> pa.Array:
 def trainer_arguments(training: StageTraining) -> SFTConfig:
     stage, settings = training.stage, training.settings
     on_gpu = next(training.model.parameters()).is_cuda
+    fp16 = on_gpu and training.dtype == torch.float16
+    # Not in float16: accelerate doesn't see which steps a fused optimizer skips because of the loss scale.
+    fused = stage.optimizer == "adamw_torch" and not fp16
     return SFTConfig(
         output_dir=str(training.folder / STAGING),
         per_device_train_batch_size=1,
@@ -90,9 +93,9 @@ def trainer_arguments(training: StageTraining) -> SFTConfig:
         warmup_steps=stage.warmup if stage.warmup * training.steps >= 1 else 0.0,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
-        optim=stage.optimizer,
+        optim="adamw_torch_fused" if fused else stage.optimizer,
         bf16=on_gpu and training.dtype == torch.bfloat16,
-        fp16=on_gpu and training.dtype == torch.float16,
+        fp16=fp16,
         use_cpu=not on_gpu,
         gradient_checkpointing=False,  # switched on in the LLM, where it belongs
         save_strategy="steps",
