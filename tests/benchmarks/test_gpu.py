@@ -6,8 +6,11 @@ import sys
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from varlen import use_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu.__main__ import chosen, in_this_process, main, perform
@@ -62,11 +65,29 @@ def detail(setting, name):
         ("nf4", "bfloat16"),
         ("float16", "at most 0.0%"),
         ("answers", "HTTP equal"),
-        ("merge", "into the dequantized nf4 LLM"),
+        ("merge", "beside the full GPU agreement 1.000"),
     ],
 )
 def test_a_check_at_toy_size(name, expected, setting):
     assert expected in detail(setting, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["attention", "rows"])
+def test_a_check_with_the_kernel_of_a_gpu(name, setting, monkeypatch):
+    calls = use_kernel(monkeypatch)
+    assert ("one kernel" if name == "attention" else "gemma3_text float16") in detail(setting, name)
+    assert {query.dtype for query, *_ in calls} == {torch.bfloat16, torch.float16}
+
+
+def test_a_gpu_is_filled_but_for_what_is_left(monkeypatch):
+    merge = import_module("benchmarks.gpu.checks.merge")
+    taken = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 4000))
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: taken.append((size, dtype, device)))
+    with merge.filled(300.0):
+        assert taken == [(700, torch.uint8, "cuda")]
 
 
 @pytest.mark.slow
@@ -148,6 +169,20 @@ def test_a_check_that_fails_tells_why(setting, capsys):
 
     assert perform(STEPS[0], setting, Check) == Outcome("machine", "fail", "AssertionError: errors of gradients 0.3")
     assert perform(STEPS[0], setting, ImportError("no such")).detail == "ImportError: no such"
+
+
+def test_a_check_that_cannot_be_tried_or_imported_is_an_outcome(setting, monkeypatch, capsys):
+    def check(setting):
+        raise Skipped("no card")
+
+    assert perform(STEPS[0], setting, SimpleNamespace(check=check)) == Outcome("machine", "skip", "no card")
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu.checks.machine", None)
+    (setting.folder / "setting.json").unlink(missing_ok=True)
+    setting.save()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("machine\n"))
+    assert in_this_process("machine", setting.folder) == 0
+    found = json.loads((setting.folder / "machine.outcome.json").read_text())
+    assert found["result"] == "fail" and "ModuleNotFoundError" in found["detail"]
 
 
 def test_what_a_chosen_check_needs_comes_along():
