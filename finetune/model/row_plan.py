@@ -32,6 +32,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "finetune_segments"
 WINDOWS = ("sliding_window", "attention_chunk_size")  # of a config: how far attention goes back
+# Of the norm of hidden states: what may differ in float32, and the least and the most that does in half precision.
+EXACT, ROUNDED, MOST_ROUNDED = 1e-3, 0.03, 0.3
 SHORT_WINDOW = 4  # tokens: the width at which they are tried
 
 
@@ -399,7 +401,8 @@ def _keeps_apart(causal_lm: Any, plan: bool) -> bool:
     with short_windows(causal_lm):
         packed = _tried(causal_lm, [other, sample], [0, 0], behind)
         alone = _tried(causal_lm, [sample], [0], None)
-    return _equal(packed, alone) and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
+        equal = _equal(packed, alone, causal_lm)
+    return equal and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
 
 
 def shares_prefixes(causal_lm: Any) -> bool:
@@ -412,7 +415,8 @@ def shares_prefixes(causal_lm: Any) -> bool:
     with short_windows(causal_lm):
         shared = _tried(causal_lm, [prefix, first, second], [0, 6, 6], plan)
         alone = _tried(causal_lm, [prefix, second], [0, 6], None)
-    if shared is None or not _equal(shared, alone):
+        equal = _equal(shared, alone, causal_lm)
+    if shared is None or not equal:
         return False
     return float(shared.gradient[6:11].abs().sum()) == 0 < float(shared.gradient[:6].abs().sum())
 
@@ -420,7 +424,6 @@ def shares_prefixes(causal_lm: Any) -> bool:
 class _Tried(NamedTuple):
     states: Tensor  # (7, D), float32: the hidden states of the last sample
     gradient: Tensor  # (T, D): what half of their features, summed, send to the embeddings
-    tolerance: float
 
 
 def _tried(causal_lm: Any, pieces: Sequence[Tensor], starts: Sequence[int], plan: RowPlan | None) -> _Tried | None:
@@ -438,15 +441,35 @@ def _tried(causal_lm: Any, pieces: Sequence[Tensor], starts: Sequence[int], plan
             (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
     except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or a mask that must be a tensor
         return None
-    # Rows of another length round otherwise: in half precision and over 8-bit weights by up to 0.02 of the norm.
-    rounds = outputs.last_hidden_state.dtype != torch.float32 or any(hasattr(p, "SCB") for p in causal_lm.parameters())
-    return _Tried(last.detach(), gradient[0], 0.03 if rounds else 1e-3)
+    return _Tried(last.detach(), gradient[0])
 
 
-def _equal(one: _Tried | None, other: _Tried | None) -> bool:
+def _equal(one: _Tried | None, other: _Tried | None, causal_lm: Any) -> bool:
     if one is None or other is None:
         return False
-    return bool((one.states - other.states).norm() < one.tolerance * other.states.norm())
+    return bool((one.states - other.states).norm() < tolerance(causal_lm) * other.states.norm())
+
+
+@torch.no_grad()
+def tolerance(causal_lm: Any) -> float:
+    """By how much of their norm hidden states that should be equal may differ. In half precision and over 8-bit weights
+    rows of another length round otherwise, and on a GPU more so, as it has other kernels for them: three times as much
+    as the states of a row differ from those of copies computed at once may be rounding.
+    """
+    table = causal_lm.get_input_embeddings()
+    if table.weight.dtype == torch.float32 and not any(hasattr(p, "SCB") for p in causal_lm.parameters()):
+        return EXACT
+    row = table(torch.arange(4, 17, device=table.weight.device)[None])
+    decoder = causal_lm.base_model if _attending(causal_lm) is causal_lm else causal_lm.get_decoder()
+    try:
+        alone, *others = (
+            decoder(inputs_embeds=row.expand(copies, -1, -1), use_cache=False).last_hidden_state[0].float()
+            for copies in (1, 2, 3)
+        )
+    except (TypeError, AttributeError, ValueError, RuntimeError):  # it needs more than embeddings
+        return ROUNDED
+    rounding = max(float((other - alone).norm() / alone.norm()) for other in others)
+    return min(max(ROUNDED, 3 * rounding), MOST_ROUNDED)
 
 
 @contextmanager
