@@ -20,8 +20,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
 HEADS = ((8, 2), (4, 4))  # of queries, of keys and values
 WINDOWS = (None, 24)  # tokens
-WORSE = 1.5  # times the error of SDPA in the same dtype
-LEAST = {torch.bfloat16: 2e-3, torch.float16: 3e-4}  # relative errors that rounding alone explains
+# Times the error of SDPA in the same dtype, which may compute in float32 where the kernel rounds the probabilities, and
+# relative errors that rounding alone explains. A token too many or too few is an error of 0.06 or more.
+WORSE = 2.0
+LEAST = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
