@@ -5,8 +5,9 @@
     python -m benchmarks.gpu --device cpu --toy              # every branch at toy size: figures that tell nothing
 
 Needs no network: weights, tokenizer and rows are made here, those of the large LLM on the GPU, quantized one matrix at
-a time. Each check is a process of its own and prints one line as soon as it ends; what crashes, hangs or runs out of
-memory leaves the others. They run in order of value, and those that don't fit into `--seconds` are skipped.
+a time. Each check is a process of its own, or shares one with those that load the same weights, and prints one line as
+soon as it ends; what crashes, hangs or runs out of memory leaves the others. They run in order of value, and those that
+don't fit into `--seconds` are skipped.
 
 attention   the kernel for segments of many lengths beside SDPA a segment, against float64, with gradients
 rows        packed rows and shared prefixes against separate rows: losses and gradients in bfloat16 and float16
@@ -15,6 +16,7 @@ float16     training with a loss scaler, without the kernel for segments, as on 
 answers     generated tokens against whole forward passes; batches and the server's engine against one question alone
 merge       merges compared on the GPU, and in memory beside a GPU that has no room
 k=1, k=5    training a 7B-shaped LLM in nf4 with pictures of 576 tokens from an encoder of CLIP-L/336's shape, 1 and 5
-            questions a picture: ours, then trl, each a fresh process (`benchmarks.train_vs_trl`); then with compiled
-            layers, with and without Liger's kernels, and with activation checkpoints
+            questions a picture (`benchmarks.train_vs_trl`): ours, then trl, each in a process that loads the LLM; then
+            with compiled layers, with and without Liger's kernels, and with activation checkpoints, again a process a
+            side. As many tokens are computed at once on both sides: trl accumulates the rest of a step.
 """

@@ -64,20 +64,26 @@ def main() -> int:
 
 
 def in_this_process(name: str, folder: Path) -> int:
-    """Import what a step needs, wait for a line, and leave the step's outcome in `folder`."""
-    step, setting = next(step for step in STEPS if step.name == name), Setting.load(folder)
-    try:
-        module = import_module(f"benchmarks.gpu.checks.{step.file}")
-    except Exception as error:  # reported when its turn comes
-        traceback.print_exc()
-        module = error
-    if sys.stdin.readline():
-        write_outcome(folder, perform(step, setting, module))
+    """Import what a step needs; then do each step whose name is a line of stdin, and leave its outcome in `folder`."""
+    steps, setting = {step.name: step for step in STEPS}, Setting.load(folder)
+    module_of(steps[name])
+    for line in sys.stdin:
+        step = steps[line.strip()]
+        write_outcome(folder, perform(step, setting, module_of(step)))
     return 0
 
 
+def module_of(step: Step) -> ModuleType | Exception:
+    """The check's, or why it can't be imported."""
+    try:
+        return import_module(f"benchmarks.gpu.checks.{step.file}")
+    except Exception as error:  # reported when its turn comes
+        traceback.print_exc()
+        return error
+
+
 def perform(step: Step, setting: Setting, module: ModuleType | Exception) -> Outcome:
-    """`module`: the check's, or why it couldn't be imported."""
+    """`module`: see `module_of`."""
     try:
         if isinstance(module, Exception):
             raise module

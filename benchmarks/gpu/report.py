@@ -109,10 +109,11 @@ def judged(questions: int, runs: Sequence[Timed]) -> str:
     if not ours or not peer:
         return f"- {questions} a picture, goal {asked}: not measured."
     speed, memory = ours.samples / peer.samples, ours.peak / peer.peak
+    a_step = peer.step_seconds / ours.step_seconds
     reached = speed >= goal.speed and (goal.memory is None or memory <= goal.memory)
     return (
         f"- {questions} a picture, goal {asked}: {'reached' if reached else 'not reached'} "
-        f"({speed:.2f} times, {memory:.0%} of the peak)."
+        f"({speed:.2f} times, {a_step:.2f} by the step, {memory:.0%} of the peak)."
     )
 
 

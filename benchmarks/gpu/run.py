@@ -1,15 +1,16 @@
-"""Runs steps one after the other, each in a process of its own. The next one already imports what it needs, and waits:
-else imports would take as long as checks.
+"""Runs steps one after the other, each in a process of its own, or of its kind. The next one already imports what it
+needs, and waits: else imports would take as long as checks.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Literal
 
 from benchmarks.gpu.setting import Setting
@@ -17,6 +18,7 @@ from benchmarks.gpu.steps import Step
 from benchmarks.train_vs_trl.workload import ROOT
 
 PATIENCE = 4  # times what a step usually takes; then it is stopped
+POLL = 0.05  # seconds
 LINES = 15  # of the output of what failed
 
 
@@ -33,13 +35,14 @@ class Outcome:
         return f"{self.result}  {self.name:20} {self.seconds:6.1f} s  {self.detail}"
 
 
-class Waiting:
-    """The process of a step, which begins when `finish` tells it to."""
+class Worker:
+    """A process for the steps that share it. It imports what the first one needs, and begins with each when `finish`
+    writes its name.
+    """
 
     def __init__(self, step: Step, setting: Setting, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.step = step
-        self.found = setting.folder / f"{step.name.replace(' ', '-')}.outcome.json"
-        self.log = self.found.with_suffix(".log")
+        self.first, self.folder = step, setting.folder
+        self.log = outcome_of(setting.folder, step.name).with_suffix(".log")
         with self.log.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
                 [*command, step.name, str(setting.folder)],
@@ -48,28 +51,37 @@ class Waiting:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                text=True,
             )
 
-    def finish(self, most_seconds: float) -> Outcome:
-        """Let it begin, and wait; it is killed where it takes longer."""
+    def finish(self, step: Step, most_seconds: float) -> Outcome:
+        """Let it do a step, and wait; it is killed where it takes longer."""
         begin = monotonic()
+        found = outcome_of(self.folder, step.name)
         try:
-            self.process.communicate(b"begin\n", timeout=most_seconds)
-        except subprocess.TimeoutExpired:
-            self.stop()
-            return Outcome(self.step.name, "fail", "stopped: it took too long", monotonic() - begin)
+            self._begin(step)
+            while not found.is_file():
+                if (status := self.process.poll()) is not None and not found.is_file():
+                    return Outcome(step.name, "fail", f"its process ended with {status}", monotonic() - begin)
+                if monotonic() - begin > most_seconds:
+                    self.stop()
+                    return Outcome(step.name, "fail", "stopped: it took too long", monotonic() - begin)
+                sleep(POLL)
         except BaseException:  # the command itself is being stopped
             self.stop()
             raise
-        seconds = monotonic() - begin
-        if not self.found.is_file():
-            return Outcome(self.step.name, "fail", f"its process ended with {self.process.returncode}", seconds)
-        outcome = Outcome(**json.loads(self.found.read_text(encoding="utf-8")))
-        return Outcome(outcome.name, outcome.result, outcome.detail, seconds)
+        outcome = Outcome(**json.loads(found.read_text(encoding="utf-8")))
+        return replace(outcome, seconds=monotonic() - begin)
+
+    def _begin(self, step: Step) -> None:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # it has ended, which is found below
+            self.process.stdin.write(f"{step.name}\n")
+            self.process.stdin.flush()
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def last_lines(self) -> str:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:])
@@ -84,32 +96,46 @@ def run_all(
     """The outcome of each step as soon as it ends. What failed shows its last lines on stderr."""
     begin, passed, known = monotonic(), set(), {step.name for step in steps}
     environment = environment_for(setting)
-    waiting: Waiting | None = None
+    working: Worker | None = None
+    waiting: Worker | None = None
     try:
         for number, step in enumerate(steps):
-            mine = waiting if waiting and waiting.step is step else None
-            waiting = None if mine else waiting
+            if working and not working.first.shares_process(step):
+                working.stop()
+                working = None
             left = seconds - (monotonic() - begin)
-            missing = [name for name in step.needs if name in known and name not in passed]
-            if missing or left < step.seconds:
-                if mine:
-                    mine.stop()
-                reason = (
-                    f"needs {missing[0]}" if missing else f"no time: {left:.0f} s are left, it takes {step.seconds}"
-                )
+            if reason := why_skipped(step, known, passed, left):
                 yield Outcome(step.name, "skip", reason)
                 continue
-            mine = mine or Waiting(step, setting, command, environment)
-            if number + 1 < len(steps) and not step.alone:
-                waiting = Waiting(steps[number + 1], setting, command, environment)
-            outcome = mine.finish(min(left, PATIENCE * step.seconds if setting.device == "cuda" else left))
+            if waiting and not working:
+                if waiting.first.shares_process(step):
+                    working = waiting
+                else:  # none of its steps was to run
+                    waiting.stop()
+                waiting = None
+            working = working or Worker(step, setting, command, environment)
+            following = next((one for one in steps[number + 1 :] if not step.shares_process(one)), None)
+            if following and not waiting and not step.alone:
+                waiting = Worker(following, setting, command, environment)
+            outcome = working.finish(step, min(left, PATIENCE * step.seconds if setting.device == "cuda" else left))
             passed |= {step.name} if outcome.result == "pass" else set()
             yield outcome
-            if outcome.result == "fail":
-                print(mine.last_lines(), file=sys.stderr, flush=True)
+            if outcome.result == "fail":  # what it left in memory isn't for others
+                print(working.last_lines(), file=sys.stderr, flush=True)
+                working.stop()
+                working = None
     finally:
-        if waiting:
-            waiting.stop()
+        for worker in (working, waiting):
+            if worker:
+                worker.stop()
+
+
+def why_skipped(step: Step, known: Collection[str], passed: Collection[str], left: float) -> str:
+    """`known`: all steps that are to run; `left`: seconds. '' where it runs."""
+    missing = [name for name in step.needs if name in known and name not in passed]
+    if missing:
+        return f"needs {missing[0]}"
+    return f"no time: {left:.0f} s are left, it takes {step.seconds}" if left < step.seconds else ""
 
 
 def environment_for(setting: Setting) -> dict[str, str]:
@@ -120,7 +146,13 @@ def environment_for(setting: Setting) -> dict[str, str]:
     return environment
 
 
+def outcome_of(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace(' ', '-')}.outcome.json"
+
+
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Where `Waiting` finds it."""
-    path = folder / f"{outcome.name.replace(' ', '-')}.outcome.json"
-    path.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+    """Where a `Worker` finds it, whole."""
+    path = outcome_of(folder, outcome.name)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+    unfinished.replace(path)

@@ -30,6 +30,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, help="side of the pictures (default: the workload's, or 128)")
     parser.add_argument("--epochs", type=int, help="default: the workload's")
     parser.add_argument("--tokens-per-batch", type=int, help="of our rows (default: the workload's)")
+    parser.add_argument(
+        "--peer-tokens",
+        type=int,
+        help="that trl computes at once (default: those of our rows; on a cpu all of a step)",
+    )
     parser.add_argument("--parts", choices=("quickstart", "toy", "large"), default="quickstart", help="weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
@@ -46,6 +51,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     chosen, on_cpu = workload(parsed.workload), parsed.device == "cpu"
     for name in ("pictures", "epochs", "tokens_per_batch", "pixels"):
         setattr(parsed, name, getattr(parsed, name) or getattr(chosen, name))
+    if parsed.peer_tokens is None and not on_cpu:
+        parsed.peer_tokens = parsed.tokens_per_batch
     if parsed.workers is None:
         parsed.workers = 0 if on_cpu else 2
     if parsed.runs is None:

@@ -1,4 +1,4 @@
-"""Faster layers of an LLM, for runs whose names ask for them."""
+"""Compiled layers of an LLM, for runs whose names ask for them."""
 
 from typing import Any
 
@@ -16,8 +16,7 @@ def compile_layers(causal_lm: Any) -> None:
                 module.compile(dynamic=True, backend=backend)
 
 
-def use_liger(causal_lm: Any) -> None:
-    """Liger's kernels for norms, rotary positions and gated feed-forward parts, as trl's own option takes them."""
-    from transformers.integrations.liger import apply_liger_kernel
-
-    apply_liger_kernel(causal_lm, {"fused_linear_cross_entropy": False})
+def eager_again(causal_lm: Any) -> None:
+    """Undo `compile_layers`."""
+    for module in causal_lm.modules():
+        module._compiled_call_impl = None

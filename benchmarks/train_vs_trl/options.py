@@ -14,6 +14,7 @@ class Options:
     """`folder`: where all processes of the comparison meet. `parts`: weights of the quickstart; `toy`, random ones as
     small as those of tests; `large`, random ones of the shapes of a 7B LLM and SigLIP-so400m; `given`, those that lie
     in `folder` already, llm/ and vision/. `pixels`: side of the pictures, where it isn't the quickstart's.
+    `peer_tokens`: that the peer computes at once, about; larger steps are accumulated; None: all of a step.
     """
 
     workload: str
@@ -31,6 +32,7 @@ class Options:
     rank: int
     learning_rate: float
     seed: int
+    peer_tokens: int | None
 
     @property
     def rows(self) -> Path:

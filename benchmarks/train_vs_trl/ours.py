@@ -4,24 +4,25 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_vs_trl.kernels import compile_layers, use_liger
+from benchmarks.train_vs_trl.kernels import compile_layers, eager_again
 from benchmarks.train_vs_trl.measure import Clock, Memory, Watcher
 from benchmarks.train_vs_trl.options import Options
-from benchmarks.train_vs_trl.prepare import OurTraining, recipe_of
+from benchmarks.train_vs_trl.prepare import OurTraining, recipe_of, shared_over
 from finetune.model.trainable import set_trainable, trained_parts
 from finetune.training.collate import Collator
-from finetune.training.shared import Shared
+from finetune.training.liger import use_liger
 from finetune.training.stage_training import StageTraining
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.train import rollouts_of
 from finetune.training.trainer import train_stage
 
 
-def train(options: Options, kind: str) -> dict[str, Any]:
+def train(options: Options, kind: str, language_model: Any = None) -> dict[str, Any]:
+    """`language_model`: loaded before, and left as it came but for Liger's kernels."""
     memory = Memory()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        shared = Shared.load(recipe_of(options, folder))
+        shared = shared_over(recipe_of(options, folder), language_model)
         shared.language_model.eval()  # loads it: as of the peer, loading is neither timed nor counted as memory above
         memory.start()
         clock = Clock()
@@ -66,7 +67,9 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         )
         with StopBetweenSteps() as stop:
             log = train_stage(training, stop, callbacks=[watcher])
-        figures = clock.figures()
+        figures = {**clock.figures(), "memory": memory.figures()}
+    eager_again(model.causal_lm)
+    shared.release()
     losses = [entry["loss"] for entry in log]
     watcher.check(losses, falls=rollouts is None)
     steps = [[number for group in row for number in group] for row in ours.rows]
@@ -76,5 +79,4 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         **watcher.figures(),
         "losses": losses,
         "steps": steps,
-        "memory": memory.figures(),
     }

@@ -26,7 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.train_vs_trl.kernels import compile_layers
+from benchmarks.train_vs_trl.kernels import compile_layers, eager_again
 from benchmarks.train_vs_trl.measure import Clock, Memory, Watcher
 from benchmarks.train_vs_trl.options import IMAGE_TOKEN, Options
 from benchmarks.train_vs_trl.prepare import CHAT_TEMPLATE, recipe_of
@@ -95,7 +95,8 @@ class Peer(InSteps, SFTTrainer):
         return functional.cross_entropy(logits, labels[learned], reduction="sum") / num_items_in_batch
 
 
-def train(options: Options, kind: str) -> dict[str, Any]:
+def train(options: Options, kind: str, language_model: Any = None) -> dict[str, Any]:
+    """`language_model`: loaded before, and left as it came but for Liger's kernels and activation checkpoints."""
     memory = Memory()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         quiet_libraries()
@@ -103,8 +104,8 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         samples = read_splits(recipe.data, recipe.seed).train
         run = Run.load(RunFolder(Path(name) / "run"), recipe, bindings_of(recipe.data, samples))
         rows = [*tokenized(samples, run)]
-        parts, language_model = run.components, load_llm(run.components)
-        model, processor = language_model, parts.tokenizer
+        parts, language_model = run.components, language_model or load_llm(run.components)
+        model, processor, embeddings = language_model, parts.tokenizer, language_model.get_input_embeddings()
         if options.chosen.media:
             model, processor = make_llava(language_model, parts)
         else:
@@ -128,7 +129,9 @@ def train(options: Options, kind: str) -> dict[str, Any]:
             steps=steps if "steps" in kind else None,
             compact="compact" in kind,
             model=model,
-            args=arguments(options, kind, name, len(steps), max(1, round(count / len(steps)))),
+            args=arguments(
+                options, kind, name, len(steps), batch_of(options, kind, count / len(steps), lengths), parts.dtype
+            ),
             train_dataset={"dpo": pairs_of, "grpo": questions_of}.get(objective, dataset_of)(samples, lengths),
             processing_class=processor,
             peft_config=LoraConfig(
@@ -147,6 +150,9 @@ def train(options: Options, kind: str) -> dict[str, Any]:
         figures = {**clock.figures(), "memory": memory.figures()}
         if rows and objective != "grpo":
             check_equal_inputs(trainer, samples, rows, parts)
+        trainer.model.unload()
+        language_model.set_input_embeddings(embeddings)
+        eager_again(language_model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     watcher.check(losses, falls=objective != "grpo")
     return {**figures, **watcher.figures(), "losses": losses}
@@ -157,13 +163,22 @@ def prefix(options: Options) -> str:
     return "language_model." if options.chosen.media else ""
 
 
-def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) -> Any:
-    """trl's defaults, but for what makes both sides comparable, or the peer better."""
+def batch_of(options: Options, kind: str, samples: float, lengths: Sequence[int] | None) -> tuple[int, int]:
+    """The batch of a device for steps of so many samples, and how many of them are accumulated."""
+    count, pieces = max(1, round(samples)), 1
+    if options.peer_tokens and lengths and "steps" not in kind:
+        pieces = min(count, -(-count * sum(lengths) // (len(lengths) * options.peer_tokens)))
+    return -(-count // pieces), pieces
+
+
+def arguments(options: Options, kind: str, folder: str, steps: int, batch: tuple[int, int], dtype: torch.dtype) -> Any:
+    """trl's defaults, but for what makes both sides comparable, or the peer better. `batch`: see `batch_of`."""
     stage = recipe_of(options, Path(folder)).train.stages[0]
     on_gpu = options.device == "cuda"
-    config, own = config_of(options, batch)
+    config, own = config_of(options, batch[0])
     return config(
         **own,
+        gradient_accumulation_steps=batch[1],
         output_dir=folder,
         num_train_epochs=1 if "steps" in kind else options.epochs,  # the plan of steps holds all epochs
         train_sampling_strategy="group_by_length",
@@ -177,7 +192,8 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
         max_grad_norm=stage.max_grad_norm,
         gradient_checkpointing="checkpointed" in kind,  # trl's default is True: slower, smaller
         use_liger_kernel=on_gpu and find_spec("liger_kernel") is not None and "plain" not in kind,
-        bf16=on_gpu,
+        bf16=on_gpu and dtype == torch.bfloat16,
+        fp16=on_gpu and dtype == torch.float16,
         use_cpu=not on_gpu,
         seed=options.seed,
         data_seed=options.seed,
@@ -191,7 +207,7 @@ def arguments(options: Options, kind: str, folder: str, steps: int, batch: int) 
 
 
 def config_of(options: Options, batch: int) -> tuple[Any, dict[str, Any]]:
-    """trl's class of arguments, and what is the objective's own. `batch`: samples a step."""
+    """trl's class of arguments, and what is the objective's own. `batch`: samples at once."""
     own = {"per_device_train_batch_size": batch, "max_length": None}  # the default, 1024, would cut pictures
     if options.chosen.objective == "dpo":
         return DPOConfig, own | {"beta": 0.1}

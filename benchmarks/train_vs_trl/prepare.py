@@ -62,20 +62,33 @@ LARGE_VISION = {
 }
 
 
-def write_all(options: Options) -> dict[str, Any]:
-    """Write to the folder all that both sides read; what the report needs to know of it."""
+def write_all(options: Options, language_model: Any = None) -> dict[str, Any]:
+    """Write to the folder all that both sides read; what the report needs to know of it. `language_model`: loaded
+    before, and left as it came.
+    """
     options.template.write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_rows(options)
     make_weights(options)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         cache = Path(name)
-        ours = OurTraining.of(options, Shared.load(recipe_of(options, cache)), cache)
+        shared = shared_over(recipe_of(options, cache), language_model)
+        ours = OurTraining.of(options, shared, cache)
         save_trained(ours.model, options.first_weights)
         answers = len(ours.samples) // len(ours.prepared.training)
         steps = [[number for group in row for number in group] for row in ours.rows]
         by_row = [[number // answers for number in step if number % answers == 0] for step in steps]
         (options.folder / "steps.json").write_text(json.dumps(by_row), encoding="utf-8")
-        return facts_of(ours, steps)
+        facts = facts_of(ours, steps)
+        shared.release()
+        return facts
+
+
+def shared_over(recipe: Recipe, language_model: Any) -> Shared:
+    """What a run loads, but for its LLM where that was loaded before."""
+    shared = Shared.load(recipe)
+    if language_model is not None:
+        shared.language_model = language_model
+    return shared
 
 
 def write_rows(options: Options) -> None:

@@ -95,6 +95,7 @@ def load_language_model(llm: LanguageModel, dtype: torch.dtype, device: torch.de
                 adapter_kwargs={"local_files_only": local_only},
                 **options,
             )
+    compute_in(model, dtype)
     return ready(model, llm)
 
 
@@ -154,6 +155,17 @@ def keep_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let 4-bit layers compute in `dtype`: a folder of 4-bit weights names its own, bfloat16 mostly, which transformers
+    takes instead, and which older GPUs and most CPUs only emulate.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        layer.compute_dtype = layer.weight.quant_state.dtype = dtype
 
 
 def quantization(llm: LanguageModel, dtype: torch.dtype) -> BitsAndBytesConfig | None:

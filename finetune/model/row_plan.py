@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from inspect import signature
 from itertools import accumulate
@@ -32,6 +32,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "finetune_segments"
 WINDOWS = ("sliding_window", "attention_chunk_size")  # of a config: how far attention goes back
+# Of the norm of hidden states: what may differ in float32, and the least and the most that does in half precision.
+EXACT, ROUNDED, MOST_ROUNDED = 1e-3, 0.03, 0.3
 SHORT_WINDOW = 4  # tokens: the width at which they are tried
 
 
@@ -65,14 +67,17 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class _PlanAsMask:
-    """What the layers are given as their attention mask. `window`: tokens that one attends to, itself included;
-    `masks`: for each segment, true where attention goes (Q, P + Q), or None where it is plainly causal.
-    """
+    """What the layers are given as their attention mask. `window`: tokens that one attends to, itself included."""
 
     plan: RowPlan
     window: int | None
-    masks: tuple[Tensor | None, ...]
+    device: Any
     ndim = 4  # PaliGemma hands it to its decoder, which asks what kind of mask it is
+
+    @cached_property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """For each segment, true where attention goes (Q, P + Q), or None where it is plainly causal."""
+        return _masks(self.plan, self.window, self.device)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -114,7 +119,7 @@ def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
 def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
     plan = _current.get()
     assert plan is not None
-    return _PlanAsMask(plan, local_size, _masks(plan, local_size, device))
+    return _PlanAsMask(plan, local_size, device)
 
 
 def _masks(plan: RowPlan, window: int | None, device: Any) -> tuple[Tensor | None, ...]:
@@ -125,10 +130,26 @@ _masks_of_layer = lru_cache(maxsize=4)(_masks)  # layers ask for the same ones
 
 
 def _visible(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor | None:
-    """As `_visible_to`; None where it is plainly causal."""
-    if segment.prefix or (window is not None and window < segment.length) or _within(plan, segment):
+    """As `_visible_to`; None where it is plainly causal. Before Ampere a GPU's fused attention takes no groups of
+    heads, and what PyTorch then falls back on keeps all scores: a mask makes transformers repeat the heads.
+    """
+    if (
+        segment.prefix
+        or (window is not None and window < segment.length)
+        or _within(plan, segment)
+        or (_is_gpu(device) and not _is_ampere(device))
+    ):
         return _visible_to(segment, plan, window, device)
     return None
+
+
+def _is_gpu(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _is_ampere(device: Any) -> bool:
+    """Whether it is a GPU of this kind or a later one."""
+    return _is_gpu(device) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _within(plan: RowPlan, segment: RowSegment) -> list[tuple[int, int]]:
@@ -160,13 +181,15 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Queries (1, H, T, W), keys and values (1, G, T, W) -> (1, T, H, W)."""
-    plan, window, masks = attention_mask.plan, attention_mask.window, attention_mask.masks
-    if plan.bidirectional:  # with them a window comes as a function, not as a number
-        window = module.config.sliding_window if options.get("sliding_window") else None
-        masks = _masks_of_layer(plan, window, query.device)
+    plan, window = attention_mask.plan, attention_mask.window
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
     if not own and not dropout and not plan.bidirectional and _has_flash_kernel(query, value):
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
+    if plan.bidirectional:  # with them a window comes as a function, not as a number
+        window = module.config.sliding_window if options.get("sliding_window") else None
+        masks = _masks_of_layer(plan, window, query.device)
+    else:
+        masks = attention_mask.masks
     parts = []
     own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))
     for segment, visible in zip(plan.segments, masks, strict=True):
@@ -200,18 +223,22 @@ def _behind_prefix(rows: dict[int, Tensor], segment: RowSegment) -> Tensor:
 
 
 def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's own flash attention for sequences of many lengths takes these: it needs an Ampere GPU."""
+    """Whether PyTorch's own flash attention for sequences of many lengths takes these: it needs an Ampere GPU, and on
+    most has no gradient at widths from 193 to 224.
+    """
     width = query.shape[-1]
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0) or varlen_kernel() is None:
+    if not _is_ampere(query.device) or varlen_kernel() is None:
         return False
-    half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
-    return half and width == value.shape[-1] <= 256 and width % 8 == 0
+    half = torch.is_autocast_enabled(query.device.type) or query.dtype in (torch.float16, torch.bfloat16)
+    return half and width == value.shape[-1] and width % 8 == 0 and (width <= 192 or 224 < width <= 256)
 
 
 @cache
 def varlen_kernel() -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`; None before PyTorch 2.11: missing, or without windows and scale."""
-    if find_spec("torch.nn.attention.varlen") is None:
+    """`torch.nn.attention.varlen.varlen_attn`; None before PyTorch 2.11 (missing, or without windows and scale), and
+    where PyTorch was built without flash attention.
+    """
+    if not torch.backends.cuda.is_flash_attention_available() or find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
 
@@ -234,12 +261,15 @@ def at_once(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     places, ends_query, ends_key, longest_query, longest_key = _gathered(plan, query.device)
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if places is not None:
+        keys, values = keys[places], values[places]
     # PyTorch 2.11 takes fewer heads of keys than of queries unasked, and has no argument for it.
     grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_groups(kernel) else {}
     result: Tensor = kernel(
         query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1)[places],
-        value[0].transpose(0, 1)[places],
+        keys.contiguous(),
+        values.contiguous(),
         ends_query,
         ends_key,
         longest_query,
@@ -257,9 +287,9 @@ def _asks_for_groups(kernel: Callable[..., Any]) -> bool:
 
 
 @lru_cache(maxsize=4)  # layers ask for the same plan one after the other
-def _gathered(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Where the keys of all segments stand in the row, prefixes before their segments; cumulated numbers of queries
-    and keys, from 0; the most queries and keys of a segment.
+def _gathered(plan: RowPlan, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
+    """Where the keys of all segments stand in the row, prefixes before their segments, None where there are no
+    prefixes; cumulated numbers of queries and keys, from 0; the most queries and keys of a segment.
     """
     queries = [segment.length for segment in plan.segments]
     keys = [segment.prefix + segment.length for segment in plan.segments]
@@ -267,7 +297,8 @@ def _gathered(plan: RowPlan, device: torch.device) -> tuple[Tensor, Tensor, Tens
         torch.cat([torch.arange(s.prefix_begin, s.prefix_end), torch.arange(s.begin, s.end)]) for s in plan.segments
     ]
     ends = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)]
-    return torch.cat(places).to(device), ends[0], ends[1], max(queries), max(keys)
+    gathered = torch.cat(places).to(device) if queries != keys else None
+    return gathered, ends[0], ends[1], max(queries), max(keys)
 
 
 AttentionInterface.register(NAME, _attend)
@@ -370,7 +401,8 @@ def _keeps_apart(causal_lm: Any, plan: bool) -> bool:
     with short_windows(causal_lm):
         packed = _tried(causal_lm, [other, sample], [0, 0], behind)
         alone = _tried(causal_lm, [sample], [0], None)
-    return _equal(packed, alone) and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
+        equal = _equal(packed, alone, causal_lm)
+    return equal and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
 
 
 def shares_prefixes(causal_lm: Any) -> bool:
@@ -383,7 +415,8 @@ def shares_prefixes(causal_lm: Any) -> bool:
     with short_windows(causal_lm):
         shared = _tried(causal_lm, [prefix, first, second], [0, 6, 6], plan)
         alone = _tried(causal_lm, [prefix, second], [0, 6], None)
-    if shared is None or not _equal(shared, alone):
+        equal = _equal(shared, alone, causal_lm)
+    if shared is None or not equal:
         return False
     return float(shared.gradient[6:11].abs().sum()) == 0 < float(shared.gradient[:6].abs().sum())
 
@@ -391,7 +424,6 @@ def shares_prefixes(causal_lm: Any) -> bool:
 class _Tried(NamedTuple):
     states: Tensor  # (7, D), float32: the hidden states of the last sample
     gradient: Tensor  # (T, D): what half of their features, summed, send to the embeddings
-    tolerance: float
 
 
 def _tried(causal_lm: Any, pieces: Sequence[Tensor], starts: Sequence[int], plan: RowPlan | None) -> _Tried | None:
@@ -409,15 +441,35 @@ def _tried(causal_lm: Any, pieces: Sequence[Tensor], starts: Sequence[int], plan
             (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
     except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or a mask that must be a tensor
         return None
-    # Rows of another length round otherwise: in half precision and over 8-bit weights by up to 0.02 of the norm.
-    rounds = outputs.last_hidden_state.dtype != torch.float32 or any(hasattr(p, "SCB") for p in causal_lm.parameters())
-    return _Tried(last.detach(), gradient[0], 0.03 if rounds else 1e-3)
+    return _Tried(last.detach(), gradient[0])
 
 
-def _equal(one: _Tried | None, other: _Tried | None) -> bool:
+def _equal(one: _Tried | None, other: _Tried | None, causal_lm: Any) -> bool:
     if one is None or other is None:
         return False
-    return bool((one.states - other.states).norm() < one.tolerance * other.states.norm())
+    return bool((one.states - other.states).norm() < tolerance(causal_lm) * other.states.norm())
+
+
+@torch.no_grad()
+def tolerance(causal_lm: Any) -> float:
+    """By how much of their norm hidden states that should be equal may differ. In half precision and over 8-bit weights
+    rows of another length round otherwise, and on a GPU more so, as it has other kernels for them: three times as much
+    as the states of a row differ from those of copies computed at once may be rounding.
+    """
+    table = causal_lm.get_input_embeddings()
+    if table.weight.dtype == torch.float32 and not any(hasattr(p, "SCB") for p in causal_lm.parameters()):
+        return EXACT
+    row = table(torch.arange(4, 17, device=table.weight.device)[None])
+    decoder = causal_lm.base_model if _attending(causal_lm) is causal_lm else causal_lm.get_decoder()
+    try:
+        alone, *others = (
+            decoder(inputs_embeds=row.expand(copies, -1, -1), use_cache=False).last_hidden_state[0].float()
+            for copies in (1, 2, 3)
+        )
+    except (TypeError, AttributeError, ValueError, RuntimeError):  # it needs more than embeddings
+        return ROUNDED
+    rounding = max(float((other - alone).norm() / alone.norm()) for other in others)
+    return min(max(ROUNDED, 3 * rounding), MOST_ROUNDED)
 
 
 @contextmanager

@@ -21,13 +21,11 @@ from finetune.model.build import Components
 from finetune.model.composite import MultimodalModel
 from finetune.model.padding import left_padded_positions, position_ids
 from finetune.model.prefixes import prompt_tokens
-from finetune.model.row_plan import RowKind, by_segments, short_windows, why_unshared
+from finetune.model.row_plan import ROUNDED, RowKind, by_segments, short_windows, tolerance, why_unshared
 from finetune.model.tokenize import Tokens, tokenize
 from finetune.training.collate import Collator, PackedRow
 from finetune.training.samples import TokenizedSample, TokenizedSamples
 
-TOLERANCE = 1e-3  # of the norm of the hidden states
-HALF_TOLERANCE = 0.03  # rows of another length round otherwise in half precision, and over 8-bit weights
 KINDS = (RowKind.SHARED, RowKind.SEGMENTS, RowKind.PACKED, RowKind.PADDED)
 # (question, answer): the last two may share their question, the first differs from both.
 SAMPLES = (("Why?", "f g"), ("What is this?", "a b c"), ("What is this?", "d e"))
@@ -85,8 +83,7 @@ def _exact(
     answered = _answered(samples[-1])
     _refuse_seeing_ahead(model, samples[-1], shown)
     native = _native_states(model, samples[-1], shown)[-answered:]
-    half = native.dtype != torch.float32 or any(hasattr(p, "SCB") for p in model.causal_lm.parameters())
-    native, tolerance = native.float(), HALF_TOLERANCE if half else TOLERANCE
+    native, allowed_error = native.float(), tolerance(model.causal_lm)
     table = TokenizedSamples.of(TokenizedSample.of(tokens, f"trial {number}") for number, tokens in enumerate(samples))
     features = {medium: model.encode(medium, [prepared.values])[0] for medium, prepared in shown.prepared.items()}
     for row_kind in allowed:
@@ -109,7 +106,7 @@ def _exact(
         except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or another mask
             continue
         own = states[-1, : len(samples[-1].input_ids)] if row_kind is RowKind.PADDED else states[0]
-        if (own[-answered:].float() - native).norm() < tolerance * native.norm():
+        if (own[-answered:].float() - native).norm() < allowed_error * native.norm():
             yield row_kind
 
 
@@ -126,7 +123,7 @@ def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _TrialMe
             beside["token_type_ids"] = answer_types(mask, [prompt_tokens(tokens.labels)])
         outputs = model.backbone(ids, features, attention_mask=mask, use_cache=False, **beside)
         states.append(outputs.last_hidden_state[0, :-1].float())
-    if (states[0] - states[1]).norm() > HALF_TOLERANCE * states[0].norm():
+    if (states[0] - states[1]).norm() > ROUNDED * states[0].norm():
         raise ModelError(
             f"model.base: in {type(model.causal_lm).__name__} the tokens of an answer see those behind them, so that "
             "nothing could be learned from answers here: take another base"

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,18 @@ def test_a_model_that_does_not_fit_is_compared_from_disk(fusion, run, tmp_path, 
             assert getattr(other, key) == pytest.approx(getattr(measures, key), abs=1e-4), (name, key)
         assert other.scores is None and "memory has no room" in other.not_scored
     assert not list(run.glob("*.partial")) and not (run / "merged" / "scratch").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_gpu", "in_memory", "place"),
+    [("cuda", 121, 0, "cuda"), ("cuda", 119, 121, "cpu"), ("cuda", 119, 119, None), ("cpu", 121, 121, "cpu")],
+)
+def test_a_merged_model_is_read_back_where_there_is_room(kind, on_gpu, in_memory, place, tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (on_gpu, 1000))
+    monkeypatch.setattr(candidates.psutil, "virtual_memory", lambda: SimpleNamespace(available=in_memory))
+    found = candidates.place_for(tmp_path, torch.device(kind))
+    assert found == (None if place is None else torch.device(place))
 
 
 def test_shards_of_a_merged_folder_are_one_model(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from gguf import GGMLQuantizationType, GGUFWriter
 from tiny import fresh_tokenizer, tiny_encoder, tiny_llm, tiny_llm_folder, tiny_recipe
 
@@ -120,6 +121,19 @@ def test_quantized_weights_are_small_and_close(quantize, tmp_path):
     assert bytes_of[0] < 0.3 * bytes_of[1]
     ours, theirs = quantized(ids).logits.flatten(), exact(ids).logits.flatten()
     assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_folder_of_4_bit_weights_computes_in_the_dtype_of_the_run(dtype, tmp_path):
+    """Not in that which the folder names."""
+    source, folder = tiny_llm_folder(tmp_path / "llm"), tmp_path / "quantized"
+    load_language_model(Llm(name=str(source)), torch.bfloat16, CPU).save_pretrained(folder)
+    model = load_language_model(Llm(name=str(folder)), dtype, CPU)
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(5, layer.in_features, dtype=dtype)
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert weight.dtype == dtype
+    torch.testing.assert_close(layer(x), x @ weight.T)
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
 HEADS = ((8, 2), (4, 4))  # of queries, of keys and values
 WINDOWS = (None, 24)  # tokens
-WORSE = 1.5  # times the error of SDPA in the same dtype
-LEAST = {torch.bfloat16: 2e-3, torch.float16: 3e-4}  # relative errors that rounding alone explains
+# Times the error of SDPA in the same dtype, which may compute in float32 where the kernel rounds the probabilities, and
+# relative errors that rounding alone explains. A token too many or too few is an error of 0.06 or more.
+WORSE = 2.0
+LEAST = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,8 +56,9 @@ def check(setting: Setting) -> str:
                 f"and gradients {errors}, of SDPA {usual}"
             )
         worst[dtype] = max(worst[dtype], (max(errors), max(usual)))
-    capable = setting.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    assert kernel == capable, "PyTorch's kernel for many lengths is missing, or takes other arguments"
+    assert kernel == row_plan._is_ampere(setting.device), (
+        "PyTorch's kernel for many lengths is missing, or takes other arguments"
+    )
     figures = "; ".join(f"{str(d)[6:]} {one:.1e}, SDPA {other:.1e}" for d, (one, other) in worst.items())
     return f"{'one kernel' if kernel else 'a segment a call'}; greatest error of output and gradients: {figures}"
 

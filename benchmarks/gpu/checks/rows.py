@@ -10,8 +10,9 @@ from finetune.recipe.schema import Llm
 
 # The second has windows in every other layer, the third attention code of its own.
 FAMILIES = {"llama": {}, "gemma3_text": {"head_dim": 64, "sliding_window": 12}, "gemma2": {"head_dim": 64}}
-WORSE = 1.5  # times the error of separate rows in the same dtype
-LEAST = {torch.bfloat16: 2e-3, torch.float16: 3e-4}
+# Times the error of separate rows in the same dtype, and relative errors that rounding alone explains.
+WORSE = 2.0
+LEAST = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
 
 
 def check(setting: Setting) -> str:

@@ -28,7 +28,7 @@ from finetune.model.base.both_ways import reads_prompts_both_ways
 from finetune.model.base.config import SECTIONS, media_in_config
 from finetune.model.bounds import refuse_oversized
 from finetune.model.composition import Rope
-from finetune.model.language_model import PLAIN_TEMPLATE, keep_layout, quantization
+from finetune.model.language_model import PLAIN_TEMPLATE, compute_in, keep_layout, quantization
 from finetune.model.template_limit import limited
 from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
@@ -129,6 +129,7 @@ class ExistingModel:
                 f"base {settings.name!r}: {len(wrong)} weights of {type(model).__name__} aren't in its files, or have "
                 f"another shape: {sorted(map(str, wrong))[0]}"
             )
+        compute_in(model, self.dtype)
         keep_layout(model)
         return model.eval().requires_grad_(False)
 
