@@ -9,8 +9,6 @@ from itertools import chain
 from math import ceil
 from typing import overload
 
-import numpy as np
-
 from finetune.common.errors import DataError
 
 LEAST_TOKENS = 16  # of a prefix
@@ -203,6 +201,8 @@ class Pieces:
 
     def in_order(self) -> tuple["array[int]", "array[int]"]:
         """(the samples of all pieces, one piece after another; where each piece begins, and their end)"""
+        import numpy as np  # which a recipe is checked without
+
         samples, places = (np.frombuffer(numbers, np.int32) for numbers in (self.samples, self.places))
         ends = np.append(0, np.cumsum(np.bincount(places)))
         return array("i", samples[np.argsort(places, kind="stable")].tobytes()), array("q", ends.tobytes())
