@@ -89,7 +89,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     validation = [
         sample
         for numbers in by_task(splits.validation).values()
-        for sample in subset([splits.validation[i] for i in numbers], limit, recipe.seed)
+        for sample in subset(picked(splits.validation, numbers), limit, recipe.seed)
     ]
     with watch("read"):
         bindings = bindings_of(recipe.data, splits.train)
