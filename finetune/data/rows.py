@@ -325,8 +325,8 @@ def of_task(samples: Sequence[Sample], name: str) -> Sequence[Sample]:
     return picked(samples, by_task(samples).get(name, []))
 
 
-def answers_of(samples: Sequence[Sample]) -> list[str]:
-    return table.column("answer").to_pylist() if (table := _table(samples)) else [one.answer for one in samples]
+def answers_of(samples: Sequence[Sample]) -> Iterator[str]:
+    return table.each("answer") if (table := _table(samples)) else (one.answer for one in samples)
 
 
 def _table(samples: Sequence[Sample]) -> "SampleTable | None":

@@ -33,15 +33,15 @@ def keep_rows(folder: RunFolder, splits: Splits, recipe: Recipe) -> None:
     if path.is_file():
         return
 
-    def kept(samples: SampleTable) -> list[KeptRow]:
-        columns = samples.column("key").to_pylist(), samples.sources.tolist(), samples.wheres
+    def kept(samples: SampleTable) -> list[dict[str, str]]:  # objects of many rows would take much more room
+        columns = samples.each("key"), samples.sources.tolist(), samples.wheres
         return [
-            KeptRow(key=key.hex(), task=samples.tasks[source], where=where, file=str(recipe.data[source].path))
+            {"key": key.hex(), "task": samples.tasks[source], "where": where, "file": files[source]}
             for key, source, where in zip(*columns, strict=True)
         ]
 
-    rows = KeptRows(validation=kept(splits.validation), test=kept(splits.test))
-    write_json(path, rows.model_dump())
+    files = [str(source.path) for source in recipe.data]
+    write_json(path, {"validation": kept(splits.validation), "test": kept(splits.test)})
 
 
 def splits_of_run(folder: RunFolder, recipe: Recipe) -> Splits:

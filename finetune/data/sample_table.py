@@ -150,10 +150,16 @@ class SampleTable(Sequence[Sample]):
         """(how many answers differ, {answer: number of samples} in the order in which they come, where these are no
         more than `most`).
         """
-        counted = pc.value_counts(self.column("answer"))
-        values, counts = (counted.field(name) for name in ("values", "counts"))
-        few = len(values) <= most
-        return len(values), Counter(dict(zip(values.to_pylist(), counts.to_pylist(), strict=True)) if few else {})
+        counts: Counter[str] = Counter()
+
+        def hashes() -> Iterator[int]:
+            for answer in self.each("answer"):
+                if len(counts) <= most:
+                    counts[answer] += 1
+                yield hash(answer)
+
+        different = len(np.unique(np.fromiter(hashes(), np.int64, len(self))))  # texts would take far more room
+        return different, counts if different <= most else Counter()
 
     def with_keys(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
         """Which of the samples have one of these keys."""
@@ -162,7 +168,8 @@ class SampleTable(Sequence[Sample]):
 
     def count_media(self) -> int:
         """Of all samples, those in several of them counted each time."""
-        return int(pc.sum(pc.list_value_length(self.column("media"))).as_py() or 0)
+        counts = pc.list_value_length(self.table.column("media"))
+        return int(pc.sum(taken(counts, self.numbers)).as_py() or 0)
 
     def digest(self) -> str:
         """SHA-256 of the samples, hexadecimal."""

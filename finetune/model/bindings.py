@@ -47,7 +47,7 @@ def bindings_of(sources: Sequence[Source], training: Sequence[Sample]) -> dict[s
             refuse_reserved(name)
         untrained = TaskBinding(task=source.task, head=source.head)
         own = of_task(training, name)
-        targets = [untrained.target(sample) for sample in own] if source.head.trained else answers_of(own)
+        targets = (untrained.target(sample) for sample in own) if source.head.trained else answers_of(own)
         try:
             settings = source.head.module.settings(targets, source.head.options)
         except DataError as error:

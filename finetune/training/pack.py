@@ -18,13 +18,13 @@ Row = list[list[int]]  # groups of samples: those of a group share their beginni
 
 @dataclass(frozen=True)
 class Rows(Sequence[Row]):
-    """Rows in three arrays, since those of all epochs are many: `samples` (int32) of all of them, one after another;
-    where in `samples` each group ends, behind a 0, and where in these `groups` each row ends, behind a 0 (both int64).
+    """Rows in three arrays of int32, since those of all epochs are many: `samples` of all of them, one after another;
+    where in `samples` each group ends, behind a 0, and where in these `groups` each row ends, behind a 0.
     """
 
     samples: "array[int]" = field(default_factory=lambda: array("i"))
-    groups: "array[int]" = field(default_factory=lambda: array("q", [0]))
-    ends: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    groups: "array[int]" = field(default_factory=lambda: array("i", [0]))
+    ends: "array[int]" = field(default_factory=lambda: array("i", [0]))
 
     @classmethod
     def of(cls, rows: Iterable[Iterable[Iterable[int]]]) -> "Rows":
@@ -65,13 +65,20 @@ class Sharing:
     group: Sequence[int]
     saved: Sequence[int]
 
+    def together(self, samples: Iterable[int]) -> Row:
+        """Samples by their groups."""
+        groups: dict[int, list[int]] = {}
+        for sample in samples:
+            groups.setdefault(self.group[sample], []).append(sample)
+        return list(groups.values())
+
     def tokens(self, group: Sequence[int], lengths: Sequence[int]) -> int:
         """Tokens of samples of one group that stand in a row together."""
         return sum(lengths[sample] for sample in group) - self.saved[group[0]] * (len(group) - 1)
 
     @classmethod
     def none(cls, count: int) -> "Sharing":
-        return cls(range(count), [0] * count)
+        return cls(range(count), bytes(count))
 
 
 def pack(
@@ -111,13 +118,13 @@ def pack(
     return rows
 
 
-def epoch_order(weights: Sequence[float], seed: int, epoch: int) -> list[int]:
+def epoch_order(weights: Sequence[float], seed: int, epoch: int) -> "array[int]":
     """The samples of one epoch, shuffled. A weight of 2 is twice an epoch, 0.5 every other epoch on average."""
     generator = random.Random(f"{seed}/{epoch}")
-    order: list[int] = []
+    order = array("i")
     for sample, weight in enumerate(weights):
         whole = int(weight)
-        order += [sample] * (whole + (generator.random() < weight - whole))
+        order.extend([sample] * (whole + (generator.random() < weight - whole)))
     generator.shuffle(order)
     return order
 
@@ -157,43 +164,70 @@ def plan_rows(
     for epoch in range(epochs):
         whole = units(groups, lengths, capacity, f"{seed}/{epoch}") if groups else None
         order = epoch_order([weights[unit[0]] for unit in whole] if whole else weights, seed, epoch)
-        drawn = (whole[number] if whole else [number] for number in order)
-        pieces = gather(drawn, lengths, sharing, capacity)
+        pieces = gather((whole[number] if whole else [number] for number in order), lengths, sharing, capacity)
         # A row has as many samples as without sharing, on average, so that an epoch has as many steps; but a group that
         # alone would fill more than a row stays together, and is one.
-        apart = [sum(lengths[sample] for group in piece for sample in group) for piece in pieces]
-        together = [sum(sharing.tokens(group, lengths) for group in piece) for piece in pieces]
         mean = capacity
         if any(sharing.saved):
             sizes = [sum(lengths[sample] for sample in unit) for unit in whole] if whole else lengths
-            mean = ceil(sum(apart) / max(len(pack(sizes, capacity, order)), 1))
-        packed = pack(together, capacity, range(len(pieces)), apart, mean)
+            mean = ceil(sum(pieces.apart) / max(len(pack(sizes, capacity, order)), 1))
+        packed = pack(pieces.tokens, capacity, range(len(pieces.tokens)), pieces.apart, mean)
+        samples, ends = pieces.in_order()
         for row in packed:
-            rows.append(chain.from_iterable(pieces[number] for number in row))
+            parts = (samples[ends[piece] : ends[piece + 1]] for piece in row)
+            rows.append(chain.from_iterable(sharing.together(part) for part in parts))
     return rows
 
 
-def gather(drawn: Iterable[Sequence[int]], lengths: Sequence[int], sharing: Sharing, capacity: int) -> list[Row]:
+@dataclass(frozen=True)
+class Pieces:
+    """Parts of rows: samples as they were drawn, and the number of each one's piece; of each piece its tokens, and its
+    tokens if nothing were shared.
+    """
+
+    samples: "array[int]" = field(default_factory=lambda: array("i"))
+    places: "array[int]" = field(default_factory=lambda: array("i"))
+    tokens: "array[int]" = field(default_factory=lambda: array("q"))
+    apart: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, unit: Sequence[int], place: int, tokens: int, apart: int) -> None:
+        if place == len(self.tokens):
+            self.tokens.append(0)
+            self.apart.append(0)
+        self.samples.extend(unit)
+        self.places.extend([place] * len(unit))
+        self.tokens[place] += tokens
+        self.apart[place] += apart
+
+    def in_order(self) -> tuple["array[int]", "array[int]"]:
+        """(the samples of all pieces, one piece after another; where each piece begins, and their end)"""
+        import numpy as np  # which a recipe is checked without
+
+        samples, places = (np.frombuffer(numbers, np.int32) for numbers in (self.samples, self.places))
+        ends = np.append(0, np.cumsum(np.bincount(places)))
+        return array("i", samples[np.argsort(places, kind="stable")].tobytes()), array("q", ends.tobytes())
+
+
+def gather(drawn: Iterable[Sequence[int]], lengths: Sequence[int], sharing: Sharing, capacity: int) -> Pieces:
     """Units in the order in which they were drawn -> parts of rows, where the first of those that share their beginning
     stood: all of them, or if they're more than MOST_BRANCHES, as many as a row would hold if nothing were shared.
     """
-    sizes = Counter(sharing.group)
-    pieces: list[Row] = []
-    growing: dict[int, list[int]] = {}
+    sizes = Counter(group for group, saved in zip(sharing.group, sharing.saved, strict=True) if saved)
+    pieces = Pieces()
+    growing: dict[int, tuple[int, int]] = {}  # of a group: the piece that its next samples join, and how many it has
     for unit in drawn:
-        by_beginning: dict[int, list[int]] = {}
-        for sample in unit:
-            by_beginning.setdefault(sharing.group[sample], []).append(sample)
-        if len(by_beginning) > 1:
-            pieces.append(list(by_beginning.values()))
-            continue
-        number = sharing.group[unit[0]]
-        group = growing.get(number, [])
-        grown = [*group, *unit]
-        whole = sizes[number] <= MOST_BRANCHES
-        tokens = sharing.tokens(grown, lengths) if whole else sum(lengths[sample] for sample in grown)
-        if not group or not sharing.saved[unit[0]] or len(grown) > MOST_BRANCHES or tokens > capacity:
-            group = growing[number] = []
-            pieces.append([group])
-        group.extend(unit)
+        groups = sharing.together(unit)
+        number, saved = sharing.group[unit[0]], sharing.saved[unit[0]] if len(groups) == 1 else 0
+        apart = sum(lengths[sample] for sample in unit)
+        place, count = growing.get(number, (0, 0)) if saved else (0, 0)
+        tokens = apart - saved * len(unit)  # behind the prefix that is there
+        if count:
+            whole = sizes[number] <= MOST_BRANCHES
+            filled = pieces.tokens[place] + tokens if whole else pieces.apart[place] + apart
+        if not count or count + len(unit) > MOST_BRANCHES or filled > capacity:
+            place, count = len(pieces.tokens), 0
+            tokens = sum(sharing.tokens(group, lengths) for group in groups)
+        pieces.add(unit, place, tokens, apart)
+        if saved:
+            growing[number] = place, count + len(unit)
     return pieces

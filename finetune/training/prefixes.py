@@ -16,7 +16,7 @@ from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES, Sharing
 from finetune.training.samples import TokenizedSamples
 
 Numbers: TypeAlias = npt.NDArray[Any]
-AT_ONCE = 10_000  # samples whose tokens are copied at once
+AT_ONCE = 2_000  # samples whose tokens are copied at once
 LEAST_SAVED = 0.1  # of a group's tokens; below that, and below LEAST_TOKENS, samples are left to be shuffled freely
 
 
@@ -63,9 +63,15 @@ def _beginnings(samples: TokenizedSamples) -> tuple[Numbers, Numbers]:
     count = len(samples)
     parts = [samples.select(range(at, min(at + AT_ONCE, count))) for at in range(0, max(count, 1), AT_ONCE)]
     names = pc.unique(pa.chunked_array([_media_names(part).unique() for part in parts], pa.string()))
-    found = [_beginnings_of(part, names) for part in parts]
-    sizes = np.concatenate([size for _, size in found])
-    return np.concatenate([ids for ids, _ in found]), np.concatenate([[0], np.cumsum(sizes)])
+    # Arrow's memory, of which only what is written counts: glibc's malloc would keep as much from then on.
+    result = np.frombuffer(pa.allocate_buffer(4 * sum(samples.lengths)), ">u4")
+    end, sizes = 0, []
+    for part in parts:
+        ids, size = _beginnings_of(part, names)
+        result[end : end + len(ids)] = ids
+        end += len(ids)
+        sizes.append(size)
+    return result[:end], np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
 
 
 def _beginnings_of(samples: TokenizedSamples, names: pa.Array) -> tuple[Numbers, Numbers]:

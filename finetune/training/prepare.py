@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
 from accelerate import PartialState
 
 from finetune.common.errors import RUN, TrainingError, option
@@ -90,7 +89,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
     validation = [
         sample
         for numbers in by_task(splits.validation).values()
-        for sample in subset([splits.validation[i] for i in numbers], limit, recipe.seed)
+        for sample in subset(picked(splits.validation, numbers), limit, recipe.seed)
     ]
     with watch("read"):
         bindings = bindings_of(recipe.data, splits.train)
@@ -120,6 +119,7 @@ def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> 
             refuse_other_rows(folder, digest)
         taught_samples = {name: data.tokenized(run) for name, data in teacher_data.items()}
     lengths = samples.lengths
+    trim_memory()
     console.print(
         f"{len(lengths):,} rows, {sum(lengths):,} tokens an epoch in rows of {int(recipe.train.tokens_per_batch):,} "
         f"tokens (one sample: {min(lengths)} to {max(lengths)})"
@@ -195,6 +195,5 @@ def stage_rows(
         if kind is RowKind.SHARED
         else None,
     )
-    pa.default_memory_pool().release_unused()
     trim_memory()
     return samples, rows

@@ -1,6 +1,7 @@
 """One stage of training, or what is left of it."""
 
 import shutil
+from array import array
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -77,14 +78,14 @@ def _finished(
     steps = validation.history[-1].step if validation else training.steps  # fewer where it ended early
     rows = islice(training.rows, steps * training.settings.accumulate * processes.num_processes)
     lengths = training.collator.samples.lengths
-    trained_on = [number for row in rows for group in row for number in group]
+    tokens = array("q", (lengths[number] for row in rows for group in row for number in group))
     return StageResult(
         losses=[round(entry["loss"], 6) for entry in log],
         token_accuracy=[round(entry["mean_token_accuracy"], 4) for entry in log],
         steps=steps,
-        samples=len(trained_on) // training.stage.objective.iterations,
+        samples=len(tokens) // training.stage.objective.iterations,
         # With the sampled answers, which are in no row.
-        tokens=int(log[-1]["num_tokens"]) if training.rollouts else sum(lengths[number] for number in trained_on),
+        tokens=int(log[-1]["num_tokens"]) if training.rollouts else sum(tokens),
         figures={name: [entry.get(name) for entry in log] for name in training.stage.objective.module.FIGURES},
         left_out=suspects_of(training).left_out(),
         pieces=max((one.pieces for one in halved_of(training)), default=1),

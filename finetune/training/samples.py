@@ -118,17 +118,21 @@ class TokenizedSamples:
 
     def __init__(self, table: pa.Table, numbers: npt.NDArray[np.integer[Any]] | None = None) -> None:
         self.table = table
-        self.numbers = np.arange(table.num_rows, dtype=np.int32) if numbers is None else numbers
+        self._numbers = numbers
+
+    @property
+    def numbers(self) -> npt.NDArray[np.integer[Any]]:
+        return np.arange(self.table.num_rows, dtype=np.int32) if self._numbers is None else self._numbers
 
     @classmethod
     def of(cls, samples: Iterable[TokenizedSample]) -> "TokenizedSamples":
         return cls(keep(None, SCHEMA, map(vars, samples)))
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return self.table.num_rows if self._numbers is None else len(self._numbers)
 
     def __getitem__(self, number: int) -> TokenizedSample:
-        place = int(self.numbers[number])
+        place = number if self._numbers is None else int(self._numbers[number])
         return TokenizedSample(**{name: self.table.column(name)[place].as_py() for name in SCHEMA.names})
 
     def arrow(self, name: str) -> pa.ChunkedArray:
@@ -279,7 +283,7 @@ def compared(samples: Sequence[Sample], needs: Needs, run: Run) -> Iterator[Toke
     """
     if needs == "pairs":
         return _each(enumerate(samples), lambda row: _pair(*row, run))
-    others = answers_of(samples)
+    others = [*answers_of(samples)]
     return _each(enumerate(samples), lambda row: _unpaired(*row, others[row[0] - 1], run))
 
 

@@ -63,8 +63,8 @@ def packed_rows(rows: Sequence[Row]) -> Dataset:
     """Rows for all processes: the last ones are filled up with rows from which nothing is learned."""
     packed = rows if isinstance(rows, Rows) else Rows.of(rows)
     filler = -len(packed) % PartialState().num_processes
-    by_group = pa.LargeListArray.from_arrays(_arrow(packed.groups), _arrow(packed.samples))
-    by_row = pa.LargeListArray.from_arrays(_arrow(packed.ends), by_group)
+    by_group = pa.ListArray.from_arrays(_arrow(packed.groups), _arrow(packed.samples))
+    by_row = pa.ListArray.from_arrays(_arrow(packed.ends), by_group)
     numbers = np.arange(len(packed) + filler)
     groups = by_row.take(pa.array(numbers % len(packed))) if filler else by_row
     return Dataset.from_dict({"groups": groups, "filler": pa.array(numbers >= len(packed))})

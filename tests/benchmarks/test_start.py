@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 def test_a_second_start_reads_and_encodes_nothing_anew(tmp_path):
     file = tmp_path / "figures.json"
     command = [sys.executable, "benchmarks/start.py", "--rows", "1500", "--kinds", "picture", "--pictures", "300"]
-    done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--again", "1", "--json", str(file)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = json.loads(file.read_text())
     assert [first["start"], second["start"]] == ["first", "second"] and first["loss"] == second["loss"]

@@ -5,13 +5,17 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from peak_bytes import peak_bytes
 from tiny import part, tiny_picture
 
 from finetune.data import media_index as index_module
 from finetune.data import rows as module
 from finetune.data.media_index import MediaIndex
-from finetune.data.rows import read_splits, summary
+from finetune.data.rows import Splits, SplitSummary, read_splits, summary
+from finetune.data.sample_table import SampleTable
+from finetune.model.bindings import bindings_of
 from finetune.recipe.schema import Source
 
 COUNT = 1200
@@ -125,6 +129,18 @@ def test_part_of_the_samples_are_what_a_list_would_hold(data, read):
     known = sorted(media)[0]
     assert {m.key for m in train.different_media(lambda kind, key: key == known)} == media - {known}
     assert train.count_media() == len(everything) and train.digest() != chosen.digest()
+
+
+def test_no_list_of_all_texts_is_made(data, read):
+    table, count, length = read(sources(data))[0].train.table, 10_000, 1000
+    answers = pa.array([f"{number:{length}}" for number in range(count)], pa.large_string())
+    place = table.schema.get_field_index("answer")
+    rows = SampleTable(table.take([0] * count).set_column(place, "answer", answers), ["caption"], [1.0])
+    half = rows.select(range(0, count, 2))
+    expected = SplitSummary(rows=count // 2, media=count // 2, different_answers=count // 2, answers={})
+    assert summary(Splits(half, half, half))["train"] == expected
+    for work in (lambda: summary(Splits(half, half, half)), lambda: bindings_of(sources(data), half)):
+        assert peak_bytes(work) < 0.6 * length * count // 2
 
 
 def test_hashes_are_kept_until_a_file_changes(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 import random
 import tracemalloc
+from array import array
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from peak_bytes import peak_bytes
 
 from finetune.common.errors import DataError
 from finetune.training import stage_training
@@ -209,7 +211,13 @@ def test_a_row_of_an_epoch_takes_a_few_bytes():
     copy = Rows.of(rows)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert copy == rows and size < 16 * 2 * samples
+    assert copy == rows and size < 10 * 2 * samples
+
+
+def test_a_plan_needs_few_bytes_for_each_sample():
+    count = 10_000
+    lengths, weights = array("q", [100]) * count, array("d", [1.0]) * count
+    assert peak_bytes(lambda: plan_rows(lengths, weights, capacity=1000, epochs=1, seed=0)) < 180 * count
 
 
 @pytest.mark.parametrize("processes, filler", [(1, 0), (2, 1), (5, 2)])

@@ -17,6 +17,7 @@ from packed import (
     tokenized_sample,
     train_composite,
 )
+from peak_bytes import peak_bytes
 from tiny import (
     FAMILIES,
     FUSIONS,
@@ -508,6 +509,13 @@ def test_groups_are_those_of_equal_tokens_and_media(monkeypatch):
     assert sharing.group[1] == sharing.group[4] != sharing.group[0]
     assert sharing.saved == [6, 6, 6, 6, 6, 0]
     assert sharing_of(TokenizedSamples.of(QUESTIONS), media_in_prefix=True).saved == sharing.saved
+
+
+def test_finding_groups_needs_little_more_memory_than_the_tokens_do():
+    count, tokens = 20_000, 200
+    one = TokenizedSamples.of([asked(0, [10], [20], before=range(tokens))])
+    samples = TokenizedSamples(one.table.take([0] * count))
+    assert peak_bytes(lambda: sharing_of(samples)) < 1.5 * 4 * tokens * count + 12 * 2**20
 
 
 def test_text_alone_is_no_prefix_where_media_must_stand_in_it():

@@ -2,7 +2,7 @@
 with weights of its own a `TrainedHeadContract`, and imports no torch at module level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -50,7 +50,7 @@ class HeadContract(Protocol):
     TRAINED: bool  # whether it has weights, which a stage trains as 'heads'; it is then a `TrainedHeadContract`
     Options: type[PartOptions]
 
-    def settings(self, targets: Sequence[Target], options: Any) -> HeadSettings:
+    def settings(self, targets: Iterable[Target], options: Any) -> HeadSettings:
         """What to learn from the training rows: from their targets, or for a head without weights from the text of
         their answers. Raises DataError.
         """

@@ -1,6 +1,7 @@
 """A linear layer on the LLM's last state: a probability for each label, with one right label per row or several."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -25,17 +26,19 @@ class Options(PartOptions):
     smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target that is spread over all labels.")
 
 
-def settings(targets: Sequence[str | list[str]], options: Options) -> HeadSettings:
-    several = any(isinstance(target, list) for target in targets)
-    chosen = [label for target in targets for label in _labels_of(target)]
-    labels = tuple(sorted({*chosen}))
+def settings(targets: Iterable[str | list[str]], options: Options) -> HeadSettings:
+    several, rows, counts = False, 0, Counter[str]()
+    for target in targets:
+        several, rows = several or isinstance(target, list), rows + 1
+        counts.update(_labels_of(target))
+    labels = tuple(sorted(counts))
     if len(labels) < 2:
         raise DataError(
             f"head: the training rows must hold at least two labels; they hold {', '.join(labels) or 'none'}"
         )
     if not options.balanced:
         return HeadSettings(labels=labels, several=several)
-    shares = [chosen.count(label) / len(targets) for label in labels]
+    shares = [counts[label] / rows for label in labels]
     weights = [(1 - share) / share if several else 1 / (share * len(labels)) for share in shares]
     return HeadSettings(labels=labels, several=several, weights=tuple(round(weight, 6) or 1.0 for weight in weights))
 

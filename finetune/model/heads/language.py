@@ -1,6 +1,6 @@
 """The LLM's own head: it writes its answer, or gives the probability of writing each of the labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -21,7 +21,7 @@ class Options(PartOptions):
     )
 
 
-def settings(targets: Sequence[str], options: Options) -> HeadSettings:
+def settings(targets: Iterable[str], options: Options) -> HeadSettings:
     if options.answers == "written":
         return HeadSettings()
     labels = tuple(sorted({*targets}))

@@ -2,7 +2,7 @@
 are ranked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -26,7 +26,7 @@ class Options(PartOptions):
     )
 
 
-def settings(targets: Sequence[Target], options: Options) -> HeadSettings:
+def settings(targets: Iterable[Target], options: Options) -> HeadSettings:
     """The squared loss scales targets to mean 0 and deviation 1, so that one learning rate fits all."""
     from statistics import fmean, pstdev
 
