@@ -37,9 +37,7 @@ def fresh_memory() -> None:
 
 
 def trim_memory() -> None:
-    """Give the system back what Arrow and glibc keep between blocks in use: it would grow with modules or rows."""
-    if arrow := sys.modules.get("pyarrow"):
-        arrow.default_memory_pool().release_unused()
+    """Give the system back what glibc keeps between blocks that are in use: it would grow with modules or rows."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

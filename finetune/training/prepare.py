@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 from accelerate import PartialState
 
 from finetune.common.errors import RUN, TrainingError, option
@@ -195,5 +196,6 @@ def stage_rows(
         if kind is RowKind.SHARED
         else None,
     )
+    pa.default_memory_pool().release_unused()
     trim_memory()
     return samples, rows
