@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--kinds", nargs="+", default=["text", "picture"], choices=["text", "picture"])
     parser.add_argument("--pictures", type=int, default=10_000, help="Most pictures that differ.")
-    parser.add_argument("--again", type=int, default=3, help="Second starts.")
+    parser.add_argument("--again", type=int, default=3, choices=range(1, 10), help="Second starts.")
     parser.add_argument("--json", type=Path, help="File for the figures.")
     parser.add_argument("--start", type=Path, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

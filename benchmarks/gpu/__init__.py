@@ -18,5 +18,6 @@ merge       merges compared on the GPU, and in memory beside a GPU that has no r
 k=1, k=5    training a 7B-shaped LLM in nf4 with pictures of 576 tokens from an encoder of CLIP-L/336's shape, 1 and 5
             questions a picture (`benchmarks.train_vs_trl`): ours, then trl, each in a process that loads the LLM; then
             with compiled layers, with and without Liger's kernels, and with activation checkpoints, again a process a
-            side. As many tokens are computed at once on both sides: trl accumulates the rest of a step.
+            side. A step has about as many samples on both sides; trl computes at most as many tokens
+            at once as a row of ours may hold, and accumulates the rest.
 """

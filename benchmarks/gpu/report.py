@@ -27,12 +27,14 @@ GOALS = {1: Goal(2.0, 0.6), 5: Goal(4.0)}
 
 @dataclass(frozen=True)
 class Timed:
-    """A run of the comparison. `samples`: a second, all that belongs to the run counted; memory in bytes."""
+    """A run of the comparison. `samples`: a second, all that belongs to the run counted; `in_steps`: seconds that a
+    sample takes in the median step; memory in bytes.
+    """
 
     questions: int
     kind: str
     samples: float
-    step_seconds: float
+    in_steps: float
     peak: int
     above: int
 
@@ -69,14 +71,15 @@ def timed_run(setting: Setting, timed: tuple[int, str] | None) -> Timed | None:
     found: dict[str, Any] = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
     samples = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))["samples"]
     memory = found["memory"]
-    return Timed(questions, kind, samples / found["seconds"], found["step_seconds"], memory["process"], memory["above"])
+    in_steps = found["step_seconds"] / found["step_samples"]
+    return Timed(questions, kind, samples / found["seconds"], in_steps, memory["process"], memory["above"])
 
 
 def compared(runs: Sequence[Timed]) -> list[str]:
     """A table; ratios are those of plain ours to the run, of memory and of memory above the weights."""
     lines = [
-        "| questions a picture | run | samples/s | ms a step | peak, GiB | above the weights, GiB | ours as fast "
-        "| a step | peak, ours by its | above the weights |",
+        "| questions a picture | run | samples/s | ms a sample in steps | peak, GiB | above the weights, GiB "
+        "| ours as fast | in steps | peak, ours by its | above the weights |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
@@ -85,11 +88,11 @@ def compared(runs: Sequence[Timed]) -> list[str]:
         if ours and run.kind != "ours":
             ratios = [
                 f"{ours.samples / run.samples:.2f}",
-                f"{run.step_seconds / ours.step_seconds:.2f}",
+                f"{run.in_steps / ours.in_steps:.2f}",
                 f"{ours.peak / run.peak:.2f}",
                 f"{ours.above / max(run.above, 1):.2f}",
             ]
-        figures = [f"{run.samples:.2f}", f"{1000 * run.step_seconds:,.0f}", gib(run.peak), gib(run.above), *ratios]
+        figures = [f"{run.samples:.2f}", f"{1000 * run.in_steps:,.1f}", gib(run.peak), gib(run.above), *ratios]
         lines.append(f"| {run.questions} | {run.kind.replace('peer', 'trl')} | {' | '.join(figures)} |")
     return lines
 
@@ -109,11 +112,11 @@ def judged(questions: int, runs: Sequence[Timed]) -> str:
     if not ours or not peer:
         return f"- {questions} a picture, goal {asked}: not measured."
     speed, memory = ours.samples / peer.samples, ours.peak / peer.peak
-    a_step = peer.step_seconds / ours.step_seconds
+    in_steps = peer.in_steps / ours.in_steps
     reached = speed >= goal.speed and (goal.memory is None or memory <= goal.memory)
     return (
         f"- {questions} a picture, goal {asked}: {'reached' if reached else 'not reached'} "
-        f"({speed:.2f} times, {a_step:.2f} by the step, {memory:.0%} of the peak)."
+        f"({speed:.2f} times, {in_steps:.2f} in steps, {memory:.0%} of the peak)."
     )
 
 

@@ -107,11 +107,10 @@ def run_all(
             if reason := why_skipped(step, known, passed, left):
                 yield Outcome(step.name, "skip", reason)
                 continue
-            if waiting and not working:
-                if waiting.first.shares_process(step):
-                    working = waiting
-                else:  # none of its steps was to run
-                    waiting.stop()
+            if waiting and not working and waiting.first.shares_process(step):
+                working, waiting = waiting, None
+            if waiting and not any(waiting.first.shares_process(one) for one in steps[number:]):  # none was to run
+                waiting.stop()
                 waiting = None
             working = working or Worker(step, setting, command, environment)
             following = next((one for one in steps[number + 1 :] if not step.shares_process(one)), None)

@@ -77,6 +77,7 @@ def train(options: Options, kind: str, language_model: Any = None) -> dict[str, 
         **figures,
         "prepared_in": prepared_in,
         **watcher.figures(),
+        "step_samples": sum(map(len, steps)) / len(steps),
         "losses": losses,
         "steps": steps,
     }

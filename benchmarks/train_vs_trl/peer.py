@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def train(options: Options, kind: str, language_model: Any = None) -> dict[str, 
 
         clock = Clock()
         lengths = [len(row.input_ids) for row in rows] or None
+        batch = batch_of(options, kind, count / len(steps), lengths)
         objective = options.chosen.objective
         rewarded = {"reward_funcs": rewards_of(options)} if objective == "grpo" else {}
         trainer = {"dpo": PairsPeer, "grpo": RewardsPeer}.get(objective, Peer)(
@@ -129,9 +131,7 @@ def train(options: Options, kind: str, language_model: Any = None) -> dict[str, 
             steps=steps if "steps" in kind else None,
             compact="compact" in kind,
             model=model,
-            args=arguments(
-                options, kind, name, len(steps), batch_of(options, kind, count / len(steps), lengths), parts.dtype
-            ),
+            args=arguments(options, kind, name, len(steps), batch, parts.dtype),
             train_dataset={"dpo": pairs_of, "grpo": questions_of}.get(objective, dataset_of)(samples, lengths),
             processing_class=processor,
             peft_config=LoraConfig(
@@ -155,7 +155,8 @@ def train(options: Options, kind: str, language_model: Any = None) -> dict[str, 
         eager_again(language_model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     watcher.check(losses, falls=objective != "grpo")
-    return {**figures, **watcher.figures(), "losses": losses}
+    step_samples = count / len(steps) if "steps" in kind else batch[0] * batch[1]
+    return {**figures, **watcher.figures(), "step_samples": step_samples, "losses": losses}
 
 
 def prefix(options: Options) -> str:
@@ -167,7 +168,7 @@ def batch_of(options: Options, kind: str, samples: float, lengths: Sequence[int]
     """The batch of a device for steps of so many samples, and how many of them are accumulated."""
     count, pieces = max(1, round(samples)), 1
     if options.peer_tokens and lengths and "steps" not in kind:
-        pieces = min(count, -(-count * sum(lengths) // (len(lengths) * options.peer_tokens)))
+        pieces = min(count, ceil(samples * sum(lengths) / len(lengths) / options.peer_tokens))
     return -(-count // pieces), pieces
 
 

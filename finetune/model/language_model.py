@@ -158,14 +158,23 @@ def keep_layout(model: torch.nn.Module) -> None:
 
 
 def compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Let 4-bit layers compute in `dtype`: a folder of 4-bit weights names its own, bfloat16 mostly, which transformers
-    takes instead, and which older GPUs and most CPUs only emulate.
+    """Let a model with 4-bit layers compute in `dtype`, and keep in it what isn't quantized, but for weights that are
+    kept in float32. A folder of 4-bit weights has its own, bfloat16 mostly, which transformers takes instead, and which
+    older GPUs and most CPUs only emulate. Raises ModelError where a layer lacks its scales.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    for layer in layers:
+    layers: dict[str, Any] = {name: one for name, one in model.named_modules() if isinstance(one, Linear4bit)}
+    for name, layer in layers.items():
+        if getattr(layer.weight, "quant_state", None) is None:
+            raise ModelError(
+                f"{type(model).__name__}: the files hold 4-bit weights of {name}, but not their scales "
+                f"({name}.weight.absmax and more): download or save the folder again"
+            )
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+    for tensor in (*model.parameters(), *model.buffers()) if layers else ():
+        if tensor.dtype in (torch.float16, torch.bfloat16) and not isinstance(tensor, Params4bit):
+            tensor.data = tensor.data.to(dtype)
 
 
 def quantization(llm: LanguageModel, dtype: torch.dtype) -> BitsAndBytesConfig | None:

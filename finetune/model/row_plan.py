@@ -224,7 +224,7 @@ def _behind_prefix(rows: dict[int, Tensor], segment: RowSegment) -> Tensor:
 
 def _has_flash_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether PyTorch's own flash attention for sequences of many lengths takes these: it needs an Ampere GPU, and on
-    most has no gradient at widths from 193 to 224.
+    those of compute capability 8.6, 8.9 and 12 has no gradient at widths from 193 to 224.
     """
     width = query.shape[-1]
     if not _is_ampere(query.device) or varlen_kernel() is None:

@@ -163,5 +163,6 @@ def _for_other_items(gradients: Mapping[nn.Parameter, Tensor], items: Any, other
 
 
 def finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
+    """A norm of all of them above 1.8e19, whose square is beyond float32, counts as infinite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     return bool(torch.isfinite(get_total_norm(gradients)))

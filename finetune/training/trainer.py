@@ -150,6 +150,9 @@ class StageTrainer(SFTTrainer):
         self.tokens = 0  # of all processes so far, where the loss isn't trl's own
         self.first_log: tuple[int, float] | None = None  # tokens and seconds
         super().__init__(**kwargs)
+        config = self.model.config.get_text_config()
+        if self.aux_loss_enabled and not hasattr(config, "num_experts"):  # as trl's fused head calls them
+            config.num_experts = config.num_local_experts
         self.bad_rows = BadRows(self, self.suspects, training.settings.skip_bad_rows)
         self.micro_batches = MicroBatches(self, self.suspects, training)
         self.watch = StageWatch(training, parts, self.suspects)

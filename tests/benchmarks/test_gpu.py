@@ -203,8 +203,8 @@ def test_all_fits_into_eight_minutes():
 def test_ratios_and_goals():
     gib = 2**30
     runs = [Timed(1, "ours", 8.0, 0.5, 30 * gib, 24 * gib), Timed(1, "peer", 4.0, 0.75, 40 * gib, 30 * gib)]
-    assert compared(runs)[-1] == "| 1 | trl | 4.00 | 750 | 40.00 | 30.00 | 2.00 | 1.50 | 0.75 | 0.80 |"
-    assert "not reached (2.00 times, 1.50 by the step, 75% of the peak)" in judged(1, runs)
+    assert compared(runs)[-1] == "| 1 | trl | 4.00 | 750.0 | 40.00 | 30.00 | 2.00 | 1.50 | 0.75 | 0.80 |"
+    assert "not reached (2.00 times, 1.50 in steps, 75% of the peak)" in judged(1, runs)
     assert "goal 4 times trl: not measured" in judged(5, runs)
 
 

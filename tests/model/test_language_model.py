@@ -3,6 +3,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from gguf import GGMLQuantizationType, GGUFWriter
+from safetensors.torch import load_file, save_file
 from tiny import fresh_tokenizer, tiny_encoder, tiny_llm, tiny_llm_folder, tiny_recipe
 
 import finetune
@@ -134,6 +135,18 @@ def test_a_folder_of_4_bit_weights_computes_in_the_dtype_of_the_run(dtype, tmp_p
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert weight.dtype == dtype
     torch.testing.assert_close(layer(x), x @ weight.T)
+    others = {p.dtype for name, p in model.named_parameters() if "norm" in name or "embed" in name}
+    assert others == {dtype} == {model.model(torch.tensor([[5, 6]])).last_hidden_state.dtype}
+
+
+def test_4_bit_weights_without_their_scales_are_refused(tmp_path):
+    folder = tmp_path / "quantized"
+    load_language_model(Llm(name=str(tiny_llm_folder(tmp_path / "llm"))), torch.bfloat16, CPU).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj.weight." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj.*not their scales"):
+        load_language_model(Llm(name=str(folder)), torch.float32, CPU)
 
 
 @pytest.mark.slow

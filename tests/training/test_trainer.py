@@ -102,7 +102,7 @@ def test_the_logged_loss_is_the_mean_over_the_learned_tokens(tmp_path):
     assert train_composite(model, tmp_path)[0]["loss"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(("family", "accumulate"), [("llama", 1), ("mixtral", 2)])
+@pytest.mark.parametrize(("family", "accumulate"), [("llama", 1), ("mixtral", 2), ("phimoe", 1)])
 def test_weighted_losses_of_equal_weights_are_the_plain_ones(family, accumulate, tmp_path):
     """The branch for heads and weights, with no head and all weights 1, against trl's own loss, an auxiliary one of
     routers included.

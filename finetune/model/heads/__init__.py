@@ -52,7 +52,7 @@ class HeadContract(Protocol):
 
     def settings(self, targets: Iterable[Target], options: Any) -> HeadSettings:
         """What to learn from the training rows: from their targets, or for a head without weights from the text of
-        their answers. Raises DataError.
+        their answers, which come one by one, once. Raises DataError.
         """
 
 
