@@ -9,9 +9,12 @@ from typing import TypeVar
 
 from finetune.common.errors import OutOfMemory
 
-# torch's allocators raise RuntimeErrors, cuBLAS and C++ some of their own; libraries that don't fit can't be imported.
+# torch's allocators raise RuntimeErrors, cuBLAS, oneDNN (which knows what it can compute before it creates a primitive)
+# and C++ some of their own; libraries that don't fit can't be imported.
 RAISED = (MemoryError, RuntimeError, OSError, ImportError)
-MESSAGE = re.compile("(out of|allocate) memory|bad_alloc|ALLOC_FAILED|failed to map segment")
+MESSAGE = re.compile(
+    "(out of|allocate) memory|bad_alloc|ALLOC_FAILED|failed to map segment|could not create a primitive$"
+)
 BY_PLAN = "`finetune plan RECIPE` says what each takes"
 TRAINING = (
     "in this order: train.dequantize_once: false, train.checkpoint_every_n_layers: 1, quantize: nf4, optimizer: "

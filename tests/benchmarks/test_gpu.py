@@ -224,7 +224,7 @@ def failed(step):
 
 def test_a_process_waits_for_its_turn(tmp_path, monkeypatch):
     Setting(tmp_path, "cpu", toy=True).save()
-    for said, exists in (("", False), ("machine\n", True)):  # the command has ended; its turn has come
-        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    for line, exists in (("", False), ("machine\n", True)):  # the command has ended; its turn has come
+        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
         assert in_this_process("machine", tmp_path) == 0
         assert (tmp_path / "machine.outcome.json").is_file() == exists

@@ -55,6 +55,7 @@ ROWS = [
 ]
 ERRORS = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "onednn": RuntimeError("could not create a primitive"),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 12"),
     "python": MemoryError(),
 }
