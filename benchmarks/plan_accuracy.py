@@ -124,7 +124,7 @@ def real(pair: Pair, folder: Path, gpu: bool) -> tuple[dict[str, int], int, int]
     from finetune.common.progress import quiet_libraries
     from finetune.model.build import load_components, load_llm
     from finetune.model.features import Features
-    from finetune.model.row_plan import likely_layout
+    from finetune.model.row_layout import likely_layout
     from finetune.training.plan.measure import step_of
     from finetune.training.plan.meter import Meter
     from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype

@@ -18,7 +18,8 @@ from benchmarks.train_vs_trl.workload import ROOT
 from finetune.model.adapter import attach
 from finetune.model.compose import compose
 from finetune.model.composite import MultimodalModel
-from finetune.model.row_plan import RowKind, by_segments
+from finetune.model.row_layout import RowKind
+from finetune.model.row_plan import by_segments
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
 from finetune.training.collate import Batch, Collator

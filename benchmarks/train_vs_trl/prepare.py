@@ -22,7 +22,7 @@ from finetune.common.progress import console, quiet_libraries
 from finetune.common.run_folder import RunFolder
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.composite import MultimodalModel
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.recipe.load import Recipe
 from finetune.training.collate import Collator
 from finetune.training.pack import Row

@@ -31,7 +31,7 @@ from tiny_encoders import KINDS, medium_of, tiny_encoder_folder, tiny_encoder_of
 import finetune  # noqa: E402
 from finetune.common.errors import FinetuneError, Interrupted  # noqa: E402
 from finetune.common.registry import part_names  # noqa: E402
-from finetune.model.row_plan import RowKind, row_kind  # noqa: E402
+from finetune.model.row_layout import RowKind, row_kind  # noqa: E402
 from finetune.recipe.parts import ProjectorPart  # noqa: E402
 
 PAGE = ROOT / "docs" / "support.md"

@@ -13,11 +13,10 @@ width
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from inspect import signature
@@ -31,10 +30,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "finetune_segments"
-WINDOWS = ("sliding_window", "attention_chunk_size")  # of a config: how far attention goes back
-# Of the norm of hidden states: what may differ in float32, and the least and the most that does in half precision.
-EXACT, ROUNDED, MOST_ROUNDED = 1e-3, 0.03, 0.3
-SHORT_WINDOW = 4  # tokens: the width at which they are tried
 
 
 class RowSegment(NamedTuple):
@@ -90,16 +85,16 @@ _current: ContextVar[RowPlan | None] = ContextVar("row_plan", default=None)
 @contextmanager
 def by_segments(causal_lm: Any) -> Iterator[None]:
     """Let an LLM attend by segments. To last until the backward pass is over: activation checkpoints attend again."""
-    attending = _attending(causal_lm)
-    before = attending.config._attn_implementation
-    attending.set_attn_implementation({"": NAME})  # not that of encoders inside
+    llm = attending(causal_lm)
+    before = llm.config._attn_implementation
+    llm.set_attn_implementation({"": NAME})  # not that of encoders inside
     try:
         yield
     finally:
-        attending.set_attn_implementation({"": before})
+        llm.set_attn_implementation({"": before})
 
 
-def _attending(causal_lm: Any) -> Any:
+def attending(causal_lm: Any) -> Any:
     """Whose attention is chosen: the LLM's; of a base its decoder's, for its encoders have their own."""
     return causal_lm if causal_lm.config.get_text_config() is causal_lm.config else causal_lm.get_decoder()
 
@@ -107,7 +102,7 @@ def _attending(causal_lm: Any) -> Any:
 @contextmanager
 def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
     """A forward pass over a row with this plan, within `by_segments`; without a plan, by the LLM's own attention."""
-    if (plan is None) == (_attending(causal_lm).config._attn_implementation == NAME):
+    if (plan is None) == (attending(causal_lm).config._attn_implementation == NAME):
         raise AssertionError("a row's plan and attention by segments go together")
     token = _current.set(plan)
     try:
@@ -303,185 +298,3 @@ def _gathered(plan: RowPlan, device: torch.device) -> tuple[Tensor | None, Tenso
 
 AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, _mask)  # type: ignore[arg-type]
-
-
-class RowKind(StrEnum):
-    """How an LLM's training rows are laid out."""
-
-    PADDED = "padded"  # a sample each
-    PACKED = "packed"  # samples one after the other, kept apart by the LLM's own mask over the row
-    SEGMENTS = "segments"  # as packed, with attention by segments
-    SHARED = "shared"  # as segments, and what samples of a row begin with stands there once
-
-
-class Layout(NamedTuple):
-    """`why`: why the LLM takes none better; '' where it takes what was asked for."""
-
-    kind: RowKind
-    why: str = ""
-
-
-def row_kind(causal_lm: Any, share: bool = True, by_segments: bool = True) -> RowKind:
-    """The best that is exact for this LLM, tried; without `by_segments`, by its own attention."""
-    return layout(causal_lm, share, by_segments).kind
-
-
-def layout(causal_lm: Any, share: bool = True, by_segments: bool = True) -> Layout:
-    """As `row_kind`, with the reason."""
-    if by_segments and attends_by_segments(causal_lm):
-        why = why_unshared(causal_lm) if share else ""
-        if share and not why and not shares_prefixes(causal_lm):
-            why = "tried: samples behind one prefix differ from samples alone"
-        return Layout(RowKind.SHARED if share and not why else RowKind.SEGMENTS, why)
-    if packs_exactly(causal_lm):
-        settable = _attending(causal_lm)._can_set_attn_implementation()
-        found = "tried: by segments samples differ from samples alone" if settable else "its attention is its own code"
-        return Layout(RowKind.PACKED, found if by_segments else "")
-    return Layout(RowKind.PADDED, _why_padded(causal_lm) or "tried: samples of one row differ from samples alone")
-
-
-def likely_layout(causal_lm: Any, share: bool = True, by_segments: bool = True) -> Layout:
-    """As `layout`, by the LLM's class and config: of an LLM without weights, which can't be tried."""
-    if why := _why_padded(causal_lm):
-        return Layout(RowKind.PADDED, why)
-    if by_segments and _attending(causal_lm)._can_set_attn_implementation():
-        why = why_unshared(causal_lm) if share else ""
-        return Layout(RowKind.SHARED if share and not why else RowKind.SEGMENTS, why)
-    return Layout(RowKind.PACKED, "its attention is its own code" if by_segments else "")
-
-
-def router_loss(causal_lm: Any) -> float:
-    """By how much trl weighs the auxiliary loss of an LLM's routers; 0 where there is none."""
-    config = causal_lm.config.get_text_config()
-    return float(getattr(config, "router_aux_loss_coef", 0.0)) if hasattr(config, "output_router_logits") else 0.0
-
-
-def why_unshared(causal_lm: Any) -> str:
-    """What no trial of hidden states shows; '' where nothing is against sharing."""
-    weight = router_loss(causal_lm)
-    if not weight:
-        return ""
-    return (
-        f"the auxiliary loss of its routers (router_aux_loss_coef: {weight:g}) is a mean over all tokens of all samples"
-    )
-
-
-def _why_padded(causal_lm: Any) -> str:
-    """What is known without a trial; '' where rows may be packed."""
-    config = causal_lm.config.get_text_config()
-    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
-    if kinds or causal_lm._is_stateful:
-        layers = f"its layers ({', '.join(sorted(kinds))})" if kinds else "the state that it keeps"
-        return f"in {layers} a sample would depend on what stands before it in the row"
-    if "position_ids" not in signature(causal_lm.forward).parameters:
-        return "it takes no positions, which would begin anew with each sample"
-    return ""
-
-
-def packs_exactly(causal_lm: Any) -> bool:
-    """Whether restarting positions alone keep packed samples apart in this LLM, by its own attention: as
-    `attends_by_segments`.
-    """
-    return _keeps_apart(causal_lm, plan=False)
-
-
-def attends_by_segments(causal_lm: Any) -> bool:
-    """Whether attention by segments gives packed samples what they have alone in this LLM.
-
-    Tried, not looked up: a sample behind another must not depend on it at all (no gradient flows to it, to the bit),
-    and its hidden states must be those that it has alone, by the LLM's own attention, sliding windows included. LLMs
-    with another attention (ALiBi), whose positions can't be given, or with a recurrent state fail.
-    """
-    return _attending(causal_lm)._can_set_attn_implementation() and _keeps_apart(causal_lm, plan=True)
-
-
-def _keeps_apart(causal_lm: Any, plan: bool) -> bool:
-    other, sample = torch.arange(20, 25), torch.arange(4, 11)
-    behind = RowPlan((RowSegment(0, 5), RowSegment(5, 12))) if plan else None
-    with short_windows(causal_lm):
-        packed = _tried(causal_lm, [other, sample], [0, 0], behind)
-        alone = _tried(causal_lm, [sample], [0], None)
-        equal = _equal(packed, alone, causal_lm)
-    return equal and packed is not None and float(packed.gradient[:5].abs().sum()) == 0
-
-
-def shares_prefixes(causal_lm: Any) -> bool:
-    """Whether samples may share their beginning in this LLM, which attends by segments. Two branches behind one prefix
-    are tried: no gradient flows from one to the other, some flows to the prefix, and the states of a branch are those
-    that it has behind the prefix alone.
-    """
-    prefix, first, second = torch.arange(30, 36), torch.arange(20, 25), torch.arange(4, 11)
-    plan = RowPlan((RowSegment(0, 6), RowSegment(6, 11, 0, 6), RowSegment(11, 18, 0, 6)))
-    with short_windows(causal_lm):
-        shared = _tried(causal_lm, [prefix, first, second], [0, 6, 6], plan)
-        alone = _tried(causal_lm, [prefix, second], [0, 6], None)
-        equal = _equal(shared, alone, causal_lm)
-    if shared is None or not equal:
-        return False
-    return float(shared.gradient[6:11].abs().sum()) == 0 < float(shared.gradient[:6].abs().sum())
-
-
-class _Tried(NamedTuple):
-    states: Tensor  # (7, D), float32: the hidden states of the last sample
-    gradient: Tensor  # (T, D): what half of their features, summed, send to the embeddings
-
-
-def _tried(causal_lm: Any, pieces: Sequence[Tensor], starts: Sequence[int], plan: RowPlan | None) -> _Tried | None:
-    """`pieces`, token ids, one after the other, at positions from `starts` on; None where the LLM refuses."""
-    table = causal_lm.get_input_embeddings()
-    device = table.weight.device
-    ids = torch.cat(list(pieces)).to(device)
-    positions = torch.cat([torch.arange(s, s + len(ids)) for s, ids in zip(starts, pieces, strict=True)]).to(device)
-    embeddings = table(ids[None]).detach().requires_grad_()
-    try:
-        with torch.enable_grad(), by_segments(causal_lm) if plan else nullcontext(), following(plan, causal_lm):
-            outputs = causal_lm.base_model(inputs_embeds=embeddings, position_ids=positions[None], use_cache=False)
-            last = outputs.last_hidden_state[0, -len(pieces[-1]) :].float()
-            # Not all features: their sum is a constant behind a layer norm.
-            (gradient,) = torch.autograd.grad(last[:, ::2].sum(), embeddings)
-    except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or a mask that must be a tensor
-        return None
-    return _Tried(last.detach(), gradient[0])
-
-
-def _equal(one: _Tried | None, other: _Tried | None, causal_lm: Any) -> bool:
-    if one is None or other is None:
-        return False
-    return bool((one.states - other.states).norm() < tolerance(causal_lm) * other.states.norm())
-
-
-@torch.no_grad()
-def tolerance(causal_lm: Any) -> float:
-    """By how much of their norm hidden states that should be equal may differ. In half precision and over 8-bit weights
-    rows of another length round otherwise, and on a GPU more so, as it has other kernels for them: three times as much
-    as the states of a row differ from those of copies computed at once may be rounding.
-    """
-    table = causal_lm.get_input_embeddings()
-    if table.weight.dtype == torch.float32 and not any(hasattr(p, "SCB") for p in causal_lm.parameters()):
-        return EXACT
-    row = table(torch.arange(4, 17, device=table.weight.device)[None])
-    decoder = causal_lm.base_model if _attending(causal_lm) is causal_lm else causal_lm.get_decoder()
-    try:
-        alone, *others = (
-            decoder(inputs_embeds=row.expand(copies, -1, -1), use_cache=False).last_hidden_state[0].float()
-            for copies in (1, 2, 3)
-        )
-    except (TypeError, AttributeError, ValueError, RuntimeError):  # it needs more than embeddings
-        return ROUNDED
-    rounding = max(float((other - alone).norm() / alone.norm()) for other in others)
-    return min(max(ROUNDED, 3 * rounding), MOST_ROUNDED)
-
-
-@contextmanager
-def short_windows(causal_lm: Any) -> Iterator[None]:
-    """Sliding windows of a few tokens, so that a short row is longer than they are."""
-    config = causal_lm.config.get_text_config()
-    names = [name for name in WINDOWS if isinstance(getattr(config, name, None), int)]
-    before = {name: getattr(config, name) for name in names}
-    try:
-        for name in names:
-            setattr(config, name, SHORT_WINDOW)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)

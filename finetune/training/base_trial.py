@@ -4,6 +4,7 @@ that a task shows together, against the base's own forward pass over one of them
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from finetune.model.build import Components
 from finetune.model.composite import MultimodalModel
 from finetune.model.padding import left_padded_positions, position_ids
 from finetune.model.prefixes import prompt_tokens
-from finetune.model.row_plan import ROUNDED, RowKind, by_segments, short_windows, tolerance, why_unshared
+from finetune.model.row_layout import ROUNDED, RowKind, short_windows, tolerance, unless_refused, why_unshared
+from finetune.model.row_plan import by_segments
 from finetune.model.tokenize import Tokens, tokenize
 from finetune.training.collate import Collator, PackedRow
 from finetune.training.samples import TokenizedSample, TokenizedSamples
@@ -98,16 +100,21 @@ def _exact(
         batch: Any = collator([PackedRow(groups=groups, filler=False)])
         device = model.get_input_embeddings().weight.device
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        taken = ("input_ids", "features", "position_ids", "token_type_ids", "attention_mask", "row_plan")
-        given = {name: batch[name] for name in taken if name in batch}
-        try:
-            with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
-                states = model.backbone(**given, use_cache=False).last_hidden_state
-        except (TypeError, AttributeError, ValueError, RuntimeError):  # no such argument, or another mask
+        states = unless_refused(partial(_states, model, batch))
+        if states is None:
             continue
         own = states[-1, : len(samples[-1].input_ids)] if row_kind is RowKind.PADDED else states[0]
         if (own[-answered:].float() - native).norm() < allowed_error * native.norm():
             yield row_kind
+
+
+def _states(model: MultimodalModel, batch: Any) -> Tensor:
+    """(B, T, D): last hidden states."""
+    taken = ("input_ids", "features", "position_ids", "token_type_ids", "attention_mask", "row_plan")
+    with by_segments(model.causal_lm) if "row_plan" in batch else nullcontext():
+        outputs = model.backbone(**{name: batch[name] for name in taken if name in batch}, use_cache=False)
+    states: Tensor = outputs.last_hidden_state
+    return states
 
 
 def _refuse_seeing_ahead(model: MultimodalModel, tokens: Tokens, shown: _TrialMedia) -> None:

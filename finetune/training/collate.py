@@ -10,7 +10,8 @@ from torch.nn import functional
 from finetune.data.sample import Medium, Values
 from finetune.model.base.both_ways import answer_types
 from finetune.model.prefixes import most_shared, prompt_tokens, shared_beginning, shared_tokens
-from finetune.model.row_plan import RowKind, RowPlan, RowSegment
+from finetune.model.row_layout import RowKind
+from finetune.model.row_plan import RowPlan, RowSegment
 from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.model.tokenize import IGNORED
 from finetune.training.samples import COUNTED, TokenizedSample, TokenizedSamples

@@ -27,7 +27,7 @@ from finetune.data.sample_table import SampleTable
 from finetune.model.bindings import bindings_of
 from finetune.model.composite import MultimodalModel
 from finetune.model.plain_text import spelled
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.model.run import Run
 from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe

@@ -27,7 +27,7 @@ from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.features import MediaView
 from finetune.model.prefixes import IGNORED
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.recipe.parts import FusionPart
 from finetune.recipe.schema import Stage, Train
 from finetune.training.checkpoints import STAGING, step_of

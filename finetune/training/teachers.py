@@ -31,7 +31,8 @@ from finetune.model.features import Features
 from finetune.model.language_model import context_length, default_device, load_tokenizer
 from finetune.model.load import load_base, load_folder, model_folder
 from finetune.model.prefixes import IGNORED
-from finetune.model.row_plan import RowKind, by_segments, row_kind
+from finetune.model.row_layout import RowKind, row_kind
+from finetune.model.row_plan import by_segments
 from finetune.model.run import Run
 from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.model.tokenize import tokenize

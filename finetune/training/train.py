@@ -30,7 +30,7 @@ from finetune.model.features import features_key
 from finetune.model.language_model import default_device
 from finetune.model.manifest import AdapterManifest
 from finetune.model.module_names import module_shapes
-from finetune.model.row_plan import RowKind, layout
+from finetune.model.row_layout import RowKind, layout
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, dump_recipe, load_recipe, refuse_missing_packages
 from finetune.recipe.schema import Stage, Train

@@ -22,7 +22,7 @@ from finetune.model.adapter import attach
 from finetune.model.bindings import TaskBinding
 from finetune.model.compose import compose
 from finetune.model.composite import MultimodalModel
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Stage, Train
 from finetune.training.collate import Batch, Collator

@@ -24,7 +24,7 @@ from finetune.model.adapter import attach, load_trained, save_trained
 from finetune.model.bindings import refuse_reserved
 from finetune.model.language_model import decoder_layers
 from finetune.model.prompts import PromptBatch, answer_log_probabilities, head_outputs
-from finetune.model.row_plan import packs_exactly
+from finetune.model.row_layout import packs_exactly
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
 from finetune.training.collate import IGNORED

@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune.common.errors import ModelError
 from finetune.model.adapter import attach, load_trained, save_trained
 from finetune.model.composite import MultimodalModel
-from finetune.model.row_plan import packs_exactly
+from finetune.model.row_layout import packs_exactly
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter
 

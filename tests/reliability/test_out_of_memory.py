@@ -34,7 +34,7 @@ from finetune.common.run_folder import RunFolder
 from finetune.merging.candidates import MergeJob
 from finetune.model.assistant import Assistant
 from finetune.model.features import Features
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.training.checkpoints import newest_whole
 
 pytestmark = pytest.mark.slow

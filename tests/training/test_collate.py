@@ -1,7 +1,7 @@
 import torch
 from packed import collator_of, tokenized_sample
 
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.training.samples import TokenizedSamples
 
 SAMPLES = [

@@ -10,7 +10,7 @@ from families import ZOO, family_folder
 from families.recipes import base_settings
 
 from finetune.model.build import build_model, load_components
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.recipe.schema import Model
 from finetune.training.base_trial import base_row_kind
 

@@ -21,7 +21,7 @@ from finetune.common.errors import ModelError, RecipeError
 from finetune.common.gpu import GIB
 from finetune.evaluation.report.tables import planned_beside
 from finetune.evaluation.results import Metrics
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.recipe.load import Recipe, load_recipe
 from finetune.training.plan.apart import planning, without_auto
 from finetune.training.plan.cards import CARDS, card_like

@@ -38,7 +38,8 @@ from finetune.model.compose import compose
 from finetune.model.imitation import Teacher
 from finetune.model.language_model import load_language_model
 from finetune.model.prefixes import shared_beginning
-from finetune.model.row_plan import RowKind, RowPlan, RowSegment, by_segments, layout, likely_layout, row_kind
+from finetune.model.row_layout import ROUNDED, RowKind, layout, likely_layout, row_kind, shares_prefixes, tolerance
+from finetune.model.row_plan import RowPlan, RowSegment, by_segments
 from finetune.model.trainable import set_trainable
 from finetune.recipe.schema import Adapter, Llm
 from finetune.training import prefixes
@@ -184,13 +185,21 @@ def cheating(change):
 
 def leaks(embeddings, positions):
     """Each branch but the first sees the token before it: of another branch, not of the prefix."""
-    begins = positions == positions[0, 6] if positions.shape[1] == 18 else torch.zeros_like(positions).bool()
+    begins = positions == positions[0, 11] if positions.shape[1] == 22 else torch.zeros_like(positions).bool()
     return embeddings + begins[..., None] * embeddings.roll(1, 1)
+
+
+def leaks_before(embeddings, positions):
+    """The prefix sees the last token of the sample before it."""
+    moved = torch.zeros_like(embeddings)
+    if positions.shape[1] == 22:
+        moved[:, 5] = embeddings[:, 4]
+    return embeddings + moved
 
 
 def leaks_unseen(embeddings, positions):
     """The same with a gradient and no value."""
-    moved = embeddings.roll(7, 1) if positions.shape[1] == 18 else embeddings
+    moved = embeddings.roll(7, 1) if positions.shape[1] == 22 else embeddings
     return embeddings + moved - moved.detach()
 
 
@@ -198,13 +207,31 @@ def blind_to_the_prefix(embeddings, positions):
     return torch.where((positions < 6)[..., None], embeddings.detach(), embeddings)
 
 
-@pytest.mark.parametrize("change", [leaks, leaks_unseen, blind_to_the_prefix])
+@pytest.mark.parametrize("change", [leaks, leaks_before, leaks_unseen, blind_to_the_prefix])
 def test_the_trial_refuses_an_llm_that_cheats(change):
     assert row_kind(cheating(lambda embeddings, positions: embeddings)) is RowKind.SHARED
     cheat = cheating(change)
-    assert not row_plan.shares_prefixes(cheat)
+    assert not shares_prefixes(cheat)
     if change is not blind_to_the_prefix:  # samples that share nothing have what they have alone
         assert layout(cheat) == (RowKind.SEGMENTS, "tried: samples behind one prefix differ from samples alone")
+
+
+def test_what_an_llm_refuses_is_padded_and_what_memory_lacks_is_raised():
+    def refuses(error):
+        model = cheating(lambda embeddings, positions: embeddings)
+        forward = model.model.forward
+
+        def refusing(inputs_embeds, position_ids, **options):
+            if inputs_embeds.shape[1] > 7:
+                raise error
+            return forward(inputs_embeds=inputs_embeds, position_ids=position_ids, **options)
+
+        model.model.forward = refusing
+        return model
+
+    assert row_kind(refuses(RuntimeError("a mask must be a tensor"))) is RowKind.PADDED
+    with pytest.raises(torch.OutOfMemoryError):
+        row_kind(refuses(torch.OutOfMemoryError("CUDA out of memory")))
 
 
 def test_the_trial_refuses_positions_that_begin_anew(monkeypatch):
@@ -495,11 +522,11 @@ def test_rounding_by_length_changes_no_layout(family):
     llm = tiny_llm(family, num_hidden_layers=20) if family == "qwen2" else tiny_llm(family)
     exact = row_kind(llm)
     llm.bfloat16()
-    assert row_plan.tolerance(llm) == row_plan.ROUNDED
+    assert tolerance(llm) == ROUNDED
     round_by_length(llm)
     assert row_kind(llm) is exact
     if family == "qwen2":
-        assert exact is RowKind.SHARED and row_plan.tolerance(llm) > 2 * row_plan.ROUNDED
+        assert exact is RowKind.SHARED and tolerance(llm) > 2 * ROUNDED
 
 
 def test_groups_are_those_of_equal_tokens_and_media(monkeypatch):

@@ -16,7 +16,8 @@ from families.native import native_inputs, native_model, native_processor
 from finetune.data.sample import Medium, Message, Sample
 from finetune.model.assistant import FileView
 from finetune.model.build import build_model, load_components
-from finetune.model.row_plan import RowKind, by_segments
+from finetune.model.row_layout import RowKind
+from finetune.model.row_plan import by_segments
 from finetune.model.tokenize import tokenize, tokenize_prompt
 from finetune.recipe.schema import Base, Limits, Model
 from finetune.training.base_trial import base_row_kind

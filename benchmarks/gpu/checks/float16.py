@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from benchmarks.gpu.models import collator, composite, fresh_tokenizer, llm_folder, questions
 from benchmarks.gpu.setting import Setting
 from finetune.model.language_model import load_language_model
-from finetune.model.row_plan import RowKind, row_kind
+from finetune.model.row_layout import RowKind, row_kind
 from finetune.recipe.schema import Llm, Stage, Train
 from finetune.training.stage_training import StageTraining
 from finetune.training.stopping import StopBetweenSteps

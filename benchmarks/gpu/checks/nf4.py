@@ -5,7 +5,7 @@ import torch
 from benchmarks.gpu.models import apart, composite, in_one_row, llm_folder
 from benchmarks.gpu.setting import Setting
 from finetune.model.language_model import load_language_model
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.recipe.schema import Llm
 
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}  # relative errors

@@ -5,7 +5,7 @@ import torch
 from benchmarks.gpu.models import apart, composite, in_one_row, llm_folder
 from benchmarks.gpu.setting import Setting
 from finetune.model.language_model import load_language_model
-from finetune.model.row_plan import RowKind, row_kind
+from finetune.model.row_layout import RowKind, row_kind
 from finetune.recipe.schema import Llm
 
 # The second has windows in every other layer, the third attention code of its own.

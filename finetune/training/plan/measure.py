@@ -8,7 +8,7 @@ import torch
 
 from finetune.model.adapter import trained_tensors
 from finetune.model.composite import MultimodalModel
-from finetune.model.row_plan import Layout, RowKind, likely_layout
+from finetune.model.row_layout import Layout, RowKind, likely_layout
 from finetune.model.teacher_distributions import TeacherDistributions
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage

@@ -16,7 +16,7 @@ from finetune.model.bindings import TaskBinding, bindings_of
 from finetune.model.build import load_components
 from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.model.run import Run
 from finetune.recipe.load import Recipe
 from finetune.recipe.parts import ObjectivePart

@@ -27,7 +27,7 @@ from finetune.model.build import build_model, load_components
 from finetune.model.features import Features
 from finetune.model.padding import left_padded_positions
 from finetune.model.prompts import PromptBatch, answer_log_probabilities, generate
-from finetune.model.row_plan import RowKind
+from finetune.model.row_layout import RowKind
 from finetune.model.tokenize import tokenize, tokenize_prompt
 from finetune.recipe.schema import Adapter, Base, Limits, Model
 from finetune.training.base_trial import base_row_kind

@@ -12,7 +12,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.model.adapter import attach
-from finetune.model.row_plan import RowKind, by_segments
+from finetune.model.row_layout import RowKind
+from finetune.model.row_plan import by_segments
 from finetune.recipe.parts import ObjectivePart
 from finetune.recipe.schema import Adapter, Stage
 from finetune.training.rollouts import Drawn, Rollouts

@@ -15,7 +15,8 @@ from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.model.adapter import attach
-from finetune.model.row_plan import RowKind, by_segments
+from finetune.model.row_layout import RowKind
+from finetune.model.row_plan import by_segments
 from finetune.recipe.parts import ObjectivePart
 from finetune.recipe.schema import Adapter
 from finetune.training.reference import Reference
