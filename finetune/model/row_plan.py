@@ -62,17 +62,20 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class _PlanAsMask:
-    """What the layers are given as their attention mask. `window`: tokens that one attends to, itself included."""
+    """What the layers are given as their attention mask. `window`: tokens that one attends to, itself included;
+    `always`: segments that are plainly causal need a mask as well.
+    """
 
     plan: RowPlan
     window: int | None
     device: Any
+    always: bool = False
     ndim = 4  # PaliGemma hands it to its decoder, which asks what kind of mask it is
 
     @cached_property
     def masks(self) -> tuple[Tensor | None, ...]:
         """For each segment, true where attention goes (Q, P + Q), or None where it is plainly causal."""
-        return _masks(self.plan, self.window, self.device)
+        return _masks(self.plan, self.window, self.device, self.always)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -111,31 +114,32 @@ def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
         _current.reset(token)
 
 
-def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
+def _mask(*, device: Any = None, dtype: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
     plan = _current.get()
     assert plan is not None
-    return _PlanAsMask(plan, local_size, device)
+    return _PlanAsMask(plan, local_size, device, _takes_no_groups(device, dtype))
 
 
-def _masks(plan: RowPlan, window: int | None, device: Any) -> tuple[Tensor | None, ...]:
-    return tuple(_visible(segment, plan, window, device) for segment in plan.segments)
+def _masks(plan: RowPlan, window: int | None, device: Any, always: bool) -> tuple[Tensor | None, ...]:
+    return tuple(
+        _visible_to(segment, plan, window, device) if always or not _is_causal(segment, plan, window) else None
+        for segment in plan.segments
+    )
 
 
 _masks_of_layer = lru_cache(maxsize=4)(_masks)  # layers ask for the same ones
 
 
-def _visible(segment: RowSegment, plan: RowPlan, window: int | None, device: Any) -> Tensor | None:
-    """As `_visible_to`; None where it is plainly causal. Before Ampere a GPU's fused attention takes no groups of
-    heads, and what PyTorch then falls back on keeps all scores: a mask makes transformers repeat the heads.
+def _is_causal(segment: RowSegment, plan: RowPlan, window: int | None) -> bool:
+    within_window = window is None or window >= segment.length
+    return within_window and not segment.prefix and not _within(plan, segment)
+
+
+def _takes_no_groups(device: Any, dtype: Any) -> bool:
+    """Whether a GPU's fused attention takes as many heads of keys as of queries only: before Ampere, and in float32.
+    What PyTorch then falls back on keeps all scores; with a mask transformers repeats the heads.
     """
-    if (
-        segment.prefix
-        or (window is not None and window < segment.length)
-        or _within(plan, segment)
-        or (_is_gpu(device) and not _is_ampere(device))
-    ):
-        return _visible_to(segment, plan, window, device)
-    return None
+    return _is_gpu(device) and (not _is_ampere(device) or dtype == torch.float32)
 
 
 def _is_gpu(device: Any) -> bool:
@@ -182,7 +186,7 @@ def _attend(
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
     if plan.bidirectional:  # with them a window comes as a function, not as a number
         window = module.config.sliding_window if options.get("sliding_window") else None
-        masks = _masks_of_layer(plan, window, query.device)
+        masks = _masks_of_layer(plan, window, query.device, attention_mask.always)
     else:
         masks = attention_mask.masks
     parts = []

@@ -412,8 +412,8 @@ def test_pupil_and_teacher_share_what_each_begins_with():
 
 def test_a_mask_for_all_tokens_is_never_made(monkeypatch):
     made = []
-    visible = row_plan._visible
-    monkeypatch.setattr(row_plan, "_visible", lambda *args: made.append(visible(*args)) or made[-1])
+    visible = row_plan._visible_to
+    monkeypatch.setattr(row_plan, "_visible_to", lambda *args: made.append(visible(*args)) or made[-1])
     model = composite()
     batch = laid_out(QUESTIONS, GROUPS, RowKind.SHARED)
     with by_segments(model.causal_lm), torch.no_grad():
@@ -489,15 +489,22 @@ def test_which_gpus_and_shapes_take_one_kernel(capability, dtype, widths, fits, 
     row_plan.varlen_kernel.cache_clear()
 
 
-@pytest.mark.parametrize(("capability", "masked"), [((7, 5), True), ((8, 0), False)])
-def test_where_fused_attention_takes_no_groups_each_segment_has_a_mask(capability, masked, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "dtype", "masked"),
+    [((7, 5), torch.float16, True), ((8, 0), torch.bfloat16, False), ((8, 0), torch.float32, True)],
+)
+def test_where_fused_attention_takes_no_groups_each_segment_has_a_mask(capability, dtype, masked, monkeypatch):
     """On the CPU, as a T4 would have it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(row_plan, "_visible_to", lambda *args: args)
     plan = RowPlan((RowSegment(0, 5), RowSegment(5, 8, 0, 5)))
-    alone, behind = row_plan._PlanAsMask(plan, None, torch.device("cuda", 0)).masks
-    assert behind is not None and (alone is not None) == masked
-    assert row_plan._PlanAsMask(plan, None, torch.device("cpu")).masks[0] is None
+    token = row_plan._current.set(plan)
+    try:
+        on_gpu, on_cpu = (row_plan._mask(device=torch.device(name), dtype=dtype).masks for name in ("cuda:0", "cpu"))
+    finally:
+        row_plan._current.reset(token)
+    assert on_gpu[1] is not None and (on_gpu[0] is not None) == masked
+    assert on_cpu[1] is not None and on_cpu[0] is None
 
 
 def round_by_length(llm: torch.nn.Module) -> None:
