@@ -50,6 +50,12 @@ class Run:
             language_model=language_model,
         )
 
+    @property
+    def weighted(self) -> bool:
+        """Whether losses are weighted: by heads with weights of their own, or by a source's loss weight."""
+        trained = any(binding.trained for binding in self.bindings.values())
+        return trained or any(source.loss_weight != 1 for source in self.recipe.data)
+
     def assistant(self, model: MultimodalModel) -> Assistant:
         components = self.components
         return Assistant(model, components.tokenizer, components.placeholders, components.encoders, self.recipe.media)

@@ -11,13 +11,45 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from finetune.model.composite import MultimodalModel
 from finetune.model.prefixes import IGNORED, most_shared, shared_tokens
-from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES, Sharing
-from finetune.training.samples import TokenizedSamples
+from finetune.model.row_layout import RowKind
+from finetune.recipe.schema import Stage
+from finetune.training.pack import LEAST_TOKENS, MOST_BRANCHES, Rows, Sharing, plan_rows
+from finetune.training.samples import TokenizedSamples, groups_of
 
 Numbers: TypeAlias = npt.NDArray[Any]
 AT_ONCE = 2_000  # samples whose tokens are copied at once
 LEAST_SAVED = 0.1  # of a group's tokens; below that, and below LEAST_TOKENS, samples are left to be shuffled freely
+
+
+def rows_of(
+    samples: TokenizedSamples,
+    weights: Sequence[float],
+    stage: Stage,
+    model: MultimodalModel,
+    kind: RowKind,
+    capacity: int,
+    seed: int,
+) -> tuple[Rows, Sharing]:
+    """The rows of all epochs of a stage, see `plan_rows`, and what its samples share. `weights`: of the training rows,
+    each of which has as many samples.
+    """
+    sharing = Sharing.none(len(samples))
+    if kind is RowKind.SHARED:
+        sharing = sharing_of(samples, model.composition.fusion.by_sample, model.placement.prompts_both_ways)
+    if (each := len(samples) // len(weights)) > 1:
+        weights = array("d", (weight for weight in weights for _ in range(each)))
+    rows = plan_rows(
+        samples.taught_lengths,
+        weights,
+        capacity=capacity,
+        epochs=int(stage.epochs),
+        seed=seed,
+        groups=groups_of(samples),
+        sharing=sharing,
+    )
+    return rows, sharing
 
 
 def sharing_of(samples: TokenizedSamples, media_in_prefix: bool = False, whole_prompts: bool = False) -> Sharing:

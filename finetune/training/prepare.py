@@ -1,9 +1,7 @@
 """All that is ready before the LLM is loaded, and the rows that each stage uses."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -33,10 +31,10 @@ from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe
 from finetune.recipe.schema import Stage
 from finetune.training.kept_samples import RowsDigest, tokenized_samples
-from finetune.training.pack import Row, plan_rows
-from finetune.training.prefixes import sharing_of
+from finetune.training.pack import Row
+from finetune.training.prefixes import rows_of
 from finetune.training.rollouts import rollout_rows, row_kind_of_answers
-from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, prompts
+from finetune.training.samples import TokenizedSamples, compared, distilled, prompts
 from finetune.training.shared import Shared
 from finetune.training.steps import samples_of
 from finetune.training.teachers import TeacherData, run_teachers
@@ -57,22 +55,6 @@ class PreparedRun:
     by_stage: dict[str, TokenizedSamples]
     teacher_data: dict[str, TeacherData]
     watch: Stopwatch
-
-    @property
-    def weighted(self) -> bool:
-        """Whether losses are summed by our own code: heads with weights, or sources with another loss weight."""
-        recipe = self.run.recipe
-        trained = any(binding.trained for binding in self.run.bindings.values())
-        return trained or any(source.loss_weight != 1 for source in recipe.data)
-
-    @cached_property
-    def head_outputs(self) -> dict[str, int]:
-        """{name of a head with weights: numbers that it gives}."""
-        outputs: dict[str, int] = {}
-        for name, target in zip(self.samples.column("head"), self.samples.column("target"), strict=True):
-            if name:
-                outputs.setdefault(name, len(target))
-        return outputs
 
 
 def prepare(folder: RunFolder, recipe: Recipe, shared: Shared | None = None) -> PreparedRun:
@@ -179,23 +161,12 @@ def stage_rows(
         samples = TokenizedSamples.of(distilled(own, stage, run, model))
     elif stage.name in prepared.by_stage:
         samples = prepared.by_stage[stage.name]
-        weights = array("d", (weight for weight in weights for _ in range(len(samples) // len(own))))
     else:
         samples = prepared.samples.select(chosen)
     if stage.objective.samples_answers:
         kind = row_kind_of_answers(kind, model.composition.fusion)
         return samples, rollout_rows(run.recipe.train, stage, samples.lengths, weights, seed, kind)
-    rows = plan_rows(
-        samples.taught_lengths,
-        weights,
-        capacity=int(run.recipe.train.tokens_per_batch),
-        epochs=int(stage.epochs),
-        seed=seed,
-        groups=groups_of(samples),
-        sharing=sharing_of(samples, model.composition.fusion.by_sample, model.placement.prompts_both_ways)
-        if kind is RowKind.SHARED
-        else None,
-    )
+    rows, _ = rows_of(samples, weights, stage, model, kind, int(run.recipe.train.tokens_per_batch), seed)
     pa.default_memory_pool().release_unused()
     trim_memory()
     return samples, rows

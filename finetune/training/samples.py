@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,6 +143,12 @@ class TokenizedSamples:
     def column(self, name: str) -> list[Any]:
         result: list[Any] = self.arrow(name).to_pylist()
         return result
+
+    @cached_property
+    def head_outputs(self) -> dict[str, int]:
+        """{name of a head with weights: numbers that it gives}."""
+        named = zip(self.column("head"), self.column("target"), strict=True)
+        return {name: len(target) for name, target in named if name}
 
     def select(self, numbers: Sequence[int]) -> "TokenizedSamples":
         chosen = np.asarray(numbers, np.int32)

@@ -181,7 +181,7 @@ def train_stages(
             field="features" if settings.cache else "media",
             kind=row_kind_of_answers(kind, model.composition.fusion) if stage.objective.samples_answers else kind,
             pad_token_id=components.tokenizer.pad_token_id,
-            heads=prepared.head_outputs if prepared.weighted and stage.objective.heads else None,
+            heads=prepared.samples.head_outputs if run.weighted and stage.objective.heads else None,
             distributions=prepared.teacher_data[stage.name].outputs if stage.name in prepared.teacher_data else None,
             prompts_both_ways=components.placement.prompts_both_ways,
         )

@@ -17,7 +17,7 @@ from finetune.training.plan.meter import Meter, Rehearsal, with_data
 from finetune.training.plan.result import Phase
 from finetune.training.plan.rows import PlannedRows, PlannedRun, StageRows
 from finetune.training.plan.shapes import base_on_meta, language_model_on_meta, without_data
-from finetune.training.plan.step import StepMemory, measure_step, on_paper, size_of, tensors_of, weights_of
+from finetune.training.plan.step import measure_step, on_paper, size_of, tensors_of, weights_of
 from finetune.training.rollouts import longest_answers, row_kind_of_answers
 from finetune.training.samples import TokenizedSamples
 from finetune.training.stage_training import StageTraining
@@ -81,7 +81,9 @@ def measure(recipe: Recipe, rows: PlannedRows, gpu: bool) -> Measured:
             tokens = batch["input_ids"].numel()
             stages[stage.name] = StageWork(in_all.rows, in_all.tokens, tokens)
             states = max(states, memory.optimizer)
-            phases.append(_phase(f"train {stage.name}", memory))
+            parts = {**memory.weights, "optimizer": memory.optimizer, "gradients": memory.gradients}
+            parts["activations"] = memory.activations
+            phases.append(Phase(f"train {stage.name}", parts, memory.flops, memory.calls))
         evaluation, kv_token, longest = _evaluate(planned, model, meter)
         phases.append(evaluation)
         trained = size_of(trained_tensors(model).values())
@@ -112,11 +114,6 @@ def composed(planned: PlannedRun, recipe: Recipe, dtype: torch.dtype) -> Multimo
     return model
 
 
-def _phase(name: str, memory: StepMemory) -> Phase:
-    parts = {**memory.weights, "optimizer": memory.optimizer, "gradients": memory.gradients}
-    return Phase(name, {**parts, "activations": memory.activations}, memory.flops, memory.calls)
-
-
 def _encode(planned: PlannedRun, model: MultimodalModel, kind: str, meter: Meter) -> tuple[Phase, int]:
     """The phase, and the mean bytes of a medium's features."""
     encoder = planned.run.components.encoders[kind]
@@ -143,10 +140,8 @@ def step_of(
     planned: PlannedRun, model: MultimodalModel, stage: Stage, kind: RowKind, seed: int
 ) -> tuple[StageTraining, Batch, StageRows]:
     """What a stage trains with, and the batch of its fullest row."""
-    recipe, bindings = planned.run.recipe, planned.rows.bindings.values()
-    weighted = any(b.trained for b in bindings) or any(source.loss_weight != 1 for source in recipe.data)
     rows = planned.stage_rows(stage, model, kind, seed)
-    collator = planned.collator(rows.samples, weighted and stage.objective.heads, kind)
+    collator = planned.collator(rows.samples, kind, heads=planned.run.weighted and stage.objective.heads)
     if stage.objective.reference:
         collator.reference = [torch.zeros(count) for count in rows.samples.learned]
     if stage.objective.needs == "teacher":
@@ -155,7 +150,7 @@ def step_of(
         model=model,
         tokenizer=planned.run.components.tokenizer,
         stage=stage,
-        settings=recipe.train,
+        settings=planned.run.recipe.train,
         collator=collator,
         rows=[rows.fullest] * rows.rows,
         folder=planned.run.folder.checkpoints / stage.name,

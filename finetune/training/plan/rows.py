@@ -1,6 +1,5 @@
 """What a plan knows of the rows: some of them tokenized, and how many there are."""
 
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from finetune.recipe.load import Recipe
 from finetune.recipe.parts import ObjectivePart
 from finetune.recipe.schema import Stage
 from finetune.training.collate import Batch, Collator, PackedRow
-from finetune.training.pack import Row, Sharing, plan_rows
+from finetune.training.pack import Row
 from finetune.training.plan.shapes import META
-from finetune.training.prefixes import sharing_of
+from finetune.training.prefixes import rows_of
 from finetune.training.rollouts import rollout_rows, row_kind_of_answers
-from finetune.training.samples import TokenizedSamples, compared, distilled, groups_of, prompts, tokenized
+from finetune.training.samples import TokenizedSamples, compared, distilled, prompts, tokenized
 from finetune.training.steps import samples_of
 
 READ = 256  # training rows that are tokenized; the others are taken to be like them
@@ -117,75 +116,49 @@ class PlannedRun:
         layout = features.layout(medium)
         return torch.empty(len(layout.marks), layout.rows, encoder.width, dtype=self.run.components.dtype)
 
-    def collator(self, samples: TokenizedSamples, weighted: bool, kind: RowKind) -> Collator:
-        columns = samples.column("head"), samples.column("target")
-        outputs = {head: len(target) for head, target in zip(*columns, strict=True) if head}
+    def collator(self, samples: TokenizedSamples, kind: RowKind, heads: bool = False) -> Collator:
+        """`heads`: whether heads with weights learn from the rows."""
         return Collator(
             samples,
             self.read,
             field="features" if self.run.recipe.train.cache else "media",
             kind=kind,
             pad_token_id=self.run.components.tokenizer.pad_token_id,
-            heads=outputs if weighted else None,
+            heads=samples.head_outputs if heads else None,
             prompts_both_ways=self.run.components.placement.prompts_both_ways,
         )
 
     def stage_rows(self, stage: Stage, model: MultimodalModel, kind: RowKind, seed: int) -> StageRows:
         """As `prepare.stage_rows`, over the rows that were read, then stretched to all."""
-        training, recipe = self.rows.training, self.run.recipe
-        chosen = samples_of(stage, training)
-        samples = self.samples.select(chosen)
-        if stage.objective.needs == "texts":  # the LLM's own answers aren't known yet
-            given = stage.model_copy(update={"objective": ObjectivePart.of(stage.objective.kind, answers="given")})
-            samples = TokenizedSamples.of(distilled([training[i] for i in chosen], given, self.run, model))
-        weights = sampling_weights([training[i] for i in chosen], recipe.train.mixing_temperature)
-        if stage.objective.samples_answers:
-            return self._rollout_rows(stage, chosen, weights, model, kind, seed)
-        if stage.objective.compares:
-            own = [training[i] for i in chosen]
-            samples = TokenizedSamples.of(compared(own, stage.objective.needs, self.run))
-            weights = array("d", (weight for weight in weights for _ in range(len(samples) // len(own))))
-        lengths = samples.taught_lengths
-        shares = kind is RowKind.SHARED
-        sharing = Sharing.none(len(lengths))
-        if shares:
-            fusion = model.composition.fusion
-            sharing = sharing_of(samples, fusion.by_sample, model.placement.prompts_both_ways)
-        capacity = int(recipe.train.tokens_per_batch)
-        packed = plan_rows(
-            lengths, weights, capacity=capacity, epochs=1, seed=seed, groups=groups_of(samples), sharing=sharing
-        )
-        used = {training[i].source for i in chosen}
-        stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
-        tokens = [sum(sharing.tokens(group, lengths) for group in row) for row in packed]
-        fullest = packed[tokens.index(max(tokens))]
-        return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(sum(tokens) * stretch))
-
-    def _rollout_rows(
-        self,
-        stage: Stage,
-        chosen: Sequence[int],
-        weights: Sequence[float],
-        model: MultimodalModel,
-        kind: RowKind,
-        seed: int,
-    ) -> StageRows:
-        """Of a stage that samples answers: as many tokens as they may have."""
-        objective, own = stage.objective, [self.rows.training[i] for i in chosen]
-        samples = TokenizedSamples.of(prompts(own, objective, self.run))
-        lengths, kind = samples.lengths, row_kind_of_answers(kind, model.composition.fusion)
-        once = stage.model_copy(update={"epochs": 1})
-        packed = rollout_rows(self.run.recipe.train, once, lengths, weights, seed, kind)
-        tokens = [sum(objective.tokens_of(lengths[number]) for (number,) in row) for row in packed]
-        used = {sample.source for sample in own}
-        stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in used) / len(chosen)
+        train, objective, once = self.run.recipe.train, stage.objective, stage.model_copy(update={"epochs": 1})
+        chosen = samples_of(stage, self.rows.training)
+        own = [self.rows.training[i] for i in chosen]
+        weights = sampling_weights(own, train.mixing_temperature)
+        if objective.samples_answers:  # as many tokens as they may have
+            samples = TokenizedSamples.of(prompts(own, objective, self.run))
+            lengths = samples.lengths
+            packed = rollout_rows(
+                train, once, lengths, weights, seed, row_kind_of_answers(kind, model.composition.fusion)
+            )
+            tokens = [sum(objective.tokens_of(lengths[number]) for (number,) in row) for row in packed]
+        else:
+            samples = self.samples.select(chosen)
+            if objective.needs == "texts":  # the LLM's own answers aren't known yet
+                given = stage.model_copy(update={"objective": ObjectivePart.of(objective.kind, answers="given")})
+                samples = TokenizedSamples.of(distilled(own, given, self.run, model))
+            if objective.compares:
+                samples = TokenizedSamples.of(compared(own, objective.needs, self.run))
+            packed, sharing = rows_of(samples, weights, once, model, kind, int(train.tokens_per_batch), seed)
+            lengths = samples.taught_lengths
+            tokens = [sum(sharing.tokens(group, lengths) for group in row) for row in packed]
+        stretch = int(stage.epochs) * sum(self.rows.sources[source] for source in {s.source for s in own}) / len(own)
         fullest = packed[tokens.index(max(tokens))]
         return StageRows(samples, fullest, max(round(len(packed) * stretch), 1), round(sum(tokens) * stretch))
 
     def prompts(self, batch: int) -> Batch:
         """The longest sample so many times, as prompts that are answered at once."""
         longest = max(range(len(self.samples)), key=self.samples.lengths.__getitem__)
-        collator = self.collator(self.samples, weighted=False, kind=RowKind.PADDED)
+        collator = self.collator(self.samples, RowKind.PADDED)
         return collator([PackedRow(groups=[[longest]] * batch, filler=False)])
 
     def some_media(self, kind: str) -> list[Prepared]:
