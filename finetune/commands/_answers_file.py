@@ -3,14 +3,14 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
+from finetune.common.run_folder import replacing
 from finetune.data.questions import Input
 
 PROBABILITY = "probability_"  # beginning of the column of a label's probability
@@ -88,15 +88,12 @@ class AnswersFile:
     @contextmanager
     def appending(self, done: Sequence[PredictedRow]) -> Iterator[Callable[[PredictedRow], None]]:
         """The file with the rows `done`, and a function that writes a further one to disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with partial.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+        with replacing(self.path, newline="", errors="backslashreplace") as file:
             if not self.jsonl:
                 file.write("\ufeff")  # Excel reads UTF-8 with its mark
                 csv.writer(file).writerow(self.header)
             for row in done:
                 self._write(file, row)
-        os.replace(partial, self.path)
         with self.path.open("a", encoding="utf-8", newline="", errors="backslashreplace") as file:
 
             def append(row: PredictedRow) -> None:
@@ -105,7 +102,7 @@ class AnswersFile:
 
             yield append
 
-    def _write(self, file: IO[str], row: PredictedRow) -> None:
+    def _write(self, file: TextIO, row: PredictedRow) -> None:
         kept = {here: row.columns.get(name, "") for name, here in self.kept.items()}
         if self.jsonl:
             line = {self.first: row.row, **kept, "answer": row.answer} | ({"rank": row.rank} if self.ranks else {})

@@ -14,7 +14,7 @@ from typing import Any
 from finetune.commands._reader import Reader, held_out
 from finetune.common import display
 from finetune.common.errors import DataError, FinetuneError, option
-from finetune.common.run_folder import whole_folder, write_text
+from finetune.common.run_folder import replacing, whole_folder, write_text
 from finetune.data.check.compare import NEAR_BITS, NEAR_LEVELS, compare
 from finetune.data.check.fix import check_target, clean_copy
 from finetune.data.check.ledger import CODES, ERRORS, Examined, Finding, Ledger, SplitCounts, Summary
@@ -263,8 +263,7 @@ def _example(ledger: Ledger, code: str) -> str:
 
 def write_report(ledger: Ledger, summary: Summary, path: Path) -> None:
     """check.json: the summary, and every finding as {"code", "severity", "file", "line", "text", "media"}."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.write(json.dumps(summary, indent=2, ensure_ascii=False).removesuffix("\n}") + ',\n  "list": [')
         separator = "\n"
         for finding in ledger.findings():
@@ -279,7 +278,6 @@ def write_report(ledger: Ledger, summary: Summary, path: Path) -> None:
             file.write(f"{separator}    {json.dumps(entry, ensure_ascii=False)}")
             separator = ",\n"
         file.write("\n  ]\n}\n")
-    os.replace(partial, path)
 
 
 def write_fixed(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from finetune.commands._asking import ask_each, source_of_run, task_of
 from finetune.common import display
 from finetune.common.errors import DataError, RecipeError, option
-from finetune.common.run_folder import RunFolder, RunLike
+from finetune.common.run_folder import RunFolder, RunLike, replacing
 from finetune.data.check.page import InlineMedium, embedded, render
 from finetune.data.describe.review import ReviewedRows
 from finetune.data.describe.rows_file import is_described
@@ -107,13 +107,10 @@ class Labelling:
         return self.open_from((number + 1) % len(self.items) if label else number)
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with partial.open("w", encoding="utf-8-sig", newline="") as file:  # Excel reads UTF-8 with its mark
+        with replacing(self.path, "utf-8-sig", newline="") as file:  # Excel reads UTF-8 with its mark
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(asdict(item.line) for item in self.items)
-        os.replace(partial, self.path)
 
 
 @dataclass

@@ -19,12 +19,12 @@ from finetune.common.errors import ArtifactError, DataError, RecipeError, given,
 from finetune.common.run_folder import RunFolder, RunLike
 from finetune.data.describe.endpoint import Endpoint, is_address
 from finetune.data.describe.options import DescribeOptions
-from finetune.data.describe.rows_file import Origin
+from finetune.data.describe.rows_file import Origin, write_rows
 from finetune.data.describe.run import Describer
 from finetune.data.new_files import RowsAs
 from finetune.data.rows import by_task, error_list, subset
 from finetune.data.run_rows import splits_of_run
-from finetune.data.sample import Medium, Message, Sample
+from finetune.data.sample import Message, Sample
 from finetune.evaluation.new_rows import NewRows
 from finetune.model.trained_for import refuse_missing
 from finetune.recipe.load import Recipe, load_recipe
@@ -138,18 +138,19 @@ def data_pairs(
         found, verdicts = judged(found, judge())
         result = replace(result, verdicts=str(verdicts), errors=tuple(verdicts.errors))
     pairs = [one for one in found if one.chosen is not None]
-    root = _common_folder([medium for one in found for medium in one.sample.media])
-    _write(out, [_pair(one, root) for one in pairs])
+    media = [medium for one in found for medium in one.sample.media]
+    root = Path(os.path.commonpath([medium.path.parent for medium in media])) if media else None
+    write_rows(out, [_pair(one, root) for one in pairs])
     if judge:
         candidates_path(out).unlink()
-    kinds = sorted({medium.kind for one in found for medium in one.sample.media})
-    media = f", media_folder: {root}" if root else ""
+    kinds = ", ".join(sorted({medium.kind for medium in media}))
+    folder_of_media = f", media_folder: {root}" if root else ""
     return replace(
         result,
         pairs=len(pairs),
         undecided=len(found) - len(pairs),
         candidates=candidates_path(out) if options.by == "person" else None,
-        source=f"- {{path: {out.resolve()}, task: {{kind: chat, media: [{', '.join(kinds)}]}}{media}}}",
+        source=f"- {{path: {out.resolve()}, task: {{kind: chat, media: [{kinds}]}}{folder_of_media}}}",
     )
 
 
@@ -200,7 +201,7 @@ def two_answers(
     if waits:
         rows = [_labelling_row(one) if by_person else _candidates_row(one) for one in found]
         known = {"run": str(folder.path.resolve()), "rows": len(samples)}
-        _write(candidates_path(out), [{**row, **known} for row in rows])
+        write_rows(candidates_path(out), [{**row, **known} for row in rows])
     return found
 
 
@@ -360,14 +361,3 @@ def _candidates_row(one: Candidate) -> dict[str, Any]:
     return {"candidates": one.answers, "of": one.sample.where}
 
 
-def _common_folder(media: Sequence[Medium]) -> Path | None:
-    return Path(os.path.commonpath([medium.path.parent for medium in media])) if media else None
-
-
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=file)
-    os.replace(partial, path)

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias
 
 from pydantic import ValidationError
 
@@ -444,8 +444,16 @@ def add_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def replacing(path: Path, encoding: str = "utf-8", **options: Any) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` once it is whole and on the disk. `options`: of `open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding=encoding, **options) as file:
+        yield file
     flush(partial)
     os.replace(partial, path)

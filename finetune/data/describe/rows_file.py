@@ -1,14 +1,13 @@
 """The file of described rows: JSON lines with the columns of a task and a `source`: where each row is from."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune.common.errors import OVERWRITE, DataError, option
-from finetune.common.run_folder import JsonObject
+from finetune.common.run_folder import JsonObject, replacing
 from finetune.data.describe.assignment import Assignment
 from finetune.data.formats._json import objects
 from finetune.data.formats._media import KINDS
@@ -97,11 +96,8 @@ class RowsFile:
 
 def write_rows(path: Path, rows: Sequence[JsonObject]) -> None:
     """Replace a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
+    with replacing(path, newline="\n") as file:
         file.writelines(map(_line, rows))
-    os.replace(partial, path)
 
 
 def media_kind(row: JsonObject) -> str:
