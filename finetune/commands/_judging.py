@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Literal, TypeAlias
 
 from finetune.common.errors import DataError
@@ -87,8 +86,7 @@ def judge_all(comparisons: Sequence[Comparison], judge: Describer) -> Verdicts:
         elif own[0] is TIE:
             found.ties += 1
         elif isinstance(answer, ModelAnswer) and isinstance(own[0], int):
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            origin = Origin(answer.model, answer.revision, judge.address, f"judge {PROMPT_VERSION}", now)
+            origin = Origin(answer.model, answer.revision, judge.address, f"judge {PROMPT_VERSION}")
             found.better[number] = (own[0], origin)
     found.errors.sort()
     if len(found.errors) == len(comparisons) > 0:

@@ -359,5 +359,3 @@ def _labelling_row(one: Candidate) -> dict[str, Any]:
 
 def _candidates_row(one: Candidate) -> dict[str, Any]:
     return {"candidates": one.answers, "of": one.sample.where}
-
-

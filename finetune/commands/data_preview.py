@@ -12,7 +12,7 @@ from finetune.common.errors import DataError
 from finetune.common.run_folder import write_text
 from finetune.data.check.lenient import lenient_rows
 from finetune.data.check.page import Thumbnails, render
-from finetune.data.rows import Source, group_of
+from finetune.data.rows import group_of
 from finetune.data.sample import Medium
 from finetune.model.tokenize import IGNORED, Tokens
 from finetune.recipe.load import RecipeLike, as_recipe
@@ -93,7 +93,8 @@ def data_preview(
     loaded = as_recipe(recipe, overrides)
     reader = Reader(loaded)
     sources, splits = loaded.data, held_out(loaded)
-    used = [n for n, source in enumerate(sources) if split in (source.split, *_held_out(source))]
+    shares = [{"test": source.hold_out, "validation": source.hold_out_validation} for source in sources]
+    used = [n for n, source in enumerate(sources) if split == source.split or shares[n].get(split)]
     each = max(1, -(-rows // max(1, len(used))))
     previews = [preview for n in used for preview in _previews(reader, n, split, splits, each, boundaries)][:rows]
     if not previews:
@@ -103,11 +104,6 @@ def data_preview(
     if html is not None:
         write_text(Path(html), page)
     return Previews(tuple(previews), page)
-
-
-def _held_out(source: Source) -> list[str]:
-    shares = {"test": source.hold_out, "validation": source.hold_out_validation}
-    return [split for split, share in shares.items() if share]
 
 
 def _previews(

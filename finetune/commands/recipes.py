@@ -58,7 +58,8 @@ def recipes(copy: str | None = None, to: Path | str = ".") -> RecipeList:
         for name in re.findall(r"^ *chat_template: (\S+)", target.read_text(encoding="utf-8"), re.MULTILINE):
             (target.parent / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(paths[copy].parent / name, target.parent / name)
-    return RecipeList({name: _first_comment(path) for name, path in paths.items()}, target)
+    first = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in paths.items()}
+    return RecipeList({name: line.lstrip("# ").strip() for name, line in first.items()}, target)
 
 
 def commands_for_files(name: str, to: Path | str = ".") -> list[str]:
@@ -85,8 +86,3 @@ def commands_for_files(name: str, to: Path | str = ".") -> list[str]:
             command += ["--packages", f"{weights_folder}/.packages"]
         commands.append(command)
     return [shlex.join(command) for command in commands]
-
-
-def _first_comment(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("# ").strip()

@@ -180,7 +180,7 @@ class RunFolder:
         entries = list(self.path.iterdir()) if self.path.is_dir() else [self.path]
         known = WRITTEN_FIRST | WRITTEN_LATER
         names = {entry.name for entry in entries}
-        foreign = [entry.name for entry in entries if _finished_name(entry) not in known]
+        foreign = [one.name for one in entries if (one.stem if one.suffix in UNFINISHED else one.name) not in known]
         if not names >= WRITTEN_FIRST and not names <= WRITTEN_FIRST:
             foreign = foreign or [*names]
         if foreign:
@@ -277,10 +277,6 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
     for name, child in children:
         yield from _leaves(child, f"{key}.{name}" if key else str(name))
-
-
-def _finished_name(entry: Path) -> str:
-    return entry.stem if entry.suffix in UNFINISHED else entry.name
 
 
 RunLike: TypeAlias = RunFolder | os.PathLike[str] | str

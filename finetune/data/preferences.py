@@ -21,7 +21,8 @@ def sample_of(row: Row, task: TaskPart) -> Sample:
     if isinstance(chosen := columns.get("chosen"), str):
         row = replace(row, columns=_answered(row, task, chosen))
     sample: Sample = task.sample(row)
-    rejected, label = _text(columns.get("rejected")), _label(columns.get("desirable"))
+    rejected, label = _text(columns.get("rejected")), columns.get("desirable")
+    label = label if isinstance(label, bool) else WORDS.get(str(label).strip().lower())
     if rejected is None and label is None:
         return sample
     return replace(sample, rejected=rejected, desirable=label)
@@ -42,10 +43,6 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool | int | float | dict | list):
         value = json.dumps(value, ensure_ascii=False)
     return value.strip() or None if isinstance(value, str) else None
-
-
-def _label(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else WORDS.get(str(value).strip().lower())
 
 
 def without_reward(sample: Sample, task: TaskPart, name: str) -> str | None:

@@ -97,7 +97,8 @@ def read_inputs(
         if path.is_file() and kind_of(path.name):
             inputs.append(_medium(path))
         elif path.is_dir() and not _holds_rows(path):
-            files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            files = [file for file in files if not any(map(is_hidden, file.relative_to(path).parts))]
             media = [file for file in files if kind_of(file.name) in kinds]
             if not media:
                 raise DataError(f"{path}: no {' or '.join(kinds) or 'medium'} in it, of {len(files):,} files")
@@ -136,10 +137,6 @@ def _text(value: Any) -> str | None:
     if value is None or isinstance(value, str | int | float | Path):
         return "" if value is None else str(value)
     return None
-
-
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(is_hidden(part) for part in file.relative_to(folder).parts)
 
 
 def _holds_rows(folder: Path) -> bool:

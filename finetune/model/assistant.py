@@ -229,13 +229,9 @@ class Assistant:
             raise DataError(f"{task!r} isn't answered by {answer}; these are: {', '.join(names) or 'none'}")
         return self.ask(task or names[0], [(Message("user", question),)])[0]
 
-    def names_without_text(self) -> list[str]:
-        """Task bindings that are answered otherwise than by free text."""
-        return [name for name, binding in self.model.bindings.items() if not binding.settings.free_text]
-
     def only_task(self) -> str | None:
         """The only task binding, if it is answered otherwise than by free text."""
-        names = self.names_without_text()
+        names = [name for name, binding in self.model.bindings.items() if not binding.settings.free_text]
         return names[0] if len(names) == len(self.model.bindings) == 1 else None
 
     def ask(

@@ -108,8 +108,8 @@ def _beginnings(samples: TokenizedSamples) -> tuple[Numbers, Numbers]:
 
 def _beginnings_of(samples: TokenizedSamples, names: pa.Array) -> tuple[Numbers, Numbers]:
     """(the ids, uint32 and big-endian; how many each sample has). `names`: of all media."""
-    most = _most_shared(samples)
     ids, ends = _flat(samples, "input_ids")
+    most = np.minimum(_prompts(samples), np.diff(ends) - 1)  # see `most_shared`
     ids = ids.astype(">u4")
     begins, media_ends = _flat(samples, "media_begins")
     stops, _ = _flat(samples, "media_ends")
@@ -147,13 +147,6 @@ def _prompts(samples: TokenizedSamples) -> Numbers:
     sizes = np.diff(ends)
     first: Numbers = np.minimum(places[np.searchsorted(places, ends[:-1])] - ends[:-1], sizes)
     return first
-
-
-def _most_shared(samples: TokenizedSamples) -> Numbers:
-    """`most_shared` of each sample's labels."""
-    sizes = pc.list_value_length(samples.arrow("labels")).to_numpy()
-    most: Numbers = np.minimum(_prompts(samples), sizes - 1)
-    return most
 
 
 def _media_names(samples: TokenizedSamples) -> pa.ChunkedArray:

@@ -10,7 +10,7 @@ from finetune.common.errors import DataError
 from finetune.data.rows import error_list
 from finetune.data.sample import Sample
 from finetune.recipe.load import Recipe
-from finetune.recipe.parts import ObjectivePart
+from finetune.recipe.parts import Needs, ObjectivePart
 from finetune.training.lengths import Counter, Estimate, counted
 from finetune.training.steps import samples_of
 
@@ -46,7 +46,7 @@ def refuse_too_long(recipe: Recipe, samples: Sequence[Sample], estimated: Estima
         return
     counter, numbers = Counter.of(recipe.model, recipe.media), counted(samples)
     if any(one.needs == "pairs" for one in objectives):
-        numbers |= counted([_rejected(sample) for sample in samples])
+        numbers |= counted([sample.answered(sample.rejected or "") for sample in samples])
     places = _Places(recipe, samples)
     certain: list[str] = []
     likely: list[str] = []
@@ -94,14 +94,16 @@ class _Places:
                 words, options = sample.in_words(), objective.options
                 own = getattr(options, "answers", "given") == "given"
                 yield {"": words if own else replace(words, messages=words.question)}, None
-            elif objective.needs == "pairs":
-                yield {"chosen": sample, "rejected": _rejected(sample)}, None
-            elif objective.needs == "unpaired":
-                own = "desirable" if sample.desirable else "undesirable"
-                yield {own: sample, "other": sample.answered(self.samples[before[number]].answer)}, None
+            elif objective.compares:
+                yield answers_by_role(sample, objective.needs, self.samples[before[number]].answer), None
             elif objective.needs == "prompts":
                 yield {"": question}, objective
 
 
-def _rejected(sample: Sample) -> Sample:
-    return sample.answered(sample.rejected or "")
+def answers_by_role(sample: Sample, needs: Needs, other: str) -> dict[str, Sample]:
+    """The answers to one question that an objective compares in a packed row. `other`: that of another row, to which
+    single answers are compared.
+    """
+    if needs == "pairs":
+        return {"chosen": sample, "rejected": sample.answered(sample.rejected or "")}
+    return {"desirable" if sample.desirable else "undesirable": sample, "other": sample.answered(other)}

@@ -27,7 +27,7 @@ from finetune.model.run import Run
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.parts import Needs, ObjectivePart
 from finetune.recipe.schema import Stage
-from finetune.training.row_limit import too_long
+from finetune.training.row_limit import answers_by_role, too_long
 
 DISTILL_BATCH = 16  # questions answered at once
 COUNTED = ("chosen", "desirable", "undesirable")  # roles: of each pair, and of each labelled answer, one
@@ -222,7 +222,7 @@ def _each(items: Iterable[Item], rows_of: Callable[[Item], Sequence[TokenizedSam
 def _fitting(sample: Sample, run: Run) -> TokenizedSample:
     """Raises DataError where a packed row doesn't hold it."""
     row = _tokenized(sample, run)
-    _refuse_too_long(row.input_ids, sample, run)
+    _refuse_too_long(sample.where, {"": len(row.input_ids)}, run)
     return row
 
 
@@ -244,8 +244,9 @@ def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
     )
 
 
-def _refuse_too_long(input_ids: Sequence[int], sample: Sample, run: Run) -> None:
-    if why := too_long(sample.where, {"": len(input_ids)}, int(run.recipe.train.tokens_per_batch)):
+def _refuse_too_long(where: str, lengths: Mapping[str, int], run: Run, objective: ObjectivePart | None = None) -> None:
+    """Raises DataError where `too_long` says why."""
+    if why := too_long(where, lengths, int(run.recipe.train.tokens_per_batch), objective):
         raise DataError(why)
 
 
@@ -279,7 +280,7 @@ def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
     row, components = _fitting(sample, run), run.components
     segments = components.placement.segments_by(run.features.layout)
     teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, segments)
-    _refuse_too_long(teacher.input_ids, sample, run)
+    _refuse_too_long(sample.where, {"": len(teacher.input_ids)}, run)
     return replace(row, teacher_input_ids=teacher.input_ids, teacher_labels=teacher.labels)
 
 
@@ -288,10 +289,16 @@ def compared(samples: Sequence[Sample], needs: Needs, run: Run) -> Iterator[Toke
     its own with its label, and that of the row before ("unpaired"). Raises DataError, at the end, with all rows that
     can't be used.
     """
-    if needs == "pairs":
-        return _each(enumerate(samples), lambda row: _pair(*row, run))
-    others = [*answers_of(samples)]
-    return _each(enumerate(samples), lambda row: _unpaired(*row, others[row[0] - 1], run))
+    others = [*answers_of(samples)] if needs == "unpaired" else []
+
+    def together(entry: tuple[int, Sample]) -> list[TokenizedSample]:
+        number, sample = entry
+        answers = answers_by_role(sample, needs, others[number - 1] if others else "")
+        rows = [replace(_tokenized(one, run), role=role, group=str(number)) for role, one in answers.items()]
+        _refuse_too_long(sample.where, {row.role: len(row.input_ids) for row in rows}, run)
+        return rows
+
+    return _each(enumerate(samples), together)
 
 
 def prompts(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> Iterator[TokenizedSample]:
@@ -305,29 +312,10 @@ def prompts(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> It
         row = _tokenized(sample, run)
         prompt = tokenize_prompt(sample.question, components.tokenizer, components.placeholders, segments, sample.where)
         ids = prompt.input_ids
-        if why := too_long(sample.where, {"": len(ids)}, int(run.recipe.train.tokens_per_batch), objective):
-            raise DataError(why)
+        _refuse_too_long(sample.where, {"": len(ids)}, run, objective)
         return [replace(row, input_ids=ids, labels=[IGNORED] * len(ids), positions=prompt.positions)]
 
     return _each(samples, prompt_of)
-
-
-def _pair(number: int, sample: Sample, run: Run) -> list[TokenizedSample]:
-    return _together(number, {"chosen": sample, "rejected": sample.answered(sample.rejected or "")}, run)
-
-
-def _unpaired(number: int, sample: Sample, other: str, run: Run) -> list[TokenizedSample]:
-    own = "desirable" if sample.desirable else "undesirable"
-    return _together(number, {own: sample, "other": sample.answered(other)}, run)
-
-
-def _together(number: int, answers: Mapping[str, Sample], run: Run) -> list[TokenizedSample]:
-    """Answers to one question, by their roles, which share a packed row."""
-    rows = [replace(_tokenized(one, run), role=role, group=str(number)) for role, one in answers.items()]
-    lengths = {row.role: len(row.input_ids) for row in rows}
-    if why := too_long(rows[0].where, lengths, int(run.recipe.train.tokens_per_batch)):
-        raise DataError(why)
-    return rows
 
 
 def own_answers(samples: Sequence[Sample], assistant: Assistant, max_new_tokens: int) -> list[str]:

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from finetune.common.errors import OVERWRITE, DataError, option
@@ -26,7 +27,7 @@ class Origin:
     revision: str
     address: str
     prompt: str
-    date: str
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def is_described(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -139,7 +138,7 @@ def describe(
                         f"so far are in {out}, and the same call goes on from there"
                     ) from None
             else:
-                append(rows, Origin(answer.model, answer.revision, describer.address, prompt, _now()))
+                append(rows, Origin(answer.model, answer.revision, describer.address, prompt))
                 done.add(name)
                 count, in_a_row = count + len(rows), 0
             step()
@@ -165,7 +164,3 @@ def _questions(
         except DataError as error:
             errors[name] = str(error).removeprefix(f"{row.where}: ")
     return questions, errors
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -18,6 +18,7 @@ from finetune.data.media.image import image_size, shrunk_size
 from finetune.data.sample import Layout, Medium, Prepared, Values
 from finetune.model.base.existing import ExistingModel, beside_language, media_modules
 from finetune.model.encoders import Encoder
+from finetune.model.encoders._transformers import hash_tensors
 from finetune.recipe.schema import Limits
 
 ENCODING = 1  # version: to be raised when features of the same medium change
@@ -56,10 +57,7 @@ class BaseEncoder(Encoder):
         digest.update(self.processor.to_json_string().encode())
         digest.update(self.existing.config.to_json_string(use_diff=False).encode())
         for name in beside_language(model):
-            for inner, tensor in sorted(model.get_submodule(name).state_dict().items()):
-                digest.update(f"{name}{inner}{tensor.dtype}{tuple(tensor.shape)}".encode())
-                if tensor.device.type != "meta":
-                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            hash_tensors(digest, {f"{name}{one}": t for one, t in model.get_submodule(name).state_dict().items()})
         return digest.hexdigest()
 
     @property
@@ -136,7 +134,8 @@ class BaseEncoder(Encoder):
         assert not isinstance(batch, Tensor)
         model = self.existing.model
         half = self.existing.dtype != torch.float32
-        kinds = {p.dtype for name in beside_language(model) for p in _floats(model, name)}
+        beside = [p for name in beside_language(model) for p in model.get_submodule(name).parameters()]
+        kinds = {p.dtype for p in beside if p.is_floating_point()}
         # Where projectors have trained, they are float32.
         with torch.autocast(self.existing.device.type, self.existing.dtype, enabled=half and len(kinds) > 1):
             return self._encoded(model, batch)
@@ -193,10 +192,6 @@ def _rows(features: Tensor | Sequence[Tensor]) -> Tensor:
     """(R, D)."""
     whole = features if isinstance(features, Tensor) else torch.cat([part.flatten(0, -2) for part in features])
     return whole.flatten(0, -2)
-
-
-def _floats(model: Any, name: str) -> list[Tensor]:
-    return [p for p in model.get_submodule(name).parameters() if p.is_floating_point()]
 
 
 class _Stop(Exception):

@@ -1,6 +1,6 @@
 """Which parameters of a base are its language model, its encoders and its projectors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,7 @@ def linear_layers(model: Any, targets: str | list[str]) -> list[str]:
     """Full names of the decoder's linear layers: all, or those whose names end in one of `targets`. Raises ModelError
     where there are none.
     """
-    inside = {id(module) for module in language_modules(model)}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear) and _matches(name, targets)
-    ]
+    names = _linear_names(model, language_modules(model), targets)
     if not names:
         wanted = "linear layers" if targets == "all-linear" else f"modules {', '.join(targets)}"
         raise ModelError(f"adapter.targets: the decoder of this {type(model).__name__} has no {wanted}")
@@ -40,12 +35,7 @@ def linear_layers(model: Any, targets: str | list[str]) -> list[str]:
 
 def tower_layers(model: Any, kind: str, targets: str | list[str]) -> list[str]:
     """As `linear_layers`, of the encoder of a kind of media."""
-    inside = {id(module) for module in encoder_of(model, kind).modules()}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear) and _matches(name, targets)
-    ]
+    names = _linear_names(model, encoder_of(model, kind).modules(), targets)
     if not names:
         raise ModelError(f"tune_encoders.{kind}: the base's encoder has none of the linear layers that are targets")
     return names
@@ -66,8 +56,12 @@ def tuned_names(model: Any, kind: str, tuning: EncoderTuning) -> list[str]:
     return [name for name, p in model.named_parameters() if id(p) in chosen]
 
 
-def _matches(name: str, targets: str | list[str]) -> bool:
-    return targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in targets)
+def _linear_names(model: Any, among: Iterable[nn.Module], targets: str | list[str]) -> list[str]:
+    own = {id(module) for module in among if isinstance(module, nn.Linear)}
+    names = [name for name, module in model.named_modules() if id(module) in own]
+    if targets == "all-linear":
+        return names
+    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
 def roles_of(model: Any, kind: str, features: Callable[[], Tensor]) -> MediumRoles:
@@ -80,7 +74,7 @@ def roles_of(model: Any, kind: str, features: Callable[[], Tensor]) -> MediumRol
     names = {id(p): name for name, p in model.named_parameters()}
     tower = encoder_of(model, kind)
     inputs: list[Tensor] = []
-    last = last_layer(tower)
+    last = layers_of(tower)[-1]
     handle = last.register_forward_pre_hook(
         lambda module, args, kwargs: inputs.append((*args, *kwargs.values())[0]), with_kwargs=True
     )
@@ -140,7 +134,3 @@ def layers_of(tower: Any) -> nn.ModuleList:
     if not lists:
         raise ModelError(f"{type(tower).__name__} has no list of layers")
     return max(lists, key=len)
-
-
-def last_layer(tower: Any) -> nn.Module:
-    return layers_of(tower)[-1]

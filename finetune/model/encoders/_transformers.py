@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
@@ -192,16 +192,21 @@ def fingerprint(module: "nn.Module", settings: EncoderSettings) -> str:
     """sha256 of weights, preprocessing and options: equal fingerprints mean equal features. Where the weights were
     loaded from, and which other weights were there, has no influence.
     """
-    import torch
-
     options = {key: value for key, value in settings["options"].items() if key not in ("name", "revision")}
     origin = ("_name_or_path", "architectures", "dtype")  # the dtype is hashed with each weight
     config = {key: value for key, value in settings["config"].items() if key not in origin}
     digest = hashlib.sha256(f"{ENCODING}".encode())
     content = {**settings, "options": options, "config": config}
     digest.update(json.dumps(content, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    hash_tensors(digest, module.state_dict())
+    return digest.hexdigest()
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, "torch.Tensor"]) -> None:
+    """Add names, dtypes, shapes and values, these unless on the meta device."""
+    import torch
+
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta":
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -46,11 +46,10 @@ class Encoder(BaseEncoder):
 
     def encode(self, batch: "torch.Tensor") -> "torch.Tensor":
         """Windows (N, S, samples) -> features (N, S, L, W), in the module's dtype."""
-
-        def encode_windows(windows: "torch.Tensor") -> "torch.Tensor":
-            return shared.hidden_states(self.module, self.options.layer, input_values=windows)
-
-        return shared.each_segment(batch, self.module, encode_windows, at_once=8)
+        module, layer = self.module, self.options.layer
+        return shared.each_segment(
+            batch, module, lambda windows: shared.hidden_states(module, layer, input_values=windows), at_once=8
+        )
 
     def _convolutions(self) -> list[tuple[int, int]]:
         """(kernel, stride) of each."""

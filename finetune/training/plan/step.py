@@ -79,7 +79,8 @@ def measure_step(training: StageTraining, batch: Batch, meter: Meter, gpu: bool)
     trained = [p for parameters in parts.values() for p in parameters]
     gradients = size_of(p.grad for p in trained)
     added, flops, calls = meter.peak - before, meter.flops // steps, meter.calls // steps
-    states = optimizer_bytes(optimizer)
+    optimizer.step()
+    states = size_of(each for state in optimizer.state.values() for each in state.values() if isinstance(each, Tensor))
     model.zero_grad()
     for patched in ("forward", "_original_forward"):  # trl's fused head, as in `train_stage`
         model.__dict__.pop(patched, None)
@@ -135,12 +136,6 @@ def size_of(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of their storages, each counted once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
     return sum(storages.values())
-
-
-def optimizer_bytes(optimizer: Any) -> int:
-    """Bytes of an optimizer's state after its first step."""
-    optimizer.step()
-    return size_of(value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
 
 
 def on_paper(batch: Any) -> Any:
