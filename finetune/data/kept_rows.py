@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import time_ns
 from typing import TypeAlias
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from finetune.common.kept_tables import keep, opened
 from finetune.common.user_cache import user_cache
+from finetune.common.version import installed
 from finetune.data.hold_out import SPLITS, connected, holds_out, splits_of
 from finetune.data.media_index import SETTLED, Stamp, media_index
 from finetune.data.sample_table import SCHEMA, SampleTable, newest, unchanged
@@ -32,7 +32,7 @@ LIBRARIES = ("pyarrow", "datasets", "openpyxl")  # that read rows
 
 def sources_folder(sources: Sequence[Source], max_bytes: int) -> Path | None:
     """Where the samples of these sources are kept; None where nothing shows whether a source has changed."""
-    content: list[object] = [code_hash("data"), [_version(name) for name in LIBRARIES], max_bytes]
+    content: list[object] = [code_hash("data"), installed(LIBRARIES), max_bytes]
     for source in sources:
         stamps = stamps_of(source.path)
         if stamps is None:
@@ -128,10 +128,3 @@ def code_hash(*parts: str) -> str:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

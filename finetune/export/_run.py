@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from finetune.common import certificate
@@ -11,7 +10,7 @@ from finetune.common.disk import writing
 from finetune.common.errors import ArtifactError, ExportRefused, option
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder, write_json
-from finetune.common.version import DISTRIBUTION, VERSION
+from finetune.common.version import versions
 from finetune.data.sample import KINDS
 from finetune.export._contract import (
     FIRST_TOKENS,
@@ -73,7 +72,7 @@ def export_run(
                 "format": FORMAT,
                 "details": exported.details or {},
                 "options": publishable(target_options),
-                "versions": package_versions(),
+                "versions": versions(PACKAGES),
                 "sha256": certificate.file_hashes(partial),
             }
             write_json(partial / "export.json", content)
@@ -153,14 +152,3 @@ def publishable(options: TargetOptions) -> dict[str, object]:
         if isinstance(field.json_schema_extra, dict) and "path" in field.json_schema_extra
     }
     return options.model_dump(mode="json", exclude=paths)
-
-
-def package_versions() -> dict[str, str]:
-    """This package's own too, which may run from its source."""
-    versions = {DISTRIBUTION: VERSION}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # not every target needs each
-            continue
-    return versions

@@ -6,7 +6,6 @@ just the base.
 import os
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from rich import box
@@ -19,7 +18,7 @@ from finetune.common.errors import ArtifactError, DataError, MergeRefused
 from finetune.common.memory import MERGING, enough_memory
 from finetune.common.progress import bar, console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder
-from finetune.common.version import DISTRIBUTION, VERSION
+from finetune.common.version import versions
 from finetune.data.metrics import main_metric
 from finetune.data.rows import subset
 from finetune.data.run_rows import splits_of_run
@@ -124,17 +123,12 @@ def merge_into(
         base=trained.base_measures,
         base_is=job.base_is,
         bounds=bounds,
-        versions=package_versions(),
+        versions=versions(PACKAGES),
         sha256=certificate.file_hashes(folder),
         adapter_sha256=certificate.file_hashes(job.run.folder.adapter),
     )
     merged.write(folder / certificate.NAME)
     return merged
-
-
-def package_versions() -> dict[str, str]:
-    """This package's own too, which may run from its source."""
-    return {DISTRIBUTION: VERSION, **{name: version(name) for name in PACKAGES}}
 
 
 def bounds_of(recipe: Recipe) -> Bounds:

@@ -10,8 +10,7 @@ from finetune.common.errors import ArtifactError, FinetuneError, PublishError, o
 from finetune.common.progress import console, fresh_memory, quiet_libraries
 from finetune.common.run_folder import RunFolder, RunLike, refuse_several_processes, whole_folder, write_text
 from finetune.evaluation.report.content import Content, read_content
-from finetune.model.assistant import Assistant
-from finetune.model.load import load_adapter, load_merged
+from finetune.model.load import load_folder
 from finetune.publishing import card, checks, compare, staging, upload
 from finetune.publishing.parts import Publication, bases_of, data_licences, with_commits, with_licences
 from finetune.recipe.load import Recipe, dump_recipe, load_recipe
@@ -135,16 +134,12 @@ def unfinished(content: Content) -> list[str]:
     return missing
 
 
-def load_here(path: Path) -> Assistant:
-    return load_adapter(path) if (path / "multimodal.json").is_file() else load_merged(path)
-
-
 def answers_here(path: Path, questions: compare.HeldOutQuestions, adapter: Path) -> tuple[compare.Predictions, str]:
     """Predictions of the model in the run, and a line. Raises PublishError if fewer than MIN_EQUAL of the rows are
     answered as they were evaluated; a merged model may differ, as far as its certificate allows, if its adapter
     doesn't.
     """
-    predictions = questions.predictions_of(load_here(path))
+    predictions = questions.predictions_of(load_folder(path))
     fresh_memory()
     different, rows = compare.differences(questions, predictions, questions.evaluated), len(questions)
     line = f"{rows - len(different)} of {rows} held-out rows are answered as they were evaluated"
@@ -167,7 +162,7 @@ def compare_downloaded(
     online = f"{repo} is online (commit {commit[:12]})"
     try:
         with tempfile.TemporaryDirectory(dir=run) as cache:
-            downloaded = questions.predictions_of(load_here(hub.fetched(repo, commit, Path(cache))))
+            downloaded = questions.predictions_of(load_folder(hub.fetched(repo, commit, Path(cache))))
     except FinetuneError as error:
         raise PublishError(f"{online}, but can't be loaded from there: {error}. Then push again") from error
     finally:

@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 from finetune.common.errors import OVERWRITE, RUN, TrainingError, option
 from finetune.common.progress import console
 from finetune.common.run_folder import RunFolder, read_json, write_json
-from finetune.common.version import DISTRIBUTION, VERSION
+from finetune.common.version import DISTRIBUTION, versions
 from finetune.recipe.load import Recipe
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
@@ -22,7 +21,7 @@ def record_versions(path: Path, processes: int) -> None:
 
     Raises TrainingError for another number of processes: each would go on in the middle of another's rows.
     """
-    current = {DISTRIBUTION: VERSION, **{name: version(name) for name in PACKAGES}, "processes": processes}
+    current = {**versions(PACKAGES), "processes": processes}
     before = read_json(path) if path.is_file() else current
     if before["processes"] != processes:
         raise TrainingError(

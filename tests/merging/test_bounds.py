@@ -15,8 +15,7 @@ from finetune.common import certificate
 from finetune.common.certificate import Bounds, Certificate, Dtypes, LanguageModelFiles, Measures, read_certificate
 from finetune.common.errors import ArtifactError, MergeRefused
 from finetune.common.run_folder import file_hash
-from finetune.common.version import DISTRIBUTION, VERSION
-from finetune.export import _run
+from finetune.common.version import DISTRIBUTION, VERSION, versions
 from finetune.merging import merge
 from finetune.merging.candidates import Candidate
 from finetune.recipe.schema import Llm
@@ -250,6 +249,5 @@ def test_a_package_that_is_not_installed_has_its_version(monkeypatch):
             raise PackageNotFoundError
         return "1"
 
-    monkeypatch.setattr("finetune.merging.merge.version", version)
-    monkeypatch.setattr("finetune.export._run.version", version)
-    assert merge.package_versions()[DISTRIBUTION] == _run.package_versions()[DISTRIBUTION] == VERSION
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert versions(["torch"]) == {DISTRIBUTION: VERSION, "torch": "1"}

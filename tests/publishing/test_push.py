@@ -247,7 +247,7 @@ def test_nine_of_ten_rows_must_be_answered_as_they_were_evaluated(monkeypatch, t
         def predictions_of(self, path):
             return {"a": ["yes"] * equal[path.name] + ["no"] * (10 - equal[path.name])}
 
-    monkeypatch.setattr(push_module, "load_here", lambda path: path)
+    monkeypatch.setattr(push_module, "load_folder", lambda path: path)
     rows = [SimpleNamespace(where=f"rows.csv:{i}") for i in range(10)]
     questions, merged, adapter = Asked({"a": rows}, {"a": ["yes"] * 10}, 8), tmp_path / "merged", tmp_path / "adapter"
     equal = {"adapter": 9, "merged": 2}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune.common.version import installed
 from finetune.data.media._source import LIMITS
 from finetune.data.media.audio import blank_sound, decode_audio, recording_of
 from finetune.data.media.image import blank_like, decode_image, picture_of
@@ -31,15 +32,7 @@ def decode(kind: str, source: object, *, where: str = "", limits: Limits = LIMIT
 
 def decoding(kind: str) -> str:
     """The versions of our decoder and of the libraries that it calls: with them, features have to be computed anew."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = [f"{DECODING}"]
-    for package in DECODED_BY[kind]:
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # pydicom is optional
-            continue
-    return ", ".join(versions)
+    return ", ".join([f"{DECODING}", *(f"{name} {found}" for name, found in installed(DECODED_BY[kind]).items())])
 
 
 def blank(kind: str, decoded: Any) -> Any:
