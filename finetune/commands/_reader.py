@@ -15,7 +15,7 @@ from finetune.data.rows import group_of
 from finetune.data.sample import Layout, Medium, Row, Sample
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.load import Recipe
-from finetune.recipe.schema import LanguageModel, task_names
+from finetune.recipe.schema import task_names
 
 CACHED_MEDIA = 512  # media whose view is kept: questions about one picture follow each other
 CACHED_LENGTHS = 2**14  # of different samples
@@ -29,6 +29,7 @@ class Reader:
 
         from finetune.common.progress import quiet_libraries
         from finetune.model.build import load_components
+        from finetune.model.language_model import context_of, read_config
 
         quiet_libraries()
         self.recipe = recipe
@@ -36,7 +37,7 @@ class Reader:
         # Tuning an encoder doesn't change what it reads.
         self.components = load_components(recipe.model, {}, recipe.seed, torch.device("cpu"))
         self.segments = self.components.placement.segments_by(lambda medium: self.inspected(medium)[1])
-        self.context = context_of(recipe.model.language_model)
+        self.context = context_of(read_config(recipe.model.language_model))
         self.lengths: dict[bytes, int] = {}  # digest of a sample's texts and layouts -> its tokens
         self.inspected = lru_cache(CACHED_MEDIA)(self._inspected)
 
@@ -153,23 +154,3 @@ def held_out(recipe: Recipe) -> dict[tuple[int, int], str]:
                     places.append((number, place))
     splits = splits_of(keys, [number for number, _ in places], recipe.data, recipe.seed)
     return dict(zip(places, splits, strict=True))
-
-
-def context_of(llm: LanguageModel) -> int | None:
-    """Tokens of the LLM's context, by its config; None if it names none. Raises ModelError."""
-    from transformers import AutoConfig
-
-    from finetune.common.hub import loading
-
-    with loading(f"LLM {llm.name!r}", llm.name) as local_only:
-        if llm.name.endswith(".gguf"):
-            config = AutoConfig.from_pretrained(str(Path(llm.name).parent), gguf_file=Path(llm.name).name)
-        else:
-            config = AutoConfig.from_pretrained(
-                llm.name,
-                revision=llm.revision,
-                trust_remote_code=llm.trust_remote_code,
-                local_files_only=local_only,
-            )
-    text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)

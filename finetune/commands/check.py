@@ -20,7 +20,6 @@ from finetune.data.sample import Sample
 from finetune.model.base.config import media_in_config
 from finetune.model.trained_for import refuse_unfit_teachers
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe, refuse_missing_packages
-from finetune.recipe.remarks import remarks
 from finetune.recipe.schema import LanguageModel, Train
 from finetune.training.automatic import longest_row, numbers_at_hand
 from finetune.training.cache_choice import choice_at_hand
@@ -91,7 +90,10 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
     why = refused.get(llm.name)
     if not why:
         refuse_unplain_base(loaded)
-    notes = [*remarks(loaded), *(check_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why))]
+    notes = [
+        *untrained_adapter(loaded),
+        *(check_base(loaded, why) if loaded.model.base else refuse_multimodal(llm, why)),
+    ]
     splits = read_splits(loaded.data, loaded.seed, loaded.media.max_bytes, loaded.file)
     refuse_empty_splits(splits, loaded)
     refuse_unfit(splits, loaded)
@@ -120,6 +122,14 @@ def check(recipe: RecipeLike, overrides: Sequence[str] = ()) -> CheckedRecipe:
         cache = choice_at_hand(loaded.model_copy(update={"train": chosen.train}))
         numbers += (cache.reason if cache else "cache: true where the disk has room for the features, else false",)
     return CheckedRecipe(loaded, summary(splits), numbers, stages, tuple(warnings), tuple(notes))
+
+
+def untrained_adapter(recipe: Recipe) -> Iterator[str]:
+    """What a recipe leads to that trains no adapter."""
+    if not recipe.trains_adapter:
+        parts = ", ".join(dict.fromkeys(part for stage in recipe.train.stages for part in stage.trains))
+        reason = "adapter is null" if recipe.adapter is None else "no stage trains the adapter"
+        yield f"{reason}: the merged model is the LLM as it is, with the trained {parts}"
 
 
 def _tokens_of_media(recipe: Recipe, samples: Sequence[Sample], estimated: Estimate | None) -> Iterator[str]:

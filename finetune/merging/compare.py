@@ -23,7 +23,7 @@ from finetune.model.padding import left_padded, left_padded_positions, position_
 from finetune.model.prefixes import prompt_tokens
 from finetune.model.prompts import PromptBatch, head_outputs
 from finetune.model.run import Run
-from finetune.model.tokenize import IGNORED, Tokens, tokenize, tokenize_prompt
+from finetune.model.tokenize import IGNORED, Tokens
 
 POSITIONS = 1024  # limit of next-token distributions kept for comparison
 LOGITS = 2**26  # limit of logits kept for comparison
@@ -77,7 +77,8 @@ class ComparedSamples:
             batch = 1  # padding would move the positions
         with without_adapter(composite.language_model) if bare else nullcontext():
             for head, chunk in self._batches(composite, batch):
-                tokens = [self._tokens(sample, composite, view, head) for sample in chunk]
+                # As they are trained: without the answer where a head gives it.
+                tokens = [self.run.tokens(sample, not head, view.layout) for sample in chunk]
                 yield from self._log_probabilities(composite, tokens, head, view, max(1, limit))
 
     def _batches(self, composite: MultimodalModel, size: int) -> Iterator[tuple[str | None, list[Sample]]]:
@@ -85,14 +86,6 @@ class ComparedSamples:
         for head, group in groupby(self.samples, lambda s: s.task if s.task in composite.heads else None):
             while chunk := list(islice(group, size)):
                 yield head, chunk
-
-    def _tokens(self, sample: Sample, composite: MultimodalModel, view: MediaView, head: str | None) -> Tokens:
-        """A sample as it is trained; without its answer where a head gives it."""
-        tokenizer, placeholders = self.run.components.tokenizer, self.run.components.placeholders
-        segments = composite.placement.segments_by(view.layout)
-        if head:
-            return tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)
-        return tokenize(sample, tokenizer, placeholders, segments)
 
     @torch.no_grad()
     def _log_probabilities(

@@ -57,14 +57,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def read_config(llm: LanguageModel) -> Any:
     """The LLM's config, without its weights. Raises ModelError."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": llm.name, "revision": llm.revision}
-    if llm.name.endswith(".gguf"):
-        folder, _, file = llm.name.rpartition("/")
-        source = {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
     with loading(f"{'base' if isinstance(llm, Base) else 'LLM'} {llm.name!r}", llm.name) as local_only:
         return AutoConfig.from_pretrained(
-            trust_remote_code=llm.trust_remote_code, local_files_only=local_only, **source
+            **_source(llm.name, llm.revision), trust_remote_code=llm.trust_remote_code, local_files_only=local_only
         )
+
+
+def _source(name: str, revision: str | None) -> dict[str, Any]:
+    """Where transformers reads a config or a tokenizer from: a repository, a folder, or a `.gguf` file."""
+    if name.endswith(".gguf"):
+        return {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+    return {"pretrained_model_name_or_path": name, "revision": revision}
 
 
 def load_language_model(llm: LanguageModel, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
@@ -114,12 +117,9 @@ def load_tokenizer(
     name: str, *, revision: str | None = None, chat_template: Path | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer, with a chat template (its own, the file's, or a plain one) and a padding token."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name, "revision": revision}
-    if name.endswith(".gguf"):
-        source = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
     with loading(f"tokenizer of {name!r}", name) as local_only:
         tokenizer = AutoTokenizer.from_pretrained(
-            trust_remote_code=trust_remote_code, local_files_only=local_only, **source
+            **_source(name, revision), trust_remote_code=trust_remote_code, local_files_only=local_only
         )
     if chat_template is not None:
         tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
@@ -137,9 +137,14 @@ def load_tokenizer(
     return tokenizer
 
 
-def context_length(model: torch.nn.Module) -> int | None:
+def context_length(model: Any) -> int | None:
     """Tokens that a prompt and its answer may have together; None where the config names no end."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return context_of(model.config)
+
+
+def context_of(config: Any) -> int | None:
+    """The same, by the config alone."""
+    config = config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 

@@ -91,12 +91,10 @@ def tokenize(sample: Sample, tokenizer: Any, placeholders: Mapping[str, Placehol
     text = _render(tokenizer, sample.messages, placeholders, sample.where)
     last = isinstance(segments, PlacedMedia) and segments.placement.prompts_both_ways
     spans = _assistant_spans(tokenizer, sample, placeholders, text, last)
-    if any(placeholder.native for placeholder in placeholders.values()):
-        tokens = _native(sample, tokenizer, placeholders, segments, text, spans)
-        return _refuse_empty(tokens, sample)
-    input_ids, offsets = encode(text, tokenizer)
-    labels = _labels(input_ids, offsets, spans)
-    return _refuse_empty(_expand(sample, tokenizer, input_ids, labels, placeholders, segments), sample)
+    tokens = _tokens(sample, tokenizer, placeholders, segments, text, spans)
+    if all(label == IGNORED for label in tokens.labels[1:]):
+        raise DataError(f"{sample.where}: no token would be learned from this row: the chat template drops the answer")
+    return tokens
 
 
 def _labels(
@@ -111,12 +109,6 @@ def _labels(
     return labels
 
 
-def _refuse_empty(tokens: Tokens, sample: Sample) -> Tokens:
-    if all(label == IGNORED for label in tokens.labels[1:]):
-        raise DataError(f"{sample.where}: no token would be learned from this row: the chat template drops the answer")
-    return tokens
-
-
 def tokenize_prompt(
     messages: Sequence[Message],
     tokenizer: Any,
@@ -126,11 +118,22 @@ def tokenize_prompt(
 ) -> Tokens:
     """A conversation up to where the assistant's turn begins."""
     text = _render(tokenizer, messages, placeholders, where, add_generation_prompt=True)
-    sample = Sample(tuple(messages), where)
+    return _tokens(Sample(tuple(messages), where), tokenizer, placeholders, segments, text, ())
+
+
+def _tokens(
+    sample: Sample,
+    tokenizer: Any,
+    placeholders: Mapping[str, Placeholder],
+    segments: Segments,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+) -> Tokens:
+    """Of a rendered conversation; those inside the `spans` of its text are learned."""
     if any(placeholder.native for placeholder in placeholders.values()):
-        return _native(sample, tokenizer, placeholders, segments, text, ())
-    input_ids, _ = encode(text, tokenizer)
-    return _expand(sample, tokenizer, input_ids, [IGNORED] * len(input_ids), placeholders, segments)
+        return _native(sample, tokenizer, placeholders, segments, text, spans)
+    input_ids, offsets = encode(text, tokenizer)
+    return _expand(sample, tokenizer, input_ids, _labels(input_ids, offsets, spans), placeholders, segments)
 
 
 def answer_ends(tokenizer: Any, generation_config: Any) -> list[int]:

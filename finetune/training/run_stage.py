@@ -18,13 +18,12 @@ from finetune.evaluation.results import StageResult
 from finetune.model.adapter import load_trained, save_trained
 from finetune.model.trainable import set_trainable
 from finetune.training.checkpoints import KEPT, newest_whole, seconds_of, step_of
-from finetune.training.live_curve import LiveCurve
 from finetune.training.micro_batches import halved_of
 from finetune.training.stage_training import StageTraining, suspects_of
 from finetune.training.steps import FEW_STEPS
 from finetune.training.stopping import StopBetweenSteps
 from finetune.training.trainer import train_stage
-from finetune.training.training_bar import TrainingBar
+from finetune.training.training_bar import LiveCurve, TrainingBar
 from finetune.training.validation import ValidationCallback
 from finetune.training.watch import warnings_of
 

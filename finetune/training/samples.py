@@ -18,13 +18,14 @@ from finetune.common.kept_tables import keep, taken
 from finetune.common.progress import bar
 from finetune.common.run_folder import read_json, write_json
 from finetune.data.rows import answers_of, error_list
-from finetune.data.sample import Medium, Sample
+from finetune.data.sample import Medium, Message, Sample
 from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
+from finetune.model.features import MediaView
 from finetune.model.language_model import without_adapter
 from finetune.model.prefixes import IGNORED, Beginning, most_shared
 from finetune.model.run import Run
-from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
+from finetune.model.tokenize import Tokens
 from finetune.recipe.parts import Needs, ObjectivePart
 from finetune.recipe.schema import Stage
 from finetune.training.row_limit import answers_by_role, too_long
@@ -227,18 +228,12 @@ def _fitting(sample: Sample, run: Run) -> TokenizedSample:
 
 
 def _tokenized(sample: Sample, run: Run) -> TokenizedSample:
-    components, binding = run.components, run.bindings[sample.task]
-    segments = components.placement.segments_by(run.features.layout)
-    if binding.trained:
-        tokens = tokenize_prompt(sample.question, components.tokenizer, components.placeholders, segments, sample.where)
-    else:
-        tokens = tokenize(sample, components.tokenizer, components.placeholders, segments)
-    target = binding.encode(sample) if binding.trained else None
+    binding = run.bindings[sample.task]
     grouped = binding.trained and sample.group
     return replace(
-        TokenizedSample.of(tokens, sample.where),
+        TokenizedSample.of(run.tokens(sample, whole=not binding.trained), sample.where),
         head=sample.task if binding.trained else "",
-        target=target,
+        target=binding.encode(sample) if binding.trained else None,
         group=f"{sample.source}/{sample.group}" if grouped else "",  # two files may both have a user 1
         loss_weight=run.recipe.data[sample.source].loss_weight,
     )
@@ -266,20 +261,18 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
         raise DataError(error_list(errors, headline))
     options: Any = stage.objective.options
     if options.answers == "own":
-        path = run.folder.data / f"answers-{stage.name}.json"
-        if PartialState().is_main_process and not path.is_file():
-            write_json(path, {"answers": own_answers(samples, run.assistant(model), options.max_new_tokens)})
-        PartialState().wait_for_everyone()
-        answers = read_json(path)["answers"]
-        # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
-        samples = [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
+        questions = [sample.in_words().question for sample in samples]
+
+        def own_answers() -> list[str]:
+            with without_adapter(model.language_model):
+                return [*answers_to_imitate(questions, run.assistant(model), options.max_new_tokens)]
+
+        samples = with_kept_answers(samples, run.folder.data / f"answers-{stage.name}.json", own_answers)
     return _each(samples, lambda sample: (_with_teacher(sample, run),))
 
 
 def _with_teacher(sample: Sample, run: Run) -> TokenizedSample:
-    row, components = _fitting(sample, run), run.components
-    segments = components.placement.segments_by(run.features.layout)
-    teacher = tokenize(sample.in_words(), components.tokenizer, components.placeholders, segments)
+    row, teacher = _fitting(sample, run), run.tokens(sample.in_words())
     _refuse_too_long(sample.where, {"": len(teacher.input_ids)}, run)
     return replace(row, teacher_input_ids=teacher.input_ids, teacher_labels=teacher.labels)
 
@@ -305,12 +298,9 @@ def prompts(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> It
     """The prompts of training rows, without their answers. Raises DataError, at the end, with all rows whose sampled
     answers no packed row would hold.
     """
-    components = run.components
-    segments = components.placement.segments_by(run.features.layout)
 
     def prompt_of(sample: Sample) -> list[TokenizedSample]:
-        row = _tokenized(sample, run)
-        prompt = tokenize_prompt(sample.question, components.tokenizer, components.placeholders, segments, sample.where)
+        row, prompt = _tokenized(sample, run), run.tokens(sample, whole=False)
         ids = prompt.input_ids
         _refuse_too_long(sample.where, {"": len(ids)}, run, objective)
         return [replace(row, input_ids=ids, labels=[IGNORED] * len(ids), positions=prompt.positions)]
@@ -318,14 +308,24 @@ def prompts(samples: Sequence[Sample], objective: ObjectivePart, run: Run) -> It
     return _each(samples, prompt_of)
 
 
-def own_answers(samples: Sequence[Sample], assistant: Assistant, max_new_tokens: int) -> list[str]:
-    """Answers of the LLM without adapter to each row whose media are put into words."""
+def answers_to_imitate(
+    questions: Sequence[Sequence[Message]], assistant: Assistant, max_new_tokens: int, view: MediaView | None = None
+) -> Iterator[str]:
+    """Greedy answers, one by one. `view`: as in `Assistant.answers`."""
     assistant.model.eval()
-    answers: list[str] = []
-    with without_adapter(assistant.model.language_model), bar("answers to imitate", len(samples)) as step:
-        for start in range(0, len(samples), DISTILL_BATCH):
-            chunk = [sample.in_words().question for sample in samples[start : start + DISTILL_BATCH]]
-            answers += assistant.answers(chunk, max_new_tokens=max_new_tokens)
-            for _ in chunk:
+    with bar("answers to imitate", len(questions)) as step:
+        for start in range(0, len(questions), DISTILL_BATCH):
+            chunk = questions[start : start + DISTILL_BATCH]
+            for text in assistant.answers(chunk, max_new_tokens=max_new_tokens, view=view):
+                yield text
                 step()
-    return answers
+
+
+def with_kept_answers(samples: Sequence[Sample], path: Path, compute: Callable[[], Iterable[str]]) -> list[Sample]:
+    """The samples with the answers that the main process computes, which a run that goes on finds in `path`."""
+    if PartialState().is_main_process and not path.is_file():
+        write_json(path, {"answers": list(compute())})
+    PartialState().wait_for_everyone()
+    answers = read_json(path)["answers"]
+    # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
+    return [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]

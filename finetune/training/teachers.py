@@ -42,7 +42,13 @@ from finetune.recipe.schema import Base
 from finetune.training.collate import Collator, PackedRow
 from finetune.training.pack import plan_rows
 from finetune.training.prefixes import sharing_of
-from finetune.training.samples import DISTILL_BATCH, TokenizedSample, TokenizedSamples, tokenized
+from finetune.training.samples import (
+    TokenizedSample,
+    TokenizedSamples,
+    answers_to_imitate,
+    tokenized,
+    with_kept_answers,
+)
 from finetune.training.steps import samples_of
 
 ANSWERS = pa.schema({"answer": pa.string()})
@@ -134,7 +140,13 @@ def _teacher_data(number: int, recipe: Recipe, rows: Sequence[Sample], folder: R
             if options.by == "kl":
                 teacher.refuse_other_vocabulary()
         if options.answers == "own":
-            samples = _answered(samples, teacher, folder.data / f"answers-{stage.name}.json")
+
+            def answers() -> list[str]:
+                content = [options.max_new_tokens]
+                table = teacher.kept("answers", content, ANSWERS, rows, teacher.answers, waits=False)
+                return [*table.column("answer").to_pylist()]
+
+            samples = with_kept_answers(samples, folder.data / f"answers-{stage.name}.json", answers)
         if options.by == "kl":
             content = [options.temperature, options.top_k]
             table = teacher.kept("distributions", content, OUTPUTS, samples, teacher.distributions)
@@ -142,18 +154,6 @@ def _teacher_data(number: int, recipe: Recipe, rows: Sequence[Sample], folder: R
     finally:
         teacher.release()
     return TeacherData(teacher.name, samples, outputs)
-
-
-def _answered(samples: Sequence[Sample], teacher: "StageTeacher", path: Path) -> list[Sample]:
-    """The rows with the teacher's answers; a run goes on with those that it has begun with."""
-    if PartialState().is_main_process and not path.is_file():
-        content = [teacher.options.max_new_tokens]
-        table = teacher.kept("answers", content, ANSWERS, samples, teacher.answers, waits=False)
-        write_json(path, {"answers": table.column("answer").to_pylist()})
-    PartialState().wait_for_everyone()
-    # An empty answer is the end of the turn at once: nothing to imitate but that, so the row's own is taken.
-    answers = read_json(path)["answers"]
-    return [sample.answered(answer or sample.answer) for sample, answer in zip(samples, answers, strict=True)]
 
 
 class StageTeacher:
@@ -257,15 +257,9 @@ class StageTeacher:
 
     def answers(self, samples: Sequence[Sample]) -> Iterator[Mapping[str, object]]:
         """Its greedy answers, a row each."""
-        self.assistant.model.eval()
-        with bar("the teacher's answers", len(samples)) as step:
-            for start in range(0, len(samples), DISTILL_BATCH):
-                chunk = [sample.question for sample in samples[start : start + DISTILL_BATCH]]
-                for text in self.assistant.answers(
-                    chunk, max_new_tokens=self.options.max_new_tokens, view=self.features
-                ):
-                    yield {"answer": text}
-                    step()
+        questions = [sample.question for sample in samples]
+        for text in answers_to_imitate(questions, self.assistant, self.options.max_new_tokens, self.features):
+            yield {"answer": text}
 
     @torch.no_grad()
     def distributions(self, samples: Sequence[Sample]) -> Iterator[Mapping[str, object]]:

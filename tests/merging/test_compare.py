@@ -15,6 +15,7 @@ from finetune.merging.compare import ComparedSamples, Distance, EncodedOnce, dis
 from finetune.model.adapter import attach
 from finetune.model.compose import compose
 from finetune.model.heads import HeadSettings
+from finetune.model.run import Run
 from finetune.model.tokenize import IGNORED, add_placeholders, tokenize, tokenize_prompt
 from finetune.recipe.schema import Adapter
 
@@ -66,8 +67,11 @@ def composite():
 
 
 def comparison_of(composite, samples=SAMPLES, answered=(), **bindings):
-    components = SimpleNamespace(tokenizer=composite.tokenizer, placeholders=composite.placeholders)
-    run = SimpleNamespace(components=components, bindings=bindings, recipe=SimpleNamespace(evaluate="settings"))
+    placement = composite.model.composition.placement
+    components = SimpleNamespace(
+        tokenizer=composite.tokenizer, placeholders=composite.placeholders, placement=placement
+    )
+    run = Run(None, SimpleNamespace(evaluate="settings"), components, None, bindings)
     return ComparedSamples(run, samples, answered)
 
 
