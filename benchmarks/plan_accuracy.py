@@ -109,10 +109,10 @@ def planned(pair: Pair, folder: Path, gpu: bool) -> dict[str, int]:
     """Bytes by part of the last stage's step, from configs alone."""
     from finetune.common.progress import quiet_libraries
     from finetune.training.plan.measure import measure
-    from finetune.training.plan.rows import PlannedRows, with_dtype
+    from finetune.training.plan.rows import PlannedRows
 
     quiet_libraries()
-    recipe = with_dtype(recipe_of(pair, folder), "bfloat16" if gpu else "float32")
+    recipe = recipe_of(pair, folder).with_dtype("bfloat16" if gpu else "float32")
     measured = measure(recipe, PlannedRows.of(recipe), gpu)
     return next(phase for phase in reversed(measured.phases) if phase.name.startswith("train")).parts
 
@@ -127,11 +127,11 @@ def real(pair: Pair, folder: Path, gpu: bool) -> tuple[dict[str, int], int, int]
     from finetune.model.row_layout import likely_layout
     from finetune.training.plan.measure import step_of
     from finetune.training.plan.meter import Meter
-    from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
+    from finetune.training.plan.rows import PlannedRows, PlannedRun
     from finetune.training.train import set_up
 
     quiet_libraries()
-    recipe = with_dtype(recipe_of(pair, folder), "bfloat16" if gpu else "float32")
+    recipe = recipe_of(pair, folder).with_dtype("bfloat16" if gpu else "float32")
     rows = PlannedRows.of(recipe)
     run = PlannedRun(recipe, rows)  # for the same rows
     components = load_components(recipe.model, recipe.tune_encoders, recipe.seed)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from finetune.common.errors import DataError, RecipeError
 from finetune.common.run_folder import RunFolder
-from finetune.data.sample import Answer, Medium, Message
+from finetune.data.sample import Answer, Message, media_in
 from finetune.model.bindings import TaskBinding
 from finetune.recipe.load import Recipe
 from finetune.recipe.parts import TaskPart
@@ -36,7 +36,7 @@ def ask_each(
     answers: dict[str, Answer | DataError] = {}
     for key, question in questions.items():
         try:
-            for medium in (part for message in question for part in message.content if isinstance(part, Medium)):
+            for medium in media_in(question):
                 if medium.kind not in assistant.encoders:
                     kinds = ", ".join(assistant.encoders) or "text only"
                     raise DataError(f"holds {medium.kind}, but this model reads {kinds}")

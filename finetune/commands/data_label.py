@@ -19,7 +19,7 @@ from finetune.data.new_files import RowsAs, file_like
 from finetune.data.questions import question_about_media, question_of
 from finetune.data.read import read_rows
 from finetune.data.rows import error_list
-from finetune.data.sample import KINDS, Medium, Message, Row
+from finetune.data.sample import KINDS, Medium, Message, Row, media_in, texts_in
 from finetune.recipe.load import Recipe, RecipeLike, as_recipe
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import Limits, RowFile, Source, task_names
@@ -285,8 +285,8 @@ def _item(row: Row, task: TaskPart | None) -> Item:
         media, question = sample.media, sample.question
     else:
         question = question_about_media(row)
-        media = tuple(part for part in question[0].content if isinstance(part, Medium))
-    text = "\n".join(part for message in question for part in message.content if isinstance(part, str))
+        media = tuple(media_in(question))
+    text = "\n".join(texts_in(question))
     if not text:
         others = (value for name, value in row.columns.items() if name not in (*KINDS, column))
         text = "\n".join(value for value in others if isinstance(value, str))

@@ -24,7 +24,7 @@ from finetune.data.describe.run import Describer
 from finetune.data.new_files import RowsAs
 from finetune.data.rows import by_task, error_list, subset
 from finetune.data.run_rows import splits_of_run
-from finetune.data.sample import Message, Sample
+from finetune.data.sample import Message, Sample, texts_in
 from finetune.evaluation.new_rows import NewRows
 from finetune.model.trained_for import refuse_missing
 from finetune.recipe.load import Recipe, load_recipe
@@ -347,14 +347,13 @@ def _labelling_row(one: Candidate) -> dict[str, Any]:
     """A row of the labelling page: its media, in the row itself as they may lie anywhere, its question and the two
     answers; lists aren't shown.
     """
-    texts = [part for turn in one.sample.question for part in turn.content if isinstance(part, str)]
     media: dict[str, list[str]] = {}
     for medium in one.sample.media:
         kind = mimetypes.guess_type(medium.path)[0] or "application/octet-stream"
         content = base64.b64encode(medium.path.read_bytes()).decode()
         media.setdefault(medium.kind, []).append(f"data:{kind};base64,{content}")
     choice = "\n".join(f"{letter}: {answer}" for letter, answer in zip(LETTERS, one.answers, strict=True))
-    return {**media, "question": "\n".join(texts), "answers": choice, **_candidates_row(one)}
+    return {**media, "question": "\n".join(texts_in(one.sample.question)), "answers": choice, **_candidates_row(one)}
 
 
 def _candidates_row(one: Candidate) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from finetune.common.errors import DataError, MissingColumn
 from finetune.data.formats._media import is_hidden, kind_of
 from finetune.data.read import detected, read_rows
 from finetune.data.rows import error_list
-from finetune.data.sample import KINDS, Message, Row, Sample
+from finetune.data.sample import KINDS, Message, Row, Sample, texts_in
 from finetune.recipe.parts import TaskPart
 from finetune.recipe.schema import RowFile
 
@@ -71,7 +71,7 @@ def worded(prompt: str, task: TaskPart) -> Wording:
             continue
         except DataError:  # nothing is asked
             return Wording(prompt, tuple(columns))
-        lines = "\n".join(part for part in question.content if isinstance(part, str)).split("\n")
+        lines = "\n".join(texts_in([question])).split("\n")
         text = "\n".join(line for line in lines if line != mark)
         typed = text.removeprefix(prompt).strip() in prompt  # all of it, by one who knows the task
         return Wording(prompt if typed else text, tuple(columns))

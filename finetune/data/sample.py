@@ -4,7 +4,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -203,6 +203,14 @@ class Message:
     content: tuple[str | Medium, ...]
 
 
+def media_in(messages: Iterable[Message]) -> list[Medium]:
+    return [part for message in messages for part in message.content if isinstance(part, Medium)]
+
+
+def texts_in(messages: Iterable[Message]) -> list[str]:
+    return [part for message in messages for part in message.content if isinstance(part, str)]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a head says to a question: `text` where it writes, the `probabilities` of the labels where it chooses, a
@@ -235,17 +243,16 @@ class Sample:
     media: tuple[Medium, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        media = tuple(part for message in self.messages for part in message.content if isinstance(part, Medium))
-        object.__setattr__(self, "media", media)
+        object.__setattr__(self, "media", tuple(media_in(self.messages)))
         try:
-            "".join(part for message in self.messages for part in message.content if isinstance(part, str)).encode()
+            "".join(texts_in(self.messages)).encode()
         except UnicodeEncodeError as error:  # as JSON may escape it; no tokenizer takes it
             half = ascii(error.object[error.start])
             raise DataError(f"{self.where}: the text holds half a character, {half}; write the whole of it") from None
 
     @property
     def answer(self) -> str:
-        return "".join(part for part in self.messages[-1].content if isinstance(part, str))
+        return "".join(texts_in(self.messages[-1:]))
 
     def answered(self, answer: str) -> "Sample":
         """The same with another answer."""

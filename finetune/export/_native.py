@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune.common.errors import ArtifactError, DataError, ExportRefused
-from finetune.data.sample import Medium, Message
-from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
+from finetune.data.media import noise
+from finetune.data.sample import Medium, Message, media_in
+from finetune.export._check.probes import as_chat, prompt_batch
 from finetune.export._language_model import NAME, language_model_state, media_tokenizer, text_config
 from finetune.model.assistant import Assistant
 from finetune.model.composite import MultimodalModel
@@ -279,11 +280,11 @@ def compare_files(assistant: Assistant, folder: Path, native: NativeClass) -> No
         decoded = noise(native.medium, seed)
         prepared = assistant.encoders[native.medium].prepare(decoded)
         try:
-            ours = prompt_batch(assistant, messages, dict.fromkeys(media_of(messages), prepared))
+            ours = prompt_batch(assistant, messages, dict.fromkeys(media_in(messages), prepared))
         except DataError:  # a chat template that takes no system turn
             continue
         inputs = processor.apply_chat_template(
-            as_chat(messages, dict.fromkeys(media_of(messages), decoded)),
+            as_chat(messages, dict.fromkeys(media_in(messages), decoded)),
             tokenize=True,
             return_dict=True,
             return_tensors="pt",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.data.sample import KINDS
+from finetune.data.sample import KINDS, media_in
 from finetune.export._contract import EngineAnswers, ExportedModel, MergedModel, Probe, TargetOptions
 
 COMPARED_MEDIA = KINDS
@@ -55,10 +55,10 @@ def answer(folder: Path, probes: Sequence[Probe], options: Options, max_new_toke
     """In a process that imports transformers, and of this package at most `finetune.model.auto`."""
     from finetune.common.run_folder import read_json
     from finetune.export._check.ask import QuestionFile
-    from finetune.export._check.probes import as_chat, media_of
+    from finetune.export._check.probes import as_chat
     from finetune.export._check.process import answers_of_process
 
-    chats = [as_chat(probe.messages, {m: str(m.path) for m in media_of(probe.messages)}) for probe in probes]
+    chats = [as_chat(probe.messages, {m: str(m.path) for m in media_in(probe.messages)}) for probe in probes]
     own_class = read_json(folder / "config.json")["architectures"] == [OWN_CLASS]
     questions = QuestionFile(chats=chats, max_new_tokens=max_new_tokens)
     return answers_of_process(folder, questions, [MODULE] if own_class else [])

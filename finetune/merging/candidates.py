@@ -26,7 +26,7 @@ from finetune.merging.lora_weights import (
 )
 from finetune.merging.merged_folder import write_merged, write_merged_base
 from finetune.model.adapter import added_weights, load_trained
-from finetune.model.base.existing import ExistingModel
+from finetune.model.base.existing import ExistingModel, modules_beside
 from finetune.model.build import Components, build_model, with_base_reloaded
 from finetune.model.composite import MultimodalConfig, MultimodalModel
 from finetune.model.features import Features
@@ -151,16 +151,22 @@ class MergeJob:
     def write(self, place: Path, scratch: Path, trained: Trained, quantized: bool) -> str:
         """Write a candidate's folder; says how it was merged. `quantized`: see `Candidate`."""
         fresh_memory()
-        if self.run.components.base is not None:
-            return self._write_base(place, scratch, trained, quantized)
+        base, lora, quantization = self.run.components.base, self.lora, trained.quantization if quantized else None
+        if base is not None:
+            base.release_weights()
         # 16-bit weights needn't fit where 4-bit ones do.
         on_cpu = replace(self.run.components, device=torch.device("cpu"))
-        lora, quantization = self.lora, trained.quantization if quantized else None
         if lora is not None and not lora.by_module:
-            llm = self.composite(on_cpu, self.llm.quantize if quantized else "none").language_model
+            quantize = self.llm.quantize if quantized else "none"
+            components = on_cpu if base is None else with_base_reloaded(on_cpu, quantize, on_cpu.device)
+            llm = self.composite(components, quantize).language_model
             llm = into_dequantized(llm, self.dtype) if quantized else merged_whole(llm).to(self.dtype)
-            method = f"all at once, in memory: {lora.config.init_lora_weights!r} draws at random for the whole LLM"
+            drawn = f"{lora.config.init_lora_weights!r} draws at random for the whole {self.noun}"
+            method = f"all at once, in memory: {drawn}"
             lora, quantization = None, None
+        elif base is not None:
+            llm = load_base_on_disk(base, scratch)
+            method = "module by module, from the base's files"
         elif self.llm.name.endswith(".gguf"):
             plain = self.llm.model_copy(update={"quantize": "none", "attention": "auto"})
             llm = load_language_model(plain, on_cpu.dtype, on_cpu.device)
@@ -169,29 +175,9 @@ class MergeJob:
             llm = load_on_disk(self.llm, on_cpu.dtype, scratch)
             method = "module by module, from the LLM's files"
         refuse_without_room(place.parent, sum(p.numel() for p in llm.parameters()) * self.dtype.itemsize)
-        prepare_config(llm.config, self.dtype, untie=unties(llm, lora))
-        write_merged(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.parts, self.run)
-        return method
-
-    def _write_base(self, place: Path, scratch: Path, trained: Trained, quantized: bool) -> str:
-        existing = self.run.components.base
-        assert existing is not None
-        existing.release_weights()
-        refuse_without_room(place.parent, existing.skeleton.num_parameters() * self.dtype.itemsize)
-        lora, quantization = self.lora, trained.quantization if quantized else None
-        if lora is not None and not lora.by_module:
-            quantize = self.llm.quantize if quantized else "none"
-            components = with_base_reloaded(self.run.components, quantize, torch.device("cpu"))
-            base = self.composite(components, quantize).language_model
-            base = into_dequantized(base, self.dtype) if quantized else merged_whole(base).to(self.dtype)
-            method = f"all at once, in memory: {lora.config.init_lora_weights!r} draws at random for the whole base"
-            lora, quantization = None, None
-        else:
-            base = load_base_on_disk(existing, scratch)
-            method = "module by module, from the base's files"
-        prepare_config(base.config, self.dtype, untie=False)
-        tensors = merged_tensors(base, self.dtype, lora, quantization)
-        write_merged_base(place, base, tensors, trained.parts, self.run)
+        prepare_config(llm.config, self.dtype, untie=base is None and unties(llm, lora))
+        write = write_merged if base is None else write_merged_base
+        write(place, llm, merged_tensors(llm, self.dtype, lora, quantization), trained.parts, self.run)
         return method
 
     def measure(self, place: Path, scratch: Path, comparison: ComparedSamples, trained: Trained) -> Measures:
@@ -277,15 +263,5 @@ def place_for(folder: Path, device: torch.device) -> torch.device | None:
 def layers_on_disk(model: nn.Module, layers: nn.Module, device: torch.device) -> dict[str, str]:
     """{module: where it is}: a decoder's layers on disk, all others on the device."""
     above = next(name for name, module in model.named_modules() if module is layers)
-    places = dict.fromkeys(modules_beside(model, above), str(device))  # safetensors takes the name, not torch's type
+    places = dict.fromkeys(modules_beside(model, layers), str(device))  # safetensors takes the name, not torch's type
     return places | {f"{above}.{number}": "disk" for number, _ in enumerate(layers.children())}
-
-
-def modules_beside(module: nn.Module, without: str, name: str = "") -> list[str]:
-    """The outermost modules that don't hold the module `without`."""
-    if name == without:
-        return []
-    if not f"{without}.".startswith(f"{name}." if name else ""):
-        return [name]
-    inner = [modules_beside(child, without, f"{name}.{key}".lstrip(".")) for key, child in module.named_children()]
-    return [beside for names in inner for beside in names]

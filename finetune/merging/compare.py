@@ -19,7 +19,6 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.features import Features, MediaView
 from finetune.model.heads import HeadSettings
 from finetune.model.language_model import without_adapter
-from finetune.model.padding import left_padded, left_padded_positions, position_ids
 from finetune.model.prefixes import prompt_tokens
 from finetune.model.prompts import PromptBatch, head_outputs
 from finetune.model.run import Run
@@ -94,14 +93,10 @@ class ComparedSamples:
         """`limit`: of the positions of each sample."""
         device = composite.get_input_embeddings().weight.device
         pad = self.run.components.tokenizer.pad_token_id
-        ids, mask = left_padded([tokens.input_ids for tokens in samples], pad, device)
-        features: dict[str, list[Tensor]] = {}
-        for medium in (medium for tokens in samples for medium in tokens.media):
-            features.setdefault(medium.kind, []).append(view.features(medium))
-        rope = left_padded_positions([tokens.positions for tokens in samples], mask)
+        batch = PromptBatch.of(samples, view, pad, device)
         if head:
             settings = composite.bindings[head].settings
-            for row in head_outputs(composite, head, PromptBatch(ids, mask, features, rope_positions=rope)):
+            for row in head_outputs(composite, head, batch):
                 yield head_logits(row, settings).float().log_softmax(-1).cpu()
             return
         positions = [  # of the states that predict the answer, counted from the end
@@ -111,12 +106,15 @@ class ComparedSamples:
         count = -min(map(min, positions))  # of the last positions, whose logits are computed
         options: dict[str, Any] = {"use_cache": False}
         if composite.placement.prompts_both_ways:
-            options["token_type_ids"] = answer_types(mask, [prompt_tokens(tokens.labels) for tokens in samples])
+            options["token_type_ids"] = answer_types(
+                batch.attention_mask, [prompt_tokens(tokens.labels) for tokens in samples]
+            )
         if composite.llm_takes("logits_to_keep"):
             options["logits_to_keep"] = count
-        if len(ids) > 1 or rope is not None:
-            options["position_ids"] = position_ids(mask, rope)
-        logits = composite(ids, features=features, attention_mask=mask, **options).logits[:, -count:]
+        if len(samples) > 1 or batch.rope_positions is not None:
+            options["position_ids"] = batch.position_ids
+        options |= {"features": batch.features, "attention_mask": batch.attention_mask}
+        logits = composite(batch.input_ids, **options).logits[:, -count:]
         for row, places in zip(logits, positions, strict=True):
             yield row[[place + count for place in places]].float().log_softmax(-1).cpu()
 

@@ -21,7 +21,6 @@ from finetune.model.composite import MultimodalModel
 from finetune.model.encoders import Encoder
 from finetune.model.features import MediaView, encode_one, read_medium
 from finetune.model.language_model import context_length
-from finetune.model.padding import left_padded, left_padded_positions
 from finetune.model.prefixes import shared_beginning
 from finetune.model.prompts import (
     PromptBatch,
@@ -324,13 +323,7 @@ class Assistant:
 
     def _padded(self, prompts: Sequence[Tokens], view: MediaView) -> PromptBatch:
         device = self.model.get_input_embeddings().weight.device
-        input_ids, mask = left_padded([p.input_ids for p in prompts], self.tokenizer.pad_token_id, device)
-        features: dict[str, list[Tensor]] = {}
-        for prompt in prompts:
-            for medium in prompt.media:
-                features.setdefault(medium.kind, []).append(view.features(medium))
-        rope = left_padded_positions([prompt.positions for prompt in prompts], mask)
-        return PromptBatch(input_ids, mask, features, rope_positions=rope)
+        return PromptBatch.of(prompts, view, self.tokenizer.pad_token_id, device)
 
     def _together(self, prompts: Sequence[Tokens], view: MediaView, room: int) -> PromptBatch:
         """Prompts as a batch: behind what they share, where that pays, or whole."""

@@ -25,7 +25,7 @@ from finetune.common.errors import ModelError
 from finetune.common.gpu import GIB, computes_bfloat16
 from finetune.common.hub import loading
 from finetune.model.bounds import refuse_oversized
-from finetune.model.template_limit import TemplateTimeout, limited
+from finetune.model.template_limit import TemplateTimeout, rendered
 from finetune.recipe.schema import Base, LanguageModel
 
 ROOM = 0.75  # of the free memory, for weights that are dequantized once: a step needs the rest
@@ -130,8 +130,8 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
-        with limited(), suppress(jinja2.TemplateError, TypeError):  # reported when a conversation is rendered
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        with suppress(jinja2.TemplateError, TypeError):  # reported when a conversation is rendered
+            rendered(tokenizer, [{"role": "user", "content": "a"}])
     except TemplateTimeout as error:
         raise ModelError(f"the chat template of {name!r} can't be used: {error}") from None
     return tokenizer

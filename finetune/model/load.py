@@ -110,9 +110,9 @@ def load_merged_base(
     return Assistant(model, base.tokenizer, base.placeholders(), encoders, composition.media)
 
 
-def load_base(settings: Base, device: torch.device | None = None) -> Assistant:
+def load_base(settings: Base) -> Assistant:
     """A model of transformers that takes media, as it is. Raises ModelError."""
-    device = device or default_device()
+    device = default_device()
     base = ExistingModel.load(settings, resolve_dtype(settings.dtype, device), device)
     encoders = {name: BaseEncoder(base, name) for name in base.media}
     return Assistant(compose_base(encoders).eval(), base.tokenizer, base.placeholders(), encoders)

@@ -19,6 +19,11 @@ def left_padded_positions(positions: Sequence[Sequence[Sequence[int]] | None], m
     return plain
 
 
+def going_on(positions: list[list[int]] | None, count: int) -> list[list[int]] | None:
+    """Positions (3, T) of a question, and of `count` tokens of text behind it; None where it has none of its own."""
+    return positions and [[*row, *range(row[-1] + 1, row[-1] + 1 + count)] for row in positions]
+
+
 def position_ids(mask: Tensor, rope: Tensor | None) -> Tensor:
     """Positions (B, T) of rows that are padded on the left, by their mask; with `rope` (3, B, T), where positions have
     three dimensions, (4, B, T).

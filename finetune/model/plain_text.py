@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from finetune.data.sample import Medium
-from finetune.model.template_limit import limited
+from finetune.model.template_limit import rendered
 
 CUT = "\ufdd0"  # a noncharacter of Unicode, which no text holds: where text is tokenized in two
 CONTEXTS = ("\n", ".", "0", "a")  # what a piece may stand behind, so that it isn't taken for a beginning
@@ -35,15 +35,14 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
 def _between_turns(tokenizer: Any) -> str:
     """What the chat template writes of a conversation, for templates of plain text and for those of parts."""
     texts = (("user", "a"), ("assistant", "b"), ("user", "c"))
-    rendered = ""
+    written = ""
     for content_of in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
         turns = [{"role": role, "content": content_of(text)} for role, text in texts]
         try:
-            with limited():
-                rendered += str(tokenizer.apply_chat_template(turns, tokenize=False))
+            written += rendered(tokenizer, turns)
         except Exception:  # it takes the other kind; one that takes none is reported where a conversation is rendered
             continue
-    return rendered
+    return written
 
 
 def cut(text: str, tokenizer: Any) -> str:

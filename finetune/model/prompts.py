@@ -15,7 +15,9 @@ from transformers import DynamicCache
 
 from finetune.common.errors import ModelError
 from finetune.model.composite import MultimodalModel, Tensors
-from finetune.model.padding import position_ids
+from finetune.model.features import MediaView
+from finetune.model.padding import left_padded, left_padded_positions, position_ids
+from finetune.model.tokenize import Tokens
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,15 @@ class PromptBatch:
     features: Tensors
     prefix: "PromptPrefix | None" = None
     rope_positions: Tensor | None = None
+
+    @classmethod
+    def of(cls, prompts: Sequence[Tokens], view: MediaView, pad: int, device: torch.device) -> "PromptBatch":
+        """Tokenized prompts, with the features of their media."""
+        ids, mask = left_padded([prompt.input_ids for prompt in prompts], pad, device)
+        features: dict[str, list[Tensor]] = {}
+        for medium in (medium for prompt in prompts for medium in prompt.media):
+            features.setdefault(medium.kind, []).append(view.features(medium))
+        return cls(ids, mask, features, rope_positions=left_padded_positions([p.positions for p in prompts], mask))
 
     @property
     def whole_mask(self) -> Tensor:

@@ -1,12 +1,13 @@
-"""A time limit on chat templates: they come with a model, may be anybody's, and can loop."""
+"""Chat templates within a time limit: they come with a model, may be anybody's, and can loop."""
 
 import ctypes
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 SECONDS = 5.0
 
@@ -71,3 +72,13 @@ def limited() -> Iterator[None]:
             time.sleep(0)
             for _ in range(1000):  # where the exception arrives, if it hasn't yet
                 pass
+
+
+def rendered(tokenizer: Any, turns: Sequence[Any], add_generation_prompt: bool = False, **options: Any) -> str:
+    """A conversation by the chat template. Raises TemplateTimeout, or what the template's author chose: jinja2's
+    TemplateError or any other exception.
+    """
+    with limited():
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
+        )

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.common.errors import DataError
-from finetune.data.sample import Medium, Message, Sample
+from finetune.data.sample import Medium, Message, Sample, texts_in
 from finetune.model.composition import PlacedMedia, Segment, Segments
 from finetune.model.plain_text import cut, encode, joined
 from finetune.model.prefixes import IGNORED, Beginning
-from finetune.model.template_limit import limited
+from finetune.model.template_limit import rendered
 
 WORD = "qzq"  # that no chat template holds
 
@@ -182,14 +182,7 @@ def _render(
                 parts.append({"type": "text", "text": plain})
         turns.append({"role": message.role, "content": parts if takes_parts(tokenizer) else text})
     try:
-        with limited():
-            result: str = tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **template_options(tokenizer),
-            )
-        return result
+        return rendered(tokenizer, turns, add_generation_prompt, **template_options(tokenizer))
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise DataError(f"{where}: the LLM's chat template refuses the conversation: {error}") from error
 
@@ -216,8 +209,7 @@ def text_content(tokenizer: Any, text: str) -> Any:
 def _renders(tokenizer: Any, content: Any) -> bool:
     turns = [{"role": "user", "content": content}]
     try:
-        with limited():
-            text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = rendered(tokenizer, turns, True)
     except Exception:  # of whatever kind the template raises
         return False
     return WORD in text and "'type'" not in text
@@ -235,9 +227,8 @@ def template_options(tokenizer: Any) -> dict[str, bool]:
         texts = {"user": "a", "assistant": "b"}
         turns = [{"role": role, "content": text_content(tokenizer, text)} for role, text in texts.items()]
         off = {"enable_thinking": False}
-        before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, **off)
-        after = tokenizer.apply_chat_template(turns, tokenize=False, **off)
-        _OPTIONS[template] = off if after.startswith(before) else {}
+        fit = rendered(tokenizer, turns, **off).startswith(rendered(tokenizer, turns[:1], True, **off))
+        _OPTIONS[template] = off if fit else {}
     return _OPTIONS[template]
 
 
@@ -294,7 +285,7 @@ def _assistant_spans(
     turns = [number for number, message in enumerate(sample.messages) if message.role == "assistant"]
     for number in turns[-1:] if last else turns:
         message = sample.messages[number]
-        if not "".join(part for part in message.content if isinstance(part, str)).strip():
+        if not "".join(texts_in([message])).strip():
             raise DataError(
                 f"{sample.where}: turn {number}, the assistant's, is empty: there is nothing to learn from it"
             )

@@ -451,6 +451,10 @@ class RecipeSections(Section):
     merge: Merge = Field({}, validate_default=True, description="How the merged model is made and checked.")
     publish: Publish = Field({}, validate_default=True, description="Where and how the model is published.")
 
+    def with_dtype(self, dtype: str) -> Self:
+        """A copy in which the LLM, or the existing model, computes in this dtype."""
+        return self.model_copy(update={"model": self.model.with_language_model(dtype=dtype)})
+
     @property
     def trains_adapter(self) -> bool:
         """Whether a stage trains LoRA on the LLM."""

@@ -77,7 +77,7 @@ def _tokenized(recipe: Recipe, samples: Sequence[Sample]) -> Estimate:
     """Some samples and the likely longest, tokenized as training does; the others are taken to be as long."""
     from finetune.model.bindings import bindings_of
     from finetune.model.features import Features
-    from finetune.training.plan.rows import PlannedRows, PlannedRun, evenly_of_sources, with_dtype
+    from finetune.training.plan.rows import PlannedRows, PlannedRun, evenly_of_sources
     from finetune.training.samples import tokenized
 
     some = evenly_of_sources(samples)
@@ -85,7 +85,7 @@ def _tokenized(recipe: Recipe, samples: Sequence[Sample]) -> Estimate:
     rows = PlannedRows(
         some, bindings_of(recipe.data, samples), Counter(sample.source for sample in samples), held_out=0, media={}
     )
-    begun = PlannedRun(with_dtype(planned, "float32"), rows)
+    begun = PlannedRun(planned.with_dtype("float32"), rows)
     lengths = begun.samples.lengths
     exact = replace(begun.run, features=Features(begun.run.features.encoders, None, recipe.media))
     longest = [len(row.input_ids) for row in tokenized([samples[number] for number in likely_longest(samples)], exact)]

@@ -9,13 +9,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from finetune.common.errors import ModelError
-from finetune.data.media.video import Clip
+from finetune.data.media import noise
 from finetune.data.sample import Medium, Message, Prepared, Sample
 from finetune.model.base.both_ways import answer_types
 from finetune.model.build import Components
@@ -143,30 +142,22 @@ def _answered(tokens: Tokens) -> int:
 
 
 def _sample(components: Components, kinds: Sequence[str], question: str, answer: str, shown: _TrialMedia) -> Tokens:
-    media = [Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=_noise(kind)) for kind in kinds]
+    media = [Medium(kind, Path(f"trial {kind}"), known_key=f"trial {kind}", content=noise(kind)) for kind in kinds]
     messages = (Message("user", (*media, question)), Message("assistant", (answer,)))
     segments = components.placement.segments_by(lambda one: shown.of(one).layout)
     return tokenize(Sample(messages, "trial"), components.tokenizer, components.placeholders, segments)
 
 
-def _noise(kind: str) -> Any:
-    """A medium of which no two parts are alike: in blank ones places could be confused unnoticed."""
-    random = np.random.default_rng(0)
-    if kind == "audio":
-        return 0.1 * random.standard_normal(16_000).astype(np.float32)
-    frames = [PIL.Image.fromarray(random.integers(0, 256, (48, 80, 3), dtype=np.uint8)) for _ in range(4)]
-    return frames[0] if kind == "image" else Clip(tuple(frames), (0.0, 0.5, 1.0, 1.5))
-
-
 def _native_states(model: MultimodalModel, tokens: Tokens, shown: _TrialMedia) -> Tensor:
     """(T, D): of one sample, by the base's own forward of its prepared media."""
     base = model.causal_lm.base_model
-    device = model.get_input_embeddings().weight.device
-    dtype = model.get_input_embeddings().weight.dtype
-    values = [prepared.values for prepared in shown.prepared.values() if isinstance(prepared.values, Mapping)]
-    given = {name: value.to(device) for medium in values for name, value in medium.items()}
-    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
-    ids = torch.tensor([tokens.input_ids], device=device)
+    like = model.get_input_embeddings().weight
+    inputs = BatchFeature()
+    for prepared in shown.prepared.values():
+        if isinstance(prepared.values, Mapping):
+            inputs.update(prepared.values)
+    given = {**inputs.to(like.device, like.dtype)}
+    ids = torch.tensor([tokens.input_ids], device=like.device)
     types = torch.zeros_like(ids)
     for name, number in model.composition.placeholders.items():
         types[ids == number] = TYPES[name]

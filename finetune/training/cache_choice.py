@@ -57,13 +57,13 @@ def choose_cache(recipe: Recipe, rows: "PlannedRows | None" = None) -> CacheChoi
 def feature_bytes(recipe: Recipe, rows: "PlannedRows | None" = None) -> Sequence[int]:
     """Of the features of all training media, a number for each kind; some media are looked at."""
     from finetune.model.language_model import default_device, resolve_dtype
-    from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
+    from finetune.training.plan.rows import PlannedRows, PlannedRun
 
     rows = rows or PlannedRows.of(recipe)
     if not rows.media:
         return ()
     dtype = str(resolve_dtype(recipe.model.language_model.dtype, default_device())).removeprefix("torch.")
-    planned = PlannedRun(with_dtype(recipe, dtype), rows)
+    planned = PlannedRun(recipe.with_dtype(dtype), rows)
     sizes: dict[str, list[int]] = {}
     for medium in {medium: None for sample in rows.training for medium in sample.media}:
         sizes.setdefault(medium.kind, []).append(planned.read(medium).nbytes)

@@ -17,7 +17,7 @@ from typing import Any
 from finetune.common.errors import DataError, ModelError
 from finetune.common.hub import PROBE_SECONDS, loading, reason, unreachable
 from finetune.common.run_folder import JsonObject, read_json
-from finetune.data.sample import Medium, Message, Sample
+from finetune.data.sample import Medium, Message, Sample, media_in, texts_in
 from finetune.model.template_limit import limited
 from finetune.recipe.parts import EncoderPart
 from finetune.recipe.schema import LanguageModel, Limits, Model
@@ -156,8 +156,7 @@ def likely_longest(samples: Sequence[Sample]) -> set[int]:
     """Numbers of the samples with the most text, with the most media, and with the largest files of each suffix."""
 
     def characters(number: int) -> int:
-        messages = samples[number].messages
-        return sum(len(part) for message in messages for part in message.content if isinstance(part, str))
+        return sum(map(len, texts_in(samples[number].messages)))
 
     sizes: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))  # suffix -> {sample: bytes}
     for number, sample in enumerate(samples):
@@ -199,8 +198,7 @@ class Counter:
         else:
             usual = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
         count = Count(usual if rendered and self.tokenizer is not None else 0, usual, usual)
-        media = (part for message in messages for part in message.content if isinstance(part, Medium))
-        return sum(map(self.of_medium, media), count)
+        return sum(map(self.of_medium, media_in(messages)), count)
 
     def of_medium(self, medium: Medium) -> Count:
         if self.model.base is not None:
@@ -266,8 +264,7 @@ class _Template:
         """The text, and whether it is the template's own."""
         prompt = messages[-1].role != "assistant"
         turns: list[dict[str, Any]] = [
-            {"role": message.role, "content": "".join(part for part in message.content if isinstance(part, str))}
-            for message in messages
+            {"role": message.role, "content": "".join(texts_in([message]))} for message in messages
         ]
         parts = turns
         if self.of_base:

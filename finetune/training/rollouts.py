@@ -26,6 +26,7 @@ from finetune.data.sample import Answer, Message, Sample
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.features import MediaView
+from finetune.model.padding import going_on
 from finetune.model.prefixes import IGNORED
 from finetune.model.row_layout import RowKind
 from finetune.recipe.parts import FusionPart
@@ -302,16 +303,11 @@ def _answered(question: TokenizedSample, tokens: list[int], number: int, count: 
         question,
         input_ids=question.input_ids + tokens,
         labels=[IGNORED] * len(question.input_ids) + tokens,
-        positions=question.positions and [_going_on(row, len(tokens)) for row in question.positions],
+        positions=going_on(question.positions, len(tokens)),
         loss_weight=count * question.loss_weight,
         role="sampled",
         group=str(number),
     )
-
-
-def _going_on(positions: list[int], count: int) -> list[int]:
-    """Positions of a question in one dimension, and of `count` tokens of text behind it."""
-    return [*positions, *range(positions[-1] + 1, positions[-1] + 1 + count)]
 
 
 def longest_answers(stage: Stage, collator: Collator, row: Row) -> Batch:

@@ -40,7 +40,7 @@ from finetune.training.cache_choice import choose_cache
 from finetune.training.collate import Collator
 from finetune.training.liger import use_liger
 from finetune.training.missing_sampler import refuse_missing_sampler, refuse_unplain_base
-from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, with_dtype_of_run, without_auto
+from finetune.training.plan.apart import WAIT_SECONDS, as_begun, planning, without_auto
 from finetune.training.prepare import PreparedRun, prepare, stage_rows
 from finetune.training.rollouts import Reward, Rollouts, Sampler, policy_sampler, row_kind_of_answers, task_reward
 from finetune.training.run_stage import run_stage
@@ -155,7 +155,7 @@ def with_measured_dtype(recipe: Recipe) -> Recipe:
     """The recipe with the dtype that a new run computes in on this machine, or with `auto` where that is the device's
     usual one. Raises ModelError.
     """
-    return with_dtype_of_run(recipe, measured_dtype(recipe.model.language_model, default_device()))
+    return recipe.with_dtype(measured_dtype(recipe.model.language_model, default_device()))
 
 
 def train_stages(

@@ -21,8 +21,9 @@ from transformers import (
 
 import finetune.model.auto
 from finetune.common.errors import DataError
+from finetune.data.media import noise
 from finetune.data.sample import Medium, Message
-from finetune.export._check.probes import noise, prompt_batch
+from finetune.export._check.probes import prompt_batch
 from finetune.model.load import load_merged
 from finetune.model.processor import MultimodalProcessor
 from finetune.model.prompts import logits as logits_of

@@ -21,12 +21,12 @@ import finetune
 from finetune.common.certificate import file_hashes
 from finetune.common.errors import ArtifactError, ExportRefused, RecipeError
 from finetune.common.registry import load_part, part_names
-from finetune.data.media import decode
+from finetune.data.media import decode, noise
 from finetune.data.predictions import Prediction, write_predictions
 from finetune.data.sample import KINDS, Medium, Message
 from finetune.export import _run as stage
 from finetune.export import adapter as adapter_target
-from finetune.export._check.probes import answered, held_out_questions, noise
+from finetune.export._check.probes import answered, held_out_questions
 from finetune.export._check.process import answers_of_process, last_error
 from finetune.export._contract import (
     EngineAnswers,

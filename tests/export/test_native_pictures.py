@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny import BACKBONES, fresh_tokenizer, part, tiny_composite, tiny_encoder, tiny_llm
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from finetune.data.sample import Medium, Message
-from finetune.export._check.probes import as_chat, media_of, noise, prompt_batch
+from finetune.data.media import noise
+from finetune.data.sample import Medium, Message, media_in
+from finetune.export._check.probes import as_chat, prompt_batch
 from finetune.export._language_model import lengthened
 from finetune.export._native import NotExact, compare_files, native_class, write_files, write_native
 from finetune.model.assistant import Assistant
@@ -59,7 +60,7 @@ def reason_against(model):
 def compared(assistant, folder, messages):
     """(inputs of the native class, its logits, ours), each for the same conversation about noise."""
     picture = noise("image", 3)
-    media = media_of(messages)
+    media = media_in(messages)
     prepared = assistant.encoders["image"].prepare(picture)
     ours = prompt_batch(assistant, messages, dict.fromkeys(media, prepared))
     chat = as_chat(messages, dict.fromkeys(media, picture))
@@ -184,7 +185,7 @@ def test_the_processor_s_tokens_are_ours_in_conversations_of_every_shape(tmp_pat
         shapes.append([Message("system", ("Be brief.",)), *turns])
     processor = AutoProcessor.from_pretrained(tmp_path)
     for messages in shapes:
-        prepared = dict.fromkeys(media_of(messages), assistant.encoders["image"].prepare(noise("image")))
+        prepared = dict.fromkeys(media_in(messages), assistant.encoders["image"].prepare(noise("image")))
         chat = as_chat(messages, dict.fromkeys(prepared, noise("image")))
         for plain in (False, True):  # text alone may also stand as a string
             if plain:

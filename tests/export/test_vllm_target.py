@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoProcessor
 import finetune
 from finetune.common.errors import ExportRefused
 from finetune.common.registry import part_names
+from finetune.data.media import noise
 from finetune.data.sample import Medium, Message
 from finetune.export import vllm
-from finetune.export._check.probes import as_chat, noise, prompt_batch
+from finetune.export._check.probes import as_chat, prompt_batch
 from finetune.export._contract import EngineMissing, MergedModel, Probe
 from finetune.export._vllm import environment, model_class
 from finetune.model.load import load_merged

@@ -29,7 +29,7 @@ from finetune.training.plan.measure import Measured, measure
 from finetune.training.plan.meter import AutocastOnGpu, Meter, Rehearsal, with_data
 from finetune.training.plan.plan import largest_tokens_per_batch, own_card, plan
 from finetune.training.plan.result import TIGHT
-from finetune.training.plan.rows import PlannedRows, PlannedRun, with_dtype
+from finetune.training.plan.rows import PlannedRows, PlannedRun
 from finetune.training.train import train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -98,7 +98,7 @@ def test_every_source_is_among_the_rows_that_are_read(tmp_path, monkeypatch):
     content["train"]["stages"] = [TUNE[0] | {"name": "one", "sources": [0]}, TUNE[0] | {"sources": [1]}]
     recipe.write_text(json.dumps(content))
     monkeypatch.setattr("finetune.training.plan.rows.READ", 3)
-    loaded = with_dtype(load_recipe(recipe), "float32")
+    loaded = load_recipe(recipe).with_dtype("float32")
     rows = PlannedRows.of(loaded)
     assert len(rows.training) < rows.count == 13 and {sample.source for sample in rows.training} == {0, 1}
     planned = PlannedRun(loaded, rows)

@@ -13,7 +13,7 @@ from finetune.data.media.image import image_size
 from finetune.data.preferences import sample_of
 from finetune.data.read import read_rows
 from finetune.data.rows import error_list, group_of
-from finetune.data.sample import Medium, Sample
+from finetune.data.sample import Medium, Sample, texts_in
 from finetune.recipe.schema import Limits, Source
 
 MEASURED = 24  # media of a kind that are opened
@@ -119,8 +119,7 @@ def lengths(samples: Sequence[Sample], tokens: Mapping[str, float], sizes: Seque
     seconds = {size.kind: size.seconds if size.kind == "audio" else (1.0, 1.0) for size in sizes}
     mean = longest = answer = 0.0
     for sample in samples:
-        parts = [part for message in sample.messages for part in message.content if isinstance(part, str)]
-        text = TURN * len(sample.messages) + sum(map(_tokens, parts))
+        text = TURN * len(sample.messages) + sum(map(_tokens, texts_in(sample.messages)))
         kinds = [medium.kind for medium in sample.media]
         mean += (text + sum(tokens[kind] * seconds[kind][0] for kind in kinds)) / len(samples)
         longest = max(longest, text + sum(tokens[kind] * seconds[kind][1] for kind in kinds))

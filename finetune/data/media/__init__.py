@@ -51,3 +51,20 @@ def example(kind: str) -> Any:
         return np.zeros(16_000, np.float32)
     picture = PIL.Image.new("RGB", (64, 64), (127, 127, 127))
     return picture if kind == "image" else Clip((picture, picture), (0.0, 0.5))
+
+
+def noise(kind: str, seed: int = 0) -> Any:
+    """A decoded medium in which no two places are alike. Pictures have odd sizes; recordings end inside a row of
+    features, at a different place for each seed.
+    """
+    import numpy as np
+    import PIL.Image
+
+    from finetune.data.media.video import Clip
+
+    random = np.random.default_rng(seed)
+    if kind == "audio":
+        return random.uniform(-0.5, 0.5, 16_001 + 170 * seed).astype(np.float32)
+    sizes = (4 if kind == "video" else 1, 60 + 7 * seed, 81, 3)
+    frames = [PIL.Image.fromarray(frame) for frame in random.integers(0, 256, sizes, np.uint8)]
+    return frames[0] if kind == "image" else Clip(tuple(frames), (0.0, 0.5, 1.0, 1.5))

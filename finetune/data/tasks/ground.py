@@ -13,7 +13,7 @@ from finetune.data.formats import Columns
 from finetune.data.media.image import image_size
 from finetune.data.metrics.boxes import box_scores, matched
 from finetune.data.metrics.labels import fold
-from finetune.data.sample import Answer, Message, Row, Sample
+from finetune.data.sample import Answer, Message, Row, Sample, media_in
 from finetune.data.tasks import Measure, Prompt
 from finetune.data.tasks._columns import (
     NUMBER,
@@ -137,7 +137,7 @@ def _scaled(box: list[float], row: Row, question: Message, options: Options) -> 
 
 
 def _size(row: Row, question: Message) -> tuple[int, int]:
-    pictures = [part for part in question.content if not isinstance(part, str) and part.kind == "image"]
+    pictures = [medium for medium in media_in([question]) if medium.kind == "image"]
     if len(pictures) != 1:
         raise DataError(
             f"{row.where}: {len(pictures)} pictures; boxes in pixels need exactly one, or set other `units`"

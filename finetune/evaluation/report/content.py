@@ -109,10 +109,9 @@ def read_content(run: RunLike) -> Content:
     recipe = read("recipe.yaml", _recipe, None)
     metrics = read("metrics.json", json_as(Metrics), Metrics())
     adapter = read("adapter/multimodal.json", lambda path: AdapterManifest.read(path.parent), None)
-    none: tuple[list[Prediction], list[int]] = ([], [])
-    predictions, unreadable = read("predictions.jsonl", lambda path: _lines(path, Prediction.from_json), none)
-    if unreadable:
-        missing.append(f"predictions.jsonl: {len(unreadable):,} lines can't be read, the first is line {unreadable[0]}")
+    predictions: list[Prediction] = read(
+        "predictions.jsonl", lambda path: _lines(path, path.name, Prediction.from_json, missing), []
+    )
     skipped: list[SkippedRow] = read("data/check.json", _checked, [])
     content = Content(
         name=recipe.name if recipe else run.resolve().name,
@@ -127,7 +126,7 @@ def read_content(run: RunLike) -> Content:
         skipped=[
             *skipped,
             *_quarantined(recipe, missing),
-            *_unreadable(folder.data, missing),
+            *_unreadable(folder.data / "unreadable.jsonl", missing),
             *_left_out(folder.data / "suspects.jsonl", missing),
         ],
         missing=missing,
@@ -175,37 +174,29 @@ def _quarantined(recipe: Recipe | None, missing: list[str]) -> list[SkippedRow]:
     rows = []
     paths = {source.path for source in recipe.data} if recipe else set()
     for folder in sorted({path if path.is_dir() else path.parent for path in paths}):
-        if (path := folder / "quarantine.jsonl").is_file():
-            skipped, unreadable = _lines(path, lambda entry: _skipped(entry, "row", "; ".join(entry["reasons"])))
-            rows += skipped
-            if unreadable:
-                missing.append(f"{path.name} beside the sources: {len(unreadable):,} lines can't be read")
+        path = folder / "quarantine.jsonl"
+        name = f"{path.name} beside the sources"
+        rows += _lines(path, name, lambda entry: _skipped(entry, "row", "; ".join(entry["reasons"])), missing)
     return rows
 
 
-def _unreadable(folder: Path, missing: list[str]) -> list[SkippedRow]:
+def _unreadable(path: Path, missing: list[str]) -> list[SkippedRow]:
     """The rows that training left out since their media couldn't be read."""
-    path = folder / "unreadable.jsonl"
-    if not path.is_file():
-        return []
-    rows, unreadable = _lines(path, lambda entry: (entry["left_out"], SkippedRow(entry["row"], entry["what"])))
-    if unreadable:
-        missing.append(f"data/{path.name}: {len(unreadable):,} lines can't be read")
-    return [row for left_out, row in rows if left_out]
+
+    def unreadable(entry: dict[str, Any]) -> tuple[bool, SkippedRow]:
+        return entry["left_out"], SkippedRow(entry["row"], entry["what"])
+
+    return [row for left_out, row in _lines(path, f"data/{path.name}", unreadable, missing) if left_out]
 
 
 def _left_out(path: Path, missing: list[str]) -> list[SkippedRow]:
     """The rows that training left out since their loss wasn't finite, each once a stage."""
-    if not path.is_file():
-        return []
 
     def suspect(entry: dict[str, Any]) -> tuple[bool, tuple[str, str], SkippedRow]:
         reason = f"left out of the stage {entry['stage']} from step {entry['step']:,} on: {entry['what']}"
         return entry["left_out"], (entry["row"], entry["stage"]), SkippedRow(entry["row"], reason)
 
-    suspects, unreadable = _lines(path, suspect)
-    if unreadable:
-        missing.append(f"data/{path.name}: {len(unreadable):,} lines can't be read")
+    suspects = _lines(path, f"data/{path.name}", suspect, missing)
     firsts = {place: row for left_out, place, row in reversed(suspects) if left_out}
     return [*reversed(firsts.values())]
 
@@ -216,8 +207,10 @@ def _skipped(entry: dict[str, Any], number: str, reason: str) -> SkippedRow:
     return SkippedRow(name if entry[number] is None else f"{name}:{entry[number]}", reason)
 
 
-def _lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:
-    """The entries of a file of JSON lines, and the numbers of the lines that hold none."""
+def _lines(path: Path, name: str, parse: Callable[[Any], T], missing: list[str]) -> list[T]:
+    """The entries of a file of JSON lines, [] without a file; `missing` gets a note of lines that hold none."""
+    if not path.is_file():
+        return []
     entries, unreadable = [], []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -226,4 +219,6 @@ def _lines(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:
                     entries.append(parse(json.loads(line)))
                 except (ValueError, KeyError, TypeError):
                     unreadable.append(number)
-    return entries, unreadable
+    if unreadable:
+        missing.append(f"{name}: {len(unreadable):,} lines can't be read, the first is line {unreadable[0]}")
+    return entries

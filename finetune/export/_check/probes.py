@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.common.errors import DataError
+from finetune.data.media import noise
 from finetune.data.media.audio import RATE
 from finetune.data.predictions import read_predictions
-from finetune.data.sample import Medium, Message, Prepared
+from finetune.data.sample import Medium, Message, Prepared, media_in
 from finetune.export._contract import Probe, without_end
 from finetune.model.assistant import Assistant, FileView
 from finetune.model.features import decode_for
@@ -52,7 +53,7 @@ def answered(
     probes = []
     for messages in conversations:
         try:
-            for medium in media_of(messages):
+            for medium in media_in(messages):
                 if medium not in prepared:
                     encoder = assistant.encoders[medium.kind]
                     decoded = decode_for(encoder, medium.kind, medium.path, assistant.limits)
@@ -73,10 +74,6 @@ def prompt_batch(
     return assistant.batch([messages], view=FileView(assistant.encoders, assistant.limits, prepared), room=room)
 
 
-def media_of(messages: Sequence[Message]) -> list[Medium]:
-    return [part for message in messages for part in message.content if isinstance(part, Medium)]
-
-
 def as_chat(messages: Sequence[Message], values: Mapping[Medium, Any]) -> list[dict[str, Any]]:
     """The conversation in the form that processors of transformers take, with a value in place of each medium."""
 
@@ -86,23 +83,6 @@ def as_chat(messages: Sequence[Message], values: Mapping[Medium, Any]) -> list[d
         return {"type": part.kind, part.kind: values[part]}
 
     return [{"role": message.role, "content": [*map(as_part, message.content)]} for message in messages]
-
-
-def noise(kind: str, seed: int = 0) -> Any:
-    """A decoded medium in which no two places are alike. Pictures have odd sizes; recordings end inside a row of
-    features, at a different place for each seed.
-    """
-    import numpy as np
-    import PIL.Image
-
-    from finetune.data.media.video import Clip
-
-    random = np.random.default_rng(seed)
-    if kind == "audio":
-        return random.uniform(-0.5, 0.5, 16_001 + 170 * seed).astype(np.float32)
-    sizes = (3 if kind == "video" else 1, 60 + 7 * seed, 81, 3)
-    frames = [PIL.Image.fromarray(frame) for frame in random.integers(0, 256, sizes, np.uint8)]
-    return frames[0] if kind == "image" else Clip(tuple(frames), (0.0, 0.5, 1.0))
 
 
 def _noise_file(kind: str, seed: int, folder: Path) -> Medium:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from finetune.common.errors import MediaError, ModelError
 from finetune.data.media.image import image_size, shrunk_size
@@ -138,13 +139,8 @@ class BaseEncoder(Encoder):
         kinds = {p.dtype for p in beside if p.is_floating_point()}
         # Where projectors have trained, they are float32.
         with torch.autocast(self.existing.device.type, self.existing.dtype, enabled=half and len(kinds) > 1):
-            return self._encoded(model, batch)
-
-    def _encoded(self, model: Any, batch: Any) -> Tensor:
-        inputs = {name: value.to(self.existing.device) for name, value in batch.items()}
-        inputs = {n: v.to(self.existing.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-        rows = self._rows(model, inputs)
-        return rows[None, None]
+            inputs = BatchFeature({**batch}).to(self.existing.device, self.existing.dtype)
+            return self._rows(model, {**inputs})[None, None]
 
     def _rows(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         if self._method is None:

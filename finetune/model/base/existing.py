@@ -29,7 +29,7 @@ from finetune.model.base.config import SECTIONS, media_in_config
 from finetune.model.bounds import refuse_oversized
 from finetune.model.composition import Rope
 from finetune.model.language_model import PLAIN_TEMPLATE, compute_in, keep_layout, quantization
-from finetune.model.template_limit import limited
+from finetune.model.template_limit import rendered
 from finetune.model.tokenize import WORD, Placeholder, text_content
 from finetune.recipe.schema import Base, Quantize
 
@@ -220,7 +220,7 @@ def beside_language(model: Any) -> list[str]:
     """Names of the outermost modules of a base that aren't of its language model: its output head, and all that media
     pass through, also where the decoder holds it.
     """
-    return _beside(model, model.get_decoder())
+    return modules_beside(model, model.get_decoder())
 
 
 def language_modules(model: Any) -> list[nn.Module]:
@@ -239,12 +239,13 @@ def media_modules(decoder: nn.Module) -> list[str]:
     ]
 
 
-def _beside(whole: nn.Module, decoder: nn.Module, name: str = "") -> list[str]:
+def modules_beside(whole: nn.Module, decoder: nn.Module, name: str = "") -> list[str]:
+    """Names of the outermost modules of `whole` that don't hold the decoder, and of the encoders inside it."""
     if whole is decoder:
         return [f"{name}.{key}".lstrip(".") for key in media_modules(decoder)]
     if not any(module is decoder for module in whole.modules()):
         return [name]
-    inner = (_beside(child, decoder, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
+    inner = (modules_beside(child, decoder, f"{name}.{key}".lstrip(".")) for key, child in whole.named_children())
     return [beside for names in inner for beside in names]
 
 
@@ -347,11 +348,7 @@ def _rendered(tokenizer: Any, turns: int, generation: bool) -> str:
     """The first turns of a conversation, each of WORD; `generation`: with the generation prompt. Raises ModelError."""
     conversation = [{"role": role, "content": text_content(tokenizer, WORD)} for role in ("user", "assistant")]
     try:
-        with limited():
-            result: str = tokenizer.apply_chat_template(
-                conversation[:turns], tokenize=False, add_generation_prompt=generation
-            )
-        return result
+        return rendered(tokenizer, conversation[:turns], generation)
     except Exception as error:  # a template raises what its author chose, jinja2.TemplateError or anything else
         raise ModelError(
             f"base {tokenizer.name_or_path!r}: its chat template refuses a question and its answer: "

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from finetune.common.progress import quiet_libraries
 from finetune.common.registry import kind_of
 from finetune.model.adapter import saved_adapter
@@ -23,14 +21,14 @@ from finetune.recipe.schema import Base
 BASE_UNCHANGED = ("default", "gaussian", "orthogonal")
 
 
-def load_models(sources: Mapping[str, Path | str], device: torch.device | None = None) -> dict[str, Assistant]:
+def load_models(sources: Mapping[str, Path | str]) -> dict[str, Assistant]:
     """{name: run, merged folder, adapter folder or Hub id} -> {name: model}.
 
     Adapters on the same LLM, equally quantized, share its weights; projectors, heads and tokenizers are separate.
     Raises as `finetune.load`.
     """
     quiet_libraries()
-    device = device or default_device()
+    device = default_device()
     folders = {name: model_folder(source) for name, source in sources.items()}
     bases = {name: key for name, folder in folders.items() if (key := _base_of(folder))}
     shared = {key: _SharedBase() for key, count in Counter(bases.values()).items() if count > 1}

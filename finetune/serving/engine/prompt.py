@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import file_hash
-from finetune.data.sample import Layout, Medium, Message, Prepared
+from finetune.data.sample import Layout, Medium, Message, Prepared, media_in
 from finetune.model.assistant import Assistant, without_kinds
 from finetune.model.features import encode_one, read_medium
 from finetune.model.language_model import context_length
@@ -83,10 +83,9 @@ class MediaReader:
         all the memory there is for waiting media.
         """
         media: dict[Medium, SharedMedium] = {}
-        for message in messages:
-            for part in message.content:
-                if isinstance(part, Medium) and part not in media:
-                    media[part] = self._decode(part, media.values())
+        for medium in media_in(messages):
+            if medium not in media:
+                media[medium] = self._decode(medium, media.values())
         return media
 
     def _decode(self, medium: Medium, of_same_request: Collection[SharedMedium]) -> SharedMedium:

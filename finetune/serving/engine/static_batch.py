@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from finetune.model.assistant import Assistant
 from finetune.model.base.both_ways import answer_types
-from finetune.model.padding import left_padded, left_padded_positions, position_ids
+from finetune.model.padding import going_on, left_padded, left_padded_positions, position_ids
 from finetune.serving.engine.generation import Generation, choose_tokens, features_of
 
 
@@ -40,18 +40,12 @@ class _Done(StoppingCriteria):
         return torch.tensor([generation.done for generation in self.generations], device=input_ids.device)
 
 
-def _positions(generation: Generation) -> list[list[int]] | None:
-    """Of the prompt, and of the tokens that it was answered with before."""
-    positions, longer = generation.prompt.positions, len(generation.input_ids) - len(generation.prompt.input_ids)
-    return positions and [[*row, *range(row[-1] + 1, row[-1] + 1 + longer)] for row in positions]
-
-
 def generate(assistant: Assistant, generations: Sequence[Generation]) -> None:
     """Complete answers of equal `strengths`, their media encoded. Raises what the model raises."""
     model, pad = assistant.model, assistant.tokenizer.pad_token_id
     device = model.get_input_embeddings().weight.device
     ids, mask = left_padded([generation.input_ids for generation in generations], pad, device)
-    positions = [_positions(generation) for generation in generations]
+    positions = [going_on(one.prompt.positions, len(one.input_ids) - len(one.prompt.input_ids)) for one in generations]
     beside: dict[str, Any] = {}
     if (rope := left_padded_positions(positions, mask)) is not None:
         beside["position_ids"] = position_ids(mask, rope)

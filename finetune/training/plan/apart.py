@@ -56,11 +56,6 @@ def without_auto(recipe: Recipe, gpu: bool, processes: int = 1) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
-def with_dtype_of_run(recipe: Recipe, dtype: str) -> Recipe:
-    """The recipe with the dtype that a run computes in."""
-    return recipe.with_(**{f"{recipe.model.language_key}.dtype": dtype})
-
-
 def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe with the dtype and the numbers that a run began with in the place of `auto`. Raises RecipeError."""
     train, llm = recipe.train, recipe.model.language_model
@@ -69,7 +64,7 @@ def as_begun(recipe: Recipe, folder: RunFolder) -> Recipe:
         return recipe
     before = load_recipe(folder.recipe)
     if llm.dtype == "auto":
-        recipe = with_dtype_of_run(recipe, before.model.language_model.dtype)
+        recipe = recipe.with_dtype(before.model.language_model.dtype)
     begun = before.train
     if len(begun.stages) != len(train.stages):
         return recipe

@@ -14,7 +14,7 @@ from finetune.training.cache_choice import choice_at_hand, choose_cache
 from finetune.training.plan.cards import CARDS, DEFAULT, SIZES, USABLE, Card, card_like, card_named
 from finetune.training.plan.measure import Measured, measure
 from finetune.training.plan.result import TIGHT, Change, Phase, Plan, status
-from finetune.training.plan.rows import PlannedRows, with_dtype
+from finetune.training.plan.rows import PlannedRows
 from finetune.training.steps import Numbers, has_auto
 
 CONTEXT = GIB // 2  # what CUDA and its libraries keep for themselves
@@ -39,7 +39,7 @@ def plan(recipe: Recipe, gpu: str | None = None, *, rent: float | None = None, a
     dtype = recipe.model.language_model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if card.bfloat16 else "float16"
-    recipe = with_dtype(recipe, dtype)
+    recipe = recipe.with_dtype(dtype)
     open_choice = recipe.train.cache == "auto"
     cache = choice_at_hand(recipe) if open_choice and recipe.tune_encoders else None
     recipe = cache.of(recipe) if cache else recipe
@@ -124,7 +124,7 @@ def largest_tokens_per_batch(recipe: Recipe, most: int, card: Card) -> int:
 
     Plans once for each number. Raises DataError, ModelError.
     """
-    recipe = with_dtype(recipe, "bfloat16" if card.bfloat16 else "float16")
+    recipe = recipe.with_dtype("bfloat16" if card.bfloat16 else "float16")
     if recipe.train.checkpoint_every_n_layers == "auto":
         recipe = recipe.with_(**{CHECKPOINTS: 1})
     rows = PlannedRows.of(recipe)

@@ -65,11 +65,6 @@ class PlannedRows:
         )
 
 
-def with_dtype(recipe: Recipe, dtype: str, **llm: Any) -> Recipe:
-    """The recipe with the dtype of its LLM named."""
-    return recipe.model_copy(update={"model": recipe.model.with_language_model(dtype=dtype, **llm)})
-
-
 def evenly(items: Sequence[T], most: int) -> list[T]:
     """At most so many, from all over the sequence."""
     return list(items[:: -(-len(items) // most)]) if items else []
