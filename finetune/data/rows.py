@@ -316,7 +316,6 @@ def sources_of(samples: Sequence[Sample]) -> "array[int]":
 
 
 def picked(samples: Sequence[Sample], numbers: Sequence[int]) -> Sequence[Sample]:
-    """The samples of these numbers."""
     return table.select(numbers) if (table := _table(samples)) else [samples[number] for number in numbers]
 
 

@@ -26,7 +26,6 @@ class EvaluationResult:
 
     @classmethod
     def of(cls, folder: RunFolder, written: RunFolder | None = None) -> "EvaluationResult":
-        """Of a run that is evaluated."""
         written = written or folder
         return cls(folder, written, Metrics.model_validate(written.read_metrics()))
 

@@ -45,7 +45,6 @@ class View:
 
 
 def view(medium: Medium, decoded: Any) -> View:
-    """The view of a decoded medium."""
     seen = View(medium.kind, str(medium.path), bytes.fromhex(medium.key))
     if medium.kind == "audio":
         return replace(seen, remarks=_sound(decoded))

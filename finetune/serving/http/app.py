@@ -82,8 +82,6 @@ def build_app(engine: "BatchingEngine", options: ServerOptions, folder: Path, ap
 
 
 class HttpServer:
-    """The endpoints."""
-
     def __init__(self, engine: "BatchingEngine", options: ServerOptions, folder: Path) -> None:
         self.engine, self.options, self.folder = engine, options, folder
         self.metrics = ServerMetrics(engine.stats)
