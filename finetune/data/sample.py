@@ -207,6 +207,14 @@ def media_in(messages: Iterable[Message]) -> list[Medium]:
     return [part for message in messages for part in message.content if isinstance(part, Medium)]
 
 
+def by_kind(media: Iterable[Medium]) -> dict[str, list[Medium]]:
+    """{kind: its media}, in the order in which they come."""
+    kinds: dict[str, list[Medium]] = {}
+    for medium in media:
+        kinds.setdefault(medium.kind, []).append(medium)
+    return kinds
+
+
 def texts_in(messages: Iterable[Message]) -> list[str]:
     return [part for message in messages for part in message.content if isinstance(part, str)]
 

@@ -1,14 +1,14 @@
 """The conditions under which held-out rows are shown: their own media, blank ones, or another row's."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from finetune.data.media import blank
-from finetune.data.sample import Layout, Medium, Sample
+from finetune.data.sample import Layout, Medium, Sample, by_kind
 from finetune.model.features import Features, MediaView, decode_for, encode_one
 
 BLANKS_KEPT = 64
@@ -81,7 +81,7 @@ class ShuffledMedia:
     def __init__(self, view: MediaView, media: Sequence[Medium], seed: int) -> None:
         self._view = view
         self._other: dict[Medium, Medium] = {}
-        for same_kind in _by_kind(media).values():
+        for same_kind in by_kind(dict.fromkeys(media)).values():
             order = np.random.default_rng(seed).permutation(len(same_kind))
             for left, right in zip(order, np.roll(order, 1), strict=True):
                 self._other[same_kind[left]] = same_kind[right]
@@ -91,10 +91,3 @@ class ShuffledMedia:
 
     def features(self, medium: Medium) -> Tensor:
         return self._view.features(self._other[medium])
-
-
-def _by_kind(media: Sequence[Medium]) -> Mapping[str, list[Medium]]:
-    kinds: dict[str, list[Medium]] = {}
-    for medium in dict.fromkeys(media):
-        kinds.setdefault(medium.kind, []).append(medium)
-    return kinds

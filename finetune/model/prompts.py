@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from finetune.common.errors import ModelError
+from finetune.data.sample import by_kind
 from finetune.model.composite import MultimodalModel, Tensors
 from finetune.model.features import MediaView
 from finetune.model.padding import left_padded, left_padded_positions, position_ids
@@ -36,9 +37,8 @@ class PromptBatch:
     def of(cls, prompts: Sequence[Tokens], view: MediaView, pad: int, device: torch.device) -> "PromptBatch":
         """Tokenized prompts, with the features of their media."""
         ids, mask = left_padded([prompt.input_ids for prompt in prompts], pad, device)
-        features: dict[str, list[Tensor]] = {}
-        for medium in (medium for prompt in prompts for medium in prompt.media):
-            features.setdefault(medium.kind, []).append(view.features(medium))
+        media = by_kind(medium for prompt in prompts for medium in prompt.media)
+        features = {kind: [*map(view.features, own)] for kind, own in media.items()}
         return cls(ids, mask, features, rope_positions=left_padded_positions([p.positions for p in prompts], mask))
 
     @property

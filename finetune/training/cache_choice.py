@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.common.disk import free_bytes
+from finetune.data.sample import by_kind
 from finetune.recipe.load import Recipe
 from finetune.training.plan.result import size
 
@@ -64,7 +65,6 @@ def feature_bytes(recipe: Recipe, rows: "PlannedRows | None" = None) -> Sequence
         return ()
     dtype = str(resolve_dtype(recipe.model.language_model.dtype, default_device())).removeprefix("torch.")
     planned = PlannedRun(recipe.with_dtype(dtype), rows)
-    sizes: dict[str, list[int]] = {}
-    for medium in {medium: None for sample in rows.training for medium in sample.media}:
-        sizes.setdefault(medium.kind, []).append(planned.read(medium).nbytes)
+    media = by_kind({medium: None for sample in rows.training for medium in sample.media})
+    sizes = {kind: [planned.read(medium).nbytes for medium in own] for kind, own in media.items()}
     return [round(sum(found) / len(found)) * rows.media[kind] for kind, found in sizes.items()]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.data.sample import Medium, Values
+from finetune.data.sample import Medium, Values, by_kind
 from finetune.model.base.both_ways import answer_types
 from finetune.model.prefixes import most_shared, prompt_tokens, shared_beginning, shared_tokens
 from finetune.model.row_layout import RowKind
@@ -173,10 +173,8 @@ class Collator:
         prefixes = self._whole(labelled, shared)
         layout = self._lay_out(labelled, prefixes)
         batch = Batch(**layout.batch)
-        media: dict[str, list[Values]] = {}
-        for medium in _media(groups, prefixes):
-            media.setdefault(medium.kind, []).append(self.read(medium))
-        batch[self.field] = media
+        media = by_kind(_media(groups, prefixes))
+        batch[self.field] = {kind: [*map(self.read, own)] for kind, own in media.items()}
         if self.heads is not None:
             self._add_heads(batch, [sample for group in groups for sample in group], layout.ends, self.heads)
         if groups[0][0].teacher_input_ids:

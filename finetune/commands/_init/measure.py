@@ -13,7 +13,7 @@ from finetune.data.media.image import image_size
 from finetune.data.preferences import sample_of
 from finetune.data.read import read_rows
 from finetune.data.rows import error_list, group_of
-from finetune.data.sample import Medium, Sample, texts_in
+from finetune.data.sample import Medium, Sample, by_kind, texts_in
 from finetune.recipe.schema import Limits, Source
 
 MEASURED = 24  # media of a kind that are opened
@@ -94,11 +94,7 @@ def sets(rows: Rows) -> int:
 def media_sizes(samples: Sequence[Sample]) -> list[MediaSizes]:
     """By some media of each kind, spread over the rows. Those that can't be decoded are left to `data check`."""
     sizes = []
-    by_kind: dict[str, list[Medium]] = {}
-    for sample in samples:
-        for medium in sample.media:
-            by_kind.setdefault(medium.kind, []).append(medium)
-    for kind, media in by_kind.items():
+    for kind, media in by_kind(medium for sample in samples for medium in sample.media).items():
         measured = []
         for medium in media[:: max(len(media) // MEASURED, 1)][:MEASURED]:
             try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.common.errors import DataError
 from finetune.common.run_folder import file_hash
-from finetune.data.sample import Layout, Medium, Message, Prepared, media_in
+from finetune.data.sample import Layout, Medium, Message, Prepared, by_kind, media_in
 from finetune.model.assistant import Assistant, without_kinds
 from finetune.model.features import encode_one, read_medium
 from finetune.model.language_model import context_length
@@ -135,10 +135,8 @@ def read_prompt(
         raise DataError(f"a prompt of {length} tokens, but the LLM reads {context}: fewer media, or shorter text")
     if length >= room:
         raise DataError(f"a prompt of {length} tokens, but this server takes {room}: fewer media, or shorter text")
-    by_kind: dict[str, list[SharedMedium]] = {}
-    for medium in tokens.media:
-        by_kind.setdefault(medium.kind, []).append(media[medium])
-    return RequestPrompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), by_kind, tokens.positions)
+    shown = {kind: [media[medium] for medium in own] for kind, own in by_kind(tokens.media).items()}
+    return RequestPrompt(tokens.input_ids, _symbols(assistant, tokens, media, segments), shown, tokens.positions)
 
 
 def _symbols(
