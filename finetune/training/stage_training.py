@@ -20,7 +20,6 @@ from finetune.training.collate import Collator
 from finetune.training.pack import Row, Rows
 from finetune.training.rollouts import Rollouts
 from finetune.training.suspects import FILE, Suspects
-from finetune.training.tracking import reported_to
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def trainer_arguments(training: StageTraining) -> SFTConfig:
         max_length=None,
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # all that trains is used in every step, if only multiplied by zero
-        report_to=reported_to(settings.track),
+        report_to=[tracker for tracker in settings.track if tracker != "tensorboard"],  # it has a callback of its own
         run_name=f"{training.folder.parents[1].name}-{stage.name}",
         project="finetune",
         disable_tqdm=True,

@@ -10,11 +10,6 @@ from transformers import TrainerCallback
 from finetune.recipe.schema import Tracker
 
 
-def reported_to(track: Sequence[Tracker]) -> list[str]:
-    """The trackers that transformers' Trainer sets up by itself: for TensorBoard it knows no folder of ours."""
-    return [tracker for tracker in track if tracker != "tensorboard"]
-
-
 def tensorboard_callbacks(track: Sequence[Tracker], folder: Path, first_step: int) -> list[TrainerCallback]:
     """TensorBoard's callback where it is named, for event files in `folder`. What an interrupted run has written there
     from `first_step` on is hidden.
