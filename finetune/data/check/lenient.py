@@ -95,9 +95,11 @@ def encoding_of(path: Path) -> str:
     if foreign_lines <= utf8_lines:
         return "utf-8-sig"
     best, *others = from_bytes(bytes(foreign)) or (None,)
-    alone = best and all(other.chaos >= best.chaos + MESSIER for other in others)
-    if best and alone and _is_common_chinese(bytes(foreign), best.encoding):
-        return best.encoding
+    for sample, matches in ((bytes(foreign), [best, *others]), (letters := _letters(foreign), from_bytes(letters))):
+        first, *rivals = matches or (None,)
+        alone = first and all(rival.chaos >= first.chaos + MESSIER for rival in rivals)
+        if first and alone and _is_common_chinese(sample, first.encoding):
+            return first.encoding
     if best and best.coherence >= COHERENT:
         rivals = [other for other in others if other.chaos <= best.chaos and other.coherence >= best.coherence]
         if not rivals:
@@ -106,6 +108,14 @@ def encoding_of(path: Path) -> str:
         f"{path}: not UTF-8, and its encoding isn't clear; save it as UTF-8, or name the encoding of a table: "
         "`format: {kind: table, encoding: gb18030}`"
     )
+
+
+def _letters(content: bytes) -> bytes:
+    """Chinese without marks such as ～ and emoji, of which charset-normalizer takes more than a few for mess."""
+    try:
+        return "".join(c if c.isalpha() else "\n" for c in content.decode("gb18030")).encode("gb18030")
+    except UnicodeDecodeError:
+        return b""
 
 
 def _is_common_chinese(content: bytes, encoding: str) -> bool:
