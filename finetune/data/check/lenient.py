@@ -12,7 +12,7 @@ from typing import TextIO
 
 from finetune.common.errors import DataError
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
-from finetune.data.formats.table import Options, check_header
+from finetune.data.formats.table import Options, check_header, refuse_title, refuse_workbook
 from finetune.data.read import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.schema import RowFile
@@ -79,6 +79,7 @@ def encoding_of(path: Path) -> str:
     """
     from charset_normalizer import from_bytes
 
+    refuse_workbook(path)
     foreign, foreign_lines, utf8_lines = bytearray(), 0, 0
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
@@ -162,7 +163,9 @@ def _wrong_header(path: Path, encoding: str, options: Options) -> str:
     with path.open(encoding=encoding, errors="replace", newline="") as lines:
         try:
             delimiter = options.delimiter or DELIMITERS[path.suffix.lower()]
-            check_header(path, next(csv.reader(lines, delimiter=delimiter, strict=True), []), options)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            check_header(path, header := next(reader, []), options)
+            refuse_title(path, header, dict(zip(header, next(reader, []), strict=False)))
         except csv.Error:
             return ""  # reported with its line
         except DataError as error:
