@@ -107,7 +107,7 @@ class Written:
     def __repr__(self) -> str:
         lines = [*self.summary, f"{self.path}: written"]
         if self.wrong:
-            lines.append(error_list(self.wrong, f"{len(self.wrong)} rows can't be used"))
+            lines.append(error_list(self.wrong, f"{len(self.wrong)} row{'s' * (len(self.wrong) > 1)} can't be used"))
         return "\n".join([*lines, f"next: {self._next}"])
 
     @property

@@ -561,6 +561,47 @@ def test_a_folder_without_rows_says_what_was_looked_for(file):
     assert not [*Path().glob("*.yaml")]
 
 
+def test_a_workbook_above_its_folder_of_pictures_is_the_rows_and_the_folder_no_label():
+    names = pictures(Path("评论/图片"))
+    book = openpyxl.Workbook()
+    for row in [["配图：文件名", "情感倾向"], *([name, "正面" if n % 2 else "负面"] for n, name in enumerate(names))]:
+        book.active.append(row)
+    book.save("评论/评论 2026（最终版）.xlsx")
+    put(Path("评论/~$评论 2026（最终版）.xlsx"), b"open in Excel")
+    recipe = written(Path("评论"), name="2026")
+    assert recipe.name == "2026" and recipe.data[0].columns == {"image": "配图：文件名"}
+    assert recipe.data[0].task.options.label == "情感倾向"
+    put(Path("评论/旧.xls"), b"\xd0\xcf\x11\xe0")
+    with pytest.raises(DataError, match=r"no format recognises it; save it as \.xlsx, or as CSV in UTF-8"):
+        finetune.init("评论/旧.xls")
+
+
+def test_a_folder_of_one_label_teaches_nothing():
+    pictures(Path("shop/pictures"))
+    with pytest.raises(RecipeError, match="'label' holds only 'pictures', so there is nothing to learn"):
+        finetune.init("shop")
+
+
+def test_an_index_of_datasets_is_no_saved_dataset():
+    pictures(Path("lf/图"))
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "."}]} for n in "ab"]
+    put(Path("lf/rows.json"), json.dumps(rows))
+    put(Path("lf/dataset_info.json"), json.dumps({"rows": {"file_name": "rows.json"}}))
+    with pytest.raises(DataError, match=r"2 files or folders of rows \(dataset_info.json, rows.json\); name one"):
+        finetune.init("lf")
+
+
+def test_conversations_under_another_name_are_read_and_those_of_another_form_named():
+    pairs = [(f"订单{n}到哪了？", "已发货。") for n in range(ROWS)]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    put(Path("chat.jsonl"), "\n".join(json.dumps({"dialogue": of_row}) for of_row in turns))
+    assert written(Path("chat.jsonl")).data[0].columns == {"messages": "dialogue"}
+    put(Path("other.jsonl"), "\n".join(json.dumps({"msgs": [{"from": "a", "text": "b"}]}) for _ in range(ROWS)))
+    with pytest.raises(DataError, match=r"got \{'from': 'a', 'text': 'b'\}; so in 23 other rows") as refused:
+        finetune.init("other.jsonl")
+    assert len(str(refused.value).splitlines()) == 2
+
+
 def test_a_table_without_an_answer_says_so():
     path = table(Path("shop/rows.csv"), ["image"], [[name] for name in pictures(Path("shop"))])
     with pytest.raises(DataError, match=r"no column could be the answer.*image \(image\)"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from finetune.commands._init.columns import HAN
 from finetune.common.errors import DataError
+from finetune.data.faults import Faults
 from finetune.data.hold_out import connected, keys_of, splits_of
 from finetune.data.media import decode
 from finetune.data.media.audio import RATE
@@ -69,13 +70,16 @@ def usable_rows(source: Source) -> Rows:
     """Raises DataError if no row is usable."""
     usable: list[tuple[Sample, str]] = []
     wrong: list[str] = []
+    faults = Faults(source, in_recipe=False)
     for row in read_rows(source, Limits().max_bytes):
         try:
             usable.append((sample_of(row, source.task), group_of(row, source)))
         except DataError as error:
             wrong.append(str(error))
+            faults.unusable(row, error)
     if not usable:
-        raise DataError(error_list(wrong, f"{source.path}: no row can be used") if wrong else f"{source.path}: no rows")
+        lines = faults.lines(len(wrong))
+        raise DataError(error_list(lines, f"{source.path}: no row can be used") if wrong else f"{source.path}: no rows")
     samples, groups = zip(*usable, strict=True)
     return Rows(samples, groups, tuple(wrong))
 

@@ -164,6 +164,11 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
     if kind in STRICT and answer.kind not in FITTING[kind]:
         held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
         raise RecipeError(f"{given('task', kind)}: {held}; name another with {option('--answer', 'answer=')}")
+    if kind in (None, "classify") and answer.kind in ("label", "labels") and len(answer.texts) == 1:
+        raise RecipeError(
+            f"column {answer.name!r} holds only {answer.texts[0]!r}, so there is nothing to learn; name another with "
+            f"{option('--answer', 'answer=')}, or another file or folder"
+        )
     media = _media_of(columns, answer)
     for key, name in {"text": named.text, "question": named.question, "group": named.group}.items():
         if name is not None and name == answer.name:
@@ -192,6 +197,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         raise RecipeError(f"{given('task', kind)}: no column holds recordings (columns: {_names(columns)})")
     group, few_people = (named.group, None) if named.group else _group(columns, answer, media)
     answers = (answer.name,) if answer.name else answer.texts
+    read = media | ({"messages": answer.name} if kind == "chat" else {})
     used = {*answers, before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
@@ -200,7 +206,7 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         _prompt(kind, answer.name, tuple(media), bool(asked), language),
         options,
         _head(kind, answer),
-        {name: column for name, column in media.items() if name != column},
+        {name: column for name, column in read.items() if name != column},
         group,
         few_people,
         tuple(c.name for c in columns if c.name not in used and c.kind != "empty"),
