@@ -11,8 +11,18 @@ from typing import Any, TypeVar
 
 from finetune.commands._init import cards, measure
 from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
-from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
-from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, fields_in, task_for
+from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_beside, media_place
+from finetune.commands._init.task import (
+    FEWEST_GROUPS,
+    TEXTLESS,
+    Named,
+    Task,
+    Yaml,
+    answers_in,
+    fields_in,
+    no_column,
+    task_for,
+)
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.commands.check import refuse_multimodal
 from finetune.common import display
@@ -35,15 +45,15 @@ SHOWN = 6  # labels, or columns, in the summary
 
 @dataclass(frozen=True)
 class Choices:
-    """What `init` doesn't have to guess. `answer`, `text`, `question`, `group`: columns; `prompt`: the question where
-    it isn't in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of
-    test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
+    """What `init` doesn't have to guess. `answer`, `text` (one or several), `question`, `group`: columns; `prompt`: the
+    question where it isn't in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file;
+    `hold_out`: share of test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
     """
 
     task: str | None = None
     answer: str | None = None
     prompt: str | None = None
-    text: str | None = None
+    text: str | Sequence[str] = ()
     question: str | None = None
     group: str | None = None
     encoding: str | None = None
@@ -246,7 +256,8 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
 
 def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
     """The task and its language."""
-    named = Named(choices.task, choices.text, choices.question, choices.group)
+    texts = (choices.text,) if isinstance(choices.text, str) else (*choices.text,)
+    named = Named(choices.task, texts, choices.question, choices.group)
     likely = answers_in(columns, named)
     if choices.task == "extract" and choices.answer is None and all(column.kind != "json" for column in likely):
         likely = [fields_in(columns, named)]
@@ -254,7 +265,7 @@ def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> 
 
     def known(name: str) -> Column:
         if name not in by_name:
-            raise RecipeError(f"{given('answer', name)}: there is no such column; there are: {', '.join(by_name)}")
+            raise no_column("answer", name, columns)
         return by_name[name]
 
     if choices.answer is None and not likely:
@@ -330,7 +341,7 @@ def _encoders(names: Sequence[str], media: Sequence[str]) -> dict[str, str]:
         if not equals and len(media) == 1:
             medium, encoder = media[0], name
         if medium not in media or not encoder:
-            needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: these rows have no media"
+            needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: no column of these rows names media files"
             raise RecipeError(f"{option(f'--encoder {name}', f'encoders={name!r}')}: write {needed}")
         encoders[medium] = _model(encoder)
     return encoders
@@ -430,6 +441,8 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
     how = f" ({first.reading})" if first.reading else ""
     lines = [f"{first.path}: format {first.format.kind}{how}, columns {', '.join(c.name for c in plan.columns)}"]
     lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
+    if not task.media and (unnamed := media_beside(first.path)):
+        lines.append(f"not used: {unnamed}, which no column names: write a column of their paths, suffix included")
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
     if not task.answer.name:
         fields = len(task.answer.texts)

@@ -267,7 +267,7 @@ def of_twelve(header: str) -> Path:
     return table(Path("reviews.csv"), [header, "text", "label"], rows)
 
 
-@pytest.mark.parametrize("name", ["Pat. No", "customer", "Customer No", "customer_id", "Kundennummer", "患者编号"])
+@pytest.mark.parametrize("name", ["Pat. No", "customer", "customer_id", "Kundennummer", "患者姓名", "住院号"])
 def test_rows_of_one_person_stay_together(name):
     assert load_recipe(finetune.init(of_twelve(name), card="cpu")).data[0].group == name
 
@@ -323,9 +323,21 @@ def test_media_named_with_backslashes_are_named_with_the_cure():
         finetune.init(path, card="cpu")
 
 
-def test_a_second_text_is_not_dropped_in_silence(capsys):
-    with pytest.raises(RecipeError, match="--text is given 2 times, but a task reads one column"):
-        app(["init", str(text_only()), "--text", "a", "--text", "b", "--yes"], standalone_mode=False)
+def test_several_texts_stand_before_the_question():
+    rows = [[name, f"标题{n}", f"这是第{n}张图", LABELS[n % 3]] for n, name in enumerate(pictures(Path("shop")))]
+    table(Path("shop/rows.csv"), ["image", "标题", "正文（原文）", "label"], rows)
+    done = cli("init", "shop", "--yes", "--card", "cpu", "--text", "标题", "--text", "正文（原文）")
+    assert done.returncode == 0, done.stderr
+    assert list(load_recipe(Path("shop.yaml")).data[0].task.options.text) == ["标题", "正文（原文）"]
+    with pytest.raises(RecipeError, match=r"text=正文\(原文\): there is no such column. Did you mean '正文（原文）'\?"):
+        finetune.init("shop", text="正文(原文)", overwrite=True)
+
+
+def test_media_that_no_column_names_are_counted():
+    recordings(Path("calls/录音"))
+    rows = [[n, f"订单{n}，未发货，客户很着急", LABELS[n % 3]] for n in range(ROWS)]
+    table(Path("calls/rows.csv"), ["录音编号", "工单信息", "诉求类型"], rows)
+    assert f"not used: {ROWS} files of audio, which no column names" in repr(finetune.init("calls", card="cpu"))
 
 
 def test_a_chinese_table_in_gb18030_gets_chinese_questions_and_an_llm_that_reads_them():
@@ -616,7 +628,7 @@ def test_a_table_without_an_answer_says_so():
     [
         ({"task": "rank"}, "task=rank: finetune init writes recipes for answer, "),
         ({"task": "score"}, "task=score: column 'shelf' holds label, not number"),
-        ({"answer": "price"}, "answer=price: there is no such column; there are: photo, shelf, number"),
+        ({"answer": "price"}, "answer=price: there is no such column; there are: 'photo', 'shelf', 'number'"),
         ({"text": "price"}, "text=price: there is no such column"),
         ({"question": "price"}, "question=price: there is no such column"),
         ({"question": "shelf"}, "question=shelf: that is the answer"),

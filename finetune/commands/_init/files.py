@@ -97,6 +97,13 @@ def _contents(path: Path) -> str:
     return ", ".join(counts) or "no files"
 
 
+def media_beside(path: Path) -> str:
+    """How many media are beside a file of rows and in the folders there, '' where there are none."""
+    beside = islice((file for place in ("*", "*/*") for file in path.parent.glob(place)), 10_000)
+    kinds = Counter(kind for file in beside if (kind := _media.kind_of(file.name)))
+    return " and ".join(f"{count:,} files of {kind}" for kind, count in kinds.items()) if path.is_file() else ""
+
+
 def _advice(path: Path) -> str:
     if cure := next(filter(None, map(other_spreadsheet, path.iterdir())), ""):
         return f"; of the spreadsheet: {cure}"
