@@ -231,7 +231,7 @@ def _first_line(error: BaseException) -> str:
 
 def is_repository(name: str) -> bool:
     """Whether a name could be a Hub id, user/name, rather than a path."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII))
 
 
 def fetched(name: str, revision: str | None = None, cache_folder: Path | None = None) -> Path:
