@@ -4,11 +4,11 @@ import csv
 import json
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from finetune.common.errors import DataError
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
@@ -55,7 +55,8 @@ def lenient_rows(source: RowFile, report: Report, max_bytes: int) -> Iterator[Ro
             report(0, str(error), "")
             return
         if encoding != "utf-8-sig":
-            report(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8", "")
+            named = f", or write `format: {{kind: table, encoding: {encoding}}}`" if part.kind == "table" else ""
+            report(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8{named}", "")
     if hasattr(options, "encoding"):
         options = options.model_copy(update={"encoding": None})  # the copy is UTF-8
     with tempfile.TemporaryDirectory() as temporary:
@@ -95,12 +96,11 @@ def encoding_of(path: Path) -> str:
                     break
     if foreign_lines <= utf8_lines:
         return "utf-8-sig"
-    best, *others = from_bytes(bytes(foreign)) or (None,)
-    for sample, matches in ((bytes(foreign), [best, *others]), (letters := _letters(foreign), from_bytes(letters))):
-        first, *rivals = matches or (None,)
-        alone = first and all(rival.chaos >= first.chaos + MESSIER for rival in rivals)
-        if first and alone and _is_common_chinese(sample, first.encoding):
-            return first.encoding
+    content = bytes(foreign)
+    best, *others = from_bytes(content) or (None,)
+    letters = _letters(content)
+    if chinese := _chinese(content, [best, *others]) or _chinese(letters, [*from_bytes(letters)] or [None]):
+        return chinese
     if best and best.coherence >= COHERENT:
         rivals = [other for other in others if other.chaos <= best.chaos and other.coherence >= best.coherence]
         if not rivals:
@@ -117,6 +117,13 @@ def _letters(content: bytes) -> bytes:
         return "".join(c if c.isalpha() else "\n" for c in content.decode("gb18030")).encode("gb18030")
     except UnicodeDecodeError:
         return b""
+
+
+def _chinese(content: bytes, matches: Sequence[Any]) -> str:
+    """The first of the matches where it's alone and reads common characters, else ''."""
+    best, *others = matches
+    alone = best and all(other.chaos >= best.chaos + MESSIER for other in others)
+    return str(best.encoding) if alone and _is_common_chinese(content, best.encoding) else ""
 
 
 def _is_common_chinese(content: bytes, encoding: str) -> bool:
