@@ -82,7 +82,7 @@ Value = TypeVar("Value")
 @dataclass(frozen=True)
 class InitPlan:
     """All that is decided before the rows are read as samples. `encoders`: medium -> name of another encoder;
-    `is_base`: whether `llm` is an existing model that takes media.
+    `is_base`: whether `llm` is an existing model that takes media; `media_beside`: what is in a folder that was named.
     """
 
     target: Path
@@ -99,6 +99,7 @@ class InitPlan:
     llm: str | None
     encoders: Mapping[str, str]
     is_base: bool = False
+    media_beside: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -251,6 +252,7 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
         _llm(llm) if (llm := choices.llm) else None,
         _encoders(choices.encoders, task.media),
         bool(choices.llm) and _takes_media(str(choices.llm), task.media),
+        media_beside(found[0].path) if path.is_dir() else "",
     )
 
 
@@ -441,8 +443,10 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
     how = f" ({first.reading})" if first.reading else ""
     lines = [f"{first.path}: format {first.format.kind}{how}, columns {', '.join(c.name for c in plan.columns)}"]
     lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
-    if not task.media and (unnamed := media_beside(first.path)):
-        lines.append(f"not used: {unnamed}, which no column names: write a column of their paths, suffix included")
+    if not task.media and plan.media_beside:
+        lines.append(
+            f"not used: {plan.media_beside}, which no column names: write a column of their paths, suffix included"
+        )
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
     if not task.answer.name:
         fields = len(task.answer.texts)
