@@ -5,7 +5,6 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,11 +27,10 @@ from finetune.commands.check import refuse_multimodal
 from finetune.common import display
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
-from finetune.data.read import read_rows
 from finetune.data.rows import TOGETHER, error_list
 from finetune.model.base.config import media_in_config
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Limits, Llm, Source
+from finetune.recipe.schema import Llm, Source
 from finetune.training.lengths import fetch, settings_of
 
 EXAMINED = 20_000  # rows by which columns are described
@@ -208,12 +206,8 @@ def _write_checked(path: Path, text: str) -> None:
 
 def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
     found = find(path, choices.encoding)
-    by_file = [
-        [row.columns for row in islice(read_rows(file.as_row_file(), Limits().max_bytes), EXAMINED)] for file in found
-    ]
+    by_file = [measure.examined(file, EXAMINED) for file in found]
     rows = [row for of_file in by_file for row in of_file]
-    if not by_file[0]:
-        raise DataError(f"{found[0].path}: no rows")
     described = describe_columns(rows)
     media = [column.name for column in described if column.kind in MEDIA]
     names = [{name: file_names(row.get(name) for row in of_file) for name in media} for of_file in by_file]

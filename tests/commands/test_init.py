@@ -685,6 +685,17 @@ def test_rows_that_cannot_be_used_are_listed_with_the_command_that_removes_them(
     assert load_recipe("shop.yaml").model.llm.dtype == "float16"
 
 
+def test_rows_that_the_format_refuses_are_listed_too_and_a_file_of_nothing_else_is_an_error():
+    turns = [[{"from": "human", "value": f"<image>{n}?"}, {"from": "gpt", "value": "."}] for n in range(ROWS)]
+    rows = [{"image": name, "conversations": said} for name, said in zip(pictures(Path("lf")), turns, strict=True)]
+    rows[4]["conversations"] = turns[4][1:]
+    rows[5]["conversations"] = [{"from": "用户", "value": "?"}]
+    result = finetune.init(put(Path("lf/rows.json"), rows), card="cpu")
+    assert [line.split(":")[1] for line in result.wrong] == ["5", "6"] and "18 train, 4 test" in repr(result)
+    with pytest.raises(DataError, match=r"broken.json:1: conversations.0: 'from' is '用户'"):
+        finetune.init(put(Path("lf/broken.json"), [rows[5]] * 3), card="cpu")
+
+
 def test_without_a_terminal_it_needs_yes():
     done = cli("init", str(with_labels()))
     assert done.returncode == 2 and "add --yes" in done.stderr
