@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from finetune.commands import _importing
 from finetune.commands._importing import interrupt
 from finetune.common.errors import Interrupted
 from finetune.common.run_folder import RunFolder
@@ -21,6 +22,15 @@ def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str], run: RunFold
     """Where Ctrl-C, SIGTERM or SIGHUP ends the block, or a training in it: raises Interrupted with the command that
     goes on, once there is a run.
     """
+
+    def advice() -> str:
+        if not run.recipe.is_file():
+            return ""
+        sets = [word for assignment in overrides for word in ("--set", assignment)]
+        command = _command([verb, str(recipe), *sets, "--run", str(run.path), "--resume"])
+        return f"\nto go on{_launched()}:\n  {command}"
+
+    _importing.advice.append(advice)
     try:
         with _as_ctrl_c() as received:
             yield
@@ -30,11 +40,9 @@ def how_to_go_on(verb: str, recipe: Path, overrides: Sequence[str], run: RunFold
         message, number = "stopped", _number(received)
     else:
         return
-    if run.recipe.is_file():
-        sets = [word for assignment in overrides for word in ("--set", assignment)]
-        command = _command([verb, str(recipe), *sets, "--run", str(run.path), "--resume"])
-        message += f"\nto go on{_launched()}:\n  {command}"
-    raise Interrupted(message, number, run.path)
+    finally:
+        _importing.advice.remove(advice)
+    raise Interrupted(message + advice(), number, run.path)
 
 
 @contextmanager

@@ -72,7 +72,10 @@ def init(
     task: Annotated[str | None, typer.Option(help="classify, caption, transcribe, ...; default: by the rows.")] = None,
     answer: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of the answers.")] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question to the model.")] = None,
-    text: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="A column put before the question.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="A column put before the question; more than once: several."),
+    ] = None,
     question: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column of the questions, where each row has its own.")
     ] = None,
@@ -108,13 +111,11 @@ def init(
         raise RecipeError(
             "finetune init asks questions, and there is no terminal to ask on: add --yes for the defaults"
         )
-    if text and len(text) > 1:
-        raise RecipeError(f"--text is given {len(text)} times, but a task reads one column: join them in one")
     choices = Choices(
         task=task,
         answer=answer,
         prompt=prompt,
-        text=text[0] if text else None,
+        text=text or (),
         question=question,
         group=group,
         encoding=encoding,

@@ -5,24 +5,32 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.commands._init import cards, measure
 from finetune.commands._init.columns import MEDIA, Column, describe_columns, file_names, language_of
-from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_place
-from finetune.commands._init.task import FEWEST_GROUPS, TEXTLESS, Named, Task, Yaml, answers_in, fields_in, task_for
+from finetune.commands._init.files import SPLITS, Found, MediaPlace, find, hosts_of, media_beside, media_place
+from finetune.commands._init.task import (
+    FEWEST_GROUPS,
+    TEXTLESS,
+    Named,
+    Task,
+    Yaml,
+    answers_in,
+    fields_in,
+    no_column,
+    task_for,
+)
 from finetune.commands._init.text import Draft, WrittenSource
 from finetune.commands.check import refuse_multimodal
 from finetune.common import display
 from finetune.common.errors import OVERWRITE, DataError, RecipeError, given, option
 from finetune.common.run_folder import write_text
-from finetune.data.read import read_rows
 from finetune.data.rows import TOGETHER, error_list
 from finetune.model.base.config import media_in_config
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Limits, Llm, Source
+from finetune.recipe.schema import Llm, Source
 from finetune.training.lengths import fetch, settings_of
 
 EXAMINED = 20_000  # rows by which columns are described
@@ -35,15 +43,15 @@ SHOWN = 6  # labels, or columns, in the summary
 
 @dataclass(frozen=True)
 class Choices:
-    """What `init` doesn't have to guess. `answer`, `text`, `question`, `group`: columns; `prompt`: the question where
-    it isn't in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file; `hold_out`: share of
-    test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
+    """What `init` doesn't have to guess. `answer`, `text` (one or several), `question`, `group`: columns; `prompt`: the
+    question where it isn't in the rows; `card`: see `finetune init --help`; `encoding`: of a CSV or TSV file;
+    `hold_out`: share of test rows; `encoders`: Hub ids or folders, with two media as 'image=FOLDER'.
     """
 
     task: str | None = None
     answer: str | None = None
     prompt: str | None = None
-    text: str | None = None
+    text: str | Sequence[str] = ()
     question: str | None = None
     group: str | None = None
     encoding: str | None = None
@@ -72,7 +80,7 @@ Value = TypeVar("Value")
 @dataclass(frozen=True)
 class InitPlan:
     """All that is decided before the rows are read as samples. `encoders`: medium -> name of another encoder;
-    `is_base`: whether `llm` is an existing model that takes media.
+    `is_base`: whether `llm` is an existing model that takes media; `media_beside`: what is in a folder that was named.
     """
 
     target: Path
@@ -89,6 +97,7 @@ class InitPlan:
     llm: str | None
     encoders: Mapping[str, str]
     is_base: bool = False
+    media_beside: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,7 +116,7 @@ class Written:
     def __repr__(self) -> str:
         lines = [*self.summary, f"{self.path}: written"]
         if self.wrong:
-            lines.append(error_list(self.wrong, f"{len(self.wrong)} rows can't be used"))
+            lines.append(error_list(self.wrong, f"{len(self.wrong)} row{'s' * (len(self.wrong) > 1)} can't be used"))
         return "\n".join([*lines, f"next: {self._next}"])
 
     @property
@@ -197,12 +206,8 @@ def _write_checked(path: Path, text: str) -> None:
 
 def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
     found = find(path, choices.encoding)
-    by_file = [
-        [row.columns for row in islice(read_rows(file.as_row_file(), Limits().max_bytes), EXAMINED)] for file in found
-    ]
+    by_file = [measure.examined(file, EXAMINED) for file in found]
     rows = [row for of_file in by_file for row in of_file]
-    if not by_file[0]:
-        raise DataError(f"{found[0].path}: no rows")
     described = describe_columns(rows)
     media = [column.name for column in described if column.kind in MEDIA]
     names = [{name: file_names(row.get(name) for row in of_file) for name in media} for of_file in by_file]
@@ -241,12 +246,14 @@ def _plan(path: Path, choices: Choices, ask: Ask, out: Path | None) -> InitPlan:
         _llm(llm) if (llm := choices.llm) else None,
         _encoders(choices.encoders, task.media),
         bool(choices.llm) and _takes_media(str(choices.llm), task.media),
+        media_beside(found[0].path) if path.is_dir() else "",
     )
 
 
 def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> tuple[Task, str]:
     """The task and its language."""
-    named = Named(choices.task, choices.text, choices.question, choices.group)
+    texts = (choices.text,) if isinstance(choices.text, str) else (*choices.text,)
+    named = Named(choices.task, texts, choices.question, choices.group)
     likely = answers_in(columns, named)
     if choices.task == "extract" and choices.answer is None and all(column.kind != "json" for column in likely):
         likely = [fields_in(columns, named)]
@@ -254,7 +261,7 @@ def _task(columns: Sequence[Column], choices: Choices, ask: Ask, path: Path) -> 
 
     def known(name: str) -> Column:
         if name not in by_name:
-            raise RecipeError(f"{given('answer', name)}: there is no such column; there are: {', '.join(by_name)}")
+            raise no_column("answer", name, columns)
         return by_name[name]
 
     if choices.answer is None and not likely:
@@ -330,7 +337,7 @@ def _encoders(names: Sequence[str], media: Sequence[str]) -> dict[str, str]:
         if not equals and len(media) == 1:
             medium, encoder = media[0], name
         if medium not in media or not encoder:
-            needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: these rows have no media"
+            needed = ", ".join(f"{kind}=NAME" for kind in media) or "none: no column of these rows names media files"
             raise RecipeError(f"{option(f'--encoder {name}', f'encoders={name!r}')}: write {needed}")
         encoders[medium] = _model(encoder)
     return encoders
@@ -430,6 +437,10 @@ def _summary(plan: InitPlan, draft: Draft, sizes: Sequence[measure.MediaSizes]) 
     how = f" ({first.reading})" if first.reading else ""
     lines = [f"{first.path}: format {first.format.kind}{how}, columns {', '.join(c.name for c in plan.columns)}"]
     lines += [f"{size.kind}: {size.number:,} files, {size.text}" for size in sizes]
+    if not task.media and plan.media_beside:
+        lines.append(
+            f"not used: {plan.media_beside}, which no column names: write a column of their paths, suffix included"
+        )
     answer = f"answer: {task.answer.name!r}, {task.answer.kind}"
     if not task.answer.name:
         fields = len(task.answer.texts)

@@ -124,11 +124,17 @@ def loading(what: str, name: str) -> Iterator[bool]:
 
 
 def meant_as_path(name: str) -> str:
-    """What messages add about a name of the Hub that may be meant as a path, its first folder being here; else ''."""
+    """What messages add about a name of the Hub that may be meant as a path, its first folder, or both of a
+    like name, being here; else ''.
+    """
     path = Path(name)
-    if path.exists() or not is_repository(name) or not path.parent.is_dir():
+    if path.exists() or not is_repository(name):
         return ""
     near, beside = nearest_folder(path), folders_beside(path)
+    if not path.parent.is_dir():
+        folder = nearest_folder(path.parent)
+        if folder is None or not (near := folder / path.name).is_dir():
+            return ""
     there = f"; the nearest is {near}" if near else f"; {path.parent} has {', '.join(beside[:5])}" if beside else ""
     return f". As a path: there is no folder {name} here{there}"
 
@@ -231,7 +237,7 @@ def _first_line(error: BaseException) -> str:
 
 def is_repository(name: str) -> bool:
     """Whether a name could be a Hub id, user/name, rather than a path."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII))
 
 
 def fetched(name: str, revision: str | None = None, cache_folder: Path | None = None) -> Path:

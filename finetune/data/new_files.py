@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from finetune.common.errors import DataError, RecipeError, given, option
 from finetune.data.check.lenient import DELIMITERS, encoding_of
-from finetune.data.formats.table import Options
+from finetune.data.formats.table import Options, refuse_workbook
 from finetune.data.read import detected, read_rows
 from finetune.data.sample import KINDS
 from finetune.recipe.parts import FormatPart
@@ -86,6 +86,7 @@ def table_format(path: Path, options: Options, encoding: str | None) -> FormatPa
     """
     if path.suffix.lower() not in DELIMITERS or not path.is_file():
         return FormatPart.of("table", **options.model_dump(exclude_unset=True))
+    refuse_workbook(path)
     name = option("--encoding", "encoding=")
     try:
         known = encoding or _encoding(path, options.encoding)

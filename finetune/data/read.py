@@ -11,6 +11,8 @@ from finetune.data.sample import KINDS, Row
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
+SPREADSHEETS = {".xls", ".xlsb", ".ods", ".et", ".numbers"}  # of Excel, LibreOffice, WPS, Numbers
+
 
 def read_rows(file: RowFile, max_bytes: int) -> Iterator[Row]:
     """The rows of one file or source, one at a time, columns renamed as the recipe says; `max_bytes` limits embedded
@@ -48,10 +50,16 @@ def detected(path: Path) -> FormatPart:
     matching = formats_of(path)
     if not matching:
         known = ", ".join(part_names(FormatPart.folder))
-        raise DataError(f"{path}: no format recognises it; name one with `data.N.format` ({known})")
+        cure = other_spreadsheet(path) or f"name one with `data.N.format` ({known})"
+        raise DataError(f"{path}: no format recognises it; {cure}")
     if len(matching) > 1:
         raise DataError(f"{path}: could be {' or '.join(matching)}; name one with `data.N.format`")
     return FormatPart.of(matching[0])
+
+
+def other_spreadsheet(path: Path) -> str:
+    """What to do about a spreadsheet that isn't read, '' for other files."""
+    return "save it as .xlsx, or as CSV in UTF-8" if path.suffix.lower() in SPREADSHEETS else ""
 
 
 def formats_of(path: Path) -> list[str]:

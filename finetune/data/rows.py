@@ -77,7 +77,8 @@ def fault_list(found: Sequence[tuple[Faults, int]], recipe_file: Path | None = N
     advice = f"\n`{command}` examines all rows and media, and writes a copy without faults (--fix)"
     if not found[0][0].in_recipe:
         missing = any(f": no such {kind}: " in line for line in lines for kind in KINDS)
-        advice = f"\nname the folder of the media with {option('--media-folder', 'media_folder=')}" if missing else ""
+        folder = f"name the folder of their media with {option('--media-folder', 'media_folder=')}"
+        advice = f"\nleave these rows out, or {folder}" if missing else ""
     if len(lines) == 1:
         return f"{lines[0]}{advice}"
     wrong = ", ".join(

@@ -125,14 +125,13 @@ def pipeline_tag(media: Sequence[str], bindings: Iterable[TaskBinding]) -> str:
 
 def eval_results(content: Content, tag: str) -> list[EvalResult]:
     """Every score of the trained model, for the card's model-index."""
-    splits = {name: source.split for name, source in content.sources}
     return [
         EvalResult(
             task_type=tag,
             task_name=task,
             dataset_type=f"{content.name}-{task}",
             dataset_name=f"held-out rows of {task}",
-            dataset_split=splits.get(task, "test"),
+            dataset_split=scored_split(content),
             metric_type=metric,
             metric_name=words.plain(metric),
             metric_value=values["tuned"],
@@ -254,8 +253,12 @@ def snippet(content: Content, repo: str, chosen: Sequence[CardSample]) -> str:
     return "\n".join([*imports, "", f'model = finetune.load("{repo}")', call])
 
 
+def scored_split(content: Content) -> str:
+    return content.recipe.evaluate.split if content.recipe else "test"
+
+
 def tested_on(content: Content) -> list[str]:
     """The sources of the evaluated split; all, where it was held out of them."""
-    split = content.recipe.evaluate.split if content.recipe else "test"
+    split = scored_split(content)
     rows = tables.sources(content)
     return list(dict.fromkeys([row.path for row in rows if row.split == split] or [row.path for row in rows]))

@@ -14,14 +14,14 @@ SUFFIXES = (".safetensors", ".finetune", *TEXT, ".png", ".webp", ".model")
 def licence_problems(bases: Sequence[Base], data: Mapping[str, str | None], recipe: Path) -> list[str]:
     lines = [
         f"licence of {base.key}: {base.public_name} doesn't name one that can be read; write "
-        f"`publish: {{licenses: {{{base.key}: ...}}}}` in {recipe}"
+        f"`licenses: {{{base.key}: ...}}` under `publish` in {recipe}"
         for base in bases
         if not base.licence
     ]
     if unknown := [name for name, licence in data.items() if not licence]:
         lines.append(
             f"licence of the data: none is known for {', '.join(dict.fromkeys(unknown))}; add a NOTICE beside the rows "
-            f"(Licence: ...), or write `publish: {{licenses: {{data: ...}}}}` in {recipe}"
+            f"(Licence: ...), or write `licenses: {{data: ...}}` under `publish` in {recipe}"
         )
     return lines
 
@@ -30,8 +30,8 @@ def base_problems(bases: Sequence[Base], merged: bool, recipe: Path) -> list[str
     """An adapter's LLM and encoders must be where others can load them from; a merged model holds them."""
     return [
         f"{base.key}: {base.public_name} is a local folder, so nobody else could load the adapter; if the same weights "
-        f"are on the Hub, write `publish: {{hub_names: {{{base.key}: user/name}}}}` in {recipe}; otherwise push with "
-        f"{option('--merged', 'merged=True')}"
+        f"are on the Hub, write `hub_names: {{{base.key}: user/name}}` under `publish` in {recipe}; otherwise push "
+        f"with {option('--merged', 'merged=True')}"
         for base in bases
         if base.name is None and not merged
     ]

@@ -59,10 +59,7 @@ def push(
     repo = repo or recipe.publish.repo or (recipe.name if dry_run else None)
     if repo is None:
         raise PublishError(f"no repository: write {option('--repo NAME', 'repo=')}, or publish.repo in {folder.recipe}")
-    if not dry_run:
-        repo = upload.full_name(repo)
-    elif "/" not in repo:  # offline, nobody knows who is logged in
-        repo = f"user/{repo}"
+    repo = upload.checked(repo if "/" in repo else f"user/{repo}") if dry_run else upload.full_name(repo)
     kind = "merged" if merged else "adapter"
     before = None if dry_run else upload.state_of(repo, recipe=recipe.name, kind=kind, private=bool(private))
     staged = folder.path / "published" / kind

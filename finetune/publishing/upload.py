@@ -27,9 +27,15 @@ def full_name(repo: str) -> str:
 
     with hub.requesting(f"{repo}: can't be written", PublishError):
         user = HfApi().whoami()["name"]
-    repo = repo if "/" in repo else f"{user}/{repo}"
+    return checked(repo if "/" in repo else f"{user}/{repo}")
+
+
+def checked(repo: str) -> str:
+    """Raises PublishError for what can't be user/name on the Hub."""
     if not hub.is_repository(repo):
-        raise PublishError(f"{repo!r} isn't the name of a repository: write name, or user/name")
+        raise PublishError(
+            f"{repo!r} isn't the name of a repository: write name, or user/name, of Latin letters, digits, -, _, ."
+        )
     return repo
 
 

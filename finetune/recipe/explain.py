@@ -220,4 +220,6 @@ def _wrong_value(error: ErrorDetails, node: JsonSchema, value: object, schema: J
     wanted = expected(node, schema)
     if isinstance(value, str) and wanted == "true or false":
         wanted = BOOLEAN_WORDS.get(value.lower(), wanted)
+    if type(value) in (int, float) and wanted.startswith("text"):
+        wanted += f"; a number is text in quotes: '{value}'"
     return f"got {describe(value)}; write {wanted}."

@@ -19,6 +19,7 @@ from finetune.common.errors import RecipeError
 from finetune.common.registry import nearest
 from finetune.recipe.words import MAX_DEPTH, Location, dotted, shorten
 
+ROWS = (".csv", ".tsv", ".xlsx", ".xls", ".jsonl", ".parquet")  # suffixes of what isn't a recipe
 MAX_BYTES = 2**20
 MAX_DIGITS = 18
 MAX_NODES = 16_384  # keys, values and entries, which take a second
@@ -198,6 +199,8 @@ def _inline(text: str) -> str:
 
 
 def read_text(path: str | Path) -> str:
+    if str(path).lower().endswith(ROWS):
+        raise RecipeError(f"{path}: rows, not a recipe; `finetune init FILE` writes a recipe for them.")
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)

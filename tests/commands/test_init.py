@@ -267,7 +267,7 @@ def of_twelve(header: str) -> Path:
     return table(Path("reviews.csv"), [header, "text", "label"], rows)
 
 
-@pytest.mark.parametrize("name", ["Pat. No", "customer", "Customer No", "customer_id", "Kundennummer", "患者编号"])
+@pytest.mark.parametrize("name", ["Pat. No", "customer", "customer_id", "Kundennummer", "患者姓名", "住院号"])
 def test_rows_of_one_person_stay_together(name):
     assert load_recipe(finetune.init(of_twelve(name), card="cpu")).data[0].group == name
 
@@ -323,9 +323,21 @@ def test_media_named_with_backslashes_are_named_with_the_cure():
         finetune.init(path, card="cpu")
 
 
-def test_a_second_text_is_not_dropped_in_silence(capsys):
-    with pytest.raises(RecipeError, match="--text is given 2 times, but a task reads one column"):
-        app(["init", str(text_only()), "--text", "a", "--text", "b", "--yes"], standalone_mode=False)
+def test_several_texts_stand_before_the_question():
+    rows = [[name, f"标题{n}", f"这是第{n}张图", LABELS[n % 3]] for n, name in enumerate(pictures(Path("shop")))]
+    table(Path("shop/rows.csv"), ["image", "标题", "正文（原文）", "label"], rows)
+    done = cli("init", "shop", "--yes", "--card", "cpu", "--text", "标题", "--text", "正文（原文）")
+    assert done.returncode == 0, done.stderr
+    assert list(load_recipe(Path("shop.yaml")).data[0].task.options.text) == ["标题", "正文（原文）"]
+    with pytest.raises(RecipeError, match=r"text=正文\(原文\): there is no such column. Did you mean '正文（原文）'\?"):
+        finetune.init("shop", text="正文(原文)", overwrite=True)
+
+
+def test_media_that_no_column_names_are_counted():
+    recordings(Path("calls/录音"))
+    rows = [[n, f"订单{n}，未发货，客户很着急", LABELS[n % 3]] for n in range(ROWS)]
+    table(Path("calls/rows.csv"), ["录音编号", "工单信息", "诉求类型"], rows)
+    assert f"not used: {ROWS} files of audio, which no column names" in repr(finetune.init("calls", card="cpu"))
 
 
 def test_a_chinese_table_in_gb18030_gets_chinese_questions_and_an_llm_that_reads_them():
@@ -561,6 +573,47 @@ def test_a_folder_without_rows_says_what_was_looked_for(file):
     assert not [*Path().glob("*.yaml")]
 
 
+def test_a_workbook_above_its_folder_of_pictures_is_the_rows_and_the_folder_no_label():
+    names = pictures(Path("评论/图片"))
+    book = openpyxl.Workbook()
+    for row in [["配图：文件名", "情感倾向"], *([name, "正面" if n % 2 else "负面"] for n, name in enumerate(names))]:
+        book.active.append(row)
+    book.save("评论/评论 2026（最终版）.xlsx")
+    put(Path("评论/~$评论 2026（最终版）.xlsx"), b"open in Excel")
+    recipe = written(Path("评论"), name="2026")
+    assert recipe.name == "2026" and recipe.data[0].columns == {"image": "配图：文件名"}
+    assert recipe.data[0].task.options.label == "情感倾向"
+    put(Path("评论/旧.xls"), b"\xd0\xcf\x11\xe0")
+    with pytest.raises(DataError, match=r"no format recognises it; save it as \.xlsx, or as CSV in UTF-8"):
+        finetune.init("评论/旧.xls")
+
+
+def test_a_folder_of_one_label_teaches_nothing():
+    pictures(Path("shop/pictures"))
+    with pytest.raises(RecipeError, match="'label' holds only 'pictures', so there is nothing to learn"):
+        finetune.init("shop")
+
+
+def test_an_index_of_datasets_is_no_saved_dataset():
+    pictures(Path("lf/图"))
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "."}]} for n in "ab"]
+    put(Path("lf/rows.json"), json.dumps(rows))
+    put(Path("lf/dataset_info.json"), json.dumps({"rows": {"file_name": "rows.json"}}))
+    with pytest.raises(DataError, match=r"2 files or folders of rows \(dataset_info.json, rows.json\); name one"):
+        finetune.init("lf")
+
+
+def test_conversations_under_another_name_are_read_and_those_of_another_form_named():
+    pairs = [(f"订单{n}到哪了？", "已发货。") for n in range(ROWS)]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    put(Path("chat.jsonl"), "\n".join(json.dumps({"dialogue": of_row}) for of_row in turns))
+    assert written(Path("chat.jsonl")).data[0].columns == {"messages": "dialogue"}
+    put(Path("other.jsonl"), "\n".join(json.dumps({"msgs": [{"from": "a", "text": "b"}]}) for _ in range(ROWS)))
+    with pytest.raises(DataError, match=r"got \{'from': 'a', 'text': 'b'\}; so in 23 other rows") as refused:
+        finetune.init("other.jsonl")
+    assert len(str(refused.value).splitlines()) == 2
+
+
 def test_a_table_without_an_answer_says_so():
     path = table(Path("shop/rows.csv"), ["image"], [[name] for name in pictures(Path("shop"))])
     with pytest.raises(DataError, match=r"no column could be the answer.*image \(image\)"):
@@ -575,7 +628,7 @@ def test_a_table_without_an_answer_says_so():
     [
         ({"task": "rank"}, "task=rank: finetune init writes recipes for answer, "),
         ({"task": "score"}, "task=score: column 'shelf' holds label, not number"),
-        ({"answer": "price"}, "answer=price: there is no such column; there are: photo, shelf, number"),
+        ({"answer": "price"}, "answer=price: there is no such column; there are: 'photo', 'shelf', 'number'"),
         ({"text": "price"}, "text=price: there is no such column"),
         ({"question": "price"}, "question=price: there is no such column"),
         ({"question": "shelf"}, "question=shelf: that is the answer"),
@@ -630,6 +683,17 @@ def test_rows_that_cannot_be_used_are_listed_with_the_command_that_removes_them(
     assert "2 rows can't be used" in done.stdout and "rows.csv:26: no such image" in done.stdout
     assert "next: finetune data check shop.yaml --fix cleaned" in done.stdout
     assert load_recipe("shop.yaml").model.llm.dtype == "float16"
+
+
+def test_rows_that_the_format_refuses_are_listed_too_and_a_file_of_nothing_else_is_an_error():
+    turns = [[{"from": "human", "value": f"<image>{n}?"}, {"from": "gpt", "value": "."}] for n in range(ROWS)]
+    rows = [{"image": name, "conversations": said} for name, said in zip(pictures(Path("lf")), turns, strict=True)]
+    rows[4]["conversations"] = turns[4][1:]
+    rows[5]["conversations"] = [{"from": "用户", "value": "?"}]
+    result = finetune.init(put(Path("lf/rows.json"), rows), card="cpu")
+    assert [line.split(":")[1] for line in result.wrong] == ["5", "6"] and "18 train, 4 test" in repr(result)
+    with pytest.raises(DataError, match=r"broken.json:1: conversations.0: 'from' is '用户'"):
+        finetune.init(put(Path("lf/broken.json"), [rows[5]] * 3), card="cpu")
 
 
 def test_without_a_terminal_it_needs_yes():

@@ -104,6 +104,29 @@ def test_before_there_is_a_run_nothing_can_be_gone_on_with(recipe, tmp_path, mon
     assert (done.returncode, done.stderr) == (143, "stopped\n")
 
 
+def test_a_signal_while_the_program_imports_is_answered_with_the_same_command(tmp_path):
+    (tmp_path / "imported.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    code = """
+from pathlib import Path
+from finetune.commands._interrupts import how_to_go_on
+from finetune.common.run_folder import RunFolder
+with how_to_go_on("train", Path("x.yaml"), [], RunFolder(Path("run"))):
+    import imported
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((os.getcwd(), str(tmp_path)))},
+    )
+    assert done.returncode == 143 and "stopped\nto go on:" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("train x.yaml --run run --resume")
+
+
 def test_forked_workers_are_still_ended_by_sigterm():
     code = """
 import multiprocessing, time

@@ -126,6 +126,8 @@ def test_a_name_whose_first_folder_is_here_may_be_meant_as_a_path(loader, offlin
             loader("weights/minimnd")
         with pytest.raises(ModelError, match=r"no folder weights/typo here; weights has minimind$"):
             loader("weights/typo")
+        with pytest.raises(ModelError, match=r"no folder weight/minimind here; the nearest is weights/minimind$"):
+            loader("weight/minimind")
         with pytest.raises(ModelError, match="someone/minimind") as caught:
             loader("someone/minimind")
         assert "path" not in str(caught.value)

@@ -86,7 +86,10 @@ def test_what_can_not_be_meant_is_refused_before_the_model_is_loaded(run, finish
         finetune.evaluate(run, rows, task="mark", columns={"mark": "text"})
     (tmp_path / "deep").mkdir()
     away = renamed_copy(rows, tmp_path / "deep" / "away.csv")
-    with pytest.raises(DataError, match=r"(?s)no such image: .*name the folder of the media with media_folder="):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)no such image: .*or name the folder of their media with media_folder=",
+    ):
         finetune.evaluate(run, away, task="mark")
     other = renamed_copy(rows, tmp_path / "other.csv", image="images")
     done = cli("evaluate", run, "--data", other, "--task", "mark", "--media-folder", rows.parent)

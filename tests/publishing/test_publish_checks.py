@@ -50,7 +50,8 @@ def test_licences_come_from_the_recipe_the_folder_or_are_asked_for(tmp_path):
     data = parts.data_licences(recipe)
     assert data == {"rows.csv": "cc-by-4.0"}
     (line,) = checks.licence_problems(bases, data, Path("recipe.yaml"))
-    assert "licence of encoders.image" in line and "`publish: {licenses: {encoders.image: ...}}` in recipe.yaml" in line
+    assert "licence of encoders.image" in line
+    assert "`licenses: {encoders.image: ...}` under `publish` in recipe.yaml" in line
     licences = {"encoders.image": "mit", "data": "cc0-1.0"}
     assert [base.licence for base in parts.with_licences(bases, licences)] == ["apache-2.0", "mit"]
     assert parts.data_licences(recipe_with(licenses=licences)) == {"rows.csv": "cc0-1.0"}

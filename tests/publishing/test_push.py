@@ -213,6 +213,14 @@ def test_a_dry_run_writes_the_card_and_asks_nothing(finished):
     assert result.url is None and result.commit is None
     assert "# tiny" in (Path(result.folder) / "README.md").read_text()
     assert any("licences: llm: apache-2.0" in line for line in result.checks)
+    results = ModelCard.load(Path(result.folder) / "README.md").data.eval_results
+    assert {result.dataset_split for result in results} == {"test"}
+
+
+@pytest.mark.parametrize("name", ["评论", "me/评论", "a b", "me/tiny/2"])
+def test_a_name_that_the_hub_refuses_is_refused_by_a_dry_run_too(name, finished):
+    with pytest.raises(PublishError, match=r"isn't the name of a repository: .* of Latin letters"):
+        finetune.push(finished, name, dry_run=True)
 
 
 def test_a_certificate_of_other_weights_is_refused(run):

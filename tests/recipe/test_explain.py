@@ -59,7 +59,7 @@ MALFORMED = [
     ("rank: 16", "rank: 1025", 14, "adapter.rank", "1025|integer|1|1024"),
     ("rank: 16", "dropout: 1", 14, "adapter.dropout", "1|number|at least 0|below 1"),
     ("rank: 16", "targets: some", 14, "adapter.targets", "'some'|all-linear|list"),
-    ("rank: 16", "targets: [q, 3]", 14, "adapter.targets.1", "3|text"),
+    ("rank: 16", "targets: [q, 3]", 14, "adapter.targets.1", "3|text in quotes: '3'"),
     ("alpha: 32", "alpha: 0", 15, "adapter.alpha", "0|number|above 0"),
     ("alpha: 32", "alpha: .inf", 15, "adapter.alpha", "'.inf'|number|above 0"),
     ("products.csv", "product.csv", 17, "data.0.path", "'products.csv'"),

@@ -267,6 +267,9 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
     path.write_bytes(b"a: 1\n\nb: \xff\n")
     assert message_of(read_text, path) == f"{path}:3: not UTF-8; save the file as UTF-8."
     assert message_of(read_text, tmp_path) == f"{tmp_path}: a folder; name the recipe's file in it."
+    assert message_of(read_text, "评论.XLSX") == (
+        "评论.XLSX: rows, not a recipe; `finetune init FILE` writes a recipe for them."
+    )
     near = message_of(read_text, tmp_path / "x.yml")
     assert near == f"{tmp_path / 'x.yml'}: no such file. Did you mean 'x.yaml'?"
     assert message_of(read_text, path / "y").endswith("x.yaml/y: can't be read: Not a directory.")

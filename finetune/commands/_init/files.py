@@ -12,7 +12,7 @@ from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media
 from finetune.data.formats.table import Options
 from finetune.data.new_files import TRIED, best_folder, files_in, table_format
-from finetune.data.read import formats_of
+from finetune.data.read import formats_of, other_spreadsheet
 from finetune.recipe.parts import FormatPart
 from finetune.recipe.schema import RowFile
 
@@ -48,7 +48,8 @@ def find(path: Path, encoding: str | None) -> tuple[Found, ...]:
     if formats_of(path):
         return (_found(path, "train", encoding),)
     if not path.is_dir():
-        raise DataError(f"{path}: no format recognises it. Looked for: {LOOKED_FOR}")
+        cure = other_spreadsheet(path)
+        raise DataError(f"{path}: no format recognises it{f'; {cure}' if cure else f'. Looked for: {LOOKED_FOR}'}")
     inside = [file for file in sorted(path.iterdir()) if not _media.is_hidden(file.name) and formats_of(file)]
     by_split = {SPLITS[file.stem.lower()]: file for file in inside if file.stem.lower() in SPLITS}
     if "train" in by_split:
@@ -96,7 +97,16 @@ def _contents(path: Path) -> str:
     return ", ".join(counts) or "no files"
 
 
+def media_beside(path: Path) -> str:
+    """How many media are beside a file of rows and in the folders there, '' where there are none."""
+    beside = islice((file for place in ("*", "*/*") for file in path.parent.glob(place)), 10_000)
+    kinds = Counter(kind for file in beside if (kind := _media.kind_of(file.name)))
+    return " and ".join(f"{count:,} files of {kind}" for kind, count in kinds.items()) if path.is_file() else ""
+
+
 def _advice(path: Path) -> str:
+    if cure := next(filter(None, map(other_spreadsheet, path.iterdir())), ""):
+        return f"; of the spreadsheet: {cure}"
     if any(_media.kind_of(file.name) for file in path.iterdir()):
         return (
             ". What the media show isn't written anywhere: put them into a folder for each label, or write a table "

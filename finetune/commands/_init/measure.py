@@ -3,15 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from finetune.commands._init.columns import HAN
+from finetune.commands._init.files import Found
 from finetune.common.errors import DataError
+from finetune.data.check.lenient import lenient_rows
+from finetune.data.faults import Faults
+from finetune.data.formats import Columns
 from finetune.data.hold_out import connected, keys_of, splits_of
 from finetune.data.media import decode
 from finetune.data.media.audio import RATE
 from finetune.data.media.image import image_size
 from finetune.data.preferences import sample_of
-from finetune.data.read import read_rows
 from finetune.data.rows import error_list, group_of
 from finetune.data.sample import Medium, Sample, by_kind, texts_in
 from finetune.recipe.schema import Limits, Source
@@ -65,17 +69,35 @@ class Schedule:
     answer_tokens: int
 
 
+def examined(file: Found, count: int) -> list[Columns]:
+    """The first rows that can be read. Raises DataError if there are none."""
+    wrong: list[str] = []
+    rows = lenient_rows(file.as_row_file(), lambda line, text, raw: wrong.append(text), Limits().max_bytes)
+    columns = [row.columns for row in islice(rows, count)]
+    if not columns:
+        raise DataError(wrong[0] if wrong else f"{file.path}: no rows")
+    return columns
+
+
 def usable_rows(source: Source) -> Rows:
     """Raises DataError if no row is usable."""
     usable: list[tuple[Sample, str]] = []
     wrong: list[str] = []
-    for row in read_rows(source, Limits().max_bytes):
+    faults = Faults(source, in_recipe=False)
+
+    def unreadable(line: int, text: str, raw: str) -> None:
+        wrong.append(text)
+        faults.unreadable(line, text, raw)
+
+    for row in lenient_rows(source, unreadable, Limits().max_bytes):
         try:
             usable.append((sample_of(row, source.task), group_of(row, source)))
         except DataError as error:
             wrong.append(str(error))
+            faults.unusable(row, error)
     if not usable:
-        raise DataError(error_list(wrong, f"{source.path}: no row can be used") if wrong else f"{source.path}: no rows")
+        lines = faults.lines(len(wrong))
+        raise DataError(error_list(lines, f"{source.path}: no row can be used") if wrong else f"{source.path}: no rows")
     samples, groups = zip(*usable, strict=True)
     return Rows(samples, groups, tuple(wrong))
 

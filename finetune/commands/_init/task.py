@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from finetune.commands._init.columns import HAN, IDENTIFIERS, LABEL_NAMES, MEDIA, Column, Kind, called
 from finetune.common.errors import RecipeError, given, option
+from finetune.common.registry import nearest
 from finetune.data.metrics.text import words
 from finetune.data.tasks._columns import number_from, numbers_in
 
@@ -30,7 +31,8 @@ REPLIES = {
 }
 SUBJECTS = {  # words in the names of columns of labels
     *(*LABEL_NAMES, "reason", "topic", "intent", "sentiment", "grund", "thema", "kategorie", "klasse", "motif"),
-    *("catégorie", "sujet", "categoría", "motivo", "tema", "tipo", "原因", "主题", "意图", "情感"),
+    *("catégorie", "sujet", "categoría", "motivo", "tema", "tipo", "原因", "主题", "意图", "情感", "情绪", "倾向"),
+    *("诉求", "诊断", "所见", "结论", "等级", "点击", "购买", "流失", "clicked", "purchased", "churned"),
 }
 RATINGS = {"score", "rating", "ratings", "stars", "bewertung", "sterne", "note", "calificación", "评分", "打分", "得分"}
 STAFF = {"agent", "operator", "author", "employee", "mitarbeiter", "bearbeiter", "客服", "坐席", "员工", "作者"}
@@ -38,10 +40,11 @@ GROUPS = {
     *("patient", "speaker", "subject", "customer", "user", "client", "pat", "participant", "person", "member"),
     *("patienten", "kunde", "kunden", "klient", "klienten", "nutzer", "sprecher", "proband", "probanden"),
     *("locuteur", "utilisateur", "cliente", "paciente", "hablante", "usuario"),
-    *("病人", "患者", "说话人", "客户", "用户", "顾客", "会员", "受试者"),
+    *("病人", "患者", "说话人", "客户", "用户", "顾客", "会员", "受试者", "住院号", "病案号", "病历号", "门诊号"),
 }
 BY_KIND: tuple[Kind, ...] = ("messages", "label", "labels", "boxes", "number", "json", "texts", "text")
-NUMBERED = "|".join(sorted({*IDENTIFIERS, "name", "code", "number", "num", "uid", "hash"}, key=len, reverse=True))
+NAMING = ("name", "code", "number", "num", "uid", "hash", "号", "号码", "姓名", "名称", "名", "昵称", "账号", "卡号")
+NUMBERED = "|".join(sorted({*IDENTIFIERS, *NAMING}, key=len, reverse=True))
 LONG = 6  # letters of a word that is looked for within others
 FEWEST_GROUPS = 10  # of rows that are held out together
 SENTENCE = 5  # words, at least
@@ -93,12 +96,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Named:
-    """What the user has named. `kind`: the task, None: by the column's values; `text`: a column that is put before the
-    question, None: the longest text of rows without media; `question`, `group`: columns, None: by their names.
+    """What the user has named. `kind`: the task, None: by the column's values; `text`: columns that are put before the
+    question, (): the longest text of rows without media; `question`, `group`: columns, None: by their names.
     """
 
     kind: str | None = None
-    text: str | None = None
+    text: tuple[str, ...] = ()
     question: str | None = None
     group: str | None = None
 
@@ -130,7 +133,7 @@ def answers_in(columns: Sequence[Column], named: Named) -> list[Column]:
         unsure = (column.kind != "messages") + 2 * constant + 4 * (column.kind not in fitting)
         return unsure, known, BY_KIND.index(column.kind), -columns.index(column)
 
-    taken = (named.text, named.question, named.group)
+    taken = (*named.text, named.question, named.group)
     fit = [c for c in columns if c.kind in BY_KIND and c.name not in taken and not _is_question(c)]
     return sorted(fit, key=order)
 
@@ -149,7 +152,7 @@ def _is_question(column: Column) -> bool:
 
 def fields_in(columns: Sequence[Column], named: Named) -> Column:
     """What stands for the JSON object of rows whose fields are in columns of their names: `texts` are these names."""
-    asked = (named.text, named.group)
+    asked = (*named.text, named.group)
     fields = [c for c in columns if c.kind not in (*MEDIA, "empty", "messages", "boxes") and c.name not in asked]
     return Column("", "json", tuple(column.name for column in fields), max((c.filled for c in fields), default=0))
 
@@ -164,24 +167,30 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
     if kind in STRICT and answer.kind not in FITTING[kind]:
         held = f"column {answer.name!r} holds {answer.kind}, not {FITTING[kind][0]}"
         raise RecipeError(f"{given('task', kind)}: {held}; name another with {option('--answer', 'answer=')}")
+    if kind in (None, "classify") and answer.kind in ("label", "labels") and len(answer.texts) == 1:
+        raise RecipeError(
+            f"column {answer.name!r} holds only {answer.texts[0]!r}, so there is nothing to learn; name another with "
+            f"{option('--answer', 'answer=')}, or another file or folder"
+        )
     media = _media_of(columns, answer)
-    for key, name in {"text": named.text, "question": named.question, "group": named.group}.items():
+    others = [*(("text", name) for name in named.text), ("question", named.question), ("group", named.group)]
+    for key, name in others:
         if name is not None and name == answer.name:
             raise RecipeError(
                 f"{given(key, name)}: that is the answer; name another column with {option('--answer', 'answer=')}"
             )
         if name is not None and name not in {column.name for column in columns}:
-            raise RecipeError(f"{given(key, name)}: there is no such column; there are: {_names(columns)}")
+            raise no_column(key, name, columns)
     subject = _question_of(columns, answer, named.question)
     kind = kind or _kind(answer, subject, bool(named.question), tuple(media))
     asked = subject if kind in ASKING else None
     _refuse_unread(kind, named, asked)
     if kind == "transcribe":
         media = {name: column for name, column in media.items() if name in ("audio", "video")}
-    before = named.text or _text_before(columns, answer, subject, kind, bool(media)) or ""
+    before = named.text or _text_before(columns, answer, subject, kind, bool(media))
     options = _options(kind, answer, asked.name if asked else "", before)
     if kind == "extract" and not answer.name:
-        fields = [column for column in columns if column.name in answer.texts and column.name != before]
+        fields = [column for column in columns if column.name in answer.texts and column.name not in before]
         options["fields"] = {column.name: FIELDS.get(column.kind, "text") for column in fields}
     if not media and not before and not asked and kind != "chat":
         raise RecipeError(
@@ -192,7 +201,8 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         raise RecipeError(f"{given('task', kind)}: no column holds recordings (columns: {_names(columns)})")
     group, few_people = (named.group, None) if named.group else _group(columns, answer, media)
     answers = (answer.name,) if answer.name else answer.texts
-    used = {*answers, before, asked.name if asked else "", *media.values()}
+    read = media | ({"messages": answer.name} if kind == "chat" else {})
+    used = {*answers, *before, asked.name if asked else "", *media.values()}
     return Task(
         kind,
         answer,
@@ -200,11 +210,17 @@ def task_for(columns: Sequence[Column], answer: Column, named: Named, language: 
         _prompt(kind, answer.name, tuple(media), bool(asked), language),
         options,
         _head(kind, answer),
-        {name: column for name, column in media.items() if name != column},
+        {name: column for name, column in read.items() if name != column},
         group,
         few_people,
         tuple(c.name for c in columns if c.name not in used and c.kind != "empty"),
     )
+
+
+def no_column(key: str, name: str, columns: Sequence[Column]) -> RecipeError:
+    near = nearest(name, [column.name for column in columns])
+    meant = f"Did you mean {near!r}? There are" if near else "there are"
+    return RecipeError(f"{given(key, name)}: there is no such column{'.' if near else ';'} {meant}: {_names(columns)}")
 
 
 def _question_of(columns: Sequence[Column], answer: Column, name: str | None) -> Column | None:
@@ -219,7 +235,7 @@ def _refuse_unread(kind: str, named: Named, asked: Column | None) -> None:
     """Raises RecipeError for named columns that the task doesn't read, and for a question that it lacks."""
     if named.text and kind in TEXTLESS:
         raise RecipeError(
-            f"{given('text', named.text)}: the task {kind} reads no text; leave it out, or name another task"
+            f"{given('text', named.text[0])}: the task {kind} reads no text; leave it out, or name another task"
         )
     if named.question and not asked:
         raise RecipeError(
@@ -277,21 +293,21 @@ def _are_sentences(texts: Sequence[str]) -> bool:
 
 def _text_before(
     columns: Sequence[Column], answer: Column, subject: Column | None, kind: str, with_media: bool
-) -> str | None:
-    """The column that is put before the question. A row with media gets none but the phrase that boxes locate: other
-    columns may give the answer away. `subject`: the rows' question, which other tasks than those that ask it are about.
+) -> tuple[str, ...]:
+    """The column that is put before the question, if any. A row with media gets none but the phrase that boxes locate:
+    other columns may give the answer away. `subject`: the rows' question, which tasks are about that don't ask it.
     """
     texts = [c for c in columns if c.kind in ("text", "label") and c is not answer]
     if kind == "ground":
-        return texts[0].name if texts else None
+        return (texts[0].name,) if texts else ()
     if with_media or kind in TEXTLESS or (subject and kind in ASKING):
-        return None
+        return ()
     longest = max(texts, key=lambda column: column.characters, default=None)
-    return chosen.name if (chosen := subject or longest) else None
+    return (chosen.name,) if (chosen := subject or longest) else ()
 
 
-def _options(kind: str, answer: Column, asked: str, before: str) -> Yaml:
-    text: Yaml = {"text": before} if before else {}
+def _options(kind: str, answer: Column, asked: str, before: tuple[str, ...]) -> Yaml:
+    text: Yaml = {"text": before[0] if len(before) == 1 else [*before]} if before else {}
     if kind == "classify":
         label = {} if answer.name == "label" else {"label": answer.name}
         return {**text, **label, **({"separator": answer.separator} if answer.separator else {})}
@@ -301,7 +317,7 @@ def _options(kind: str, answer: Column, asked: str, before: str) -> Yaml:
         bounds = {"minimum": numbers[0], "maximum": numbers[-1]} if rating and len(numbers) > 1 else {}
         return {**text, **({} if answer.name == "score" else {"number": answer.name}), **bounds}
     if kind == "ground":
-        return {"text": before, **({} if answer.name == "boxes" else {"boxes": answer.name}), **_units(answer)}
+        return {**text, **({} if answer.name == "boxes" else {"boxes": answer.name}), **_units(answer)}
     if kind == "answer":
         return {**text, **({} if asked == "question" else {"question": asked}), **_unless("answer", answer.name)}
     if kind == "vqa":

@@ -11,7 +11,7 @@ from finetune.commands._init.task import Yaml
 
 TEMPLATE = """\
 # {{ title }}; written by finetune init for {{ card.title }}
-name: {{ name }}
+name: {{ name | flow }}
 seed: {{ seed }}
 model:
   {{ "base" if is_base else "llm" }}: {{ llm | flow }}  # stays frozen

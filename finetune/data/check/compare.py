@@ -1,5 +1,6 @@
 """What is wrong with rows among others: repeated, leaking into evaluation, contradictory, or near-duplicates."""
 
+import unicodedata
 from collections.abc import Iterator
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
@@ -177,6 +178,11 @@ def _levels(ledger: Ledger, left: bytes, right: bytes) -> float:
     return float(np.abs(one.astype(np.int16) - other).mean())
 
 
+def _spoken(label: str) -> str:
+    """A label without what isn't heard: width and case of letters, spaces, a mark at the end."""
+    return "".join(unicodedata.normalize("NFKC", label).casefold().split()).rstrip(".。,;!")
+
+
 def _labels(ledger: Ledger) -> Iterator[Finding]:
     counted = "select label, count(*) from labels where label_set = ? and split = 'train' group by label order by 2, 1"
     unknown = f"""
@@ -194,13 +200,17 @@ def _labels(ledger: Ledger) -> Iterator[Finding]:
         if not 2 <= len(counts) <= MAX_LABELS:
             continue
         rare = [(label, count) for label, count in counts if count < RARE or count * UNEVEN < most]
+        (source,) = next(ledger.query(first_source, label_set))
+        for _, spellings in groupby(sorted(counts, key=lambda pair: _spoken(pair[0])), lambda pair: _spoken(pair[0])):
+            if len(shown := [f"{label!r} {count:,}" for label, count in spellings]) > 1:
+                text = f"{', '.join(shown)} training rows: one label, in several spellings?"
+                yield Finding("spelling", text, None, source)
         if rare:
-            shown = ", ".join(f"{label!r} {count}" for label, count in rare[:5]) + (" ..." if len(rare) > 5 else "")
+            few = ", ".join(f"{label!r} {count}" for label, count in rare[:5]) + (" ..." if len(rare) > 5 else "")
             text = (
-                f"{len(rare)} of {len(counts)} labels are rare among {rows:,} training rows: {shown}; most frequent: "
+                f"{len(rare)} of {len(counts)} labels are rare among {rows:,} training rows: {few}; most frequent: "
                 f"{counts[-1][0]!r} {most:,}"
             )
-            (source,) = next(ledger.query(first_source, label_set))
             yield Finding("imbalance", text, None, source)
         for row, source, number, label in ledger.query(unknown, label_set):
             yield Finding("unknown_label", f"{label!r} isn't a label of any training row", row, source, number)

@@ -26,6 +26,7 @@ CODES = {
     "duplicate": ("warning", "files with the same content as another"),
     "near": ("warning", "pairs of near-duplicate pictures"),
     "imbalance": ("warning", "labels that are rare in training"),
+    "spelling": ("warning", "labels that differ in their spelling only"),
     "unknown_label": ("warning", "labels that no training row has"),
     "encoding": ("warning", "text in the wrong encoding"),
     "blank": ("warning", "pictures and videos of one colour"),

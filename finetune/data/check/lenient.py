@@ -4,15 +4,15 @@ import csv
 import json
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from finetune.common.errors import DataError
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
-from finetune.data.formats.table import Options, check_header
+from finetune.data.formats.table import Options, check_header, refuse_title, refuse_workbook
 from finetune.data.read import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.schema import RowFile
@@ -55,7 +55,8 @@ def lenient_rows(source: RowFile, report: Report, max_bytes: int) -> Iterator[Ro
             report(0, str(error), "")
             return
         if encoding != "utf-8-sig":
-            report(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8", "")
+            named = f", or write `format: {{kind: table, encoding: {encoding}}}`" if part.kind == "table" else ""
+            report(0, f"{source.path}: not UTF-8, read as {encoding}; save it as UTF-8{named}", "")
     if hasattr(options, "encoding"):
         options = options.model_copy(update={"encoding": None})  # the copy is UTF-8
     with tempfile.TemporaryDirectory() as temporary:
@@ -79,6 +80,7 @@ def encoding_of(path: Path) -> str:
     """
     from charset_normalizer import from_bytes
 
+    refuse_workbook(path)
     foreign, foreign_lines, utf8_lines = bytearray(), 0, 0
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
@@ -94,10 +96,11 @@ def encoding_of(path: Path) -> str:
                     break
     if foreign_lines <= utf8_lines:
         return "utf-8-sig"
-    best, *others = from_bytes(bytes(foreign)) or (None,)
-    alone = best and all(other.chaos >= best.chaos + MESSIER for other in others)
-    if best and alone and _is_common_chinese(bytes(foreign), best.encoding):
-        return best.encoding
+    content = bytes(foreign)
+    best, *others = from_bytes(content) or (None,)
+    letters = _letters(content)
+    if chinese := _chinese(content, [best, *others]) or _chinese(letters, [*from_bytes(letters)] or [None]):
+        return chinese
     if best and best.coherence >= COHERENT:
         rivals = [other for other in others if other.chaos <= best.chaos and other.coherence >= best.coherence]
         if not rivals:
@@ -106,6 +109,21 @@ def encoding_of(path: Path) -> str:
         f"{path}: not UTF-8, and its encoding isn't clear; save it as UTF-8, or name the encoding of a table: "
         "`format: {kind: table, encoding: gb18030}`"
     )
+
+
+def _letters(content: bytes) -> bytes:
+    """Chinese without marks such as ～ and emoji, of which charset-normalizer takes more than a few for mess."""
+    try:
+        return "".join(c if c.isalpha() else "\n" for c in content.decode("gb18030")).encode("gb18030")
+    except UnicodeDecodeError:
+        return b""
+
+
+def _chinese(content: bytes, matches: Sequence[Any]) -> str:
+    """The first of the matches where it's alone and reads common characters, else ''."""
+    best, *others = matches
+    alone = best and all(other.chaos >= best.chaos + MESSIER for other in others)
+    return str(best.encoding) if alone and _is_common_chinese(content, best.encoding) else ""
 
 
 def _is_common_chinese(content: bytes, encoding: str) -> bool:
@@ -152,7 +170,9 @@ def _wrong_header(path: Path, encoding: str, options: Options) -> str:
     with path.open(encoding=encoding, errors="replace", newline="") as lines:
         try:
             delimiter = options.delimiter or DELIMITERS[path.suffix.lower()]
-            check_header(path, next(csv.reader(lines, delimiter=delimiter, strict=True), []), options)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            check_header(path, header := next(reader, []), options)
+            refuse_title(path, header, dict(zip(header, next(reader, []), strict=False)))
         except csv.Error:
             return ""  # reported with its line
         except DataError as error:

@@ -17,8 +17,9 @@ from finetune.common.run_folder import file_hash, write_json
 from finetune.data.check.lenient import DELIMITERS
 from finetune.data.formats import _media as in_rows
 from finetune.data.formats._json import SUFFIXES, array_of, is_array
-from finetune.data.formats.table import SHEETS
+from finetune.data.formats.table import SHEETS, Options
 from finetune.data.hold_out import assigned, connected
+from finetune.data.new_files import table_format
 from finetune.data.read import detected, read_rows
 from finetune.data.sample import Row
 from finetune.recipe.parts import FormatPart
@@ -128,6 +129,8 @@ def _format(path: Path, encoding: str | None, sheet: str | None) -> FormatPart:
         raise DataError(
             f"{path}: {option('--' + name, name + '=')} is for tables; these rows are read as {part.kind!r}"
         )
+    if part.kind == "table" and sheet is None and path.suffix.lower() in DELIMITERS:
+        return table_format(path, Options(), encoding)
     return replace(part, options=part.options.model_copy(update=changes))
 
 

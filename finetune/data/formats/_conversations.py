@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.common.errors import DataError
 from finetune.data.formats import Columns
-from finetune.data.formats._preferences import with_answers
+from finetune.data.formats._preferences import with_answers, with_media
 
 KINDS = {"image": ("image", "images"), "audio": ("audio", "audios"), "video": ("video", "videos")}
 MARKER = re.compile(r"\n?<(image|audio|video)>\n?")
@@ -89,6 +89,32 @@ def with_messages(where: str, item: Columns, strict: bool) -> Columns:
     return with_answers(where, rest | {"messages": messages})
 
 
+def _with_instruction(where: str, item: Columns) -> Columns:
+    """An item in the form of Alpaca and LLaMA-Factory: with `messages` made of `system`, `history`, `instruction` and
+    `input`, and of the `output` if no `chosen` is beside it; others as they are. Raises DataError.
+    """
+    asked, more, answer = (item.get(key) for key in ("instruction", "input", "output"))
+    if "messages" in item or not isinstance(asked, str) or not isinstance(more, str | None):
+        return item
+    if not isinstance(answer, str) and "chosen" not in item:
+        return item
+    system, history = item.get("system"), item.get("history") or []
+    texts = [system] if isinstance(system, str) and system.strip() else []
+    roles = ["system"] * len(texts)
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise DataError(f"{where}: 'history' is a list of [question, answer]; got {str(pair)[:80]}")
+        texts += pair
+        roles += ["user", "assistant"]
+    texts.append("\n".join(filter(None, (asked, more))))
+    roles.append("user")
+    if isinstance(answer, str) and "chosen" not in item:
+        texts.append(answer)
+        roles.append("assistant")
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    return item | {"messages": with_media(turns, item)}
+
+
 def _message(place: str, turn: Any, media: dict[str, list[Any]]) -> Columns:
     keys = turn if isinstance(turn, dict) else {}
     name, text = keys.get("from", keys.get("role")), keys.get("value", keys.get("content"))
@@ -107,7 +133,7 @@ def with_parts(where: str, columns: Columns) -> Columns:
     media listed beside the messages are put into them. Malformed messages and parts are left to the task to report.
     Raises DataError.
     """
-    columns = with_answers(where, columns)
+    columns = with_answers(where, _with_instruction(where, columns))
     if not isinstance(columns.get("messages"), list):
         return columns
     media = media_beside(columns)

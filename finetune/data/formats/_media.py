@@ -43,8 +43,8 @@ def _kind_of_value(value: object) -> str | None:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether operating systems or archivers left this file behind."""
-    return name.startswith((".", "__MACOSX")) or name.lower() in SYSTEM_FILES
+    """Whether operating systems, archivers or Office (while a table is open) left this file behind."""
+    return name.startswith((".", "~$", "__MACOSX")) or name.lower() in SYSTEM_FILES
 
 
 def is_file_name(value: object, key: str) -> bool:

@@ -40,7 +40,7 @@ def with_answers(where: str, columns: Columns) -> Columns:
     if question and _role(question[-1]) == "assistant":
         raise DataError(f"{where}: the messages end with the assistant's turn, beside 'chosen': keep one of them")
     text = _text(where, "chosen" if "chosen" in columns else "completion", _behind(question, chosen))
-    added["messages"] = [*_with_media(question, columns), {"role": "assistant", "content": text}]
+    added["messages"] = [*with_media(question, columns), {"role": "assistant", "content": text}]
     return {key: value for key, value in columns.items() if key != "chosen" or isinstance(value, str)} | added
 
 
@@ -102,7 +102,7 @@ def _media(turns: Any) -> list[str]:
     return [kind for part in parts for kind in KINDS if str(part.get("type")).removesuffix("_url") == kind]
 
 
-def _with_media(question: Sequence[Any], columns: Columns) -> list[Any]:
+def with_media(question: Sequence[Any], columns: Columns) -> list[Any]:
     """The question with media that stand beside it, and have no place in it, before the first user's text."""
     beside = {kind: columns.get(kind) or columns.get(f"{kind}s") for kind in KINDS}
     parts: list[Columns] = []

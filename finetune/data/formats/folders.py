@@ -12,7 +12,9 @@ from finetune.data.formats import NumberedRows, _media
 
 ROWS_ARE_FILES = True
 SHOWN = 10  # files in an error
-ROWS = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar", ".scp"}  # beside folders: another format
+ROWS = {  # beside folders: another format, or rows that none reads
+    *(".csv", ".tsv", ".xlsx", ".xlsm", ".xls", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".scp")
+}
 
 
 class Options(PartOptions):

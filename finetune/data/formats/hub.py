@@ -19,7 +19,7 @@ from finetune.common.registry import PartOptions
 from finetune.data.formats import Columns, NumberedRows, _conversations
 
 REMOTE = True
-SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")
+SAVED = ("dataset_dict.json", "state.json")
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
 BATCH = 16  # rows read at once
 BUFFER = 2**20  # bytes read of a column at once
@@ -62,7 +62,7 @@ def _parquet_files(path: Path, options: Options) -> list[str]:
     """The local parquet files of one split, as `datasets` assigns them; [] if `datasets` must read them itself."""
     from datasets import load_dataset_builder
 
-    if "[" in (options.split or "") or any((path / name).is_file() for name in SAVED[:2]):
+    if "[" in (options.split or "") or any((path / name).is_file() for name in SAVED):
         return []
     if path.is_file():
         alone = path.suffix.lower() == ".parquet" and options.split in (None, "train")
@@ -105,7 +105,7 @@ def _of_datasets(path: Path, options: Options) -> tuple[Any, Iterator[Columns]]:
 def _loaded(path: Path, options: Options) -> Any:
     from datasets import load_dataset, load_from_disk
 
-    if any((path / name).is_file() for name in SAVED[:2]):
+    if any((path / name).is_file() for name in SAVED):
         return load_from_disk(str(path))
     sliced = "[" in (options.split or "")
     arguments = {"split": options.split, "streaming": options.streaming or (path.exists() and not sliced)}

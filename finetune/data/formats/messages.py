@@ -5,7 +5,8 @@
 
 Parts of the OpenAI API are read too: image_url, input_audio, and audio_url and video_url as servers know them. A part
 that is just {"type": "image"}, and `<image>` in a user's text, stand for the next of the media beside the messages, in
-`image` or `images`; so for audio and video. A row without messages has its keys as columns.
+`image` or `images`; so for audio and video. Rows in the form of Alpaca (`instruction`, `input`, `output`) get messages
+beside their keys. A row without messages has its keys as columns.
 """
 
 from pathlib import Path

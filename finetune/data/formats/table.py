@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from finetune.common.registry import PartOptions
 from finetune.data.formats import NumberedRows
 
 SHEETS = {".xlsx", ".xlsm"}
+WORKBOOKS = {b"PK\3\4": "call it .xlsx", b"\xd0\xcf\x11\xe0": "save it as .xlsx, or as CSV in UTF-8"}  # by first bytes
 MAX_FIELD = 2**28  # characters of one field, which may be a picture
 
 
@@ -43,6 +45,7 @@ def rows(path: Path, options: Options) -> NumberedRows:
         return
     if options.sheet is not None:
         raise DataError(f"{path}: has no sheets, but the recipe's `sheet` names one")
+    refuse_workbook(path)
     encoding = options.encoding or _marked_encoding(path)
     delimiter = options.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     csv.field_size_limit(MAX_FIELD)
@@ -50,8 +53,10 @@ def rows(path: Path, options: Options) -> NumberedRows:
     try:
         with path.open(encoding=encoding, newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            check_header(path, list(reader.fieldnames or ()), options)
-            for columns in reader:
+            check_header(path, header := list(reader.fieldnames or ()), options)
+            for number, columns in enumerate(reader):
+                if not number:
+                    refuse_title(path, header, columns)
                 if None in columns:
                     raise DataError(f"{path.name}:{reader.line_num}: more fields than the header's {len(columns) - 1}")
                 yield reader.line_num, columns
@@ -64,6 +69,13 @@ def rows(path: Path, options: Options) -> NumberedRows:
         ) from None
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num if reader else 1}: {error}") from None
+
+
+def refuse_workbook(path: Path) -> None:
+    """Raises DataError for a workbook whose file is called .csv or .tsv."""
+    with path.open("rb") as file:
+        if cure := WORKBOOKS.get(file.read(4)):
+            raise DataError(f"{path}: a workbook, not text as {path.suffix} says; {cure}")
 
 
 def _marked_encoding(path: Path) -> str:
@@ -86,6 +98,16 @@ def check_header(path: Path, header: list[str], options: Options) -> None:
         raise DataError(f"{path.name}:1: several columns are called {min(repeated)!r}; give each its own name")
 
 
+def refuse_title(path: Path, header: list[str], first: Mapping[str, Any]) -> None:
+    """Raises DataError where only one column has a name, and the `first` row, by these names, fills others too."""
+    named = [name for name in header if name]
+    if len(header) > 2 and len(named) == 1 and first.get(""):
+        raise DataError(
+            f"{path.name}:1: one name, {named[0]!r}, for {len(header)} columns; if it is a title, delete the rows "
+            "above the names of the columns"
+        )
+
+
 def _sheet_rows(path: Path, options: Options) -> NumberedRows:
     import openpyxl
 
@@ -100,12 +122,17 @@ def _sheet_rows(path: Path, options: Options) -> NumberedRows:
             lines = enumerate(sheet.iter_rows(values_only=True), 1)
             header = [_text(value) for value in next(lines, (1, ()))[1]]
             check_header(path, header, options)
+            first = True
             for number, values in lines:
                 texts = [_text(value) for value in values]
                 if any(texts[len(header) :]):
                     raise DataError(f"{path.name}:{number}: more fields than the header's {len(header)}")
                 if any(texts):
-                    yield number, dict(zip(header, texts, strict=False))
+                    columns = dict(zip(header, texts, strict=False))
+                    if first:
+                        refuse_title(path, header, columns)
+                    first = False
+                    yield number, columns
         finally:
             book.close()
     except (DataError, MemoryError):

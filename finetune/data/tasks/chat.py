@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from finetune.common.errors import DataError
+from finetune.common.errors import DataError, MissingColumn
 from finetune.data.formats import Columns
 from finetune.data.sample import Medium, Message, Row, Sample
 from finetune.data.tasks import TaskOptions, _free_text
@@ -22,7 +22,9 @@ read, measure, score = _free_text.read, _free_text.measure, _free_text.score
 
 
 def sample(row: Row, options: Options) -> Sample:
-    messages = row.columns.get("messages")
+    if "messages" not in row.columns:
+        raise MissingColumn(f"{row.where}: no column 'messages' (columns: {', '.join(row.columns)[:300]})", "messages")
+    messages = row.columns["messages"]
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{row.where}: 'messages' is not a list of turns")
     turns = tuple(_turn(row, number, message, options) for number, message in enumerate(messages))

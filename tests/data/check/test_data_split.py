@@ -181,3 +181,7 @@ def test_media_in_columns_of_any_name_and_tables_of_any_encoding(tmp_path):
     with pytest.raises(DataError, match="no column '图'"):
         finetune.data_split(tmp_path / "rows.csv", tmp_path / "out", media=["图"], **given)
     assert finetune.data_split(tmp_path / "rows.csv", tmp_path / "blind", **given).media == 0
+    lines = ["评论;心情", *(f"孩子特别喜欢，第{number}次买;好" for number in range(20))]
+    (tmp_path / "semicolons.csv").write_text("\n".join(lines), encoding="gb18030")  # both are detected
+    detected = finetune.data_split(tmp_path / "semicolons.csv", tmp_path / "detected")
+    assert [*next(iter(read(detected.files).values()))[0]] == ["评论", "心情"]

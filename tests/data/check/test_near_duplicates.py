@@ -105,6 +105,15 @@ def test_labels(ledger):
     assert [finding.text for finding in ledger.findings("unknown_label")] == ["'yak' isn't a label of any training row"]
 
 
+def test_labels_that_differ_in_their_spelling_only(ledger):
+    labels = ["Ａ类", "A类", "a 类", "差评。", "差评", "C", "C++", "1", "-1"] * 6
+    ledger.add([row(n, label=label) for n, label in enumerate(labels)])
+    assert sorted(text for _, text in found(ledger, "spelling")) == [
+        "'A类' 6, 'a 类' 6, 'Ａ类' 6 training rows: one label, in several spellings?",
+        "'差评' 6, '差评。' 6 training rows: one label, in several spellings?",
+    ]
+
+
 def test_pictures_that_groups_of_a_ranking_share_are_no_leak(ledger):
     rows = row(0, digest=b"a"), row(1, "test", digest=b"a", path="0.png")
     ledger.add([replace(one, ranked=True) for one in rows])

@@ -201,3 +201,20 @@ def test_a_large_array_is_never_held_whole(tmp_path):
     peak = max(peak, tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
     assert peak < 4 * 2**20 < (tmp_path / "x.json").stat().st_size
+
+
+def test_alpacas_rows_become_the_conversations_that_llama_factory_makes_of_them(tmp_path):
+    row = {"instruction": "<image>写报告。", "input": "男，44岁", "output": "正常。", "images": ["a.png"]}
+    asked = ["image", "a.png"], ["text", "写报告。\n男，44岁"]
+    assert one("messages", row, tmp_path) == [("user", [*asked]), ("assistant", "正常。")]
+    before = {"system": "你是医生", "history": [["你好", "您好"]]}
+    assert one("messages", row | before, tmp_path) == [
+        *[("system", "你是医生"), ("user", "你好"), ("assistant", "您好")],
+        *[("user", [*asked]), ("assistant", "正常。")],
+    ]
+    unmarked = {"instruction": "写报告。", "output": "正常。", "image": "a.png"}
+    assert one("messages", unmarked, tmp_path)[0] == ("user", [["image", "a.png"], ["text", "写报告。"]])
+    ((_, pair),) = read("messages", put(tmp_path / "x.json", [row | {"chosen": "肺炎。", "rejected": "正常。"}]))
+    assert (pair["messages"][-1]["content"], pair["rejected"]) == ("肺炎。", "正常。")
+    with pytest.raises(DataError, match=r"x.json:1: 'history' is a list of \[question, answer\]; got 你好"):
+        one("messages", row | {"history": "你好"}, tmp_path)

@@ -118,3 +118,33 @@ def test_a_broken_sheet_is_a_data_error(cut, tmp_path):
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError, match="not an XLSX file"):
         read(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx"])
+def test_a_title_above_the_header_is_named(suffix, tmp_path):
+    rows, path = [["Calls of May", "", ""], ["audio", "intent", "agent"], ["1.ogg", "refund", "Li"]], tmp_path / "a"
+    path = path.with_suffix(suffix)
+    if suffix == ".csv":
+        path.write_text("\n".join(map(",".join, rows)), encoding="utf-8")
+    else:
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)
+        book.save(path)
+    with pytest.raises(DataError, match=r"a\.(csv|xlsx):1: one name, 'Calls of May', for 3 columns; if it is a title"):
+        read(path)
+
+
+def test_one_named_column_beside_empty_ones_and_an_index_without_a_name_are_read(tmp_path):
+    for text, row in (("text,,\nyes,,\n", {"text": "yes", "": ""}), (",text\n0,yes\n", {"": "0", "text": "yes"})):
+        path = tmp_path / "rows.csv"
+        path.write_text(text, encoding="utf-8")
+        assert read(path) == [(2, row)]
+
+
+@pytest.mark.parametrize(("start", "cure"), [(b"PK\3\4", "call it .xlsx"), (b"\xd0\xcf\x11\xe0", "save it as .xlsx")])
+def test_a_workbook_called_csv_is_named(start, cure, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(start + bytes(20))
+    with pytest.raises(DataError, match=f"a workbook, not text as .csv says; {cure}"):
+        read(path)
