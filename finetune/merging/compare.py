@@ -76,8 +76,9 @@ class ComparedSamples:
             batch = 1  # padding would move the positions
         with without_adapter(composite.language_model) if bare else nullcontext():
             for head, chunk in self._batches(composite, batch):
+                segments = composite.placement.segments_by(view.layout)  # the compared model's own
                 # As they are trained: without the answer where a head gives it.
-                tokens = [self.run.tokens(sample, not head, view.layout) for sample in chunk]
+                tokens = [self.run.tokens(sample, not head, segments) for sample in chunk]
                 yield from self._log_probabilities(composite, tokens, head, view, max(1, limit))
 
     def _batches(self, composite: MultimodalModel, size: int) -> Iterator[tuple[str | None, list[Sample]]]:

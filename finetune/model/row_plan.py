@@ -62,20 +62,22 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class _PlanAsMask:
-    """What the layers are given as their attention mask. `window`: tokens that one attends to, itself included;
-    `always`: segments that are plainly causal need a mask as well.
-    """
+    """What the layers are given as their attention mask. `window`: tokens that one attends to, itself included."""
 
     plan: RowPlan
     window: int | None
     device: Any
-    always: bool = False
     ndim = 4  # PaliGemma hands it to its decoder, which asks what kind of mask it is
 
     @cached_property
     def masks(self) -> tuple[Tensor | None, ...]:
         """For each segment, true where attention goes (Q, P + Q), or None where it is plainly causal."""
-        return _masks(self.plan, self.window, self.device, self.always)
+        return _masks(self.plan, self.window, self.device, False)
+
+    @cached_property
+    def all_masks(self) -> tuple[Tensor | None, ...]:
+        """As `masks`, of causal segments as well."""
+        return _masks(self.plan, self.window, self.device, True)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -114,15 +116,15 @@ def following(plan: RowPlan | None, causal_lm: Any) -> Iterator[None]:
         _current.reset(token)
 
 
-def _mask(*, device: Any = None, dtype: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
+def _mask(*, device: Any = None, local_size: int | None = None, **unused: Any) -> _PlanAsMask:
     plan = _current.get()
     assert plan is not None
-    return _PlanAsMask(plan, local_size, device, _takes_no_groups(device, dtype))
+    return _PlanAsMask(plan, local_size, device)
 
 
-def _masks(plan: RowPlan, window: int | None, device: Any, always: bool) -> tuple[Tensor | None, ...]:
+def _masks(plan: RowPlan, window: int | None, device: Any, every: bool) -> tuple[Tensor | None, ...]:
     return tuple(
-        _visible_to(segment, plan, window, device) if always or not _is_causal(segment, plan, window) else None
+        _visible_to(segment, plan, window, device) if every or not _is_causal(segment, plan, window) else None
         for segment in plan.segments
     )
 
@@ -135,11 +137,12 @@ def _is_causal(segment: RowSegment, plan: RowPlan, window: int | None) -> bool:
     return within_window and not segment.prefix and not _within(plan, segment)
 
 
-def _takes_no_groups(device: Any, dtype: Any) -> bool:
-    """Whether a GPU's fused attention takes as many heads of keys as of queries only: before Ampere, and in float32.
-    What PyTorch then falls back on keeps all scores; with a mask transformers repeats the heads.
+def _takes_no_groups(query: Tensor, key: Tensor) -> bool:
+    """Whether there are fewer heads of keys than of queries where a GPU's fused attention takes only as many: before
+    Ampere, and in float32. What PyTorch takes instead keeps all scores; with a mask transformers repeats heads.
     """
-    return _is_gpu(device) and (not _is_ampere(device) or dtype == torch.float32)
+    fused = _is_ampere(query.device) and query.dtype != torch.float32
+    return _is_gpu(query.device) and query.shape[1] != key.shape[1] and not fused
 
 
 def _is_gpu(device: Any) -> bool:
@@ -184,11 +187,12 @@ def _attend(
     own = any(options.get(name) is not None for name in ("softcap", "s_aux"))  # only the LLM's own code has these
     if not own and not dropout and not plan.bidirectional and _has_flash_kernel(query, value):
         return at_once(query, key, value, plan, window, scaling, varlen_kernel()), None
+    every = not own and _takes_no_groups(query, key)
     if plan.bidirectional:  # with them a window comes as a function, not as a number
         window = module.config.sliding_window if options.get("sliding_window") else None
-        masks = _masks_of_layer(plan, window, query.device, attention_mask.always)
+        masks = _masks_of_layer(plan, window, query.device, every)
     else:
-        masks = attention_mask.masks
+        masks = attention_mask.all_masks if every else attention_mask.masks
     parts = []
     own_queries, own_keys, own_values = (_by_segment(rows, plan) for rows in (query, key, value))
     for segment, visible in zip(plan.segments, masks, strict=True):

@@ -1,16 +1,16 @@
 """What training, evaluation, merging and publishing of one run have in common, made in one place."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.common.errors import ModelError
 from finetune.common.run_folder import RunFolder
-from finetune.data.sample import Layout, Medium, Sample
+from finetune.data.sample import Sample
 from finetune.model.assistant import Assistant
 from finetune.model.bindings import TaskBinding
 from finetune.model.build import Components, build_model, load_components
 from finetune.model.composite import MultimodalModel
+from finetune.model.composition import Segments
 from finetune.model.features import Features
 from finetune.model.tokenize import Tokens, tokenize, tokenize_prompt
 from finetune.recipe.load import Recipe
@@ -53,10 +53,12 @@ class Run:
             language_model=language_model,
         )
 
-    def tokens(self, sample: Sample, whole: bool = True, layout: Callable[[Medium], Layout] | None = None) -> Tokens:
-        """A sample's conversation, or but its question. `layout`: of media, by default their own. Raises DataError."""
+    def tokens(self, sample: Sample, whole: bool = True, segments: Segments | None = None) -> Tokens:
+        """A sample's conversation, or but its question. `segments`: of media, by default as this run's model places
+        them. Raises DataError.
+        """
         tokenizer, placeholders = self.components.tokenizer, self.components.placeholders
-        segments = self.components.placement.segments_by(layout or self.features.layout)
+        segments = segments or self.components.placement.segments_by(self.features.layout)
         if whole:
             return tokenize(sample, tokenizer, placeholders, segments)
         return tokenize_prompt(sample.question, tokenizer, placeholders, segments, sample.where)

@@ -28,9 +28,9 @@ def record_versions(path: Path, processes: int) -> None:
             f"{path.parent}: this run began with {before['processes']} processes and can't go on with {processes}"
         )
     for name in (DISTRIBUTION, *PACKAGES):
-        if before.get(name) != current[name]:
-            begun = before.get(name, "of an unknown version")
-            console.print(f"this run began with {name} {begun}, and goes on with {current[name]}")
+        begun, now = (kept.get(name, "of an unknown version") for kept in (before, current))
+        if begun != now:
+            console.print(f"this run began with {name} {begun}, and goes on with {now}")
     write_json(path, before)
 
 

@@ -166,7 +166,7 @@ def stage_rows(
     if stage.objective.samples_answers:
         kind = row_kind_of_answers(kind, model.composition.fusion)
         return samples, rollout_rows(run.recipe.train, stage, samples.lengths, weights, seed, kind)
-    rows, _ = rows_of(samples, weights, stage, model, kind, int(run.recipe.train.tokens_per_batch), seed)
+    rows = rows_of(samples, weights, stage, model, kind, int(run.recipe.train.tokens_per_batch), seed)[0]
     pa.default_memory_pool().release_unused()
     trim_memory()
     return samples, rows

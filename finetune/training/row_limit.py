@@ -95,7 +95,8 @@ class _Places:
                 own = getattr(options, "answers", "given") == "given"
                 yield {"": words if own else replace(words, messages=words.question)}, None
             elif objective.compares:
-                yield answers_by_role(sample, objective.needs, self.samples[before[number]].answer), None
+                other = self.samples[before[number]].answer if objective.needs == "unpaired" else ""
+                yield answers_by_role(sample, objective.needs, other), None
             elif objective.needs == "prompts":
                 yield {"": question}, objective
 

@@ -261,9 +261,10 @@ def distilled(samples: Sequence[Sample], stage: Stage, run: Run, model: Multimod
         raise DataError(error_list(errors, headline))
     options: Any = stage.objective.options
     if options.answers == "own":
-        questions = [sample.in_words().question for sample in samples]
+        by_media = samples
 
         def own_answers() -> list[str]:
+            questions = [sample.in_words().question for sample in by_media]
             with without_adapter(model.language_model):
                 return [*answers_to_imitate(questions, run.assistant(model), options.max_new_tokens)]
 

@@ -67,10 +67,8 @@ def composite():
 
 
 def comparison_of(composite, samples=SAMPLES, answered=(), **bindings):
-    placement = composite.model.composition.placement
-    components = SimpleNamespace(
-        tokenizer=composite.tokenizer, placeholders=composite.placeholders, placement=placement
-    )
+    # Without a placement: media are placed as the compared model does.
+    components = SimpleNamespace(tokenizer=composite.tokenizer, placeholders=composite.placeholders)
     run = Run(None, SimpleNamespace(evaluate="settings"), components, None, bindings)
     return ComparedSamples(run, samples, answered)
 

@@ -490,21 +490,31 @@ def test_which_gpus_and_shapes_take_one_kernel(capability, dtype, widths, fits, 
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "masked"),
-    [((7, 5), torch.float16, True), ((8, 0), torch.bfloat16, False), ((8, 0), torch.float32, True)],
+    ("capability", "dtype", "heads", "repeated"),
+    [
+        ((7, 5), torch.float16, 2, True),
+        ((7, 5), torch.float16, 4, False),
+        ((8, 0), torch.bfloat16, 2, False),
+        ((8, 0), torch.float32, 2, True),
+        ((8, 0), torch.float32, 4, False),
+    ],
 )
-def test_where_fused_attention_takes_no_groups_each_segment_has_a_mask(capability, dtype, masked, monkeypatch):
-    """On the CPU, as a T4 would have it."""
+def test_where_fused_attention_takes_no_groups_heads_are_repeated(capability, dtype, heads, repeated, monkeypatch):
+    """Which transformers does where there is a mask. On the CPU, as a T4 and an Ampere GPU would have it."""
+    called = []
+
+    def sdpa(module, query, key, value, mask, dropout, scaling, is_causal):
+        called.append((mask is not None, is_causal))
+        return query.transpose(1, 2), None
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(row_plan, "_visible_to", lambda *args: args)
-    plan = RowPlan((RowSegment(0, 5), RowSegment(5, 8, 0, 5)))
-    token = row_plan._current.set(plan)
-    try:
-        on_gpu, on_cpu = (row_plan._mask(device=torch.device(name), dtype=dtype).masks for name in ("cuda:0", "cpu"))
-    finally:
-        row_plan._current.reset(token)
-    assert on_gpu[1] is not None and (on_gpu[0] is not None) == masked
-    assert on_cpu[1] is not None and on_cpu[0] is None
+    monkeypatch.setattr(row_plan, "_is_gpu", lambda device: True)
+    monkeypatch.setattr(row_plan, "varlen_kernel", lambda: None)
+    monkeypatch.setattr(row_plan, "sdpa_attention_forward", sdpa)
+    mask = row_plan._PlanAsMask(RowPlan((RowSegment(0, 5), RowSegment(5, 8, 0, 5))), None, torch.device("cpu"))
+    query, key = (torch.ones(1, count, 8, 16, dtype=dtype) for count in (4, heads))
+    row_plan._attend(None, query, key, key, mask)
+    assert called == [(repeated, not repeated), (True, False)]
 
 
 def round_by_length(llm: torch.nn.Module) -> None:
