@@ -90,31 +90,33 @@ def pack(
 ) -> list[list[int]]:
     """First fit over a few open rows, in the given order of samples -> rows of sample numbers.
 
-    `lengths` in tokens, `capacity` in tokens of a row. `apart`: tokens of each if nothing were shared, of which a row
-    holds `mean` on average: what one lacks another may have more. Raises DataError where a sample is longer than a row.
+    `lengths` in tokens, `capacity` in tokens of a row. `apart`: tokens of each if nothing were shared, of which rows
+    hold `mean` on average, and of open rows the one with the fewest takes a sample. Raises DataError where a sample is
+    longer than a row.
     """
-    apart, mean = apart or lengths, mean or capacity
-    open_rows: list[tuple[int, int, list[int]]] = []  # (tokens free, free if nothing were shared, samples)
+    shared, mean = apart is not None, mean or capacity
+    apart = apart or lengths
+    open_rows: list[tuple[int, int, list[int]]] = []  # (tokens free, tokens if nothing were shared, samples)
     rows: list[list[int]] = []
-    lacking = 0  # of rows that are closed
+    lacking = 0  # of all rows, if nothing were shared
     for sample in order:
         need, alone = lengths[sample], apart[sample]
         if need > capacity:
             raise DataError(f"sample {sample} has {need} tokens: more than tokens_per_batch ({capacity})")
-        for place, (free, free_apart, row) in enumerate(open_rows):
-            if need <= free and alone <= free_apart:
-                row.append(sample)
-                open_rows[place] = (free - need, free_apart - alone, row)
-                break
+        fitting = (place for place, (free, *_) in enumerate(open_rows) if need <= free)
+        place = min(fitting, key=lambda place: open_rows[place][1], default=None) if shared else next(fitting, None)
+        if place is not None and alone <= 2 * lacking:  # nearer to the mean with the sample than without it
+            free, held, row = open_rows[place]
+            row.append(sample)
+            open_rows[place] = (free - need, held + alone, row)
         else:
             row = [sample]
             rows.append(row)
-            open_rows.append((capacity - need, mean + lacking - alone, row))
-            lacking = 0
+            open_rows.append((capacity - need, alone, row))
+            lacking = max(lacking, -mean // 2) + mean  # those behind a large group don't make up for all of it
             if len(open_rows) > 8:  # keep the order close to the shuffled one: the fullest row is closed
-                fullest = min(open_rows, key=lambda entry: min(entry[:2]))
-                open_rows.remove(fullest)
-                lacking = min(max(fullest[1], 0), mean)
+                open_rows.remove(min(open_rows, key=lambda entry: min(entry[0], mean - entry[1])))
+        lacking -= alone
     return rows
 
 
