@@ -5,7 +5,7 @@
     python -m benchmarks.train_vs_trl small-llm --rounds 1             # a quick try
 
 Workloads are the files of `workloads/`; `preferences` compares with trl's DPOTrainer, `rewards` with its
-GRPOTrainer: their answers are sampled, and so their losses aren't compared (`--once` without names), only how long the
+GRPOTrainer: their answers are sampled, and so their losses aren't compared (no `peer-steps`), only how long the
 same number of questions and answers takes. Every run is a fresh process with pinned threads; runs alternate, and each
 ratio is formed within a round.
 

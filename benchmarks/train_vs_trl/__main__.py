@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if parsed.runs is None:
         parsed.runs = ["ours", "peer", *(["peer-compact"] if on_cpu and chosen.variants else []), *chosen.runs]
     if parsed.once is None:
-        parsed.once = ["peer-steps", "peer-checkpointed"]
+        parsed.once = [*([] if chosen.reward else ["peer-steps"]), "peer-checkpointed"]
     return parsed
 
 
