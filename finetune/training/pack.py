@@ -169,11 +169,11 @@ def plan_rows(
         pieces = gather((whole[number] if whole else [number] for number in order), lengths, sharing, capacity)
         # A row has as many samples as without sharing, on average, so that an epoch has as many steps; but a group that
         # alone would fill more than a row stays together, and is one.
-        mean = capacity
+        apart, mean = None, capacity
         if any(sharing.saved):
             sizes = [sum(lengths[sample] for sample in unit) for unit in whole] if whole else lengths
-            mean = ceil(sum(pieces.apart) / max(len(pack(sizes, capacity, order)), 1))
-        packed = pack(pieces.tokens, capacity, range(len(pieces.tokens)), pieces.apart, mean)
+            apart, mean = pieces.apart, ceil(sum(pieces.apart) / max(len(pack(sizes, capacity, order)), 1))
+        packed = pack(pieces.tokens, capacity, range(len(pieces.tokens)), apart, mean)
         samples, ends = pieces.in_order()
         for row in packed:
             parts = (samples[ends[piece] : ends[piece + 1]] for piece in row)

@@ -180,6 +180,15 @@ def test_rows_are_filled_alike_where_samples_share_their_beginning():
     assert {len(row) for row in rows} == {1, 2}
 
 
+def test_rows_that_share_nothing_are_filled_first_fit():
+    generator = random.Random(0)
+    tokens = [generator.randint(5, 200) for _ in range(300)]
+    for sharing in (None, Sharing.none(300)):
+        rows = plan_rows(tokens, [1.0] * 300, capacity=512, epochs=1, seed=0, sharing=sharing)
+        expected = pack(tokens, 512, epoch_order([1.0] * 300, 0, 0))
+        assert [[sample for group in row for sample in group] for row in rows] == expected
+
+
 def test_a_group_that_alone_would_fill_more_than_a_row_stays_together():
     """So that an epoch has fewer steps: here two fifths."""
     sharing = Sharing([number // 10 for number in range(600)], [105] * 600)
